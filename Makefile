@@ -1,0 +1,94 @@
+# csm-weights: `make` shows what there is.
+#
+# Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  SOURCE=auto  SMOKE=no  PYTHON=python3.11
+
+MODEL  ?= csm-1b
+ONLY   ?=
+DEST   ?=
+SOURCE ?= auto
+SMOKE  ?= yes
+PYTHON ?= python3
+
+VENV := .venv
+INV  := $(VENV)/bin/inv
+PIP  := $(VENV)/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt
+WHAT := --model $(MODEL) $(if $(ONLY),--only $(ONLY)) $(if $(DEST),--dest $(DEST))
+
+# Running the model needs torch; proving the files does not.
+ifeq ($(SMOKE),no)
+RUN_ENV   := $(VENV)/.base
+SMOKE_OPT := --no-smoke
+else
+RUN_ENV   := $(VENV)/.smoke
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help weights status fetch place verify smoke split lock standin clean \
+	test lint torture bench golden
+
+help: ## Show this help
+	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SMOKE=no]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+weights: $(RUN_ENV) ## Assemble, place, gate and smoke-test MODEL: the whole line
+	@$(INV) weights $(WHAT) $(SMOKE_OPT)
+
+status: $(VENV)/.base ## Show what is here, what is missing, and what would be done
+	@$(INV) status $(WHAT)
+
+fetch: $(VENV)/.base ## Bring the files into output/, proven
+	@$(INV) fetch $(WHAT) --source $(SOURCE)
+
+place: $(VENV)/.base ## Move proven files from output/ to their place
+	@$(INV) place $(WHAT)
+
+verify: $(VENV)/.base ## Hash every file in place again and run all gates
+	@$(INV) verify $(WHAT)
+
+smoke: $(VENV)/.smoke ## Load the model, let it speak, and check it
+	@$(INV) smoke $(WHAT)
+
+clean: $(VENV)/.base ## Remove unfinished files of MODEL
+	@$(INV) clean --model $(MODEL)
+
+split: $(VENV)/.base ## Cut FILE=... into parts with digests and a manifest entry
+	@$(INV) split $(FILE)
+
+lock: $(VENV)/.base ## Add digests that proven files show to MODEL's manifest
+	@$(INV) lock --model $(MODEL)
+
+standin: $(VENV)/.base ## Write a full-size stand-in of CSM-1B (needs 25 GB of disk)
+	@$(INV) standin
+
+test: $(VENV)/.test ## Run the tests
+	@$(VENV)/bin/python -m pytest -n auto
+
+lint: $(VENV)/.test ## Check style, types and the shell script
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck recombine.sh .ci/run
+
+test-full: $(VENV)/.test ## Run the tests that need root, 45 GB of disk, or minutes
+	@$(VENV)/bin/python -m pytest -m full tests
+
+bench: $(VENV)/.base ## Measure against cat and sha256sum at full size (needs 40 GB of disk)
+	@$(VENV)/bin/python benchmarks/line.py
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11; say make PYTHON=python3.11" >&2; exit 1; }
+	@echo "setting up $(VENV) ..." >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.smoke: $(VENV)/.base
+	@echo "installing torch (SMOKE=no does without) ..." >&2
+	@$(PIP) --editable '.[smoke]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.smoke
+	@echo "installing what the tests need ..." >&2
+	@$(PIP) --editable '.[smoke,test]'
+	@touch $@

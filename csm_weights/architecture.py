@@ -1,0 +1,179 @@
+"""What a CSM config.json says: dimensions, and the tensors that follow from them.
+
+Two published editions of the file are read: the 155-byte one of March 2025
+(torchtune flavor names) and today's transformers layout. Both describe the
+same network; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from csm_weights.errors import Finding, Kind, WrongContent
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """One Llama-style stack. `dim` and `ffn` are in features."""
+
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    ffn: int
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.dim // self.heads
+
+
+#: Stacks by the flavor name that config.json gives. The llama ones are the
+#: published CSM-1B; the tiny ones belong to the embedded csm-tiny.
+FLAVORS = {
+    "llama-1B": Transformer(layers=16, dim=2048, heads=32, kv_heads=8, ffn=8192),
+    "llama-100M": Transformer(layers=4, dim=1024, heads=8, kv_heads=2, ffn=8192),
+    "tiny-backbone": Transformer(layers=3, dim=64, heads=4, kv_heads=2, ffn=160),
+    "tiny-decoder": Transformer(layers=2, dim=32, heads=4, kv_heads=1, ffn=96),
+}
+
+#: Sanity ceiling of one dimension, so that a hostile config.json cannot ask
+#: for shapes that overflow: the largest real one is the text vocabulary, 128,256.
+MAX_DIMENSION = 1 << 24
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A CSM network: backbone, depth decoder, vocabularies, RoPE.
+
+    The RoPE figures are torchtune's for Llama 3.2: base 500,000, scaling
+    factor 32, wavelengths scaled beyond 8,192 positions and blended between
+    2,048 and 8,192.
+    """
+
+    backbone: Transformer
+    decoder: Transformer
+    text_vocab: int
+    audio_vocab: int
+    codebooks: int
+    max_positions: int = 2048
+    norm_eps: float = 1e-5
+    rope_base: float = 500_000.0
+    rope_factor: float = 32.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_old_context: int = 8192
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor (187 for CSM-1B), sorted by name."""
+        backbone, decoder = self.backbone, self.decoder
+        shapes: dict[str, tuple[int, ...]] = {
+            "text_embeddings.weight": (self.text_vocab, backbone.dim),
+            "audio_embeddings.weight": (self.audio_vocab * self.codebooks, backbone.dim),
+            "projection.weight": (decoder.dim, backbone.dim),
+            "codebook0_head.weight": (self.audio_vocab, backbone.dim),
+            "audio_head": (self.codebooks - 1, decoder.dim, self.audio_vocab),
+        }
+        for name, stack in (("backbone", backbone), ("decoder", decoder)):
+            shapes |= _stack_shapes(name, stack)
+        return dict(sorted(shapes.items()))
+
+
+def _stack_shapes(name: str, stack: Transformer) -> dict[str, tuple[int, ...]]:
+    kv_dim = stack.kv_heads * stack.head_dim
+    layer = {
+        "attn.q_proj.weight": (stack.dim, stack.dim),
+        "attn.k_proj.weight": (kv_dim, stack.dim),
+        "attn.v_proj.weight": (kv_dim, stack.dim),
+        "attn.output_proj.weight": (stack.dim, stack.dim),
+        "mlp.w1.weight": (stack.ffn, stack.dim),
+        "mlp.w2.weight": (stack.dim, stack.ffn),
+        "mlp.w3.weight": (stack.ffn, stack.dim),
+        "sa_norm.scale": (stack.dim,),
+        "mlp_norm.scale": (stack.dim,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.norm.scale": (stack.dim,)}
+    for index in range(stack.layers):
+        shapes |= {f"{name}.layers.{index}.{key}": shape for key, shape in layer.items()}
+    return shapes
+
+
+def parse_config(text: bytes, where: str) -> Architecture:
+    """Reads the bytes of a config.json.
+
+    Raises WrongContent, with `where` as the place, when it is not JSON, not
+    one of the two editions, or describes no possible network.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(where, "JSON", f"{type(error).__name__}: {error}") from None
+    if not isinstance(data, dict):
+        raise _malformed(where, "a JSON object", type(data).__name__)
+    try:
+        architecture = (
+            _from_flavors(data) if "backbone_flavor" in data else _from_transformers(data)
+        )
+        _check(architecture)
+    except KeyError as error:
+        raise _malformed(where, f"the key {error}", "no such key") from None
+    except (TypeError, ValueError) as error:
+        raise _malformed(where, "the dimensions of a CSM network", str(error)) from None
+    return architecture
+
+
+def _from_flavors(data: dict[str, Any]) -> Architecture:
+    for key in ("backbone_flavor", "decoder_flavor"):
+        if data[key] not in FLAVORS:
+            raise ValueError(f"{key} {data[key]!r}; known are {', '.join(FLAVORS)}")
+    return Architecture(
+        backbone=FLAVORS[data["backbone_flavor"]],
+        decoder=FLAVORS[data["decoder_flavor"]],
+        text_vocab=data["text_vocab_size"],
+        audio_vocab=data["audio_vocab_size"],
+        codebooks=data["audio_num_codebooks"],
+    )
+
+
+def _from_transformers(data: dict[str, Any]) -> Architecture:
+    return Architecture(
+        backbone=_stack_from_transformers(data),
+        decoder=_stack_from_transformers(data["depth_decoder_config"]),
+        text_vocab=data["text_vocab_size"],
+        audio_vocab=data["vocab_size"],
+        codebooks=data["num_codebooks"],
+    )
+
+
+def _stack_from_transformers(data: dict[str, Any]) -> Transformer:
+    return Transformer(
+        layers=data["num_hidden_layers"],
+        dim=data["hidden_size"],
+        heads=data["num_attention_heads"],
+        kv_heads=data["num_key_value_heads"],
+        ffn=data["intermediate_size"],
+    )
+
+
+def _check(architecture: Architecture) -> None:
+    figures = {"text_vocab": architecture.text_vocab, "audio_vocab": architecture.audio_vocab}
+    figures["codebooks"] = architecture.codebooks
+    for name, stack in (("backbone", architecture.backbone), ("decoder", architecture.decoder)):
+        figures |= {f"{name}.{key}": value for key, value in vars(stack).items()}
+    for key, value in figures.items():
+        if type(value) is not int or not 0 < value <= MAX_DIMENSION:
+            raise ValueError(f"{key} = {value!r}, not an integer from 1 to {MAX_DIMENSION}")
+    if architecture.codebooks < 2:
+        raise ValueError("fewer than 2 codebooks")
+    for stack in (architecture.backbone, architecture.decoder):
+        if stack.dim % stack.heads or stack.head_dim % 2 or stack.heads % stack.kv_heads:
+            raise ValueError(
+                f"{stack.heads} heads, {stack.kv_heads} kv heads on {stack.dim} features"
+            )
+
+
+def _malformed(where: str, expected: str, found: str) -> WrongContent:
+    finding = Finding(Kind.MALFORMED, where, expected, found[:200])
+    return WrongContent("config.json cannot be used", [finding])

@@ -1,0 +1,113 @@
+"""The other side: making parts, manifests and stand-ins, for those who publish.
+
+Like `pipeline`, this module knows an order and does nothing by itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from pathlib import Path
+
+from csm_weights import files, publish
+from csm_weights.architecture import parse_config
+from csm_weights.errors import Finding, Kind, MissingInput, UsageError, error_for
+from csm_weights.manifest import Manifest, load, parse, path_problem, render, render_artifact
+from csm_weights.pipeline import SUMS, Request, verify
+from csm_weights.progress import Progress
+from csm_weights.standin import sizes, write_standin
+
+
+def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bool) -> str:
+    """Cuts `file` into parts below `root` and returns its manifest entry, or what was written.
+
+    `size` is in bytes, or with a unit: MiB, GB, ... With `manifest`, a path,
+    the entry is written there.
+    """
+    if not file.is_file():
+        finding = Finding(Kind.MISSING, str(file), "a file to split", "no such file")
+        raise MissingInput("there is nothing to split", [finding])
+    folder = chunks or f"chunks/{file.stem}"
+    if problem := path_problem(folder):
+        raise UsageError(f"--chunks {folder!r}: {problem}")
+    piece_size, total = publish.parse_size(size), file.stat().st_size
+    ranges = publish.tiling(total, piece_size)
+    if dry:
+        return f"would write {len(ranges)} parts of at most {piece_size:,} bytes to {folder}/"
+    with Progress("splitting", total) as progress:
+        artifact = publish.split(file, root, folder, piece_size, progress.tick)
+    sums = {Path(p.part).name: p.sha256 for p in artifact.pieces}
+    files.write_whole(root / folder / SUMS, publish.render_sums(sums))
+    if not manifest:
+        return "\n".join(["[[artifact]]", *render_artifact(artifact)])
+    path = Path(manifest)
+    if path.is_file():
+        current = load(path)
+    else:
+        name = path.stem
+        current = Manifest(name, f"output/{name}", f"models/{name}", (), where=str(path))
+    _write_manifest(path, publish.with_artifact(current, artifact))
+    return f"{len(ranges)} parts in {folder}/, entry in {path}"
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest that has been read back and found valid."""
+    text = render(manifest)
+    parse(text.encode(), str(path))
+    files.write_whole(path, text)
+
+
+def lock(request: Request, dry: bool) -> str:
+    """Fills in the digests that proven files in place show; returns the difference.
+
+    Raises the gates' error unless every chosen file is proven.
+    """
+    outcome = verify(request)
+    if outcome.error:
+        raise outcome.error
+    digests = {r.path: r.sha256 for r in outcome.results if r.sha256}
+    manifest = outcome.state.manifest
+    for item in outcome.state.artifacts:
+        locked = publish.locked(item.artifact, digests[item.artifact.path])
+        manifest = publish.with_artifact(manifest, locked)
+    before, after = Path(manifest.where).read_text(encoding="utf-8"), render(manifest)
+    lines = (before.splitlines(keepends=True), after.splitlines(keepends=True))
+    difference = "".join(difflib.unified_diff(*lines, manifest.where, "locked"))
+    if difference and not dry:
+        _write_manifest(Path(manifest.where), manifest)
+    return difference or f"{manifest.where} says all that the files show"
+
+
+def standin(root: Path, name: str, dry: bool) -> str:
+    """Writes the parts and the manifest of a stand-in; returns what is there now.
+
+    The files are made whole below output/ first, so twice their size is needed.
+    """
+    recipe = publish.RECIPES.get(name)
+    if recipe is None:
+        raise UsageError(f"no stand-in called {name!r}; there are {', '.join(publish.RECIPES)}")
+    architecture = parse_config(recipe.config.encode(), "config.json")
+    total = sum(sizes(architecture).values())
+    free = shutil.disk_usage(root).free
+    if dry:
+        return f"would write {total:,} bytes of parts to chunks/{name}/, and as many meanwhile"
+    if free < 2 * total:
+        finding = Finding(Kind.NO_SPACE, str(root), f"{2 * total:,} bytes free", f"{free:,}")
+        raise error_for("a stand-in needs room for its files and for their parts", [finding])
+    folder = root / "output" / f"{name}.unfinished"
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts = []
+    try:
+        with Progress("writing", total) as progress:
+            write_standin(architecture, recipe.seed, folder, progress=progress.tick)
+        with Progress("splitting", total) as progress:
+            for file in (folder / "model.safetensors", folder / "ckpt.pt"):
+                chunks = f"chunks/{name}/{publish.group_of(file.name)}"
+                size = recipe.piece_size
+                artifacts.append(publish.split(file, root, chunks, size, progress.tick))
+                file.unlink()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    path = root / "manifests" / f"{name}.toml"
+    _write_manifest(path, publish.standin_manifest(name, recipe, artifacts))
+    return f"{total:,} bytes in chunks/{name}/; now run inv weights --model {name}"

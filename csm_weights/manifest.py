@@ -1,0 +1,449 @@
+"""The manifest: what the model must be, read from text into frozen values.
+
+A manifest is TOML, kept in git, and read-only to the pipeline. `parse` opens
+no file; `load` opens exactly one. `render` writes the canonical text, which
+`recombine.sh` reads with awk: one key a line, one piece a line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from csm_weights.errors import Finding, Kind, ManifestInvalid, MissingInput, UsageError
+
+SCHEMA = 1
+
+#: Formats whose structure the gates can read; "opaque" has size and digest only.
+FORMATS = ("safetensors", "torch-zip", "config", "opaque")
+
+#: Formats that hold the weights, each of which is a whole model by itself.
+WEIGHT_FORMATS = ("safetensors", "torch-zip")
+
+#: Evidence marks: A read in a real artefact and recomputed, B one public
+#: source, C inferred or simulated.
+MARKS = ("A", "B", "C")
+
+#: Ceilings that keep a hostile manifest cheap: 1 PiB a file, 4 MiB of text.
+MAX_SIZE = 1 << 50
+MAX_TEXT = 4 << 20
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_REVISION = re.compile(r"[0-9a-f]{40}")
+_HEX = {"sha256": re.compile(r"[0-9a-f]{64}"), "blob_id": re.compile(r"[0-9a-f]{40}")}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\\:*?\"<>|]")
+
+#: Folder beside placed files that holds their receipts; no artifact may live there.
+RECEIPTS = ".csm-weights"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The half-open byte range `[offset, offset + size)` of an artifact.
+
+    `part` is the path of the local file that holds just these bytes,
+    relative to the repository root.
+    """
+
+    part: str
+    offset: int
+    size: int
+    sha256: str
+
+    @property
+    def end(self) -> int:
+        """First byte after the piece."""
+        return self.offset + self.size
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One set of bytes that is accepted as an artifact.
+
+    `text`, where given, is the whole content, so that the file can be
+    written without any source.
+    """
+
+    size: int
+    sha256: str | None
+    text: str | None = None
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file of the model: `path` is relative to the destination.
+
+    `blob_id` is the git blob SHA-1 that the Hub shows for the file: of its
+    LFS pointer for a large file. `pieces` tile `[0, size)`, or are empty.
+    `alternatives` are other editions that are just as acceptable.
+    """
+
+    path: str
+    group: str
+    format: str
+    size: int
+    sha256: str | None = None
+    blob_id: str | None = None
+    text: str | None = None
+    pieces: tuple[Piece, ...] = ()
+    alternatives: tuple[Edition, ...] = ()
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def editions(self) -> tuple[Edition, ...]:
+        """All accepted sets of bytes, the pinned one first."""
+        pinned = Edition(self.size, self.sha256, self.text, self.evidence, self.note)
+        return (pinned, *self.alternatives)
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether the file is one of the weight formats."""
+        return self.format in WEIGHT_FORMATS
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model must be, and where its files go (relative to the root).
+
+    `staging` receives assembled files, `destination` placed ones. `where` is
+    the file it was read from, for messages.
+    """
+
+    name: str
+    staging: str
+    destination: str
+    artifacts: tuple[Artifact, ...]
+    description: str = ""
+    repo: str | None = None
+    revision: str | None = None
+    golden: str | None = None
+    where: str = ""
+
+    def select(self, words: Iterable[str]) -> tuple[Artifact, ...]:
+        """The artifacts whose group or path is among `words`; `all` takes every one.
+
+        Raises UsageError on a word that names nothing.
+        """
+        wanted = list(words)
+        known = {word for a in self.artifacts for word in (a.group, a.path)}
+        for word in wanted:
+            if word != "all" and word not in known:
+                groups = ", ".join(sorted({a.group for a in self.artifacts}))
+                raise UsageError(
+                    f"nothing called {word!r} in {self.name}; choose from {groups}, all"
+                )
+        return tuple(a for a in self.artifacts if {"all", a.group, a.path}.intersection(wanted))
+
+
+def load(path: Path) -> Manifest:
+    """Reads the manifest at `path`.
+
+    Raises MissingInput when there is none, ManifestInvalid with every broken
+    rule when it does not hold.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_TEXT + 1)
+    except FileNotFoundError:
+        finding = Finding(Kind.MISSING, str(path), "a manifest", "no such file")
+        raise MissingInput(f"no manifest at {path}", [finding]) from None
+    return parse(text, str(path))
+
+
+def parse(text: bytes, where: str) -> Manifest:
+    """Turns TOML text into a Manifest; `where` names its file in messages.
+
+    Raises ManifestInvalid with every broken rule, each by its key.
+    """
+    problems = _Problems(where)
+    if len(text) > MAX_TEXT:
+        problems.add("", f"at most {MAX_TEXT:,} bytes", "more")
+        raise problems.error()
+    try:
+        data = tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        problems.add("", "TOML", str(error) or type(error).__name__)
+        raise problems.error() from None
+    manifest = _manifest(_Table(data, "", problems), where)
+    if problems.findings:
+        raise problems.error()
+    return manifest
+
+
+class _Problems:
+    """Collects broken rules, each with the file and the key it is at."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.findings: list[Finding] = []
+
+    def add(self, key: str, expected: str, found: object) -> None:
+        where = f"{self.where}: {key}" if key else self.where
+        self.findings.append(Finding(Kind.MALFORMED, where, expected, str(found)[:200]))
+
+    def error(self) -> ManifestInvalid:
+        return ManifestInvalid(f"{self.where} is not a valid manifest", self.findings)
+
+
+class _Table:
+    """One TOML table: values are taken by name and type, the rest is refused."""
+
+    def __init__(self, data: Any, key: str, problems: _Problems) -> None:
+        if not isinstance(data, dict):
+            problems.add(key, "a table", type(data).__name__)
+            data = {}
+        self.left = dict(data)
+        self.key = key
+        self.problems = problems
+
+    def at(self, name: str) -> str:
+        return f"{self.key}.{name}" if self.key else name
+
+    def refuse(self, name: str, expected: str, found: object) -> None:
+        self.problems.add(self.at(name), expected, found)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.left.pop(name, default)
+        if not isinstance(value, str):
+            self.refuse(name, "a string", "nothing" if value is None else repr(value))
+            return ""
+        return value
+
+    def optional(self, name: str) -> str | None:
+        return self.text(name) if name in self.left else None
+
+    def number(self, name: str, low: int) -> int:
+        value = self.left.pop(name, None)
+        if type(value) is not int or not low <= value <= MAX_SIZE:
+            found = "nothing" if value is None else repr(value)
+            self.refuse(name, f"an integer of bytes from {low} to {MAX_SIZE}", found)
+            return low
+        return value
+
+    def matching(self, name: str, pattern: re.Pattern[str], expected: str) -> str:
+        value = self.text(name)
+        if value and not pattern.fullmatch(value):
+            self.refuse(name, expected, repr(value))
+        return value
+
+    def digest(self, name: str) -> str | None:
+        if name not in self.left:
+            return None
+        length = 64 if name == "sha256" else 40
+        return self.matching(name, _HEX[name], f"{length} lowercase hex digits")
+
+    def path(self, name: str, *, allow_here: bool = False) -> str:
+        value = self.text(name)
+        if not (allow_here and value == ".") and (problem := path_problem(value)):
+            self.refuse(name, "a path that stays inside its folder", f"{value!r}: {problem}")
+        return value
+
+    def table(self, name: str) -> _Table:
+        return _Table(self.left.pop(name, {}), self.at(name), self.problems)
+
+    def tables(self, name: str) -> list[_Table]:
+        value = self.left.pop(name, [])
+        if not isinstance(value, list):
+            self.refuse(name, "an array of tables", type(value).__name__)
+            return []
+        return [_Table(v, f"{self.at(name)}[{i}]", self.problems) for i, v in enumerate(value)]
+
+    def finish(self) -> None:
+        for name in self.left:
+            self.refuse(name, "only known keys", "an unknown key")
+
+
+def path_problem(path: str) -> str:
+    """Why a relative POSIX path may not be used, or an empty string."""
+    parts = path.split("/")
+    if not path or _CONTROL.search(path):
+        return "empty, or a character that some file system refuses"
+    if path.startswith("/"):
+        return "absolute"
+    if any(part in {"", ".", ".."} for part in parts):
+        return "an empty, '.' or '..' component"
+    if any(part.endswith((".", " ")) or len(part.encode()) > 200 for part in parts):
+        return "a component that is too long or ends in a dot or space"
+    if {part.lower() for part in parts} & {".git", RECEIPTS}:
+        return "inside a reserved folder"
+    if parts[-1].endswith((".partial", ".journal", ".lock")):
+        return "a name kept for unfinished files"
+    return ""
+
+
+def _manifest(table: _Table, where: str) -> Manifest:
+    if table.left.pop("schema", None) != SCHEMA:
+        table.refuse("schema", f"{SCHEMA}", "another, or none")
+    layout, hub, smoke = table.table("layout"), table.table("hub"), table.table("smoke")
+    has_hub = bool(hub.left)
+    manifest = Manifest(
+        name=table.matching("name", _NAME, "lowercase letters, digits, '.', '_', '-'"),
+        description=table.text("description", ""),
+        staging=layout.path("staging"),
+        destination=layout.path("destination", allow_here=True),
+        repo=hub.matching("repo", _REPO, "ORG/NAME") if has_hub else None,
+        revision=hub.matching("revision", _REVISION, "a commit, 40 hex digits")
+        if has_hub
+        else None,
+        golden=smoke.path("golden") if smoke.left else None,
+        artifacts=tuple(_artifact(t) for t in table.tables("artifact")),
+        where=where,
+    )
+    for part in (layout, hub, smoke, table):
+        part.finish()
+    if not manifest.artifacts:
+        table.refuse("artifact", "at least one", "none")
+    if manifest.staging == manifest.destination:
+        layout.refuse("staging", "a folder other than the destination", manifest.staging)
+    _check_unique(manifest, table)
+    return manifest
+
+
+def _check_unique(manifest: Manifest, table: _Table) -> None:
+    """No two artifacts, and no two parts, may be one file (case folded, as on macOS)."""
+    seen: dict[str, str] = {}
+    for index, artifact in enumerate(manifest.artifacts):
+        names = {f"artifact[{index}].path": artifact.path}
+        for number, piece in enumerate(artifact.pieces):
+            names[f"artifact[{index}].pieces[{number}].part"] = f"part {piece.part}"
+        for key, name in names.items():
+            first = seen.setdefault(name.casefold(), key)
+            if first != key:
+                table.refuse(key, "a path of its own", f"{name!r}, as at {first}")
+
+
+def _artifact(table: _Table) -> Artifact:
+    artifact = Artifact(
+        path=table.path("path"),
+        group=table.matching("group", _NAME, "a lowercase word"),
+        format=table.text("format"),
+        size=table.number("size", 0),
+        sha256=table.digest("sha256"),
+        blob_id=table.digest("blob_id"),
+        text=table.optional("text"),
+        pieces=tuple(_piece(t) for t in table.tables("pieces")),
+        alternatives=tuple(_edition(t) for t in table.tables("alternative")),
+        evidence=_evidence(table.table("evidence")),
+        note=table.text("note", ""),
+    )
+    table.finish()
+    if artifact.format not in FORMATS:
+        table.refuse("format", " or ".join(FORMATS), repr(artifact.format))
+    if artifact.sha256 is None and not artifact.pieces:
+        table.refuse("sha256", "a digest, or pieces that have one", "neither")
+    for index, edition in enumerate(artifact.editions):
+        _check_text(table, "text" if not index else f"alternative[{index - 1}].text", edition)
+    _check_tiling(table, artifact)
+    return artifact
+
+
+def _piece(table: _Table) -> Piece:
+    piece = Piece(
+        part=table.path("part"),
+        offset=table.number("offset", 0),
+        size=table.number("size", 1),
+        sha256=table.matching("sha256", _HEX["sha256"], "64 lowercase hex digits"),
+    )
+    table.finish()
+    return piece
+
+
+def _edition(table: _Table) -> Edition:
+    edition = Edition(
+        size=table.number("size", 0),
+        sha256=table.matching("sha256", _HEX["sha256"], "64 lowercase hex digits"),
+        text=table.optional("text"),
+        evidence=_evidence(table.table("evidence")),
+        note=table.text("note", ""),
+    )
+    table.finish()
+    return edition
+
+
+def _evidence(table: _Table) -> dict[str, str]:
+    marks = {name: table.text(name) for name in list(table.left)}
+    for name, mark in marks.items():
+        if mark not in MARKS:
+            table.refuse(name, " or ".join(MARKS), repr(mark))
+    return marks
+
+
+def _check_text(table: _Table, key: str, edition: Edition) -> None:
+    if edition.text is not None and len(edition.text.encode()) != edition.size:
+        table.refuse(key, f"{edition.size} bytes, its size", len(edition.text.encode()))
+
+
+def _check_tiling(table: _Table, artifact: Artifact) -> None:
+    """The pieces must follow each other from 0 to the artifact's size."""
+    expected = 0
+    for index, piece in enumerate(artifact.pieces):
+        if piece.offset != expected:
+            kind = "hole" if piece.offset > expected else "overlap"
+            table.refuse(f"pieces[{index}].offset", str(expected), f"{piece.offset}, a {kind}")
+        expected = piece.end
+    if artifact.pieces and expected != artifact.size:
+        table.refuse("size", f"{expected}, the sum of its pieces", artifact.size)
+
+
+def render(manifest: Manifest) -> str:
+    """The canonical TOML text of a manifest; `parse` reads it back equal."""
+    lines = [f"schema = {SCHEMA}", f"name = {_quote(manifest.name)}"]
+    if manifest.description:
+        lines.append(f"description = {_quote(manifest.description)}")
+    lines += ["", "[layout]", f"staging = {_quote(manifest.staging)}"]
+    lines.append(f"destination = {_quote(manifest.destination)}")
+    if manifest.repo and manifest.revision:
+        lines += ["", "[hub]", f"repo = {_quote(manifest.repo)}"]
+        lines.append(f"revision = {_quote(manifest.revision)}")
+    if manifest.golden:
+        lines += ["", "[smoke]", f"golden = {_quote(manifest.golden)}"]
+    for artifact in manifest.artifacts:
+        lines += ["", "[[artifact]]", *render_artifact(artifact)]
+    return "\n".join(lines) + "\n"
+
+
+def render_artifact(artifact: Artifact) -> list[str]:
+    """The lines below `[[artifact]]` in the canonical text."""
+    lines = [f"{name} = {_quote(getattr(artifact, name))}" for name in ("path", "group", "format")]
+    lines += _render_edition(artifact.editions[0], artifact.blob_id)
+    if artifact.pieces:
+        lines.append("pieces = [")
+        lines += [
+            f"  {{ part = {_quote(p.part)}, offset = {p.offset}, size = {p.size},"
+            f' sha256 = "{p.sha256}" }},'
+            for p in artifact.pieces
+        ]
+        lines.append("]")
+    for edition in artifact.alternatives:
+        lines += ["", "[[artifact.alternative]]", *_render_edition(edition, None)]
+    return lines
+
+
+def _render_edition(edition: Edition, blob_id: str | None) -> list[str]:
+    lines = [f"size = {edition.size}"]
+    if edition.sha256:
+        lines.append(f'sha256 = "{edition.sha256}"')
+    if blob_id:
+        lines.append(f'blob_id = "{blob_id}"')
+    if edition.evidence:
+        marks = ", ".join(f'{name} = "{mark}"' for name, mark in edition.evidence.items())
+        lines.append(f"evidence = {{ {marks} }}")
+    if edition.note:
+        lines.append(f"note = {_quote(edition.note)}")
+    if edition.text is not None:
+        lines.append(f"text = {_quote(edition.text)}")
+    return lines
+
+
+def _quote(text: str) -> str:
+    """A TOML basic string: JSON's escapes are all TOML's too, but for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")

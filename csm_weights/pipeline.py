@@ -1,0 +1,493 @@
+"""Look, plan, act, look again: the only module that knows the order of things.
+
+Every acting command repeats one round until nothing is left to do: look at
+the disk, plan, and take the cheapest kind of step there is. What a round
+found out by hashing is carried into the next look, so a file that was
+refuted is planned around, not stumbled over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from csm_weights import files, gates, place, publish, records
+from csm_weights.assemble import Assembled, Assembly, assemble, write_text
+from csm_weights.errors import (
+    NOT_HERE,
+    CsmWeightsError,
+    Finding,
+    Kind,
+    MissingInput,
+    SmokeFailed,
+    UsageError,
+    error_for,
+)
+from csm_weights.manifest import Artifact, Manifest, Piece, load, path_problem
+from csm_weights.plan import Goal, Plan, Step, Verb, default_selection, make_plan, with_config
+from csm_weights.progress import Progress
+from csm_weights.records import Receipt, SmokeReport
+from csm_weights.smoke import record_golden as write_golden
+from csm_weights.smoke import run as run_smoke
+from csm_weights.sources import first_of
+from csm_weights.sources.local import Chunks, WholeFile
+from csm_weights.state import Condition, FileLook, Places, State, look
+
+#: Name of the digest list beside placed files.
+SUMS = "SHA256SUMS"
+
+#: Words for where pieces come from; auto is every source there is.
+SOURCES = ("auto", "chunks")
+
+#: Frames that a smoke test makes: 0.64 seconds of audio.
+SMOKE_FRAMES = 8
+
+#: More rounds than this mean that something else keeps changing the files.
+MAX_ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: a model, by name or manifest path, below a repository root.
+
+    `only` are words that `Manifest.select` knows; none means the default
+    selection. `dest` overrides the manifest's destination.
+    """
+
+    root: Path
+    model: str = "csm-1b"
+    only: tuple[str, ...] = ()
+    dest: str | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A look at the disk and the plan that follows from it."""
+
+    state: State
+    plan: Plan
+    error: CsmWeightsError | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did and what is proven now.
+
+    `acts` are the steps taken, in order. `smoke` is the last smoke report of
+    these very files, perhaps an earlier run's.
+    """
+
+    state: State
+    acts: tuple[Step, ...] = ()
+    notes: tuple[Finding, ...] = ()
+    results: tuple[gates.GateResult, ...] = ()
+    smoke: SmokeReport | None = None
+    error: CsmWeightsError | None = None
+
+
+@dataclass
+class _Run:
+    """One run of a command: what was asked, and what it has learnt so far."""
+
+    manifest: Manifest
+    places: Places
+    chosen: tuple[Artifact, ...]
+    refuted: dict[Path, Finding] = field(default_factory=dict)
+
+    def look(self) -> State:
+        return look(self.manifest, self.chosen, self.places, self.refuted)
+
+    def receipt(self, artifact: Artifact, proven: Assembled) -> Receipt:
+        """The receipt of a file that has just been proven; size in bytes."""
+        return Receipt(
+            path=artifact.path,
+            model=self.manifest.name,
+            size=proven.fingerprint.size,
+            sha256=proven.sha256,
+            pieces=proven.records,
+            fingerprint=proven.fingerprint,
+            proven_at=now(),
+            tool=f"csm-weights {version('csm-weights')}",
+        )
+
+
+def find_manifest(root: Path, model: str) -> Manifest:
+    """The manifest called `model` in manifests/, or at that path.
+
+    Raises UsageError, naming those there are, when there is none.
+    """
+    by_path = model.endswith(".toml") or "/" in model
+    path = Path(model) if by_path else root / "manifests" / f"{model}.toml"
+    if not by_path and path_problem(model):
+        raise UsageError(f"{model!r} is not a model's name")
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (root / "manifests").glob("*.toml")))
+        raise UsageError(
+            f"no manifest for model {model!r}; there are {known}, or give a .toml path"
+        )
+    return load(path)
+
+
+def survey(request: Request, goal: Goal = Goal.BOTH, check: bool = False) -> Survey:
+    """What is there and what `goal` would do; with `check`, an error unless all is proven."""
+    run = _begin(request)
+    state = run.look()
+    plan = make_plan(state, goal)
+    error = None
+    if check and not plan.is_done:
+        unproven = [_unproven(step) for step in plan.steps if step.verb is not Verb.KEEP]
+        error = error_for("not everything is proven", [*plan.findings, *plan.notes, *unproven])
+    return Survey(state, plan, error)
+
+
+def _unproven(step: Step) -> Finding:
+    found = f"to be done: {step.verb}"
+    kind = Kind.CHANGED if step.look.receipt else Kind.MISSING
+    return Finding(kind, step.artifact.path, "a proven file in place", found, "inv weights")
+
+
+def act(request: Request, goal: Goal) -> Outcome:
+    """Brings the chosen artifacts where `goal` wants them, proven.
+
+    Raises the error of what stands in the way; nothing that was good is lost.
+    """
+    run = _begin(request)
+    plan = make_plan(run.look(), goal)
+    _require(run, plan)
+    if plan.is_done:
+        return Outcome(run.look(), notes=plan.notes)
+    acts: list[Step] = []
+    notes: list[Finding] = []
+    with _locked(run.places):
+        for _ in range(MAX_ROUNDS):
+            state = run.look()
+            plan = make_plan(state, goal)
+            notes += [note for note in plan.notes if note not in notes]
+            _require(run, plan)
+            taken = _round(run, plan)
+            if not taken:
+                return Outcome(state, tuple(acts), tuple(notes))
+            acts += taken
+    raise CsmWeightsError("the files keep changing; is another program writing to them?")
+
+
+def _round(run: _Run, plan: Plan) -> tuple[Step, ...]:
+    """Takes the cheapest kind of step there is, and returns the steps taken."""
+    kinds: tuple[tuple[Callable[[_Run, Sequence[Step]], None], Verb], ...] = (
+        (_prove, Verb.PROVE),
+        (_write, Verb.WRITE),
+        (_assemble, Verb.ASSEMBLE),
+        (_move, Verb.MOVE),
+        (_copy, Verb.COPY),
+    )
+    for take, verb in kinds:
+        if steps := plan.having(verb):
+            take(run, steps)
+            return steps
+    return ()
+
+
+def _prove(run: _Run, steps: Sequence[Step]) -> None:
+    """Hashes files that lie where they should; the right ones get their receipt."""
+    subjects = [_subject(step.artifact, step.look) for step in steps]
+    with Progress("proving", sum(step.reads for step in steps)) as progress:
+        proofs = gates.prove(subjects, progress.tick)
+    for step, proof in zip(steps, proofs, strict=True):
+        if proof.findings or proof.sha256 is None:
+            run.refuted[step.look.path] = proof.findings[0]
+            continue
+        proven = Assembled(step.look.path, proof.sha256, proof.records, proof.fingerprint)
+        place.record(_folder(step.look, step.artifact), run.receipt(step.artifact, proven))
+
+
+def _write(run: _Run, steps: Sequence[Step]) -> None:
+    for step in steps:
+        edition = next(e for e in step.artifact.editions if e.text is not None)
+        _install(run, step.artifact, write_text(step.look.path, edition.text or ""))
+
+
+def _assemble(run: _Run, steps: Sequence[Step]) -> None:
+    source = first_of(Chunks(run.places.root))
+    jobs = [Assembly(s.artifact, s.look.path, source, s.state.partial) for s in steps]
+    with Progress("assembling", sum(step.reads for step in steps)) as progress:
+        done = assemble(jobs, progress.tick)
+    for step, assembled in zip(steps, done, strict=True):
+        _install(run, step.artifact, assembled)
+
+
+def _install(run: _Run, artifact: Artifact, assembled: Assembled) -> None:
+    place.install(assembled.partial, run.places.staging, run.receipt(artifact, assembled))
+    records.journal_path(run.places.staging / artifact.path).unlink(missing_ok=True)
+
+
+def _move(run: _Run, steps: Sequence[Step]) -> None:
+    for step in steps:
+        receipt = _staged_receipt(step)
+        place.install(step.look.path, run.places.destination, receipt)
+        place.forget(run.places.staging, receipt.path)
+
+
+def _copy(run: _Run, steps: Sequence[Step]) -> None:
+    """Staged files to another file system: proven as written there, then removed here."""
+    jobs = []
+    for step in steps:
+        receipt, target = _staged_receipt(step), run.places.destination / step.artifact.path
+        jobs.append(Assembly(_as_staged(step.artifact, receipt), target, WholeFile(step.look.path)))
+    with Progress("copying", sum(step.reads for step in steps)) as progress:
+        done = assemble([replace(j, source=first_of(j.source)) for j in jobs], progress.tick)
+    for step, copied in zip(steps, done, strict=True):
+        receipt = replace(_staged_receipt(step), fingerprint=copied.fingerprint)
+        place.install(copied.partial, run.places.destination, receipt)
+        records.journal_path(run.places.destination / receipt.path).unlink(missing_ok=True)
+        step.look.path.unlink()
+        place.forget(run.places.staging, receipt.path)
+
+
+def _as_staged(artifact: Artifact, receipt: Receipt) -> Artifact:
+    """The artifact as it was proven in staging, in the pieces that were proven there."""
+    pieces = tuple(Piece(r.source, r.offset, r.size, r.sha256) for r in receipt.pieces)
+    pieces = pieces or (Piece(receipt.path, 0, receipt.size, receipt.sha256),)
+    pinned = receipt.size == artifact.size
+    return replace(
+        artifact,
+        size=receipt.size,
+        sha256=receipt.sha256,
+        blob_id=artifact.blob_id if pinned else None,
+        pieces=pieces,
+    )
+
+
+def _staged_receipt(step: Step) -> Receipt:
+    assert step.look.receipt is not None, "a step moves only what has a receipt"
+    return step.look.receipt
+
+
+def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> Outcome:
+    """The whole line: fetch, place, gate, smoke; a second run has nothing to do."""
+    outcome = act(request, Goal.BOTH)
+    outcome = replace(outcome, results=_gate(outcome.state, rehash=False))
+    if error := _gate_error(outcome.results):
+        return replace(outcome, error=error)
+    return _speak_unless_known(outcome, request, require_gpu) if smoke else outcome
+
+
+def verify(request: Request, sums: str | None = None, write_sums: bool = False) -> Outcome:
+    """Hashes everything that is in place and runs every gate.
+
+    `sums` is a SHA256SUMS file whose digests are held against the files as
+    well. With `write_sums`, one is written beside files that passed; nothing
+    else is ever written.
+    """
+    state = _begin(request).look()
+    results = list(_gate(state, rehash=True))
+    folder = state.places.destination
+    if sums:
+        results += _gate_sums(results, Path(sums), folder)
+    outcome = Outcome(state, results=tuple(results), error=_gate_error(results))
+    if write_sums and not outcome.error:
+        digests = {r.path: r.sha256 for r in results if r.gate is gates.Gate.DIGEST and r.sha256}
+        files.write_whole(folder / SUMS, publish.render_sums(digests))
+    return outcome
+
+
+def _gate_sums(
+    results: Sequence[gates.GateResult], sums: Path, folder: Path
+) -> list[gates.GateResult]:
+    """A result for each line of a SHA256SUMS file, hashing only what is not hashed yet."""
+    try:
+        listed = publish.parse_sums(sums.read_text(encoding="utf-8", errors="replace"), str(sums))
+    except OSError as error:
+        finding = Finding(Kind.MISSING, str(sums), "a SHA256SUMS file", str(error.strerror))
+        raise MissingInput("there is nothing to check against", [finding]) from None
+    known = {r.path: r.sha256 for r in results if r.sha256}
+    return [gates.check_sum(folder, path, d, known.get(path)) for path, d in listed.items()]
+
+
+def _gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
+    subjects = [_subject(item.artifact, item.placed) for item in state.artifacts]
+    to_hash = sum(s.size or 0 for s in subjects if not s.finding and (rehash or not s.trusted))
+    with Progress("verifying", to_hash) as progress:
+        return tuple(gates.check(subjects, rehash, progress.tick))
+
+
+def _gate_error(results: Sequence[gates.GateResult]) -> CsmWeightsError | None:
+    findings = list(dict.fromkeys(f for r in results for f in r.findings))
+    return error_for("the gates are closed", findings) if findings else None
+
+
+def _subject(artifact: Artifact, file: FileLook) -> gates.Subject:
+    finding = file.finding
+    if file.condition is Condition.ABSENT:
+        size = f"{artifact.size:,} bytes"
+        finding = Finding(Kind.MISSING, str(file.path), size, "no such file", "inv weights")
+    trusted = file.condition is Condition.PROVEN
+    return gates.Subject(artifact, file.path, file.size, finding, file.receipt, trusted)
+
+
+def _folder(file: FileLook, artifact: Artifact) -> Path:
+    """The folder below which `artifact.path` is the file."""
+    return file.path.parents[len(Path(artifact.path).parts) - 1]
+
+
+def _begin(request: Request) -> _Run:
+    manifest = find_manifest(request.root, request.model)
+    places = Places.of(manifest, request.root, request.dest)
+    chosen = manifest.select(request.only) if request.only else ()
+    if not chosen:
+        chosen = default_selection(look(manifest, manifest.artifacts, places, {}))
+    return _Run(manifest, places, with_config(manifest, chosen))
+
+
+def _require(run: _Run, plan: Plan) -> None:
+    """Raises what stands in the way of a plan, with the ways out of it."""
+    if not plan.findings:
+        return
+    name = run.manifest.name
+    if all(f.kind in NOT_HERE for f in plan.findings):
+        raise error_for(f"{name}: not all of it is here", plan.findings, _ways_to_get(run))
+    raise error_for(f"{name}: cannot go on", plan.findings)
+
+
+def _ways_to_get(run: _Run) -> str:
+    """The ways to get the missing files, in a few lines."""
+    manifest, staging = run.manifest, run.manifest.staging
+    missing = [s.artifact for s in run.look().artifacts if s.placed.condition is Condition.ABSENT]
+    artifact = next((a for a in missing if a.is_weights), missing[0])
+    ways = [f"a copy, whatever its origin: put it at {staging}/{artifact.path}"]
+    if manifest.repo:
+        ways.insert(
+            0,
+            f"the Hub: accept the terms at https://huggingface.co/{manifest.repo}, log in with"
+            f" `hf auth login`, then\n     hf download {manifest.repo} {artifact.path}"
+            f" --revision {manifest.revision} --local-dir {staging}",
+        )
+    if artifact.pieces:
+        folder = Path(artifact.pieces[0].part).parent.as_posix()
+        ways.insert(0, f"parts: put them in {folder}/; in a clone that has them, git lfs pull")
+    lines = [f"Ways to get {artifact.path}:"]
+    lines += [f"  {number}. {way}" for number, way in enumerate(ways, start=1)]
+    lines.append("Then run the same command again: what came is proven before it is used.")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _locked(places: Places) -> Iterator[None]:
+    """One acting run at a time on one staging folder; a second one waits."""
+    from filelock import FileLock, Timeout
+
+    path = places.staging / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        with Progress(f"waiting for another run in {places.staging}", 0) as progress:
+            progress.say("it holds the lock; this one goes on when it ends")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def now() -> str:
+    """The time, ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def smoke(
+    request: Request,
+    device: str | None = None,
+    require_gpu: bool = False,
+    frames: int = SMOKE_FRAMES,
+) -> Outcome:
+    """Gates the model that is in place, loads it and lets it speak."""
+    state = _begin(request).look()
+    results = _gate(state, rehash=False)
+    outcome = Outcome(state, results=results, error=_gate_error(results))
+    return outcome if outcome.error else _speak(outcome, request, device, require_gpu, frames)
+
+
+def record_golden(request: Request, frames: int) -> Path:
+    """Records the golden frames of a model that passes its gates; returns their file."""
+    state = _begin(request).look()
+    if error := _gate_error(_gate(state, rehash=True)):
+        raise error
+    path = request.root / "manifests" / f"{state.manifest.name}.golden.json"
+    write_golden(state.places.destination, path, frames)
+    return path
+
+
+def _speak_unless_known(outcome: Outcome, request: Request, require_gpu: bool) -> Outcome:
+    """The smoke report of these very files: an earlier run's where there is one."""
+    known = outcome.state.smoke
+    bound = known and known.ok and (known.files, known.torch) == _binding(outcome.state)
+    if known and bound and not (require_gpu and known.device.startswith("cpu")):
+        return replace(outcome, smoke=known)
+    return _speak(outcome, request, None, require_gpu, SMOKE_FRAMES)
+
+
+def _speak(
+    outcome: Outcome, request: Request, device: str | None, require_gpu: bool, frames: int
+) -> Outcome:
+    state, manifest = outcome.state, outcome.state.manifest
+    golden = request.root / "manifests" / manifest.golden if manifest.golden else None
+    report = run_smoke(
+        state.places.destination,
+        device=device,
+        require_gpu=require_gpu,
+        frames=frames,
+        golden=golden,
+        weights=_weights_word(state),
+    )
+    digests, torch = _binding(state)
+    report = replace(report, files=digests, torch=torch, made_at=now())
+    if not report.ok:
+        wrong = ", ".join(check.name for check in report.checks if not check.ok)
+        return replace(outcome, smoke=report, error=SmokeFailed(f"NOT OK: {wrong}"))
+    text = records.dump(report) + "\n"
+    files.write_whole(records.smoke_path(state.places.destination), text)
+    return replace(outcome, smoke=report)
+
+
+def _weights_word(state: State) -> str:
+    """Which of the chosen weight files is loaded: the first of the manifest's order."""
+    chosen = [item.artifact for item in state.artifacts if item.artifact.is_weights]
+    if not chosen:
+        raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
+    return "safetensors" if chosen[0].format == "safetensors" else "ckpt"
+
+
+def _binding(state: State) -> tuple[tuple[tuple[str, str], ...], str]:
+    """What a smoke report holds for: the digests of the files, and torch's version."""
+    receipts = [item.placed.receipt for item in state.artifacts]
+    digests = tuple((r.path, r.sha256) for r in receipts if r)
+    try:
+        return digests, version("torch")
+    except PackageNotFoundError:
+        return digests, ""
+
+
+def check_source(word: str) -> None:
+    """Raises UsageError unless `word` is a source that `fetch` has."""
+    if word not in SOURCES:
+        raise UsageError(f"no source called {word!r}; there are {' and '.join(SOURCES)}")
+
+
+def clean(request: Request, dry: bool) -> str:
+    """Removes unfinished files and their journals; returns what they were."""
+    state = _begin(request).look()
+    removed = []
+    with _locked(state.places):
+        for item in state.artifacts:
+            for file in (item.staged.path, item.placed.path):
+                for path in (records.partial_path(file), records.journal_path(file)):
+                    if path.exists():
+                        removed.append(str(path))
+                        if not dry:
+                            path.unlink()
+    return "\n".join(removed) or "nothing unfinished"

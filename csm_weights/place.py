@@ -1,0 +1,68 @@
+"""The one door out: a proven file gets its final name here, and nowhere else.
+
+Order: the bytes are made durable, then renamed in one step, then the folder
+is made durable, and the receipt goes last. Whatever stops between two of
+these leaves either no file or a good file without a receipt, which the next
+run proves again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from csm_weights.errors import Finding, Kind, UsageError, WrongContent
+from csm_weights.files import sync, write_whole
+from csm_weights.records import Fingerprint, Receipt, dump, receipt_path
+
+
+def install(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
+    """Renames `proven` to `directory/receipt.path` and records it.
+
+    Both must be on one file system. `receipt.fingerprint` is that of the
+    moment the bytes were proven: a file touched since is refused with
+    WrongContent and keeps its unfinished name. Returns the receipt as
+    written, with the fingerprint of the file under its final name.
+    """
+    final = directory / receipt.path
+    if final.is_dir():
+        raise UsageError(f"{final} is a folder; move it away")
+    sync(proven)
+    if not Fingerprint.of(proven.stat()).same_bytes(receipt.fingerprint):
+        raise _changed(proven)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    proven.replace(final)
+    sync(final.parent)
+    if proven.parent != final.parent:
+        sync(proven.parent)
+    return record(directory, receipt)
+
+
+def record(directory: Path, receipt: Receipt) -> Receipt:
+    """Writes the receipt of a proven file that is already in place.
+
+    Raises WrongContent when the file was touched since it was proven.
+    """
+    final = directory / receipt.path
+    now = Fingerprint.of(final.stat())
+    if not now.same_bytes(receipt.fingerprint):
+        raise _changed(final)
+    written = replace(receipt, fingerprint=now)
+    write_whole(receipt_path(directory, receipt.path), dump(written) + "\n")
+    return written
+
+
+def forget(directory: Path, path: str) -> None:
+    """Removes the receipt of a file that has been moved away."""
+    receipt_path(directory, path).unlink(missing_ok=True)
+
+
+def _changed(path: Path) -> WrongContent:
+    finding = Finding(
+        Kind.CHANGED,
+        str(path),
+        "the file that was just proven",
+        "a later write",
+        "stop whatever writes to it, and run the command again",
+    )
+    return WrongContent(f"{path} was changed while it was being placed", [finding])

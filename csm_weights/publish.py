@@ -1,0 +1,281 @@
+"""The other side: a file into parts, manifest entries, and SHA256SUMS."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import string
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial as bind
+from pathlib import Path
+
+from csm_weights.digest import (
+    Chain,
+    Measure,
+    Tick,
+    blob_id,
+    feed,
+    measure,
+    run_all,
+    sha256,
+)
+from csm_weights.errors import Finding, Kind, UsageError, WrongContent
+from csm_weights.files import copy_hashed, create, writing
+from csm_weights.manifest import Artifact, Manifest, Piece, path_problem
+from csm_weights.records import partial_path
+
+#: Default size of a part in bytes: below the 2 GB that GitHub takes, and what
+#: `split -b 1G` makes.
+PIECE_SIZE = 1 << 30
+
+#: As many two-letter suffixes as split(1) gives out before it lengthens them.
+MAX_PARTS = 25 * 26
+
+#: File name endings and the format they stand for; all else is opaque.
+_FORMATS = {".safetensors": "safetensors", ".pt": "torch-zip"}
+
+_SUM_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a stand-in is made of: the text of its config.json and a seed.
+
+    `piece_size` is in bytes.
+    """
+
+    description: str
+    config: str
+    seed: int
+    piece_size: int
+    golden: str | None = None
+
+
+def _config(text_vocab: int, audio_vocab: int, backbone: str, decoder: str) -> str:
+    """A config.json as the edition of March 2025 writes it."""
+    data = {
+        "audio_num_codebooks": 32,
+        "audio_vocab_size": audio_vocab,
+        "backbone_flavor": backbone,
+        "decoder_flavor": decoder,
+        "text_vocab_size": text_vocab,
+    }
+    return json.dumps(data, indent=2, sort_keys=True)
+
+
+#: The stand-ins there are. csm-tiny is committed, parts and all.
+RECIPES = {
+    "csm-1b-standin": Recipe(
+        description="Names, shapes and byte counts of CSM-1B, random values: for rehearsals.",
+        config=_config(128256, 2051, "llama-1B", "llama-100M"),
+        seed=1,
+        piece_size=PIECE_SIZE,
+    ),
+    "csm-tiny": Recipe(
+        description="A network like CSM-1B with 296,640 random parameters, for tests.",
+        config=_config(512, 35, "tiny-backbone", "tiny-decoder"),
+        seed=2,
+        piece_size=200 << 10,
+        golden="csm-tiny.golden.json",
+    ),
+}
+
+
+def suffix(index: int) -> str:
+    """The two letters that split(1) gives part `index`: aa, ab, ..., yz."""
+    letters = string.ascii_lowercase
+    return letters[index // 26] + letters[index % 26]
+
+
+def tiling(size: int, piece_size: int) -> list[tuple[int, int]]:
+    """The half-open ranges, as `(offset, size)`, that pieces of `piece_size` cut `[0, size)` into.
+
+    Raises UsageError when there would be none or more than 650.
+    """
+    if piece_size < 1 or size < 1:
+        raise UsageError(f"cannot cut {size:,} bytes into parts of {piece_size:,}")
+    if -(-size // piece_size) > MAX_PARTS:
+        least = -(-size // MAX_PARTS)
+        raise UsageError(f"more than {MAX_PARTS} parts; choose a --size of at least {least:,}")
+    return [(o, min(piece_size, size - o)) for o in range(0, size, piece_size)]
+
+
+def split(file: Path, root: Path, folder: str, piece_size: int, tick: Tick) -> Artifact:
+    """Writes the parts of `file` to `root/folder`, hashed as written, and returns its entry.
+
+    The artifact's path is the file's name; its parts are `NAME.part-aa` and
+    so on. A part appears under its name when it is whole. An existing part
+    that differs is not overwritten: WrongContent. `tick` gets bytes.
+    """
+    size = file.stat().st_size
+    ranges = tiling(size, piece_size)
+    pieces = tuple(
+        Piece(f"{folder}/{file.name}.part-{suffix(i)}", *r, sha256="") for i, r in enumerate(ranges)
+    )
+    source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        stop = threading.Event()
+        chain = Chain(source, [*(offset for offset, _ in ranges), size], stop)
+        tasks = [
+            bind(_write_part, source, root, pieces, i, chain, tick) for i in range(len(pieces))
+        ]
+        digests = run_all(tasks, stop)
+    finally:
+        os.close(source)
+    whole = chain.hexdigest() or ""
+    return Artifact(
+        path=file.name,
+        group=group_of(file.name),
+        format=_FORMATS.get(file.suffix, "opaque"),
+        size=size,
+        sha256=whole,
+        blob_id=blob_id(whole, size),
+        pieces=tuple(replace(p, sha256=d) for p, d in zip(pieces, digests, strict=True)),
+        evidence=dict.fromkeys(("size", "sha256", "blob_id", "pieces"), "A"),
+    )
+
+
+def _write_part(
+    source: int, root: Path, pieces: Sequence[Piece], index: int, chain: Chain, tick: Tick
+) -> str:
+    """Copies one range of `source` to its part and returns the sha256 of what was written."""
+    piece = pieces[index]
+    part = root / piece.part
+    unfinished = partial_path(part)
+    digest, claimed = sha256(), chain.claim(index)
+    sinks = [digest, claimed] if claimed else [digest]
+    fd = create(unfinished, os.O_TRUNC)
+    try:
+        copy_hashed(
+            source,
+            piece.offset,
+            fd,
+            0,
+            piece.size,
+            unfinished,
+            lambda start, count: feed(fd, start, count, sinks, tick, chain.stop),
+        )
+        with writing(unfinished):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    chain.finish(index, claimed, proven=True)
+    _keep_or_rename(unfinished, part, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _keep_or_rename(unfinished: Path, part: Path, digest: str) -> None:
+    """Gives a part its name; one that is there already must be the same."""
+    if part.exists():
+        there = measure([Measure(part, part.stat().st_size, (), True)], lambda _: None)[0].whole
+        unfinished_size = unfinished.stat().st_size
+        if there != digest or part.stat().st_size != unfinished_size:
+            unfinished.unlink()
+            help_text = "move it away, or choose another --chunks folder"
+            finding = Finding(
+                Kind.WRONG_DIGEST, str(part), f"sha256 {digest}", f"sha256 {there}", help_text
+            )
+            raise WrongContent("a part of another file is in the way", [finding])
+    unfinished.replace(part)
+
+
+def group_of(name: str) -> str:
+    """A word for --only: the known format's, else the file's stem."""
+    known = {".safetensors": "safetensors", ".pt": "ckpt", ".json": "config"}
+    suffix_word = known.get(Path(name).suffix)
+    return suffix_word or re.sub(r"[^a-z0-9._-]", "-", Path(name).stem.lower()) or "file"
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "1GiB", "500MB", "1073741824"; raises UsageError for anything else."""
+    match = re.fullmatch(r"(\d{1,15}) ?([KMGT]?)(i?)(B?)", text.strip())
+    if not match:
+        raise UsageError(f"{text!r} is not a size; write 1GiB, 500MB or a number of bytes")
+    number, unit, binary, _ = match.groups()
+    base = 1024 if binary else 1000
+    return int(int(number) * base ** " KMGT".index(unit or " "))
+
+
+def standin_manifest(name: str, recipe: Recipe, artifacts: Sequence[Artifact]) -> Manifest:
+    """The manifest of a stand-in, with its own places, apart from the real model's.
+
+    As with CSM-1B, ckpt.pt is pinned by its pieces and Hub blob id alone.
+    """
+    config = recipe.config.encode()
+    digest = sha256()
+    digest.update(memoryview(config))
+    weights = [a if a.format == "safetensors" else _without_sha256(a) for a in artifacts]
+    return Manifest(
+        name=name,
+        description=recipe.description,
+        staging=f"output/{name}",
+        destination=f"models/{name}",
+        golden=recipe.golden,
+        artifacts=(
+            *weights,
+            Artifact(
+                path="config.json",
+                group="config",
+                format="config",
+                size=len(config),
+                sha256=digest.hexdigest(),
+                text=recipe.config,
+                evidence={"size": "A", "sha256": "A"},
+            ),
+        ),
+    )
+
+
+def _without_sha256(artifact: Artifact) -> Artifact:
+    marks = {name: mark for name, mark in artifact.evidence.items() if name != "sha256"}
+    return replace(artifact, sha256=None, evidence=marks)
+
+
+def with_artifact(manifest: Manifest, artifact: Artifact) -> Manifest:
+    """The manifest with `artifact` in the place of the one with its path, or added last."""
+    others = [a if a.path != artifact.path else artifact for a in manifest.artifacts]
+    if artifact not in others:
+        others.append(artifact)
+    return replace(manifest, artifacts=tuple(others))
+
+
+def locked(artifact: Artifact, digest: str) -> Artifact:
+    """The artifact with the whole-file sha256 that its proven file was found to have.
+
+    Weight files are LFS files on the Hub, so their blob id follows from it.
+    """
+    known = {name: mark for name, mark in artifact.evidence.items() if name != "sha256"}
+    if artifact.sha256 is not None or not digest:
+        return artifact
+    blob = artifact.blob_id or (blob_id(digest, artifact.size) if artifact.is_weights else None)
+    return replace(artifact, sha256=digest, blob_id=blob, evidence={**known, "sha256": "A"})
+
+
+def render_sums(digests: Mapping[str, str]) -> str:
+    """The text of a SHA256SUMS file, as `sha256sum -c` reads it: path and hex digest."""
+    return "".join(f"{digest}  {path}\n" for path, digest in digests.items())
+
+
+def parse_sums(text: str, where: str) -> dict[str, str]:
+    """Path and digest of each line of a SHA256SUMS file.
+
+    Raises WrongContent with every line that is neither, or whose path leaves
+    the folder.
+    """
+    sums: dict[str, str] = {}
+    findings = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line or line.startswith("#"):
+            continue
+        match = _SUM_LINE.fullmatch(line)
+        if match and not path_problem(match[2].removeprefix("./")):
+            sums[match[2].removeprefix("./")] = match[1]
+        else:
+            place = f"{where}:{number}"
+            findings.append(Finding(Kind.MALFORMED, place, "DIGEST  PATH", repr(line[:100])))
+    if findings or not sums:
+        raise WrongContent(f"{where} is not a SHA256SUMS file", findings)
+    return sums

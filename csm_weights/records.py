@@ -1,0 +1,225 @@
+"""What is written down beside the files: receipts and journal lines, as JSON.
+
+Records are hints that save work. They are read back with suspicion: a record
+that cannot be understood counts as absent, and the bytes are hashed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from csm_weights.digest import blob_id
+from csm_weights.errors import Finding, Kind
+from csm_weights.manifest import RECEIPTS, Artifact, Edition, Piece
+
+SCHEMA = 1
+
+R = TypeVar("R")
+
+#: A record is a few hundred bytes a piece; anything larger is not ours.
+MAX_RECORD = 64 << 20
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The stat fields by which an untouched file is known without reading it.
+
+    `size` is in bytes, the times in nanoseconds. The change time cannot be
+    set back by a program, so an edit that restores `mtime_ns` still shows.
+    The device number is left out: it differs from boot to boot on some disks.
+    """
+
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Fingerprint:
+        """The fingerprint of a stat result."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def same_bytes(self, other: Fingerprint) -> bool:
+        """Equal but for the change time, which a rename sets."""
+        return (self.inode, self.size, self.mtime_ns) == (other.inode, other.size, other.mtime_ns)
+
+
+@dataclass(frozen=True)
+class PieceRecord:
+    """One proven piece: the half-open range, its sha256, where it came from."""
+
+    offset: int
+    size: int
+    sha256: str
+    source: str
+
+    def is_of(self, piece: Piece) -> bool:
+        """Whether this is about just that piece with just that digest."""
+        return (self.offset, self.size, self.sha256) == (piece.offset, piece.size, piece.sha256)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was proven of a placed file.
+
+    `sha256` is of the whole file. `proven_at` is ISO 8601 in UTC. `model` is
+    the manifest's name.
+    """
+
+    path: str
+    model: str
+    size: int
+    sha256: str
+    pieces: tuple[PieceRecord, ...]
+    fingerprint: Fingerprint
+    proven_at: str
+    tool: str
+
+    def proves(self, artifact: Artifact) -> bool:
+        """Whether what was proven is one of the editions that the manifest accepts.
+
+        By the whole digest where the manifest has one, else by the pieces;
+        and by the Hub blob id.
+        """
+        if artifact.sha256 is None and not self.covers_pieces(artifact):
+            return False
+        fitting = (e for e in artifact.editions if e.size == self.size)
+        return any(not whole_findings(artifact, e, self.sha256, self.path) for e in fitting)
+
+    def covers_pieces(self, artifact: Artifact) -> bool:
+        """Whether `sha256` is the digest of just the pieces that the manifest pins."""
+        return bool(artifact.pieces) and (
+            len(self.pieces) == len(artifact.pieces)
+            and all(r.is_of(p) for r, p in zip(self.pieces, artifact.pieces, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must be true of a loaded model: what was found, and what is allowed."""
+
+    name: str
+    value: str
+    limit: str
+    ok: bool
+
+    @property
+    def verdict(self) -> str:
+        """The word a person reads."""
+        return "OK" if self.ok else "NOT OK"
+
+
+@dataclass(frozen=True)
+class SmokeReport:
+    """All checks of one loaded model, and the files it was loaded from.
+
+    `real_time_factor` is seconds of computing for a second of audio: below 1
+    is faster than real time. `load_seconds` is from opening the file to all
+    tensors on the device. `files` are pairs of path and sha256, `torch` its
+    version, `made_at` ISO 8601 in UTC; the three bind the report to what it
+    is about.
+    """
+
+    device: str
+    checks: tuple[Check, ...]
+    frames_per_second: float
+    real_time_factor: float
+    load_seconds: float
+    files: tuple[tuple[str, str], ...] = ()
+    torch: str = ""
+    made_at: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check is OK."""
+        return all(check.ok for check in self.checks)
+
+
+def whole_findings(artifact: Artifact, edition: Edition, digest: str, where: str) -> list[Finding]:
+    """What a whole-file sha256 breaks of what is pinned: the sha256, the Hub blob id.
+
+    The blob id is that of the pinned edition; alternatives have none.
+    """
+    findings = []
+    if edition.sha256 not in (None, digest):
+        findings.append(_wrong_digest(where, f"sha256 {edition.sha256}", f"sha256 {digest}"))
+    blob = blob_id(digest, edition.size)
+    if edition.size == artifact.size and artifact.blob_id not in (None, blob):
+        findings.append(_wrong_digest(where, f"Hub blob id {artifact.blob_id}", f"blob id {blob}"))
+    return findings
+
+
+def _wrong_digest(where: str, expected: str, found: str) -> Finding:
+    help_text = "this is not the published file; if its parts are all right, the manifest is not"
+    return Finding(Kind.WRONG_DIGEST, where, expected, found, help_text)
+
+
+def receipt_path(directory: Path, path: str) -> Path:
+    """Where the receipt of `directory/path` is kept."""
+    return directory / RECEIPTS / f"{path}.json"
+
+
+def smoke_path(directory: Path) -> Path:
+    """Where the last smoke report of the model in `directory` is kept."""
+    return directory / RECEIPTS / "smoke.json"
+
+
+def partial_path(file: Path) -> Path:
+    """The unfinished form of `file`, in the same folder."""
+    return file.with_name(file.name + ".partial")
+
+
+def journal_path(file: Path) -> Path:
+    """The journal of pieces proven in the unfinished form of `file`."""
+    return file.with_name(file.name + ".partial.journal")
+
+
+def dump(record: Receipt | PieceRecord | SmokeReport) -> str:
+    """A record as JSON on one line."""
+    return json.dumps({"schema": SCHEMA, **asdict(record)}, sort_keys=True)
+
+
+def load_receipt(text: str) -> Receipt | None:
+    """The receipt in `text`, or None where it cannot be understood."""
+    return _understood(text, _receipt)
+
+
+def load_piece(text: str) -> PieceRecord | None:
+    """The journal line in `text`, or None where it cannot be understood."""
+    return _understood(text, _piece)
+
+
+def load_smoke(text: str) -> SmokeReport | None:
+    """The smoke report in `text`, or None where it cannot be understood."""
+    return _understood(text, _smoke)
+
+
+def _understood(text: str, build: Callable[[dict[str, Any]], R]) -> R | None:
+    try:
+        data = json.loads(text)
+        if data.pop("schema") != SCHEMA:
+            return None
+        return build(data)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _receipt(data: dict[str, Any]) -> Receipt:
+    data["pieces"] = tuple(_piece(p) for p in data["pieces"])
+    data["fingerprint"] = Fingerprint(**data["fingerprint"])
+    return Receipt(**data)
+
+
+def _piece(data: dict[str, Any]) -> PieceRecord:
+    return PieceRecord(**data)
+
+
+def _smoke(data: dict[str, Any]) -> SmokeReport:
+    data["checks"] = tuple(Check(**c) for c in data["checks"])
+    data["files"] = tuple((path, digest) for path, digest in data["files"])
+    return SmokeReport(**data)

@@ -1,0 +1,260 @@
+"""Results as text for a person and JSON for a machine. Pure: prints nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from csm_weights.errors import CsmWeightsError, Finding
+from csm_weights.gates import Gate, GateResult
+from csm_weights.pipeline import Outcome, Survey
+from csm_weights.plan import Step
+from csm_weights.records import SmokeReport
+from csm_weights.state import ArtifactState, Condition
+
+#: Hex digits of a digest in a table; JSON and SHA256SUMS have them all.
+SHORT = 16
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of words in columns, as wide as they need to be."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    texts = ["  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(clean(text.rstrip()) for text in texts)
+
+
+def clean(text: str) -> str:
+    """Text without control characters, which a file name may hold, but line ends."""
+    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
+
+
+def survey_text(survey: Survey) -> str:
+    """What `status` and a dry run show."""
+    state, plan = survey.state, survey.plan
+    steps: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        steps.setdefault(step.artifact.path, []).append(step)
+    rows = [
+        (
+            item.artifact.path,
+            f"{item.artifact.size:,}",
+            str(item.placed.condition),
+            str(item.staged.condition),
+            _next(steps.get(item.artifact.path, [])),
+        )
+        for item in state.artifacts
+    ]
+    blocks = [
+        f"{state.manifest.name} -> {state.places.destination}",
+        table(("file", "bytes", "in place", "staged", "next"), rows),
+    ]
+    blocks += [
+        table((f"piece of {item.artifact.path}", "bytes", "from"), _pieces(item))
+        for item in state.artifacts
+        if item.artifact.pieces and not _is_settled(item)
+    ]
+    reads, writes = _sum(plan.steps, "reads"), _sum(plan.steps, "writes")
+    blocks.append(f"to read {reads:,} bytes, to write {writes:,}, free {state.free_staging:,}")
+    blocks += _finding_blocks(plan.findings, plan.notes)
+    return "\n\n".join(blocks)
+
+
+def _is_settled(item: ArtifactState) -> bool:
+    return Condition.PROVEN in (item.placed.condition, item.staged.condition)
+
+
+def _next(steps: Sequence[Step]) -> str:
+    words = [f"{s.verb} {s.detail}".rstrip() for s in steps]
+    return ", then ".join(words) or "cannot go on"
+
+
+def _pieces(item: ArtifactState) -> list[tuple[str, str, str]]:
+    kept = {record.offset for record in item.partial}
+    rows = []
+    for piece, part in zip(item.artifact.pieces, item.parts, strict=True):
+        origin = piece.part
+        if part.finding:
+            origin = f"nowhere: {piece.part} is {part.finding.kind}"
+        if piece.offset in kept:
+            origin = "the unfinished file, proven in an earlier run"
+        rows.append((f"[{piece.offset:,}, {piece.end:,})", f"{piece.size:,}", origin))
+    return rows
+
+
+def _sum(steps: Iterable[Step], name: str) -> int:
+    return sum(getattr(step, name) for step in steps)
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """What a command did, and the short table of what is proven."""
+    state = outcome.state
+    blocks = [f"{state.manifest.name} -> {state.places.destination}"]
+    if outcome.acts:
+        acts = [(step.artifact.path, f"{step.verb} {step.detail}".strip()) for step in outcome.acts]
+        blocks.append(table(("file", "done"), acts))
+    blocks.append(table(("file", "bytes", "state", "sha256", "from"), map(_file, state.artifacts)))
+    if outcome.results:
+        blocks.append(_gates(outcome.results))
+    if outcome.smoke:
+        blocks.append(smoke_text(outcome.smoke))
+    findings = outcome.error.findings if outcome.error else ()
+    blocks += _finding_blocks(findings, outcome.notes)
+    blocks.append(_verdict(outcome))
+    return "\n\n".join(blocks)
+
+
+def _file(item: ArtifactState) -> tuple[str, ...]:
+    look = item.placed if item.placed.condition is not Condition.ABSENT else item.staged
+    where = str(look.condition)
+    if look is item.staged and look.condition is not Condition.ABSENT:
+        where = f"{where}, staged"
+    receipt = look.receipt if look.condition is Condition.PROVEN else None
+    size = "-" if look.size is None else f"{look.size:,}"
+    digest = receipt.sha256[:SHORT] if receipt else "-"
+    return item.artifact.path, size, where, digest, _origin(item, look.condition)
+
+
+def _origin(item: ArtifactState, condition: Condition) -> str:
+    receipt = item.placed.receipt or item.staged.receipt
+    if not receipt or condition is not Condition.PROVEN:
+        return "-"
+    sources = dict.fromkeys(record.source.rpartition("/")[0] for record in receipt.pieces)
+    if not receipt.pieces:
+        return "-"
+    return f"{len(receipt.pieces)} pieces, {', '.join(s or 'in place' for s in sources)}"
+
+
+def _gates(results: Sequence[GateResult]) -> str:
+    rows = []
+    for gate in Gate:
+        of_gate = [r for r in results if r.gate is gate]
+        bad = [r for r in of_gate if not r.ok]
+        verdict = "NOT OK" if any(r.ok is False for r in bad) else "not run" if bad else "OK"
+        good = f"{len(of_gate) - len(bad)} of {len(of_gate)} files"
+        rows.append((gate.value, verdict, good if not bad else f"{good}; {_gate_words(bad)}"))
+    return table(("gate", "verdict", ""), rows)
+
+
+def _gate_words(bad: Sequence[GateResult]) -> str:
+    return "; ".join(f"{r.path}: {_cut(r.found)}" for r in bad[:3])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 90 else text[:87] + "..."
+
+
+def smoke_text(report: SmokeReport) -> str:
+    """Each check with its limit and verdict, then one verdict."""
+    rows = [(check.name, check.value, check.limit, check.verdict) for check in report.checks]
+    head = f"smoke test on {report.device}, loaded in {report.load_seconds:.2f} s"
+    if report.made_at:
+        head += f", {report.made_at}"
+    return f"{head}\n{table(('check', 'found', 'limit', ''), rows)}"
+
+
+def _verdict(outcome: Outcome) -> str:
+    if outcome.error:
+        return f"NOT OK: {outcome.error.message}"
+    if outcome.smoke:
+        return "OK: in place, proven, and it speaks"
+    if outcome.results:
+        return "OK: in place and proven"
+    return "OK: proven"
+
+
+def _finding_blocks(findings: Sequence[Finding], notes: Sequence[Finding]) -> list[str]:
+    blocks = []
+    for title, some in (("wrong:", findings), ("noticed, and mended on the way:", notes)):
+        if some:
+            blocks.append("\n".join([title, *(f"  {clean(f.line())}" for f in some)]))
+    return blocks
+
+
+def survey_json(survey: Survey) -> str:
+    """`status --json`: what is there, the steps, the bytes; sizes in bytes."""
+    state, plan = survey.state, survey.plan
+    return _dump(
+        model=state.manifest.name,
+        ok=plan.is_done,
+        exit_code=survey.error.exit_code if survey.error else 0,
+        destination=str(state.places.destination),
+        artifacts=[_artifact_data(item) for item in state.artifacts],
+        steps=[_step_data(step) for step in plan.steps],
+        bytes_to_read=_sum(plan.steps, "reads"),
+        bytes_to_write=_sum(plan.steps, "writes"),
+        bytes_free=state.free_staging,
+        findings=[asdict(f) for f in plan.findings],
+        notes=[asdict(f) for f in plan.notes],
+    )
+
+
+def _artifact_data(item: ArtifactState) -> dict[str, Any]:
+    pieces = _pieces(item) if item.artifact.pieces else []
+    return {
+        "path": item.artifact.path,
+        "size": item.artifact.size,
+        "evidence": dict(item.artifact.evidence),
+        "placed": str(item.placed.condition),
+        "staged": str(item.staged.condition),
+        "pieces": [
+            {"part": p.part, "offset": p.offset, "size": p.size, "from": row[2]}
+            for p, row in zip(item.artifact.pieces, pieces, strict=True)
+        ],
+    }
+
+
+def _step_data(step: Step) -> dict[str, Any]:
+    return {
+        "path": step.artifact.path,
+        "verb": str(step.verb),
+        "detail": step.detail,
+        "reads": step.reads,
+        "writes": step.writes,
+    }
+
+
+def outcome_json(outcome: Outcome) -> str:
+    """What a command did and what every gate says, expected and found."""
+    state, error = outcome.state, outcome.error
+    return _dump(
+        model=state.manifest.name,
+        ok=error is None,
+        exit_code=error.exit_code if error else 0,
+        message=error.message if error else "",
+        destination=str(state.places.destination),
+        files=[_file_data(item) for item in state.artifacts],
+        steps=[_step_data(step) for step in outcome.acts],
+        gates=[asdict(result) for result in outcome.results],
+        smoke=asdict(outcome.smoke) if outcome.smoke else None,
+        findings=[asdict(f) for f in error.findings] if error else [],
+        notes=[asdict(f) for f in outcome.notes],
+    )
+
+
+def _file_data(item: ArtifactState) -> dict[str, Any]:
+    look = item.placed if item.placed.condition is not Condition.ABSENT else item.staged
+    return {
+        "path": item.artifact.path,
+        "file": str(look.path),
+        "size": look.size,
+        "state": str(look.condition),
+        "receipt": asdict(look.receipt) if look.receipt else None,
+    }
+
+
+def error_json(error: CsmWeightsError) -> str:
+    """An error as the result of a command."""
+    return _dump(
+        ok=False,
+        exit_code=error.exit_code,
+        message=error.message,
+        findings=[asdict(f) for f in error.findings],
+        advice=error.advice,
+    )
+
+
+def _dump(**data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=True)

@@ -1,0 +1,327 @@
+"""The only reader of what is on disk: placed and staged files, partials, parts.
+
+Looking never hashes and never writes. It stats, reads receipts and journals,
+and peeks at files of the wrong size to say what they are instead.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from csm_weights.errors import Finding, Kind
+from csm_weights.manifest import Artifact, Manifest, Piece
+from csm_weights.records import (
+    MAX_RECORD,
+    Fingerprint,
+    PieceRecord,
+    Receipt,
+    SmokeReport,
+    journal_path,
+    load_piece,
+    load_receipt,
+    load_smoke,
+    partial_path,
+    receipt_path,
+    smoke_path,
+)
+
+#: Bytes read of a file that has the wrong size, to say what it is.
+PEEK = 256
+
+#: File systems on which a copy within the file system can share blocks.
+SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
+
+
+class Condition(enum.StrEnum):
+    """What is known of a file without hashing it; the value is the status word."""
+
+    ABSENT = "absent"
+    PROVEN = "proven"
+    UNPROVEN = "not proven yet"
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True)
+class FileLook:
+    """One file as it is on disk; `size` is in bytes, None where it is absent."""
+
+    path: Path
+    condition: Condition
+    size: int | None = None
+    finding: Finding | None = None
+    receipt: Receipt | None = None
+
+
+@dataclass(frozen=True)
+class ArtifactState:
+    """All that is on disk of one artifact.
+
+    `partial` holds the journaled pieces of an unfinished staged file; they
+    are hashed again before they count. `parts` has a look for each piece.
+    """
+
+    artifact: Artifact
+    placed: FileLook
+    staged: FileLook
+    partial: tuple[PieceRecord, ...]
+    parts: tuple[FileLook, ...]
+    extras: tuple[Finding, ...]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether anything of the artifact is on this machine, or was."""
+        looks = (self.placed, self.staged, *self.parts)
+        return bool(self.partial) or any(
+            look.condition is not Condition.ABSENT or look.receipt for look in looks
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders of a run: parts below `root`, then `staging`, then `destination`."""
+
+    root: Path
+    staging: Path
+    destination: Path
+
+    @classmethod
+    def of(cls, manifest: Manifest, root: Path, destination: str | None = None) -> Places:
+        """The manifest's folders below `root`; `destination` overrides the last."""
+        return cls(root, root / manifest.staging, root / (destination or manifest.destination))
+
+
+@dataclass(frozen=True)
+class State:
+    """What is on disk for the chosen artifacts; sizes in bytes."""
+
+    manifest: Manifest
+    places: Places
+    artifacts: tuple[ArtifactState, ...]
+    free_staging: int
+    free_destination: int
+    same_filesystem: bool
+    shares_blocks: bool
+    smoke: SmokeReport | None
+
+
+def look(
+    manifest: Manifest,
+    artifacts: Sequence[Artifact],
+    places: Places,
+    refuted: Mapping[Path, Finding],
+) -> State:
+    """Looks at the chosen artifacts of a manifest.
+
+    `refuted` holds what hashing has found out earlier in this run: those
+    files count as wrong whatever their receipts say.
+    """
+    staging, destination = _existing(places.staging), _existing(places.destination)
+    return State(
+        manifest=manifest,
+        places=places,
+        artifacts=tuple(_look_artifact(a, manifest, places, refuted) for a in artifacts),
+        free_staging=shutil.disk_usage(staging).free,
+        free_destination=shutil.disk_usage(destination).free,
+        same_filesystem=staging.stat().st_dev == destination.stat().st_dev,
+        shares_blocks=_shares_blocks(artifacts, places.root, staging),
+        smoke=load_smoke(_read_record(smoke_path(places.destination))),
+    )
+
+
+def _look_artifact(
+    artifact: Artifact, manifest: Manifest, places: Places, refuted: Mapping[Path, Finding]
+) -> ArtifactState:
+    def file_look(directory: Path) -> FileLook:
+        return look_file(directory, artifact, manifest.name, refuted)
+
+    staged = file_look(places.staging)
+    return ArtifactState(
+        artifact=artifact,
+        placed=file_look(places.destination),
+        staged=staged,
+        partial=_journaled(artifact, staged.path),
+        parts=tuple(_look_part(piece, places.root, refuted) for piece in artifact.pieces),
+        extras=_extra_parts(artifact, places.root),
+    )
+
+
+def look_file(
+    directory: Path, artifact: Artifact, model: str, refuted: Mapping[Path, Finding]
+) -> FileLook:
+    """One artifact in one folder, judged by its stat and its receipt."""
+    path = directory / artifact.path
+    receipt = _receipt(directory, artifact)
+    status, finding = _stat(path)
+    if status is None:
+        condition = Condition.WRONG if finding else Condition.ABSENT
+        return FileLook(path, condition, None, finding, receipt)
+    size = status.st_size
+    finding = refuted.get(path) or _size_finding(path, [e.size for e in artifact.editions], size)
+    if finding:
+        return FileLook(path, Condition.WRONG, size, finding, receipt)
+    if receipt and _is_current(receipt, artifact, model, status):
+        return FileLook(path, Condition.PROVEN, size, None, receipt)
+    return FileLook(path, Condition.UNPROVEN, size, None, receipt)
+
+
+def _is_current(receipt: Receipt, artifact: Artifact, model: str, status: os.stat_result) -> bool:
+    return (
+        receipt.fingerprint == Fingerprint.of(status)
+        and receipt.model == model
+        and receipt.proves(artifact)
+    )
+
+
+def _look_part(piece: Piece, root: Path, refuted: Mapping[Path, Finding]) -> FileLook:
+    path = root / piece.part
+    status, finding = _stat(path, piece.part)
+    if status is None:
+        if finding:
+            return FileLook(path, Condition.WRONG, None, finding)
+        finding = Finding(
+            Kind.MISSING,
+            piece.part,
+            f"{piece.size:,} bytes",
+            "no such file",
+            "get the part (`git lfs pull`, or copy it there)",
+        )
+        return FileLook(path, Condition.ABSENT, None, finding)
+    finding = refuted.get(path) or _size_finding(path, [piece.size], status.st_size, piece.part)
+    if finding is None and not os.access(path, os.R_OK):
+        finding = _unreadable(piece.part, "permission denied")
+    condition = Condition.WRONG if finding else Condition.UNPROVEN
+    return FileLook(path, condition, status.st_size, finding)
+
+
+def _stat(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding | None]:
+    """The stat of a regular file; a finding where something else is in its place."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            return None, Finding(
+                Kind.UNREADABLE,
+                where or str(path),
+                "a file",
+                "a symbolic link to nothing",
+                "remove the link",
+            )
+        return None, None
+    except OSError as error:
+        return None, _unreadable(where or str(path), error.strerror or str(error))
+    if not stat.S_ISREG(status.st_mode):
+        return None, _unreadable(where or str(path), "not a regular file")
+    return status, None
+
+
+def _unreadable(where: str, found: str) -> Finding:
+    return Finding(Kind.UNREADABLE, where, "a readable file", found, "check its permissions")
+
+
+def _size_finding(path: Path, sizes: list[int], size: int, where: str = "") -> Finding | None:
+    """What a file of the wrong size is: a pointer, a refusal, or just wrong."""
+    if size in sizes:
+        return None
+    where = where or str(path)
+    expected = " or ".join(f"{s:,}" for s in sizes) + " bytes"
+    try:
+        with path.open("rb") as file:
+            head = file.read(PEEK)
+    except OSError as error:
+        return _unreadable(where, error.strerror or str(error))
+    found = f"{size:,} bytes"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        found = f"a pointer of {found} in place of the content"
+        return Finding(Kind.LFS_POINTER, where, expected, found, "git lfs pull")
+    if head.startswith(b"Access to model ") and b" is restricted" in head:
+        found = f"the Hub's refusal saved as a file ({found})"
+        return Finding(
+            Kind.ACCESS_PAGE,
+            where,
+            expected,
+            found,
+            "delete it; accept the model's terms on the Hub and download it with a token",
+        )
+    what = "get it again" if size else "it is empty; get it again"
+    return Finding(Kind.WRONG_SIZE, where, expected, found, what)
+
+
+def _extra_parts(artifact: Artifact, root: Path) -> tuple[Finding, ...]:
+    """Files beside the parts that are named like parts and are none."""
+    known = {root / piece.part for piece in artifact.pieces}
+    prefixes = {(p.parent, p.name.rpartition("-")[0] + "-") for p in known}
+    findings = []
+    for folder, prefix in sorted(prefixes):
+        names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+        findings += [
+            Finding(
+                Kind.EXTRA_PART,
+                (folder / name).relative_to(root).as_posix(),
+                f"only the {len(artifact.pieces)} parts of {artifact.path}",
+                "one more",
+                "move it away; is the manifest that of another model?",
+            )
+            for name in names
+            if name.startswith(prefix) and folder / name not in known
+        ]
+    return tuple(findings)
+
+
+def _receipt(directory: Path, artifact: Artifact) -> Receipt | None:
+    text = _read_record(receipt_path(directory, artifact.path))
+    return load_receipt(text) if text else None
+
+
+def _journaled(artifact: Artifact, staged: Path) -> tuple[PieceRecord, ...]:
+    """The journal's lines that are about pieces of this artifact as pinned today."""
+    if not partial_path(staged).is_file():
+        return ()
+    records = [load_piece(line) for line in _read_record(journal_path(staged)).splitlines()]
+    pinned = {(p.offset, p.size, p.sha256) for p in artifact.pieces}
+    found = {r.offset: r for r in records if r and (r.offset, r.size, r.sha256) in pinned}
+    return tuple(found[offset] for offset in sorted(found))
+
+
+def _read_record(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_RECORD).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder on the way to `path` that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def _shares_blocks(artifacts: Sequence[Artifact], root: Path, staging: Path) -> bool:
+    """Whether parts and staging lie on one file system that can share blocks."""
+    folders = {_existing((root / p.part).parent) for a in artifacts for p in a.pieces}
+    same = all(folder.stat().st_dev == staging.stat().st_dev for folder in folders)
+    return bool(folders) and same and filesystem_type(staging) in SHARING
+
+
+def filesystem_type(path: Path) -> str:
+    """The type of the file system that holds `path`, such as "ext4"; "" where unknown.
+
+    Source: /proc/self/mountinfo, the mount point that is the longest prefix.
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    best, kind = "", ""
+    for line in lines:
+        fields, _, rest = line.partition(" - ")
+        point = fields.split()[4].replace("\\040", " ")
+        if len(point) >= len(best) and path.resolve().is_relative_to(point):
+            best, kind = point, rest.split()[0]
+    return kind

@@ -1,0 +1,311 @@
+"""The tasks of csm-weights: `inv --list` shows them, `inv --help TASK` explains one."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+if TYPE_CHECKING:
+    from csm_weights.errors import CsmWeightsError
+    from csm_weights.pipeline import Outcome, Request, Survey
+    from csm_weights.plan import Goal
+
+ROOT = Path(__file__).resolve().parent
+
+HELP = {
+    "model": "a name in manifests/, or the path of a manifest (default csm-1b)",
+    "only": "formats, groups or files, comma-separated: safetensors, ckpt, prompts, all, ...",
+    "dest": "the folder for the files, instead of the manifest's",
+    "json": "the result as JSON on stdout, also when it fails",
+    "dry": "show what would be done, and do nothing",
+    "require-gpu": "exit 77 unless the smoke test runs on a GPU",
+}
+
+
+def _help(*names: str, **own: str) -> dict[str, str]:
+    return {name: HELP[name] for name in names} | own
+
+
+@contextlib.contextmanager
+def _exit_codes(json: bool = False) -> Iterator[None]:
+    """Turns the package's errors, Ctrl-C and SIGTERM into messages and exit codes."""
+    import signal
+
+    from csm_weights.errors import CsmWeightsError, Interrupted
+
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except CsmWeightsError as error:
+        _fail(error, json)
+    except KeyboardInterrupt:
+        _fail(Interrupted("interrupted; what was proven is kept, run the same command again"), json)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _fail(error: CsmWeightsError, json: bool) -> NoReturn:
+    from csm_weights import report
+
+    if json:
+        print(report.error_json(error))
+    raise Exit(report.clean(str(error)), code=error.exit_code)
+
+
+def _request(model: str, only: str, dest: str) -> Request:
+    from csm_weights.pipeline import Request
+
+    words = tuple(word.strip() for word in only.split(",") if word.strip())
+    return Request(ROOT, model, words, dest or None)
+
+
+def _show_outcome(outcome: Outcome, json: bool) -> None:
+    from csm_weights import report
+
+    print(report.outcome_json(outcome) if json else report.outcome_text(outcome))
+    _exit_with(outcome.error)
+
+
+def _show_survey(survey: Survey, json: bool) -> None:
+    from csm_weights import report
+
+    print(report.survey_json(survey) if json else report.survey_text(survey))
+    _exit_with(survey.error)
+
+
+def _exit_with(error: CsmWeightsError | None) -> None:
+    """Ends with an error's code; what it has to say is in the result already."""
+    if error:
+        sys.stdout.flush()
+        raise Exit(error.message, code=error.exit_code)
+
+
+@task(
+    help=_help(
+        "model",
+        "only",
+        "dest",
+        "json",
+        "dry",
+        "require-gpu",
+        smoke="--no-smoke leaves the smoke test out, and needs no torch",
+    )
+)
+def weights(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    smoke: bool = True,
+    require_gpu: bool = False,
+    dry: bool = False,
+    json: bool = False,
+) -> None:
+    """Assemble, place, gate and smoke-test a model: the whole line."""
+    from csm_weights import pipeline
+
+    with _exit_codes(json):
+        request = _request(model, only, dest)
+        if dry:
+            _show_survey(pipeline.survey(request), json)
+        else:
+            _show_outcome(pipeline.weights(request, smoke, require_gpu), json)
+
+
+@task(
+    help=_help(
+        "model",
+        "only",
+        "dest",
+        "json",
+        check="exit 3 or 4 unless everything is in place and proven",
+    )
+)
+def status(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    check: bool = False,
+    json: bool = False,
+) -> None:
+    """Show what is here, what is missing, and what would be done."""
+    from csm_weights import pipeline
+
+    with _exit_codes(json):
+        _show_survey(pipeline.survey(_request(model, only, dest), check=check), json)
+
+
+@task(
+    help=_help(
+        "model",
+        "only",
+        "dest",
+        "json",
+        "dry",
+        source="where pieces come from: auto or chunks (today the same)",
+    )
+)
+def fetch(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    source: str = "auto",
+    dry: bool = False,
+    json: bool = False,
+) -> None:
+    """Bring the files into the staging folder (output/), proven."""
+    from csm_weights import pipeline
+    from csm_weights.plan import Goal
+
+    with _exit_codes(json):
+        pipeline.check_source(source)
+        _act(_request(model, only, dest), Goal.STAGED, dry, json)
+
+
+@task(help=_help("model", "only", "dest", "json", "dry"))
+def place(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    dry: bool = False,
+    json: bool = False,
+) -> None:
+    """Move proven files from the staging folder to the destination."""
+    from csm_weights.plan import Goal
+
+    with _exit_codes(json):
+        _act(_request(model, only, dest), Goal.PLACED, dry, json)
+
+
+def _act(request: Request, goal: Goal, dry: bool, json: bool) -> None:
+    from csm_weights import pipeline
+
+    if dry:
+        _show_survey(pipeline.survey(request, goal), json)
+    else:
+        _show_outcome(pipeline.act(request, goal), json)
+
+
+@task(
+    help=_help(
+        "model",
+        "only",
+        "dest",
+        "json",
+        sums="also hold the files against this SHA256SUMS file",
+        write_sums="write SHA256SUMS beside the files, once they are proven",
+    )
+)
+def verify(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    sums: str = "",
+    write_sums: bool = False,
+    json: bool = False,
+) -> None:
+    """Hash every file in place again and run all gates; offline."""
+    from csm_weights import pipeline
+
+    with _exit_codes(json):
+        checked = pipeline.verify(_request(model, only, dest), sums or None, write_sums)
+        _show_outcome(checked, json)
+
+
+@task(
+    help=_help(
+        "model",
+        "only",
+        "dest",
+        "json",
+        "require-gpu",
+        device="torch's word: cpu, cuda, cuda:1; default a GPU if there is one",
+        frames="how many frames of 80 ms to make (default 8)",
+        record="record golden frames in manifests/ instead (CPU)",
+    )
+)
+def smoke(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    device: str = "",
+    require_gpu: bool = False,
+    frames: int = 8,
+    record: bool = False,
+    json: bool = False,
+) -> None:
+    """Load the model that is in place, let it speak, and check it."""
+    from csm_weights import pipeline
+
+    with _exit_codes(json):
+        request = _request(model, only, dest)
+        if record:
+            print(pipeline.record_golden(request, frames))
+        else:
+            _show_outcome(pipeline.smoke(request, device or None, require_gpu, frames), json)
+
+
+@task(
+    positional=["file"],
+    help={
+        "file": "the file to cut into parts",
+        "chunks": "the folder for the parts, below the repository root",
+        "size": "bytes of a part: 1073741824, 1GiB, 500MB, ...",
+        "manifest": "the manifest to write the entry to (made if new); else it is printed",
+        "dry": HELP["dry"],
+    },
+)
+def split(
+    c: Context,
+    file: str,
+    chunks: str = "",
+    size: str = "1GiB",
+    manifest: str = "",
+    dry: bool = False,
+) -> None:
+    """Cut any file into parts, with SHA256SUMS and a manifest entry."""
+    from csm_weights import authoring
+
+    with _exit_codes():
+        print(authoring.split(ROOT, Path(file), chunks, size, manifest, dry))
+
+
+@task(help=_help("model", "only", "dest", dry="show the difference, and write nothing"))
+def lock(
+    c: Context, model: str = "csm-1b", only: str = "", dest: str = "", dry: bool = False
+) -> None:
+    """Add to a manifest the digests that proven local files show."""
+    from csm_weights import authoring
+
+    with _exit_codes():
+        print(authoring.lock(_request(model, only, dest), dry))
+
+
+@task(help={"name": "which stand-in: csm-1b-standin (12.4 GB) or csm-tiny", "dry": HELP["dry"]})
+def standin(c: Context, name: str = "csm-1b-standin", dry: bool = False) -> None:
+    """Write a stand-in of CSM-1B with random weights, its parts and manifest."""
+    from csm_weights import authoring
+
+    with _exit_codes():
+        print(authoring.standin(ROOT, name, dry))
+
+
+@task(help=_help("model", "dry"))
+def clean(c: Context, model: str = "csm-1b", dry: bool = False) -> None:
+    """Remove unfinished files; what is proven, staged or placed stays."""
+    from csm_weights import pipeline
+
+    with _exit_codes():
+        print(pipeline.clean(_request(model, "all", ""), dry))
