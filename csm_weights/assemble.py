@@ -17,7 +17,7 @@ from pathlib import Path
 
 from csm_weights.digest import Chain, Hasher, Tick, feed, run_all, sha256
 from csm_weights.errors import Finding, Kind, error_for
-from csm_weights.files import copy_hashed, create, write_all, writing
+from csm_weights.files import Target, copy_hashed, create, write_all, writing
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.records import (
     Fingerprint,
@@ -94,15 +94,15 @@ class _Partial:
         self._kept = {record.offset: record for record in job.journaled}
         self._records: dict[int, PieceRecord] = {}
         self._findings: dict[int, tuple[Finding, ...]] = {}
-        self.fd = create(self.path)
+        self.target = Target(self.path)
         self._journal = create(journal_path(job.target), os.O_APPEND)
         with writing(self.path):
-            os.ftruncate(self.fd, job.artifact.size)
+            os.ftruncate(self.target.fd, job.artifact.size)
         starts = [piece.offset for piece in job.artifact.pieces] + [job.artifact.size]
-        self._chain = Chain(self.fd, starts, stop)
+        self._chain = Chain(self.target.fd, starts, stop)
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.target.close()
         os.close(self._journal)
 
     def run_piece(self, index: int) -> None:
@@ -154,7 +154,7 @@ class _Partial:
 
     def assembled(self) -> Assembled:
         records = tuple(self._records[index] for index in sorted(self._records))
-        fingerprint = Fingerprint.of(os.fstat(self.fd))
+        fingerprint = Fingerprint.of(os.fstat(self.target.fd))
         return Assembled(self.path, self._sha256(), records, fingerprint)
 
 
@@ -171,20 +171,36 @@ class _PieceSink:
     def begin(self) -> None:
         self._digest = sha256()
         self.whole = self._before.copy() if self._before else None
+        if self.whole is not None and self.piece.offset == 0:
+            # The whole file's digest begins as its first piece's does.
+            self.whole = self._digest
 
     def take_file(self, fd: int, offset: int) -> None:
         partial, piece = self._partial, self.piece
-        copy_hashed(fd, offset, partial.fd, piece.offset, piece.size, partial.path, self._hash_back)
+        # A piece that runs ahead of the whole digest is read again for it, so
+        # it stays in the page cache; nobody needs the others there.
+        copy_hashed(
+            fd,
+            offset,
+            partial.target,
+            piece.offset,
+            piece.size,
+            self._sinks(),
+            self.whole is not None,
+            partial.tick,
+            partial.stop,
+        )
 
     def take_back(self) -> None:
         """Takes the piece from where it lies in the partial."""
-        self._hash_back(self.piece.offset, self.piece.size)
+        partial, piece = self._partial, self.piece
+        fd = partial.target.fd
+        feed(fd, piece.offset, piece.size, self._sinks(), partial.tick, partial.stop)
 
-    def _hash_back(self, start: int, size: int) -> None:
-        """Feeds the digests with bytes `[start, start + size)` of the partial."""
-        partial = self._partial
-        sinks = [self._digest] if self.whole is None else [self._digest, self.whole]
-        feed(partial.fd, start, size, sinks, partial.tick, partial.stop)
+    def _sinks(self) -> list[Hasher]:
+        if self.whole is None or self.whole is self._digest:
+            return [self._digest]
+        return [self._digest, self.whole]
 
     def prove(self, where: str) -> None:
         found = self._digest.hexdigest()

@@ -37,6 +37,7 @@ class Kind(enum.StrEnum):
     EXTRA_PART = "unexpected part"
     UNREADABLE = "unreadable"
     CHANGED = "changed while read"
+    IN_THE_WAY = "something in the way"
     NO_SPACE = "no space"
 
 

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
-from collections.abc import Callable, Iterator
+import struct
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, NoSpace
+from csm_weights.digest import Hasher, Stopped, Tick, feed
+from csm_weights.errors import Finding, Kind, NoSpace, WrongContent
+
+if sys.platform == "linux":
+    import fcntl
 
 #: What the file system says when it takes no more; EIO on write is among them.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES}
 
-#: Bytes the kernel copies at a time. On XFS and Btrfs each step is a clone.
-STEP = 8 << 20
+#: What it says when something else has the name.
+_IN_THE_WAY = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
-Feeder = Callable[[int, int], None]
+_ROOM = "free some disk or choose another --dest, and run the same command again"
 
-#: Bytes of one plain copy, where the kernel cannot copy by itself.
-_PLAIN = 1 << 20
+#: Bytes copied and hashed at a time.
+STEP = 4 << 20
+
+#: What direct writes must be aligned to, in bytes: no disk block is larger.
+ALIGNMENT = 4096
+
+#: The ioctl of linux/fs.h that shares a range of blocks.
+_FICLONERANGE = 0x4020940D
 
 
 def create(path: Path, flags: int = 0) -> int:
@@ -41,40 +56,114 @@ def write_all(fd: int, data: bytes, path: Path) -> None:
             view = view[os.write(fd, view) :]
 
 
-def copy_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int, path: Path) -> int:
-    """Copies up to `size` bytes between files, in the kernel where it can.
+class Target:
+    """A file of ours that is being written, through the page cache or past it.
 
-    Returns the number of bytes copied, 0 where the source ends. `path` is
-    the target, for messages. Raises OSError when the source cannot be read,
-    NoSpace when the target takes no more.
+    Past it (`direct`) a write costs the processor almost nothing, and the
+    cache keeps what others need; but who reads the bytes again reads the disk.
     """
-    if hasattr(os, "copy_file_range"):
+
+    def __init__(self, path: Path, flags: int = 0) -> None:
+        self.path = path
+        self.fd = create(path, flags)
+        self._direct = _open_direct(path)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self.fd)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def write(self, data: memoryview, offset: int, direct: bool) -> None:
+        """Writes all of `data` at byte `offset`; raises NoSpace.
+
+        What of a direct write is not aligned, or is refused, goes through the
+        page cache.
+        """
+        done = 0
+        with writing(self.path):
+            if direct and self._direct is not None and offset % ALIGNMENT == 0:
+                done = self._write_direct(data[: len(data) // ALIGNMENT * ALIGNMENT], offset)
+            while done < len(data):
+                done += os.pwrite(self.fd, data[done:], offset + done)
+
+    def _write_direct(self, data: memoryview, offset: int) -> int:
+        """Bytes written: none where the file system refuses to write directly."""
+        if not data or self._direct is None:
+            return 0
         try:
-            return os.copy_file_range(src, dst, size, src_offset, dst_offset)
-        except OSError:
-            pass  # Across file systems, or a fault: the plain copy below tells which.
-    data = os.pread(src, min(size, _PLAIN), src_offset)
-    with writing(path):
-        return os.pwrite(dst, data, dst_offset)
+            return os.pwrite(self._direct, data, offset) // ALIGNMENT * ALIGNMENT
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return 0
+            raise
+
+
+def _open_direct(path: Path) -> int | None:
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+
+
+def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> bool:
+    """Lets `dst` share the blocks of a range of `src`, as XFS and Btrfs can.
+
+    Returns whether the file system did so; a range that is not aligned to its
+    blocks is refused too.
+    """
+    if sys.platform != "linux":
+        return False
+    argument = struct.pack("=qQQQ", src, src_offset, size, dst_offset)
+    try:
+        fcntl.ioctl(dst, _FICLONERANGE, argument)
+    except OSError:
+        return False
+    return True
 
 
 def copy_hashed(
-    src: int, src_offset: int, dst: int, dst_offset: int, size: int, path: Path, feeder: Feeder
+    src: int,
+    src_offset: int,
+    target: Target,
+    offset: int,
+    size: int,
+    sinks: Sequence[Hasher],
+    direct: bool,
+    tick: Tick,
+    stop: threading.Event,
 ) -> None:
-    """Copies just `size` bytes between files and hashes them as they stand in `dst`.
+    """Puts `size` bytes of `src` into `target` and hashes just what was put there.
 
-    `feeder` gets half-open ranges of `dst`, as offset and size, while their
-    bytes are still in the processor's cache. Raises EOFError where the
-    source ends early, and as `copy_range` does.
+    Blocks are shared where the file system can, and then read back; else the
+    buffer that is hashed is the one that is written. `direct` writes past the
+    page cache. Raises EOFError where the source ends early, OSError where it
+    cannot be read, NoSpace where the target takes no more.
     """
-    done = 0
-    while done < size:
-        step = min(STEP, size - done)
-        count = copy_range(src, src_offset + done, dst, dst_offset + done, step, path)
-        if count == 0:
-            raise EOFError(f"it ends at byte {src_offset + done:,}")
-        feeder(dst_offset + done, count)
-        done += count
+    if clone_range(src, src_offset, target.fd, offset, size):
+        feed(target.fd, offset, size, sinks, tick, stop)
+        return
+    with mmap.mmap(-1, STEP) as memory, ThreadPoolExecutor(1) as writer:
+        buffer = memoryview(memory)
+        done = 0
+        while done < size:
+            if stop.is_set():
+                raise Stopped
+            count = os.preadv(src, [buffer[: min(STEP, size - done)]], src_offset + done)
+            if count == 0:
+                raise EOFError(f"it ends at byte {src_offset + done:,}")
+            block = buffer[:count]
+            # The disk takes the block while the processor hashes it.
+            written = writer.submit(target.write, block, offset + done, direct)
+            for sink in sinks:
+                sink.update(block)
+            written.result()
+            block.release()
+            done += count
+            tick(count)
+        buffer.release()
 
 
 def sync(path: Path) -> None:
@@ -103,17 +192,20 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what a file system says when it takes no more into NoSpace."""
+    """Turns what a file system says to a write into NoSpace, or WrongContent.
+
+    The latter where a link, a folder or a file is in the way of `path`.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSED:
-            raise
-        finding = Finding(
-            Kind.NO_SPACE,
-            str(path),
-            "room and permission to write",
-            error.strerror or str(error),
-            "free some disk or choose another --dest, and run the same command again",
-        )
-        raise NoSpace("the disk takes no more", [finding]) from error
+        found = error.strerror or str(error)
+        if error.errno in _IN_THE_WAY:
+            wrong = Finding(
+                Kind.IN_THE_WAY, str(path), "a plain file or nothing", found, "move it away"
+            )
+            raise WrongContent("the file cannot be written", [wrong]) from error
+        if error.errno in _REFUSED:
+            full = Finding(Kind.NO_SPACE, str(path), "room and permission to write", found, _ROOM)
+            raise NoSpace("the disk takes no more", [full]) from error
+        raise

@@ -114,6 +114,13 @@ class _Run:
             tool=f"csm-weights {version('csm-weights')}",
         )
 
+    def install(self, proven: Path, directory: Path, receipt: Receipt) -> None:
+        """Gives a proven file its final name; what was known of that name is over."""
+        place.install(proven, directory, receipt)
+        final = directory / receipt.path
+        self.refuted.pop(final, None)
+        records.journal_path(final).unlink(missing_ok=True)
+
 
 def find_manifest(root: Path, model: str) -> Manifest:
     """The manifest called `model` in manifests/, or at that path.
@@ -220,14 +227,13 @@ def _assemble(run: _Run, steps: Sequence[Step]) -> None:
 
 
 def _install(run: _Run, artifact: Artifact, assembled: Assembled) -> None:
-    place.install(assembled.partial, run.places.staging, run.receipt(artifact, assembled))
-    records.journal_path(run.places.staging / artifact.path).unlink(missing_ok=True)
+    run.install(assembled.partial, run.places.staging, run.receipt(artifact, assembled))
 
 
 def _move(run: _Run, steps: Sequence[Step]) -> None:
     for step in steps:
         receipt = _staged_receipt(step)
-        place.install(step.look.path, run.places.destination, receipt)
+        run.install(step.look.path, run.places.destination, receipt)
         place.forget(run.places.staging, receipt.path)
 
 
@@ -241,8 +247,7 @@ def _copy(run: _Run, steps: Sequence[Step]) -> None:
         done = assemble([replace(j, source=first_of(j.source)) for j in jobs], progress.tick)
     for step, copied in zip(steps, done, strict=True):
         receipt = replace(_staged_receipt(step), fingerprint=copied.fingerprint)
-        place.install(copied.partial, run.places.destination, receipt)
-        records.journal_path(run.places.destination / receipt.path).unlink(missing_ok=True)
+        run.install(copied.partial, run.places.destination, receipt)
         step.look.path.unlink()
         place.forget(run.places.staging, receipt.path)
 

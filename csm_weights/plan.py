@@ -76,16 +76,19 @@ class Plan:
 def default_selection(state: State) -> tuple[Artifact, ...]:
     """What is meant when nothing is named.
 
-    config.json; each weight format of which anything is here, or the first
-    one where there is none; and whatever else is here already.
+    Each weight format of which anything is here, or the first one where there
+    is none; config.json; and whatever else is here already. Everything, for a
+    model without a weight format.
     """
     weights = [s for s in state.artifacts if s.artifact.is_weights]
-    wanted = {s.artifact.path for s in weights if s.is_here}
-    wanted |= set() if wanted else {s.artifact.path for s in weights[:1]}
+    if not weights:
+        return tuple(s.artifact for s in state.artifacts)
+    wanted = [s for s in weights if s.is_here] or weights[:1]
+    paths = {s.artifact.path for s in wanted}
     for other in state.artifacts:
         if not other.artifact.is_weights and (other.is_here or other.artifact.format == "config"):
-            wanted.add(other.artifact.path)
-    return tuple(s.artifact for s in state.artifacts if s.artifact.path in wanted)
+            paths.add(other.artifact.path)
+    return tuple(s.artifact for s in state.artifacts if s.artifact.path in paths)
 
 
 def with_config(manifest: Manifest, chosen: Iterable[Artifact]) -> tuple[Artifact, ...]:
@@ -94,9 +97,7 @@ def with_config(manifest: Manifest, chosen: Iterable[Artifact]) -> tuple[Artifac
     needs_config = any(a.is_weights for a in chosen)
     paths = {a.path for a in chosen}
     return tuple(
-        a
-        for a in manifest.artifacts
-        if a.path in paths or (needs_config and a.format == "config")
+        a for a in manifest.artifacts if a.path in paths or (needs_config and a.format == "config")
     )
 
 

@@ -17,13 +17,12 @@ from csm_weights.digest import (
     Measure,
     Tick,
     blob_id,
-    feed,
     measure,
     run_all,
     sha256,
 )
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent
-from csm_weights.files import copy_hashed, create, writing
+from csm_weights.files import Target, copy_hashed, writing
 from csm_weights.manifest import Artifact, Manifest, Piece, path_problem
 from csm_weights.records import partial_path
 
@@ -147,21 +146,13 @@ def _write_part(
     unfinished = partial_path(part)
     digest, claimed = sha256(), chain.claim(index)
     sinks = [digest, claimed] if claimed else [digest]
-    fd = create(unfinished, os.O_TRUNC)
+    target = Target(unfinished, os.O_TRUNC)
     try:
-        copy_hashed(
-            source,
-            piece.offset,
-            fd,
-            0,
-            piece.size,
-            unfinished,
-            lambda start, count: feed(fd, start, count, sinks, tick, chain.stop),
-        )
+        copy_hashed(source, piece.offset, target, 0, piece.size, sinks, True, tick, chain.stop)
         with writing(unfinished):
-            os.fsync(fd)
+            os.fsync(target.fd)
     finally:
-        os.close(fd)
+        target.close()
     chain.finish(index, claimed, proven=True)
     _keep_or_rename(unfinished, part, digest.hexdigest())
     return digest.hexdigest()

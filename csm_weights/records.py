@@ -113,6 +113,10 @@ class Check:
         """The word a person reads."""
         return "OK" if self.ok else "NOT OK"
 
+    def line(self) -> str:
+        """The check as one line of text."""
+        return f"{self.name}: {self.value} (limit: {self.limit}) {self.verdict}"
+
 
 @dataclass(frozen=True)
 class SmokeReport:
