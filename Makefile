@@ -9,7 +9,7 @@ SOURCE ?= auto
 SMOKE  ?= yes
 PYTHON ?= python3
 
-VENV := .venv
+VENV ?= .venv
 INV  := $(VENV)/bin/inv
 PIP  := $(VENV)/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt
 WHAT := --model $(MODEL) $(if $(ONLY),--only $(ONLY)) $(if $(DEST),--dest $(DEST))
