@@ -21,6 +21,8 @@ from csm_weights.tensors import check_against, read_checkpoint, read_safetensors
 #: A config.json is a few kilobytes; more than this is not one.
 MAX_CONFIG = 1 << 20
 
+_MEND = "inv weights puts the right file in its place, given the parts"
+
 #: Findings that say that there is no file to look into.
 _NOT_PRESENT = frozenset({Kind.MISSING, Kind.UNREADABLE})
 
@@ -290,15 +292,20 @@ def _locate(subject: Subject, tick: Tick) -> tuple[str, ...]:
 
 
 def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
-    pairs = zip(subject.artifact.pieces, digests, strict=True)
+    """A finding for each wrong piece, or one for a file of which no piece is right."""
+    pieces = subject.artifact.pieces
+    bad = [(p, d) for p, d in zip(pieces, digests, strict=True) if d != p.sha256]
+    if len(bad) == len(pieces) > 1:
+        expected = f"the sha256 of {len(pieces)} pieces"
+        found = "none of them: another file of the same size"
+        return [Finding(Kind.WRONG_DIGEST, str(subject.path), expected, found, _MEND)]
     return [
         Finding(
             Kind.WRONG_DIGEST,
             f"{subject.path} bytes [{piece.offset:,}, {piece.end:,})",
             f"sha256 {piece.sha256}",
             f"sha256 {digest}",
-            "inv weights puts the right file in place, given the parts",
+            _MEND,
         )
-        for piece, digest in pairs
-        if digest != piece.sha256
+        for piece, digest in bad
     ]

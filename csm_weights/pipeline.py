@@ -8,6 +8,7 @@ refuted is planned around, not stumbled over.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -66,10 +67,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Survey:
-    """A look at the disk and the plan that follows from it."""
+    """A look at the disk and the plan that follows from it.
+
+    `advice` says how to get what is missing.
+    """
 
     state: State
     plan: Plan
+    advice: str = ""
     error: CsmWeightsError | None = None
 
 
@@ -148,7 +153,7 @@ def survey(request: Request, goal: Goal = Goal.BOTH, check: bool = False) -> Sur
     if check and not plan.is_done:
         unproven = [_unproven(step) for step in plan.steps if step.verb is not Verb.KEEP]
         error = error_for("not everything is proven", [*plan.findings, *plan.notes, *unproven])
-    return Survey(state, plan, error)
+    return Survey(state, plan, _ways_to_get(run) if _is_missing(plan) else "", error)
 
 
 def _unproven(step: Step) -> Finding:
@@ -352,16 +357,22 @@ def _require(run: _Run, plan: Plan) -> None:
     if not plan.findings:
         return
     name = run.manifest.name
-    if all(f.kind in NOT_HERE for f in plan.findings):
+    if _is_missing(plan):
         raise error_for(f"{name}: not all of it is here", plan.findings, _ways_to_get(run))
     raise error_for(f"{name}: cannot go on", plan.findings)
+
+
+def _is_missing(plan: Plan) -> bool:
+    """Whether what stands in the way is only that something is not here."""
+    return bool(plan.findings) and all(f.kind in NOT_HERE for f in plan.findings)
 
 
 def _ways_to_get(run: _Run) -> str:
     """The ways to get the missing files, in a few lines."""
     manifest, staging = run.manifest, run.manifest.staging
-    missing = [s.artifact for s in run.look().artifacts if s.placed.condition is Condition.ABSENT]
-    artifact = next((a for a in missing if a.is_weights), missing[0])
+    state = run.look()
+    wanted = [s.artifact for s in state.artifacts if s.placed.condition is not Condition.PROVEN]
+    artifact = next((a for a in wanted if a.is_weights), wanted[0])
     ways = [f"a copy, whatever its origin: put it at {staging}/{artifact.path}"]
     if manifest.repo:
         ways.insert(
@@ -385,7 +396,7 @@ def _locked(places: Places) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = places.staging / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(files.create(path))
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -137,7 +137,7 @@ def _steps(item: ArtifactState, state: State, goal: Goal) -> Step | list[Finding
         return Step(Verb.WRITE, item, item.staged, writes=text.size, detail="from its known text")
     if any(part.condition is not Condition.ABSENT for part in item.parts) or item.partial:
         return blocking
-    return [_absent(item, "see the ways to get it below")]
+    return [_absent(item)]
 
 
 def _blocking(item: ArtifactState) -> list[Finding]:
@@ -162,7 +162,7 @@ def _text_edition(artifact: Artifact) -> Edition | None:
     return next((e for e in artifact.editions if e.text is not None), None)
 
 
-def _absent(item: ArtifactState, help_text: str) -> Finding:
+def _absent(item: ArtifactState, help_text: str = "") -> Finding:
     size = f"{item.artifact.size:,} bytes"
     return Finding(Kind.MISSING, str(item.placed.path), size, "no such file", help_text)
 

@@ -59,6 +59,8 @@ def survey_text(survey: Survey) -> str:
     reads, writes = _sum(plan.steps, "reads"), _sum(plan.steps, "writes")
     blocks.append(f"to read {reads:,} bytes, to write {writes:,}, free {state.free_staging:,}")
     blocks += _finding_blocks(plan.findings, plan.notes)
+    if survey.advice:
+        blocks.append(survey.advice)
     return "\n\n".join(blocks)
 
 
@@ -68,7 +70,7 @@ def _is_settled(item: ArtifactState) -> bool:
 
 def _next(steps: Sequence[Step]) -> str:
     words = [f"{s.verb} {s.detail}".rstrip() for s in steps]
-    return ", then ".join(words) or "cannot go on"
+    return ", then ".join(words) or "nothing to take it from"
 
 
 def _pieces(item: ArtifactState) -> list[tuple[str, str, str]]:
@@ -131,15 +133,16 @@ def _gates(results: Sequence[GateResult]) -> str:
     rows = []
     for gate in Gate:
         of_gate = [r for r in results if r.gate is gate]
-        bad = [r for r in of_gate if not r.ok]
-        verdict = "NOT OK" if any(r.ok is False for r in bad) else "not run" if bad else "OK"
-        good = f"{len(of_gate) - len(bad)} of {len(of_gate)} files"
-        rows.append((gate.value, verdict, good if not bad else f"{good}; {_gate_words(bad)}"))
+        bad = [r for r in of_gate if r.ok is False]
+        good = [r for r in of_gate if r.ok]
+        verdict = "NOT OK" if bad else "OK" if len(good) == len(of_gate) else "not run"
+        words = f"{len(good)} of {len(of_gate)} files"
+        rows.append((gate.value, verdict, "; ".join([words, *map(_gate_words, bad[:3])])))
     return table(("gate", "verdict", ""), rows)
 
 
-def _gate_words(bad: Sequence[GateResult]) -> str:
-    return "; ".join(f"{r.path}: {_cut(r.found)}" for r in bad[:3])
+def _gate_words(bad: GateResult) -> str:
+    return f"{bad.path}: {_cut(bad.found)}"
 
 
 def _cut(text: str) -> str:
@@ -167,7 +170,10 @@ def _verdict(outcome: Outcome) -> str:
 
 def _finding_blocks(findings: Sequence[Finding], notes: Sequence[Finding]) -> list[str]:
     blocks = []
-    for title, some in (("wrong:", findings), ("noticed, and mended on the way:", notes)):
+    for title, some in (
+        ("missing or wrong:", findings),
+        ("noticed, and mended on the way:", notes),
+    ):
         if some:
             blocks.append("\n".join([title, *(f"  {clean(f.line())}" for f in some)]))
     return blocks
@@ -188,6 +194,7 @@ def survey_json(survey: Survey) -> str:
         bytes_free=state.free_staging,
         findings=[asdict(f) for f in plan.findings],
         notes=[asdict(f) for f in plan.notes],
+        advice=survey.advice,
     )
 
 
