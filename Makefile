@@ -24,7 +24,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help weights status fetch place verify smoke split lock standin clean \
-	test lint torture bench golden
+	test lint test-full bench
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SMOKE=no]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,8 +56,16 @@ def _fail(error: CsmWeightsError, json: bool) -> NoReturn:
     from csm_weights import report
 
     if json:
-        print(report.error_json(error))
-    raise Exit(report.clean(str(error)), code=error.exit_code)
+        _print(report.error_json(error))
+    raise Exit(str(error), code=error.exit_code)
+
+
+def _print(text: str) -> None:
+    """Prints a result; that a pager or `head` wants no more of it changes no exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _request(model: str, only: str, dest: str) -> Request:
@@ -69,21 +78,20 @@ def _request(model: str, only: str, dest: str) -> Request:
 def _show_outcome(outcome: Outcome, json: bool) -> None:
     from csm_weights import report
 
-    print(report.outcome_json(outcome) if json else report.outcome_text(outcome))
+    _print(report.outcome_json(outcome) if json else report.outcome_text(outcome))
     _exit_with(outcome.error)
 
 
 def _show_survey(survey: Survey, json: bool) -> None:
     from csm_weights import report
 
-    print(report.survey_json(survey) if json else report.survey_text(survey))
+    _print(report.survey_json(survey) if json else report.survey_text(survey))
     _exit_with(survey.error)
 
 
 def _exit_with(error: CsmWeightsError | None) -> None:
     """Ends with an error's code; what it has to say is in the result already."""
     if error:
-        sys.stdout.flush()
         raise Exit(error.message, code=error.exit_code)
 
 
@@ -252,7 +260,7 @@ def smoke(
     with _exit_codes(json):
         request = _request(model, only, dest)
         if record:
-            print(pipeline.record_golden(request, frames))
+            _print(str(pipeline.record_golden(request, frames)))
         else:
             _show_outcome(pipeline.smoke(request, device or None, require_gpu, frames), json)
 
@@ -279,7 +287,7 @@ def split(
     from csm_weights import authoring
 
     with _exit_codes():
-        print(authoring.split(ROOT, Path(file), chunks, size, manifest, dry))
+        _print(authoring.split(ROOT, Path(file), chunks, size, manifest, dry))
 
 
 @task(help=_help("model", "only", "dest", dry="show the difference, and write nothing"))
@@ -290,7 +298,7 @@ def lock(
     from csm_weights import authoring
 
     with _exit_codes():
-        print(authoring.lock(_request(model, only, dest), dry))
+        _print(authoring.lock(_request(model, only, dest), dry))
 
 
 @task(help={"name": "which stand-in: csm-1b-standin (12.4 GB) or csm-tiny", "dry": HELP["dry"]})
@@ -299,7 +307,7 @@ def standin(c: Context, name: str = "csm-1b-standin", dry: bool = False) -> None
     from csm_weights import authoring
 
     with _exit_codes():
-        print(authoring.standin(ROOT, name, dry))
+        _print(authoring.standin(ROOT, name, dry))
 
 
 @task(help=_help("model", "dry"))
@@ -308,4 +316,4 @@ def clean(c: Context, model: str = "csm-1b", dry: bool = False) -> None:
     from csm_weights import pipeline
 
     with _exit_codes():
-        print(pipeline.clean(_request(model, "all", ""), dry))
+        _print(pipeline.clean(_request(model, "all", ""), dry))

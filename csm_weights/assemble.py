@@ -133,7 +133,9 @@ class _Partial:
 
     def _deliver(self, sink: _PieceSink) -> PieceRecord:
         piece = sink.piece
+        sink.begin()
         place = self.job.source.deliver(self.job.artifact, piece, sink)
+        sink.prove(place)
         record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
         with self._lock:
             write_all(self._journal, f"{dump(record)}\n".encode(), self.path)

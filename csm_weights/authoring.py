@@ -25,7 +25,8 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     the entry is written there.
     """
     if not file.is_file():
-        finding = Finding(Kind.MISSING, str(file), "a file to split", "no such file")
+        found = "not a plain file" if file.exists() else "no such file"
+        finding = Finding(Kind.MISSING, str(file), "a file to split", found)
         raise MissingInput("there is nothing to split", [finding])
     folder = chunks or f"chunks/{file.stem}"
     if problem := path_problem(folder):

@@ -60,9 +60,14 @@ class Finding:
     help: str = ""
 
     def line(self) -> str:
-        """The finding as one line of text."""
+        """The finding as one line of text that cannot drive a terminal."""
         text = f"{self.where}: {self.kind}: expected {self.expected}, found {self.found}"
-        return f"{text} -> {self.help}" if self.help else text
+        return printable(f"{text} -> {self.help}" if self.help else text)
+
+
+def printable(text: str) -> str:
+    """One line without control characters: a file name may hold line ends and escapes."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class CsmWeightsError(Exception):
@@ -80,8 +85,9 @@ class CsmWeightsError(Exception):
         self.advice = advice
 
     def __str__(self) -> str:
-        lines = [self.message, *(f"  {f.line()}" for f in self.findings), self.advice]
-        return "\n".join(line for line in lines if line)
+        lines = [self.message, *(f"  {f.line()}" for f in self.findings)]
+        lines += self.advice.splitlines()
+        return "\n".join(printable(line) for line in lines)
 
 
 class UsageError(CsmWeightsError):

@@ -82,10 +82,12 @@ class Target:
         """
         done = 0
         with writing(self.path):
-            if direct and self._direct is not None and offset % ALIGNMENT == 0:
-                done = self._write_direct(data[: len(data) // ALIGNMENT * ALIGNMENT], offset)
+            if direct and offset % ALIGNMENT == 0:
+                with data[: len(data) // ALIGNMENT * ALIGNMENT] as aligned:
+                    done = self._write_direct(aligned, offset)
             while done < len(data):
-                done += os.pwrite(self.fd, data[done:], offset + done)
+                with data[done:] as rest:
+                    done += os.pwrite(self.fd, rest, offset + done)
 
     def _write_direct(self, data: memoryview, offset: int) -> int:
         """Bytes written: none where the file system refuses to write directly."""
@@ -145,25 +147,28 @@ def copy_hashed(
     if clone_range(src, src_offset, target.fd, offset, size):
         feed(target.fd, offset, size, sinks, tick, stop)
         return
-    with mmap.mmap(-1, STEP) as memory, ThreadPoolExecutor(1) as writer:
-        buffer = memoryview(memory)
+    # Anonymous memory is aligned to pages, which direct writes need.
+    with (
+        mmap.mmap(-1, STEP) as memory,
+        memoryview(memory) as buffer,
+        ThreadPoolExecutor(1) as writer,
+    ):
         done = 0
         while done < size:
             if stop.is_set():
                 raise Stopped
-            count = os.preadv(src, [buffer[: min(STEP, size - done)]], src_offset + done)
+            with buffer[: min(STEP, size - done)] as room:
+                count = os.preadv(src, [room], src_offset + done)
             if count == 0:
                 raise EOFError(f"it ends at byte {src_offset + done:,}")
-            block = buffer[:count]
-            # The disk takes the block while the processor hashes it.
-            written = writer.submit(target.write, block, offset + done, direct)
-            for sink in sinks:
-                sink.update(block)
-            written.result()
-            block.release()
+            with buffer[:count] as block:
+                # The disk takes the block while the processor hashes it.
+                written = writer.submit(target.write, block, offset + done, direct)
+                for sink in sinks:
+                    sink.update(block)
+                written.result()
             done += count
             tick(count)
-        buffer.release()
 
 
 def sync(path: Path) -> None:

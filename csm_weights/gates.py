@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csm_weights.architecture import Architecture, parse_config
-from csm_weights.digest import Measure, Measured, Tick, measure
+from csm_weights.digest import Measure, Measured, ShortRead, Tick, measure
 from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.manifest import Artifact, Edition
 from csm_weights.records import Fingerprint, PieceRecord, Receipt, whole_findings
@@ -241,7 +241,9 @@ class _Job:
         subject, artifact = self.subject, self.subject.artifact
         receipt = subject.receipt
         ranges = tuple((p.offset, p.size) for p in artifact.pieces)
-        if receipt and receipt.covers_pieces(artifact):
+        if self.subject.edition != artifact.editions[0]:
+            ranges = ()
+        elif receipt and receipt.covers_pieces(artifact):
             # That these pieces make up this whole is arithmetic, not a claim about
             # the disk: the pieces prove the bytes, on all cores.
             self.attested = receipt.sha256
@@ -259,11 +261,13 @@ def prove(subjects: Sequence[Subject], tick: Tick) -> list[Proof]:
     """
     jobs = [_Job(subject) for subject in subjects]
     before = [Fingerprint.of(s.path.stat()) for s in subjects]
-    measured = measure([job.measure for job in jobs], tick)
+    measured = _measure(jobs, tick)
     after = [Fingerprint.of(s.path.stat()) for s in subjects]
     proofs = []
     for job, found, first, last in zip(jobs, measured, before, after, strict=True):
-        findings = _compare(job, found, tick)
+        findings = [found] if isinstance(found, Finding) else _compare(job, found, tick)
+        if isinstance(found, Finding):
+            found = Measured((), None)
         if first != last:
             where = str(job.subject.path)
             findings.append(Finding(Kind.CHANGED, where, "a file at rest", "a write meanwhile"))
@@ -274,13 +278,30 @@ def prove(subjects: Sequence[Subject], tick: Tick) -> list[Proof]:
     return proofs
 
 
+def _measure(jobs: Sequence[_Job], tick: Tick) -> list[Measured | Finding]:
+    """What was measured of each file, or why it could not be read to its end."""
+    try:
+        return [*measure([job.measure for job in jobs], tick)]
+    except (OSError, ShortRead):
+        return [_measure_alone(job, tick) for job in jobs]
+
+
+def _measure_alone(job: _Job, tick: Tick) -> Measured | Finding:
+    try:
+        return measure([job.measure], tick)[0]
+    except (OSError, ShortRead) as error:
+        where, found = str(job.subject.path), getattr(error, "strerror", None) or str(error)
+        return Finding(Kind.UNREADABLE, where, "a readable file", found, "check the disk")
+
+
 def _compare(job: _Job, found: Measured, tick: Tick) -> list[Finding]:
     subject, artifact = job.subject, job.subject.artifact
     if found.ranges and (findings := _bad_pieces(subject, found.ranges)):
         return findings
     whole = found.whole or job.attested or ""
     findings = whole_findings(artifact, subject.edition, whole, str(subject.path))
-    if findings and artifact.pieces and not found.ranges:
+    is_pinned = subject.edition == artifact.editions[0]
+    if findings and is_pinned and artifact.pieces and not found.ranges:
         return _bad_pieces(subject, _locate(subject, tick)) or findings
     return findings
 

@@ -15,6 +15,8 @@ def show(value: object) -> str:
     """A value from a file on one line of at most 80 ASCII characters; containers by type only."""
     if not isinstance(value, str | bytes | int | float | None):
         return f"a {type(value).__name__}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length():,} bits"
     text = value if isinstance(value, str) else repr(value)
     if not (text.isascii() and text.isprintable()):
         text = ascii(text)

@@ -7,6 +7,7 @@ no file; `load` opens exactly one. `render` writes the canonical text, which
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tomllib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_weights.errors import Finding, Kind, ManifestInvalid, MissingInput, UsageError
+from csm_weights.malformed import show
 
 SCHEMA = 1
 
@@ -34,7 +36,7 @@ MAX_SIZE = 1 << 50
 MAX_TEXT = 4 << 20
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _HEX = {"sha256": re.compile(r"[0-9a-f]{64}"), "blob_id": re.compile(r"[0-9a-f]{40}")}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\\:*?\"<>|]")
@@ -214,7 +216,7 @@ class _Table:
     def text(self, name: str, default: str | None = None) -> str:
         value = self.left.pop(name, default)
         if not isinstance(value, str):
-            self.refuse(name, "a string", "nothing" if value is None else repr(value))
+            self.refuse(name, "a string", "nothing" if value is None else show(value))
             return ""
         return value
 
@@ -224,14 +226,15 @@ class _Table:
     def number(self, name: str, low: int) -> int:
         value = self.left.pop(name, None)
         if type(value) is not int or not low <= value <= MAX_SIZE:
-            found = "nothing" if value is None else repr(value)
+            found = "nothing" if value is None else show(value)
             self.refuse(name, f"an integer of bytes from {low} to {MAX_SIZE}", found)
             return low
         return value
 
     def matching(self, name: str, pattern: re.Pattern[str], expected: str) -> str:
+        is_text = isinstance(self.left.get(name), str)
         value = self.text(name)
-        if value and not pattern.fullmatch(value):
+        if is_text and not pattern.fullmatch(value):
             self.refuse(name, expected, repr(value))
         return value
 
@@ -242,8 +245,9 @@ class _Table:
         return self.matching(name, _HEX[name], f"{length} lowercase hex digits")
 
     def path(self, name: str, *, allow_here: bool = False) -> str:
+        is_text = isinstance(self.left.get(name), str)
         value = self.text(name)
-        if not (allow_here and value == ".") and (problem := path_problem(value)):
+        if is_text and not (allow_here and value == ".") and (problem := path_problem(value)):
             self.refuse(name, "a path that stays inside its folder", f"{value!r}: {problem}")
         return value
 
@@ -281,7 +285,8 @@ def path_problem(path: str) -> str:
 
 
 def _manifest(table: _Table, where: str) -> Manifest:
-    if table.left.pop("schema", None) != SCHEMA:
+    schema = table.left.pop("schema", None)
+    if type(schema) is not int or schema != SCHEMA:
         table.refuse("schema", f"{SCHEMA}", "another, or none")
     layout, hub, smoke = table.table("layout"), table.table("hub"), table.table("smoke")
     has_hub = bool(hub.left)
@@ -302,7 +307,7 @@ def _manifest(table: _Table, where: str) -> Manifest:
         part.finish()
     if not manifest.artifacts:
         table.refuse("artifact", "at least one", "none")
-    if manifest.staging == manifest.destination:
+    if manifest.staging and manifest.staging.casefold() == manifest.destination.casefold():
         layout.refuse("staging", "a folder other than the destination", manifest.staging)
     _check_unique(manifest, table)
     return manifest
@@ -319,6 +324,10 @@ def _check_unique(manifest: Manifest, table: _Table) -> None:
             first = seen.setdefault(name.casefold(), key)
             if first != key:
                 table.refuse(key, "a path of its own", f"{name!r}, as at {first}")
+    for name, key in seen.items():
+        above = next((p.as_posix() for p in Path(name).parents if p.as_posix() in seen), None)
+        if above:
+            table.refuse(key, "a path of its own", f"{name!r}, below the file at {seen[above]}")
 
 
 def _artifact(table: _Table) -> Artifact:
@@ -378,8 +387,13 @@ def _evidence(table: _Table) -> dict[str, str]:
 
 
 def _check_text(table: _Table, key: str, edition: Edition) -> None:
-    if edition.text is not None and len(edition.text.encode()) != edition.size:
-        table.refuse(key, f"{edition.size} bytes, its size", len(edition.text.encode()))
+    if edition.text is None:
+        return
+    content = edition.text.encode()
+    if len(content) != edition.size:
+        table.refuse(key, f"{edition.size} bytes, its size", len(content))
+    elif edition.sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        table.refuse(key, f"text with the sha256 {edition.sha256}", "text with another")
 
 
 def _check_tiling(table: _Table, artifact: Artifact) -> None:

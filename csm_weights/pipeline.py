@@ -277,12 +277,17 @@ def _staged_receipt(step: Step) -> Receipt:
 
 
 def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> Outcome:
-    """The whole line: fetch, place, gate, smoke; a second run has nothing to do."""
+    """The whole line: fetch, place, gate, smoke; a second run has nothing to do.
+
+    Without weights among what is chosen there is nothing to smoke-test.
+    """
     outcome = act(request, Goal.BOTH)
     outcome = replace(outcome, results=_gate(outcome.state, rehash=False))
     if error := _gate_error(outcome.results):
         return replace(outcome, error=error)
-    return _speak_unless_known(outcome, request, require_gpu) if smoke else outcome
+    if smoke and any(item.artifact.is_weights for item in outcome.state.artifacts):
+        return _speak_unless_known(outcome, request, require_gpu)
+    return outcome
 
 
 def verify(request: Request, sums: str | None = None, write_sums: bool = False) -> Outcome:
@@ -497,13 +502,11 @@ def check_source(word: str) -> None:
 def clean(request: Request, dry: bool) -> str:
     """Removes unfinished files and their journals; returns what they were."""
     state = _begin(request).look()
-    removed = []
-    with _locked(state.places):
-        for item in state.artifacts:
-            for file in (item.staged.path, item.placed.path):
-                for path in (records.partial_path(file), records.journal_path(file)):
-                    if path.exists():
-                        removed.append(str(path))
-                        if not dry:
-                            path.unlink()
-    return "\n".join(removed) or "nothing unfinished"
+    files = [f for item in state.artifacts for f in (item.staged.path, item.placed.path)]
+    unfinished = [p for f in files for p in (records.partial_path(f), records.journal_path(f))]
+    there = [path for path in unfinished if path.exists()]
+    if there and not dry:
+        with _locked(state.places):
+            for path in there:
+                path.unlink(missing_ok=True)
+    return "\n".join(map(str, there)) or "nothing unfinished"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent
-from csm_weights.files import sync, write_whole
+from csm_weights.files import sync, write_whole, writing
 from csm_weights.records import Fingerprint, Receipt, dump, receipt_path
 
 
@@ -30,8 +30,9 @@ def install(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
     sync(proven)
     if not Fingerprint.of(proven.stat()).same_bytes(receipt.fingerprint):
         raise _changed(proven)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    proven.replace(final)
+    with writing(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        proven.replace(final)
     sync(final.parent)
     if proven.parent != final.parent:
         sync(proven.parent)

@@ -106,19 +106,28 @@ def make_plan(state: State, goal: Goal) -> Plan:
     steps: list[Step] = []
     findings: list[Finding] = []
     notes: list[Finding] = []
-    for artifact in state.artifacts:
-        found = _steps(artifact, state, goal)
+    for item in state.artifacts:
+        found = _steps(item, state, goal)
         if isinstance(found, Step):
-            steps += _then_placed(found, state, goal)
+            taken = _then_placed(found, state, goal)
+            steps += taken
+            notes += _replaced(item, taken)
         else:
             findings += found
-        wrong = [look.finding for look in (artifact.placed, artifact.staged) if look.finding]
-        if isinstance(found, Step) and found.verb is not Verb.KEEP:
-            notes += wrong
-        elif not isinstance(found, Step):
-            findings += wrong
+            findings += [look.finding for look in (item.placed, item.staged) if look.finding]
     findings += [] if findings else _space(steps, state)
     return Plan(tuple(steps), tuple(findings), tuple(notes))
+
+
+def _replaced(item: ArtifactState, steps: Iterable[Step]) -> list[Finding]:
+    """What is wrong with files that these steps put others in the place of."""
+    verbs = {step.verb for step in steps}
+    looks = []
+    if verbs & {Verb.MOVE, Verb.COPY}:
+        looks.append(item.placed)
+    if verbs & {Verb.ASSEMBLE, Verb.WRITE}:
+        looks.append(item.staged)
+    return [look.finding for look in looks if look.finding]
 
 
 def _steps(item: ArtifactState, state: State, goal: Goal) -> Step | list[Finding]:
@@ -129,7 +138,7 @@ def _steps(item: ArtifactState, state: State, goal: Goal) -> Step | list[Finding
         if look.condition is Condition.UNPROVEN:
             return Step(Verb.PROVE, item, look, reads=look.size or 0)
     if goal is Goal.PLACED:
-        return [_absent(item, f"inv fetch --model {state.manifest.name}")]
+        return _absent(item, item.staged, f"inv fetch --model {state.manifest.name}")
     blocking = _blocking(item)
     if item.artifact.pieces and not blocking:
         return _assemble(item, state)
@@ -137,7 +146,7 @@ def _steps(item: ArtifactState, state: State, goal: Goal) -> Step | list[Finding
         return Step(Verb.WRITE, item, item.staged, writes=text.size, detail="from its known text")
     if any(part.condition is not Condition.ABSENT for part in item.parts) or item.partial:
         return blocking
-    return [_absent(item)]
+    return _absent(item, item.placed)
 
 
 def _blocking(item: ArtifactState) -> list[Finding]:
@@ -162,9 +171,12 @@ def _text_edition(artifact: Artifact) -> Edition | None:
     return next((e for e in artifact.editions if e.text is not None), None)
 
 
-def _absent(item: ArtifactState, help_text: str = "") -> Finding:
+def _absent(item: ArtifactState, look: FileLook, help_text: str = "") -> list[Finding]:
+    """That a file is missing, unless something wrong has its name and is told anyway."""
+    if look.condition is not Condition.ABSENT:
+        return []
     size = f"{item.artifact.size:,} bytes"
-    return Finding(Kind.MISSING, str(item.placed.path), size, "no such file", help_text)
+    return [Finding(Kind.MISSING, str(look.path), size, "no such file", help_text)]
 
 
 def _then_placed(step: Step, state: State, goal: Goal) -> list[Step]:
@@ -172,7 +184,7 @@ def _then_placed(step: Step, state: State, goal: Goal) -> list[Step]:
     if goal is Goal.STAGED or step.look.path == step.state.placed.path:
         return [step]
     size = step.look.size or step.artifact.size
-    if state.same_filesystem:
+    if state.same_filesystem and not step.look.is_link:
         move = Step(Verb.MOVE, step.state, step.look)
     else:
         move = Step(Verb.COPY, step.state, step.look, reads=size, writes=size)

@@ -176,16 +176,16 @@ def _keep_or_rename(unfinished: Path, part: Path, digest: str) -> None:
 def group_of(name: str) -> str:
     """A word for --only: the known format's, else the file's stem."""
     known = {".safetensors": "safetensors", ".pt": "ckpt", ".json": "config"}
-    suffix_word = known.get(Path(name).suffix)
-    return suffix_word or re.sub(r"[^a-z0-9._-]", "-", Path(name).stem.lower()) or "file"
+    word = re.sub(r"[^a-z0-9._-]", "-", Path(name).stem.lower()).lstrip("._-")[:64]
+    return known.get(Path(name).suffix) or word or "file"
 
 
 def parse_size(text: str) -> int:
     """Bytes from "1GiB", "500MB", "1073741824"; raises UsageError for anything else."""
-    match = re.fullmatch(r"(\d{1,15}) ?([KMGT]?)(i?)(B?)", text.strip())
+    match = re.fullmatch(r"(\d{1,15}) ?(?:([KMGT])(i?))?B?", text.strip())
     if not match:
         raise UsageError(f"{text!r} is not a size; write 1GiB, 500MB or a number of bytes")
-    number, unit, binary, _ = match.groups()
+    number, unit, binary = match.groups()
     base = 1024 if binary else 1000
     return int(int(number) * base ** " KMGT".index(unit or " "))
 
@@ -262,11 +262,12 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
         if not line or line.startswith("#"):
             continue
         match = _SUM_LINE.fullmatch(line)
-        if match and not path_problem(match[2].removeprefix("./")):
-            sums[match[2].removeprefix("./")] = match[1]
-        else:
-            place = f"{where}:{number}"
-            findings.append(Finding(Kind.MALFORMED, place, "DIGEST  PATH", repr(line[:100])))
+        path = match[2].removeprefix("./") if match else ""
+        if not match or path_problem(path) or sums.setdefault(path, match[1]) != match[1]:
+            expected = "DIGEST  PATH, each path once"
+            findings.append(
+                Finding(Kind.MALFORMED, f"{where}:{number}", expected, repr(line[:100]))
+            )
     if findings or not sums:
         raise WrongContent(f"{where} is not a SHA256SUMS file", findings)
     return sums

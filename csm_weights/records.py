@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -170,7 +170,7 @@ def receipt_path(directory: Path, path: str) -> Path:
 
 def smoke_path(directory: Path) -> Path:
     """Where the last smoke report of the model in `directory` is kept."""
-    return directory / RECEIPTS / "smoke.json"
+    return directory / RECEIPTS / "smoke-report"  # receipts end in .json, so none has this name
 
 
 def partial_path(file: Path) -> Path:
@@ -213,17 +213,38 @@ def _understood(text: str, build: Callable[[dict[str, Any]], R]) -> R | None:
         return None
 
 
+def _typed(kind: Callable[..., R], types: Mapping[str, type], data: dict[str, Any]) -> R:
+    """A record from fields of just these types; TypeError otherwise."""
+    if any(type(data[name]) is not wanted for name, wanted in types.items()):
+        raise TypeError(f"a field of {kind} has another type")
+    return kind(**data)
+
+
+_INTEGERS = {"inode": int, "size": int, "mtime_ns": int, "ctime_ns": int}
+_PIECE = {"offset": int, "size": int, "sha256": str, "source": str}
+_RECEIPT = {"path": str, "model": str, "size": int, "sha256": str, "proven_at": str, "tool": str}
+_CHECK = {"name": str, "value": str, "limit": str, "ok": bool}
+_REPORT = {
+    "device": str,
+    "frames_per_second": float,
+    "real_time_factor": float,
+    "load_seconds": float,
+    "torch": str,
+    "made_at": str,
+}
+
+
 def _receipt(data: dict[str, Any]) -> Receipt:
     data["pieces"] = tuple(_piece(p) for p in data["pieces"])
-    data["fingerprint"] = Fingerprint(**data["fingerprint"])
-    return Receipt(**data)
+    data["fingerprint"] = _typed(Fingerprint, _INTEGERS, data["fingerprint"])
+    return _typed(Receipt, _RECEIPT, data)
 
 
 def _piece(data: dict[str, Any]) -> PieceRecord:
-    return PieceRecord(**data)
+    return _typed(PieceRecord, _PIECE, data)
 
 
 def _smoke(data: dict[str, Any]) -> SmokeReport:
-    data["checks"] = tuple(Check(**c) for c in data["checks"])
-    data["files"] = tuple((path, digest) for path, digest in data["files"])
-    return SmokeReport(**data)
+    data["checks"] = tuple(_typed(Check, _CHECK, c) for c in data["checks"])
+    data["files"] = tuple((str(path), str(digest)) for path, digest in data["files"])
+    return _typed(SmokeReport, _REPORT, data)

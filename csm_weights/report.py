@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from csm_weights.errors import CsmWeightsError, Finding
+from csm_weights.errors import CsmWeightsError, Finding, printable
 from csm_weights.gates import Gate, GateResult
 from csm_weights.pipeline import Outcome, Survey
 from csm_weights.plan import Step
@@ -23,12 +23,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     texts = ["  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(clean(text.rstrip()) for text in texts)
-
-
-def clean(text: str) -> str:
-    """Text without control characters, which a file name may hold, but line ends."""
-    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
+    return "\n".join(printable(text.rstrip()) for text in texts)
 
 
 def survey_text(survey: Survey) -> str:
@@ -48,7 +43,7 @@ def survey_text(survey: Survey) -> str:
         for item in state.artifacts
     ]
     blocks = [
-        f"{state.manifest.name} -> {state.places.destination}",
+        printable(f"{state.manifest.name} -> {state.places.destination}"),
         table(("file", "bytes", "in place", "staged", "next"), rows),
     ]
     blocks += [
@@ -93,7 +88,7 @@ def _sum(steps: Iterable[Step], name: str) -> int:
 def outcome_text(outcome: Outcome) -> str:
     """What a command did, and the short table of what is proven."""
     state = outcome.state
-    blocks = [f"{state.manifest.name} -> {state.places.destination}"]
+    blocks = [printable(f"{state.manifest.name} -> {state.places.destination}")]
     if outcome.acts:
         acts = [(step.artifact.path, f"{step.verb} {step.detail}".strip()) for step in outcome.acts]
         blocks.append(table(("file", "done"), acts))
@@ -160,7 +155,7 @@ def smoke_text(report: SmokeReport) -> str:
 
 def _verdict(outcome: Outcome) -> str:
     if outcome.error:
-        return f"NOT OK: {outcome.error.message}"
+        return printable(f"NOT OK: {outcome.error.message}")
     if outcome.smoke:
         return "OK: in place, proven, and it speaks"
     if outcome.results:
@@ -175,7 +170,7 @@ def _finding_blocks(findings: Sequence[Finding], notes: Sequence[Finding]) -> li
         ("noticed, and mended on the way:", notes),
     ):
         if some:
-            blocks.append("\n".join([title, *(f"  {clean(f.line())}" for f in some)]))
+            blocks.append("\n".join([title, *(f"  {f.line()}" for f in some)]))
     return blocks
 
 

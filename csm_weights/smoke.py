@@ -197,7 +197,7 @@ def _require_torch() -> None:
     except (ImportError, OSError) as error:
         raise SmokeUnavailable(
             f"the smoke test needs torch ({error}): pip install 'csm-weights[smoke]', "
-            "or leave the test out with SMOKE=no"
+            "or leave the test out with --no-smoke (make: SMOKE=no)"
         ) from None
 
 

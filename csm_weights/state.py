@@ -49,13 +49,17 @@ class Condition(enum.StrEnum):
 
 @dataclass(frozen=True)
 class FileLook:
-    """One file as it is on disk; `size` is in bytes, None where it is absent."""
+    """One file as it is on disk; `size` is in bytes, None where it is absent.
+
+    A symbolic link is looked through, and `is_link` says that it is one.
+    """
 
     path: Path
     condition: Condition
     size: int | None = None
     finding: Finding | None = None
     receipt: Receipt | None = None
+    is_link: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,8 @@ def look_file(
     if finding:
         return FileLook(path, Condition.WRONG, size, finding, receipt)
     if receipt and _is_current(receipt, artifact, model, status):
-        return FileLook(path, Condition.PROVEN, size, None, receipt)
-    return FileLook(path, Condition.UNPROVEN, size, None, receipt)
+        return FileLook(path, Condition.PROVEN, size, None, receipt, path.is_symlink())
+    return FileLook(path, Condition.UNPROVEN, size, None, receipt, path.is_symlink())
 
 
 def _is_current(receipt: Receipt, artifact: Artifact, model: str, status: os.stat_result) -> bool:

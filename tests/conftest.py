@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.toy import Toy
+
+
+# Several test processes share the cores; torch would start a thread a core in each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

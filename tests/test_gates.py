@@ -14,7 +14,7 @@ import pytest
 
 from csm_weights.architecture import parse_config
 from csm_weights.digest import blob_id
-from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.errors import Finding, Kind
 from csm_weights.gates import Gate, GateResult, Subject, check, check_sum, prove
 from csm_weights.manifest import Artifact, Edition, Piece
 from csm_weights.publish import RECIPES, split
@@ -163,6 +163,14 @@ def test_all_damaged_pieces_are_told(plain: Plain) -> None:
     assert kinds(results, Gate.DIGEST) == [Kind.WRONG_DIGEST] * 2
 
 
+def test_another_file_of_the_same_size_is_one_finding(plain: Plain) -> None:
+    """A file of which no piece is right is told as a whole, not piece by piece."""
+    plain.path.write_bytes(bytes(plain.artifact.size))
+    for file in (plain.subject(), plain.subject(sha256=None)):
+        (proof,) = prove([file], ignore)
+        assert [(f.kind, f.where) for f in proof.findings] == [(Kind.WRONG_DIGEST, str(plain.path))]
+
+
 def test_a_file_without_pieces_is_told_as_a_whole(plain: Plain) -> None:
     """Where the manifest has no pieces, the finding is about the file."""
     flip(plain.path, 5)
@@ -223,14 +231,38 @@ def test_a_write_during_the_hashing_is_told(plain: Plain) -> None:
     assert [f.kind for f in proof.findings] == [Kind.CHANGED]
 
 
-def test_a_file_that_is_cut_during_the_hashing_does_not_pass(plain: Plain) -> None:
-    """A file that ends early is wrong content, whichever way it is told."""
+def test_a_file_that_is_cut_during_the_hashing_is_a_finding(plain: Plain) -> None:
+    """A file that ends early closes the digest gate, and is no crash."""
 
     def cut(_: int) -> None:
         os.truncate(plain.path, 1)
 
-    with pytest.raises(WrongContent):
-        check([plain.subject()], rehash=True, tick=cut)
+    results = check([plain.subject()], rehash=True, tick=cut)
+    assert (results[-1].ok, Kind.UNREADABLE in kinds(results, Gate.DIGEST)) == (False, True)
+
+
+def test_a_file_that_cannot_be_read_does_not_hide_the_others(
+    plain: Plain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One unreadable file is one finding; the files beside it are proven all the same."""
+    bad = tmp_path / "bad.bin"
+    shutil.copy(plain.path, bad)
+    real = os.open
+
+    def refuse(path: object, *rest: int) -> int:
+        if path == bad:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refuse)
+    other = replace(plain.artifact, path="bad.bin")
+    results = check([subject(other, bad), plain.subject()], rehash=True, tick=ignore)
+    digests = {result.path: result for result in results if result.gate is Gate.DIGEST}
+    assert {path: result.ok for path, result in digests.items()} == {
+        "bad.bin": False,
+        "model.bin": True,
+    }
+    assert [f.where for f in digests["bad.bin"].findings] == [str(bad)]
 
 
 def test_a_disk_that_cannot_be_read_is_a_finding(

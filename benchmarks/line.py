@@ -1,0 +1,364 @@
+"""Measures the line against cat and sha256sum, on the full-size stand-in of CSM-1B.
+
+    make bench                              # everything; needs 40 GB of disk, root for XFS
+    python benchmarks/line.py --runs 1      # a quick look
+    python benchmarks/line.py --model csm-tiny --runs 1   # does it work at all
+
+Each figure is the median of several runs, ours and the peer's in turn, so that
+a machine whose speed drifts slows both. Results go to stdout as Markdown, and
+with --write into docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INV = Path(sys.prefix) / "bin" / "inv"
+REPORT = ROOT / "docs" / "performance.md"
+
+#: Bytes hashed to find the speed of one core.
+SAMPLE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished command: seconds of wall clock and processor, bytes of peak memory."""
+
+    wall: float
+    cpu: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report; `goal` is in words, `ratio` is ours to the peer's or reverse."""
+
+    what: str
+    ours: str
+    peer: str
+    ratio: str
+    goal: str
+
+
+def run(command: list[str] | str, cwd: Path) -> Run:
+    """Runs a command to its end and returns what the kernel accounted for it."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        shell=isinstance(command, str),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    wall = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit(f"{command} ended with {process.returncode}:\n{errors.decode()}")
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def in_turn(runs: int, *sides: Callable[[], Run]) -> list[list[Run]]:
+    """Runs all sides in turn, `runs` times each."""
+    results: list[list[Run]] = [[] for _ in sides]
+    for number in range(runs):
+        for index, side in enumerate(sides):
+            results[index].append(side())
+            print(f"run {number + 1} side {index + 1}: {results[index][-1]}", file=sys.stderr)
+    return results
+
+
+def median(runs: list[Run]) -> float:
+    """The median wall time in seconds."""
+    return statistics.median(r.wall for r in runs)
+
+
+def ratio(over: list[Run], under: list[Run]) -> float:
+    """The median of the ratios of wall times, pair by pair."""
+    pairs = zip(over, under, strict=True)
+    return statistics.median(a.wall / b.wall for a, b in pairs)
+
+
+class Tree:
+    """A folder with the parts and the pipeline, where runs are made."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self.folder = folder
+        self.model = model
+        self.chunks = folder / "chunks" / model
+        self.placed = folder / "models" / model
+        self.by_hand = folder / "by-hand"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "tasks.py", folder)
+        shutil.copytree(ROOT / "manifests", folder / "manifests", dirs_exist_ok=True)
+
+    def inv(self, *words: str) -> Run:
+        """An inv command on the model."""
+        return run([str(INV), *words, "--model", self.model], self.folder)
+
+    def warm(self, *folders: Path) -> None:
+        """Reads files once, so that they are in the page cache as far as they fit."""
+        for folder in folders:
+            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+                subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
+
+    def clear(self) -> None:
+        """Removes what runs have made, and lets the disk come to rest."""
+        for folder in (self.folder / "output", self.placed, self.by_hand):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.by_hand.mkdir()
+        os.sync()
+        self.warm(self.chunks)
+
+    def assemble(self) -> Run:
+        """Ours: both files from parts, every byte proven, durable, with receipts."""
+        self.clear()
+        return self.inv("fetch")
+
+    def cat(self, check: bool) -> Run:
+        """By hand: cat, and with `check` also sha256sum -c of both files."""
+        self.clear()
+        commands = [
+            f"cat {self.chunks}/{group}/{name}.part-* > {self.by_hand}/{name}"
+            for group, name in (("safetensors", "model.safetensors"), ("ckpt", "ckpt.pt"))
+        ]
+        if check:
+            commands.append(f"cd {self.by_hand} && sha256sum -c {self.folder}/SHA256SUMS")
+        return run(" && ".join(commands), self.folder)
+
+    def write_sums(self) -> None:
+        """SHA256SUMS of both files, from files that are in place and proven."""
+        names = "model.safetensors ckpt.pt"
+        run(f"cd {self.placed} && sha256sum {names} > {self.folder}/SHA256SUMS", self.folder)
+
+    def disk_used(self) -> int:
+        """Bytes used on the file system."""
+        os.sync()
+        return shutil.disk_usage(self.folder).used
+
+
+def measure_verify(tree: Tree, runs: int) -> list[Row]:
+    """`inv verify` against `sha256sum -c`, files in the page cache as far as they fit."""
+    tree.clear()
+    tree.inv("weights", "--no-smoke")
+    tree.write_sums()
+    tree.warm(tree.placed)
+    check = f"cd {tree.placed} && sha256sum -c {tree.folder}/SHA256SUMS"
+    ours, peer = in_turn(runs, lambda: tree.inv("verify"), lambda: run(check, tree.folder))
+    return [
+        _row("`inv verify` / `sha256sum -c`, both files", ours, peer, "at least 8 times faster"),
+        _memory_row("`inv verify`", ours),
+    ]
+
+
+def measure_assemble(tree: Tree, runs: int, where: str) -> list[Row]:
+    """Assembling and proving against cat, with and without sha256sum."""
+    ours, checked, bare = in_turn(
+        runs, tree.assemble, lambda: tree.cat(check=True), lambda: tree.cat(check=False)
+    )
+    before = _without_output(tree)
+    tree.assemble()
+    extra = tree.disk_used() - before
+    what = f"assemble + prove, {where}"
+    return [
+        _row(f"{what} / `cat` + `sha256sum -c`", ours, checked, "at least 4 times faster"),
+        Row(
+            f"{what} / bare `cat`",
+            f"{median(ours):.2f} s",
+            f"{median(bare):.2f} s",
+            f"{ratio(ours, bare):.2f} times its time",
+            "at most 1.5",
+        ),
+        Row(f"{what}: extra disk", f"{extra / 2**20:,.1f} MiB", "", "", "near 0 on XFS"),
+        _memory_row(what, ours),
+    ]
+
+
+def _without_output(tree: Tree) -> int:
+    tree.clear()
+    return tree.disk_used()
+
+
+def measure_starts(tree: Tree, runs: int) -> list[Row]:
+    """What a person waits for when there is nothing to do."""
+    tree.clear()
+    tree.inv("weights", "--no-smoke")
+    bare = tree.folder / "bare"
+    bare.mkdir(exist_ok=True)
+    (bare / "tasks.py").write_text(
+        "from invoke import task\n\n\n@task\ndef nothing(c):\n    pass\n"
+    )
+    invoke = str(INV.with_name("invoke"))
+    again, python, ours, peer = in_turn(
+        max(runs, 9),
+        lambda: tree.inv("weights", "--no-smoke"),
+        lambda: run([sys.executable, "-c", "pass"], tree.folder),
+        lambda: run([str(INV), "--list"], tree.folder),
+        lambda: run([invoke, "--list"], bare),
+    )
+    over = median(again) - median(python)
+    return [
+        Row(
+            "second `inv weights`, over the interpreter's start",
+            f"{median(again):.2f} s",
+            f"{median(python):.2f} s",
+            f"{over:.2f} s over it",
+            "at most 0.5 s over it",
+        ),
+        Row(
+            "`inv --list` / bare `invoke --list`",
+            f"{median(ours):.3f} s",
+            f"{median(peer):.3f} s",
+            f"{ratio(ours, peer):.2f} times its time",
+            "at most 1.3",
+        ),
+    ]
+
+
+def measure_limits(tree: Tree) -> list[Row]:
+    """What hashing, the page cache and the disk can give here at most, for one core."""
+    sample = tree.folder / "sample"
+    _write_sample(sample)
+    tree.warm(sample)
+    one = "import hashlib,sys;hashlib.file_digest(open(sys.argv[1],'rb'),'sha256')"
+    file = sample / "zeros"
+    ours = run([sys.executable, "-c", one, str(file)], tree.folder)
+    peer = run(["sha256sum", str(file)], tree.folder)
+    read = run(["cat", str(file)], tree.folder)
+    cached = run(f"cat {file} > {sample}/copy", tree.folder)
+    direct = run(f"dd if={file} of={sample}/direct bs=4M oflag=direct conv=fsync", tree.folder)
+    shutil.rmtree(sample)
+    rows = [
+        ("hashlib, one core", ours),
+        ("sha256sum, one core", peer),
+        ("reading the page cache", read),
+        ("writing to the page cache (cat)", cached),
+        ("writing past it (dd oflag=direct), durable", direct),
+    ]
+    return [
+        Row(f"{what}, a GiB", f"{r.wall:.2f} s", "", f"{r.cpu:.2f} s cpu", "") for what, r in rows
+    ]
+
+
+def _write_sample(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    with (folder / "zeros").open("wb") as file:
+        for _ in range(SAMPLE >> 20):
+            file.write(bytes(1 << 20))
+
+
+def _row(what: str, ours: list[Run], peer: list[Run], goal: str) -> Row:
+    times = f"{ratio(peer, ours):.2f} times faster"
+    return Row(what, f"{median(ours):.2f} s", f"{median(peer):.2f} s", times, goal)
+
+
+def _memory_row(what: str, runs: list[Run]) -> Row:
+    peak = max(r.memory for r in runs)
+    return Row(f"{what}: peak memory", f"{peak / 2**20:.0f} MiB", "", "", "at most 150 MiB")
+
+
+@contextlib.contextmanager
+def xfs(folder: Path, size: int) -> Iterator[Path | None]:
+    """A loop-mounted XFS of `size` bytes, or None where it cannot be had."""
+    image, point = folder / "xfs.img", folder / "xfs"
+    if os.geteuid() or not shutil.which("mkfs.xfs"):
+        yield None
+        return
+    point.mkdir(exist_ok=True)
+    with image.open("wb") as file:
+        file.truncate(size)
+    try:
+        subprocess.run(["mkfs.xfs", "-q", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, point], check=True)
+        try:
+            yield point
+        finally:
+            subprocess.run(["umount", point], check=True)
+    finally:
+        image.unlink()
+
+
+def measure_xfs(tree: Tree, runs: int) -> list[Row]:
+    """The same assembling where the file system shares blocks."""
+    size = sum(f.stat().st_size for f in tree.chunks.rglob("*") if f.is_file())
+    with xfs(tree.folder, max(3 * size, 1 << 30)) as point:
+        if point is None:
+            return [Row("XFS", "not measured", "", "needs root and mkfs.xfs", "")]
+        there = Tree(point / "tree", tree.model)
+        shutil.copytree(tree.chunks, there.chunks)
+        shutil.copy(tree.folder / "SHA256SUMS", there.folder)
+        return measure_assemble(there, runs, "loop-mounted XFS")
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| what | ours | peer | ratio | goal |", "|---|---|---|---|---|"]
+    lines += [f"| {r.what} | {r.ours} | {r.peer} | {r.ratio} | {r.goal} |" for r in rows]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """The machine in a line."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    info = Path("/proc/cpuinfo").read_text()
+    match = re.search(r"model name\s*: (.+)", info)
+    return (
+        f"{match[1] if match else platform.processor()}, {os.cpu_count()} cores,"
+        f" {memory / 2**30:.0f} GiB of memory, Linux {platform.release()},"
+        f" Python {platform.python_version()}"
+    )
+
+
+def write_report(text: str) -> None:
+    """Puts the tables between the marks of docs/performance.md."""
+    old = REPORT.read_text()
+    start, end = "<!-- measured: begin -->\n", "<!-- measured: end -->"
+    head, _, rest = old.partition(start)
+    REPORT.write_text(head + start + text + "\n" + end + rest.partition(end)[2])
+
+
+def main() -> None:
+    """Measures everything, or what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="csm-1b-standin")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dir", type=Path, default=ROOT / "output" / "bench")
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    options = parser.parse_args()
+    if not (ROOT / "chunks" / options.model).is_dir():
+        run([str(INV), "standin", "--name", options.model], ROOT)
+    tree = Tree(options.dir, options.model)
+    tree.chunks.parent.mkdir(exist_ok=True)
+    if not tree.chunks.exists():
+        tree.chunks.symlink_to(ROOT / "chunks" / options.model)
+    try:
+        rows = measure_limits(tree) + measure_starts(tree, options.runs)
+        rows += measure_verify(tree, options.runs)
+        rows += measure_assemble(tree, options.runs, "ext4")
+        tree.clear()
+        rows += measure_xfs(tree, options.runs)
+    finally:
+        shutil.rmtree(options.dir)
+    text = f"{machine()}; {options.runs} runs each, medians.\n\n{table(rows)}"
+    print(text)
+    if options.write:
+        write_report(text)
+
+
+if __name__ == "__main__":
+    main()

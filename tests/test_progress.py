@@ -1,0 +1,260 @@
+"""Progress: on stderr only, a bar on a terminal, few plain lines elsewhere."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from csm_weights.progress import LINE_PERCENT, LINE_SECONDS, WORTH_SHOWING, Progress
+
+#: Bytes of a piece of work that is worth showing.
+TOTAL = 100 * WORTH_SHOWING
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that progress reads."""
+    own = Clock()
+    monkeypatch.setattr(time, "monotonic", own.monotonic)
+    return own
+
+
+def run(clock: Clock, seconds: float, steps: int = 100, total: int = TOTAL) -> list[str]:
+    """The lines of work that takes `seconds` in equal steps, off a terminal."""
+    stream = io.StringIO()
+    with Progress("hashing", total, stream) as shown:
+        for _ in range(steps):
+            clock.now += seconds / steps
+            shown.tick(total // steps)
+    return stream.getvalue().splitlines()
+
+
+def test_off_a_terminal_there_are_plain_lines(clock: Clock) -> None:
+    """A line has the label, percent, bytes, rate and time left, and no control character."""
+    lines = run(clock, 20)
+    assert len(lines) > 2
+    for line in lines[:-1]:
+        assert re.fullmatch(r"hashing: \d+ % of [\d,]+ bytes, [\d,]+ MiB/s, \d+ s left", line)
+    assert lines[-1] == f"hashing: {TOTAL:,} bytes in 20.0 s"
+
+
+def test_there_is_a_line_every_ten_percent(clock: Clock) -> None:
+    """Work of some seconds has a line each ten percent."""
+    percents = [int(line.split()[1]) for line in run(clock, 50)[:-1]]
+    assert percents == list(range(LINE_PERCENT, 101, LINE_PERCENT))
+
+
+def test_slow_work_has_a_line_every_ten_seconds(clock: Clock) -> None:
+    """Work of many minutes has a line each ten seconds, however little was done."""
+    lines = run(clock, 1000, steps=1000)
+    assert len(lines) == 1000 / LINE_SECONDS + 1
+
+
+def test_quick_work_has_one_line(clock: Clock) -> None:
+    """Work of less than a second says only that it is over."""
+    assert len(run(clock, 0.9)) == 1
+
+
+def test_small_work_is_not_talked_about(clock: Clock) -> None:
+    """Work that is over before one could read about it leaves no line."""
+    assert run(clock, 100, total=WORTH_SHOWING - 1) == []
+
+
+def test_work_of_no_bytes_is_fine(clock: Clock) -> None:
+    """A total of zero divides nothing."""
+    assert run(clock, 1, total=0) == []
+
+
+def test_the_rate_and_the_time_left_are_right(clock: Clock) -> None:
+    """Half of the bytes in 50 seconds leave 50 more."""
+    stream = io.StringIO()
+    with Progress("hashing", TOTAL, stream) as shown:
+        clock.now += 50
+        shown.tick(TOTAL // 2)
+        speed = TOTAL / 100 / 2**20
+        line = f"hashing: 50 % of {TOTAL:,} bytes, {speed:,.0f} MiB/s, 50 s left\n"
+        assert stream.getvalue() == line
+
+
+def test_more_than_all_is_a_hundred_percent(clock: Clock) -> None:
+    """Bytes that are hashed again do not lead beyond 100 %."""
+    stream = io.StringIO()
+    with Progress("hashing", TOTAL, stream) as shown:
+        clock.now += 50
+        shown.tick(2 * TOTAL)
+    assert stream.getvalue().startswith("hashing: 100 % of ")
+    assert ", 0 s left\n" in stream.getvalue()
+
+
+def test_failed_work_does_not_say_that_it_is_over(clock: Clock) -> None:
+    """After an error there is no closing line."""
+    stream = io.StringIO()
+    with pytest.raises(KeyError), Progress("hashing", TOTAL, stream):
+        clock.now += 5
+        raise KeyError
+    assert stream.getvalue() == ""
+
+
+def test_it_talks_to_stderr_and_never_to_stdout(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a stream, lines go to stderr; stdout stays for results."""
+    with Progress("hashing", TOTAL) as shown:
+        clock.now += 20
+        shown.tick(TOTAL)
+        shown.say("a word")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "hashing: a word\n" in err
+    assert err.count("\n") == 3
+
+
+def test_a_given_stream_is_the_only_one(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a stream, neither stdout nor stderr has a word."""
+    assert run(clock, 20)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_say_tells_at_once_however_small_the_work(clock: Clock) -> None:
+    """A message is printed under the label even when there is nothing to count."""
+    stream = io.StringIO()
+    with Progress("waiting", 0, stream) as shown:
+        clock.now += 1
+        shown.say("another run holds the lock")
+    assert stream.getvalue() == "waiting: another run holds the lock\n"
+
+
+def test_ticks_from_many_threads_are_all_counted() -> None:
+    """No byte is lost when workers tick at once."""
+    stream = io.StringIO()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with Progress("hashing", 1 << 40, stream) as shown:
+
+            def work() -> None:
+                for _ in range(5000):
+                    shown.tick(1)
+
+            threads = [threading.Thread(target=work) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert stream.getvalue().startswith("hashing: 40,000 bytes in ")
+
+
+# ---- on a terminal
+
+
+@pytest.fixture
+def terminal() -> Callable[[dict[str, str], float], tuple[str, str]]:
+    """Runs some work whose stderr is a terminal; returns its stdout and what was shown."""
+    code = f"""
+import sys, time
+from csm_weights.progress import Progress
+with Progress("hashing", {TOTAL}) as shown:
+    for _ in range(5):
+        time.sleep(float(sys.argv[1]) / 5)
+        shown.tick({TOTAL} // 5)
+"""
+
+    def show(environment: dict[str, str], seconds: float) -> tuple[str, str]:
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
+        clean = {k: v for k, v in os.environ.items() if k not in ("TQDM_DISABLE", "NO_COLOR")}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(seconds)],
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env={**clean, "TERM": "xterm", **environment},
+        )
+        os.close(theirs)
+        shown = _read_all(ours)
+        os.close(ours)
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        return out.decode(), shown
+
+    return show
+
+
+def _read_all(fd: int) -> str:
+    shown = b""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            block = os.read(fd, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not block:
+            break
+        shown += block
+    return shown.decode(errors="replace")
+
+
+Terminal = Callable[[dict[str, str], float], tuple[str, str]]
+
+
+def test_on_a_terminal_there_is_a_bar(terminal: Terminal) -> None:
+    """A terminal has one bar with bytes, rate and percent, redrawn in place; stdout is empty."""
+    out, shown = terminal({}, 0.6)
+    assert out == ""
+    assert re.search(r"hashing: +\d+%\|.*\| [\d.]+[KMGT]?/[\d.]+G \[.*B/s\]", shown)
+    assert "\r" in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_bar_has_no_colour(terminal: Terminal) -> None:
+    """With NO_COLOR the bar is there and nothing is coloured."""
+    _, shown = terminal({"NO_COLOR": "1"}, 0.6)
+    assert ("%|" in shown, "\x1b[3" in shown) == (True, False)
+
+
+def test_tqdm_disable_leaves_plain_lines(terminal: Terminal) -> None:
+    """TQDM_DISABLE takes the bar away, on a terminal too."""
+    out, shown = terminal({"TQDM_DISABLE": "1"}, 1.4)
+    assert out == ""
+    assert "%|" not in shown
+    *lines, last = shown.splitlines()
+    assert last.startswith(f"hashing: {TOTAL:,} bytes in ")
+    assert lines
+    assert all(re.match(rf"hashing: \d+ % of {TOTAL:,} bytes, ", line) for line in lines)
+
+
+def test_a_dumb_stream_needs_no_tqdm() -> None:
+    """Off a terminal the bar's library is not even loaded."""
+    code = f"""
+import sys
+from csm_weights.progress import Progress
+with Progress("hashing", {TOTAL}) as shown:
+    shown.tick(1)
+print("tqdm" in sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
