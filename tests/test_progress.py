@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import os
 import pty
 import re
@@ -166,6 +167,32 @@ def test_ticks_from_many_threads_are_all_counted() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert stream.getvalue().startswith("hashing: 40,000 bytes in ")
+
+
+class SlowStream(io.StringIO):
+    """A stream on which writes of two threads would mix."""
+
+    def write(self, text: str) -> int:
+        for letter in text:
+            super().write(letter)
+            time.sleep(0)
+        return len(text)
+
+
+def test_lines_of_many_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that tick at once each get a whole line."""
+    seconds = itertools.count(0, 100)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
+    stream = SlowStream()
+    shown = Progress("hashing", TOTAL, stream)
+    work = [threading.Thread(target=shown.tick, args=(1,)) for _ in range(40)]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 40
+    assert [line for line in lines if not re.fullmatch(r"hashing: 0 % of .* s left", line)] == []
 
 
 # ---- on a terminal
