@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INV  := $(VENV)/bin/inv
 PIP  := $(VENV)/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt
-WHAT := --model $(MODEL) $(if $(ONLY),--only $(ONLY)) $(if $(DEST),--dest $(DEST))
+WHAT := --model '$(MODEL)' $(if $(ONLY),--only '$(ONLY)') $(if $(DEST),--dest '$(DEST)')
 
 # Running the model needs torch; proving the files does not.
 ifeq ($(SMOKE),no)
@@ -30,14 +30,17 @@ help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SMOKE=no]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-weights: $(RUN_ENV) ## Assemble, place, gate and smoke-test MODEL: the whole line
-	@$(INV) weights $(WHAT) $(SMOKE_OPT)
+weights: $(VENV)/.base ## Assemble, place, gate and smoke-test MODEL: the whole line
+	@# What is missing is told before torch is installed.
+	@$(INV) weights $(WHAT) --source '$(SOURCE)' --dry > /dev/null
+	@$(MAKE) --no-print-directory $(RUN_ENV)
+	@$(INV) weights $(WHAT) --source '$(SOURCE)' $(SMOKE_OPT)
 
 status: $(VENV)/.base ## Show what is here, what is missing, and what would be done
 	@$(INV) status $(WHAT)
 
 fetch: $(VENV)/.base ## Bring the files into output/, proven
-	@$(INV) fetch $(WHAT) --source $(SOURCE)
+	@$(INV) fetch $(WHAT) --source '$(SOURCE)'
 
 place: $(VENV)/.base ## Move proven files from output/ to their place
 	@$(INV) place $(WHAT)
@@ -49,13 +52,13 @@ smoke: $(VENV)/.smoke ## Load the model, let it speak, and check it
 	@$(INV) smoke $(WHAT)
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
-	@$(INV) clean --model $(MODEL)
+	@$(INV) clean $(if $(DEST),--dest '$(DEST)') --model '$(MODEL)'
 
 split: $(VENV)/.base ## Cut FILE=... into parts with digests and a manifest entry
-	@$(INV) split $(FILE)
+	@$(INV) split '$(FILE)'
 
 lock: $(VENV)/.base ## Add digests that proven files show to MODEL's manifest
-	@$(INV) lock --model $(MODEL)
+	@$(INV) lock --model '$(MODEL)'
 
 standin: $(VENV)/.base ## Write a full-size stand-in of CSM-1B (needs 25 GB of disk)
 	@$(INV) standin

@@ -47,7 +47,7 @@ digest() { local line; line=$(sha "$1") && printf '%s' "${line%% *}"; } # of std
 size_of() { local n; n=$(wc -c <"$1") && printf '%s' $((n)); }
 
 # Prints the manifest as rows, with tabs between the fields and "-" for an absent one:
-#   staging DIR | destination DIR | bad MESSAGE
+#   staging DIR | destination DIR | hub REPO REVISION | bad MESSAGE
 #   artifact GROUP PATH SIZE SHA256 BLOB_ID | piece GROUP PATH PART OFFSET SIZE SHA256
 # Only artifacts that come in parts. Sizes stay text: some awks print large numbers rounded.
 read_manifest() {
@@ -102,6 +102,10 @@ read_manifest() {
       } else if (table == "[layout]") {
         need(is_path(key["staging"]), "staging is not a directory below this one")
         print "staging\t" key["staging"] "\ndestination\t" key["destination"]
+      } else if (table == "[hub]") {
+        need(key["repo"] ~ /^[A-Za-z0-9][A-Za-z0-9_.-]*\/[A-Za-z0-9][A-Za-z0-9_.-]*$/ && \
+          is_hex(key["revision"], 40), "no repo ORG/NAME, or no revision of 40 hex digits")
+        print "hub\t" key["repo"] "\t" key["revision"]
       } else if (table == "") {
         need(key["schema"] == "1", "the schema is \"" key["schema"] "\", this script reads 1")
         need(key["name"] == want, "the name is \"" key["name"] "\", not " want)
@@ -221,16 +225,31 @@ prove() { # FILE ARTIFACT SIZE SHA256 BLOB_ID: sets proof; or sets flaw, and fai
   [[ -z $flaw ]]
 }
 
+is_free() { # PATH: a file may be put there; fails after a finding
+  if [[ ! -e $1 || -f $1 ]]; then return 0; fi
+  finding "$1" "something in the way" "a plain file or nothing" "something else" "move it away"
+  return 1
+}
+
+remove_leftovers() { # FINAL: the partials of runs that were killed, not those of live ones
+  local left pid
+  for left in "$1".recombine-partial.*; do
+    pid=${left##*.}
+    # Not by exit code: a process of somebody else is alive, though kill fails.
+    if [[ $pid != "$$" && $(kill -0 "$pid" 2>&1) != *"No such process"* ]]; then continue; fi
+    if is_free "$left"; then rm -f "$left" || die 7 "$left: cannot be removed, see above"; fi
+  done
+}
+
 choose_work() { # sets work: the rows of the artifacts to write
   local row path size whole blob final
   work=''
   while IFS= read -r row; do
     IFS=$'\t' read -r _ _ path size whole blob <<<"$row"
     final=$staging/$path
-    rm -f "$final.recombine-partial" # of a run that was killed
-    if [[ -d $final ]]; then
-      finding "$final" malformed "a file or nothing" "a directory" "move it away"
-    elif [[ -f $final && -r $final ]] && prove "$final" "$path" "$size" "$whole" "$blob"; then
+    remove_leftovers "$final"
+    if ! is_free "$final"; then continue; fi
+    if [[ -f $final && -r $final ]] && prove "$final" "$path" "$size" "$whole" "$blob"; then
       printf '%s\n' "$final: already right, kept ($size bytes, $proof)"
     else
       work+=$row$'\n'
@@ -265,14 +284,16 @@ join_parts() { # ARTIFACT: its parts to stdout, in the order of the manifest
 assemble() { # ARTIFACT SIZE SHA256 BLOB_ID
   local final=$staging/$1
   say "writing $final"
-  partial=$final.recombine-partial
-  if ! { mkdir -p "$(dirname "$final")" && join_parts "$1" >"$partial" &&
-    { sync "$partial" 2>/dev/null || sync; }; }; then
+  partial=$final.recombine-partial.$$
+  if ! { mkdir -p "$(dirname "$final")" && join_parts "$1" >"$partial" && sync; }; then
     die 7 "$final: cannot be written, see above; the partial file was removed"
   fi
   if ! prove "$partial" "$@"; then
     die 4 "$final: wrong content: expected $flaw. Every part was right, so the disk or memory \
 failed, or $manifest is wrong; the result was removed -> git checkout $manifest, then run again"
+  fi
+  if [[ -d $final ]]; then # mv would move into it
+    die 4 "$final: something in the way: a directory; the result was removed -> move it away"
   fi
   mv -f "$partial" "$final" || die 7 "$final: cannot be replaced, see above"
   partial=''
@@ -293,7 +314,12 @@ while (($#)); do
   shift
 done
 
-cd -P "$(dirname "${BASH_SOURCE[0]}")"
+self=${BASH_SOURCE[0]}
+while [[ -L $self ]]; do # macOS before 12.3 has no readlink -f
+  cd -P "$(dirname "$self")"
+  self=$(readlink "${self##*/}")
+done
+cd -P "$(dirname "$self")"
 manifest=manifests/$model.toml
 if [[ $model == -* || $model == *[^A-Za-z0-9._-]* || ! -r $manifest ]]; then
   die 1 "no model \"$model\": there is no $manifest"
@@ -312,7 +338,8 @@ if [[ -z $format ]]; then
     if [[ -e $part || -L $part ]]; then printf '%s ' "$group"; fi
   done)
   if [[ -z $formats ]]; then
-    die 3 "no part of $model is here -> git lfs pull, or make weights SOURCE=hf MODEL=$model"
+    advise_sources
+    exit 3
   fi
 elif [[ $format != all ]]; then
   if [[ " $formats" != *" $format "* ]]; then
@@ -328,6 +355,7 @@ if [[ $work ]]; then
   while IFS=$'\t' read -r _ _ path size whole blob; do
     assemble "$path" "$size" "$whole" "$blob"
   done <<<"${work%$'\n'}"
+  sync # the new names too
 fi
 say "Next: make weights MODEL=$model puts the files in place and checks them. Without Python:"
 while IFS=$'\t' read -r _ _ path _; do

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent
 HELP = {
     "model": "a name in manifests/, or the path of a manifest (default csm-1b)",
     "only": "formats, groups or files, comma-separated: safetensors, ckpt, prompts, all, ...",
-    "dest": "the folder for the files, instead of the manifest's",
+    "dest": "the folder for the files, instead of the manifest's; relative to the repository",
+    "source": "where pieces come from: auto or chunks (today the same)",
     "json": "the result as JSON on stdout, also when it fails",
     "dry": "show what would be done, and do nothing",
     "require-gpu": "exit 77 unless the smoke test runs on a GPU",
@@ -39,13 +40,15 @@ def _exit_codes(json: bool = False) -> Iterator[None]:
     """Turns the package's errors, Ctrl-C and SIGTERM into messages and exit codes."""
     import signal
 
-    from csm_weights.errors import CsmWeightsError, Interrupted
+    from csm_weights.errors import CsmWeightsError, Interrupted, from_os_error
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except CsmWeightsError as error:
         _fail(error, json)
+    except OSError as error:
+        _fail(from_os_error(error), json)
     except KeyboardInterrupt:
         _fail(Interrupted("interrupted; what was proven is kept, run the same command again"), json)
     finally:
@@ -92,7 +95,9 @@ def _show_survey(survey: Survey, json: bool) -> None:
 def _exit_with(error: CsmWeightsError | None) -> None:
     """Ends with an error's code; what it has to say is in the result already."""
     if error:
-        raise Exit(error.message, code=error.exit_code)
+        from csm_weights.errors import printable
+
+        raise Exit(printable(error.message), code=error.exit_code)
 
 
 @task(
@@ -102,6 +107,7 @@ def _exit_with(error: CsmWeightsError | None) -> None:
         "dest",
         "json",
         "dry",
+        "source",
         "require-gpu",
         smoke="--no-smoke leaves the smoke test out, and needs no torch",
     )
@@ -111,6 +117,7 @@ def weights(
     model: str = "csm-1b",
     only: str = "",
     dest: str = "",
+    source: str = "auto",
     smoke: bool = True,
     require_gpu: bool = False,
     dry: bool = False,
@@ -118,11 +125,13 @@ def weights(
 ) -> None:
     """Assemble, place, gate and smoke-test a model: the whole line."""
     from csm_weights import pipeline
+    from csm_weights.plan import Goal
 
     with _exit_codes(json):
+        pipeline.check_source(source)
         request = _request(model, only, dest)
         if dry:
-            _show_survey(pipeline.survey(request), json)
+            _show_survey(pipeline.rehearse(request, Goal.BOTH), json)
         else:
             _show_outcome(pipeline.weights(request, smoke, require_gpu), json)
 
@@ -158,7 +167,7 @@ def status(
         "dest",
         "json",
         "dry",
-        source="where pieces come from: auto or chunks (today the same)",
+        "source",
     )
 )
 def fetch(
@@ -199,7 +208,7 @@ def _act(request: Request, goal: Goal, dry: bool, json: bool) -> None:
     from csm_weights import pipeline
 
     if dry:
-        _show_survey(pipeline.survey(request, goal), json)
+        _show_survey(pipeline.rehearse(request, goal), json)
     else:
         _show_outcome(pipeline.act(request, goal), json)
 
@@ -310,10 +319,10 @@ def standin(c: Context, name: str = "csm-1b-standin", dry: bool = False) -> None
         _print(authoring.standin(ROOT, name, dry))
 
 
-@task(help=_help("model", "dry"))
-def clean(c: Context, model: str = "csm-1b", dry: bool = False) -> None:
+@task(help=_help("model", "dest", "dry"))
+def clean(c: Context, model: str = "csm-1b", dest: str = "", dry: bool = False) -> None:
     """Remove unfinished files; what is proven, staged or placed stays."""
     from csm_weights import pipeline
 
     with _exit_codes():
-        _print(pipeline.clean(_request(model, "all", ""), dry))
+        _print(pipeline.clean(_request(model, "all", dest), dry))

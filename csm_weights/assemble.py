@@ -138,7 +138,8 @@ class _Partial:
         sink.prove(place)
         record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
         with self._lock:
-            write_all(self._journal, f"{dump(record)}\n".encode(), self.path)
+            # A line may follow one that a crash has torn, so it brings its own start.
+            write_all(self._journal, f"\n{dump(record)}\n".encode(), self.path)
         return record
 
     def all_findings(self) -> list[Finding]:

@@ -35,20 +35,25 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     ranges = publish.tiling(total, piece_size)
     if dry:
         return f"would write {len(ranges)} parts of at most {piece_size:,} bytes to {folder}/"
+    path = Path(manifest)
+    current = _manifest_to_extend(path) if manifest else None
     with Progress("splitting", total) as progress:
         artifact = publish.split(file, root, folder, piece_size, progress.tick)
     sums = {Path(p.part).name: p.sha256 for p in artifact.pieces}
     files.write_whole(root / folder / SUMS, publish.render_sums(sums))
-    if not manifest:
+    if current is None:
         return "\n".join(["[[artifact]]", *render_artifact(artifact)])
-    path = Path(manifest)
-    if path.is_file():
-        current = load(path)
-    else:
-        name = path.stem
-        current = Manifest(name, f"output/{name}", f"models/{name}", (), where=str(path))
     _write_manifest(path, publish.with_artifact(current, artifact))
     return f"{len(ranges)} parts in {folder}/, entry in {path}"
+
+
+def _manifest_to_extend(path: Path) -> Manifest:
+    """The manifest at `path`, or an empty one of that name."""
+    if path.exists():
+        return load(path)
+    if problem := publish.name_problem(path.stem):
+        raise UsageError(f"--manifest {path}: {problem}")
+    return Manifest(path.stem, f"output/{path.stem}", f"models/{path.stem}", (), where=str(path))
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:

@@ -20,7 +20,7 @@ from csm_weights.errors import WrongContent
 
 #: Bytes read at a time: small enough that a block is hashed out of the L2
 #: cache it was read into, large enough that Python's share is below 1 %.
-BLOCK = 256 << 10
+BLOCK = 1 << 20
 
 #: Bytes that the disk is asked for ahead of the hashing. Left to itself the
 #: kernel reads 128 KiB ahead, and a core that hashes waits for most disks.

@@ -38,6 +38,7 @@ class Kind(enum.StrEnum):
     UNREADABLE = "unreadable"
     CHANGED = "changed while read"
     IN_THE_WAY = "something in the way"
+    NOT_WRITABLE = "not writable"
     NO_SPACE = "no space"
 
 
@@ -146,10 +147,20 @@ class Interrupted(CsmWeightsError):
     exit_code = 130
 
 
+def from_os_error(error: OSError) -> CsmWeightsError:
+    """The error of this package for one of the operating system's that got this far."""
+    found = error.strerror or str(error)
+    where = str(error.filename or "the disk")
+    finding = Finding(
+        Kind.UNREADABLE, where, "a file or folder that can be used", found, "check it"
+    )
+    return WrongContent("the operating system refused", [finding])
+
+
 def error_for(message: str, findings: Sequence[Finding], advice: str = "") -> CsmWeightsError:
     """The one error for many findings: wrong content outweighs missing input."""
     if all(f.kind in NOT_HERE for f in findings):
         return MissingInput(message, findings, advice)
-    if any(f.kind is Kind.NO_SPACE for f in findings):
+    if any(f.kind in (Kind.NO_SPACE, Kind.NOT_WRITABLE) for f in findings):
         return NoSpace(message, findings, advice)
     return WrongContent(message, findings, advice)

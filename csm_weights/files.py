@@ -19,13 +19,14 @@ from csm_weights.errors import Finding, Kind, NoSpace, WrongContent
 if sys.platform == "linux":
     import fcntl
 
-#: What the file system says when it takes no more; EIO on write is among them.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES}
+#: What the file system says when it is full, or a limit is reached.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 #: What it says when something else has the name.
-_IN_THE_WAY = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_IN_THE_WAY = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
 
 _ROOM = "free some disk or choose another --dest, and run the same command again"
+_CLOSED = "check its permissions, or choose another --dest"
 
 #: Bytes copied and hashed at a time.
 STEP = 4 << 20
@@ -139,13 +140,14 @@ def copy_hashed(
 ) -> None:
     """Puts `size` bytes of `src` into `target` and hashes just what was put there.
 
-    Blocks are shared where the file system can, and then read back; else the
-    buffer that is hashed is the one that is written. `direct` writes past the
-    page cache. Raises EOFError where the source ends early, OSError where it
+    Shared blocks are one and the same in both files, so they are read where
+    they may be in the page cache, in `src`; it must not change meanwhile.
+    Else the buffer that is hashed is the one that is written. `direct`
+    writes past the page cache. Raises EOFError where the source ends early, OSError where it
     cannot be read, NoSpace where the target takes no more.
     """
     if clone_range(src, src_offset, target.fd, offset, size):
-        feed(target.fd, offset, size, sinks, tick, stop)
+        feed(src, src_offset, size, sinks, tick, stop)
         return
     # Anonymous memory is aligned to pages, which direct writes need.
     with (
@@ -173,12 +175,12 @@ def copy_hashed(
 
 def sync(path: Path) -> None:
     """Makes a file's bytes, or a folder's entries, durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        with writing(path):
+    with writing(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -191,7 +193,8 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
-    unfinished.replace(path)
+    with writing(path):
+        unfinished.replace(path)
     sync(path.parent)
 
 
@@ -199,18 +202,22 @@ def write_whole(path: Path, text: str) -> None:
 def writing(path: Path) -> Iterator[None]:
     """Turns what a file system says to a write into NoSpace, or WrongContent.
 
-    The latter where a link, a folder or a file is in the way of `path`.
+    The latter where a link, a folder or a file is in the way of `path`. That
+    a rename would cross file systems (EXDEV) stays an OSError.
     """
     try:
         yield
     except OSError as error:
         found = error.strerror or str(error)
+        if error.errno == errno.EXDEV:
+            raise
         if error.errno in _IN_THE_WAY:
             wrong = Finding(
                 Kind.IN_THE_WAY, str(path), "a plain file or nothing", found, "move it away"
             )
             raise WrongContent("the file cannot be written", [wrong]) from error
-        if error.errno in _REFUSED:
-            full = Finding(Kind.NO_SPACE, str(path), "room and permission to write", found, _ROOM)
+        if error.errno in _FULL:
+            full = Finding(Kind.NO_SPACE, str(path), "room to write", found, _ROOM)
             raise NoSpace("the disk takes no more", [full]) from error
-        raise
+        closed = Finding(Kind.NOT_WRITABLE, str(path), "a place to write", found, _CLOSED)
+        raise NoSpace("it cannot be written there", [closed]) from error

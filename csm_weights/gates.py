@@ -13,15 +13,13 @@ from pathlib import Path
 
 from csm_weights.architecture import Architecture, parse_config
 from csm_weights.digest import Measure, Measured, ShortRead, Tick, measure
-from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.manifest import Artifact, Edition
+from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
+from csm_weights.manifest import Artifact, Edition, Piece
 from csm_weights.records import Fingerprint, PieceRecord, Receipt, whole_findings
 from csm_weights.tensors import check_against, read_checkpoint, read_safetensors
 
 #: A config.json is a few kilobytes; more than this is not one.
 MAX_CONFIG = 1 << 20
-
-_MEND = "inv weights puts the right file in its place, given the parts"
 
 #: Findings that say that there is no file to look into.
 _NOT_PRESENT = frozenset({Kind.MISSING, Kind.UNREADABLE})
@@ -42,6 +40,7 @@ class Subject:
 
     `finding` is what a look at its stat found wrong. `trusted` says that its
     receipt still fits its stat, so that its digest need not be taken again.
+    `mend` is the command that puts the right file in its place.
     """
 
     artifact: Artifact
@@ -50,6 +49,7 @@ class Subject:
     finding: Finding | None = None
     receipt: Receipt | None = None
     trusted: bool = False
+    mend: str = "inv weights"
 
     @property
     def edition(self) -> Edition:
@@ -78,14 +78,25 @@ class GateResult:
 class Proof:
     """What hashing a file found: its whole sha256 where known, or what is wrong.
 
-    `fingerprint` is the file's stat while it was hashed.
+    `fingerprint` is the file's stat while it was hashed, None where it has gone.
     """
 
     subject: Subject
     sha256: str | None
     findings: tuple[Finding, ...]
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint | None
     records: tuple[PieceRecord, ...] = ()
+
+    def finding(self) -> Finding | None:
+        """What is wrong, in one finding: several wrong pieces are told as ranges of one file."""
+        if len(self.findings) < 2:
+            return self.findings[0] if self.findings else None
+        path = str(self.subject.path)
+        ranges = "; ".join(f.where.removeprefix(path).strip() for f in self.findings)
+        first = self.findings[0]
+        return Finding(
+            first.kind, path, "the sha256 of every piece", f"others at {ranges}", first.help
+        )
 
 
 def check(subjects: Sequence[Subject], rehash: bool, tick: Tick) -> list[GateResult]:
@@ -121,6 +132,7 @@ def _size(subject: Subject) -> GateResult:
 
 def _structures(subjects: Sequence[Subject]) -> list[GateResult]:
     architecture: Architecture | None = None
+    has_config = any(s.artifact.format == "config" for s in subjects)
     results = []
     configs_first = sorted(subjects, key=lambda s: s.artifact.format != "config")
     for subject in configs_first:
@@ -128,7 +140,7 @@ def _structures(subjects: Sequence[Subject]) -> list[GateResult]:
             result, architecture = _config_structure(subject)
             results.append(result)
         elif subject.artifact.is_weights:
-            results.append(_weights_structure(subject, architecture))
+            results.append(_weights_structure(subject, architecture, has_config))
     return results
 
 
@@ -139,6 +151,8 @@ def _config_structure(subject: Subject) -> tuple[GateResult, Architecture | None
     try:
         with subject.path.open("rb") as file:
             architecture = parse_config(file.read(MAX_CONFIG), str(subject.path))
+    except OSError as error:
+        return _not_run(Gate.STRUCTURE, subject, expected, error.strerror or str(error)), None
     except WrongContent as error:
         return _result(Gate.STRUCTURE, subject, expected, "malformed", error.findings), None
     count = len(architecture.tensor_shapes())
@@ -146,21 +160,24 @@ def _config_structure(subject: Subject) -> tuple[GateResult, Architecture | None
     return _result(Gate.STRUCTURE, subject, expected, found, ()), architecture
 
 
-def _weights_structure(subject: Subject, architecture: Architecture | None) -> GateResult:
-    expected = "the tensors that config.json implies"
+def _weights_structure(
+    subject: Subject, architecture: Architecture | None, has_config: bool
+) -> GateResult:
+    expected = "the tensors that config.json implies" if has_config else "a well-formed file"
     if _is_absent(subject):
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present")
-    if architecture is None:
+    if has_config and architecture is None:
         return _not_run(Gate.STRUCTURE, subject, expected, "config.json cannot be used")
     read = read_safetensors if subject.artifact.format == "safetensors" else read_checkpoint
-    findings: Sequence[Finding]
+    findings: Sequence[Finding] = ()
     try:
-        table = read(subject.path)
-        findings = check_against(table, architecture, str(subject.path))
-        found = f"{len(table.tensors)} tensors"
-    except WrongContent as error:
+        tensors = read(subject.path)
+        found = f"{len(tensors.tensors)} tensors"
+        if architecture is not None:
+            findings = check_against(tensors, architecture, str(subject.path))
+            expected = f"{len(architecture.tensor_shapes())} tensors as config.json implies"
+    except CsmWeightsError as error:
         findings, found = error.findings, "malformed"
-    expected = f"{len(architecture.tensor_shapes())} tensors as config.json implies"
     return _result(Gate.STRUCTURE, subject, expected, found, findings)
 
 
@@ -187,6 +204,21 @@ def _digests(subjects: Sequence[Subject], rehash: bool, tick: Tick) -> list[Gate
         result = _result(Gate.DIGEST, subject, _pinned(subject), found, findings)
         results[subject.path] = replace(result, sha256=None if findings else proof.sha256)
     return [results[subject.path] for subject in subjects]
+
+
+def check_parts(parts: Sequence[tuple[Piece, Path]], tick: Tick) -> list[Finding]:
+    """What hashing finds wrong with part files of the right size, one finding a part."""
+    findings = []
+    jobs = [Measure(path, piece.size, ((0, piece.size),)) for piece, path in parts]
+    for (piece, _), found in zip(parts, _measure(jobs, tick), strict=True):
+        if isinstance(found, Finding):
+            findings.append(found)
+        elif found.ranges[0] != piece.sha256:
+            expected = f"sha256 {piece.sha256}"
+            findings.append(
+                Finding(Kind.WRONG_DIGEST, piece.part, expected, found.ranges[0], "get it again")
+            )
+    return findings
 
 
 def check_sum(folder: Path, path: str, digest: str, known: str | None) -> GateResult:
@@ -243,7 +275,7 @@ class _Job:
         ranges = tuple((p.offset, p.size) for p in artifact.pieces)
         if self.subject.edition != artifact.editions[0]:
             ranges = ()
-        elif receipt and receipt.covers_pieces(artifact):
+        elif receipt and is_attested(receipt, artifact):
             # That these pieces make up this whole is arithmetic, not a claim about
             # the disk: the pieces prove the bytes, on all cores.
             self.attested = receipt.sha256
@@ -253,6 +285,16 @@ class _Job:
         self.measure = Measure(subject.path, subject.edition.size, ranges, whole)
 
 
+def is_attested(receipt: Receipt, artifact: Artifact) -> bool:
+    """Whether a receipt's whole digest may stand for hashing the whole once more.
+
+    Only where it belongs to just the pinned pieces and the manifest pins the
+    whole too: then a forged receipt can say nothing but the truth.
+    """
+    pinned = artifact.sha256 is not None or artifact.blob_id is not None
+    return pinned and receipt.covers_pieces(artifact) and receipt.proves(artifact)
+
+
 def prove(subjects: Sequence[Subject], tick: Tick) -> list[Proof]:
     """Hashes files of the right size and compares them with what is pinned.
 
@@ -260,38 +302,48 @@ def prove(subjects: Sequence[Subject], tick: Tick) -> list[Proof]:
     piece's, or by the whole file's. Damage is told piece by piece.
     """
     jobs = [_Job(subject) for subject in subjects]
-    before = [Fingerprint.of(s.path.stat()) for s in subjects]
-    measured = _measure(jobs, tick)
-    after = [Fingerprint.of(s.path.stat()) for s in subjects]
-    proofs = []
-    for job, found, first, last in zip(jobs, measured, before, after, strict=True):
-        findings = [found] if isinstance(found, Finding) else _compare(job, found, tick)
-        if isinstance(found, Finding):
-            found = Measured((), None)
-        if first != last:
-            where = str(job.subject.path)
-            findings.append(Finding(Kind.CHANGED, where, "a file at rest", "a write meanwhile"))
-        whole = found.whole or job.attested
-        pieces = job.subject.artifact.pieces if job.measure.ranges else ()
-        records = tuple(PieceRecord(p.offset, p.size, p.sha256, "in place") for p in pieces)
-        proofs.append(Proof(job.subject, whole, tuple(findings), last, records))
-    return proofs
+    before = [_fingerprint(subject) for subject in subjects]
+    measured = _measure([job.measure for job in jobs], tick)
+    return [
+        _judge(job, found, first, tick)
+        for job, found, first in zip(jobs, measured, before, strict=True)
+    ]
 
 
-def _measure(jobs: Sequence[_Job], tick: Tick) -> list[Measured | Finding]:
+def _fingerprint(subject: Subject) -> Fingerprint | None:
+    try:
+        return Fingerprint.of(subject.path.stat())
+    except OSError:
+        return None
+
+
+def _judge(job: _Job, found: Measured | Finding, before: Fingerprint | None, tick: Tick) -> Proof:
+    subject, after = job.subject, _fingerprint(job.subject)
+    if isinstance(found, Finding):
+        return Proof(subject, None, (found,), after)
+    findings = _compare(job, found, tick)
+    if before != after or after is None:
+        where = str(subject.path)
+        findings.append(Finding(Kind.CHANGED, where, "a file at rest", "a write meanwhile"))
+    pieces = subject.artifact.pieces if job.measure.ranges else ()
+    records = tuple(PieceRecord(p.offset, p.size, p.sha256, "in place") for p in pieces)
+    return Proof(subject, found.whole or job.attested, tuple(findings), after, records)
+
+
+def _measure(jobs: Sequence[Measure], tick: Tick) -> list[Measured | Finding]:
     """What was measured of each file, or why it could not be read to its end."""
     try:
-        return [*measure([job.measure for job in jobs], tick)]
+        return [*measure(jobs, tick)]
     except (OSError, ShortRead):
         return [_measure_alone(job, tick) for job in jobs]
 
 
-def _measure_alone(job: _Job, tick: Tick) -> Measured | Finding:
+def _measure_alone(job: Measure, tick: Tick) -> Measured | Finding:
     try:
-        return measure([job.measure], tick)[0]
+        return measure([job], tick)[0]
     except (OSError, ShortRead) as error:
-        where, found = str(job.subject.path), getattr(error, "strerror", None) or str(error)
-        return Finding(Kind.UNREADABLE, where, "a readable file", found, "check the disk")
+        found = getattr(error, "strerror", None) or str(error)
+        return Finding(Kind.UNREADABLE, str(job.path), "a readable file", found, "check the disk")
 
 
 def _compare(job: _Job, found: Measured, tick: Tick) -> list[Finding]:
@@ -319,14 +371,14 @@ def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
     if len(bad) == len(pieces) > 1:
         expected = f"the sha256 of {len(pieces)} pieces"
         found = "none of them: another file of the same size"
-        return [Finding(Kind.WRONG_DIGEST, str(subject.path), expected, found, _MEND)]
+        return [Finding(Kind.WRONG_DIGEST, str(subject.path), expected, found, subject.mend)]
     return [
         Finding(
             Kind.WRONG_DIGEST,
             f"{subject.path} bytes [{piece.offset:,}, {piece.end:,})",
             f"sha256 {piece.sha256}",
             f"sha256 {digest}",
-            _MEND,
+            subject.mend,
         )
         for piece, digest in bad
     ]

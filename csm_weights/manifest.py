@@ -31,6 +31,9 @@ WEIGHT_FORMATS = ("safetensors", "torch-zip")
 #: source, C inferred or simulated.
 MARKS = ("A", "B", "C")
 
+#: What has evidence.
+FIGURES = ("size", "sha256", "blob_id", "pieces")
+
 #: Ceilings that keep a hostile manifest cheap: 1 PiB a file, 4 MiB of text.
 MAX_SIZE = 1 << 50
 MAX_TEXT = 4 << 20
@@ -40,6 +43,37 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _HEX = {"sha256": re.compile(r"[0-9a-f]{64}"), "blob_id": re.compile(r"[0-9a-f]{40}")}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\\:*?\"<>|]")
+
+#: What makes up the pipeline itself: no file of a model may land there.
+_OWN = frozenset(
+    {
+        ".ci",
+        ".git",
+        ".github",
+        ".gitattributes",
+        ".gitignore",
+        ".venv",
+        "benchmarks",
+        "changelog.md",
+        "chunks",
+        "constraints.txt",
+        "contributing.md",
+        "csm_weights",
+        "docs",
+        "license",
+        "makefile",
+        "manifests",
+        "pyproject.toml",
+        "readme.md",
+        "recombine.sh",
+        "security.md",
+        "tasks.py",
+        "tests",
+    }
+)
+
+#: A key this deep is an attack on the TOML reader, whose time grows with the square.
+_DEEP = re.compile(rb"(?:[\w\"'-]{1,99}[ \t]*\.[ \t]*){64}")
 
 #: Folder beside placed files that holds their receipts; no artifact may live there.
 RECEIPTS = ".csm-weights"
@@ -66,7 +100,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Edition:
-    """One set of bytes that is accepted as an artifact.
+    """One set of bytes that is accepted as an artifact, told from others by its size.
 
     `text`, where given, is the whole content, so that the file can be
     written without any source.
@@ -169,6 +203,9 @@ def parse(text: bytes, where: str) -> Manifest:
     problems = _Problems(where)
     if len(text) > MAX_TEXT:
         problems.add("", f"at most {MAX_TEXT:,} bytes", "more")
+        raise problems.error()
+    if _DEEP.search(text):
+        problems.add("", "keys of a few words", "a key of more than 64")
         raise problems.error()
     try:
         data = tomllib.loads(text.decode())
@@ -315,19 +352,27 @@ def _manifest(table: _Table, where: str) -> Manifest:
 
 def _check_unique(manifest: Manifest, table: _Table) -> None:
     """No two artifacts, and no two parts, may be one file (case folded, as on macOS)."""
-    seen: dict[str, str] = {}
-    for index, artifact in enumerate(manifest.artifacts):
-        names = {f"artifact[{index}].path": artifact.path}
-        for number, piece in enumerate(artifact.pieces):
-            names[f"artifact[{index}].pieces[{number}].part"] = f"part {piece.part}"
+    artifacts = list(enumerate(manifest.artifacts))
+    paths = {f"artifact[{i}].path": a.path for i, a in artifacts}
+    parts = {
+        f"artifact[{i}].pieces[{j}].part": piece.part
+        for i, a in artifacts
+        for j, piece in enumerate(a.pieces)
+    }
+    for names in (paths, parts):
+        seen: dict[str, str] = {}
         for key, name in names.items():
             first = seen.setdefault(name.casefold(), key)
             if first != key:
                 table.refuse(key, "a path of its own", f"{name!r}, as at {first}")
-    for name, key in seen.items():
-        above = next((p.as_posix() for p in Path(name).parents if p.as_posix() in seen), None)
-        if above:
-            table.refuse(key, "a path of its own", f"{name!r}, below the file at {seen[above]}")
+        for name, key in seen.items():
+            above = next((p.as_posix() for p in Path(name).parents if p.as_posix() in seen), "")
+            if above:
+                table.refuse(key, "a path of its own", f"{name!r}, below the file at {seen[above]}")
+    for folder in (manifest.staging, manifest.destination):
+        for key, name in paths.items() if manifest.staging and manifest.destination else ():
+            if (Path(folder) / name).parts[0].casefold() in _OWN:
+                table.refuse(key, "a place outside the pipeline's own files", f"{folder}/{name}")
 
 
 def _artifact(table: _Table) -> Artifact:
@@ -349,6 +394,10 @@ def _artifact(table: _Table) -> Artifact:
         table.refuse("format", " or ".join(FORMATS), repr(artifact.format))
     if artifact.sha256 is None and not artifact.pieces:
         table.refuse("sha256", "a digest, or pieces that have one", "neither")
+    sizes = [edition.size for edition in artifact.editions]
+    for index, size in enumerate(sizes[1:]):
+        if size in sizes[: index + 1]:
+            table.refuse(f"alternative[{index}].size", "a size by which it can be told", str(size))
     for index, edition in enumerate(artifact.editions):
         _check_text(table, "text" if not index else f"alternative[{index - 1}].text", edition)
     _check_tiling(table, artifact)
@@ -381,6 +430,8 @@ def _edition(table: _Table) -> Edition:
 def _evidence(table: _Table) -> dict[str, str]:
     marks = {name: table.text(name) for name in list(table.left)}
     for name, mark in marks.items():
+        if name not in FIGURES:
+            table.refuse(name, " or ".join(FIGURES), "another figure")
         if mark not in MARKS:
             table.refuse(name, " or ".join(MARKS), repr(mark))
     return marks

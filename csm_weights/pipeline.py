@@ -8,7 +8,10 @@ refuted is planned around, not stumbled over.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +21,7 @@ from pathlib import Path
 
 from csm_weights import files, gates, place, publish, records
 from csm_weights.assemble import Assembled, Assembly, assemble, write_text
+from csm_weights.digest import Measure, measure
 from csm_weights.errors import (
     NOT_HERE,
     CsmWeightsError,
@@ -36,7 +40,7 @@ from csm_weights.smoke import record_golden as write_golden
 from csm_weights.smoke import run as run_smoke
 from csm_weights.sources import first_of
 from csm_weights.sources.local import Chunks, WholeFile
-from csm_weights.state import Condition, FileLook, Places, State, look
+from csm_weights.state import Condition, FileLook, Places, State, look, unfinished
 
 #: Name of the digest list beside placed files.
 SUMS = "SHA256SUMS"
@@ -144,6 +148,15 @@ def find_manifest(root: Path, model: str) -> Manifest:
     return load(path)
 
 
+def rehearse(request: Request, goal: Goal) -> Survey:
+    """A dry run: what `act` would do, or the error that it would end with."""
+    run = _begin(request)
+    state = run.look()
+    plan = make_plan(state, goal)
+    _require(run, plan)
+    return Survey(state, plan)
+
+
 def survey(request: Request, goal: Goal = Goal.BOTH, check: bool = False) -> Survey:
     """What is there and what `goal` would do; with `check`, an error unless all is proven."""
     run = _begin(request)
@@ -151,15 +164,16 @@ def survey(request: Request, goal: Goal = Goal.BOTH, check: bool = False) -> Sur
     plan = make_plan(state, goal)
     error = None
     if check and not plan.is_done:
-        unproven = [_unproven(step) for step in plan.steps if step.verb is not Verb.KEEP]
+        mend = f"inv weights --model {run.manifest.name}"
+        unproven = [_unproven(step, mend) for step in plan.steps if step.verb is not Verb.KEEP]
         error = error_for("not everything is proven", [*plan.findings, *plan.notes, *unproven])
     return Survey(state, plan, _ways_to_get(run) if _is_missing(plan) else "", error)
 
 
-def _unproven(step: Step) -> Finding:
+def _unproven(step: Step, mend: str) -> Finding:
     found = f"to be done: {step.verb}"
     kind = Kind.CHANGED if step.look.receipt else Kind.MISSING
-    return Finding(kind, step.artifact.path, "a proven file in place", found, "inv weights")
+    return Finding(kind, step.artifact.path, "a proven file in place", found, mend)
 
 
 def act(request: Request, goal: Goal) -> Outcome:
@@ -205,13 +219,14 @@ def _round(run: _Run, plan: Plan) -> tuple[Step, ...]:
 
 def _prove(run: _Run, steps: Sequence[Step]) -> None:
     """Hashes files that lie where they should; the right ones get their receipt."""
-    subjects = [_subject(step.artifact, step.look) for step in steps]
+    subjects = [_subject(step.artifact, step.look, run.manifest.name) for step in steps]
     with Progress("proving", sum(step.reads for step in steps)) as progress:
         proofs = gates.prove(subjects, progress.tick)
     for step, proof in zip(steps, proofs, strict=True):
-        if proof.findings or proof.sha256 is None:
-            run.refuted[step.look.path] = proof.findings[0]
+        if finding := proof.finding():
+            run.refuted[step.look.path] = finding
             continue
+        assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
         proven = Assembled(step.look.path, proof.sha256, proof.records, proof.fingerprint)
         place.record(_folder(step.look, step.artifact), run.receipt(step.artifact, proven))
 
@@ -238,8 +253,15 @@ def _install(run: _Run, artifact: Artifact, assembled: Assembled) -> None:
 def _move(run: _Run, steps: Sequence[Step]) -> None:
     for step in steps:
         receipt = _staged_receipt(step)
-        run.install(step.look.path, run.places.destination, receipt)
-        place.forget(run.places.staging, receipt.path)
+        try:
+            run.install(step.look.path, run.places.destination, receipt)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # One device, but two mounts of it, as containers have them.
+            _copy(run, [step])
+        else:
+            place.forget(run.places.staging, receipt.path)
 
 
 def _copy(run: _Run, steps: Sequence[Step]) -> None:
@@ -247,9 +269,11 @@ def _copy(run: _Run, steps: Sequence[Step]) -> None:
     jobs = []
     for step in steps:
         receipt, target = _staged_receipt(step), run.places.destination / step.artifact.path
-        jobs.append(Assembly(_as_staged(step.artifact, receipt), target, WholeFile(step.look.path)))
-    with Progress("copying", sum(step.reads for step in steps)) as progress:
-        done = assemble([replace(j, source=first_of(j.source)) for j in jobs], progress.tick)
+        source = first_of(WholeFile(step.look.path))
+        artifact = _as_staged(step.artifact, receipt)
+        jobs.append(Assembly(artifact, target, source, step.state.copied))
+    with Progress("copying", sum(job.artifact.size for job in jobs)) as progress:
+        done = assemble(jobs, progress.tick)
     for step, copied in zip(steps, done, strict=True):
         receipt = replace(_staged_receipt(step), fingerprint=copied.fingerprint)
         run.install(copied.partial, run.places.destination, receipt)
@@ -305,8 +329,14 @@ def verify(request: Request, sums: str | None = None, write_sums: bool = False) 
     outcome = Outcome(state, results=tuple(results), error=_gate_error(results))
     if write_sums and not outcome.error:
         digests = {r.path: r.sha256 for r in results if r.gate is gates.Gate.DIGEST and r.sha256}
-        files.write_whole(folder / SUMS, publish.render_sums(digests))
+        _write_sums(folder / SUMS, digests)
     return outcome
+
+
+def _write_sums(path: Path, digests: dict[str, str]) -> None:
+    """Writes SHA256SUMS; lines that are there about other files stay."""
+    others = publish.parse_sums(path.read_text(), str(path)) if path.is_file() else {}
+    files.write_whole(path, publish.render_sums({**others, **digests}))
 
 
 def _gate_sums(
@@ -323,7 +353,9 @@ def _gate_sums(
 
 
 def _gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
-    subjects = [_subject(item.artifact, item.placed) for item in state.artifacts]
+    subjects = [
+        _subject(item.artifact, item.placed, state.manifest.name) for item in state.artifacts
+    ]
     to_hash = sum(s.size or 0 for s in subjects if not s.finding and (rehash or not s.trusted))
     with Progress("verifying", to_hash) as progress:
         return tuple(gates.check(subjects, rehash, progress.tick))
@@ -334,13 +366,14 @@ def _gate_error(results: Sequence[gates.GateResult]) -> CsmWeightsError | None:
     return error_for("the gates are closed", findings) if findings else None
 
 
-def _subject(artifact: Artifact, file: FileLook) -> gates.Subject:
+def _subject(artifact: Artifact, file: FileLook, model: str) -> gates.Subject:
+    mend = f"inv weights --model {model}"
     finding = file.finding
     if file.condition is Condition.ABSENT:
         size = f"{artifact.size:,} bytes"
-        finding = Finding(Kind.MISSING, str(file.path), size, "no such file", "inv weights")
+        finding = Finding(Kind.MISSING, str(file.path), size, "no such file", mend)
     trusted = file.condition is Condition.PROVEN
-    return gates.Subject(artifact, file.path, file.size, finding, file.receipt, trusted)
+    return gates.Subject(artifact, file.path, file.size, finding, file.receipt, trusted, mend)
 
 
 def _folder(file: FileLook, artifact: Artifact) -> Path:
@@ -361,10 +394,35 @@ def _require(run: _Run, plan: Plan) -> None:
     """Raises what stands in the way of a plan, with the ways out of it."""
     if not plan.findings:
         return
-    name = run.manifest.name
-    if _is_missing(plan):
-        raise error_for(f"{name}: not all of it is here", plan.findings, _ways_to_get(run))
-    raise error_for(f"{name}: cannot go on", plan.findings)
+    name, findings = run.manifest.name, [*plan.findings, *_wrong_parts(run, plan)]
+    if all(f.kind in NOT_HERE for f in findings):
+        raise error_for(f"{name}: not all of it is here", findings, _ways_to_get(run))
+    raise error_for(f"{name}: cannot go on", findings, _way_around(run, plan))
+
+
+def _wrong_parts(run: _Run, plan: Plan) -> list[Finding]:
+    """What hashing finds wrong with the other parts of files that cannot be assembled.
+
+    A person who has to mend one part is told of all that have to be mended.
+    """
+    blocked = {f.where for f in plan.findings}
+    pairs = [
+        (piece, part)
+        for item in run.look().artifacts
+        if blocked.intersection(p.part for p in item.artifact.pieces)
+        for piece, part in zip(item.artifact.pieces, item.parts, strict=True)
+        if part.finding is None
+    ]
+    with Progress("checking the other parts", sum(piece.size for piece, _ in pairs)) as progress:
+        return gates.check_parts([(p, part.path) for p, part in pairs], progress.tick)
+
+
+def _way_around(run: _Run, plan: Plan) -> str:
+    """How to go on with the files that could be had, where there are some."""
+    paths = list(dict.fromkeys(step.artifact.path for step in plan.steps))
+    if not any(a.is_weights for a in run.chosen if a.path in paths):
+        return ""
+    return f"Nothing was done. To go on without the rest: --only {','.join(paths)}"
 
 
 def _is_missing(plan: Plan) -> bool:
@@ -446,33 +504,50 @@ def record_golden(request: Request, frames: int) -> Path:
 def _speak_unless_known(outcome: Outcome, request: Request, require_gpu: bool) -> Outcome:
     """The smoke report of these very files: an earlier run's where there is one."""
     known = outcome.state.smoke
-    bound = known and known.ok and (known.files, known.torch) == _binding(outcome.state)
-    if known and bound and not (require_gpu and known.device.startswith("cpu")):
-        return replace(outcome, smoke=known)
+    if known and known.ok and known.bound_to == _binding(request, outcome.state):
+        is_on_gpu = not known.device.startswith("cpu")
+        if is_on_gpu or not (require_gpu or _may_have_gpu()):
+            return replace(outcome, smoke=known)
     return _speak(outcome, request, None, require_gpu, SMOKE_FRAMES)
+
+
+def _may_have_gpu() -> bool:
+    """Whether a GPU may be here that an earlier run on the CPU did not have; without torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and Path("/dev/nvidiactl").exists()
 
 
 def _speak(
     outcome: Outcome, request: Request, device: str | None, require_gpu: bool, frames: int
 ) -> Outcome:
-    state, manifest = outcome.state, outcome.state.manifest
-    golden = request.root / "manifests" / manifest.golden if manifest.golden else None
-    report = run_smoke(
-        state.places.destination,
-        device=device,
-        require_gpu=require_gpu,
-        frames=frames,
-        golden=golden,
-        weights=_weights_word(state),
-    )
-    digests, torch = _binding(state)
-    report = replace(report, files=digests, torch=torch, made_at=now())
+    state = outcome.state
+    try:
+        report = run_smoke(
+            state.places.destination,
+            device=device,
+            require_gpu=require_gpu,
+            frames=frames,
+            golden=_golden(request, state),
+            weights=_weights_word(state),
+        )
+    except CsmWeightsError as error:
+        return replace(outcome, error=error)
+    report = replace(report, bound_to=_binding(request, state), made_at=now())
     if not report.ok:
         wrong = ", ".join(check.name for check in report.checks if not check.ok)
         return replace(outcome, smoke=report, error=SmokeFailed(f"NOT OK: {wrong}"))
-    text = records.dump(report) + "\n"
-    files.write_whole(records.smoke_path(state.places.destination), text)
+    try:
+        path = records.smoke_path(state.places.destination)
+        files.write_whole(path, records.dump(report) + "\n")
+    except CsmWeightsError as error:
+        # A folder that may only be read can hold a good model all the same.
+        return replace(outcome, smoke=report, notes=(*outcome.notes, *error.findings))
     return replace(outcome, smoke=report)
+
+
+def _golden(request: Request, state: State) -> Path | None:
+    golden = state.manifest.golden
+    return request.root / "manifests" / golden if golden else None
 
 
 def _weights_word(state: State) -> str:
@@ -483,14 +558,18 @@ def _weights_word(state: State) -> str:
     return "safetensors" if chosen[0].format == "safetensors" else "ckpt"
 
 
-def _binding(state: State) -> tuple[tuple[tuple[str, str], ...], str]:
-    """What a smoke report holds for: the digests of the files, and torch's version."""
+def _binding(request: Request, state: State) -> tuple[tuple[str, str], ...]:
+    """What a smoke report holds for: the files, the golden frames, torch, this package."""
     receipts = [item.placed.receipt for item in state.artifacts]
-    digests = tuple((r.path, r.sha256) for r in receipts if r)
-    try:
-        return digests, version("torch")
-    except PackageNotFoundError:
-        return digests, ""
+    bound = [(r.path, r.sha256) for r in receipts if r]
+    golden = _golden(request, state)
+    if golden and golden.is_file():
+        whole = measure([Measure(golden, golden.stat().st_size, (), True)], lambda _: None)
+        bound.append(("golden", whole[0].whole or ""))
+    for package in ("torch", "csm-weights"):
+        with contextlib.suppress(PackageNotFoundError):
+            bound.append((package, version(package)))
+    return tuple(bound)
 
 
 def check_source(word: str) -> None:
@@ -500,13 +579,16 @@ def check_source(word: str) -> None:
 
 
 def clean(request: Request, dry: bool) -> str:
-    """Removes unfinished files and their journals; returns what they were."""
+    """Removes what interrupted runs have left unfinished; returns what that was."""
     state = _begin(request).look()
-    files = [f for item in state.artifacts for f in (item.staged.path, item.placed.path)]
-    unfinished = [p for f in files for p in (records.partial_path(f), records.journal_path(f))]
-    there = [path for path in unfinished if path.exists()]
-    if there and not dry:
+    left = unfinished(state)
+    if left and not dry:
         with _locked(state.places):
-            for path in there:
-                path.unlink(missing_ok=True)
-    return "\n".join(map(str, there)) or "nothing unfinished"
+            for path in left:
+                with files.writing(path):
+                    shutil.rmtree(path) if _is_folder(path) else path.unlink(missing_ok=True)
+    return "\n".join(map(str, left)) or "nothing unfinished"
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

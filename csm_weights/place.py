@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, UsageError, WrongContent
+from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.files import sync, write_whole, writing
 from csm_weights.records import Fingerprint, Receipt, dump, receipt_path
 
@@ -25,8 +25,6 @@ def install(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
     written, with the fingerprint of the file under its final name.
     """
     final = directory / receipt.path
-    if final.is_dir():
-        raise UsageError(f"{final} is a folder; move it away")
     sync(proven)
     if not Fingerprint.of(proven.stat()).same_bytes(receipt.fingerprint):
         raise _changed(proven)

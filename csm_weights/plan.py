@@ -131,7 +131,9 @@ def _replaced(item: ArtifactState, steps: Iterable[Step]) -> list[Finding]:
 
 
 def _steps(item: ArtifactState, state: State, goal: Goal) -> Step | list[Finding]:
-    """The first step for one artifact, or why there is none."""
+    """The first step for one artifact, or why there is none, beyond what the looks say."""
+    if any(f and f.kind is Kind.IN_THE_WAY for f in (item.placed.finding, item.staged.finding)):
+        return []
     for look in (item.placed, item.staged):
         if look.condition is Condition.PROVEN:
             return Step(Verb.KEEP, item, look)
@@ -187,7 +189,8 @@ def _then_placed(step: Step, state: State, goal: Goal) -> list[Step]:
     if state.same_filesystem and not step.look.is_link:
         move = Step(Verb.MOVE, step.state, step.look)
     else:
-        move = Step(Verb.COPY, step.state, step.look, reads=size, writes=size)
+        kept = sum(record.size for record in step.state.copied)
+        move = Step(Verb.COPY, step.state, step.look, reads=size, writes=size - kept)
     return [move] if step.verb is Verb.KEEP else [step, move]
 
 

@@ -36,7 +36,12 @@ MAX_PARTS = 25 * 26
 #: File name endings and the format they stand for; all else is opaque.
 _FORMATS = {".safetensors": "safetensors", ".pt": "torch-zip"}
 
-_SUM_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+#: The two forms that `sha256sum -c` takes: its own, and that of `sha256sum --tag`.
+_SUM_LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<path>.+)")
+_TAG_LINE = re.compile(r"SHA256 \((?P<path>.+)\) = (?P<digest>[0-9a-fA-F]{64})")
+
+#: Bad lines that are told one by one.
+MAX_BAD_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,9 @@ def split(file: Path, root: Path, folder: str, piece_size: int, tick: Tick) -> A
             bind(_write_part, source, root, pieces, i, chain, tick) for i in range(len(pieces))
         ]
         digests = run_all(tasks, stop)
+    except EOFError as error:
+        finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
+        raise WrongContent("the file was cut while it was split", [finding]) from None
     finally:
         os.close(source)
     whole = chain.hexdigest() or ""
@@ -160,7 +168,7 @@ def _write_part(
 
 def _keep_or_rename(unfinished: Path, part: Path, digest: str) -> None:
     """Gives a part its name; one that is there already must be the same."""
-    if part.exists():
+    if part.exists() and not part.is_dir():
         there = measure([Measure(part, part.stat().st_size, (), True)], lambda _: None)[0].whole
         unfinished_size = unfinished.stat().st_size
         if there != digest or part.stat().st_size != unfinished_size:
@@ -170,7 +178,8 @@ def _keep_or_rename(unfinished: Path, part: Path, digest: str) -> None:
                 Kind.WRONG_DIGEST, str(part), f"sha256 {digest}", f"sha256 {there}", help_text
             )
             raise WrongContent("a part of another file is in the way", [finding])
-    unfinished.replace(part)
+    with writing(part):
+        unfinished.replace(part)
 
 
 def group_of(name: str) -> str:
@@ -225,6 +234,13 @@ def _without_sha256(artifact: Artifact) -> Artifact:
     return replace(artifact, sha256=None, evidence=marks)
 
 
+def name_problem(name: str) -> str:
+    """Why a model cannot be called `name`, or an empty string."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+        return ""
+    return "a model's name has lowercase letters, digits, '.', '_' and '-', at most 64"
+
+
 def with_artifact(manifest: Manifest, artifact: Artifact) -> Manifest:
     """The manifest with `artifact` in the place of the one with its path, or added last."""
     others = [a if a.path != artifact.path else artifact for a in manifest.artifacts]
@@ -261,13 +277,14 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line or line.startswith("#"):
             continue
-        match = _SUM_LINE.fullmatch(line)
-        path = match[2].removeprefix("./") if match else ""
-        if not match or path_problem(path) or sums.setdefault(path, match[1]) != match[1]:
+        match = _SUM_LINE.fullmatch(line) or _TAG_LINE.fullmatch(line)
+        path = match["path"].removeprefix("./") if match else ""
+        digest = match["digest"].lower() if match else ""
+        if path_problem(path) or sums.setdefault(path, digest) != digest:
             expected = "DIGEST  PATH, each path once"
             findings.append(
                 Finding(Kind.MALFORMED, f"{where}:{number}", expected, repr(line[:100]))
             )
     if findings or not sums:
-        raise WrongContent(f"{where} is not a SHA256SUMS file", findings)
+        raise WrongContent(f"{where} is not a SHA256SUMS file", findings[:MAX_BAD_LINES])
     return sums

@@ -124,9 +124,9 @@ class SmokeReport:
 
     `real_time_factor` is seconds of computing for a second of audio: below 1
     is faster than real time. `load_seconds` is from opening the file to all
-    tensors on the device. `files` are pairs of path and sha256, `torch` its
-    version, `made_at` ISO 8601 in UTC; the three bind the report to what it
-    is about.
+    tensors on the device. `bound_to` says what it holds for: pairs of name
+    and digest or version, of the files, the golden frames, torch, this
+    package. `made_at` is ISO 8601 in UTC.
     """
 
     device: str
@@ -134,14 +134,13 @@ class SmokeReport:
     frames_per_second: float
     real_time_factor: float
     load_seconds: float
-    files: tuple[tuple[str, str], ...] = ()
-    torch: str = ""
+    bound_to: tuple[tuple[str, str], ...] = ()
     made_at: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether every check is OK."""
-        return all(check.ok for check in self.checks)
+        """Whether there were checks, and every one is OK."""
+        return bool(self.checks) and all(check.ok for check in self.checks)
 
 
 def whole_findings(artifact: Artifact, edition: Edition, digest: str, where: str) -> list[Finding]:
@@ -229,7 +228,6 @@ _REPORT = {
     "frames_per_second": float,
     "real_time_factor": float,
     "load_seconds": float,
-    "torch": str,
     "made_at": str,
 }
 
@@ -246,5 +244,5 @@ def _piece(data: dict[str, Any]) -> PieceRecord:
 
 def _smoke(data: dict[str, Any]) -> SmokeReport:
     data["checks"] = tuple(_typed(Check, _CHECK, c) for c in data["checks"])
-    data["files"] = tuple((str(path), str(digest)) for path, digest in data["files"])
+    data["bound_to"] = tuple((str(name), str(what)) for name, what in data["bound_to"])
     return _typed(SmokeReport, _REPORT, data)

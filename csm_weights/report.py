@@ -131,6 +131,8 @@ def _gates(results: Sequence[GateResult]) -> str:
         bad = [r for r in of_gate if r.ok is False]
         good = [r for r in of_gate if r.ok]
         verdict = "NOT OK" if bad else "OK" if len(good) == len(of_gate) else "not run"
+        if not of_gate:
+            continue
         words = f"{len(good)} of {len(of_gate)} files"
         rows.append((gate.value, verdict, "; ".join([words, *map(_gate_words, bad[:3])])))
     return table(("gate", "verdict", ""), rows)
@@ -187,7 +189,7 @@ def survey_json(survey: Survey) -> str:
         bytes_to_read=_sum(plan.steps, "reads"),
         bytes_to_write=_sum(plan.steps, "writes"),
         bytes_free=state.free_staging,
-        findings=[asdict(f) for f in plan.findings],
+        findings=[asdict(f) for f in (survey.error or plan).findings],
         notes=[asdict(f) for f in plan.notes],
         advice=survey.advice,
     )

@@ -7,6 +7,7 @@ and peeks at files of the wrong size to say what they are instead.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import shutil
 import stat
@@ -33,6 +34,9 @@ from csm_weights.records import (
 
 #: Bytes read of a file that has the wrong size, to say what it is.
 PEEK = 256
+
+#: Bytes of a file system block, at most: only ranges that begin at one can be shared.
+BLOCK = 4096
 
 #: File systems on which a copy within the file system can share blocks.
 SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
@@ -66,8 +70,9 @@ class FileLook:
 class ArtifactState:
     """All that is on disk of one artifact.
 
-    `partial` holds the journaled pieces of an unfinished staged file; they
-    are hashed again before they count. `parts` has a look for each piece.
+    `partial` holds the journaled pieces of an unfinished staged file, `copied`
+    those of an unfinished copy in the destination; both are hashed again
+    before they count. `parts` has a look for each piece.
     """
 
     artifact: Artifact
@@ -76,6 +81,7 @@ class ArtifactState:
     partial: tuple[PieceRecord, ...]
     parts: tuple[FileLook, ...]
     extras: tuple[Finding, ...]
+    copied: tuple[PieceRecord, ...] = ()
 
     @property
     def is_here(self) -> bool:
@@ -144,12 +150,13 @@ def _look_artifact(
     def file_look(directory: Path) -> FileLook:
         return look_file(directory, artifact, manifest.name, refuted)
 
-    staged = file_look(places.staging)
+    placed, staged = file_look(places.destination), file_look(places.staging)
     return ArtifactState(
         artifact=artifact,
-        placed=file_look(places.destination),
+        placed=placed,
         staged=staged,
         partial=_journaled(artifact, staged.path),
+        copied=_journaled(artifact, placed.path),
         parts=tuple(_look_part(piece, places.root, refuted) for piece in artifact.pieces),
         extras=_extra_parts(artifact, places.root),
     )
@@ -162,8 +169,12 @@ def look_file(
     path = directory / artifact.path
     receipt = _receipt(directory, artifact)
     status, finding = _stat(path)
+    if path.is_dir():
+        what = "a plain file or nothing"
+        finding = Finding(Kind.IN_THE_WAY, str(path), what, "a folder", "move it away")
     if status is None:
-        condition = Condition.WRONG if finding else Condition.ABSENT
+        is_here = finding and finding.kind is not Kind.MISSING
+        condition = Condition.WRONG if is_here else Condition.ABSENT
         return FileLook(path, condition, None, finding, receipt)
     size = status.st_size
     finding = refuted.get(path) or _size_finding(path, [e.size for e in artifact.editions], size)
@@ -186,9 +197,9 @@ def _look_part(piece: Piece, root: Path, refuted: Mapping[Path, Finding]) -> Fil
     path = root / piece.part
     status, finding = _stat(path, piece.part)
     if status is None:
-        if finding:
+        if finding and finding.kind is not Kind.MISSING:
             return FileLook(path, Condition.WRONG, None, finding)
-        finding = Finding(
+        finding = finding or Finding(
             Kind.MISSING,
             piece.part,
             f"{piece.size:,} bytes",
@@ -205,22 +216,19 @@ def _look_part(piece: Piece, root: Path, refuted: Mapping[Path, Finding]) -> Fil
 
 def _stat(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding | None]:
     """The stat of a regular file; a finding where something else is in its place."""
+    where = where or str(path)
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        if path.is_symlink():
-            return None, Finding(
-                Kind.UNREADABLE,
-                where or str(path),
-                "a file",
-                "a symbolic link to nothing",
-                "remove the link",
-            )
-        return None, None
     except OSError as error:
-        return None, _unreadable(where or str(path), error.strerror or str(error))
+        if path.is_symlink():
+            found = "a symbolic link that leads to no file"
+            return None, Finding(Kind.MISSING, where, "a file", found, "mend or remove the link")
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None, None
+        return None, _unreadable(where, error.strerror or str(error))
     if not stat.S_ISREG(status.st_mode):
-        return None, _unreadable(where or str(path), "not a regular file")
+        found = "a folder" if stat.S_ISDIR(status.st_mode) else "neither file nor folder"
+        return None, Finding(Kind.UNREADABLE, where, "a plain file", found, "move it away")
     return status, None
 
 
@@ -272,9 +280,29 @@ def _extra_parts(artifact: Artifact, root: Path) -> tuple[Finding, ...]:
                 "move it away; is the manifest that of another model?",
             )
             for name in names
-            if name.startswith(prefix) and folder / name not in known
+            if name.startswith(prefix) and folder / name not in known and not is_unfinished(name)
         ]
     return tuple(findings)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file's name is that of something unfinished, ours or recombine.sh's."""
+    return name.endswith((".partial", ".journal")) or ".recombine-partial" in name
+
+
+def unfinished(state: State) -> list[Path]:
+    """What interrupted runs have left: partials, journals, a stand-in's folder."""
+    files = [f for item in state.artifacts for f in (item.staged.path, item.placed.path)]
+    files += [part.path for item in state.artifacts for part in item.parts]
+    left = {
+        path
+        for file in files
+        if file.parent.is_dir()
+        for path in file.parent.iterdir()
+        if path.name.startswith(file.name) and is_unfinished(path.name)
+    }
+    standin = state.places.root / "output" / f"{state.manifest.name}.unfinished"
+    return sorted(left | ({standin} if standin.exists() else set()))
 
 
 def _receipt(directory: Path, artifact: Artifact) -> Receipt | None:
@@ -307,10 +335,13 @@ def _existing(path: Path) -> Path:
 
 
 def _shares_blocks(artifacts: Sequence[Artifact], root: Path, staging: Path) -> bool:
-    """Whether parts and staging lie on one file system that can share blocks."""
-    folders = {_existing((root / p.part).parent) for a in artifacts for p in a.pieces}
+    """Whether assembling takes no room: all pieces begin at a block, on one disk that shares."""
+    pieces = [piece for a in artifacts for piece in a.pieces]
+    if not pieces or any(piece.offset % BLOCK for piece in pieces):
+        return False
+    folders = {_existing((root / piece.part).parent) for piece in pieces}
     same = all(folder.stat().st_dev == staging.stat().st_dev for folder in folders)
-    return bool(folders) and same and filesystem_type(staging) in SHARING
+    return same and filesystem_type(staging) in SHARING
 
 
 def filesystem_type(path: Path) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from csm_weights import digest, pipeline
+from csm_weights import digest, pipeline, place
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.plan import Goal, Verb
-from csm_weights.records import journal_path, partial_path, receipt_path
+from csm_weights.records import Receipt, journal_path, partial_path, receipt_path
 from csm_weights.state import Condition
 from tests.toy import NOTE, PIECE_SIZE, Toy, flip
 
@@ -175,8 +179,8 @@ BAD_PARTS = [
     (damage_page, Kind.ACCESS_PAGE, 4),
     (flip, Kind.WRONG_DIGEST, 4),
     (damage_folder, Kind.UNREADABLE, 4),
-    (damage_dangling, Kind.UNREADABLE, 4),
-    (damage_loop, Kind.UNREADABLE, 4),
+    (damage_dangling, Kind.MISSING, 3),
+    (damage_loop, Kind.MISSING, 3),
     (damage_extra, Kind.EXTRA_PART, 4),
 ]
 
@@ -344,7 +348,6 @@ def test_a_receipt_of_another_manifest_does_not_count(toy: Toy) -> None:
     """When the manifest pins other bytes, an old receipt proves nothing."""
     weights(toy, "note.txt")
     note = toy.artifact("note.txt")
-    from dataclasses import replace
 
     toy.write_manifest(replace(toy.manifest, artifacts=(replace(note, alternatives=()),)))
     with pytest.raises(WrongContent):
@@ -353,7 +356,6 @@ def test_a_receipt_of_another_manifest_does_not_count(toy: Toy) -> None:
 
 def test_a_manifest_whose_whole_digest_is_wrong_gives_no_file(toy: Toy) -> None:
     """Pieces that are right but do not make up the pinned whole are refused."""
-    from dataclasses import replace
 
     lying = replace(toy.artifact("a.bin"), sha256="0" * 64)
     toy.write_manifest(replace(toy.manifest, artifacts=(lying,)))
@@ -365,7 +367,6 @@ def test_a_manifest_whose_whole_digest_is_wrong_gives_no_file(toy: Toy) -> None:
 
 def test_a_wrong_blob_id_gives_no_file(toy: Toy) -> None:
     """The Hub blob id is held against the assembled whole."""
-    from dataclasses import replace
 
     lying = replace(toy.artifact("b.bin"), blob_id="0" * 40)
     toy.write_manifest(replace(toy.manifest, artifacts=(lying,)))
@@ -553,3 +554,135 @@ def test_a_partial_that_is_a_link_is_not_written_through(toy: Toy) -> None:
     with pytest.raises(CsmWeightsError):
         weights(toy, "a.bin")
     assert target.read_text() == "precious"
+
+
+def test_a_missing_part_does_not_hide_a_wrong_one(toy: Toy) -> None:
+    """When a part is missing, the others are hashed too, so that all is told in one round."""
+    damage_missing(toy.part("a.bin", 0))
+    flip(toy.part("a.bin", 3))
+    with pytest.raises(WrongContent) as caught:
+        weights(toy)
+    assert {f.kind for f in caught.value.findings} == {Kind.MISSING, Kind.WRONG_DIGEST}
+
+
+def test_all_wrong_pieces_of_a_file_in_place_are_told(toy: Toy) -> None:
+    """The note about a damaged file names each byte range that is wrong."""
+    weights(toy)
+    flip(toy.placed("a.bin"), 5)
+    flip(toy.placed("a.bin"), 3 * PIECE_SIZE + 5)
+    (note,) = weights(toy).notes
+    assert (note.kind, note.where) == (Kind.WRONG_DIGEST, str(toy.placed("a.bin")))
+    assert note.found.count("bytes [") == 2
+
+
+def forge(toy: Toy, path: str, digest: str) -> None:
+    """Writes another whole-file sha256 into the receipt of a placed file."""
+    file = receipt_path(toy.root / "models/toy", path)
+    receipt = json.loads(file.read_text())
+    file.write_text(json.dumps({**receipt, "sha256": digest}))
+
+
+@pytest.mark.parametrize("path", ["a.bin", "b.bin"])
+def test_a_forged_receipt_condemns_no_good_file(toy: Toy, path: str) -> None:
+    """A receipt that tells another digest than the manifest counts as none."""
+    weights(toy)
+    forge(toy, path, "0" * 64)
+    assert pipeline.verify(toy.request()).error is None
+
+
+def test_a_forged_receipt_vouches_for_nothing(toy: Toy) -> None:
+    """Where the manifest pins no whole digest, it is taken from the file, not from a receipt."""
+    bare = replace(toy.artifact("b.bin"), blob_id=None)
+    toy.write_manifest(replace(toy.manifest, artifacts=(bare,)))
+    weights(toy)
+    forge(toy, "b.bin", "0" * 64)
+    pipeline.verify(toy.request(), write_sums=True)
+    expected = hashlib.sha256(toy.good("b.bin")).hexdigest()
+    assert (toy.root / "models/toy/SHA256SUMS").read_text() == f"{expected}  b.bin\n"
+
+
+@pytest.mark.parametrize("folder", ["output/toy", "models/toy", "output"])
+def test_folders_behind_links_are_fine(toy: Toy, tmp_path: Path, folder: str) -> None:
+    """A staging or destination folder may be a link to a larger disk."""
+    (tmp_path / "disk").mkdir()
+    (toy.root / folder).parent.mkdir(parents=True, exist_ok=True)
+    (toy.root / folder).symlink_to(tmp_path / "disk")
+    weights(toy)
+    assert everything_is_placed(toy)
+
+
+def test_two_mounts_of_one_device_get_a_copy(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rename is refused as across devices, the file is copied and proven instead."""
+    real = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.parent == toy.root / "output/toy" != target.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    weights(toy)
+    assert everything_is_placed(toy)
+    assert not toy.staged("a.bin").exists()
+
+
+def test_a_folder_in_the_way_is_told_before_anything_is_done(toy: Toy) -> None:
+    """A folder that has a file's name is a finding, and no byte is copied."""
+    toy.placed("a.bin").mkdir(parents=True)
+    with pytest.raises(WrongContent) as caught:
+        weights(toy)
+    assert [f.kind for f in caught.value.findings] == [Kind.IN_THE_WAY]
+    assert not (toy.root / "output").exists()
+
+
+def test_an_interrupted_copy_goes_on_where_it_stopped(
+    toy: Toy, other_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across file systems, too, proven pieces are kept for the next run."""
+    real = place.install
+
+    def fail(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
+        if directory == other_disk:
+            raise KeyboardInterrupt
+        return real(proven, directory, receipt)
+
+    monkeypatch.setattr(place, "install", fail)
+    with pytest.raises(KeyboardInterrupt):
+        weights(toy, "a.bin", dest=str(other_disk))
+    monkeypatch.undo()
+    survey = pipeline.survey(toy.request("a.bin", dest=str(other_disk)))
+    assert [(s.verb, s.writes) for s in survey.plan.steps] == [(Verb.COPY, 0)]
+
+
+def test_an_unfinished_part_is_not_taken_for_one_too_many(toy: Toy) -> None:
+    """What a killed split left beside the parts is no finding, and clean removes it."""
+    left = toy.part("a.bin", 1).with_name(toy.part("a.bin", 1).name + ".partial")
+    left.write_bytes(b"half")
+    weights(toy)
+    pipeline.clean(toy.request("all"), dry=False)
+    assert not left.exists()
+
+
+def test_sums_of_other_files_stay(toy: Toy) -> None:
+    """--write-sums with --only updates its lines and leaves the others."""
+    weights(toy)
+    pipeline.verify(toy.request(), write_sums=True)
+    pipeline.verify(toy.request("a.bin"), write_sums=True)
+    assert len((toy.root / "models/toy/SHA256SUMS").read_text().splitlines()) == 3
+
+
+def test_a_file_that_goes_away_during_verify_is_told(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is deleted while it is hashed closes its gate, and is no crash."""
+    weights(toy)
+    real = digest.feed
+
+    def vanish(*args: Any) -> None:
+        real(*args)
+        toy.placed("a.bin").unlink(missing_ok=True)
+
+    monkeypatch.setattr("csm_weights.digest.feed", vanish)
+    outcome = pipeline.verify(toy.request("a.bin"))
+    assert outcome.error is not None
+    assert outcome.error.exit_code == 4

@@ -82,6 +82,12 @@ staging = "output"
 destination = "."
 
 """
+HUB = f"""\
+[hub]
+repo = "sesame/csm-1b"
+revision = "{"c9" * 20}"
+
+"""
 # Everything here must be read past.
 CONFIG = '''
 [[artifact]]
@@ -115,7 +121,7 @@ class Tree:
     def write(self, *models: Model) -> Tree:
         (self.root / "manifests").mkdir(parents=True)
         shutil.copy(SCRIPT, self.root)
-        self.manifest.write_text(HEAD + CONFIG.join(m.toml() for m in models))
+        self.manifest.write_text(HEAD + HUB + CONFIG.join(m.toml() for m in models))
         for model in models:
             for part, data in model.parts.items():
                 (self.root / part).parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +177,14 @@ def tool(directory: Path, name: str, body: str) -> Path:
     return directory
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Returns when it holds; fails after 30 seconds."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path / "tree").write(SAFETENSORS, CKPT)
@@ -220,7 +234,24 @@ def test_no_part_at_all_is_missing_input(tree: Tree) -> None:
     result = tree.run()
 
     assert (result.returncode, result.stdout) == (3, "")
-    assert "no part of csm-1b is here -> git lfs pull" in result.stderr
+    assert "no part of csm-1b is here -> copy the parts to chunks/safetensors" in result.stderr
+    assert "git lfs pull" in result.stderr
+    assert findings(result) == [
+        f"hf download sesame/csm-1b {path} --revision {'c9' * 20} --local-dir 'output'"
+        for path in ("model.safetensors", "ckpt.pt")
+    ]
+
+
+def test_no_part_of_a_model_that_is_not_on_the_hub(tree: Tree) -> None:
+    """Where the manifest names no repository, no download is suggested."""
+    shutil.rmtree(tree.root / "chunks")
+    tree.edit(HUB, "")
+
+    result = tree.run()
+
+    assert (result.returncode, findings(result)) == (3, [])
+    assert "no part of csm-1b is here -> " in result.stderr
+    assert "hf " not in result.stderr
 
 
 def test_other_directory_and_spaces(tmp_path: Path) -> None:
@@ -228,6 +259,18 @@ def test_other_directory_and_spaces(tmp_path: Path) -> None:
     tree = Tree(tmp_path / "my own  checkout").write(SAFETENSORS, CKPT)
 
     result = tree.run(cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    assert tree.outputs() == BOTH
+
+
+def test_called_through_a_symlink(tree: Tree, tmp_path: Path) -> None:
+    """A chain of links to the script, relative and absolute, leads to its own checkout."""
+    (tmp_path / "my bin").mkdir()
+    (tmp_path / "my bin/recombine").symlink_to("../second")
+    (tmp_path / "second").symlink_to(tree.root / "recombine.sh")
+
+    result = subprocess.run(["my bin/recombine"], cwd=tmp_path, capture_output=True, text=True)
 
     assert result.returncode == 0, result.stderr
     assert tree.outputs() == BOTH
@@ -252,9 +295,9 @@ def _replace_by_directory(part: Path) -> None:
     part.mkdir()
 
 
-def _replace_by_dangling_link(part: Path) -> None:
+def _replace_by_link(part: Path, target: str) -> None:
     part.unlink()
-    part.symlink_to("nowhere")
+    part.symlink_to(target)
 
 
 def _flip_one_bit(part: Path) -> None:
@@ -291,7 +334,13 @@ BAD_PARTS = [
     ),
     Bad(
         "dangling_link",
-        _replace_by_dangling_link,
+        lambda part: _replace_by_link(part, "nowhere"),
+        3,
+        f"missing: expected 70000 bytes, found no such file -> {COPY_AGAIN}",
+    ),
+    Bad(
+        "looping_link",
+        lambda part: _replace_by_link(part, part.name),
         3,
         f"missing: expected 70000 bytes, found no such file -> {COPY_AGAIN}",
     ),
@@ -409,6 +458,9 @@ INCONSISTENT = {
     "path_outside": ('path = "ckpt.pt"', 'path = "/tmp/ckpt.pt"'),
     "staging_outside": ('staging = "output"', 'staging = "../output"'),
     "no_layout": ("[layout]", "[outlay]"),
+    "repo_is_an_option": ('repo = "', 'repo = "--'),
+    "repo_with_a_command": ("sesame/csm-1b", "sesame/csm-1b; x"),
+    "revision_is_no_commit": ("c9" * 20, "main"),
     "other_schema": ("schema = 1", "schema = 2"),
     "other_name": ('name = "csm-1b"', 'name = "csm-2b"'),
     "text_never_closed": ('\\"""\n"""', '\\"""\n'),
@@ -514,33 +566,126 @@ def test_wrong_output_stays_while_parts_are_bad(tree: Tree) -> None:
     assert tree.outputs() == {"ckpt.pt": b"old", "model.safetensors": SAFETENSORS.data}
 
 
-def test_directory_under_the_final_name(tree: Tree) -> None:
-    """A directory in the way is a finding; the file is not moved into it."""
-    (tree.root / "output/ckpt.pt").mkdir(parents=True)
+IN_THE_WAY = (
+    "something in the way: expected a plain file or nothing, found something else -> move it away"
+)
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, _fifo], ids=["directory", "fifo"])
+def test_something_under_the_final_name(tree: Tree, make: Callable[[Path], None]) -> None:
+    """What is no file under a final name is a finding; nothing is moved into it or over it."""
+    (tree.root / "output").mkdir()
+    make(tree.root / "output/ckpt.pt")
 
     result = tree.run()
 
-    assert (result.returncode, tree.outputs()) == (4, {})
-    assert findings(result)[0].startswith("output/ckpt.pt: malformed: expected a file")
+    assert [f"output/ckpt.pt: {IN_THE_WAY}"] == findings(result)
+    assert (result.returncode, result.stdout, tree.outputs()) == (4, "", {})
 
 
-def test_partial_of_a_killed_run_is_replaced(tree: Tree) -> None:
-    """What a killed run left behind neither stops the next one nor ends up in its file."""
-    (tree.root / "output").mkdir()
-    (tree.root / "output/ckpt.pt.recombine-partial").write_bytes(b"half")
+def test_directory_that_appears_under_the_final_name(tree: Tree, tmp_path: Path) -> None:
+    """A directory made while the file is written is not taken for a place to move it into."""
+    path = tool(tmp_path / "bin", "cat", 'mkdir -p output/ckpt.pt; tail -c +1 "$1"')
+
+    result = tree.run("ckpt", path=path)
+
+    assert (result.returncode, result.stdout, tree.outputs()) == (4, "", {})
+    assert "output/ckpt.pt: something in the way" in result.stderr
+
+
+@pytest.fixture
+def dead() -> int:
+    """The id of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def partial(tree: Tree, pid: int | str) -> Path:
+    (tree.root / "output").mkdir(exist_ok=True)
+    return tree.root / f"output/ckpt.pt.recombine-partial.{pid}"
+
+
+def run_with_partial(tree: Tree, make: str) -> subprocess.CompletedProcess[str]:
+    """Runs the script after a command that gets the name its own partial will have as $1."""
+    name = partial(tree, "$$")
+    return subprocess.run(
+        ["bash", "-c", f'set -- "{name}"; {make}; exec bash ./recombine.sh'],
+        cwd=tree.root,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_partial_of_a_killed_run_is_removed(tree: Tree, dead: int) -> None:
+    """What a killed run left behind does not fill the disk for ever."""
+    partial(tree, dead).write_bytes(b"half")
 
     assert tree.run().returncode == 0
     assert tree.outputs() == BOTH
 
 
-def test_symlink_under_the_partial_name_is_not_written_through(tree: Tree) -> None:
-    """What the partial name happens to point at keeps its bytes."""
-    (tree.root / "output").mkdir()
-    (tree.root / "precious").write_bytes(b"precious")
-    (tree.root / "output/ckpt.pt.recombine-partial").symlink_to("../precious")
+@pytest.mark.parametrize("pid", [1, os.getpid(), "mine"])
+def test_partial_of_a_live_process_is_kept(tree: Tree, pid: int | str) -> None:
+    """What another run is writing, whoever's it is, and what is no partial, stays."""
+    partial(tree, pid).write_bytes(b"half")
 
     assert tree.run().returncode == 0
+    assert tree.outputs() == BOTH | {partial(tree, pid).name: b"half"}
+
+
+def test_directory_under_the_partial_name(tree: Tree, dead: int) -> None:
+    """A directory under the name of a partial is a finding, not a failure of rm."""
+    partial(tree, dead).mkdir()
+
+    result = tree.run()
+
+    assert [f"output/{partial(tree, dead).name}: {IN_THE_WAY}"] == findings(result)
+    assert (result.returncode, result.stdout, tree.outputs()) == (4, "", {})
+
+
+def test_directory_under_the_own_partial_name(tree: Tree) -> None:
+    """A directory under the very name that this run would write is a finding as well."""
+    result = run_with_partial(tree, 'mkdir "$1"')
+
+    assert findings(result)[0].endswith(f": {IN_THE_WAY}")
+    assert (result.returncode, result.stdout, tree.outputs()) == (4, "", {})
+
+
+def test_symlink_under_the_partial_name_is_not_written_through(tree: Tree) -> None:
+    """What the partial name happens to point at keeps its bytes."""
+    (tree.root / "precious").write_bytes(b"precious")
+
+    result = run_with_partial(tree, 'ln -s ../precious "$1"')
+
+    assert result.returncode == 0, result.stderr
     assert (tree.root / "precious").read_bytes() == b"precious"
+    assert tree.outputs() == BOTH
+
+
+def test_two_runs_at_once(tree: Tree, tmp_path: Path) -> None:
+    """A run that starts and ends while another one writes does not disturb it."""
+    wait = 'head -c 1000 "$1"; : >waiting; while [[ ! -e go ]]; do sleep 0.02; done'
+    path = tool(tmp_path / "bin", "cat", f'{wait}; tail -c +1001 "$1"')
+    with subprocess.Popen(
+        ["bash", str(tree.root / "recombine.sh")],
+        env=environment(path),
+        cwd=tree.root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as first:
+        wait_for((tree.root / "waiting").exists)
+        second = tree.run()
+        (tree.root / "go").touch()
+        stdout, stderr = first.communicate(timeout=30)
+
+    assert (second.returncode, first.returncode) == (0, 0), second.stderr + stderr
+    assert second.stdout.splitlines() == stdout.splitlines() == ASSEMBLED
     assert tree.outputs() == BOTH
 
 
@@ -558,17 +703,14 @@ def test_interrupted_run_leaves_nothing_behind(
 ) -> None:
     """Ctrl-C in the middle of writing removes the partial file; the code is 130."""
     path = tool(tmp_path / "bin", "cat", 'head -c 1000 "$1"; exec sleep 30')
-    partial = tree.root / "output/model.safetensors.recombine-partial"
     with subprocess.Popen(
         ["bash", str(tree.root / "recombine.sh")],
         env=environment(path),
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as process:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size):
-            time.sleep(0.02)
-        assert partial.stat().st_size == 1000
+        half = tree.root / f"output/model.safetensors.recombine-partial.{process.pid}"
+        wait_for(lambda: half.exists() and half.stat().st_size == 1000)
         os.killpg(process.pid, number)
         _, stderr = process.communicate(timeout=30)
 

@@ -34,8 +34,7 @@ SMOKE = SmokeReport(
     frames_per_second=1.5,
     real_time_factor=8.0,
     load_seconds=0.25,
-    files=(("model.safetensors", "1" * 64),),
-    torch="2.13.0",
+    bound_to=(("model.safetensors", "1" * 64),),
     made_at="2025-01-01T00:00:00+00:00",
 )
 

@@ -30,10 +30,10 @@ TINY_CONFIG = {
 }
 NAMES = "tensors of the right name and shape"
 FINITE = "weights that are not finite"
-CACHE = "cached decoding against one parallel pass, largest difference of a logit"
+CACHE = "cached against parallel logits, largest difference"
 CODES = "codes of 5 frames"
 SPEED = "frames a second"
-FACTOR = "real-time factor, seconds of computing a second of audio"
+FACTOR = "real-time factor, below 1 is faster"
 GOLDEN = "golden frames"
 
 

@@ -35,6 +35,8 @@ class Sink(Protocol):
     def take_file(self, fd: int, offset: int) -> None:
         """Takes the piece from the local file `fd`, where it begins at byte `offset`.
 
+        The caller makes sure that the file did not change meanwhile.
+
         Raises OSError or EOFError when the file cannot be read that far.
         """
 

@@ -54,7 +54,7 @@ def _deliver(path: Path, where: str, size: int, offset: int, sink: Sink) -> None
             sink.take_file(fd, offset)
         except (OSError, EOFError) as error:
             raise Broken([_unreadable(where, error)]) from None
-        if not Fingerprint.of(os.fstat(fd)).same_bytes(Fingerprint.of(before)):
+        if Fingerprint.of(os.fstat(fd)) != Fingerprint.of(before):
             finding = Finding(Kind.CHANGED, where, "a file at rest", "a write during the read")
             raise Broken([finding])
     finally:
