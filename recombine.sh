@@ -249,7 +249,7 @@ choose_work() { # sets work: the rows of the artifacts to write
     final=$staging/$path
     remove_leftovers "$final"
     if ! is_free "$final"; then continue; fi
-    if [[ -f $final && -r $final ]] && prove "$final" "$path" "$size" "$whole" "$blob"; then
+    if [[ -r $final ]] && prove "$final" "$path" "$size" "$whole" "$blob"; then
       printf '%s\n' "$final: already right, kept ($size bytes, $proof)"
     else
       work+=$row$'\n'
@@ -268,6 +268,20 @@ check_space() { # df counts in KiB; the file that is replaced stays until the ne
     die 7 "$dir: no space: expected $kib KiB free, found $free KiB, $((kib - free)) KiB too few; \
 nothing was written -> free some, or choose one format"
   fi
+}
+
+advise_sources() { # where no part is here
+  local folders repo revision path
+  folders=$(rows piece | awk -F '\t' '{ sub("/[^/]*$", "/", $4) } !seen[$4]++ { printf "%s ", $4 }')
+  say "recombine.sh: no part of $model is here -> copy the parts to ${folders}or, in a clone" \
+    "that has them, git lfs pull"
+  IFS=$'\t' read -r _ repo revision <<<"$(awk -F '\t' '$1 == "hub"' <<<"$table")"
+  if [[ -z $repo ]]; then return 0; fi
+  say "Or accept the terms at https://huggingface.co/$repo, log in with hf auth login, and get" \
+    "a whole file for make weights MODEL=$model:"
+  while IFS=$'\t' read -r _ _ path _; do
+    say "  hf download $repo '$path' --revision $revision --local-dir '$staging'"
+  done <<<"$(rows artifact)"
 }
 
 partial=''
@@ -334,13 +348,11 @@ formats=$(awk -F '\t' '$1 == "artifact" && !seen[$2]++ { printf "%s ", $2 }' <<<
 if [[ $list ]]; then rows piece | cut -f 3-; exit; fi
 
 if [[ -z $format ]]; then
-  formats=$(rows piece | while IFS=$'\t' read -r _ group _ part _; do
+  here=$(rows piece | while IFS=$'\t' read -r _ group _ part _; do
     if [[ -e $part || -L $part ]]; then printf '%s ' "$group"; fi
   done)
-  if [[ -z $formats ]]; then
-    advise_sources
-    exit 3
-  fi
+  if [[ -z $here ]]; then advise_sources; exit 3; fi
+  formats=$here
 elif [[ $format != all ]]; then
   if [[ " $formats" != *" $format "* ]]; then
     die 1 "no format \"$format\"; $model has: $formats"

@@ -15,8 +15,8 @@ from invoke.tasks import task
 
 if TYPE_CHECKING:
     from csm_weights.errors import CsmWeightsError
-    from csm_weights.pipeline import Outcome, Request, Survey
     from csm_weights.plan import Goal
+    from csm_weights.request import Outcome, Request, Survey
 
 ROOT = Path(__file__).resolve().parent
 
@@ -72,7 +72,7 @@ def _print(text: str) -> None:
 
 
 def _request(model: str, only: str, dest: str) -> Request:
-    from csm_weights.pipeline import Request
+    from csm_weights.request import Request
 
     words = tuple(word.strip() for word in only.split(",") if word.strip())
     return Request(ROOT, model, words, dest or None)
@@ -233,10 +233,10 @@ def verify(
     json: bool = False,
 ) -> None:
     """Hash every file in place again and run all gates; offline."""
-    from csm_weights import pipeline
+    from csm_weights import proving
 
     with _exit_codes(json):
-        checked = pipeline.verify(_request(model, only, dest), sums or None, write_sums)
+        checked = proving.verify(_request(model, only, dest), sums or None, write_sums)
         _show_outcome(checked, json)
 
 
@@ -264,14 +264,14 @@ def smoke(
     json: bool = False,
 ) -> None:
     """Load the model that is in place, let it speak, and check it."""
-    from csm_weights import pipeline
+    from csm_weights import proving
 
     with _exit_codes(json):
         request = _request(model, only, dest)
         if record:
-            _print(str(pipeline.record_golden(request, frames)))
+            _print(str(proving.record_golden(request, frames)))
         else:
-            _show_outcome(pipeline.smoke(request, device or None, require_gpu, frames), json)
+            _show_outcome(proving.smoke(request, device or None, require_gpu, frames), json)
 
 
 @task(

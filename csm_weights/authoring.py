@@ -13,8 +13,9 @@ from csm_weights import files, publish
 from csm_weights.architecture import parse_config
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, error_for
 from csm_weights.manifest import Manifest, load, parse, path_problem, render, render_artifact
-from csm_weights.pipeline import SUMS, Request, verify
 from csm_weights.progress import Progress
+from csm_weights.proving import SUMS, verify
+from csm_weights.request import Request
 from csm_weights.standin import sizes, write_standin
 
 

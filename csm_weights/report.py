@@ -9,9 +9,9 @@ from typing import Any
 
 from csm_weights.errors import CsmWeightsError, Finding, printable
 from csm_weights.gates import Gate, GateResult
-from csm_weights.pipeline import Outcome, Survey
 from csm_weights.plan import Step
 from csm_weights.records import SmokeReport
+from csm_weights.request import Outcome, Survey
 from csm_weights.state import ArtifactState, Condition
 
 #: Hex digits of a digest in a table; JSON and SHA256SUMS have them all.

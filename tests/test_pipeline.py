@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from csm_weights import digest, pipeline, place
+from csm_weights import digest, pipeline, place, proving
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.plan import Goal, Verb
 from csm_weights.records import Receipt, journal_path, partial_path, receipt_path
+from csm_weights.request import Outcome, Request
 from csm_weights.state import Condition
 from tests.toy import NOTE, PIECE_SIZE, Toy, flip
 
@@ -30,11 +31,11 @@ ACCESS_PAGE = (
 )
 
 
-def weights(toy: Toy, *only: str, dest: str | None = None) -> pipeline.Outcome:
+def weights(toy: Toy, *only: str, dest: str | None = None) -> Outcome:
     return pipeline.weights(toy.request(*only, dest=dest), smoke=False)
 
 
-def verbs(outcome: pipeline.Outcome) -> list[Verb]:
+def verbs(outcome: Outcome) -> list[Verb]:
     return [step.verb for step in outcome.acts]
 
 
@@ -129,7 +130,7 @@ def test_only_refuses_a_word_that_names_nothing(toy: Toy) -> None:
 def test_unknown_model_names_those_there_are(toy: Toy) -> None:
     """A misspelt --model is a usage error that lists the manifests."""
     with pytest.raises(UsageError, match="toy"):
-        pipeline.survey(pipeline.Request(toy.root, "toyy"))
+        pipeline.survey(Request(toy.root, "toyy"))
 
 
 def damage_missing(path: Path) -> None:
@@ -429,7 +430,7 @@ def test_verify_hashes_everything_and_passes(toy: Toy, hashed: Callable[[], int]
     """`verify` reads every placed byte once and finds all gates open."""
     weights(toy)
     hashed()
-    outcome = pipeline.verify(toy.request())
+    outcome = proving.verify(toy.request())
     assert outcome.error is None
     assert hashed() == sum(len(toy.good(a.path)) for a in toy.manifest.artifacts)
 
@@ -438,7 +439,7 @@ def test_verify_finds_one_flipped_byte_and_says_where(toy: Toy) -> None:
     """A flipped byte closes the digest gate with the byte range of its piece."""
     weights(toy)
     flip(toy.placed("b.bin"), PIECE_SIZE + 3)
-    outcome = pipeline.verify(toy.request())
+    outcome = proving.verify(toy.request())
     assert outcome.error is not None
     piece = toy.artifact("b.bin").pieces[1]
     expected = f"{toy.placed('b.bin')} bytes [{piece.offset:,}, {piece.end:,})"
@@ -451,7 +452,7 @@ def test_verify_finds_a_flipped_byte_without_receipts(toy: Toy) -> None:
     shutil.rmtree(toy.root / "models/toy/.csm-weights")
     for name in ("a.bin", "b.bin"):
         flip(toy.placed(name), 2 * PIECE_SIZE + 3)
-    outcome = pipeline.verify(toy.request())
+    outcome = proving.verify(toy.request())
     assert outcome.error is not None
     starts = [f.where.partition("[")[2].partition(",")[0] for f in outcome.error.findings]
     assert len(outcome.error.findings) == 2
@@ -462,7 +463,7 @@ def test_verify_of_a_missing_file_is_a_missing_input(toy: Toy) -> None:
     """A placed file that has gone is exit 3, though nothing else is wrong."""
     weights(toy)
     toy.placed("a.bin").unlink()
-    outcome = pipeline.verify(toy.request())
+    outcome = proving.verify(toy.request())
     assert outcome.error is not None
     assert outcome.error.exit_code == 3
 
@@ -472,17 +473,17 @@ def test_verify_writes_nothing(toy: Toy) -> None:
     toy.placed("a.bin").parent.mkdir(parents=True)
     toy.placed("a.bin").write_bytes(toy.good("a.bin"))
     before = sorted(toy.root.rglob("*"))
-    pipeline.verify(toy.request("a.bin"))
+    proving.verify(toy.request("a.bin"))
     assert sorted(toy.root.rglob("*")) == before
 
 
 def test_verify_writes_sums_that_it_accepts(toy: Toy) -> None:
     """--write-sums makes a SHA256SUMS of all files, and --sums holds files against it."""
     weights(toy)
-    assert pipeline.verify(toy.request(), write_sums=True).error is None
+    assert proving.verify(toy.request(), write_sums=True).error is None
     sums = toy.root / "models/toy/SHA256SUMS"
     assert len(sums.read_text().splitlines()) == 3
-    assert pipeline.verify(toy.request(), sums=str(sums)).error is None
+    assert proving.verify(toy.request(), sums=str(sums)).error is None
 
 
 def test_verify_refuses_sums_that_differ(toy: Toy) -> None:
@@ -490,7 +491,7 @@ def test_verify_refuses_sums_that_differ(toy: Toy) -> None:
     weights(toy)
     sums = toy.root / "SUMS"
     sums.write_text(f"{'0' * 64}  a.bin\n")
-    outcome = pipeline.verify(toy.request(), sums=str(sums))
+    outcome = proving.verify(toy.request(), sums=str(sums))
     assert outcome.error is not None
     assert outcome.error.exit_code == 4
 
@@ -587,7 +588,7 @@ def test_a_forged_receipt_condemns_no_good_file(toy: Toy, path: str) -> None:
     """A receipt that tells another digest than the manifest counts as none."""
     weights(toy)
     forge(toy, path, "0" * 64)
-    assert pipeline.verify(toy.request()).error is None
+    assert proving.verify(toy.request()).error is None
 
 
 def test_a_forged_receipt_vouches_for_nothing(toy: Toy) -> None:
@@ -596,7 +597,7 @@ def test_a_forged_receipt_vouches_for_nothing(toy: Toy) -> None:
     toy.write_manifest(replace(toy.manifest, artifacts=(bare,)))
     weights(toy)
     forge(toy, "b.bin", "0" * 64)
-    pipeline.verify(toy.request(), write_sums=True)
+    proving.verify(toy.request(), write_sums=True)
     expected = hashlib.sha256(toy.good("b.bin")).hexdigest()
     assert (toy.root / "models/toy/SHA256SUMS").read_text() == f"{expected}  b.bin\n"
 
@@ -666,8 +667,8 @@ def test_an_unfinished_part_is_not_taken_for_one_too_many(toy: Toy) -> None:
 def test_sums_of_other_files_stay(toy: Toy) -> None:
     """--write-sums with --only updates its lines and leaves the others."""
     weights(toy)
-    pipeline.verify(toy.request(), write_sums=True)
-    pipeline.verify(toy.request("a.bin"), write_sums=True)
+    proving.verify(toy.request(), write_sums=True)
+    proving.verify(toy.request("a.bin"), write_sums=True)
     assert len((toy.root / "models/toy/SHA256SUMS").read_text().splitlines()) == 3
 
 
@@ -683,6 +684,6 @@ def test_a_file_that_goes_away_during_verify_is_told(
         toy.placed("a.bin").unlink(missing_ok=True)
 
     monkeypatch.setattr("csm_weights.digest.feed", vanish)
-    outcome = pipeline.verify(toy.request("a.bin"))
+    outcome = proving.verify(toy.request("a.bin"))
     assert outcome.error is not None
     assert outcome.error.exit_code == 4

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from csm_weights import pipeline, report
+from csm_weights import pipeline, proving, report
 from csm_weights.errors import (
     CsmWeightsError,
     Finding,
@@ -21,9 +21,9 @@ from csm_weights.errors import (
     printable,
 )
 from csm_weights.gates import Gate, GateResult
-from csm_weights.pipeline import Outcome
 from csm_weights.plan import Goal
 from csm_weights.records import Check, SmokeReport
+from csm_weights.request import Outcome
 from tests.toy import Toy, flip
 
 ESCAPE = "\x1b[2J\x1b]0;title\x07"
@@ -167,7 +167,7 @@ def test_a_failed_outcome_says_what_is_wrong(toy: Toy) -> None:
     """The finding, the closed gate and NOT OK are in the text of a failed check."""
     pipeline.weights(toy.request(), smoke=False)
     flip(toy.placed("a.bin"))
-    failed = pipeline.verify(toy.request())
+    failed = proving.verify(toy.request())
     text = report.outcome_text(failed)
     assert failed.error is not None
     assert failed.error.findings[0].line() in text
@@ -271,7 +271,7 @@ def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
     """The JSON of a failed check has the exit code and every field of each finding."""
     pipeline.weights(toy.request(), smoke=False)
     flip(toy.placed("a.bin"))
-    failed = pipeline.verify(toy.request())
+    failed = proving.verify(toy.request())
     data = read(report.outcome_json(failed))
     assert (data["ok"], data["exit_code"]) == (False, 4)
     assert failed.error is not None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from csm_weights import manifest as manifests
 from csm_weights.manifest import Artifact, Edition, Manifest
-from csm_weights.pipeline import Request
 from csm_weights.publish import split
+from csm_weights.request import Request
 
 #: Bytes of a part: not a multiple of a block, so that ends are met mid-block.
 PIECE_SIZE = 70_001
