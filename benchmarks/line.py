@@ -108,7 +108,8 @@ class Tree:
         self.by_hand = folder / "by-hand"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "tasks.py", folder)
-        shutil.copytree(ROOT / "manifests", folder / "manifests", dirs_exist_ok=True)
+        for name in ("csm_weights", "manifests"):
+            shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
 
     def inv(self, *words: str) -> Run:
         """An inv command on the model."""

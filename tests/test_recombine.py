@@ -205,6 +205,7 @@ def test_parts_become_the_published_bytes(tree: Tree, arguments: tuple[str, ...]
 
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ASSEMBLED
+    assert "No such file" not in result.stderr
     assert tree.outputs() == BOTH
 
 
