@@ -17,7 +17,7 @@ from pathlib import Path
 
 from csm_weights.digest import Chain, Hasher, Tick, feed, run_all, sha256
 from csm_weights.errors import Finding, Kind, error_for
-from csm_weights.files import Target, copy_hashed, create, write_all, writing
+from csm_weights.files import Extent, Target, copy_hashed, create, write_all, writing
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.records import (
     Fingerprint,
@@ -183,11 +183,9 @@ class _PieceSink:
         # A piece that runs ahead of the whole digest is read again for it, so
         # it stays in the page cache; nobody needs the others there.
         copy_hashed(
-            fd,
-            offset,
+            Extent(fd, offset, piece.size),
             partial.target,
             piece.offset,
-            piece.size,
             self._sinks(),
             self.whole is not None,
             partial.tick,

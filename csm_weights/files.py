@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.digest import Hasher, Stopped, Tick, feed
@@ -127,27 +128,36 @@ def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int)
     return True
 
 
+@dataclass(frozen=True)
+class Extent:
+    """The half-open byte range `[offset, offset + size)` of an open file."""
+
+    fd: int
+    offset: int
+    size: int
+
+
 def copy_hashed(
-    src: int,
-    src_offset: int,
+    source: Extent,
     target: Target,
     offset: int,
-    size: int,
     sinks: Sequence[Hasher],
     direct: bool,
     tick: Tick,
     stop: threading.Event,
 ) -> None:
-    """Puts `size` bytes of `src` into `target` and hashes just what was put there.
+    """Puts `source` into `target` at byte `offset` and hashes just what was put there.
 
     Shared blocks are one and the same in both files, so they are read where
-    they may be in the page cache, in `src`; it must not change meanwhile.
-    Else the buffer that is hashed is the one that is written. `direct`
-    writes past the page cache. Raises EOFError where the source ends early, OSError where it
-    cannot be read, NoSpace where the target takes no more.
+    they may be in the page cache, in the source; it must not change
+    meanwhile. Else the buffer that is hashed is the one that is written.
+    `direct` writes past the page cache. Raises EOFError where the source
+    ends early, OSError where it cannot be read, NoSpace where the target
+    takes no more.
     """
-    if clone_range(src, src_offset, target.fd, offset, size):
-        feed(src, src_offset, size, sinks, tick, stop)
+    size = source.size
+    if clone_range(source.fd, source.offset, target.fd, offset, size):
+        feed(source.fd, source.offset, size, sinks, tick, stop)
         return
     # Anonymous memory is aligned to pages, which direct writes need.
     with (
@@ -160,9 +170,9 @@ def copy_hashed(
             if stop.is_set():
                 raise Stopped
             with buffer[: min(STEP, size - done)] as room:
-                count = os.preadv(src, [room], src_offset + done)
+                count = os.preadv(source.fd, [room], source.offset + done)
             if count == 0:
-                raise EOFError(f"it ends at byte {src_offset + done:,}")
+                raise EOFError(f"it ends at byte {source.offset + done:,}")
             with buffer[:count] as block:
                 # The disk takes the block while the processor hashes it.
                 written = writer.submit(target.write, block, offset + done, direct)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csm_weights.architecture import Architecture, parse_config
-from csm_weights.digest import Measure, Measured, ShortRead, Tick, measure
+from csm_weights.digest import Measure, Measured, ShortRead, Tick, measure, sha256_of
 from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
 from csm_weights.manifest import Artifact, Edition, Piece
 from csm_weights.records import Fingerprint, PieceRecord, Receipt, whole_findings
@@ -228,7 +228,7 @@ def check_sum(folder: Path, path: str, digest: str, known: str | None) -> GateRe
     """
     file, expected = folder / path, f"sha256 {digest}"
     try:
-        known = known or measure([Measure(file, file.stat().st_size, (), True)], _no_tick)[0].whole
+        known = known or sha256_of(file)
     except OSError as error:
         finding = Finding(Kind.MISSING, str(file), expected, error.strerror or str(error))
         return GateResult(Gate.DIGEST, path, False, expected, finding.found, (finding,))
@@ -236,10 +236,6 @@ def check_sum(folder: Path, path: str, digest: str, known: str | None) -> GateRe
     if known != digest:
         findings = [Finding(Kind.WRONG_DIGEST, str(file), expected, f"sha256 {known}")]
     return GateResult(Gate.DIGEST, path, not findings, expected, f"sha256 {known}", tuple(findings))
-
-
-def _no_tick(_: int) -> None:
-    """Counts nothing."""
 
 
 def _pinned(subject: Subject) -> str:

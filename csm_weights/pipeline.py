@@ -11,12 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from csm_weights import files, gates, place
+from csm_weights import files, gates, place, records
 from csm_weights.assemble import Assembled, Assembly, assemble, write_text
 from csm_weights.errors import NOT_HERE, CsmWeightsError, Finding, Kind, UsageError, error_for
 from csm_weights.manifest import Artifact, Piece
@@ -169,10 +169,21 @@ def _write(run: Run, steps: Sequence[Step]) -> None:
 def _assemble(run: Run, steps: Sequence[Step]) -> None:
     source = first_of(Chunks(run.places.root))
     jobs = [Assembly(s.artifact, s.look.path, source, s.state.partial) for s in steps]
-    with Progress("assembling", sum(step.reads for step in steps)) as progress:
-        done = assemble(jobs, progress.tick)
+    try:
+        with Progress("assembling", sum(step.reads for step in steps)) as progress:
+            done = assemble(jobs, progress.tick)
+    except CsmWeightsError as error:
+        bad = {finding.where for finding in error.findings}
+        error.advice = _way_around(s.artifact for s in steps if not bad & _names(s))
+        raise
     for step, assembled in zip(steps, done, strict=True):
         _install(run, step.artifact, assembled)
+
+
+def _names(step: Step) -> set[str]:
+    """What findings about the assembling of a file are about: its parts, its partial."""
+    parts = {piece.part for piece in step.artifact.pieces}
+    return {*parts, str(records.partial_path(step.look.path))}
 
 
 def _install(run: Run, artifact: Artifact, assembled: Assembled) -> None:
@@ -256,7 +267,8 @@ def _require(run: Run, plan: Plan) -> None:
     name, findings = run.manifest.name, [*plan.findings, *_wrong_parts(run, plan)]
     if all(f.kind in NOT_HERE for f in findings):
         raise error_for(f"{name}: not all of it is here", findings, _ways_to_get(run))
-    raise error_for(f"{name}: cannot go on", findings, _way_around(run, plan))
+    advice = _way_around(step.artifact for step in plan.steps)
+    raise error_for(f"{name}: cannot go on", findings, advice)
 
 
 def _wrong_parts(run: Run, plan: Plan) -> list[Finding]:
@@ -281,12 +293,12 @@ def _is_missing(plan: Plan) -> bool:
     return bool(plan.findings) and all(f.kind in NOT_HERE for f in plan.findings)
 
 
-def _way_around(run: Run, plan: Plan) -> str:
-    """How to go on with the files that could be had, where there are some."""
-    paths = list(dict.fromkeys(step.artifact.path for step in plan.steps))
-    if not any(a.is_weights for a in run.chosen if a.path in paths):
+def _way_around(artifacts: Iterable[Artifact]) -> str:
+    """How to go on with these files, where the weights of one format are among them."""
+    by_path = {artifact.path: artifact for artifact in artifacts}
+    if not any(artifact.is_weights for artifact in by_path.values()):
         return ""
-    return f"Nothing was done. To go on without the rest: --only {','.join(paths)}"
+    return f"No file was placed. To go on without the rest: --only {','.join(by_path)}"
 
 
 def _ways_to_get(run: Run) -> str:

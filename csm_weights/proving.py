@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from csm_weights import files, gates, publish, records
-from csm_weights.digest import Measure, measure
+from csm_weights.digest import sha256_of
 from csm_weights.errors import (
     CsmWeightsError,
     Finding,
@@ -55,7 +55,9 @@ def verify(request: Request, sums: str | None = None, write_sums: bool = False) 
 
 def _write_sums(path: Path, digests: dict[str, str]) -> None:
     """Writes SHA256SUMS; lines that are there about other files stay."""
-    others = publish.parse_sums(path.read_text(), str(path)) if path.is_file() else {}
+    others = {}
+    if path.is_file():
+        others = publish.parse_sums(path.read_text(errors="replace"), str(path))
     files.write_whole(path, publish.render_sums({**others, **digests}))
 
 
@@ -96,6 +98,7 @@ def record_golden(request: Request, frames: int) -> Path:
 
 
 def gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
+    """What every gate says of the files in place; see `gates.check`."""
     subjects = [
         subject_of(item.artifact, item.placed, state.manifest.name) for item in state.artifacts
     ]
@@ -105,11 +108,13 @@ def gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
 
 
 def gate_error(results: Sequence[gates.GateResult]) -> CsmWeightsError | None:
+    """The one error for all that the gates found, each finding once."""
     findings = list(dict.fromkeys(f for r in results for f in r.findings))
     return error_for("the gates are closed", findings) if findings else None
 
 
 def subject_of(artifact: Artifact, file: FileLook, model: str) -> gates.Subject:
+    """A file as a look found it, to be gated; `model` is for the command that mends it."""
     mend = f"inv weights --model {model}"
     finding = file.finding
     if file.condition is Condition.ABSENT:
@@ -182,8 +187,7 @@ def _binding(request: Request, state: State) -> tuple[tuple[str, str], ...]:
     bound = [(r.path, r.sha256) for r in receipts if r]
     golden = _golden(request, state)
     if golden and golden.is_file():
-        whole = measure([Measure(golden, golden.stat().st_size, (), True)], lambda _: None)
-        bound.append(("golden", whole[0].whole or ""))
+        bound.append(("golden", sha256_of(golden)))
     for package in ("torch", "csm-weights"):
         with contextlib.suppress(PackageNotFoundError):
             bound.append((package, version(package)))

@@ -12,17 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial as bind
 from pathlib import Path
 
-from csm_weights.digest import (
-    Chain,
-    Measure,
-    Tick,
-    blob_id,
-    measure,
-    run_all,
-    sha256,
-)
+from csm_weights.digest import Chain, Tick, blob_id, run_all, sha256, sha256_of
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent
-from csm_weights.files import Target, copy_hashed, writing
+from csm_weights.files import Extent, Target, copy_hashed, writing
 from csm_weights.manifest import Artifact, Manifest, Piece, path_problem
 from csm_weights.records import partial_path
 
@@ -156,7 +148,8 @@ def _write_part(
     sinks = [digest, claimed] if claimed else [digest]
     target = Target(unfinished, os.O_TRUNC)
     try:
-        copy_hashed(source, piece.offset, target, 0, piece.size, sinks, True, tick, chain.stop)
+        extent = Extent(source, piece.offset, piece.size)
+        copy_hashed(extent, target, 0, sinks, True, tick, chain.stop)
         with writing(unfinished):
             os.fsync(target.fd)
     finally:
@@ -168,16 +161,13 @@ def _write_part(
 
 def _keep_or_rename(unfinished: Path, part: Path, digest: str) -> None:
     """Gives a part its name; one that is there already must be the same."""
-    if part.exists() and not part.is_dir():
-        there = measure([Measure(part, part.stat().st_size, (), True)], lambda _: None)[0].whole
-        unfinished_size = unfinished.stat().st_size
-        if there != digest or part.stat().st_size != unfinished_size:
-            unfinished.unlink()
-            help_text = "move it away, or choose another --chunks folder"
-            finding = Finding(
-                Kind.WRONG_DIGEST, str(part), f"sha256 {digest}", f"sha256 {there}", help_text
-            )
-            raise WrongContent("a part of another file is in the way", [finding])
+    if part.is_file() and (there := sha256_of(part)) != digest:
+        unfinished.unlink()
+        help_text = "move it away, or choose another --chunks folder"
+        finding = Finding(
+            Kind.WRONG_DIGEST, str(part), f"sha256 {digest}", f"sha256 {there}", help_text
+        )
+        raise WrongContent("a part of another file is in the way", [finding])
     with writing(part):
         unfinished.replace(part)
 

@@ -70,6 +70,7 @@ class Run:
     refuted: dict[Path, Finding] = field(default_factory=dict)
 
     def look(self) -> State:
+        """What is on disk of the chosen artifacts, with what this run has refuted."""
         return look(self.manifest, self.chosen, self.places, self.refuted)
 
     def receipt(self, artifact: Artifact, proven: Assembled) -> Receipt:
@@ -111,6 +112,10 @@ def find_manifest(root: Path, model: str) -> Manifest:
 
 
 def begin(request: Request) -> Run:
+    """The run of a command: its manifest, its folders, and what is chosen.
+
+    Raises UsageError for names that do not exist, ManifestInvalid, MissingInput.
+    """
     manifest = find_manifest(request.root, request.model)
     places = Places.of(manifest, request.root, request.dest)
     chosen = manifest.select(request.only) if request.only else ()

@@ -655,3 +655,15 @@ def test_looking_imports_no_torch(clone: Clone) -> None:
     modules = imported_by(clone, "status", *TINY)
     assert "csm_weights.state" in modules
     assert top_level(modules) & {"torch", "numpy"} == set()
+
+
+def test_a_bad_part_of_one_format_says_how_to_go_on_with_the_other(clone: Clone) -> None:
+    """The error about ckpt.pt names the --only that places the other format, and it does."""
+    part = clone.parts("ckpt.pt")[2]
+    part.write_bytes(bytes(len(part.read_bytes())))
+    failed = clone.inv("weights", *TINY, "--no-smoke")
+    advice = re.search(r"--only (\S+)", failed.stderr)
+    assert (failed.returncode, advice is not None) == (4, True)
+    assert advice is not None
+    assert clone.inv("weights", *TINY, "--no-smoke", "--only", advice[1]).returncode == 0
+    assert (clone.placed / "model.safetensors").is_file()

@@ -634,7 +634,7 @@ def test_partial_of_a_killed_run_is_removed(tree: Tree, dead: int) -> None:
     assert tree.outputs() == BOTH
 
 
-@pytest.mark.parametrize("pid", [1, os.getpid(), "mine"])
+@pytest.mark.parametrize("pid", [1, os.getpid(), "mine"], ids=["first", "this", "no number"])
 def test_partial_of_a_live_process_is_kept(tree: Tree, pid: int | str) -> None:
     """What another run is writing, whoever's it is, and what is no partial, stays."""
     partial(tree, pid).write_bytes(b"half")
