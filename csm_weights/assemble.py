@@ -2,8 +2,9 @@
 
 The partial keeps its name until someone else renames it: nothing here knows
 the final name's folder rules. The journal beside it has a line for each
-proven piece; a later run hashes those pieces again where they lie and does
-only the rest, so neither a crash nor a power cut can make a wrong byte count.
+proven piece, and for each block that arrived of others; a later run hashes
+those again where they lie and does only the rest, so neither a crash nor a
+power cut can make a wrong byte count.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial as bind
 from pathlib import Path
 
-from csm_weights.digest import Chain, Hasher, Tick, feed, run_all, sha256
+from csm_weights.digest import Chain, Hasher, Tick, feed, git_sha1, run_all, sha256
 from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.files import Extent, Target, copy_hashed, create, write_all, writing
+from csm_weights.landing import Block, Blocks, Landing
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.records import (
+    Arrival,
     Fingerprint,
     PieceRecord,
+    Whole,
     dump,
     journal_path,
     partial_path,
@@ -30,50 +34,68 @@ from csm_weights.records import (
 from csm_weights.sources import Absent, Broken, Source
 
 
+#: Files that are brought over a network at the same time.
+FILES_AT_ONCE = 8
+
+
 @dataclass(frozen=True)
 class Assembly:
     """One file to assemble: `target` is its name once proven, elsewhere renamed.
 
-    `journaled` are pieces that an earlier run proved in the partial.
+    `journaled` are pieces that an earlier run proved in the partial, and
+    `arrived` ranges of others that it wrote. `far` are the offsets of the
+    pieces that are to come over a network.
     """
 
     artifact: Artifact
     target: Path
     source: Source
     journaled: tuple[PieceRecord, ...] = ()
+    arrived: tuple[Arrival, ...] = ()
+    far: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A whole partial, each piece proven: its sha256, records, and fingerprint."""
+    """A whole partial, each piece proven: its digests, records, and fingerprint.
+
+    `notes` say what was wrong with sources for which another one stepped in.
+    """
 
     partial: Path
     sha256: str
     records: tuple[PieceRecord, ...]
     fingerprint: Fingerprint
+    git_sha1: str | None = None
+    notes: tuple[Finding, ...] = ()
 
 
-def assemble(jobs: Sequence[Assembly], tick: Tick) -> list[Assembled]:
+def assemble(
+    jobs: Sequence[Assembly], tick: Tick, stop: threading.Event | None = None
+) -> list[Assembled]:
     """Assembles all files at once, in parallel over their pieces.
 
-    `tick` gets bytes as they are proven. Every piece is tried before the
-    findings are raised, so one run tells all that is wrong; what was proven
-    stays in the partials. Raises MissingInput, WrongContent or NoSpace.
+    Pieces of one file that come over a network come one after the other, each
+    by many lines: so they arrive in the order in which they are hashed.
+
+    `tick` gets bytes as they are proven; `stop` is set when the work is given
+    up. Every piece is tried before the findings are raised, so one run tells
+    all that is wrong; what was proven stays in the partials. Raises
+    MissingInput, WrongContent, AccessRefused, NetworkFailed or NoSpace.
     """
-    stop = threading.Event()
+    stop = stop or threading.Event()
+    blocks = Blocks()
     partials: list[_Partial] = []
     try:
-        partials.extend(_Partial(job, tick, stop) for job in jobs)
-        longest = max(len(job.artifact.pieces) for job in jobs)
-        run_all(
-            [
-                bind(partial.run_piece, index)
-                for index in range(longest)
-                for partial in partials
-                if index < len(partial.job.artifact.pieces)
-            ],
-            stop,
+        partials.extend(_Partial(job, tick, stop, blocks) for job in jobs)
+        lanes = sorted(
+            (lane, number)
+            for number, partial in enumerate(partials)
+            for lane in _lanes(partial.job)
         )
+        far = sum(partials[number].is_far(lane) for lane, number in lanes)
+        tasks = [bind(partials[number].run_lane, lane) for lane, number in lanes]
+        run_all(tasks, stop, waiting=min(FILES_AT_ONCE, far))
         if findings := [f for partial in partials for f in partial.all_findings()]:
             raise error_for("no file was assembled; what was proven is kept", findings)
         return [partial.assembled() for partial in partials]
@@ -82,11 +104,21 @@ def assemble(jobs: Sequence[Assembly], tick: Tick) -> list[Assembled]:
             partial.close()
 
 
+def _lanes(job: Assembly) -> list[tuple[int, ...]]:
+    """The pieces by index: those from afar in one lane, each other in one of its own."""
+    offsets = [piece.offset for piece in job.artifact.tiles]
+    far = tuple(i for i, offset in enumerate(offsets) if offset in job.far)
+    near = [(i,) for i, offset in enumerate(offsets) if offset not in job.far]
+    return [*([far] if far else []), *near]
+
+
 class _Partial:
     """The unfinished file of one job, with its journal and whole-file digest."""
 
-    def __init__(self, job: Assembly, tick: Tick, stop: threading.Event) -> None:
+    def __init__(self, job: Assembly, tick: Tick, stop: threading.Event, blocks: Blocks) -> None:
         self.job = job
+        self.tiles = job.artifact.tiles
+        self.blocks = blocks
         self.path = partial_path(job.target)
         self.tick = tick
         self.stop = stop
@@ -94,16 +126,27 @@ class _Partial:
         self._kept = {record.offset: record for record in job.journaled}
         self._records: dict[int, PieceRecord] = {}
         self._findings: dict[int, tuple[Finding, ...]] = {}
+        self._git_sha1: str | None = None
+        self.notes: list[Finding] = []
         self.target = Target(self.path)
         self._journal = create(journal_path(job.target), os.O_APPEND)
         with writing(self.path):
             os.ftruncate(self.target.fd, job.artifact.size)
-        starts = [piece.offset for piece in job.artifact.pieces] + [job.artifact.size]
+        starts = [piece.offset for piece in self.tiles] + [job.artifact.size]
         self._chain = Chain(self.target.fd, starts, stop)
 
     def close(self) -> None:
         self.target.close()
         os.close(self._journal)
+
+    def is_far(self, lane: tuple[int, ...]) -> bool:
+        """Whether the pieces of a lane are to come over a network."""
+        return self.tiles[lane[0]].offset in self.job.far
+
+    def run_lane(self, lane: tuple[int, ...]) -> None:
+        """Brings some pieces, one after the other."""
+        for index in lane:
+            self.run_piece(index)
 
     def run_piece(self, index: int) -> None:
         """Proves piece `index` where it lies, or else has it delivered."""
@@ -115,9 +158,12 @@ class _Partial:
             self._findings[index] = (_missing(sink.piece),)
         except Broken as broken:
             self._findings[index] = broken.findings
+        finally:
+            sink.close()
         self._chain.finish(index, sink.whole, proven=record is not None)
         if record:
             self._records[index] = record
+            self._git_sha1 = sink.git_sha1
 
     def _reprove(self, sink: _PieceSink) -> PieceRecord | None:
         record = self._kept.get(sink.piece.offset)
@@ -134,21 +180,35 @@ class _Partial:
     def _deliver(self, sink: _PieceSink) -> PieceRecord:
         piece = sink.piece
         sink.begin()
+        sink.arrived = self._arrived(piece)
         place = self.job.source.deliver(self.job.artifact, piece, sink)
         sink.prove(place)
         record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
+        self.journal(record)
+        return record
+
+    def _arrived(self, piece: Piece) -> tuple[tuple[int, int], ...]:
+        """The half-open ranges of a piece that an earlier run has written."""
+        return tuple(
+            (a.offset, a.offset + a.size)
+            for a in self.job.arrived
+            if piece.offset <= a.offset and a.offset + a.size <= piece.end
+        )
+
+    def journal(self, record: PieceRecord | Arrival) -> None:
+        """Writes a line of the journal."""
         with self._lock:
             # A line may follow one that a crash has torn, so it brings its own start.
             write_all(self._journal, f"\n{dump(record)}\n".encode(), self.path)
-        return record
 
     def all_findings(self) -> list[Finding]:
-        """What is wrong with the pieces, or, if nothing, with the whole."""
+        """What is wrong with the pieces, or, if nothing, with the whole; each thing once."""
         findings = [f for index in sorted(self._findings) for f in self._findings[index]]
-        artifact = self.job.artifact
-        return findings or whole_findings(
-            artifact, artifact.editions[0], self._sha256(), str(self.path)
-        )
+        artifact, whole = self.job.artifact, Whole("", self._git_sha1)
+        if not findings:
+            whole = replace(whole, sha256=self._sha256())
+            findings = whole_findings(artifact, artifact.editions[0], whole, str(self.path))
+        return list(dict.fromkeys(findings))
 
     def _sha256(self) -> str:
         digest = self._chain.hexdigest()
@@ -158,27 +218,52 @@ class _Partial:
     def assembled(self) -> Assembled:
         records = tuple(self._records[index] for index in sorted(self._records))
         fingerprint = Fingerprint.of(os.fstat(self.target.fd))
-        return Assembled(self.path, self._sha256(), records, fingerprint)
+        pieces = records if self.job.artifact.pieces else ()
+        notes = tuple(dict.fromkeys(self.notes))
+        return Assembled(self.path, self._sha256(), pieces, fingerprint, self._git_sha1, notes)
 
 
 class _PieceSink:
     """Writes one piece into the partial and hashes it as it stands there."""
 
     def __init__(self, partial: _Partial, index: int, claimed: Hasher | None) -> None:
-        self.piece: Piece = partial.job.artifact.pieces[index]
+        self.piece: Piece = partial.tiles[index]
+        self.arrived: tuple[tuple[int, int], ...] = ()
         self.whole = claimed
         self._partial = partial
         self._before = claimed
         self._digest = sha256()
+        self._git: Hasher | None = None
+        self._landing: Landing | None = None
 
     def begin(self) -> None:
+        self.close()
+        self.arrived = ()
         self._digest = sha256()
         self.whole = self._before.copy() if self._before else None
         if self.whole is not None and self.piece.offset == 0:
             # The whole file's digest begins as its first piece's does.
             self.whole = self._digest
+        if self._partial.job.artifact.is_git_proven:
+            self._git = git_sha1(self.piece.size)
+
+    def close(self) -> None:
+        """Ends what goes on in the background."""
+        if self._landing:
+            self._landing.close()
+        self._landing = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.arrived and self._landing is None
+
+    @property
+    def git_sha1(self) -> str | None:
+        """The git blob id of what was taken, where that is what proves it."""
+        return self._git.hexdigest() if self._git else None
 
     def take_file(self, fd: int, offset: int) -> None:
+        self.begin()
         partial, piece = self._partial, self.piece
         # A piece that runs ahead of the whole digest is read again for it, so
         # it stays in the page cache; nobody needs the others there.
@@ -192,6 +277,34 @@ class _PieceSink:
             partial.stop,
         )
 
+    def wanted(self) -> list[tuple[int, int]]:
+        return self._blocks_land().wanted()
+
+    def lend(self) -> Block:
+        return self._partial.blocks.lend()
+
+    def put(self, block: Block, offset: int, size: int) -> None:
+        self._blocks_land().put(block, offset, size)
+
+    def _blocks_land(self) -> Landing:
+        partial, piece = self._partial, self.piece
+        if self._landing is None:
+            self._landing = Landing(
+                partial.target,
+                piece.offset,
+                piece.end,
+                self._sinks(),
+                partial.blocks,
+                self.arrived,
+                self._journal_arrival,
+                partial.tick,
+                partial.stop,
+            )
+        return self._landing
+
+    def _journal_arrival(self, offset: int, size: int) -> None:
+        self._partial.journal(Arrival(offset, size, self.piece.sha256))
+
     def take_back(self) -> None:
         """Takes the piece from where it lies in the partial."""
         partial, piece = self._partial, self.piece
@@ -199,20 +312,25 @@ class _PieceSink:
         feed(fd, piece.offset, piece.size, self._sinks(), partial.tick, partial.stop)
 
     def _sinks(self) -> list[Hasher]:
-        if self.whole is None or self.whole is self._digest:
-            return [self._digest]
-        return [self._digest, self.whole]
+        sinks = [self._digest, self._git]
+        if self.whole is not self._digest:
+            sinks.append(self.whole)
+        return [sink for sink in sinks if sink is not None]
+
+    def note(self, findings: Sequence[Finding]) -> None:
+        self._partial.notes += findings
 
     def prove(self, where: str) -> None:
-        found = self._digest.hexdigest()
-        if found != self.piece.sha256:
-            finding = Finding(
-                Kind.WRONG_DIGEST,
-                where,
-                f"sha256 {self.piece.sha256}",
-                found,
-                "its content is damaged or not the published one; get it again",
-            )
+        if self._landing and not self._landing.finish():
+            short = f"{self.piece.size:,} bytes of the piece at byte {self.piece.offset:,}"
+            raise Broken([Finding(Kind.WRONG_SIZE, where, short, "fewer")])
+        pinned, found = self.piece.sha256, self._digest.hexdigest()
+        what, git = "sha256", self._partial.job.artifact.git_sha1
+        if not pinned and git and self.git_sha1:
+            what, pinned, found = "git blob id", git, self.git_sha1
+        if found != pinned:
+            help_text = "its content is damaged or not the published one; get it again"
+            finding = Finding(Kind.WRONG_DIGEST, where, f"{what} {pinned}", found, help_text)
             raise Broken([finding])
 
 

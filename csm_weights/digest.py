@@ -53,21 +53,24 @@ class ShortRead(WrongContent):
 class Measure:
     """What to hash of one file: byte ranges `(offset, size)`, the whole, or both.
 
-    The whole is the half-open range `[0, size)`.
+    The whole is the half-open range `[0, size)`. `git` asks for its git blob
+    SHA-1 as well.
     """
 
     path: Path
     size: int
     ranges: tuple[tuple[int, int], ...] = ()
     whole: bool = False
+    git: bool = False
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The hex sha256 of each range, and of the whole where it was asked for."""
+    """The hex sha256 of each range, and of the whole where it was asked for; its git SHA-1."""
 
     ranges: tuple[str, ...]
     whole: str | None
+    git_sha1: str | None = None
 
 
 def workers() -> int:
@@ -82,6 +85,11 @@ def sha256() -> Hasher:
     return hashlib.sha256()
 
 
+def git_sha1(size: int) -> Hasher:
+    """The git blob SHA-1 of a content of `size` bytes, to be fed with just that content."""
+    return hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+
+
 def blob_id(sha256_hex: str, size: int) -> str:
     """The Hub blob id of a large file: the git blob SHA-1 of its LFS pointer.
 
@@ -89,8 +97,9 @@ def blob_id(sha256_hex: str, size: int) -> str:
     as git hashes a blob.
     """
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256_hex}\nsize {size}\n"
-    blob = f"blob {len(pointer)}\0{pointer}".encode()
-    return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+    digest = git_sha1(len(pointer))
+    digest.update(memoryview(pointer.encode()))
+    return digest.hexdigest()
 
 
 def feed(
@@ -139,7 +148,7 @@ def measure(jobs: Sequence[Measure], tick: Tick) -> list[Measured]:
     """
     stop = threading.Event()
     results: list[list[str]] = [[""] * len(job.ranges) for job in jobs]
-    wholes: list[str | None] = [None] * len(jobs)
+    wholes: list[tuple[str | None, str | None]] = [(None, None)] * len(jobs)
 
     def hash_one(number: int, index: int) -> None:
         offset, size = jobs[number].ranges[index]
@@ -156,7 +165,7 @@ def measure(jobs: Sequence[Measure], tick: Tick) -> list[Measured]:
             tasks += [(r[1], partial(hash_one, number, i)) for i, r in enumerate(job.ranges)]
     tasks.sort(key=lambda task: -task[0])
     run_all([task for _, task in tasks], stop)
-    return [Measured(tuple(r), w) for r, w in zip(results, wholes, strict=True)]
+    return [Measured(tuple(r), *w) for r, w in zip(results, wholes, strict=True)]
 
 
 def sha256_of(path: Path) -> str:
@@ -175,30 +184,36 @@ def _hash_range(path: Path, offset: int, size: int, tick: Tick, stop: threading.
     return sink.hexdigest()
 
 
-def _hash_in_order(job: Measure, tick: Tick, stop: threading.Event) -> tuple[list[str], str]:
+def _hash_in_order(
+    job: Measure, tick: Tick, stop: threading.Event
+) -> tuple[list[str], tuple[str, str | None]]:
     """Ranges and whole in one read; the ranges must tile `[0, size)` if there are any."""
     whole = sha256()
+    wholes = [whole, git_sha1(job.size)] if job.git else [whole]
     digests: list[str] = []
     fd = os.open(job.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for offset, size in job.ranges:
             part = sha256()
-            feed(fd, offset, size, [part, whole], tick, stop)
+            feed(fd, offset, size, [part, *wholes], tick, stop)
             digests.append(part.hexdigest())
         if not job.ranges:
-            feed(fd, 0, job.size, [whole], tick, stop)
+            feed(fd, 0, job.size, wholes, tick, stop)
     finally:
         os.close(fd)
-    return digests, whole.hexdigest()
+    return digests, (whole.hexdigest(), wholes[-1].hexdigest() if job.git else None)
 
 
-def run_all(tasks: Iterable[Callable[[], T]], stop: threading.Event) -> list[T]:
+def run_all(
+    tasks: Iterable[Callable[[], T]], stop: threading.Event, waiting: int = 0
+) -> list[T]:
     """Runs tasks on all cores and returns their results in order.
 
-    The first failure, or an interrupt in the calling thread, sets `stop` so
+    `waiting` of them are more likely to wait for a network than to use a
+    core, and get threads of their own. The first failure, or an interrupt in the calling thread, sets `stop` so
     that the others end at their next block; then it is raised.
     """
-    pool = ThreadPoolExecutor(workers())
+    pool = ThreadPoolExecutor(workers() + waiting)
     try:
         futures = [pool.submit(task) for task in tasks]
         _, unfinished = wait(futures, return_when=FIRST_EXCEPTION)

@@ -41,9 +41,55 @@ class Kind(enum.StrEnum):
     NOT_WRITABLE = "not writable"
     NO_SPACE = "no space"
 
+    NOT_THERE = "not there"
+    OFFLINE = "offline mode"
+
+    NO_TOKEN = "no token"
+    UNKNOWN_TOKEN = "token not known"
+    TERMS = "terms not accepted"
+    PENDING = "waiting for approval"
+    REJECTED = "request rejected"
+    SCOPE = "token without the scope"
+    FORBIDDEN = "access refused"
+
+    RATE_LIMITED = "rate limited"
+    SERVER_TROUBLE = "server trouble"
+    NO_NETWORK = "no network"
+    PROXY = "proxy refuses"
+    CERTIFICATE = "certificate refused"
+    TOO_SLOW = "too slow"
+
+    WRONG_ANSWER = "wrong answer"
+    REDIRECT = "redirect refused"
+
 
 #: Kinds that mean "the bytes are not here", as opposed to "here, but wrong".
-NOT_HERE = frozenset({Kind.MISSING, Kind.LFS_POINTER})
+NOT_HERE = frozenset({Kind.MISSING, Kind.LFS_POINTER, Kind.NOT_THERE, Kind.OFFLINE})
+
+#: Kinds that mean "someone has them and does not give them to you".
+REFUSED = frozenset(
+    {
+        Kind.NO_TOKEN,
+        Kind.UNKNOWN_TOKEN,
+        Kind.TERMS,
+        Kind.PENDING,
+        Kind.REJECTED,
+        Kind.SCOPE,
+        Kind.FORBIDDEN,
+    }
+)
+
+#: Kinds that mean "it may work another time".
+NETWORK = frozenset(
+    {
+        Kind.RATE_LIMITED,
+        Kind.SERVER_TROUBLE,
+        Kind.NO_NETWORK,
+        Kind.PROXY,
+        Kind.CERTIFICATE,
+        Kind.TOO_SLOW,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -158,9 +204,18 @@ def from_os_error(error: OSError) -> CsmWeightsError:
 
 
 def error_for(message: str, findings: Sequence[Finding], advice: str = "") -> CsmWeightsError:
-    """The one error for many findings: wrong content outweighs missing input."""
-    if all(f.kind in NOT_HERE for f in findings):
-        return MissingInput(message, findings, advice)
-    if any(f.kind in (Kind.NO_SPACE, Kind.NOT_WRITABLE) for f in findings):
+    """The one error for many findings.
+
+    A disk that takes nothing outweighs wrong content, that outweighs refused
+    access, that outweighs a network that failed, and that what is missing.
+    """
+    kinds = {f.kind for f in findings}
+    if kinds & {Kind.NO_SPACE, Kind.NOT_WRITABLE}:
         return NoSpace(message, findings, advice)
-    return WrongContent(message, findings, advice)
+    if kinds - NOT_HERE - REFUSED - NETWORK:
+        return WrongContent(message, findings, advice)
+    if kinds & REFUSED:
+        return AccessRefused(message, findings, advice)
+    if kinds & NETWORK:
+        return NetworkFailed(message, findings, advice)
+    return MissingInput(message, findings, advice)

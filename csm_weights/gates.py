@@ -15,7 +15,7 @@ from csm_weights.architecture import Architecture, parse_config
 from csm_weights.digest import Measure, Measured, ShortRead, Tick, measure, sha256_of
 from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
 from csm_weights.manifest import Artifact, Edition, Piece
-from csm_weights.records import Fingerprint, PieceRecord, Receipt, whole_findings
+from csm_weights.records import Fingerprint, PieceRecord, Receipt, Whole, whole_findings
 from csm_weights.tensors import check_against, read_checkpoint, read_safetensors
 
 #: A config.json is a few kilobytes; more than this is not one.
@@ -241,6 +241,8 @@ def check_sum(folder: Path, path: str, digest: str, known: str | None) -> GateRe
 def _pinned(subject: Subject) -> str:
     if subject.edition.sha256:
         return f"sha256 {subject.edition.sha256}"
+    if subject.artifact.is_git_proven:
+        return f"git blob id {subject.artifact.git_sha1}"
     pieces = f"the sha256 of {len(subject.artifact.pieces)} pieces"
     blob = subject.artifact.blob_id
     return f"{pieces} and Hub blob id {blob}" if blob else pieces
@@ -278,7 +280,8 @@ class _Job:
         elif artifact.sha256 is not None:
             ranges = ()
         whole = self.attested is None
-        self.measure = Measure(subject.path, subject.edition.size, ranges, whole)
+        git = artifact.is_git_proven
+        self.measure = Measure(subject.path, subject.edition.size, ranges, whole, git)
 
 
 def is_attested(receipt: Receipt, artifact: Artifact) -> bool:
@@ -346,7 +349,7 @@ def _compare(job: _Job, found: Measured, tick: Tick) -> list[Finding]:
     subject, artifact = job.subject, job.subject.artifact
     if found.ranges and (findings := _bad_pieces(subject, found.ranges)):
         return findings
-    whole = found.whole or job.attested or ""
+    whole = Whole(found.whole or job.attested or "", found.git_sha1)
     findings = whole_findings(artifact, subject.edition, whole, str(subject.path))
     is_pinned = subject.edition == artifact.editions[0]
     if findings and is_pinned and artifact.pieces and not found.ranges:

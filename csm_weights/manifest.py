@@ -28,11 +28,11 @@ FORMATS = ("safetensors", "torch-zip", "config", "opaque")
 WEIGHT_FORMATS = ("safetensors", "torch-zip")
 
 #: Evidence marks: A read in a real artefact and recomputed, B one public
-#: source, C inferred or simulated.
-MARKS = ("A", "B", "C")
+#: source, C inferred or simulated, H the Hub's own metadata.
+MARKS = ("A", "B", "C", "H")
 
 #: What has evidence.
-FIGURES = ("size", "sha256", "blob_id", "pieces")
+FIGURES = ("size", "sha256", "blob_id", "git_sha1", "pieces")
 
 #: Ceilings that keep a hostile manifest cheap: 1 PiB a file, 4 MiB of text.
 MAX_SIZE = 1 << 50
@@ -41,7 +41,11 @@ MAX_TEXT = 4 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[0-9a-f]{40}")
-_HEX = {"sha256": re.compile(r"[0-9a-f]{64}"), "blob_id": re.compile(r"[0-9a-f]{40}")}
+_HEX = {
+    "sha256": re.compile(r"[0-9a-f]{64}"),
+    "blob_id": re.compile(r"[0-9a-f]{40}"),
+    "git_sha1": re.compile(r"[0-9a-f]{40}"),
+}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\\:*?\"<>|]")
 
 #: What makes up the pipeline itself: no file of a model may land there.
@@ -84,7 +88,8 @@ class Piece:
     """The half-open byte range `[offset, offset + size)` of an artifact.
 
     `part` is the path of the local file that holds just these bytes,
-    relative to the repository root.
+    relative to the repository root. `sha256` is empty only in a tile of a
+    file that is pinned by its `git_sha1` alone.
     """
 
     part: str
@@ -117,8 +122,9 @@ class Edition:
 class Artifact:
     """One file of the model: `path` is relative to the destination.
 
-    `blob_id` is the git blob SHA-1 that the Hub shows for the file: of its
-    LFS pointer for a large file. `pieces` tile `[0, size)`, or are empty.
+    `blob_id` is the git blob SHA-1 of the file's LFS pointer, which the Hub
+    shows for a large file; `git_sha1` that of the content itself, which it
+    shows for a small one. `pieces` tile `[0, size)`, or are empty.
     `alternatives` are other editions that are just as acceptable.
     """
 
@@ -128,6 +134,7 @@ class Artifact:
     size: int
     sha256: str | None = None
     blob_id: str | None = None
+    git_sha1: str | None = None
     text: str | None = None
     pieces: tuple[Piece, ...] = ()
     alternatives: tuple[Edition, ...] = ()
@@ -141,6 +148,16 @@ class Artifact:
         return (pinned, *self.alternatives)
 
     @property
+    def tiles(self) -> tuple[Piece, ...]:
+        """What is brought and proven by itself: the pieces, or the whole file as one."""
+        return self.pieces or (Piece(self.path, 0, self.size, self.sha256 or ""),)
+
+    @property
+    def is_git_proven(self) -> bool:
+        """Whether nothing but `git_sha1` says what the content is."""
+        return self.sha256 is None and not self.pieces
+
+    @property
     def is_weights(self) -> bool:
         """Whether the file is one of the weight formats."""
         return self.format in WEIGHT_FORMATS
@@ -150,8 +167,11 @@ class Artifact:
 class Manifest:
     """What a model must be, and where its files go (relative to the root).
 
-    `staging` receives assembled files, `destination` placed ones. `where` is
-    the file it was read from, for messages.
+    `staging` receives assembled files, `destination` placed ones. `revision`
+    is a commit of the Hub's `repo`; `gated` says that the Hub gives its files
+    only to those who accepted its terms. `default` are the words that are
+    meant when nothing is named. `where` is the file it was read from, for
+    messages.
     """
 
     name: str
@@ -161,6 +181,8 @@ class Manifest:
     description: str = ""
     repo: str | None = None
     revision: str | None = None
+    gated: bool = False
+    default: tuple[str, ...] = ()
     golden: str | None = None
     where: str = ""
 
@@ -281,6 +303,19 @@ class _Table:
         length = 64 if name == "sha256" else 40
         return self.matching(name, _HEX[name], f"{length} lowercase hex digits")
 
+    def flag(self, name: str) -> bool:
+        value = self.left.pop(name, False)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false", show(value))
+        return value is True
+
+    def words(self, name: str) -> tuple[str, ...]:
+        value = self.left.pop(name, [])
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            self.refuse(name, "an array of strings", show(value))
+            return ()
+        return tuple(value)
+
     def path(self, name: str, *, allow_here: bool = False) -> str:
         is_text = isinstance(self.left.get(name), str)
         value = self.text(name)
@@ -336,6 +371,8 @@ def _manifest(table: _Table, where: str) -> Manifest:
         revision=hub.matching("revision", _REVISION, "a commit, 40 hex digits")
         if has_hub
         else None,
+        gated=hub.flag("gated"),
+        default=table.words("default"),
         golden=smoke.path("golden") if smoke.left else None,
         artifacts=tuple(_artifact(t) for t in table.tables("artifact")),
         where=where,
@@ -346,6 +383,10 @@ def _manifest(table: _Table, where: str) -> Manifest:
         table.refuse("artifact", "at least one", "none")
     if manifest.staging and manifest.staging.casefold() == manifest.destination.casefold():
         layout.refuse("staging", "a folder other than the destination", manifest.staging)
+    known = {"all", *(word for a in manifest.artifacts for word in (a.group, a.path))}
+    for word in manifest.default:
+        if word not in known:
+            table.refuse("default", "groups or paths of artifacts, or all", repr(word))
     _check_unique(manifest, table)
     return manifest
 
@@ -383,6 +424,7 @@ def _artifact(table: _Table) -> Artifact:
         size=table.number("size", 0),
         sha256=table.digest("sha256"),
         blob_id=table.digest("blob_id"),
+        git_sha1=table.digest("git_sha1"),
         text=table.optional("text"),
         pieces=tuple(_piece(t) for t in table.tables("pieces")),
         alternatives=tuple(_edition(t) for t in table.tables("alternative")),
@@ -392,7 +434,7 @@ def _artifact(table: _Table) -> Artifact:
     table.finish()
     if artifact.format not in FORMATS:
         table.refuse("format", " or ".join(FORMATS), repr(artifact.format))
-    if artifact.sha256 is None and not artifact.pieces:
+    if artifact.is_git_proven and artifact.git_sha1 is None:
         table.refuse("sha256", "a digest, or pieces that have one", "neither")
     sizes = [edition.size for edition in artifact.editions]
     for index, size in enumerate(sizes[1:]):
@@ -464,11 +506,14 @@ def render(manifest: Manifest) -> str:
     lines = [f"schema = {SCHEMA}", f"name = {_quote(manifest.name)}"]
     if manifest.description:
         lines.append(f"description = {_quote(manifest.description)}")
+    if manifest.default:
+        lines.append(f"default = [{', '.join(map(_quote, manifest.default))}]")
     lines += ["", "[layout]", f"staging = {_quote(manifest.staging)}"]
     lines.append(f"destination = {_quote(manifest.destination)}")
     if manifest.repo and manifest.revision:
         lines += ["", "[hub]", f"repo = {_quote(manifest.repo)}"]
         lines.append(f"revision = {_quote(manifest.revision)}")
+        lines += ["gated = true"] if manifest.gated else []
     if manifest.golden:
         lines += ["", "[smoke]", f"golden = {_quote(manifest.golden)}"]
     for artifact in manifest.artifacts:
@@ -479,7 +524,8 @@ def render(manifest: Manifest) -> str:
 def render_artifact(artifact: Artifact) -> list[str]:
     """The lines below `[[artifact]]` in the canonical text."""
     lines = [f"{name} = {_quote(getattr(artifact, name))}" for name in ("path", "group", "format")]
-    lines += _render_edition(artifact.editions[0], artifact.blob_id)
+    ids = {"blob_id": artifact.blob_id, "git_sha1": artifact.git_sha1}
+    lines += _render_edition(artifact.editions[0], ids)
     if artifact.pieces:
         lines.append("pieces = [")
         lines += [
@@ -489,16 +535,15 @@ def render_artifact(artifact: Artifact) -> list[str]:
         ]
         lines.append("]")
     for edition in artifact.alternatives:
-        lines += ["", "[[artifact.alternative]]", *_render_edition(edition, None)]
+        lines += ["", "[[artifact.alternative]]", *_render_edition(edition, {})]
     return lines
 
 
-def _render_edition(edition: Edition, blob_id: str | None) -> list[str]:
+def _render_edition(edition: Edition, ids: Mapping[str, str | None]) -> list[str]:
     lines = [f"size = {edition.size}"]
     if edition.sha256:
         lines.append(f'sha256 = "{edition.sha256}"')
-    if blob_id:
-        lines.append(f'blob_id = "{blob_id}"')
+    lines += [f'{name} = "{value}"' for name, value in ids.items() if value]
     if edition.evidence:
         marks = ", ".join(f'{name} = "{mark}"' for name, mark in edition.evidence.items())
         lines.append(f"evidence = {{ {marks} }}")

@@ -64,11 +64,31 @@ class PieceRecord:
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """A range of an unfinished file that was written and is not proven yet.
+
+    `piece` is the sha256 that the piece must have to which it belongs.
+    """
+
+    offset: int
+    size: int
+    piece: str
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The hex digests of a whole file; `git_sha1` only where it was asked for."""
+
+    sha256: str
+    git_sha1: str | None = None
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What was proven of a placed file.
 
-    `sha256` is of the whole file. `proven_at` is ISO 8601 in UTC. `model` is
-    the manifest's name.
+    `sha256` is of the whole file, and so is `git_sha1`, the git blob id, where
+    it was taken. `proven_at` is ISO 8601 in UTC. `model` is the manifest's name.
     """
 
     path: str
@@ -79,17 +99,19 @@ class Receipt:
     fingerprint: Fingerprint
     proven_at: str
     tool: str
+    git_sha1: str | None = None
 
     def proves(self, artifact: Artifact) -> bool:
         """Whether what was proven is one of the editions that the manifest accepts.
 
-        By the whole digest where the manifest has one, else by the pieces;
-        and by the Hub blob id.
+        By the whole digest where the manifest has one, else by the pieces, or
+        by the git blob id where there is nothing else; and by the Hub blob id.
         """
-        if artifact.sha256 is None and not self.covers_pieces(artifact):
+        if artifact.sha256 is None and artifact.pieces and not self.covers_pieces(artifact):
             return False
+        whole = Whole(self.sha256, self.git_sha1)
         fitting = (e for e in artifact.editions if e.size == self.size)
-        return any(not whole_findings(artifact, e, self.sha256, self.path) for e in fitting)
+        return any(not whole_findings(artifact, e, whole, self.path) for e in fitting)
 
     def covers_pieces(self, artifact: Artifact) -> bool:
         """Whether `sha256` is the digest of just the pieces that the manifest pins."""
@@ -143,18 +165,27 @@ class SmokeReport:
         return bool(self.checks) and all(check.ok for check in self.checks)
 
 
-def whole_findings(artifact: Artifact, edition: Edition, digest: str, where: str) -> list[Finding]:
-    """What a whole-file sha256 breaks of what is pinned: the sha256, the Hub blob id.
+def whole_findings(
+    artifact: Artifact, edition: Edition, found: Whole, where: str
+) -> list[Finding]:
+    """What a whole file's digests break of what is pinned: the sha256, the Hub's ids.
 
-    The blob id is that of the pinned edition; alternatives have none.
+    The ids are those of the pinned edition; alternatives have none.
     """
-    findings = []
+    findings, digest = [], found.sha256
     if edition.sha256 not in (None, digest):
         findings.append(_wrong_digest(where, f"sha256 {edition.sha256}", f"sha256 {digest}"))
     blob = blob_id(digest, edition.size)
     if edition.size == artifact.size and artifact.blob_id not in (None, blob):
         findings.append(_wrong_digest(where, f"Hub blob id {artifact.blob_id}", f"blob id {blob}"))
+    if artifact.is_git_proven and edition.sha256 is None and not _is(artifact.git_sha1, found):
+        ids = (f"git blob id {artifact.git_sha1}", f"git blob id {found.git_sha1}")
+        findings.append(_wrong_digest(where, *ids))
     return findings
+
+
+def _is(git_sha1: str | None, found: Whole) -> bool:
+    return git_sha1 is not None and git_sha1 == found.git_sha1
 
 
 def _wrong_digest(where: str, expected: str, found: str) -> Finding:
@@ -182,7 +213,7 @@ def journal_path(file: Path) -> Path:
     return file.with_name(file.name + ".partial.journal")
 
 
-def dump(record: Receipt | PieceRecord | SmokeReport) -> str:
+def dump(record: Receipt | PieceRecord | Arrival | SmokeReport) -> str:
     """A record as JSON on one line."""
     return json.dumps({"schema": SCHEMA, **asdict(record)}, sort_keys=True)
 
@@ -195,6 +226,11 @@ def load_receipt(text: str) -> Receipt | None:
 def load_piece(text: str) -> PieceRecord | None:
     """The journal line in `text`, or None where it cannot be understood."""
     return _understood(text, _piece)
+
+
+def load_arrival(text: str) -> Arrival | None:
+    """The journal line in `text`, or None where it is about something else."""
+    return _understood(text, _arrival)
 
 
 def load_smoke(text: str) -> SmokeReport | None:
@@ -220,6 +256,7 @@ def _typed(kind: Callable[..., R], types: Mapping[str, type], data: dict[str, An
 
 
 _INTEGERS = {"inode": int, "size": int, "mtime_ns": int, "ctime_ns": int}
+_ARRIVAL = {"offset": int, "size": int, "piece": str}
 _PIECE = {"offset": int, "size": int, "sha256": str, "source": str}
 _RECEIPT = {"path": str, "model": str, "size": int, "sha256": str, "proven_at": str, "tool": str}
 _CHECK = {"name": str, "value": str, "limit": str, "ok": bool}
@@ -235,11 +272,17 @@ _REPORT = {
 def _receipt(data: dict[str, Any]) -> Receipt:
     data["pieces"] = tuple(_piece(p) for p in data["pieces"])
     data["fingerprint"] = _typed(Fingerprint, _INTEGERS, data["fingerprint"])
+    if not isinstance(data.get("git_sha1"), str | None):
+        raise TypeError("git_sha1 is neither text nor absent")
     return _typed(Receipt, _RECEIPT, data)
 
 
 def _piece(data: dict[str, Any]) -> PieceRecord:
     return _typed(PieceRecord, _PIECE, data)
+
+
+def _arrival(data: dict[str, Any]) -> Arrival:
+    return _typed(Arrival, _ARRIVAL, data)
 
 
 def _smoke(data: dict[str, Any]) -> SmokeReport:

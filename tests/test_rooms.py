@@ -26,6 +26,8 @@ NOUNS = {
     "manifest",
     "records",
     "files",
+    "landing",
+    "environment",
     "tensors",
     "malformed",
     "statedict",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from csm_weights.errors import Finding
+from csm_weights.landing import Block
 from csm_weights.manifest import Artifact, Piece
 
 
@@ -27,10 +28,19 @@ class Broken(Exception):
 
 
 class Sink(Protocol):
-    """Takes the bytes of one piece and proves them."""
+    """Takes the bytes of one piece and proves them.
+
+    They come as a local file (`take_file`), or in blocks in any order and
+    from several threads (`wanted`, `lend`, `put`). What was put stays when a
+    source breaks off: the next one is asked for the rest.
+    """
 
     def begin(self) -> None:
-        """Forgets what was taken: a source starts from the piece's first byte."""
+        """Forgets what was taken."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was taken yet, in this run or in one before."""
 
     def take_file(self, fd: int, offset: int) -> None:
         """Takes the piece from the local file `fd`, where it begins at byte `offset`.
@@ -40,8 +50,20 @@ class Sink(Protocol):
         Raises OSError or EOFError when the file cannot be read that far.
         """
 
+    def wanted(self) -> list[tuple[int, int]]:
+        """The half-open ranges of the artifact's bytes that are still to be put, in order."""
+
+    def lend(self) -> Block:
+        """An empty block to be filled; it goes back by `put`."""
+
+    def put(self, block: Block, offset: int, size: int) -> None:
+        """Takes the first `size` bytes of a block, which belong at byte `offset`."""
+
     def prove(self, where: str) -> None:
         """Raises Broken, naming `where`, unless the bytes taken have the digest."""
+
+    def note(self, findings: Sequence[Finding]) -> None:
+        """Remembers what was wrong with sources, though another one delivered."""
 
 
 class Source(Protocol):
@@ -61,19 +83,32 @@ class _FirstOf:
     def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
         findings: list[Finding] = []
         for source in self._sources:
-            sink.begin()
             try:
-                place = source.deliver(artifact, piece, sink)
-                sink.prove(place)
+                place = _proven(source, artifact, piece, sink)
             except Absent:
                 continue
             except Broken as broken:
                 findings += broken.findings
             else:
+                sink.note(findings)
                 return place
         if findings:
             raise Broken(findings)
         raise Absent
+
+
+def _proven(source: Source, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+    """What one source delivers, proven; a source is blamed only for bytes that are all its own."""
+    is_its_own = sink.is_empty
+    place = source.deliver(artifact, piece, sink)
+    try:
+        sink.prove(place)
+    except Broken:
+        sink.begin()
+        if is_its_own:
+            raise
+        return _proven(source, artifact, piece, sink)
+    return place
 
 
 def first_of(*sources: Source) -> Source:

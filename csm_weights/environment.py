@@ -1,0 +1,83 @@
+"""What the environment says of the Hub, read without importing any of its libraries.
+
+The names and their defaults are huggingface_hub's own (its constants.py), so
+that what works for `hf` works here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PUBLIC_ENDPOINT = "https://huggingface.co"
+
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+#: Variables that hold a token; the second is huggingface_hub's former name.
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+@dataclass(frozen=True)
+class HubEnvironment:
+    """Where the Hub is, whether it may be asked, and what is here of it.
+
+    `cache` is the folder of `models--org--name` folders. `token_from` says
+    where a token was found, by the name of a variable or file; it is empty
+    where there is none. The token itself is not kept.
+    """
+
+    endpoint: str
+    offline: bool
+    cache: Path
+    token_from: str
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> HubEnvironment:
+        """What these variables say, by default the process's own."""
+        values = os.environ if environ is None else environ
+        home = _home(values)
+        return cls(
+            endpoint=(values.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/"),
+            offline=(
+                values.get("HF_HUB_OFFLINE") or values.get("TRANSFORMERS_OFFLINE") or ""
+            ).upper()
+            in _TRUE,
+            cache=_folder(
+                values.get("HF_HUB_CACHE")
+                or values.get("HUGGINGFACE_HUB_CACHE")
+                or str(home / "hub")
+            ),
+            token_from=_token_from(values, home),
+        )
+
+    def page(self, repo: str) -> str:
+        """The page of a repository, for a person to visit."""
+        return f"{self.endpoint}/{repo}"
+
+
+def _home(values: Mapping[str, str]) -> Path:
+    if home := values.get("HF_HOME"):
+        return _folder(home)
+    caches = values.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return _folder(caches) / "huggingface"
+
+
+def _folder(text: str) -> Path:
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def _token_from(values: Mapping[str, str], home: Path) -> str:
+    """The name of what holds a token, as huggingface_hub looks for it."""
+    if values.get("HF_OIDC_RESOURCE"):
+        return "HF_OIDC_RESOURCE"
+    for name in _TOKENS:
+        if values.get(name, "").strip():
+            return name
+    path = _folder(values.get("HF_TOKEN_PATH") or str(home / "token"))
+    try:
+        has_token = bool(path.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return str(path) if has_token else ""

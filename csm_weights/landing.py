@@ -1,0 +1,231 @@
+"""Where blocks come down: in any order, from many threads; written at once, hashed in order.
+
+A block is written to its place in the file as soon as it is whole, so a crash
+loses no more than the blocks that were still being filled. Its bytes are hashed
+from memory when their turn comes. One that ran too far ahead is let go and read
+back from the file later: memory stays bounded whatever order the blocks have.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from csm_weights.digest import Hasher, Stopped, Tick, feed
+from csm_weights.files import Target
+
+#: Bytes of a block: what is lost of each line when a run is killed.
+BLOCK = 2 << 20
+
+#: Blocks that may wait in memory for their turn, over all files: 48 MiB.
+HELD = 24
+
+#: Seconds after which a thread that waits looks whether the run was stopped.
+MOMENT = 0.1
+
+
+class Block:
+    """Memory for `BLOCK` bytes, aligned to pages as direct writes need it."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, BLOCK)
+        self.view = memoryview(self._memory)
+
+
+class Blocks:
+    """The blocks of a run, used again and again; at most `held` of them wait in memory."""
+
+    def __init__(self, held: int = HELD) -> None:
+        self._free: list[Block] = []
+        self._lock = threading.Lock()
+        self._may_hold = held
+
+    def lend(self) -> Block:
+        """A block; there are as many as there are lines, and those that wait."""
+        with self._lock:
+            return self._free.pop() if self._free else Block()
+
+    def hold(self) -> bool:
+        """Whether one more block may wait in memory; `release` ends it."""
+        with self._lock:
+            self._may_hold -= 1
+            if self._may_hold >= 0:
+                return True
+            self._may_hold += 1
+            return False
+
+    def release(self, block: Block) -> None:
+        """Takes back a block that waited."""
+        with self._lock:
+            self._may_hold += 1
+            self._free.append(block)
+
+    def give_back(self, block: Block) -> None:
+        """Takes back a block that did not wait."""
+        with self._lock:
+            self._free.append(block)
+
+
+class Ranges:
+    """A set of bytes as half-open ranges, merged and in order."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        for start, end in ranges:
+            self.add(start, end)
+
+    def add(self, start: int, end: int) -> None:
+        """Adds the bytes `[start, end)`."""
+        apart = [r for r in self._ranges if r[1] < start or r[0] > end]
+        touching = [r for r in self._ranges if r not in apart]
+        merged = (min([start, *(r[0] for r in touching)]), max([end, *(r[1] for r in touching)]))
+        self._ranges = sorted([*apart, merged])
+
+    def end_of(self, start: int) -> int:
+        """The end of the range that holds byte `start`, or `start` where none does."""
+        return next((e for s, e in self._ranges if s <= start < e), start)
+
+    def missing(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The ranges of `[start, end)` that are not in the set."""
+        gaps = []
+        for s, e in self._ranges:
+            if s > start:
+                gaps.append((start, min(s, end)))
+            start = max(start, e)
+        gaps.append((start, end))
+        return [(s, e) for s, e in gaps if s < e]
+
+    def __bool__(self) -> bool:
+        return bool(self._ranges)
+
+
+class Landing:
+    """The half-open range `[start, end)` of a file whose blocks arrive in any order.
+
+    `sinks` are fed with its bytes in order. `arrived` are ranges that an
+    earlier run has written; they are read back. `record(offset, size)` is
+    called for each block once it is written; `tick` gets bytes as they are
+    hashed.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        start: int,
+        end: int,
+        sinks: Sequence[Hasher],
+        blocks: Blocks,
+        arrived: Sequence[tuple[int, int]],
+        record: Callable[[int, int], None],
+        tick: Tick,
+        stop: threading.Event,
+    ) -> None:
+        self._target = target
+        self._next, self._start, self._end = start, start, end
+        self._sinks = sinks
+        self._blocks = blocks
+        self._record = record
+        self._tick = tick
+        self._stop = stop
+        self._arrived = Ranges(arrived)
+        self._waiting: dict[int, tuple[Block, int]] = {}
+        self._changed = threading.Condition()
+        self._is_starved = False
+        self._is_over = False
+        self._hasher = ThreadPoolExecutor(1)
+        self._others = ThreadPoolExecutor(max(1, len(sinks) - 1))
+        self._hashed = self._hasher.submit(self._hash_all)
+
+    def wanted(self) -> list[tuple[int, int]]:
+        """The ranges that have not arrived."""
+        with self._changed:
+            return self._arrived.missing(self._start, self._end)
+
+    def put(self, block: Block, offset: int, size: int) -> None:
+        """Writes a block's first `size` bytes to byte `offset`, and leaves it to be hashed."""
+        if self._stop.is_set():
+            raise Stopped
+        with block.view[:size] as data:
+            self._target.write(data, offset, direct=True)
+        self._record(offset, size)
+        may_wait = self._may_wait()
+        with self._changed:
+            if may_wait:
+                self._waiting[offset] = block, size
+            else:
+                self._blocks.give_back(block)
+            self._arrived.add(offset, offset + size)
+            self._changed.notify_all()
+
+    def _may_wait(self) -> bool:
+        """Whether a block may wait in memory.
+
+        While the hashing goes on, a line waits for room rather than running
+        further ahead; when the hashing itself waits for another line, it does not.
+        """
+        while not self._blocks.hold():
+            with self._changed:
+                if self._is_starved or self._hashed.done():
+                    return False
+                self._changed.wait(MOMENT)
+            if self._stop.is_set():
+                raise Stopped
+        return True
+
+    def finish(self) -> bool:
+        """Waits until what arrived is hashed, once nothing more is put; whether that is all."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+        self._hashed.result()
+        return self._next == self._end
+
+    def close(self) -> None:
+        """Ends the hashing, and lets go of the blocks that wait."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+        self._hasher.shutdown()
+        self._others.shutdown()
+        for block, _ in self._waiting.values():
+            self._blocks.release(block)
+        self._waiting.clear()
+
+    def _hash_all(self) -> None:
+        while self._next < self._end:
+            with self._changed:
+                here = self._waiting.pop(self._next, None)
+                # A block further on that waits in memory need not be read back.
+                ahead = [offset for offset in self._waiting if offset > self._next]
+                end = min([self._arrived.end_of(self._next), *ahead])
+                if here is None and end == self._next:
+                    if self._is_over:
+                        return
+                    self._is_starved = True
+                    self._changed.wait(MOMENT)
+                    if self._stop.is_set():
+                        raise Stopped
+                    continue
+                self._is_starved = False
+            if here is not None:
+                self._hash_block(*here)
+            else:
+                fd, size = self._target.fd, end - self._next
+                feed(fd, self._next, size, self._sinks, self._tick, self._stop)
+                self._next = end
+
+    def _hash_block(self, block: Block, size: int) -> None:
+        try:
+            with block.view[:size] as data:
+                others = [self._others.submit(sink.update, data) for sink in self._sinks[1:]]
+                self._sinks[0].update(data)
+                for other in others:
+                    other.result()
+        finally:
+            self._blocks.release(block)
+        with self._changed:
+            self._next += size
+            self._changed.notify_all()
+        self._tick(size)
