@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,7 +24,9 @@ HELP = {
     "model": "a name in manifests/, or the path of a manifest (default csm-1b)",
     "only": "formats, groups or files, comma-separated: safetensors, ckpt, prompts, all, ...",
     "dest": "the folder for the files, instead of the manifest's; relative to the repository",
-    "source": "where pieces come from: auto or chunks (today the same)",
+    "source": "where pieces come from: auto (parts, mirrors, the Hub), chunks, hf or mirror",
+    "url": "a mirror: the URL of a folder with the files, or the parts; may be repeated",
+    "revision": "another commit, branch or tag of the Hub's repository; the digests still decide",
     "json": "the result as JSON on stdout, also when it fails",
     "dry": "show what would be done, and do nothing",
     "require-gpu": "exit 77 unless the smoke test runs on a GPU",
@@ -71,11 +73,18 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _request(model: str, only: str, dest: str) -> Request:
+def _request(
+    model: str,
+    only: str,
+    dest: str,
+    source: str = "auto",
+    url: Sequence[str] | None = None,
+    revision: str = "",
+) -> Request:
     from csm_weights.request import Request
 
     words = tuple(word.strip() for word in only.split(",") if word.strip())
-    return Request(ROOT, model, words, dest or None)
+    return Request(ROOT, model, words, dest or None, source, tuple(url or ()), revision or None)
 
 
 def _show_outcome(outcome: Outcome, json: bool) -> None:
@@ -101,6 +110,7 @@ def _exit_with(error: CsmWeightsError | None) -> None:
 
 
 @task(
+    iterable=["url"],
     help=_help(
         "model",
         "only",
@@ -108,9 +118,11 @@ def _exit_with(error: CsmWeightsError | None) -> None:
         "json",
         "dry",
         "source",
+        "url",
+        "revision",
         "require-gpu",
         smoke="--no-smoke leaves the smoke test out, and needs no torch",
-    )
+    ),
 )
 def weights(
     c: Context,
@@ -118,6 +130,8 @@ def weights(
     only: str = "",
     dest: str = "",
     source: str = "auto",
+    url: Sequence[str] | None = None,
+    revision: str = "",
     smoke: bool = True,
     require_gpu: bool = False,
     dry: bool = False,
@@ -128,8 +142,7 @@ def weights(
     from csm_weights.plan import Goal
 
     with _exit_codes(json):
-        pipeline.check_source(source)
-        request = _request(model, only, dest)
+        request = _request(model, only, dest, source, url, revision)
         if dry:
             _show_survey(pipeline.rehearse(request, Goal.BOTH), json)
         else:
@@ -137,19 +150,26 @@ def weights(
 
 
 @task(
+    iterable=["url"],
     help=_help(
         "model",
         "only",
         "dest",
         "json",
+        "source",
+        "url",
+        "revision",
         check="exit 3 or 4 unless everything is in place and proven",
-    )
+    ),
 )
 def status(
     c: Context,
     model: str = "csm-1b",
     only: str = "",
     dest: str = "",
+    source: str = "auto",
+    url: Sequence[str] | None = None,
+    revision: str = "",
     check: bool = False,
     json: bool = False,
 ) -> None:
@@ -157,10 +177,12 @@ def status(
     from csm_weights import pipeline
 
     with _exit_codes(json):
-        _show_survey(pipeline.survey(_request(model, only, dest), check=check), json)
+        request = _request(model, only, dest, source, url, revision)
+        _show_survey(pipeline.survey(request, check=check), json)
 
 
 @task(
+    iterable=["url"],
     help=_help(
         "model",
         "only",
@@ -168,7 +190,9 @@ def status(
         "json",
         "dry",
         "source",
-    )
+        "url",
+        "revision",
+    ),
 )
 def fetch(
     c: Context,
@@ -176,16 +200,16 @@ def fetch(
     only: str = "",
     dest: str = "",
     source: str = "auto",
+    url: Sequence[str] | None = None,
+    revision: str = "",
     dry: bool = False,
     json: bool = False,
 ) -> None:
     """Bring the files into the staging folder (output/), proven."""
-    from csm_weights import pipeline
     from csm_weights.plan import Goal
 
     with _exit_codes(json):
-        pipeline.check_source(source)
-        _act(_request(model, only, dest), Goal.STAGED, dry, json)
+        _act(_request(model, only, dest, source, url, revision), Goal.STAGED, dry, json)
 
 
 @task(help=_help("model", "only", "dest", "json", "dry"))

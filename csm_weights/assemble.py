@@ -33,7 +33,6 @@ from csm_weights.records import (
 )
 from csm_weights.sources import Absent, Broken, Source
 
-
 #: Files that are brought over a network at the same time.
 FILES_AT_ONCE = 8
 
@@ -96,7 +95,8 @@ def assemble(
         far = sum(partials[number].is_far(lane) for lane, number in lanes)
         tasks = [bind(partials[number].run_lane, lane) for lane, number in lanes]
         run_all(tasks, stop, waiting=min(FILES_AT_ONCE, far))
-        if findings := [f for partial in partials for f in partial.all_findings()]:
+        found = dict.fromkeys(f for partial in partials for f in partial.all_findings())
+        if findings := list(found):
             raise error_for("no file was assembled; what was proven is kept", findings)
         return [partial.assembled() for partial in partials]
     finally:

@@ -204,14 +204,13 @@ def _hash_in_order(
     return digests, (whole.hexdigest(), wholes[-1].hexdigest() if job.git else None)
 
 
-def run_all(
-    tasks: Iterable[Callable[[], T]], stop: threading.Event, waiting: int = 0
-) -> list[T]:
+def run_all(tasks: Iterable[Callable[[], T]], stop: threading.Event, waiting: int = 0) -> list[T]:
     """Runs tasks on all cores and returns their results in order.
 
     `waiting` of them are more likely to wait for a network than to use a
-    core, and get threads of their own. The first failure, or an interrupt in the calling thread, sets `stop` so
-    that the others end at their next block; then it is raised.
+    core, and get threads of their own. The first failure, or an interrupt in
+    the calling thread, sets `stop` so that the others end at their next
+    block; then it is raised.
     """
     pool = ThreadPoolExecutor(workers() + waiting)
     try:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from csm_weights.errors import Finding, Kind
+
 PUBLIC_ENDPOINT = "https://huggingface.co"
 
 _TRUE = {"1", "ON", "YES", "TRUE"}
@@ -55,6 +57,20 @@ class HubEnvironment:
     def page(self, repo: str) -> str:
         """The page of a repository, for a person to visit."""
         return f"{self.endpoint}/{repo}"
+
+    def problem(self, repo: str, gated: bool) -> Finding | None:
+        """Why the Hub need not be asked, as far as that is known without asking."""
+        if self.offline:
+            help_text = "unset HF_HUB_OFFLINE, or bring the files here"
+            expected = "a Hub that may be asked"
+            return Finding(Kind.OFFLINE, self.page(repo), expected, "HF_HUB_OFFLINE", help_text)
+        return no_token(self.page(repo)) if gated and not self.token_from else None
+
+
+def no_token(page: str, found: str = "none") -> Finding:
+    """That the Hub gives the files of a repository only to those who show a token."""
+    help_text = f"accept the terms at {page}, then run hf auth login, or set HF_TOKEN"
+    return Finding(Kind.NO_TOKEN, page, "a token", found, help_text)
 
 
 def _home(values: Mapping[str, str]) -> Path:

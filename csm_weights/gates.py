@@ -79,6 +79,7 @@ class Proof:
     """What hashing a file found: its whole sha256 where known, or what is wrong.
 
     `fingerprint` is the file's stat while it was hashed, None where it has gone.
+    `good` are the offsets of the pieces that are right in a file that is not.
     """
 
     subject: Subject
@@ -86,6 +87,8 @@ class Proof:
     findings: tuple[Finding, ...]
     fingerprint: Fingerprint | None
     records: tuple[PieceRecord, ...] = ()
+    git_sha1: str | None = None
+    good: frozenset[int] = frozenset()
 
     def finding(self) -> Finding | None:
         """What is wrong, in one finding: several wrong pieces are told as ranges of one file."""
@@ -320,13 +323,15 @@ def _judge(job: _Job, found: Measured | Finding, before: Fingerprint | None, tic
     subject, after = job.subject, _fingerprint(job.subject)
     if isinstance(found, Finding):
         return Proof(subject, None, (found,), after)
-    findings = _compare(job, found, tick)
+    findings, good = _compare(job, found, tick)
     if before != after or after is None:
         where = str(subject.path)
         findings.append(Finding(Kind.CHANGED, where, "a file at rest", "a write meanwhile"))
+        good = frozenset()
     pieces = subject.artifact.pieces if job.measure.ranges else ()
     records = tuple(PieceRecord(p.offset, p.size, p.sha256, "in place") for p in pieces)
-    return Proof(subject, found.whole or job.attested, tuple(findings), after, records)
+    whole = found.whole or job.attested
+    return Proof(subject, whole, tuple(findings), after, records, found.git_sha1, good)
 
 
 def _measure(jobs: Sequence[Measure], tick: Tick) -> list[Measured | Finding]:
@@ -345,16 +350,23 @@ def _measure_alone(job: Measure, tick: Tick) -> Measured | Finding:
         return Finding(Kind.UNREADABLE, str(job.path), "a readable file", found, "check the disk")
 
 
-def _compare(job: _Job, found: Measured, tick: Tick) -> list[Finding]:
+def _compare(job: _Job, found: Measured, tick: Tick) -> tuple[list[Finding], frozenset[int]]:
+    """What is wrong with a file, and the offsets of the pieces that are right all the same."""
     subject, artifact = job.subject, job.subject.artifact
     if found.ranges and (findings := _bad_pieces(subject, found.ranges)):
-        return findings
+        return findings, _good_pieces(artifact, found.ranges)
     whole = Whole(found.whole or job.attested or "", found.git_sha1)
     findings = whole_findings(artifact, subject.edition, whole, str(subject.path))
     is_pinned = subject.edition == artifact.editions[0]
     if findings and is_pinned and artifact.pieces and not found.ranges:
-        return _bad_pieces(subject, _locate(subject, tick)) or findings
-    return findings
+        digests = _locate(subject, tick)
+        return _bad_pieces(subject, digests) or findings, _good_pieces(artifact, digests)
+    return findings, frozenset()
+
+
+def _good_pieces(artifact: Artifact, digests: Sequence[str]) -> frozenset[int]:
+    pairs = zip(artifact.pieces, digests, strict=True)
+    return frozenset(piece.offset for piece, digest in pairs if digest == piece.sha256)
 
 
 def _locate(subject: Subject, tick: Tick) -> tuple[str, ...]:

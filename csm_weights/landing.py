@@ -147,6 +147,9 @@ class Landing:
         """Writes a block's first `size` bytes to byte `offset`, and leaves it to be hashed."""
         if self._stop.is_set():
             raise Stopped
+        if not size:
+            self._blocks.give_back(block)
+            return
         with block.view[:size] as data:
             self._target.write(data, offset, direct=True)
         self._record(offset, size)

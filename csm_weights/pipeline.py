@@ -11,26 +11,24 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from csm_weights import files, gates, place, records
+from csm_weights import files, gates, place, records, sourcing
 from csm_weights.assemble import Assembled, Assembly, assemble, write_text
-from csm_weights.errors import NOT_HERE, CsmWeightsError, Finding, Kind, UsageError, error_for
+from csm_weights.errors import NETWORK, NOT_HERE, REFUSED, CsmWeightsError, Finding, Kind, error_for
 from csm_weights.manifest import Artifact, Piece
-from csm_weights.plan import Goal, Plan, Step, Verb, make_plan
+from csm_weights.plan import Goal, Plan, Step, Verb
 from csm_weights.progress import Progress
 from csm_weights.proving import gate, gate_error, speak_unless_known, subject_of
 from csm_weights.records import Receipt
 from csm_weights.request import Outcome, Request, Run, Survey, begin
-from csm_weights.sources import first_of
-from csm_weights.sources.local import Chunks, WholeFile
+from csm_weights.sources import Source, first_of
+from csm_weights.sources.local import WholeFile
 from csm_weights.state import Condition, FileLook, Places, unfinished
-
-#: Words for where pieces come from; auto is every source there is.
-SOURCES = ("auto", "chunks")
 
 #: More rounds than this mean that something else keeps changing the files.
 MAX_ROUNDS = 12
@@ -54,7 +52,7 @@ def survey(request: Request, goal: Goal = Goal.BOTH, check: bool = False) -> Sur
     """What is there and what `goal` would do; with `check`, an error unless all is proven."""
     run = begin(request)
     state = run.look()
-    plan = make_plan(state, goal)
+    plan = run.plan(state, goal)
     error = None
     if check and not plan.is_done:
         mend = f"inv weights --model {run.manifest.name}"
@@ -67,7 +65,7 @@ def rehearse(request: Request, goal: Goal) -> Survey:
     """A dry run: what `act` would do, or the error that it would end with."""
     run = begin(request)
     state = run.look()
-    plan = make_plan(state, goal)
+    plan = run.plan(state, goal)
     _require(run, plan)
     return Survey(state, plan)
 
@@ -84,21 +82,20 @@ def act(request: Request, goal: Goal) -> Outcome:
     Raises the error of what stands in the way; nothing that was good is lost.
     """
     run = begin(request)
-    plan = make_plan(run.look(), goal)
+    plan = run.plan(run.look(), goal)
     _require(run, plan)
     if plan.is_done:
         return Outcome(run.look(), notes=plan.notes)
     acts: list[Step] = []
-    notes: list[Finding] = []
     with _locked(run.places):
         for _ in range(MAX_ROUNDS):
             state = run.look()
-            plan = make_plan(state, goal)
-            notes += [note for note in plan.notes if note not in notes]
+            plan = run.plan(state, goal)
+            run.note(plan.notes)
             _require(run, plan)
             taken = _round(run, plan)
             if not taken:
-                return Outcome(state, tuple(acts), tuple(notes))
+                return Outcome(state, tuple(acts), tuple(run.notes))
             acts += taken
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 
@@ -119,17 +116,12 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def check_source(word: str) -> None:
-    """Raises UsageError unless `word` is a source that `fetch` has."""
-    if word not in SOURCES:
-        raise UsageError(f"no source called {word!r}; there are {' and '.join(SOURCES)}")
-
-
 def _round(run: Run, plan: Plan) -> tuple[Step, ...]:
     """Takes the cheapest kind of step there is, and returns the steps taken."""
     kinds: tuple[tuple[Callable[[Run, Sequence[Step]], None], Verb], ...] = (
         (_prove, Verb.PROVE),
         (_write, Verb.WRITE),
+        (_adopt, Verb.ADOPT),
         (_assemble, Verb.ASSEMBLE),
         (_move, Verb.MOVE),
         (_copy, Verb.COPY),
@@ -143,16 +135,41 @@ def _round(run: Run, plan: Plan) -> tuple[Step, ...]:
 
 def _prove(run: Run, steps: Sequence[Step]) -> None:
     """Hashes files that lie where they should; the right ones get their receipt."""
+    for step, proven in _proven(run, steps):
+        place.record(_folder(step.look, step.artifact), run.receipt(step.artifact, proven))
+
+
+def _proven(run: Run, steps: Sequence[Step]) -> list[tuple[Step, Assembled]]:
+    """Hashes the files of the steps; those that are right, the others are refuted."""
     subjects = [subject_of(step.artifact, step.look, run.manifest.name) for step in steps]
     with Progress("proving", sum(step.reads for step in steps)) as progress:
         proofs = gates.prove(subjects, progress.tick)
+    proven = []
     for step, proof in zip(steps, proofs, strict=True):
+        path = step.look.path
         if finding := proof.finding():
-            run.refuted[step.look.path] = finding
+            run.refuted[path], run.good[path] = finding, proof.good
             continue
         assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
-        proven = Assembled(step.look.path, proof.sha256, proof.records, proof.fingerprint)
-        place.record(_folder(step.look, step.artifact), run.receipt(step.artifact, proven))
+        whole = (proof.records, proof.fingerprint, proof.git_sha1)
+        proven.append((step, Assembled(path, proof.sha256, *whole)))
+    return proven
+
+
+def _adopt(run: Run, steps: Sequence[Step]) -> None:
+    """Files of the Hub's cache, once proven, by a link of their own; no byte is copied."""
+    for step, proven in _proven(run, steps):
+        partial = records.partial_path(step.state.staged.path)
+        with files.writing(partial):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)
+        try:
+            os.link(proven.partial, partial)
+        except OSError:
+            # A file system, or a setting, without hard links.
+            _assemble(run, [step])
+            continue
+        _install(run, step.artifact, replace(proven, partial=partial))
 
 
 def _folder(file: FileLook, artifact: Artifact) -> Path:
@@ -167,23 +184,36 @@ def _write(run: Run, steps: Sequence[Step]) -> None:
 
 
 def _assemble(run: Run, steps: Sequence[Step]) -> None:
-    source = first_of(Chunks(run.places.root))
-    jobs = [Assembly(s.artifact, s.look.path, source, s.state.partial) for s in steps]
+    stop = threading.Event()
+    total = sum(step.reads + step.fetches for step in steps)
+    verb = "fetching" if any(step.far for step in steps) else "assembling"
     try:
-        with Progress("assembling", sum(step.reads for step in steps)) as progress:
-            done = assemble(jobs, progress.tick)
+        with (
+            Progress(verb, total) as progress,
+            sourcing.far(run, stop, progress.say) as servers,
+        ):
+            jobs = [_assembly(run, step, servers) for step in steps]
+            done = assemble(jobs, progress.tick, stop)
     except CsmWeightsError as error:
         bad = {finding.where for finding in error.findings}
-        error.advice = _way_around(s.artifact for s in steps if not bad & _names(s))
+        if not any(finding.kind in REFUSED | NETWORK for finding in error.findings):
+            error.advice = _way_around(s.artifact for s in steps if not bad & _names(s))
         raise
     for step, assembled in zip(steps, done, strict=True):
+        run.note(assembled.notes)
         _install(run, step.artifact, assembled)
+
+
+def _assembly(run: Run, step: Step, servers: Sequence[Source]) -> Assembly:
+    item = step.state
+    source = sourcing.sources_for(run, step, servers)
+    return Assembly(item.artifact, item.staged.path, source, item.partial, item.arrived, step.far)
 
 
 def _names(step: Step) -> set[str]:
     """What findings about the assembling of a file are about: its parts, its partial."""
     parts = {piece.part for piece in step.artifact.pieces}
-    return {*parts, str(records.partial_path(step.look.path))}
+    return {*parts, str(records.partial_path(step.state.staged.path))}
 
 
 def _install(run: Run, artifact: Artifact, assembled: Assembled) -> None:
@@ -307,14 +337,12 @@ def _ways_to_get(run: Run) -> str:
     state = run.look()
     wanted = [s.artifact for s in state.artifacts if s.placed.condition is not Condition.PROVEN]
     artifact = next((a for a in wanted if a.is_weights), wanted[0])
-    ways = [f"a copy, whatever its origin: put it at {staging}/{artifact.path}"]
+    ways = [
+        f"a mirror: inv weights --model {manifest.name} --source=mirror --url=https://...",
+        f"a copy, whatever its origin: put it at {staging}/{artifact.path}",
+    ]
     if manifest.repo:
-        ways.insert(
-            0,
-            f"the Hub: accept the terms at https://huggingface.co/{manifest.repo}, log in with"
-            f" `hf auth login`, then\n     hf download {manifest.repo} {artifact.path}"
-            f" --revision {manifest.revision} --local-dir {staging}",
-        )
+        ways.insert(0, f"the Hub: {_way_to_the_hub(run)}")
     if artifact.pieces:
         folder = Path(artifact.pieces[0].part).parent.as_posix()
         ways.insert(0, f"parts: put them in {folder}/; in a clone that has them, git lfs pull")
@@ -322,3 +350,10 @@ def _ways_to_get(run: Run) -> str:
     lines += [f"  {number}. {way}" for number, way in enumerate(ways, start=1)]
     lines.append("Then run the same command again: what came is proven before it is used.")
     return "\n".join(lines)
+
+
+def _way_to_the_hub(run: Run) -> str:
+    """What has to be done so that the Hub can be asked."""
+    problems = [f for f in run.sourcing.problems if f.help]
+    first = f"{problems[0].help}, then " if problems else ""
+    return f"{first}inv weights --model {run.manifest.name} --source=hf"

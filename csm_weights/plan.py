@@ -7,11 +7,12 @@ what acting would do.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.manifest import Artifact, Edition, Manifest
+from csm_weights.manifest import Artifact, Edition, Manifest, Piece
 from csm_weights.state import ArtifactState, Condition, FileLook, State
 
 
@@ -28,18 +29,64 @@ class Verb(enum.StrEnum):
 
     KEEP = "keep"
     PROVE = "prove in place"
+    ADOPT = "take from the Hub's cache"
     ASSEMBLE = "assemble"
     WRITE = "write"
     MOVE = "move into place"
     COPY = "copy into place"
 
 
+#: The Hub's name among the servers of a `Sourcing`.
+HUB = "the Hub"
+
+
+@dataclass(frozen=True)
+class Sourcing:
+    """Which sources there are besides files in place.
+
+    `far` are servers in the order in which they are asked, after everything
+    on this machine. `problems` say why others are not among them. `far_first`
+    prefers a server's file to one whose text the manifest knows.
+    """
+
+    parts: bool = True
+    cache: bool = True
+    far: tuple[str, ...] = ()
+    problems: tuple[Finding, ...] = ()
+    far_first: bool = False
+
+
+#: What is on this machine, and nothing else.
+NEAR = Sourcing()
+
+
+class Origin(enum.StrEnum):
+    """Where one piece of a file comes from."""
+
+    KEPT = "kept"
+    SALVAGED = "salvaged"
+    PART = "part"
+    CACHED = "cached"
+    FAR = "far"
+    NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True)
+class PieceOrigin:
+    """Where a piece comes from; `where` is a path, a server, or why there is none."""
+
+    piece: Piece
+    origin: Origin
+    where: str
+
+
 @dataclass(frozen=True)
 class Step:
-    """One act. `reads` and `writes` are bytes; `look` is the file it is about.
+    """One act. `reads`, `writes`, `fetches` are bytes; `look` is the file it is about.
 
-    For PROVE and MOVE that is the file to prove or move, for ASSEMBLE and
-    WRITE the staged file that results.
+    For PROVE and MOVE that is the file to prove or move, for ADOPT the one in
+    the cache, for ASSEMBLE and WRITE the staged file that results. `far` are
+    the offsets of the pieces that come from a server.
     """
 
     verb: Verb
@@ -48,6 +95,8 @@ class Step:
     reads: int = 0
     writes: int = 0
     detail: str = ""
+    fetches: int = 0
+    far: frozenset[int] = frozenset()
 
     @property
     def artifact(self) -> Artifact:
@@ -57,11 +106,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps, what stands in their way, and what was noticed on the way."""
+    """The steps, what stands in their way, and what was noticed on the way.
+
+    `origins` tells, by path, where the pieces of unfinished files come from.
+    """
 
     steps: tuple[Step, ...]
     findings: tuple[Finding, ...]
     notes: tuple[Finding, ...]
+    origins: Mapping[str, tuple[PieceOrigin, ...]] = field(default_factory=dict)
 
     def having(self, *verbs: Verb) -> tuple[Step, ...]:
         """The steps with one of these verbs."""
@@ -101,13 +154,14 @@ def with_config(manifest: Manifest, chosen: Iterable[Artifact]) -> tuple[Artifac
     )
 
 
-def make_plan(state: State, goal: Goal) -> Plan:
+def make_plan(state: State, goal: Goal, sourcing: Sourcing = NEAR) -> Plan:
     """Decides for each artifact how it gets where `goal` wants it."""
     steps: list[Step] = []
     findings: list[Finding] = []
     notes: list[Finding] = []
+    origins: dict[str, tuple[PieceOrigin, ...]] = {}
     for item in state.artifacts:
-        found = _steps(item, state, goal)
+        found = _steps(item, state, goal, sourcing)
         if isinstance(found, Step):
             taken = _then_placed(found, state, goal)
             steps += taken
@@ -115,8 +169,10 @@ def make_plan(state: State, goal: Goal) -> Plan:
         else:
             findings += found
             findings += [look.finding for look in (item.placed, item.staged) if look.finding]
-    findings += [] if findings else _space(steps, state)
-    return Plan(tuple(steps), tuple(findings), tuple(notes))
+        if Condition.PROVEN not in (item.placed.condition, item.staged.condition):
+            origins[item.artifact.path] = _origins(item, sourcing)
+    findings = list(dict.fromkeys(findings)) or _space(steps, state)
+    return Plan(tuple(steps), tuple(findings), tuple(notes), origins)
 
 
 def _replaced(item: ArtifactState, steps: Iterable[Step]) -> list[Finding]:
@@ -127,10 +183,15 @@ def _replaced(item: ArtifactState, steps: Iterable[Step]) -> list[Finding]:
         looks.append(item.placed)
     if verbs & {Verb.ASSEMBLE, Verb.WRITE}:
         looks.append(item.staged)
+    far = frozenset[int]().union(*(step.far for step in steps))
+    parts = [part for piece, part in _parts(item) if piece.offset in far]
+    looks += [part for part in parts if part.condition is Condition.WRONG]
     return [look.finding for look in looks if look.finding]
 
 
-def _steps(item: ArtifactState, state: State, goal: Goal) -> Step | list[Finding]:
+def _steps(
+    item: ArtifactState, state: State, goal: Goal, sourcing: Sourcing
+) -> Step | list[Finding]:
     """The first step for one artifact, or why there is none, beyond what the looks say."""
     if any(f and f.kind is Kind.IN_THE_WAY for f in (item.placed.finding, item.staged.finding)):
         return []
@@ -141,32 +202,107 @@ def _steps(item: ArtifactState, state: State, goal: Goal) -> Step | list[Finding
             return Step(Verb.PROVE, item, look, reads=look.size or 0)
     if goal is Goal.PLACED:
         return _absent(item, item.staged, f"inv fetch --model {state.manifest.name}")
-    blocking = _blocking(item)
-    if item.artifact.pieces and not blocking:
-        return _assemble(item, state)
-    if text := _text_edition(item.artifact):
+    if sourcing.cache and state.links_to_cache and (cached := _whole_in_cache(item)):
+        return Step(Verb.ADOPT, item, cached, reads=item.artifact.size)
+    origins = _origins(item, sourcing)
+    kinds = {o.origin for o in origins}
+    is_whole = Origin.NOWHERE not in kinds and not (Origin.PART in kinds and item.extras)
+    text = _text_edition(item.artifact)
+    if is_whole and not (text and Origin.FAR in kinds and not sourcing.far_first):
+        return _assemble(item, origins, state)
+    if text:
         return Step(Verb.WRITE, item, item.staged, writes=text.size, detail="from its known text")
-    if any(part.condition is not Condition.ABSENT for part in item.parts) or item.partial:
-        return blocking
+    return _blocking(item, origins, sourcing)
+
+
+def _whole_in_cache(item: ArtifactState) -> FileLook | None:
+    """The file in the Hub's cache, unless hashing has refuted it."""
+    is_good = item.cached and item.cached.condition is Condition.UNPROVEN
+    return item.cached if is_good else None
+
+
+def _parts(item: ArtifactState) -> list[tuple[Piece, FileLook]]:
+    return list(zip(item.artifact.pieces, item.parts, strict=True))
+
+
+def _origins(item: ArtifactState, sourcing: Sourcing) -> tuple[PieceOrigin, ...]:
+    """Where each piece comes from: what is here and good first, then parts, then servers."""
+    kept = {record.offset for record in item.partial}
+    parts = {piece.offset: part for piece, part in _parts(item)}
+
+    def origin(piece: Piece) -> tuple[Origin, str]:
+        part = parts.get(piece.offset)
+        damaged = [look for look in (item.placed, item.staged) if piece.offset in look.good]
+        cached = item.cached if sourcing.cache else None
+        if piece.offset in kept:
+            return Origin.KEPT, str(item.staged.path)
+        if damaged:
+            return Origin.SALVAGED, str(damaged[0].path)
+        if sourcing.parts and part and not part.finding:
+            return Origin.PART, piece.part
+        if cached and (_whole_in_cache(item) or piece.offset in cached.good):
+            return Origin.CACHED, str(cached.path)
+        if sourcing.far:
+            return Origin.FAR, sourcing.far[0]
+        if sourcing.parts and part and part.finding:
+            return Origin.NOWHERE, f"{piece.part} is {part.finding.kind}"
+        return Origin.NOWHERE, "no source has it"
+
+    return tuple(PieceOrigin(piece, *origin(piece)) for piece in item.artifact.tiles)
+
+
+def _blocking(
+    item: ArtifactState, origins: Iterable[PieceOrigin], sourcing: Sourcing
+) -> list[Finding]:
+    """Why a file cannot be assembled: parts that are wrong or too many, or no source."""
+    if not sourcing.parts:
+        return list(sourcing.problems) or _absent(item, item.placed)
+    nowhere = {o.piece.offset for o in origins if o.origin is Origin.NOWHERE}
+    wrong = [part.finding for piece, part in _parts(item) if piece.offset in nowhere]
+    is_begun = any(part.condition is not Condition.ABSENT for part in item.parts) or item.partial
+    if is_begun:
+        return [*(finding for finding in wrong if finding), *item.extras]
     return _absent(item, item.placed)
 
 
-def _blocking(item: ArtifactState) -> list[Finding]:
-    """What is wrong with the parts that are still needed, and the parts too many."""
-    kept = {record.offset for record in item.partial}
-    pairs = zip(item.artifact.pieces, item.parts, strict=True)
-    wrong = [part.finding for piece, part in pairs if part.finding and piece.offset not in kept]
-    return [*wrong, *item.extras]
+def _assemble(item: ArtifactState, origins: Sequence[PieceOrigin], state: State) -> Step:
+    sizes: Counter[Origin] = Counter()
+    for origin in origins:
+        sizes[origin.origin] += origin.piece.size
+    arrived = min(sum(a.size for a in item.arrived), sizes[Origin.FAR])
+    near, fetches = item.artifact.size - sizes[Origin.FAR], sizes[Origin.FAR] - arrived
+    copied = 0 if state.shares_blocks else near - sizes[Origin.KEPT]
+    return Step(
+        Verb.ASSEMBLE,
+        item,
+        item.staged,
+        reads=near + arrived,
+        writes=copied + fetches,
+        detail=_detail(item, origins),
+        fetches=fetches,
+        far=frozenset(o.piece.offset for o in origins if o.origin is Origin.FAR),
+    )
 
 
-def _assemble(item: ArtifactState, state: State) -> Step:
-    size = item.artifact.size
-    kept = sum(record.size for record in item.partial)
-    copied = 0 if state.shares_blocks else size - kept
-    detail = f"from {len(item.parts) - len(item.partial)} parts"
-    if item.partial:
-        detail += f", {len(item.partial)} pieces kept"
-    return Step(Verb.ASSEMBLE, item, item.staged, reads=size, writes=copied, detail=detail)
+def _detail(item: ArtifactState, origins: Sequence[PieceOrigin]) -> str:
+    """How many pieces come from where, in words."""
+    counts = Counter(o.origin for o in origins)
+    far = next((o.where for o in origins if o.origin is Origin.FAR), "")
+    if len(origins) > counts[Origin.FAR] > 0:
+        far += f" ({_count(counts[Origin.FAR], 'piece')})"
+    words = {
+        Origin.SALVAGED: f"{_count(counts[Origin.SALVAGED], 'piece')} of the damaged file",
+        Origin.PART: _count(counts[Origin.PART], "part"),
+        Origin.CACHED: "the Hub's cache",
+        Origin.FAR: far,
+    }
+    texts = [word for origin, word in words.items() if counts[origin]]
+    detail = f"from {' and '.join(texts)}" if texts else "from nothing new"
+    return detail + (f", {_count(len(item.partial), 'piece')} kept" if item.partial else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _text_edition(artifact: Artifact) -> Edition | None:

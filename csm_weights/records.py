@@ -165,9 +165,7 @@ class SmokeReport:
         return bool(self.checks) and all(check.ok for check in self.checks)
 
 
-def whole_findings(
-    artifact: Artifact, edition: Edition, found: Whole, where: str
-) -> list[Finding]:
+def whole_findings(artifact: Artifact, edition: Edition, found: Whole, where: str) -> list[Finding]:
     """What a whole file's digests break of what is pinned: the sha256, the Hub's ids.
 
     The ids are those of the pinned edition; alternatives have none.

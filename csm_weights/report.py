@@ -9,7 +9,7 @@ from typing import Any
 
 from csm_weights.errors import CsmWeightsError, Finding, printable
 from csm_weights.gates import Gate, GateResult
-from csm_weights.plan import Step
+from csm_weights.plan import Origin, PieceOrigin, Plan, Step
 from csm_weights.records import SmokeReport
 from csm_weights.request import Outcome, Survey
 from csm_weights.state import ArtifactState, Condition
@@ -47,20 +47,19 @@ def survey_text(survey: Survey) -> str:
         table(("file", "bytes", "in place", "staged", "next"), rows),
     ]
     blocks += [
-        table((f"piece of {item.artifact.path}", "bytes", "from"), _pieces(item))
-        for item in state.artifacts
-        if item.artifact.pieces and not _is_settled(item)
+        table((f"piece of {path}", "bytes", "from"), map(_piece_row, origins))
+        for path, origins in plan.origins.items()
+        if len(origins) > 1
     ]
-    reads, writes = _sum(plan.steps, "reads"), _sum(plan.steps, "writes")
-    blocks.append(f"to read {reads:,} bytes, to write {writes:,}, free {state.free_staging:,}")
+    reads, writes, fetches = (_sum(plan.steps, name) for name in ("reads", "writes", "fetches"))
+    over_network = f"to fetch {fetches:,} bytes, " if fetches else ""
+    blocks.append(
+        f"{over_network}to read {reads:,} bytes, to write {writes:,}, free {state.free_staging:,}"
+    )
     blocks += _finding_blocks(plan.findings, plan.notes)
     if survey.advice:
         blocks.append(survey.advice)
     return "\n\n".join(blocks)
-
-
-def _is_settled(item: ArtifactState) -> bool:
-    return Condition.PROVEN in (item.placed.condition, item.staged.condition)
 
 
 def _next(steps: Sequence[Step]) -> str:
@@ -68,17 +67,19 @@ def _next(steps: Sequence[Step]) -> str:
     return ", then ".join(words) or "nothing to take it from"
 
 
-def _pieces(item: ArtifactState) -> list[tuple[str, str, str]]:
-    kept = {record.offset for record in item.partial}
-    rows = []
-    for piece, part in zip(item.artifact.pieces, item.parts, strict=True):
-        origin = piece.part
-        if part.finding:
-            origin = f"nowhere: {piece.part} is {part.finding.kind}"
-        if piece.offset in kept:
-            origin = "the unfinished file, proven in an earlier run"
-        rows.append((f"[{piece.offset:,}, {piece.end:,})", f"{piece.size:,}", origin))
-    return rows
+def _piece_row(origin: PieceOrigin) -> tuple[str, str, str]:
+    piece = origin.piece
+    return f"[{piece.offset:,}, {piece.end:,})", f"{piece.size:,}", _origin_words(origin)
+
+
+def _origin_words(origin: PieceOrigin) -> str:
+    """Where a piece comes from, as a person and a machine read it."""
+    return {
+        Origin.KEPT: "the unfinished file, proven in an earlier run",
+        Origin.SALVAGED: f"the damaged file {origin.where}",
+        Origin.CACHED: f"the Hub's cache {origin.where}",
+        Origin.NOWHERE: f"nowhere: {origin.where}",
+    }.get(origin.origin, origin.where)
 
 
 def _sum(steps: Iterable[Step], name: str) -> int:
@@ -184,10 +185,11 @@ def survey_json(survey: Survey) -> str:
         ok=plan.is_done,
         exit_code=survey.error.exit_code if survey.error else 0,
         destination=str(state.places.destination),
-        artifacts=[_artifact_data(item) for item in state.artifacts],
+        artifacts=[_artifact_data(item, plan) for item in state.artifacts],
         steps=[_step_data(step) for step in plan.steps],
         bytes_to_read=_sum(plan.steps, "reads"),
         bytes_to_write=_sum(plan.steps, "writes"),
+        bytes_to_fetch=_sum(plan.steps, "fetches"),
         bytes_free=state.free_staging,
         findings=[asdict(f) for f in (survey.error or plan).findings],
         notes=[asdict(f) for f in plan.notes],
@@ -195,8 +197,9 @@ def survey_json(survey: Survey) -> str:
     )
 
 
-def _artifact_data(item: ArtifactState) -> dict[str, Any]:
-    pieces = _pieces(item) if item.artifact.pieces else []
+def _artifact_data(item: ArtifactState, plan: Plan) -> dict[str, Any]:
+    pieces = item.artifact.pieces
+    origins = {o.piece.offset: _origin_words(o) for o in plan.origins.get(item.artifact.path, ())}
     return {
         "path": item.artifact.path,
         "size": item.artifact.size,
@@ -204,8 +207,8 @@ def _artifact_data(item: ArtifactState) -> dict[str, Any]:
         "placed": str(item.placed.condition),
         "staged": str(item.staged.condition),
         "pieces": [
-            {"part": p.part, "offset": p.offset, "size": p.size, "from": row[2]}
-            for p, row in zip(item.artifact.pieces, pieces, strict=True)
+            {"part": p.part, "offset": p.offset, "size": p.size, "from": origins.get(p.offset, "")}
+            for p in pieces
         ],
     }
 
@@ -217,6 +220,7 @@ def _step_data(step: Step) -> dict[str, Any]:
         "detail": step.detail,
         "reads": step.reads,
         "writes": step.writes,
+        "fetches": step.fetches,
     }
 
 

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 from csm_weights import place, records
 from csm_weights.assemble import Assembled
-from csm_weights.errors import CsmWeightsError, Finding, UsageError
+from csm_weights.environment import HubEnvironment
+from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError
 from csm_weights.gates import GateResult
 from csm_weights.manifest import Artifact, Manifest, load, path_problem
-from csm_weights.plan import Plan, Step, default_selection, with_config
+from csm_weights.plan import (
+    HUB,
+    Goal,
+    Plan,
+    Sourcing,
+    Step,
+    default_selection,
+    make_plan,
+    with_config,
+)
 from csm_weights.records import Receipt, SmokeReport
 from csm_weights.state import Places, State, look
+
+#: Words for where pieces may come from; auto is every source there is.
+SOURCES = ("auto", "chunks", "hf", "mirror")
+
+#: A commit, or the name of a branch or tag.
+REVISION = re.compile(r"[\w][\w./-]{0,200}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -22,13 +40,26 @@ class Request:
     """What is asked for: a model, by name or manifest path, below a repository root.
 
     `only` are words that `Manifest.select` knows; none means the default
-    selection. `dest` overrides the manifest's destination.
+    selection. `dest` overrides the manifest's destination, `revision` its
+    commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
+    are mirrors.
     """
 
     root: Path
     model: str = "csm-1b"
     only: tuple[str, ...] = ()
     dest: str | None = None
+    source: str = "auto"
+    urls: tuple[str, ...] = ()
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise UsageError(f"no source called {self.source!r}; there are {', '.join(SOURCES)}")
+        if self.source == "mirror" and not self.urls:
+            raise UsageError("--source=mirror needs --url=https://...")
+        if self.revision and not REVISION.fullmatch(self.revision):
+            raise UsageError(f"--revision {self.revision!r} is not a commit, branch or tag")
 
 
 @dataclass(frozen=True)
@@ -67,11 +98,22 @@ class Run:
     manifest: Manifest
     places: Places
     chosen: tuple[Artifact, ...]
+    sourcing: Sourcing
     refuted: dict[Path, Finding] = field(default_factory=dict)
+    good: dict[Path, frozenset[int]] = field(default_factory=dict)
+    notes: list[Finding] = field(default_factory=list)
 
     def look(self) -> State:
         """What is on disk of the chosen artifacts, with what this run has refuted."""
-        return look(self.manifest, self.chosen, self.places, self.refuted)
+        return look(self.manifest, self.chosen, self.places, self.refuted, self.good)
+
+    def plan(self, state: State, goal: Goal) -> Plan:
+        """How the chosen artifacts get where `goal` wants them, from the sources of this run."""
+        return make_plan(state, goal, self.sourcing)
+
+    def note(self, findings: Iterable[Finding]) -> None:
+        """Remembers what was wrong and has been mended; each thing once."""
+        self.notes += [f for f in dict.fromkeys(findings) if f not in self.notes]
 
     def receipt(self, artifact: Artifact, proven: Assembled) -> Receipt:
         """The receipt of a file that has just been proven; size in bytes."""
@@ -80,6 +122,7 @@ class Run:
             model=self.manifest.name,
             size=proven.fingerprint.size,
             sha256=proven.sha256,
+            git_sha1=proven.git_sha1,
             pieces=proven.records,
             fingerprint=proven.fingerprint,
             proven_at=now(),
@@ -117,11 +160,41 @@ def begin(request: Request) -> Run:
     Raises UsageError for names that do not exist, ManifestInvalid, MissingInput.
     """
     manifest = find_manifest(request.root, request.model)
-    places = Places.of(manifest, request.root, request.dest)
-    chosen = manifest.select(request.only) if request.only else ()
+    if request.revision:
+        manifest = replace(manifest, revision=request.revision)
+    environment = HubEnvironment.read()
+    cache = environment.cache if manifest.repo else None
+    places = Places.of(manifest, request.root, request.dest, cache)
+    words = request.only or manifest.default
+    chosen = manifest.select(words) if words else ()
     if not chosen:
         chosen = default_selection(look(manifest, manifest.artifacts, places, {}))
-    return Run(manifest, places, with_config(manifest, chosen))
+    chosen = with_config(manifest, chosen)
+    return Run(manifest, places, chosen, _sourcing(request, manifest, environment))
+
+
+def _sourcing(request: Request, manifest: Manifest, environment: HubEnvironment) -> Sourcing:
+    """Which sources a request allows, and which of them are known to give nothing."""
+    word, far, problems = request.source, list(request.urls), []
+    if environment.offline and far:
+        finding = Finding(Kind.OFFLINE, far[0], "a mirror that may be asked", "HF_HUB_OFFLINE")
+        problems.append(finding)
+        far = []
+    if word in ("auto", "hf") and manifest.repo:
+        problem = environment.problem(manifest.repo, manifest.gated)
+        if problem:
+            problems.append(problem)
+        else:
+            far.append(HUB)
+    elif word == "hf":
+        raise UsageError(f"{manifest.where} names no repository of the Hub")
+    return Sourcing(
+        parts=word in ("auto", "chunks"),
+        cache=word in ("auto", "hf"),
+        far=tuple(far) if word != "chunks" else (),
+        problems=tuple(problems),
+        far_first=word == "hf",
+    )
 
 
 def now() -> str:

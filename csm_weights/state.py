@@ -12,18 +12,21 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from csm_weights import hubcache
 from csm_weights.errors import Finding, Kind
 from csm_weights.manifest import Artifact, Manifest, Piece
 from csm_weights.records import (
     MAX_RECORD,
+    Arrival,
     Fingerprint,
     PieceRecord,
     Receipt,
     SmokeReport,
     journal_path,
+    load_arrival,
     load_piece,
     load_receipt,
     load_smoke,
@@ -55,7 +58,8 @@ class Condition(enum.StrEnum):
 class FileLook:
     """One file as it is on disk; `size` is in bytes, None where it is absent.
 
-    A symbolic link is looked through, and `is_link` says that it is one.
+    A symbolic link is looked through, and `is_link` says that it is one. `good`
+    are the offsets of pieces that can be salvaged from a file that is wrong.
     """
 
     path: Path
@@ -64,15 +68,17 @@ class FileLook:
     finding: Finding | None = None
     receipt: Receipt | None = None
     is_link: bool = False
+    good: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class ArtifactState:
     """All that is on disk of one artifact.
 
-    `partial` holds the journaled pieces of an unfinished staged file, `copied`
-    those of an unfinished copy in the destination; both are hashed again
-    before they count. `parts` has a look for each piece.
+    `partial` holds the journaled pieces of an unfinished staged file, and
+    `arrived` ranges of others that were written to it; `copied` those of an
+    unfinished copy in the destination. All are hashed again before they count.
+    `parts` has a look for each piece. `cached` is the file in the Hub's cache.
     """
 
     artifact: Artifact
@@ -82,6 +88,8 @@ class ArtifactState:
     parts: tuple[FileLook, ...]
     extras: tuple[Finding, ...]
     copied: tuple[PieceRecord, ...] = ()
+    arrived: tuple[Arrival, ...] = ()
+    cached: FileLook | None = None
 
     @property
     def is_here(self) -> bool:
@@ -94,16 +102,27 @@ class ArtifactState:
 
 @dataclass(frozen=True)
 class Places:
-    """The folders of a run: parts below `root`, then `staging`, then `destination`."""
+    """The folders of a run: parts below `root`, then `staging`, then `destination`.
+
+    `cache` is the Hub's on this machine, None where it is not to be used.
+    """
 
     root: Path
     staging: Path
     destination: Path
+    cache: Path | None = None
 
     @classmethod
-    def of(cls, manifest: Manifest, root: Path, destination: str | None = None) -> Places:
+    def of(
+        cls,
+        manifest: Manifest,
+        root: Path,
+        destination: str | None = None,
+        cache: Path | None = None,
+    ) -> Places:
         """The manifest's folders below `root`; `destination` overrides the last."""
-        return cls(root, root / manifest.staging, root / (destination or manifest.destination))
+        last = root / (destination or manifest.destination)
+        return cls(root, root / manifest.staging, last, cache)
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,7 @@ class State:
     same_filesystem: bool
     shares_blocks: bool
     smoke: SmokeReport | None
+    links_to_cache: bool = False
 
 
 def look(
@@ -125,30 +145,45 @@ def look(
     artifacts: Sequence[Artifact],
     places: Places,
     refuted: Mapping[Path, Finding],
+    good: Mapping[Path, frozenset[int]] | None = None,
 ) -> State:
     """Looks at the chosen artifacts of a manifest.
 
     `refuted` holds what hashing has found out earlier in this run: those
-    files count as wrong whatever their receipts say.
+    files count as wrong whatever their receipts say. `good` has the offsets
+    of the pieces that are right in them.
     """
     staging, destination = _existing(places.staging), _existing(places.destination)
     return State(
         manifest=manifest,
         places=places,
-        artifacts=tuple(_look_artifact(a, manifest, places, refuted) for a in artifacts),
+        artifacts=tuple(
+            _look_artifact(a, manifest, places, refuted, good or {}) for a in artifacts
+        ),
         free_staging=shutil.disk_usage(staging).free,
         free_destination=shutil.disk_usage(destination).free,
         same_filesystem=staging.stat().st_dev == destination.stat().st_dev,
         shares_blocks=_shares_blocks(artifacts, places.root, staging),
+        links_to_cache=_links_to(places.cache, staging),
         smoke=load_smoke(_read_record(smoke_path(places.destination))),
     )
 
 
+def _links_to(cache: Path | None, staging: Path) -> bool:
+    """Whether a file of the Hub's cache may get a second name in staging: it is one disk."""
+    return cache is not None and _existing(cache).stat().st_dev == staging.stat().st_dev
+
+
 def _look_artifact(
-    artifact: Artifact, manifest: Manifest, places: Places, refuted: Mapping[Path, Finding]
+    artifact: Artifact,
+    manifest: Manifest,
+    places: Places,
+    refuted: Mapping[Path, Finding],
+    good: Mapping[Path, frozenset[int]],
 ) -> ArtifactState:
     def file_look(directory: Path) -> FileLook:
-        return look_file(directory, artifact, manifest.name, refuted)
+        look = look_file(directory, artifact, manifest.name, refuted)
+        return replace(look, good=_salvageable(artifact, look, good))
 
     placed, staged = file_look(places.destination), file_look(places.staging)
     return ArtifactState(
@@ -156,10 +191,40 @@ def _look_artifact(
         placed=placed,
         staged=staged,
         partial=_journaled(artifact, staged.path),
+        arrived=_arrived(artifact, staged.path),
         copied=_journaled(artifact, placed.path),
+        cached=_look_cached(artifact, manifest, places, refuted, good),
         parts=tuple(_look_part(piece, places.root, refuted) for piece in artifact.pieces),
         extras=_extra_parts(artifact, places.root),
     )
+
+
+def _salvageable(
+    artifact: Artifact, look: FileLook, good: Mapping[Path, frozenset[int]]
+) -> frozenset[int]:
+    """The pieces of a wrong file that are right, or may be in one that was cut short."""
+    finding, size = look.finding, look.size or 0
+    if finding and finding.kind is Kind.WRONG_SIZE and size < artifact.size:
+        return frozenset(piece.offset for piece in artifact.pieces if piece.end <= size)
+    return good.get(look.path, frozenset())
+
+
+def _look_cached(
+    artifact: Artifact,
+    manifest: Manifest,
+    places: Places,
+    refuted: Mapping[Path, Finding],
+    good: Mapping[Path, frozenset[int]],
+) -> FileLook | None:
+    """The file in the Hub's cache that has the artifact's size, if there is one."""
+    if not places.cache or not manifest.repo:
+        return None
+    path = hubcache.find(places.cache, manifest.repo, manifest.revision, artifact)
+    if path is None:
+        return None
+    finding = refuted.get(path)
+    condition = Condition.WRONG if finding else Condition.UNPROVEN
+    return FileLook(path, condition, artifact.size, finding, good=good.get(path, frozenset()))
 
 
 def look_file(
@@ -312,12 +377,29 @@ def _receipt(directory: Path, artifact: Artifact) -> Receipt | None:
 
 def _journaled(artifact: Artifact, staged: Path) -> tuple[PieceRecord, ...]:
     """The journal's lines that are about pieces of this artifact as pinned today."""
-    if not partial_path(staged).is_file():
-        return ()
-    records = [load_piece(line) for line in _read_record(journal_path(staged)).splitlines()]
-    pinned = {(p.offset, p.size, p.sha256) for p in artifact.pieces}
+    records = [load_piece(line) for line in _journal_lines(staged)]
+    pinned = {(p.offset, p.size, p.sha256) for p in artifact.tiles}
     found = {r.offset: r for r in records if r and (r.offset, r.size, r.sha256) in pinned}
     return tuple(found[offset] for offset in sorted(found))
+
+
+def _arrived(artifact: Artifact, staged: Path) -> tuple[Arrival, ...]:
+    """The journal's lines about ranges that were written, of pieces that are not proven yet."""
+    proven = {record.offset for record in _journaled(artifact, staged)}
+    open_tiles = [p for p in artifact.tiles if p.offset not in proven and p.sha256]
+    arrivals = [a for line in _journal_lines(staged) if (a := load_arrival(line))]
+    return tuple(
+        a
+        for a in arrivals
+        for piece in open_tiles
+        if a.piece == piece.sha256 and piece.offset <= a.offset and a.offset + a.size <= piece.end
+    )
+
+
+def _journal_lines(staged: Path) -> list[str]:
+    if not partial_path(staged).is_file():
+        return []
+    return _read_record(journal_path(staged)).splitlines()
 
 
 def _read_record(path: Path) -> str:

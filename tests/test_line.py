@@ -178,15 +178,15 @@ def test_without_torch_the_way_around_is_told(clone: Clone) -> None:
     assert files_are_right(clone)
 
 
-def test_without_weights_three_ways_to_get_them_are_told(clone: Clone) -> None:
-    """Without CSM-1B a dozen lines name the file and three ways to get it, and nothing changes."""
+def test_without_weights_four_ways_to_get_them_are_told(clone: Clone) -> None:
+    """Without CSM-1B a dozen lines name the file and four ways to get it, and nothing changes."""
     clone.inv("--list")
     before = clone.tree()
     result = clone.inv("weights")
     lines = result.stderr.splitlines()
     assert (result.returncode, result.stdout) == (3, "")
     assert "model.safetensors: missing: expected 6,211,186,784 bytes" in lines[1]
-    assert re.findall(r"^ *(\d)\. ", result.stderr, re.MULTILINE) == ["1", "2", "3"]
+    assert re.findall(r"^ *(\d)\. ", result.stderr, re.MULTILINE) == ["1", "2", "3", "4"]
     assert len(lines) <= 12
     assert clone.tree() == before
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
@@ -33,6 +34,22 @@ class WholeFile:
     def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
         """See `Source`; the place is the file's path."""
         _deliver(self._path, str(self._path), artifact.size, piece.offset, sink)
+        return str(self._path)
+
+
+class Salvage:
+    """A damaged copy at `path`, `size` bytes long: only the pieces at `offsets` are taken."""
+
+    def __init__(self, path: Path, size: int, offsets: Iterable[int]) -> None:
+        self._path = path
+        self._size = size
+        self._offsets = frozenset(offsets)
+
+    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
+        """See `Source`; the place is the file's path."""
+        if piece.offset not in self._offsets:
+            raise Absent
+        _deliver(self._path, str(self._path), self._size, piece.offset, sink)
         return str(self._path)
 
 

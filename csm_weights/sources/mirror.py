@@ -1,0 +1,125 @@
+"""Any static HTTP(S) server: one that holds the whole files, or the parts, below a URL."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from urllib.parse import quote, urlsplit
+
+import requests
+
+from csm_weights.errors import Finding, Kind, UsageError
+from csm_weights.manifest import Artifact, Piece
+from csm_weights.sources import Absent, Broken, Sink
+from csm_weights.sources.answers import origin, redirect_target
+from csm_weights.sources.wire import REDIRECTS, Location, Place, Wire
+
+#: The variable with headers for mirrors, one a line: `Authorization: Bearer ...`.
+HEADERS = "CSM_MIRROR_HEADERS"
+
+
+def check_url(url: str) -> str:
+    """The URL of a mirror's folder, without a slash at its end.
+
+    Raises UsageError unless it is plain HTTP(S), without secrets in it: those
+    belong into the environment, since an argument is for all to see.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"--url {url!r}: not an http:// or https:// URL")
+    if parts.username or parts.password or parts.query:
+        raise UsageError(f"--url with credentials or a query: put secrets into {HEADERS}")
+    return url.rstrip("/")
+
+
+def headers_from(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The headers that mirrors get, from the environment; raises UsageError."""
+    text = (os.environ if environ is None else environ).get(HEADERS, "")
+    headers = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, colon, value = line.partition(":")
+        if not colon or not name.isascii() or not value.strip().isprintable():
+            raise UsageError(f"{HEADERS}: a line is not NAME: VALUE")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
+class Mirror:
+    """One server. Whether it has whole files or parts shows when it is asked."""
+
+    def __init__(self, wire: Wire, url: str, headers: Mapping[str, str] | None = None) -> None:
+        self._wire = wire
+        self._url = check_url(url)
+        self._headers = headers or {}
+        self._lock = threading.Lock()
+        self._files: dict[str, _MirrorFile | None] = {}
+        self._broken: Finding | None = None
+
+    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+        """See `Source`; the place is the file's URL."""
+        if self._broken:
+            raise Broken([self._broken])
+        file = self._find(artifact.path, artifact.size, 0)
+        if file is None and artifact.pieces:
+            file = self._find(piece.part, piece.size, piece.offset)
+        if file is None:
+            raise Absent
+        self._wire.fetch(file, sink)
+        return file.where
+
+    def _find(self, path: str, size: int, offset: int) -> _MirrorFile | None:
+        """The file at a path below the URL, or None where the mirror has none.
+
+        Raises Broken when it refuses, or the network does: then it is not
+        asked again.
+        """
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = self._look(path, size, offset)
+            return self._files[path]
+
+    def _look(self, path: str, size: int, offset: int) -> _MirrorFile | None:
+        url = start = f"{self._url}/{quote(path)}"
+        for _ in range(REDIRECTS):
+            own = self._headers if origin(url) == origin(start) else {}
+            try:
+                response = self._wire.ask("HEAD", url, own)
+            except Broken as broken:
+                self._broken = broken.findings[0]
+                raise
+            if not response.is_redirect:
+                break
+            url = redirect_target(url, response.headers["Location"])
+        status = response.status_code
+        if status in (404, 410):
+            return None
+        if status in (401, 403):
+            self._broken = _refused(self._url, response)
+            raise Broken([self._broken])
+        # What a HEAD says else (405, a redirect too many) is left to the GET.
+        return _MirrorFile(Place(start, self._headers), start, size, offset)
+
+
+class _MirrorFile(Location):
+    """A whole file, or a part, that a mirror has."""
+
+    def __init__(self, place: Place, where: str, size: int, offset: int) -> None:
+        super().__init__(where, size, offset)
+        self._place = place
+
+    def place(self) -> Place:
+        return self._place
+
+    def refused(self, place: Place, response: requests.Response) -> Finding | None:  # noqa: ARG002
+        if response.status_code in (404, 410):
+            found = f"{response.status_code} {response.reason}"
+            return Finding(Kind.NOT_THERE, self.where, "the file", found)
+        return _refused(self.where, response)
+
+
+def _refused(where: str, response: requests.Response) -> Finding:
+    found = f"{response.status_code} {response.reason}"
+    help_text = f"if it wants credentials, put them as a header into {HEADERS}"
+    kind = Kind.FORBIDDEN if response.status_code in (401, 403) else Kind.WRONG_ANSWER
+    return Finding(kind, where, "the file", found, help_text)
