@@ -10,10 +10,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from csm_weights.errors import Finding, Kind
+from csm_weights.errors import Finding, Kind, UsageError
 
 PUBLIC_ENDPOINT = "https://huggingface.co"
+
+#: The variable with headers for mirrors, one a line: `Authorization: Bearer ...`.
+MIRROR_HEADERS = "CSM_MIRROR_HEADERS"
 
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -97,3 +101,27 @@ def _token_from(values: Mapping[str, str], home: Path) -> str:
     except (OSError, UnicodeDecodeError):
         return ""
     return str(path) if has_token else ""
+
+
+def check_mirror(url: str) -> None:
+    """Raises UsageError unless a mirror's URL is plain HTTP(S), without secrets in it.
+
+    Those belong into the environment, since an argument is for all to see.
+    """
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query:
+        raise UsageError(f"--url with credentials or a query: put secrets into {MIRROR_HEADERS}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"--url {url!r} is not an http:// or https:// URL")
+
+
+def mirror_headers(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The headers that mirrors get, from the environment; raises UsageError."""
+    text = (os.environ if environ is None else environ).get(MIRROR_HEADERS, "")
+    headers = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, colon, value = line.partition(":")
+        if not colon or not name.isascii() or not value.strip().isprintable():
+            raise UsageError(f"{MIRROR_HEADERS}: a line is not NAME: VALUE")
+        headers[name.strip()] = value.strip()
+    return headers

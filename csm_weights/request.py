@@ -11,7 +11,7 @@ from pathlib import Path
 
 from csm_weights import place, records
 from csm_weights.assemble import Assembled
-from csm_weights.environment import HubEnvironment
+from csm_weights.environment import HubEnvironment, check_mirror
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError
 from csm_weights.gates import GateResult
 from csm_weights.manifest import Artifact, Manifest, load, path_problem
@@ -56,6 +56,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise UsageError(f"no source called {self.source!r}; there are {', '.join(SOURCES)}")
+        for url in self.urls:
+            check_mirror(url)
         if self.source == "mirror" and not self.urls:
             raise UsageError("--source=mirror needs --url=https://...")
         if self.revision and not REVISION.fullmatch(self.revision):

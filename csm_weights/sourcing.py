@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from csm_weights.environment import mirror_headers
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.plan import HUB, Step
 from csm_weights.request import Run
@@ -83,11 +84,11 @@ class _Wires:
 def _maker(run: Run, name: str, wires: _Wires) -> Callable[[], Source]:
     def make() -> Source:
         from csm_weights.sources.hub import Account, Hub
-        from csm_weights.sources.mirror import Mirror, headers_from
+        from csm_weights.sources.mirror import Mirror
 
         manifest = run.manifest
         if name != HUB:
-            return Mirror(wires.get(), name, headers_from())
+            return Mirror(wires.get(), name, mirror_headers())
         assert manifest.repo and manifest.revision, "the Hub is planned only where it is named"
         return Hub(wires.get(), Account.from_environment(), manifest.repo, manifest.revision)
 

@@ -33,9 +33,11 @@ class Clone:
     """A checkout of its own, without parts of CSM-1B, in which nothing has run yet.
 
     `extra` is a folder before all others on the module path of what runs in it.
+    `variables` are set for what runs in it.
     """
 
     root: Path
+    variables: dict[str, str] = field(default_factory=dict)
     extra: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class Clone:
         """
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         own = {"HOME": str(self.extra), "PYTHONPATH": str(self.extra), "OMP_NUM_THREADS": "1"}
-        return kept | own
+        return kept | own | self.variables
 
     def run(self, *command: str | Path, limit: float = LIMIT) -> Result:
         """Runs a command in the clone to its end, at most `limit` seconds away."""

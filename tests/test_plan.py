@@ -176,8 +176,9 @@ def is_reachable(item: ArtifactState, goal: Goal) -> bool:
         return True
     kept = {record.offset for record in item.partial}
     pieces = zip(item.artifact.pieces, item.parts, strict=True)
-    whole = all(p.offset in kept or part.finding is None for p, part in pieces)
-    return bool(item.artifact.pieces) and whole and not item.extras
+    needed = [part for piece, part in pieces if piece.offset not in kept]
+    whole = all(part.finding is None for part in needed)
+    return bool(item.artifact.pieces) and whole and not (needed and item.extras)
 
 
 @many
@@ -600,7 +601,8 @@ trees = st.recursive(
     max_leaves=6,
 )
 PIECE = PieceRecord(0, 10, SHA, "chunks/a-0")
-RECEIPT = replace(receipt_of("a", 10), pieces=(PIECE,))
+OID = "6" * 40
+RECEIPT = replace(receipt_of("a", 10), pieces=(PIECE,), git_sha1=OID)
 
 
 def has_types(record: Any, example: Any) -> bool:
@@ -611,7 +613,7 @@ def has_types(record: Any, example: Any) -> bool:
         return type(record) is type(example) and all(
             has_types(value, getattr(example, key)) for key, value in vars(record).items()
         )
-    return type(record) is type(example)
+    return type(record) is type(example) or (record is None and example == OID)
 
 
 @settings(max_examples=100, deadline=None)

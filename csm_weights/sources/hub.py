@@ -18,10 +18,10 @@ from urllib.parse import quote, urljoin
 import requests
 
 from csm_weights.environment import HubEnvironment, no_token
-from csm_weights.errors import Finding, Kind
+from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.sources import Broken, Sink
-from csm_weights.sources.answers import origin, redirect_target, wrong_answer
+from csm_weights.sources.answers import origin, redirect_target, shown, wrong_answer
 from csm_weights.sources.wire import REDIRECTS, Location, Place, Wire
 
 #: Seconds for which a signed URL must have been good, or else its refusal is taken as one.
@@ -67,7 +67,11 @@ class Account:
 
 
 class Hub:
-    """One repository at one revision of a Hub. A refusal holds for all its files."""
+    """One repository at one revision of a Hub.
+
+    When it refuses, or cannot be reached after all retries, it is not asked
+    again in this run.
+    """
 
     def __init__(self, wire: Wire, account: Account, repo: str, revision: str) -> None:
         self._wire = wire
@@ -77,6 +81,8 @@ class Hub:
         self._lock = threading.Lock()
         self._files: dict[str, _HubFile] = {}
         self._refusal: Finding | None = None
+        #: The URLs, without their queries, where its files are handed out.
+        self.reached: set[str] = set()
 
     def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
         """See `Source`; the place is repository, commit and path."""
@@ -90,8 +96,9 @@ class Hub:
         try:
             self._wire.fetch(file, sink)
         except Broken as broken:
-            if broken.findings[0].where == self.page:
-                self._refusal = broken.findings[0]
+            first = broken.findings[0]
+            if first.kind in REFUSED | NETWORK or first.where == self.page:
+                self._refusal = first
             raise
         return file.where
 
@@ -114,6 +121,7 @@ class Hub:
             if "X-Repo-Commit" in response.headers or not response.is_redirect:
                 self._check(artifact, response)
                 is_own = origin(target) == origin(self._account.endpoint)
+                self.reached.add(shown(target))
                 return Place(target, self._account.headers() if is_own else {})
             if origin(target) != origin(url):
                 raise wrong_answer(self.page, "a file, or where it is", "a redirect elsewhere")
@@ -127,8 +135,10 @@ class Hub:
         if _SHA1.fullmatch(self._revision) and commit != self._revision:
             found = f"commit {commit[:40] or 'not told'}"
             raise _changed(where, f"commit {self._revision}", found)
-        etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/")
-        etag = etag.strip('"')
+        linked = headers.get("X-Linked-Etag")
+        etag = (linked or headers.get("ETag") or "").removeprefix("W/").strip('"')
+        if linked and not (_SHA256.fullmatch(etag) or _SHA1.fullmatch(etag)):
+            raise wrong_answer(where, "an X-Linked-Etag of hex digits", repr(etag[:80]))
         for pattern, pinned, what in (
             (_SHA256, artifact.sha256, "sha256"),
             (_SHA1, artifact.git_sha1, "git blob id"),
@@ -199,7 +209,8 @@ def verdict(
     """
     code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
     page, tokens = f"{account.endpoint}/{repo}", f"{account.endpoint}/{TOKENS}"
-    said = " ".join(filter(None, [str(status), code, message]))[:300]
+    said = " ".join(filter(None, [str(status), code, message]))
+    said = (said.replace(account.token, "***") if account.token else said)[:300]
     lower = message.lower()
     if status == 401 and account.token and "invalid" in lower:
         help_text = f"make a new one at {tokens} and run hf auth login"

@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import requests
 
-from csm_weights.errors import Finding, Kind, UsageError
+from csm_weights.environment import MIRROR_HEADERS
+from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.sources import Absent, Broken, Sink
-from csm_weights.sources.answers import origin, redirect_target
+from csm_weights.sources.answers import origin, redirect_target, shown
 from csm_weights.sources.wire import REDIRECTS, Location, Place, Wire
-
-#: The variable with headers for mirrors, one a line: `Authorization: Bearer ...`.
-HEADERS = "CSM_MIRROR_HEADERS"
-
-
-def check_url(url: str) -> str:
-    """The URL of a mirror's folder, without a slash at its end.
-
-    Raises UsageError unless it is plain HTTP(S), without secrets in it: those
-    belong into the environment, since an argument is for all to see.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"--url {url!r}: not an http:// or https:// URL")
-    if parts.username or parts.password or parts.query:
-        raise UsageError(f"--url with credentials or a query: put secrets into {HEADERS}")
-    return url.rstrip("/")
-
-
-def headers_from(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The headers that mirrors get, from the environment; raises UsageError."""
-    text = (os.environ if environ is None else environ).get(HEADERS, "")
-    headers = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        name, colon, value = line.partition(":")
-        if not colon or not name.isascii() or not value.strip().isprintable():
-            raise UsageError(f"{HEADERS}: a line is not NAME: VALUE")
-        headers[name.strip()] = value.strip()
-    return headers
 
 
 class Mirror:
-    """One server. Whether it has whole files or parts shows when it is asked."""
+    """One server: whether it has whole files or parts shows when it is asked.
+
+    When it refuses, or cannot be reached after all retries, it is not asked
+    again in this run.
+    """
 
     def __init__(self, wire: Wire, url: str, headers: Mapping[str, str] | None = None) -> None:
         self._wire = wire
-        self._url = check_url(url)
+        self._url = url.rstrip("/")
         self._headers = headers or {}
         self._lock = threading.Lock()
         self._files: dict[str, _MirrorFile | None] = {}
         self._broken: Finding | None = None
+        #: The URLs, without their queries, where it hands files out.
+        self.reached: set[str] = set()
 
     def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
         """See `Source`; the place is the file's URL."""
@@ -65,7 +42,12 @@ class Mirror:
             file = self._find(piece.part, piece.size, piece.offset)
         if file is None:
             raise Absent
-        self._wire.fetch(file, sink)
+        try:
+            self._wire.fetch(file, sink)
+        except Broken as broken:
+            if broken.findings[0].kind in REFUSED | NETWORK:
+                self._broken = broken.findings[0]
+            raise
         return file.where
 
     def _find(self, path: str, size: int, offset: int) -> _MirrorFile | None:
@@ -97,6 +79,7 @@ class Mirror:
         if status in (401, 403):
             self._broken = _refused(self._url, response)
             raise Broken([self._broken])
+        self.reached.add(shown(url))
         # What a HEAD says else (405, a redirect too many) is left to the GET.
         return _MirrorFile(Place(start, self._headers), start, size, offset)
 
@@ -120,6 +103,6 @@ class _MirrorFile(Location):
 
 def _refused(where: str, response: requests.Response) -> Finding:
     found = f"{response.status_code} {response.reason}"
-    help_text = f"if it wants credentials, put them as a header into {HEADERS}"
+    help_text = f"if it wants credentials, put them as a header into {MIRROR_HEADERS}"
     kind = Kind.FORBIDDEN if response.status_code in (401, 403) else Kind.WRONG_ANSWER
     return Finding(kind, where, "the file", found, help_text)

@@ -1,0 +1,101 @@
+"""Static file servers on loopback, with and without ranges, that log what they are asked."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request: method, path, headers by lower-case name."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+@dataclass
+class FileServer:
+    """A folder behind http://127.0.0.1:PORT; `log` is what it was asked so far."""
+
+    url: str
+    log: list[Asked] = field(default_factory=list)
+
+    def gets(self) -> list[Asked]:
+        """The GET requests."""
+        return [asked for asked in self.log if asked.method == "GET"]
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """Python's own server, which knows no ranges, with a log."""
+
+    protocol_version = "HTTP/1.1"
+    served: FileServer
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing on stderr."""
+
+    def send_head(self):  # type: ignore[no-untyped-def]
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.served.log.append(Asked(self.command, self.path, headers))
+        return super().send_head()
+
+    def copyfile(self, source, outputfile) -> None:  # type: ignore[no-untyped-def]
+        with contextlib.suppress(ConnectionError):
+            super().copyfile(source, outputfile)
+
+
+class _RangedHandler(_Handler):
+    """The same, with single ranges."""
+
+    def do_GET(self) -> None:
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if not match or not path.is_file():
+            super().do_GET()
+            return
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.served.log.append(Asked(self.command, self.path, headers))
+        start, size = int(match[1]), path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(int(match[2]) + 1 - start)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(data) - 1}/{size}")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(data)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, ranges: bool) -> Iterator[FileServer]:
+    """Serves a folder until the block ends."""
+    base = _RangedHandler if ranges else _Handler
+    served = FileServer("")
+    handler = type("Handler", (base,), {"served": served})
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def finish_request(self, request, client_address) -> None:  # type: ignore[no-untyped-def]
+            handler(request, client_address, self, directory=str(folder))
+
+        def handle_error(self, *_: object) -> None:
+            """A client that hangs up is no news."""
+
+    with Server(("127.0.0.1", 0), handler) as server:
+        served.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield served
+        finally:
+            server.shutdown()
+            thread.join()
