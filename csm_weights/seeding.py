@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights import gates, hubcache, place
@@ -17,6 +18,9 @@ from csm_weights.proving import gate, gate_error, subject_of
 from csm_weights.records import Fingerprint, Receipt
 from csm_weights.request import Request, Run, begin
 from csm_weights.state import ArtifactState, Condition, State
+
+#: A commit, as it names a snapshot; a branch or tag names none.
+REVISION = re.compile(r"[0-9a-f]{40}")
 
 #: From this many bytes on the Hub keeps a file of any kind outside of git, by its sha256.
 LARGE = 10_000_000
@@ -82,6 +86,8 @@ def rehearse(request: Request, move_main: bool = False) -> Seeding:
 def _repository(manifest: Manifest) -> tuple[str, str]:
     if manifest.repo is None or manifest.revision is None:
         raise UsageError(f"{manifest.name} is in no Hub repository: its manifest has no [hub]")
+    if not REVISION.fullmatch(manifest.revision):
+        raise UsageError(f"the cache keeps files by commit, which {manifest.revision!r} is not")
     return manifest.repo, manifest.revision
 
 
@@ -113,14 +119,9 @@ def _prove(run: Run, state: State) -> None:
 
 def _receipt(run: Run, proof: gates.Proof) -> Receipt:
     assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
-    artifact = proof.subject.artifact
-    git = artifact.git_sha1 if artifact.is_git_proven and _is_pinned(artifact, proof) else None
-    proven = Assembled(proof.subject.path, proof.sha256, proof.records, proof.fingerprint)
-    return replace(run.receipt(artifact, proven), git_sha1=git)
-
-
-def _is_pinned(artifact: Artifact, proof: gates.Proof) -> bool:
-    return proof.subject.edition == artifact.editions[0]
+    whole = (proof.records, proof.fingerprint, proof.git_sha1)
+    proven = Assembled(proof.subject.path, proof.sha256, *whole)
+    return run.receipt(proof.subject.artifact, proven)
 
 
 def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Seed], list[str]]:

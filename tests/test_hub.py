@@ -28,8 +28,9 @@ from csm_weights.manifest import Artifact
 from csm_weights.publish import split
 from csm_weights.sources import Broken, first_of
 from csm_weights.sources.answers import asked_wait, redirect_target
+from csm_weights.sources.asking import Limits
 from csm_weights.sources.hub import Account, Hub
-from csm_weights.sources.wire import SPAN, Limits, Wire
+from csm_weights.sources.wire import SPAN, Wire
 from tests.hub_server import Fault, HubServer
 
 SIZE = 2 * SPAN + 300_007

@@ -183,8 +183,11 @@ def test_small_files_are_named_by_their_git_id(model: Toy) -> None:
     }
 
 
-def test_a_pinned_git_id_says_how_the_hub_keeps_a_file(model: Toy) -> None:
-    """A manifest that has the git id of a file's content names its blob by it."""
+def test_a_pinned_git_id_says_how_the_hub_keeps_a_file(
+    model: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest that has the git id of a file's content names its blob by it, of any size."""
+    monkeypatch.setattr(seeding, "LARGE", 1)
     good = git_sha1(model.good("a.bin"))
     edit(model, "a.bin", lambda a: replace(a, blob_id=None, git_sha1=good))
     assert names(seed_cache(model.request("a.bin"))) == {"a.bin": good}
@@ -247,6 +250,13 @@ def test_a_model_without_a_repository_has_no_cache_to_go_to(toy: Toy) -> None:
     """A manifest without a [hub] section is told to have none."""
     with pytest.raises(UsageError, match="no \\[hub\\]"):
         seed_cache(toy.request())
+
+
+def test_a_branch_is_no_name_of_a_snapshot(model: Toy) -> None:
+    """Where another revision is asked for it has to be a commit, as the cache has them."""
+    with pytest.raises(UsageError, match="'main' is not"):
+        seed_cache(replace(model.request(), revision="main"))
+    assert seed_cache(replace(model.request(), revision=OTHER)).main == OTHER
 
 
 def test_another_edition_is_seeded_with_a_word_about_it(model: Toy, home: Path) -> None:

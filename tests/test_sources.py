@@ -18,10 +18,11 @@ from csm_weights.manifest import Artifact
 from csm_weights.publish import split
 from csm_weights.records import Arrival, load_arrival, load_piece
 from csm_weights.sources import Source, first_of
+from csm_weights.sources.asking import Limits
 from csm_weights.sources.hub import Account, Hub
 from csm_weights.sources.local import Chunks, Salvage, WholeFile
 from csm_weights.sources.mirror import Mirror
-from csm_weights.sources.wire import SPAN, Limits, Wire
+from csm_weights.sources.wire import SPAN, Wire
 from tests.hub_server import HubServer
 from tests.servers import serving
 from tests.toy import flip

@@ -22,7 +22,8 @@ from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.sources import Broken, Sink
 from csm_weights.sources.answers import origin, redirect_target, shown, wrong_answer
-from csm_weights.sources.wire import REDIRECTS, Location, Place, Wire
+from csm_weights.sources.asking import REDIRECTS
+from csm_weights.sources.wire import Location, Place, Wire
 
 #: Seconds for which a signed URL must have been good, or else its refusal is taken as one.
 FRESH = 2.0
@@ -61,6 +62,14 @@ class Account:
         token = library().get_token() if found.token_from and not found.offline else None
         return cls(found.endpoint, token, found.offline)
 
+    def problem(self, page: str) -> Finding | None:
+        """Why the token cannot be sent at all, as one that was pasted with an ellipsis."""
+        if not self.token or self.token.isascii():
+            return None
+        help_text = f"make a new one at {self.endpoint}/{TOKENS} and run hf auth login"
+        expected, found = "a token that the Hub knows", "one with letters beyond ASCII"
+        return Finding(Kind.UNKNOWN_TOKEN, page, expected, found, help_text)
+
     def headers(self) -> dict[str, str]:
         """What tells the Hub who asks."""
         return {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -80,7 +89,7 @@ class Hub:
         self._revision = revision
         self._lock = threading.Lock()
         self._files: dict[str, _HubFile] = {}
-        self._refusal: Finding | None = None
+        self._refusal = account.problem(self.page)
         #: The URLs, without their queries, where its files are handed out.
         self.reached: set[str] = set()
 

@@ -13,7 +13,8 @@ from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.sources import Absent, Broken, Sink
 from csm_weights.sources.answers import origin, redirect_target, shown
-from csm_weights.sources.wire import REDIRECTS, Location, Place, Wire
+from csm_weights.sources.asking import REDIRECTS
+from csm_weights.sources.wire import Location, Place, Wire
 
 
 class Mirror:

@@ -11,36 +11,22 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError
+from urllib3.exceptions import HTTPError
 from urllib3.exceptions import SSLError as BodySSLError
-from urllib3.util import Retry
 
 from csm_weights.digest import Stopped
 from csm_weights.errors import Finding, Kind
 from csm_weights.landing import BLOCK
 from csm_weights.sources import Broken, Sink
-from csm_weights.sources.answers import (
-    asked_wait,
-    cause,
-    certificate_finding,
-    describe,
-    no_answer,
-    origin,
-    passing_finding,
-    proxy_finding,
-    redirect_target,
-    shown,
-    wrong_answer,
-)
+from csm_weights.sources.answers import cause, certificate_finding, describe, wrong_answer
+from csm_weights.sources.asking import Asker, Limits, Patience, Say, Trouble
 
 #: Bytes that one request asks for.
 SPAN = 4 * BLOCK
@@ -51,41 +37,13 @@ READ = 256 << 10
 #: Lines that are open at the same time.
 LINES = 8
 
-#: Redirects that are followed from one request.
-REDIRECTS = 5
-
 #: Seconds between two looks at the speed of the lines.
 MOMENT = 0.5
 
 #: Bytes of a refusal or a wrong page that are read, to say what it is.
 PEEK = 2048
 
-#: Answers after which the same request may succeed.
-_PASSING = {408, 425, 429, 500, 502, 503, 504}
-
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How patient a wire is: times in seconds, rates in bytes a second.
-
-    A line that gives less than `least_rate` over `slow_seconds` is dropped,
-    at most `slow_lines` times for one span. A server may ask for waits up to
-    `longest_wait`. `tries` are the requests in a row that may bring nothing.
-    """
-
-    connect: float = 10.0
-    read: float = 30.0
-    tries: int = 5
-    connect_tries: int = 2
-    backoff: float = 0.5
-    longest_wait: float = 300.0
-    least_rate: int = 1024
-    slow_seconds: float = 20.0
-    slow_lines: int = 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +54,7 @@ class Place:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class Location:
+class Location(ABC):
     """One file on a server, wherever that has it at the moment.
 
     `where` names it in messages and receipts, without secrets. The file is
@@ -112,38 +70,21 @@ class Location:
         self.etag: str | None = None
         self.stream: _Line | None = None
 
+    @abstractmethod
     def place(self) -> Place:
         """Where the file is; raises Broken."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refused(self, place: Place, response: requests.Response) -> Finding | None:
         """What a refusal at `place` means, or None where there is another place now."""
-        raise NotImplementedError
-
-
-class _NoAuth(AuthBase):
-    """Keeps requests from taking credentials from .netrc: ours are in headers, or nowhere."""
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        return request
 
 
 class _NoRanges(Exception):
     """The server answers a range with the whole file."""
 
 
-class _Trouble(Exception):
-    """Something that may pass, or not: a finding, and how long to wait if the server said so."""
-
-    def __init__(self, finding: Finding, seconds: float | None = None, connected: bool = True):
-        super().__init__(finding.line())
-        self.finding = finding
-        self.seconds = seconds
-        self.connected = connected
-
-
-class Wire:
-    """All transfers of one run: a pool of connections, of lines, and one who watches them."""
+class Wire(Asker):
+    """All transfers of one run: a pool of lines, and one who watches them."""
 
     def __init__(
         self,
@@ -152,20 +93,10 @@ class Wire:
         limits: Limits | None = None,
         lines: int = LINES,
     ) -> None:
-        self.limits = limits or Limits()
-        self._stop = stop
-        self._say = say
-        self._session = requests.Session()
-        self._session.auth = _NoAuth()
-        self._session.headers["User-Agent"] = f"csm-weights/{version('csm-weights')}"
-        self._session.headers["Accept-Encoding"] = "identity"
-        adapter = HTTPAdapter(pool_connections=8, pool_maxsize=2 * lines, max_retries=0)
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, adapter)
+        super().__init__(stop, say, limits or Limits(), 2 * lines)
         self._pool = ThreadPoolExecutor(lines)
         self._lock = threading.Lock()
         self._open_lines: set[_Line] = set()
-        self._quiet_until: dict[str, float] = {}
         self._is_closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -177,82 +108,7 @@ class Wire:
         self._is_closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._watcher.join()
-        self._session.close()
-
-    # ---- one request
-
-    def ask(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
-        """The answer to a request without a body worth reading, after retries.
-
-        Redirects and refusals are answers too. Raises Broken when the network
-        or the server fails, Stopped.
-        """
-        patience = _Patience(self)
-        while True:
-            try:
-                with self._request(method, url, headers) as response:
-                    return response
-            except _Trouble as trouble:
-                patience.wait(trouble, url)
-
-    def _request(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
-        """One try; raises _Trouble where there is no answer, or one that may pass."""
-        host = urlsplit(url).netloc.rpartition("@")[2]
-        self._pause(self._quiet_until.get(host, 0.0) - time.monotonic())
-        limits = self.limits
-        try:
-            response = self._session.request(
-                method,
-                url,
-                headers=dict(headers),
-                stream=True,
-                allow_redirects=False,
-                timeout=(limits.connect, limits.read),
-            )
-        except requests.exceptions.ProxyError as error:
-            raise Broken([proxy_finding(host, cause(error))]) from None
-        except requests.exceptions.SSLError as error:
-            raise Broken([certificate_finding(host, error)]) from None
-        except (requests.exceptions.RequestException, HTTPError, OSError) as error:
-            is_read = isinstance(error, requests.exceptions.ReadTimeout)
-            raise _Trouble(no_answer(host, error), connected=is_read) from None
-        if response.status_code == 407:
-            response.close()
-            raise Broken([proxy_finding(host, "407 proxy authentication required")])
-        if response.status_code in _PASSING:
-            response.close()
-            seconds = asked_wait(response.headers)
-            if seconds is not None and seconds <= limits.longest_wait:
-                self._quiet_until[host] = time.monotonic() + seconds
-            raise _Trouble(passing_finding(host, response, seconds), seconds)
-        return response
-
-    def _follow(self, place: Place, headers: Mapping[str, str]) -> requests.Response:
-        """A GET, by redirects if need be; a place's own headers go to its own origin only."""
-        url = place.url
-        for _ in range(REDIRECTS):
-            own = place.headers if origin(url) == origin(place.url) else {}
-            response = self._request("GET", url, {**headers, **own})
-            if not response.is_redirect:
-                return response
-            response.close()
-            url = redirect_target(url, response.headers["Location"])
-        finding = Finding(
-            Kind.REDIRECT, shown(place.url), f"at most {REDIRECTS} redirects", "more, in a circle?"
-        )
-        raise Broken([finding])
-
-    def _pause(self, seconds: float) -> None:
-        if seconds > 0 and self._stop.wait(seconds):
-            raise Stopped
-
-    def pause(self, seconds: float, why: Finding) -> None:
-        """Waits, and says so where a person would wonder; raises Stopped."""
-        if seconds >= 1:
-            self._say(f"{why.where}: {why.kind} ({why.found}); trying again in {seconds:.0f} s")
-        self._pause(seconds)
-
-    # ---- one file
+        self.hang_up()
 
     def fetch(self, location: Location, sink: Sink) -> None:
         """Puts what the sink wants of a file into it, by many lines or, without ranges, by one.
@@ -289,18 +145,18 @@ class Wire:
         self, location: Location, span: tuple[int, int], sink: Sink, over: threading.Event
     ) -> None:
         at, end = span
-        patience = _Patience(self)
+        patience = Patience(self)
         while at < end:
-            if over.is_set() or self._stop.is_set():
+            if over.is_set() or self.stop.is_set():
                 raise Stopped
             place = location.place()
             line: _Line | None = None
             try:
                 with self._line(location, place, at, end, over) as line:
                     line.read_into(sink)
-            except _Trouble as trouble:
+            except Trouble as trouble:
                 if line and line.at > at and not line.is_too_slow:
-                    patience = _Patience(self)
+                    patience = Patience(self)
                 patience.wait(trouble, place.url)
             finally:
                 at = line.at if line else at
@@ -311,7 +167,7 @@ class Wire:
     ) -> Iterator[_Line]:
         """An open line that will give the bytes `[at, end)` of the artifact."""
         start, stop = at - location.offset, end - location.offset
-        response = self._follow(place, {"Range": f"bytes={start}-{stop - 1}"})
+        response = self.follow(place.url, place.headers, {"Range": f"bytes={start}-{stop - 1}"})
         with contextlib.closing(response):
             self._check_answer(location, place, response, start, stop)
             line = _Line(response, at, end, self.limits, over)
@@ -334,7 +190,7 @@ class Wire:
             with self._lock:
                 lines = list(self._open_lines)
             for line in lines:
-                line.check_speed(is_stopped=self._stop.is_set() or line.over.is_set())
+                line.check_speed(is_stopped=self.stop.is_set() or line.over.is_set())
 
     def _check_answer(
         self,
@@ -350,7 +206,7 @@ class Wire:
             finding = location.refused(place, response)
             if finding is None:
                 expired = Finding(Kind.FORBIDDEN, where, "a URL that is valid", "an expired one")
-                raise _Trouble(expired, seconds=0)
+                raise Trouble(expired, seconds=0)
             raise Broken([finding])
         if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
             raise wrong_answer(where, "the bytes as they are", f"them encoded as {encoding}")
@@ -378,14 +234,14 @@ class Wire:
         """Reads the file from its start, once for pieces that follow each other."""
         with location.lock:
             for start, end in sink.wanted():
-                at, patience = start, _Patience(self)
+                at, patience = start, Patience(self)
                 while at < end:
                     place = location.place()
                     try:
                         self._stream_to(location, place, at, end, sink)
-                    except _Trouble as trouble:
+                    except Trouble as trouble:
                         reached = location.stream.at if location.stream else at
-                        patience = patience if reached <= at else _Patience(self)
+                        patience = patience if reached <= at else Patience(self)
                         at = max(at, min(reached, end))
                         self._hang_up(location)
                         patience.wait(trouble, place.url)
@@ -397,10 +253,10 @@ class Wire:
     def _stream_to(self, location: Location, place: Place, at: int, end: int, sink: Sink) -> None:
         if location.stream is None or location.stream.at > at:
             self._hang_up(location)
-            response = self._follow(place, {})
+            response = self.follow(place.url, place.headers)
             self._check_answer(location, place, response, 0, location.size)
             location.stream = _Line(
-                response, location.offset, location.offset, self.limits, self._stop
+                response, location.offset, location.offset, self.limits, self.stop
             )
         line = location.stream
         with self._watched(line):
@@ -451,7 +307,7 @@ class _Line:
                 while size < room:
                     with block.view[size : min(room, size + READ)] as view:
                         size += self._read(view)
-            except _Trouble as error:
+            except Trouble as error:
                 trouble = error
             sink.put(block, self.at, size)
             self.at += size
@@ -468,15 +324,15 @@ class _Line:
                     self.at += self._read(view)
 
     def _read(self, view: memoryview) -> int:
-        """Bytes read into `view`, one at least; raises _Trouble."""
+        """Bytes read into `view`, one at least; raises Trouble."""
         try:
             count: int = self._response.raw.readinto(view)
         except BodySSLError as error:
             raise Broken([certificate_finding(self._host, error)]) from None
         except (HTTPError, OSError, ValueError) as error:
-            raise _Trouble(self._lost(cause(error))) from None
+            raise Trouble(self._lost(cause(error))) from None
         if not count:
-            raise _Trouble(self._lost("the connection was closed"))
+            raise Trouble(self._lost("the connection was closed"))
         self._came += count
         return count
 
@@ -501,37 +357,6 @@ class _Line:
             # It may have ended meanwhile, which is as good.
             with contextlib.suppress(OSError, RuntimeError, ValueError):
                 self._response.raw.shutdown()
-
-
-class _Patience:
-    """How often the same request is made again, and how long is waited in between."""
-
-    def __init__(self, wire: Wire) -> None:
-        limits = wire.limits
-        self._wire = wire
-        self._slow = limits.slow_lines
-        self._retry = Retry(
-            total=limits.tries,
-            connect=limits.connect_tries,
-            backoff_factor=limits.backoff,
-            backoff_jitter=limits.backoff,
-            backoff_max=30,
-        )
-
-    def wait(self, trouble: _Trouble, url: str) -> None:
-        """Waits before the next try; raises Broken where there is none, Stopped."""
-        finding, seconds = trouble.finding, trouble.seconds
-        self._slow -= finding.kind is Kind.TOO_SLOW
-        longest = self._wire.limits.longest_wait
-        if self._slow <= 0 or (seconds is not None and seconds > longest):
-            raise Broken([finding])
-        error = None if trouble.connected else ConnectTimeoutError()
-        try:
-            self._retry = self._retry.increment("GET", url, error=error)
-        except MaxRetryError:
-            raise Broken([finding]) from None
-        backoff = self._retry.get_backoff_time()
-        self._wire.pause(max(seconds, 0) if seconds is not None else backoff, finding)
 
 
 def _spans(start: int, end: int) -> Iterator[tuple[int, int]]:
