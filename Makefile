@@ -1,11 +1,13 @@
 # csm-weights: `make` shows what there is.
 #
-# Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  SOURCE=auto  SMOKE=no  PYTHON=python3.11
+# Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  SOURCE=auto  URL='https://mirror ...'
+#            SMOKE=no  PYTHON=python3.11
 
 MODEL  ?= csm-1b
 ONLY   ?=
 DEST   ?=
 SOURCE ?= auto
+URL    ?=
 SMOKE  ?= yes
 PYTHON ?= python3
 
@@ -13,6 +15,7 @@ VENV ?= .venv
 INV  := $(VENV)/bin/inv
 PIP  := $(VENV)/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt
 WHAT := --model '$(MODEL)' $(if $(ONLY),--only '$(ONLY)') $(if $(DEST),--dest '$(DEST)')
+FROM := --source '$(SOURCE)' $(foreach url,$(URL),--url '$(url)')
 
 # Running the model needs torch; proving the files does not.
 ifeq ($(SMOKE),no)
@@ -23,24 +26,27 @@ RUN_ENV   := $(VENV)/.smoke
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights status fetch place verify smoke split lock standin clean \
-	test lint test-full bench
+.PHONY: help weights doctor status fetch place verify smoke seed-cache split lock standin clean \
+	test lint test-full test-integration bench
 
 help: ## Show this help
-	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SMOKE=no]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=no]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 weights: $(VENV)/.base ## Assemble, place, gate and smoke-test MODEL: the whole line
 	@# What is missing is told before torch is installed.
-	@$(INV) weights $(WHAT) --source '$(SOURCE)' --dry > /dev/null
+	@$(INV) weights $(WHAT) $(FROM) --dry > /dev/null
 	@$(MAKE) --no-print-directory $(RUN_ENV)
-	@$(INV) weights $(WHAT) --source '$(SOURCE)' $(SMOKE_OPT)
+	@$(INV) weights $(WHAT) $(FROM) $(SMOKE_OPT)
+
+doctor: $(VENV)/.base ## Find out what stands in the way of weights, before it fetches anything
+	@$(INV) doctor $(WHAT) $(FROM) $(SMOKE_OPT)
 
 status: $(VENV)/.base ## Show what is here, what is missing, and what would be done
-	@$(INV) status $(WHAT)
+	@$(INV) status $(WHAT) $(FROM)
 
 fetch: $(VENV)/.base ## Bring the files into output/, proven
-	@$(INV) fetch $(WHAT) --source '$(SOURCE)'
+	@$(INV) fetch $(WHAT) $(FROM)
 
 place: $(VENV)/.base ## Move proven files from output/ to their place
 	@$(INV) place $(WHAT)
@@ -50,6 +56,9 @@ verify: $(VENV)/.base ## Hash every file in place again and run all gates
 
 smoke: $(VENV)/.smoke ## Load the model, let it speak, and check it
 	@$(INV) smoke $(WHAT)
+
+seed-cache: $(VENV)/.base ## Give the files in place to the Hub's cache, for other programs
+	@$(INV) seed-cache $(WHAT)
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean $(if $(DEST),--dest '$(DEST)') --model '$(MODEL)'
@@ -74,6 +83,9 @@ lint: $(VENV)/.test ## Check style, types and the shell script
 
 test-full: $(VENV)/.test ## Run the tests that need root, 45 GB of disk, or minutes
 	@$(VENV)/bin/python -m pytest -m full tests
+
+test-integration: $(VENV)/.test ## Run the tests against nginx and other releases of huggingface_hub
+	@$(VENV)/bin/python -m pytest -m integration tests
 
 bench: $(VENV)/.base ## Measure against cat and sha256sum at full size (needs 40 GB of disk)
 	@$(VENV)/bin/python benchmarks/line.py

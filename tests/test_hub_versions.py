@@ -1,4 +1,4 @@
-"""A seeded cache as former and present versions of huggingface_hub see it: `make test-full`."""
+"""A seeded cache as former and present versions of huggingface_hub see it: `make test-integration`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from csm_weights.seeding import seed_cache
 from tests.test_hubcache import ask_client
 from tests.test_seeding import LOAD, REPO, digests, home, tiny
 
-pytestmark = pytest.mark.full
+pytestmark = pytest.mark.integration
 
 __all__ = ["home", "tiny"]
 
