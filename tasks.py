@@ -205,11 +205,12 @@ def fetch(
     dry: bool = False,
     json: bool = False,
 ) -> None:
-    """Bring the files into the staging folder (output/), proven."""
+    """Bring the files into the staging folder (output/), or into --dest, proven."""
     from csm_weights.plan import Goal
 
     with _exit_codes(json):
-        _act(_request(model, only, dest, source, url, revision), Goal.STAGED, dry, json)
+        goal = Goal.BOTH if dest else Goal.STAGED
+        _act(_request(model, only, dest, source, url, revision), goal, dry, json)
 
 
 @task(help=_help("model", "only", "dest", "json", "dry"))
@@ -299,6 +300,70 @@ def smoke(
 
 
 @task(
+    iterable=["url"],
+    help=_help(
+        "model",
+        "only",
+        "dest",
+        "json",
+        "source",
+        "url",
+        "revision",
+        smoke="--no-smoke asks for no torch, as that of weights",
+        offline="look instead for the repositories that CSM needs to speak offline",
+    ),
+)
+def doctor(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    source: str = "auto",
+    url: Sequence[str] | None = None,
+    revision: str = "",
+    smoke: bool = True,
+    offline: bool = False,
+    json: bool = False,
+) -> None:
+    """Find out what stands in the way of weights, before anything is fetched."""
+    from csm_weights import doctor, report_hub
+
+    with _exit_codes(json):
+        request = _request(model, only, dest, source, url, revision)
+        found = doctor.closure(request) if offline else doctor.examine(request, smoke)
+        _print(report_hub.diagnosis_json(found) if json else report_hub.diagnosis_text(found))
+        _exit_with(found.error)
+
+
+@task(
+    help=_help(
+        "model",
+        "only",
+        "dest",
+        "json",
+        "dry",
+        move_main="let main stand for these files, even where it stands for another commit",
+    )
+)
+def seed_cache(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    move_main: bool = False,
+    dry: bool = False,
+    json: bool = False,
+) -> None:
+    """Give the files in place to the Hub's cache, for other programs."""
+    from csm_weights import report_hub, seeding
+
+    with _exit_codes(json):
+        act = seeding.rehearse if dry else seeding.seed_cache
+        done = act(_request(model, only, dest), move_main)
+        _print(report_hub.seeding_json(done) if json else report_hub.seeding_text(done))
+
+
+@task(
     positional=["file"],
     help={
         "file": "the file to cut into parts",
@@ -323,15 +388,40 @@ def split(
         _print(authoring.split(ROOT, Path(file), chunks, size, manifest, dry))
 
 
-@task(help=_help("model", "only", "dest", dry="show the difference, and write nothing"))
+@task(
+    help=_help(
+        "dest",
+        model="a name in manifests/, or a manifest's path (default csm-1b, or the name in --repo)",
+        repo="ORG/NAME: write the manifest of that repository, from the Hub's own metadata",
+        revision="with --repo: a commit, branch or tag (default main)",
+        only="formats, groups or files, comma-separated; with --repo globs: '*.safetensors,*.json'",
+        size="bytes of the pieces that larger files without pieces get (default 64MiB)",
+        dry="show the difference, and write nothing",
+    )
+)
 def lock(
-    c: Context, model: str = "csm-1b", only: str = "", dest: str = "", dry: bool = False
+    c: Context,
+    model: str = "",
+    repo: str = "",
+    revision: str = "",
+    only: str = "",
+    dest: str = "",
+    size: str = "",
+    dry: bool = False,
 ) -> None:
-    """Add to a manifest the digests that proven local files show."""
-    from csm_weights import authoring
+    """Write the digests to a manifest that proven local files show, or those the Hub tells."""
+    from csm_weights import locking
+    from csm_weights.errors import UsageError
 
     with _exit_codes():
-        _print(authoring.lock(_request(model, only, dest), dry))
+        if repo and (dest or size):
+            raise UsageError("--dest and --size are about files in place; --repo asks the Hub only")
+        if revision and not repo:
+            raise UsageError("--revision goes with --repo")
+        if repo:
+            _print(locking.lock_repo(ROOT, repo, revision, only, model, dry))
+        else:
+            _print(locking.lock(_request(model or "csm-1b", only, dest), dry, size))
 
 
 @task(help={"name": "which stand-in: csm-1b-standin (12.4 GB) or csm-tiny", "dry": HELP["dry"]})

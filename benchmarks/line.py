@@ -1,8 +1,8 @@
 """Measures the line against cat and sha256sum, on the full-size stand-in of CSM-1B.
 
     make bench                              # everything; needs 40 GB of disk, root for XFS
-    python benchmarks/line.py --runs 1      # a quick look
-    python benchmarks/line.py --model csm-tiny --runs 1   # does it work at all
+    python -m benchmarks.line --runs 1      # a quick look
+    python -m benchmarks.line --model csm-tiny --runs 1   # does it work at all
 
 Each figure is the median of several runs, ours and the peer's in turn, so that
 a machine whose speed drifts slows both. Results go to stdout as Markdown, and
@@ -14,87 +14,33 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
-import re
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-INV = Path(sys.prefix) / "bin" / "inv"
-REPORT = ROOT / "docs" / "performance.md"
+from benchmarks.common import (
+    INV,
+    ROOT,
+    Row,
+    Run,
+    copy_line,
+    in_turn,
+    machine,
+    median,
+    ratio,
+    run,
+    table,
+    write_report,
+)
 
 #: Seconds below which a copy of gigabytes was none: the file system shared the blocks.
 INSTANT = 0.2
 
 #: Bytes hashed to find the speed of one core.
 SAMPLE = 1 << 30
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished command: seconds of wall clock and processor, bytes of peak memory."""
-
-    wall: float
-    cpu: float
-    memory: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the report; `goal` is in words, `ratio` is ours to the peer's or reverse."""
-
-    what: str
-    ours: str
-    peer: str
-    ratio: str
-    goal: str
-
-
-def run(command: list[str] | str, cwd: Path) -> Run:
-    """Runs a command to its end and returns what the kernel accounted for it."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        shell=isinstance(command, str),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.perf_counter() - start
-    if process.returncode:
-        raise SystemExit(f"{command} ended with {process.returncode}:\n{errors.decode()}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-
-
-def in_turn(runs: int, *sides: Callable[[], Run]) -> list[list[Run]]:
-    """Runs all sides in turn, `runs` times each."""
-    results: list[list[Run]] = [[] for _ in sides]
-    for number in range(runs):
-        for index, side in enumerate(sides):
-            results[index].append(side())
-            print(f"run {number + 1} side {index + 1}: {results[index][-1]}", file=sys.stderr)
-    return results
-
-
-def median(runs: list[Run]) -> float:
-    """The median wall time in seconds."""
-    return statistics.median(r.wall for r in runs)
-
-
-def ratio(over: list[Run], under: list[Run]) -> float:
-    """The median of the ratios of wall times, pair by pair."""
-    pairs = zip(over, under, strict=True)
-    return statistics.median(a.wall / b.wall for a, b in pairs)
 
 
 class Tree:
@@ -106,10 +52,7 @@ class Tree:
         self.chunks = folder / "chunks" / model
         self.placed = folder / "models" / model
         self.by_hand = folder / "by-hand"
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "tasks.py", folder)
-        for name in ("csm_weights", "manifests"):
-            shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
+        copy_line(folder)
 
     def inv(self, *words: str) -> Run:
         """An inv command on the model."""
@@ -331,33 +274,6 @@ def measure_xfs(tree: Tree, runs: int) -> list[Row]:
         shutil.copytree(tree.chunks, there.chunks)
         shutil.copy(tree.folder / "SHA256SUMS", there.folder)
         return measure_assemble(there, runs, "loop-mounted XFS")
-
-
-def table(rows: list[Row]) -> str:
-    """Rows as a Markdown table."""
-    lines = ["| what | ours | peer | ratio | goal |", "|---|---|---|---|---|"]
-    lines += [f"| {r.what} | {r.ours} | {r.peer} | {r.ratio} | {r.goal} |" for r in rows]
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    """The machine in a line."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = Path("/proc/cpuinfo").read_text()
-    match = re.search(r"model name\s*: (.+)", info)
-    return (
-        f"{match[1] if match else platform.processor()}, {os.cpu_count()} cores,"
-        f" {memory / 2**30:.0f} GiB of memory, Linux {platform.release()},"
-        f" Python {platform.python_version()}"
-    )
-
-
-def write_report(text: str) -> None:
-    """Puts the tables between the marks of docs/performance.md."""
-    old = REPORT.read_text()
-    start, end = "<!-- measured: begin -->\n", "<!-- measured: end -->"
-    head, _, rest = old.partition(start)
-    REPORT.write_text(head + start + text + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:

@@ -5,17 +5,15 @@ Like `pipeline`, this module knows an order and does nothing by itself.
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from pathlib import Path
 
 from csm_weights import files, publish
 from csm_weights.architecture import parse_config
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, error_for
-from csm_weights.manifest import Manifest, load, parse, path_problem, render, render_artifact
+from csm_weights.manifest import Manifest, load, path_problem, render_artifact
 from csm_weights.progress import Progress
-from csm_weights.proving import SUMS, verify
-from csm_weights.request import Request
+from csm_weights.proving import SUMS
 from csm_weights.standin import sizes, write_standin
 
 
@@ -44,7 +42,7 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     files.write_whole(root / folder / SUMS, publish.render_sums(sums))
     if current is None:
         return "\n".join(["[[artifact]]", *render_artifact(artifact)])
-    _write_manifest(path, publish.with_artifact(current, artifact))
+    publish.write_manifest(path, publish.with_artifact(current, artifact))
     return f"{len(ranges)} parts in {folder}/, entry in {path}"
 
 
@@ -55,34 +53,6 @@ def _manifest_to_extend(path: Path) -> Manifest:
     if problem := publish.name_problem(path.stem):
         raise UsageError(f"--manifest {path}: {problem}")
     return Manifest(path.stem, f"output/{path.stem}", f"models/{path.stem}", (), where=str(path))
-
-
-def _write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes a manifest that has been read back and found valid."""
-    text = render(manifest)
-    parse(text.encode(), str(path))
-    files.write_whole(path, text)
-
-
-def lock(request: Request, dry: bool) -> str:
-    """Fills in the digests that proven files in place show; returns the difference.
-
-    Raises the gates' error unless every chosen file is proven.
-    """
-    outcome = verify(request)
-    if outcome.error:
-        raise outcome.error
-    digests = {r.path: r.sha256 for r in outcome.results if r.sha256}
-    manifest = outcome.state.manifest
-    for item in outcome.state.artifacts:
-        locked = publish.locked(item.artifact, digests[item.artifact.path])
-        manifest = publish.with_artifact(manifest, locked)
-    before, after = Path(manifest.where).read_text(encoding="utf-8"), render(manifest)
-    lines = (before.splitlines(keepends=True), after.splitlines(keepends=True))
-    difference = "".join(difflib.unified_diff(*lines, manifest.where, "locked"))
-    if difference and not dry:
-        _write_manifest(Path(manifest.where), manifest)
-    return difference or f"{manifest.where} says all that the files show"
 
 
 def standin(root: Path, name: str, dry: bool) -> str:
@@ -116,5 +86,5 @@ def standin(root: Path, name: str, dry: bool) -> str:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     path = root / "manifests" / f"{name}.toml"
-    _write_manifest(path, publish.standin_manifest(name, recipe, artifacts))
+    publish.write_manifest(path, publish.standin_manifest(name, recipe, artifacts))
     return f"{total:,} bytes in chunks/{name}/; now run inv weights --model {name}"

@@ -62,6 +62,8 @@ class Kind(enum.StrEnum):
     WRONG_ANSWER = "wrong answer"
     REDIRECT = "redirect refused"
 
+    NOT_INSTALLED = "not installed"
+
 
 #: Kinds that mean "the bytes are not here", as opposed to "here, but wrong".
 NOT_HERE = frozenset({Kind.MISSING, Kind.LFS_POINTER, Kind.NOT_THERE, Kind.OFFLINE})
@@ -207,9 +209,13 @@ def error_for(message: str, findings: Sequence[Finding], advice: str = "") -> Cs
     """The one error for many findings.
 
     A disk that takes nothing outweighs wrong content, that outweighs refused
-    access, that outweighs a network that failed, and that what is missing.
+    access, that outweighs a network that failed, that what is missing, and that
+    a program that only the smoke test needs.
     """
     kinds = {f.kind for f in findings}
+    if kinds == {Kind.NOT_INSTALLED}:
+        return SmokeUnavailable(message, findings, advice)
+    kinds.discard(Kind.NOT_INSTALLED)
     if kinds & {Kind.NO_SPACE, Kind.NOT_WRITABLE}:
         return NoSpace(message, findings, advice)
     if kinds - NOT_HERE - REFUSED - NETWORK:

@@ -92,9 +92,9 @@ class Proof:
 
     def finding(self) -> Finding | None:
         """What is wrong, in one finding: several wrong pieces are told as ranges of one file."""
-        if len(self.findings) < 2:
-            return self.findings[0] if self.findings else None
         path = str(self.subject.path)
+        if len(self.findings) < 2 or all(f.where == path for f in self.findings):
+            return self.findings[0] if self.findings else None
         ranges = "; ".join(f.where.removeprefix(path).strip() for f in self.findings)
         first = self.findings[0]
         return Finding(

@@ -23,7 +23,13 @@ from csm_weights.errors import NETWORK, NOT_HERE, REFUSED, CsmWeightsError, Find
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.plan import Goal, Plan, Step, Verb
 from csm_weights.progress import Progress
-from csm_weights.proving import gate, gate_error, speak_unless_known, subject_of
+from csm_weights.proving import (
+    gate,
+    gate_error,
+    has_smoke_test,
+    speak_unless_known,
+    subject_of,
+)
 from csm_weights.records import Receipt
 from csm_weights.request import Outcome, Request, Run, Survey, begin
 from csm_weights.sources import Source, first_of
@@ -37,15 +43,20 @@ MAX_ROUNDS = 12
 def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> Outcome:
     """The whole line: fetch, place, gate, smoke; a second run has nothing to do.
 
-    Without weights among what is chosen there is nothing to smoke-test.
+    Without weights among what is chosen there is nothing to smoke-test, and for
+    models other than CSM there is no smoke test.
     """
     outcome = act(request, Goal.BOTH)
     outcome = replace(outcome, results=gate(outcome.state, rehash=False))
     if error := gate_error(outcome.results):
         return replace(outcome, error=error)
-    if smoke and any(item.artifact.is_weights for item in outcome.state.artifacts):
-        return speak_unless_known(outcome, request, require_gpu)
-    return outcome
+    if not smoke or not any(item.artifact.is_weights for item in outcome.state.artifacts):
+        return outcome
+    if not has_smoke_test(outcome.state.manifest):
+        with Progress("smoke", 0) as progress:
+            progress.say("there is no smoke test for this model; it is not run")
+        return outcome
+    return speak_unless_known(outcome, request, require_gpu)
 
 
 def survey(request: Request, goal: Goal = Goal.BOTH, check: bool = False) -> Survey:

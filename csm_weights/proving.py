@@ -20,7 +20,7 @@ from csm_weights.errors import (
     UsageError,
     error_for,
 )
-from csm_weights.manifest import Artifact
+from csm_weights.manifest import Artifact, Manifest
 from csm_weights.progress import Progress
 from csm_weights.request import Outcome, Request, begin, now
 from csm_weights.smoke import record_golden as write_golden
@@ -82,6 +82,7 @@ def smoke(
 ) -> Outcome:
     """Gates the model that is in place, loads it and lets it speak."""
     state = begin(request).look()
+    _require_smoke_test(state.manifest)
     results = gate(state, rehash=False)
     outcome = Outcome(state, results=results, error=gate_error(results))
     return outcome if outcome.error else _speak(outcome, request, device, require_gpu, frames)
@@ -90,11 +91,22 @@ def smoke(
 def record_golden(request: Request, frames: int) -> Path:
     """Records the golden frames of a model that passes its gates; returns their file."""
     state = begin(request).look()
+    _require_smoke_test(state.manifest)
     if error := gate_error(gate(state, rehash=True)):
         raise error
     path = request.root / "manifests" / f"{state.manifest.name}.golden.json"
     write_golden(state.places.destination, path, frames)
     return path
+
+
+def has_smoke_test(manifest: Manifest) -> bool:
+    """Whether the model is one that can be let speak: CSM, by the config that describes it."""
+    return any(artifact.format == "config" for artifact in manifest.artifacts)
+
+
+def _require_smoke_test(manifest: Manifest) -> None:
+    if not has_smoke_test(manifest):
+        raise UsageError(f"there is no smoke test for {manifest.name}; inv verify proves its files")
 
 
 def gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial as bind
 from pathlib import Path
 
-from csm_weights.digest import Chain, Tick, blob_id, run_all, sha256, sha256_of
+from csm_weights.digest import Chain, Tick, blob_id, git_sha1, run_all, sha256, sha256_of
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent
-from csm_weights.files import Extent, Target, copy_hashed, writing
-from csm_weights.manifest import Artifact, Manifest, Piece, path_problem
+from csm_weights.files import Extent, Target, copy_hashed, write_whole, writing
+from csm_weights.manifest import Artifact, Manifest, Piece, parse, path_problem, render
 from csm_weights.records import partial_path
 
 #: Default size of a part in bytes: below the 2 GB that GitHub takes, and what
@@ -24,6 +24,12 @@ PIECE_SIZE = 1 << 30
 
 #: As many two-letter suffixes as split(1) gives out before it lengthens them.
 MAX_PARTS = 25 * 26
+
+#: Default size in bytes of the pieces that `lock` adds: what one repair fetches.
+LOCKED_SIZE = "64MiB"
+
+#: Pieces of one manifest at most, so that its text stays below what `parse` takes.
+MAX_PIECES = 10_000
 
 #: File name endings and the format they stand for; all else is opaque.
 _FORMATS = {".safetensors": "safetensors", ".pt": "torch-zip"}
@@ -242,13 +248,96 @@ def with_artifact(manifest: Manifest, artifact: Artifact) -> Manifest:
 def locked(artifact: Artifact, digest: str) -> Artifact:
     """The artifact with the whole-file sha256 that its proven file was found to have.
 
-    Weight files are LFS files on the Hub, so their blob id follows from it.
+    Weight files are LFS files on the Hub, unless it knows them by a git blob
+    id of their own, so their blob id follows from it.
     """
     known = {name: mark for name, mark in artifact.evidence.items() if name != "sha256"}
     if artifact.sha256 is not None or not digest:
         return artifact
-    blob = artifact.blob_id or (blob_id(digest, artifact.size) if artifact.is_weights else None)
+    is_lfs = artifact.is_weights and artifact.git_sha1 is None
+    blob = artifact.blob_id or (blob_id(digest, artifact.size) if is_lfs else None)
     return replace(artifact, sha256=digest, blob_id=blob, evidence={**known, "sha256": "A"})
+
+
+def is_same(known: Artifact, told: Artifact) -> bool | None:
+    """Whether both are about the same bytes, by size and ids; None where they share no id."""
+    edition = next((e for e in known.editions if e.size == told.size), None)
+    if edition is None:
+        return False
+    pairs = [(edition.sha256, told.sha256)]
+    if edition == known.editions[0]:
+        pairs += [(known.blob_id, told.blob_id), (known.git_sha1, told.git_sha1)]
+    if edition.text is not None:
+        content = edition.text.encode()
+        digest = git_sha1(len(content))
+        digest.update(memoryview(content))
+        pairs.append((digest.hexdigest(), told.git_sha1))
+    verdicts = [one == other for one, other in pairs if one and other]
+    return all(verdicts) if verdicts else None
+
+
+def with_told(known: Artifact, told: Artifact) -> Artifact:
+    """`known` with what else the Hub tells of the same bytes, marked as its word."""
+    if known.size != told.size:
+        return known
+    names = ("sha256", "blob_id", "git_sha1")
+    new = [name for name in names if getattr(told, name) and not getattr(known, name)]
+    return replace(
+        known,
+        sha256=known.sha256 or told.sha256,
+        blob_id=known.blob_id or told.blob_id,
+        git_sha1=known.git_sha1 or told.git_sha1,
+        evidence={**known.evidence, **dict.fromkeys(new, "H")},
+    )
+
+
+def recomputed(artifact: Artifact) -> Artifact:
+    """The artifact of a proven file: what was the Hub's word has been found in it, so it is A.
+
+    But for a git blob id beside a sha256, which is not taken of what is proven.
+    """
+    taken = {"size", "sha256", "blob_id"}
+    if artifact.is_git_proven or artifact.size == 0:
+        taken.add("git_sha1")
+    marks = artifact.evidence.items()
+    return replace(artifact, evidence={f: "A" if m == "H" and f in taken else m for f, m in marks})
+
+
+def lock_size(sizes: Sequence[int], piece_size: int) -> int:
+    """`piece_size`, doubled until files of these sizes have few enough pieces; all in bytes."""
+    if piece_size < 1:
+        raise UsageError("a piece has at least one byte")
+    while True:
+        counts = [-(-size // piece_size) for size in sizes if size > piece_size]
+        if max(counts, default=0) <= MAX_PARTS and sum(counts) <= MAX_PIECES:
+            return piece_size
+        piece_size *= 2
+
+
+def with_pieces(
+    artifact: Artifact, model: str, ranges: Sequence[tuple[int, int]], digests: Sequence[str]
+) -> Artifact:
+    """The artifact with these ranges and their sha256 as pieces, marked A.
+
+    Their parts would be in chunks/MODEL/; nobody has to make them.
+    """
+    pieces = tuple(
+        Piece(part_of(artifact, model, index), *range_, sha256=digest)
+        for index, (range_, digest) in enumerate(zip(ranges, digests, strict=True))
+    )
+    return replace(artifact, pieces=pieces, evidence={**artifact.evidence, "pieces": "A"})
+
+
+def part_of(artifact: Artifact, model: str, index: int) -> str:
+    """Where part `index` of a file would be, below the repository root."""
+    return f"chunks/{model}/{artifact.path}.part-{suffix(index)}"
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest that has been read back and found valid."""
+    text = render(manifest)
+    parse(text.encode(), str(path))
+    write_whole(path, text)
 
 
 def render_sums(digests: Mapping[str, str]) -> str:

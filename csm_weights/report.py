@@ -180,7 +180,7 @@ def _finding_blocks(findings: Sequence[Finding], notes: Sequence[Finding]) -> li
 def survey_json(survey: Survey) -> str:
     """`status --json`: what is there, the steps, the bytes; sizes in bytes."""
     state, plan = survey.state, survey.plan
-    return _dump(
+    return dump(
         model=state.manifest.name,
         ok=plan.is_done,
         exit_code=survey.error.exit_code if survey.error else 0,
@@ -227,7 +227,7 @@ def _step_data(step: Step) -> dict[str, Any]:
 def outcome_json(outcome: Outcome) -> str:
     """What a command did and what every gate says, expected and found."""
     state, error = outcome.state, outcome.error
-    return _dump(
+    return dump(
         model=state.manifest.name,
         ok=error is None,
         exit_code=error.exit_code if error else 0,
@@ -255,7 +255,7 @@ def _file_data(item: ArtifactState) -> dict[str, Any]:
 
 def error_json(error: CsmWeightsError) -> str:
     """An error as the result of a command."""
-    return _dump(
+    return dump(
         ok=False,
         exit_code=error.exit_code,
         message=error.message,
@@ -264,5 +264,6 @@ def error_json(error: CsmWeightsError) -> str:
     )
 
 
-def _dump(**data: Any) -> str:
+def dump(**data: Any) -> str:
+    """A result as JSON, in ASCII."""
     return json.dumps(data, indent=2, ensure_ascii=True)

@@ -41,7 +41,7 @@ def near(run: Run, step: Step) -> list[Source]:
         for look in (item.placed, item.staged)
         if look.good
     ]
-    if sourcing.parts:
+    if sourcing.parts and item.artifact.pieces:
         sources.append(Chunks(run.places.root))
     if sourcing.cache and (cached := item.cached):
         if cached.condition is Condition.UNPROVEN:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,24 +93,31 @@ class Clone:
         own = {"HOME": str(self.extra), "PYTHONPATH": str(self.extra), "OMP_NUM_THREADS": "1"}
         return kept | own | self.variables
 
-    def run(self, *command: str | Path, limit: float = LIMIT) -> Result:
-        """Runs a command in the clone to its end, at most `limit` seconds away."""
+    def run(
+        self, *command: str | Path, limit: float = LIMIT, env: Mapping[str, str] | None = None
+    ) -> Result:
+        """Runs a command in the clone to its end, at most `limit` seconds away.
+
+        `env` is added to what it sees of the environment.
+        """
         return subprocess.run(
             command,
             cwd=self.root,
-            env=self.environment(),
+            env={**self.environment(), **(env or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=limit,
         )
 
-    def start(self, *command: str | Path) -> subprocess.Popen[str]:
-        """Starts a command in the clone, in a process group of its own."""
+    def start(
+        self, *command: str | Path, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Starts a command in the clone, in a process group of its own; `env` as for `run`."""
         return subprocess.Popen(
             command,
             cwd=self.root,
-            env=self.environment(),
+            env={**self.environment(), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -438,6 +438,8 @@ class HubServer:
         self.lifetime = LIFETIME
         #: Whether a file in git comes by a relative 307, as from the Hub since 2025.
         self.resolve_cache = False
+        #: The URL of a server that stands in for the storage host, with the same paths.
+        self.storage_base: str | None = None
         self._repos: dict[str, Repo] = {}
         self._tokens: dict[str, Token] = {}
         self._faults: list[Fault] = []
@@ -596,7 +598,7 @@ class HubServer:
                 "X-Signature": signature,
             }
         )
-        return f"{self.storage}{entry.stored}?{query}"
+        return f"{self.storage_base or self.storage}{entry.stored}?{query}"
 
     def respond(self, asked: Asked) -> Answer:
         """The answer to a request, after all faults."""

@@ -1,4 +1,4 @@
-"""A seeded cache as former and present versions of huggingface_hub see it: `make test-integration`."""
+"""A seeded cache as former and present versions of huggingface_hub see it."""
 
 from __future__ import annotations
 

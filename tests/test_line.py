@@ -271,6 +271,15 @@ def shrink_parts(clone: Clone) -> Result:
     return clone.inv("weights", *TINY, "--json")
 
 
+def ask_without_a_token(clone: Clone) -> Result:
+    return clone.inv("fetch", "--source=hf", "--json")
+
+
+def ask_where_nobody_listens(clone: Clone) -> Result:
+    clone.variables.update(HF_TOKEN="hf_none", HF_ENDPOINT="http://127.0.0.1:9")
+    return clone.inv("fetch", "--source=hf", "--json")
+
+
 def alter_golden_frames(clone: Clone) -> Result:
     path = clone.root / "manifests" / "csm-tiny.golden.json"
     golden = json.loads(path.read_text())
@@ -323,6 +332,8 @@ ENDINGS: list[tuple[int, Callable[[Clone], Result]]] = [
     (4, damage_part),
     (4, fail_reading),
     (4, shrink_parts),
+    (5, ask_without_a_token),
+    (6, ask_where_nobody_listens),
     (7, refuse_writes),
     (7, fill_disk),
     (8, alter_golden_frames),
@@ -332,20 +343,10 @@ ENDINGS: list[tuple[int, Callable[[Clone], Result]]] = [
     (130, terminate),
 ]
 
-#: What the README keeps for sources that are not there yet.
-RESERVED = {5, 6}
-
 
 def test_the_readme_has_every_exit_code() -> None:
-    """The README's table has the codes that are produced here, and the two kept for later."""
-    assert set(readme_codes()) == {code for code, _ in ENDINGS} | RESERVED
-
-
-def test_the_readme_says_which_codes_do_not_occur() -> None:
-    """The README says that 5 and 6 are for sources that this release does not have."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (sentence,) = re.findall(r"^Codes 5 and 6 .*?\.$", text, re.MULTILINE | re.DOTALL)
-    assert "not in this release" in " ".join(sentence.split())
+    """The README's table has the codes that are produced here, and no other."""
+    assert set(readme_codes()) == {code for code, _ in ENDINGS}
 
 
 @pytest.mark.parametrize(("code", "end"), ENDINGS, ids=[end.__name__ for _, end in ENDINGS])

@@ -35,7 +35,7 @@ NOUNS = {
 }
 
 #: Modules that know the order of things, and so import stages; each may import those before it.
-CONDUCTORS = ["request", "proving", "sourcing", "seeding", "pipeline", "doctor"]
+CONDUCTORS = ["request", "proving", "sourcing", "seeding", "pipeline", "inquiry", "doctor"]
 CONDUCTORS += ["authoring", "locking"]
 
 #: What a source needs that asks a server.

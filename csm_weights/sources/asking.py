@@ -133,8 +133,9 @@ class Asker:
         except requests.exceptions.SSLError as error:
             raise Broken([certificate_finding(host, error)]) from None
         except (requests.exceptions.RequestException, HTTPError, OSError) as error:
-            is_read = isinstance(error, requests.exceptions.ReadTimeout)
-            raise Trouble(no_answer(host, error), connected=is_read) from None
+            # What the pool gave up before it asked; all else broke off after that.
+            connected = not (error.args and isinstance(error.args[0], MaxRetryError))
+            raise Trouble(no_answer(host, error), connected=connected) from None
         if response.status_code == 407:
             response.close()
             raise Broken([proxy_finding(host, "407 proxy authentication required")])

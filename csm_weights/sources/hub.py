@@ -118,6 +118,8 @@ class Hub:
 
     def resolve(self, artifact: Artifact) -> Place:
         """Where a file is just now; raises Broken unless it is the file that is pinned."""
+        if self._refusal:
+            raise Broken([self._refusal])
         path = (
             f"{quote(self._repo)}/resolve/{quote(self._revision, safe='')}/{quote(artifact.path)}"
         )
