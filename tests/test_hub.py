@@ -16,6 +16,7 @@ import pytest
 
 from csm_weights.assemble import Assembled, Assembly, assemble
 from csm_weights.digest import git_sha1
+from csm_weights.environment import HubEnvironment
 from csm_weights.errors import (
     AccessRefused,
     CsmWeightsError,
@@ -524,3 +525,32 @@ def test_other_redirects_are_followed(source: str, target: str) -> None:
 def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
     """Retry-After and RateLimit are understood, and nothing else is taken for them."""
     assert asked_wait(headers) == seconds
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://me:s3cr/et@127.0.0.1:9", "http://me:s3cret@127.0.0.1:9", "http://s3cret@a b:1"],
+)
+def test_a_proxy_that_makes_no_sense_is_told_without_its_password(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is wrong with the proxy's URL, what is said of it has no credentials."""
+    monkeypatch.setenv("http_proxy", proxy)
+    with Wire(threading.Event(), limits=HASTY) as wire, pytest.raises(Broken) as caught:
+        wire.ask("HEAD", "http://hub.example/x", {})
+    finding = caught.value.findings[0]
+    assert finding.kind in (Kind.PROXY, Kind.NO_NETWORK)
+    assert "s3cr" not in finding.line() and "PROXY" in finding.help
+
+
+def test_a_token_that_cannot_be_exchanged_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the library fails to get a token, access is refused, and its words are not repeated."""
+
+    def fails() -> str:
+        raise RuntimeError("hf_secret was refused")
+
+    environment = HubEnvironment.read({"HF_OIDC_RESOURCE": "org"})
+    monkeypatch.setattr("huggingface_hub.get_token", fails)
+    with pytest.raises(AccessRefused) as caught:
+        Account.from_environment(environment)
+    assert "hf_secret" not in str(caught.value)

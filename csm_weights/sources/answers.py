@@ -137,6 +137,13 @@ def no_answer(host: str, error: BaseException) -> Finding:
     return Finding(Kind.NO_NETWORK, host, expected, found, help_text)
 
 
+def bad_url_finding(host: str) -> Finding:
+    """That a URL, or that of the proxy on the way to it, is none."""
+    help_text = "check HF_ENDPOINT, --url, HTTPS_PROXY and HTTP_PROXY"
+    where, expected = host or "a URL", "an http:// or https:// URL, and a way to it"
+    return Finding(Kind.NO_NETWORK, where, expected, "one that makes no sense", help_text)
+
+
 def proxy_finding(host: str, found: str) -> Finding:
     """That the proxy lets nothing through."""
     help_text = "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"

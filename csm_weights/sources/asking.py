@@ -21,6 +21,7 @@ from csm_weights.errors import Finding, Kind
 from csm_weights.sources import Broken
 from csm_weights.sources.answers import (
     asked_wait,
+    bad_url_finding,
     cause,
     certificate_finding,
     no_answer,
@@ -36,6 +37,13 @@ REDIRECTS = 5
 
 #: Answers after which the same request may succeed.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+
+#: What requests says of URLs, a proxy's included; its messages repeat them, credentials and all.
+_NO_URL = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.InvalidSchema,
+)
 
 Say = Callable[[str], None]
 
@@ -128,6 +136,8 @@ class Asker:
                 allow_redirects=False,
                 timeout=(limits.connect, limits.read),
             )
+        except _NO_URL:
+            raise Broken([bad_url_finding(host)]) from None
         except requests.exceptions.ProxyError as error:
             raise Broken([proxy_finding(host, cause(error))]) from None
         except requests.exceptions.SSLError as error:

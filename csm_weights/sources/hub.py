@@ -18,7 +18,7 @@ from urllib.parse import quote, urljoin
 import requests
 
 from csm_weights.environment import HubEnvironment, no_token
-from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
+from csm_weights.errors import NETWORK, REFUSED, AccessRefused, Finding, Kind
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.sources import Broken, Sink
 from csm_weights.sources.answers import origin, redirect_target, shown, wrong_answer
@@ -57,10 +57,19 @@ class Account:
 
     @classmethod
     def from_environment(cls, environment: HubEnvironment | None = None) -> Account:
-        """The account that `hf` would use here; see `HubEnvironment`."""
+        """The account that `hf` would use here; see `HubEnvironment`.
+
+        Raises AccessRefused where a token is to be had by an exchange that fails.
+        """
         found = environment or HubEnvironment.read()
-        token = library().get_token() if found.token_from and not found.offline else None
-        return cls(found.endpoint, token, found.offline)
+        if not found.token_from or found.offline:
+            return cls(found.endpoint, None, found.offline)
+        try:
+            return cls(found.endpoint, library().get_token())
+        except Exception as error:
+            # Whatever the library raises may quote what it has sent.
+            finding = Finding(Kind.NO_TOKEN, found.token_from, "a token", type(error).__name__)
+            raise AccessRefused("the token cannot be had", [finding]) from None
 
     def problem(self, page: str) -> Finding | None:
         """Why the token cannot be sent at all, as one that was pasted with an ellipsis."""
@@ -120,10 +129,8 @@ class Hub:
         """Where a file is just now; raises Broken unless it is the file that is pinned."""
         if self._refusal:
             raise Broken([self._refusal])
-        path = (
-            f"{quote(self._repo)}/resolve/{quote(self._revision, safe='')}/{quote(artifact.path)}"
-        )
-        url = f"{self._account.endpoint}/{path}"
+        revision = quote(self._revision, safe="")
+        url = f"{self.page}/resolve/{revision}/{quote(artifact.path)}"
         for _ in range(REDIRECTS):
             response = self._wire.ask("HEAD", url, self._account.headers())
             if response.status_code >= 400:
