@@ -27,8 +27,8 @@ from csm_weights.proving import (
     gate,
     gate_error,
     has_smoke_test,
+    prove,
     speak_unless_known,
-    subject_of,
 )
 from csm_weights.records import Receipt
 from csm_weights.request import Outcome, Request, Run, Survey, begin
@@ -151,20 +151,9 @@ def _prove(run: Run, steps: Sequence[Step]) -> None:
 
 
 def _proven(run: Run, steps: Sequence[Step]) -> list[tuple[Step, Assembled]]:
-    """Hashes the files of the steps; those that are right, the others are refuted."""
-    subjects = [subject_of(step.artifact, step.look, run.manifest.name) for step in steps]
-    with Progress("proving", sum(step.reads for step in steps)) as progress:
-        proofs = gates.prove(subjects, progress.tick)
-    proven = []
-    for step, proof in zip(steps, proofs, strict=True):
-        path = step.look.path
-        if finding := proof.finding():
-            run.refuted[path], run.good[path] = finding, proof.good
-            continue
-        assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
-        whole = (proof.records, proof.fingerprint, proof.git_sha1)
-        proven.append((step, Assembled(path, proof.sha256, *whole)))
-    return proven
+    """The steps whose files are right; the other files are refuted."""
+    found = prove(run, [(step.artifact, step.look) for step in steps])
+    return [(step, proven) for step, proven in zip(steps, found, strict=True) if proven]
 
 
 def _adopt(run: Run, steps: Sequence[Step]) -> None:

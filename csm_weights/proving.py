@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from csm_weights import files, gates, publish, records
+from csm_weights.assemble import Assembled
 from csm_weights.digest import sha256_of
 from csm_weights.errors import (
     CsmWeightsError,
@@ -22,7 +23,7 @@ from csm_weights.errors import (
 )
 from csm_weights.manifest import Artifact, Manifest
 from csm_weights.progress import Progress
-from csm_weights.request import Outcome, Request, begin, now
+from csm_weights.request import Outcome, Request, Run, begin, now
 from csm_weights.smoke import record_golden as write_golden
 from csm_weights.smoke import run as run_smoke
 from csm_weights.state import Condition, FileLook, State
@@ -107,6 +108,24 @@ def has_smoke_test(manifest: Manifest) -> bool:
 def _require_smoke_test(manifest: Manifest) -> None:
     if not has_smoke_test(manifest):
         raise UsageError(f"there is no smoke test for {manifest.name}; inv verify proves its files")
+
+
+def prove(run: Run, files: Sequence[tuple[Artifact, FileLook]]) -> list[Assembled | None]:
+    """Hashes files: what is proven of each, or None for one that the run has now refuted."""
+    subjects = [subject_of(artifact, look, run.manifest.name) for artifact, look in files]
+    with Progress("proving", sum(subject.size or 0 for subject in subjects)) as progress:
+        proofs = gates.prove(subjects, progress.tick)
+    return [_judged(run, proof) for proof in proofs]
+
+
+def _judged(run: Run, proof: gates.Proof) -> Assembled | None:
+    path = proof.subject.path
+    if finding := proof.finding():
+        run.refuted[path], run.good[path] = finding, proof.good
+        return None
+    assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
+    whole = (proof.records, proof.fingerprint, proof.git_sha1)
+    return Assembled(path, proof.sha256, *whole)
 
 
 def gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:

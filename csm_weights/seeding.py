@@ -6,15 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from csm_weights import gates, hubcache, place
-from csm_weights.assemble import Assembled
+from csm_weights import hubcache, place
 from csm_weights.digest import Measure, measure
 from csm_weights.environment import HubEnvironment
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.hubcache import Seed, Seeded
 from csm_weights.manifest import Artifact, Manifest
 from csm_weights.progress import Progress
-from csm_weights.proving import gate, gate_error, subject_of
+from csm_weights.proving import gate, gate_error, prove
 from csm_weights.records import Fingerprint, Receipt
 from csm_weights.request import Request, Run, begin
 from csm_weights.state import ArtifactState, Condition, State
@@ -107,21 +106,10 @@ def _proven(run: Run) -> State:
 def _prove(run: Run, state: State) -> None:
     """Hashes the files in place that have no valid receipt; the right ones get theirs."""
     items = [i for i in state.artifacts if i.placed.condition is Condition.UNPROVEN]
-    subjects = [subject_of(i.artifact, i.placed, run.manifest.name) for i in items]
-    with Progress("proving", sum(s.size or 0 for s in subjects)) as progress:
-        proofs = gates.prove(subjects, progress.tick)
-    for proof in proofs:
-        if finding := proof.finding():
-            run.refuted[proof.subject.path] = finding
-            continue
-        place.record(run.places.destination, _receipt(run, proof))
-
-
-def _receipt(run: Run, proof: gates.Proof) -> Receipt:
-    assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
-    whole = (proof.records, proof.fingerprint, proof.git_sha1)
-    proven = Assembled(proof.subject.path, proof.sha256, *whole)
-    return run.receipt(proof.subject.artifact, proven)
+    found = prove(run, [(item.artifact, item.placed) for item in items])
+    for item, proven in zip(items, found, strict=True):
+        if proven:
+            place.record(run.places.destination, run.receipt(item.artifact, proven))
 
 
 def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Seed], list[str]]:
