@@ -13,7 +13,7 @@ from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, Wrong
 from csm_weights.hubcache import Seed, Seeded
 from csm_weights.manifest import Artifact, Manifest
 from csm_weights.progress import Progress
-from csm_weights.proving import gate, gate_error, prove
+from csm_weights.proving import gate, gate_error, prove, subject_of
 from csm_weights.records import Fingerprint, Receipt
 from csm_weights.request import Request, Run, begin
 from csm_weights.state import ArtifactState, Condition, State
