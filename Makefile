@@ -27,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify smoke seed-cache split lock standin clean \
-	test lint test-full test-integration bench
+	test lint test-full test-integration bench bench-download
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=no]"
@@ -89,6 +89,9 @@ test-integration: $(VENV)/.test ## Run the tests against nginx and other release
 
 bench: $(VENV)/.base ## Measure against cat and sha256sum at full size (needs 40 GB of disk)
 	@$(VENV)/bin/python benchmarks/line.py
+
+bench-download: $(VENV)/.test ## Measure downloads against hf, curl and aria2c (25 GB of disk, nginx)
+	@$(VENV)/bin/python -m benchmarks.download
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -17,10 +17,10 @@ from csm_weights.digest import Hasher, Stopped, Tick, feed
 from csm_weights.files import Target
 
 #: Bytes of a block: what is lost of each line when a run is killed.
-BLOCK = 2 << 20
+BLOCK = 1 << 20
 
 #: Blocks that may wait in memory for their turn, over all files: 48 MiB.
-HELD = 24
+HELD = 48
 
 #: Seconds after which a thread that waits looks whether the run was stopped.
 MOMENT = 0.1

@@ -29,7 +29,7 @@ from csm_weights.sources.answers import cause, certificate_finding, describe, wr
 from csm_weights.sources.asking import Asker, Limits, Patience, Say, Trouble
 
 #: Bytes that one request asks for.
-SPAN = 4 * BLOCK
+SPAN = 8 * BLOCK
 
 #: Bytes read at a time: what is lost when a connection is reset.
 READ = 256 << 10
