@@ -88,10 +88,10 @@ test-integration: $(VENV)/.test ## Run the tests against nginx and other release
 	@$(VENV)/bin/python -m pytest -m integration tests
 
 bench: $(VENV)/.base ## Measure against cat and sha256sum at full size (needs 40 GB of disk)
-	@$(VENV)/bin/python benchmarks/line.py
+	@$(VENV)/bin/python -m benchmarks.line
 
 bench-download: $(VENV)/.test ## Measure downloads against hf, curl and aria2c (25 GB of disk, nginx)
-	@$(VENV)/bin/python -m benchmarks.download
+	@$(VENV)/bin/python -m benchmarks.download --full
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

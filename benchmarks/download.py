@@ -1,6 +1,6 @@
 """Measures downloads against hf download, curl and aria2c, from a server that saturates the line.
 
-    make bench-download                                   # everything; 25 GB of disk, nginx
+    make bench-download                                   # everything; 25 GB of disk, and root
     python -m benchmarks.download --size 268435456 --runs 1              # a quick look
     python -m benchmarks.download --only kill,repair                     # some of it
 
@@ -58,10 +58,16 @@ PIECE = GIB
 PARTS = 12
 
 NAME = "model.safetensors"
-WHOLE, PIECES, TWELVE = "whole", "pieces", "twelve"
+WHOLE, PIECES, TWELVE, THREE = "whole", "pieces", "twelve", "three"
 
 #: What the manifests are called in the report.
 KINDS = {WHOLE: "digest of the whole", PIECES: "digests of 1 GiB pieces"}
+
+#: Those of a run that is killed, which is to be amidst a piece.
+KILLED = {WHOLE: KINDS[WHOLE], THREE: "digests of three pieces"}
+
+#: What has to be installed.
+TOOLS = ("nginx", "curl", "aria2c")
 
 CASES = ("download", "repair", "kill", "far")
 
@@ -77,7 +83,8 @@ class Bench:
         self._home = folder / "home"
         self._by_others = folder / "by-others"
         copy_line(self._tree)
-        for kind, size in ((WHOLE, 0), (PIECES, PIECE), (TWELVE, -(-self.size // PARTS))):
+        sizes = {WHOLE: 0, PIECES: PIECE, TWELVE: -(-self.size // PARTS), THREE: -(-self.size // 3)}
+        for kind, size in sizes.items():
             self._manifest(kind).write_text(render(_manifest(site, size)))
 
     def ours(self, kind: str, source: str = "hf") -> Run:
@@ -249,7 +256,7 @@ def measure_repair(bench: Bench) -> list[Row]:
 def measure_kill(bench: Bench) -> list[Row]:
     """Killed when half of the bytes were sent: what the next run fetches once more."""
     rows = []
-    for kind, words in KINDS.items():
+    for kind, words in KILLED.items():
         bench.clear()
         before = bench.site.all_sent()
         _kill_at(bench, kind, before + bench.size // 2)
@@ -353,6 +360,10 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=ROOT / "output" / "bench-download")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     options = parser.parse_args()
+    if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
+        raise SystemExit(f"these measurements need {', '.join(missing)}")
+    # So that everything is cleaned up then too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.dir = options.dir.resolve()
     options.dir.mkdir(parents=True, exist_ok=True)
     try:

@@ -57,6 +57,8 @@ def far_away() -> Iterator[Far]:
     """Makes the namespace and the line to it, and removes both; raises Unavailable."""
     if os.geteuid() or not shutil.which("ip"):
         raise Unavailable("needs root and iproute2")
+    # One that a killed run has left is in the way.
+    subprocess.run(["ip", "netns", "del", NAMESPACE], capture_output=True)
     with ExitStack() as made:
         _ip("netns", "add", NAMESPACE)
         made.callback(_ip, "netns", "del", NAMESPACE)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -53,8 +54,6 @@ class Site:
     """
 
     def __init__(self, folder: Path, served: Path, address: str = "127.0.0.1") -> None:
-        if not shutil.which("nginx"):
-            raise SystemExit("these measurements need nginx")
         self.folder = folder
         self.served = served
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,8 +74,8 @@ class Site:
             hub=self.hub.endpoint,
         )
         (folder / "nginx.conf").write_text(conf)
-        self._nginx = _start(folder, (address, storage))
         self.commit = self.hub.add_repo(REPO, {"model.safetensors": served})
+        self._nginx = _start(folder, (address, storage))
 
     def __enter__(self) -> Site:
         return self
@@ -114,12 +113,13 @@ def _free_port(address: str) -> int:
 def _start(folder: Path, address: tuple[str, int]) -> subprocess.Popen[bytes]:
     command = ["nginx", "-p", str(folder), "-c", "nginx.conf", "-g", "daemon off;"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    for _ in range(100):
-        try:
-            socket.create_connection(address).close()
-        except OSError:
+    try:
+        for _ in range(100):
+            with suppress(OSError):
+                socket.create_connection(address).close()
+                return process
             time.sleep(0.1)
-        else:
-            return process
-    process.terminate()
-    raise SystemExit(f"nginx does not start: see {folder / 'error.log'}")
+        raise SystemExit(f"nginx does not start: {(folder / 'error.log').read_text()}")
+    except BaseException:
+        process.terminate()
+        raise

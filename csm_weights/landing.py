@@ -106,8 +106,8 @@ class Landing:
 
     `sinks` are fed with its bytes in order. `arrived` are ranges that an
     earlier run has written; they are read back. `record(offset, size)` is
-    called for each block once it is written; `tick` gets bytes as they are
-    hashed.
+    called for each block once it is written; `tick` gets bytes as they
+    arrive, those of an earlier run at once.
     """
 
     def __init__(
@@ -134,6 +134,8 @@ class Landing:
         self._changed = threading.Condition()
         self._is_starved = False
         self._is_over = False
+        if arrived:
+            tick(sum(end - start for start, end in arrived))
         self._hasher = ThreadPoolExecutor(1)
         self._others = ThreadPoolExecutor(max(1, len(sinks) - 1))
         self._hashed = self._hasher.submit(self._hash_all)
@@ -153,6 +155,7 @@ class Landing:
         with block.view[:size] as data:
             self._target.write(data, offset, direct=True)
         self._record(offset, size)
+        self._tick(size)
         may_wait = self._may_wait()
         with self._changed:
             if may_wait:
@@ -216,7 +219,7 @@ class Landing:
                 self._hash_block(*here)
             else:
                 fd, size = self._target.fd, end - self._next
-                feed(fd, self._next, size, self._sinks, self._tick, self._stop)
+                feed(fd, self._next, size, self._sinks, lambda _: None, self._stop)
                 self._next = end
 
     def _hash_block(self, block: Block, size: int) -> None:
@@ -231,4 +234,3 @@ class Landing:
         with self._changed:
             self._next += size
             self._changed.notify_all()
-        self._tick(size)

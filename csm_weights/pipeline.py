@@ -19,7 +19,7 @@ from pathlib import Path
 
 from csm_weights import files, gates, place, records, sourcing
 from csm_weights.assemble import Assembled, Assembly, assemble, write_text
-from csm_weights.errors import NETWORK, NOT_HERE, REFUSED, CsmWeightsError, Finding, Kind, error_for
+from csm_weights.errors import NOT_HERE, CsmWeightsError, Finding, Kind, error_for
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.plan import Goal, Plan, Step, Verb
 from csm_weights.progress import Progress
@@ -196,7 +196,8 @@ def _assemble(run: Run, steps: Sequence[Step]) -> None:
             done = assemble(jobs, progress.tick, stop)
     except CsmWeightsError as error:
         bad = {finding.where for finding in error.findings}
-        if not any(finding.kind in REFUSED | NETWORK for finding in error.findings):
+        # Of what a server did wrong there is no telling which file to leave out.
+        if bad <= set[str]().union(*map(_names, steps)):
             error.advice = _way_around(s.artifact for s in steps if not bad & _names(s))
         raise
     for step, assembled in zip(steps, done, strict=True):
