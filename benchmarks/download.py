@@ -277,12 +277,14 @@ def _kill_at(bench: Bench, kind: str, sent: int) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while bench.site.sent() < sent:
-        if process.poll() is not None:
-            raise SystemExit("it had ended before it was to be killed")
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while bench.site.sent() < sent:
+            if process.poll() is not None:
+                raise SystemExit("it had ended before it was to be killed")
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def measure_far(folder: Path, runs: int) -> list[Row]:
