@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,10 +18,10 @@ from csm_weights.digest import Hasher, Stopped, Tick, feed
 from csm_weights.files import Target
 
 #: Bytes of a block: what is lost of each line when a run is killed.
-BLOCK = 1 << 20
+BLOCK = 2 << 20
 
 #: Blocks that may wait in memory for their turn, over all files: 48 MiB.
-HELD = 48
+HELD = 24
 
 #: Seconds after which a thread that waits looks whether the run was stopped.
 MOMENT = 0.1
@@ -47,14 +48,13 @@ class Blocks:
         with self._lock:
             return self._free.pop() if self._free else Block()
 
-    def hold(self) -> bool:
-        """Whether one more block may wait in memory; `release` ends it."""
+    def hold(self, always: bool = False) -> bool:
+        """Whether one more block waits in memory, past the limit if `always`; see `release`."""
         with self._lock:
+            if self._may_hold <= 0 and not always:
+                return False
             self._may_hold -= 1
-            if self._may_hold >= 0:
-                return True
-            self._may_hold += 1
-            return False
+            return True
 
     def release(self, block: Block) -> None:
         """Takes back a block that waited."""
@@ -132,7 +132,7 @@ class Landing:
         self._arrived = Ranges(arrived)
         self._waiting: dict[int, tuple[Block, int]] = {}
         self._changed = threading.Condition()
-        self._is_starved = False
+        self._starved_since: float | None = None
         self._is_over = False
         if arrived:
             tick(sum(end - start for start, end in arrived))
@@ -156,7 +156,7 @@ class Landing:
             self._target.write(data, offset, direct=True)
         self._record(offset, size)
         self._tick(size)
-        may_wait = self._may_wait()
+        may_wait = self._may_wait(offset)
         with self._changed:
             if may_wait:
                 self._waiting[offset] = block, size
@@ -165,15 +165,18 @@ class Landing:
             self._arrived.add(offset, offset + size)
             self._changed.notify_all()
 
-    def _may_wait(self) -> bool:
-        """Whether a block may wait in memory.
+    def _may_wait(self, offset: int) -> bool:
+        """Whether a block waits in memory; the one whose turn it is always does.
 
         While the hashing goes on, a line waits for room rather than running
-        further ahead; when the hashing itself waits for another line, it does not.
+        further ahead; when the hashing has waited a moment for another line,
+        it does not.
         """
-        while not self._blocks.hold():
+        while not self._blocks.hold(always=offset == self._next):
             with self._changed:
-                if self._is_starved or self._hashed.done():
+                since = self._starved_since
+                is_starved = since is not None and time.monotonic() - since > MOMENT
+                if is_starved or self._hashed.done():
                     return False
                 self._changed.wait(MOMENT)
             if self._stop.is_set():
@@ -209,12 +212,12 @@ class Landing:
                 if here is None and end == self._next:
                     if self._is_over:
                         return
-                    self._is_starved = True
+                    self._starved_since = self._starved_since or time.monotonic()
                     self._changed.wait(MOMENT)
                     if self._stop.is_set():
                         raise Stopped
                     continue
-                self._is_starved = False
+                self._starved_since = None
             if here is not None:
                 self._hash_block(*here)
             else:

@@ -112,7 +112,7 @@ def later(seconds: float) -> str:
 PASSING: dict[str, dict[str, Any]] = {
     "one connection is reset": {"name": "reset", "host": "storage", "at": 100_000, "times": 1},
     "every connection is reset after 1 MiB": {"name": "reset", "host": "storage", "at": 1 << 20},
-    "every connection ends after 5 MiB": {"name": "cut", "host": "storage", "at": 5 << 20},
+    "every connection ends after 3 MiB": {"name": "cut", "host": "storage", "at": 3 << 20},
     "the storage host has trouble once": {
         "name": "status",
         "host": "storage",
@@ -160,8 +160,8 @@ def test_trouble_that_passes_is_lived_through(
 
 
 def test_a_line_that_breaks_often_costs_little(shop: Shop) -> None:
-    """With a break every 5 MiB no more than a tenth is fetched twice."""
-    shop.hub.fault("cut", host="storage", at=5 << 20)
+    """With a break every 3 MiB no more than a tenth is fetched twice."""
+    shop.hub.fault("cut", host="storage", at=3 << 20)
     shop.fetch()
     assert shop.hub.bytes_sent() <= SIZE * 1.1
 

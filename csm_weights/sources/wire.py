@@ -28,14 +28,14 @@ from csm_weights.sources import Broken, Sink
 from csm_weights.sources.answers import cause, certificate_finding, describe, wrong_answer
 from csm_weights.sources.asking import Asker, Limits, Patience, Say, Trouble
 
-#: Bytes that one request asks for.
-SPAN = 8 * BLOCK
+#: Bytes that one request asks for. A kill loses at most this much a line: 20 MiB in all.
+SPAN = 2 * BLOCK
 
 #: Bytes read at a time: what is lost when a connection is reset.
 READ = 256 << 10
 
 #: Lines that are open at the same time.
-LINES = 8
+LINES = 5
 
 #: Seconds between two looks at the speed of the lines.
 MOMENT = 0.5
