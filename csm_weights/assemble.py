@@ -18,7 +18,15 @@ from pathlib import Path
 
 from csm_weights.digest import Chain, Hasher, Tick, feed, git_sha1, run_all, sha256
 from csm_weights.errors import Finding, Kind, error_for
-from csm_weights.files import Extent, Target, copy_hashed, create, write_all, writing
+from csm_weights.files import (
+    Extent,
+    Target,
+    copy_hashed,
+    create,
+    let_go_if_linked,
+    write_all,
+    writing,
+)
 from csm_weights.landing import Block, Blocks, Landing
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.records import (
@@ -128,6 +136,7 @@ class _Partial:
         self._findings: dict[int, tuple[Finding, ...]] = {}
         self._git_sha1: str | None = None
         self.notes: list[Finding] = []
+        let_go_if_linked(self.path)
         self.target = Target(self.path)
         self._journal = create(journal_path(job.target), os.O_APPEND)
         with writing(self.path):
@@ -255,7 +264,7 @@ class _PieceSink:
 
     @property
     def is_empty(self) -> bool:
-        return not self.arrived and self._landing is None
+        return not self.arrived and (self._landing is None or self._landing.is_empty)
 
     @property
     def git_sha1(self) -> str | None:
@@ -289,6 +298,10 @@ class _PieceSink:
     def _blocks_land(self) -> Landing:
         partial, piece = self._partial, self.piece
         if self._landing is None:
+            # A file that broke off has left its bytes in the digests.
+            arrived = self.arrived
+            self.begin()
+            self.arrived = arrived
             self._landing = Landing(
                 partial.target,
                 piece.offset,
@@ -341,6 +354,7 @@ def _missing(piece: Piece) -> Finding:
 def write_text(target: Path, text: str) -> Assembled:
     """The partial of a file whose content is `text`, whole at once."""
     content = text.encode()
+    let_go_if_linked(partial_path(target))
     fd = create(partial_path(target), os.O_TRUNC)
     try:
         write_all(fd, content, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -48,6 +49,17 @@ def create(path: Path, flags: int = 0) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         everywhere = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(path, everywhere | flags, 0o644)
+
+
+def let_go_if_linked(path: Path) -> None:
+    """Removes an unfinished file's name where its content has another one, and so is not ours.
+
+    A run that was killed between linking a file of the Hub's cache and naming
+    it leaves such a one; writing there would write into the cache.
+    """
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        if path.lstat().st_nlink > 1:
+            path.unlink()
 
 
 def write_all(fd: int, data: bytes, path: Path) -> None:

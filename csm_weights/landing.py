@@ -23,6 +23,9 @@ BLOCK = 2 << 20
 #: Blocks that may wait in memory for their turn, over all files: 48 MiB.
 HELD = 24
 
+#: Bytes read back at a time, before the hashing looks whether it is still wanted.
+READ_BACK = 8 * BLOCK
+
 #: Seconds after which a thread that waits looks whether the run was stopped.
 MOMENT = 0.1
 
@@ -77,11 +80,15 @@ class Ranges:
             self.add(start, end)
 
     def add(self, start: int, end: int) -> None:
-        """Adds the bytes `[start, end)`."""
-        apart = [r for r in self._ranges if r[1] < start or r[0] > end]
-        touching = [r for r in self._ranges if r not in apart]
-        merged = (min([start, *(r[0] for r in touching)]), max([end, *(r[1] for r in touching)]))
-        self._ranges = sorted([*apart, merged])
+        """Adds the bytes `[start, end)`; raises ValueError where there are none."""
+        if start >= end:
+            raise ValueError(f"[{start}, {end}) is not a range")
+        before = [r for r in self._ranges if r[1] < start]
+        after = [r for r in self._ranges if r[0] > end]
+        touching = self._ranges[len(before) : len(self._ranges) - len(after)]
+        if touching:
+            start, end = min(start, touching[0][0]), max(end, touching[-1][1])
+        self._ranges = [*before, (start, end), *after]
 
     def end_of(self, start: int) -> int:
         """The end of the range that holds byte `start`, or `start` where none does."""
@@ -133,7 +140,7 @@ class Landing:
         self._waiting: dict[int, tuple[Block, int]] = {}
         self._changed = threading.Condition()
         self._starved_since: float | None = None
-        self._is_over = False
+        self._is_over = self._is_closed = False
         if arrived:
             tick(sum(end - start for start, end in arrived))
         self._hasher = ThreadPoolExecutor(1)
@@ -145,6 +152,12 @@ class Landing:
         with self._changed:
             return self._arrived.missing(self._start, self._end)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has arrived."""
+        with self._changed:
+            return not self._arrived
+
     def put(self, block: Block, offset: int, size: int) -> None:
         """Writes a block's first `size` bytes to byte `offset`, and leaves it to be hashed."""
         if self._stop.is_set():
@@ -152,6 +165,11 @@ class Landing:
         if not size:
             self._blocks.give_back(block)
             return
+        if self._hashed.done():
+            self._hashed.result()  # raises what the hashing died of
+        with self._changed:
+            if self._arrived.missing(offset, offset + size) != [(offset, offset + size)]:
+                raise ValueError(f"bytes [{offset}, {offset + size}) have arrived already")
         with block.view[:size] as data:
             self._target.write(data, offset, direct=True)
         self._record(offset, size)
@@ -192,9 +210,9 @@ class Landing:
         return self._next == self._end
 
     def close(self) -> None:
-        """Ends the hashing, and lets go of the blocks that wait."""
+        """Ends the hashing where it is, and lets go of the blocks that wait."""
         with self._changed:
-            self._is_over = True
+            self._is_over = self._is_closed = True
             self._changed.notify_all()
         self._hasher.shutdown()
         self._others.shutdown()
@@ -203,12 +221,12 @@ class Landing:
         self._waiting.clear()
 
     def _hash_all(self) -> None:
-        while self._next < self._end:
+        while self._next < self._end and not self._is_closed:
             with self._changed:
                 here = self._waiting.pop(self._next, None)
                 # A block further on that waits in memory need not be read back.
                 ahead = [offset for offset in self._waiting if offset > self._next]
-                end = min([self._arrived.end_of(self._next), *ahead])
+                end = min([self._arrived.end_of(self._next), self._next + READ_BACK, *ahead])
                 if here is None and end == self._next:
                     if self._is_over:
                         return

@@ -8,6 +8,7 @@ refuted is planned around, not stumbled over.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -20,7 +21,7 @@ from pathlib import Path
 from csm_weights import files, gates, place, records, sourcing
 from csm_weights.assemble import Assembled, Assembly, assemble, write_text
 from csm_weights.errors import NOT_HERE, CsmWeightsError, Finding, Kind, error_for
-from csm_weights.manifest import Artifact, Piece
+from csm_weights.manifest import RECEIPTS, Artifact, Piece
 from csm_weights.plan import Goal, Plan, Step, Verb
 from csm_weights.progress import Progress
 from csm_weights.proving import (
@@ -98,7 +99,7 @@ def act(request: Request, goal: Goal) -> Outcome:
     if plan.is_done:
         return Outcome(run.look(), notes=plan.notes)
     acts: list[Step] = []
-    with _locked(run.places):
+    with _locked(run.places, goal):
         for _ in range(MAX_ROUNDS):
             state = run.look()
             plan = run.plan(state, goal)
@@ -116,7 +117,7 @@ def clean(request: Request, dry: bool) -> str:
     state = begin(request).look()
     left = unfinished(state)
     if left and not dry:
-        with _locked(state.places):
+        with _locked(state.places, Goal.BOTH):
             for path in left:
                 with files.writing(path):
                     shutil.rmtree(path) if _is_folder(path) else path.unlink(missing_ok=True)
@@ -272,17 +273,32 @@ def _staged_receipt(step: Step) -> Receipt:
 
 
 @contextmanager
-def _locked(places: Places) -> Iterator[None]:
-    """One acting run at a time on one staging folder; a second one waits."""
+def _locked(places: Places, goal: Goal) -> Iterator[None]:
+    """One acting run at a time on one folder; a second one waits.
+
+    Other models, and other checkouts, may have the same destination. Folders
+    are locked in one order, so that two runs never wait for each other.
+    """
+    folders = {places.staging: ".lock"}
+    if goal is not Goal.STAGED:
+        folders.setdefault(places.destination, f"{RECEIPTS}/.lock")
+    with contextlib.ExitStack() as locks:
+        for folder in sorted(folders, key=lambda folder: str(folder.resolve())):
+            locks.enter_context(_lock(folder, folders[folder]))
+        yield
+
+
+@contextmanager
+def _lock(folder: Path, name: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    path = places.staging / ".lock"
+    path = folder / name
     os.close(files.create(path))
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        with Progress(f"waiting for another run in {places.staging}", 0) as progress:
+        with Progress(f"waiting for another run in {folder}", 0) as progress:
             progress.say("it holds the lock; this one goes on when it ends")
             lock.acquire()
     try:

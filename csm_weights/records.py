@@ -280,7 +280,10 @@ def _piece(data: dict[str, Any]) -> PieceRecord:
 
 
 def _arrival(data: dict[str, Any]) -> Arrival:
-    return _typed(Arrival, _ARRIVAL, data)
+    arrival = _typed(Arrival, _ARRIVAL, data)
+    if arrival.offset < 0 or arrival.size < 1:
+        raise ValueError("a range of no bytes, or before the first one")
+    return arrival
 
 
 def _smoke(data: dict[str, Any]) -> SmokeReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from csm_weights import digest
 from csm_weights.digest import Hasher, Stopped, sha256
 from csm_weights.files import Target
 from csm_weights.landing import BLOCK, Blocks, Landing, Ranges
+from csm_weights.records import Arrival, dump, load_arrival
 
 START = 4096
 COUNT = 6
@@ -214,3 +216,39 @@ def test_ranges_are_the_sets_they_stand_for(
     end = ranges.end_of(start)
     assert members([(start, end)]) <= members(added)
     assert end not in members(added)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 0), (8, -8), (-1, 5), (5, -1)])
+def test_a_journal_line_about_no_bytes_counts_as_absent(offset: int, size: int) -> None:
+    """A line with a size below one, or before the file, is not understood."""
+    assert load_arrival(dump(Arrival(offset, size, "5" * 64))) is None
+    assert load_arrival(dump(Arrival(0, 1, "5" * 64))) == Arrival(0, 1, "5" * 64)
+
+
+def test_bytes_that_have_arrived_are_not_written_over(strip: Strip) -> None:
+    """A block over bytes that are there is refused: the digest may have passed them."""
+    strip.put(0)
+    with pytest.raises(ValueError, match="arrived already"):
+        strip.put(0)
+    assert strip.written() == DATA[:BLOCK]
+
+
+def test_blocks_go_back_when_a_landing_is_given_up(tmp_path: Path) -> None:
+    """After a landing that never ended, as many blocks may wait as before."""
+    strip = Strip(tmp_path, held=3)
+    for index in (2, 3, 4):
+        strip.put(index)
+    strip.landing.close()
+    assert [strip.blocks.hold() for _ in range(4)] == [True, True, True, False]
+
+
+def test_who_puts_hears_that_the_hashing_has_died(tmp_path: Path) -> None:
+    """With the hashing dead, a line does not go on fetching the rest."""
+    strip = Strip(tmp_path, held=0)
+    strip.landing.close()
+    strip.landing = strip.land([(START, START + BLOCK)])  # the file is empty
+    with pytest.raises(digest.ShortRead):
+        for index in range(1, COUNT):
+            strip.put(index)
+            time.sleep(0.05)
+    strip.landing.close()

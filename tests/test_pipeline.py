@@ -7,12 +7,15 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from csm_weights import digest, pipeline, place, proving
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
@@ -687,3 +690,20 @@ def test_a_file_that_goes_away_during_verify_is_told(
     outcome = proving.verify(toy.request("a.bin"))
     assert outcome.error is not None
     assert outcome.error.exit_code == 4
+
+
+def test_two_checkouts_with_one_destination_take_turns(tmp_path: Path) -> None:
+    """While one run is placing into a folder, another checkout's run into it waits."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first, second = Toy.make(tmp_path / "one"), Toy.make(tmp_path / "two")
+    dest = str(tmp_path / "dest")
+    pipeline.act(first.request("a.bin", dest=dest), Goal.BOTH)
+    lock = FileLock(tmp_path / "dest" / ".csm-weights" / ".lock")
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            waiting = pool.submit(pipeline.act, second.request("b.bin", dest=dest), Goal.BOTH)
+            time.sleep(0.5)
+            assert not (tmp_path / "dest" / "b.bin").exists()
+        waiting.result(timeout=30)
+    assert (tmp_path / "dest" / "b.bin").exists()

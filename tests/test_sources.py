@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,12 @@ from typing import Literal
 
 import pytest
 
-from csm_weights.assemble import Assembled, Assembly, assemble
-from csm_weights.errors import Kind, MissingInput, NetworkFailed, WrongContent
-from csm_weights.manifest import Artifact
+from csm_weights.assemble import Assembled, Assembly, assemble, write_text
+from csm_weights.errors import Finding, Kind, MissingInput, NetworkFailed, WrongContent
+from csm_weights.manifest import Artifact, Piece
 from csm_weights.publish import split
 from csm_weights.records import Arrival, load_arrival, load_piece
-from csm_weights.sources import Source, first_of
+from csm_weights.sources import Broken, Sink, Source, first_of
 from csm_weights.sources.asking import Limits
 from csm_weights.sources.hub import Account, Hub
 from csm_weights.sources.local import Chunks, Salvage, WholeFile
@@ -267,3 +268,43 @@ def test_every_block_that_arrives_is_journaled(tmp_path: Path) -> None:
         for a in arrivals:
             end = a.offset + a.size
             assert written[a.offset : end] == DATA[a.offset : end]
+
+
+class BreakingOff:
+    """A disk that gives the first bytes of a part, and then an error."""
+
+    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
+        with tempfile.TemporaryFile() as file:
+            file.write(b"x" * 100_000)
+            try:
+                sink.take_file(file.fileno(), 0)
+            except EOFError:
+                wrong = Finding(Kind.UNREADABLE, "part", "bytes", "an error", "check the disk")
+                raise Broken([wrong]) from None
+        return "part"
+
+
+@pytest.mark.parametrize("name", ["Hub", "mirror of parts", "mirror of files without ranges"])
+def test_a_server_goes_on_where_a_disk_breaks_off(name: str, tmp_path: Path) -> None:
+    """A part that ends in a read error is repaired by a server, which is not blamed for it."""
+    with STALLS[name](tmp_path) as stall:
+        source = first_of(BreakingOff(), stall.source)
+        made = assemble([job(stall.artifact, tmp_path / "out", source)], ignore)[0]
+        assert made.partial.read_bytes() == DATA
+        assert {note.kind for note in made.notes} == {Kind.UNREADABLE}
+
+
+def test_a_partial_that_is_the_caches_blob_is_not_written_to(tmp_path: Path) -> None:
+    """A run killed after linking a blob leaves it linked; the next one lets go of it first."""
+    blob = tmp_path / "blob"
+    blob.write_bytes(b"another model")
+    partial = tmp_path / "out" / "file.partial"
+    partial.parent.mkdir()
+    partial.hardlink_to(blob)
+    with STALLS["parts"](tmp_path) as stall:
+        made = run(stall, tmp_path / "out")
+    assert (made.partial.read_bytes(), blob.read_bytes()) == (DATA, b"another model")
+    partial.unlink()
+    partial.hardlink_to(blob)
+    write_text(tmp_path / "out" / "file", "a text")
+    assert (partial.read_text(), blob.read_bytes()) == ("a text", b"another model")
