@@ -6,15 +6,24 @@ import contextlib
 import ipaddress
 import re
 import socket
+import ssl
+import unicodedata
 from collections.abc import Mapping
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import requests
+from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import NameResolutionError
 from urllib3.util import Retry
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.sources import Broken
+
+#: Addresses that stand for IPv4 ones behind a translator.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+#: Seconds that stand for any longer wait.
+FOREVER = 1e9
 
 _RATE_LIMIT = re.compile(r"\br\s*=\s*(\d{1,9})\s*;\s*t\s*=\s*(\d{1,9})")
 
@@ -30,7 +39,7 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     match = _RATE_LIMIT.search(headers.get("RateLimit", ""))
     if match and match[1] == "0":
         waits.append(float(match[2]))
-    return max(waits, default=None)
+    return min(max(waits), FOREVER) if waits else None
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
@@ -46,15 +55,13 @@ def redirect_target(url: str, location: str) -> str:
     Raises Broken unless it keeps the scheme, and leads to no address that is
     nearer to this machine than the one that sent it there.
     """
-    target = urljoin(url, location)
-    before, after = urlsplit(url), urlsplit(target)
-    problem = ""
-    if after.scheme != before.scheme:
-        problem = f"another scheme, {after.scheme}"
-    elif after.username or after.password:
-        problem = "a URL with credentials in it"
-    elif _nearness(after) > _nearness(before):
-        problem = f"{after.hostname}, an address inside this machine or network"
+    before = urlsplit(url)
+    try:
+        target = urljoin(url, location)
+        origin(target)
+        problem = _redirect_problem(before, urlsplit(target))
+    except ValueError:
+        target, problem = "", "a URL that makes no sense"
     if problem:
         help_text = "if that is meant, name the final URL yourself"
         expected = f"a redirect within {before.scheme} to a public host"
@@ -63,11 +70,22 @@ def redirect_target(url: str, location: str) -> str:
     return target
 
 
+def _redirect_problem(before: SplitResult, after: SplitResult) -> str:
+    """Why a redirect is not followed, or an empty string."""
+    if after.scheme != before.scheme:
+        return f"another scheme, {after.scheme}"
+    if after.username or after.password:
+        return "a URL with credentials in it"
+    if _nearness(after) > _nearness(before):
+        return f"{after.hostname}, an address inside this machine or network"
+    return ""
+
+
 def _nearness(parts: SplitResult) -> int:
     """0 for a public host, 1 for a private network's, 2 for this machine or link."""
     host = parts.hostname or ""
-    names = [host]
-    if not requests.utils.get_environ_proxies(parts.geturl()):
+    names, url = [host], parts.geturl()
+    if not select_proxy(url, get_environ_proxies(url)):
         # Behind a proxy it is the proxy who looks the name up.
         with contextlib.suppress(OSError, UnicodeError):
             names += [str(info[4][0]) for info in socket.getaddrinfo(host, None)]
@@ -77,14 +95,27 @@ def _nearness(parts: SplitResult) -> int:
 def _address_nearness(name: str) -> int:
     if name.lower().rstrip(".").endswith("localhost"):
         return 2
-    try:
-        address = ipaddress.ip_address(name.partition("%")[0])
-    except ValueError:
+    address = _address(name)
+    if address is None:
         return 0
-    address = getattr(address, "ipv4_mapped", None) or address
     if address.is_loopback or address.is_link_local or address.is_unspecified:
         return 2
     return 0 if address.is_global else 1
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a name is, in any of the forms that resolvers take, or None."""
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        with contextlib.suppress(OSError, ValueError):
+            return ipaddress.IPv4Address(socket.inet_aton(unicodedata.normalize("NFKC", name)))
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address in _NAT64:
+            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        return address.ipv4_mapped or address.sixtofour or address
+    return address
 
 
 def shown(url: str) -> str:
@@ -109,21 +140,25 @@ def wrong_answer(where: str, expected: str, found: str) -> Broken:
     return Broken([Finding(Kind.WRONG_ANSWER, where, expected, found, "ask another source")])
 
 
+def is_about_certificate(error: BaseException) -> bool:
+    """Whether a host could not prove who it is; all else of TLS may pass."""
+    return isinstance(_innermost(error), ssl.SSLCertVerificationError | ssl.CertificateError)
+
+
 def cause(error: BaseException) -> str:
     """The innermost reason of an error that libraries have wrapped, in words."""
-    inner: object = error
-    while True:
-        reason = getattr(inner, "reason", None)
-        if isinstance(reason, BaseException):
-            inner = reason
-        elif isinstance(inner, BaseException) and any(
-            isinstance(a, BaseException) for a in inner.args
-        ):
-            inner = next(a for a in inner.args if isinstance(a, BaseException))
-        else:
-            break
+    inner = _innermost(error)
     text = getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
     return re.sub(r"^.*?(?:object at 0x\w+>|Connection\([^)]*\)): ?", "", text)[:200]
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while True:
+        reasons = [getattr(error, "reason", None), *error.args]
+        inner = next((r for r in reasons if isinstance(r, BaseException)), None)
+        if inner is None:
+            return error
+        error = inner
 
 
 def no_answer(host: str, error: BaseException) -> Finding:

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError
 from urllib3.util import Retry
@@ -24,6 +23,7 @@ from csm_weights.sources.answers import (
     bad_url_finding,
     cause,
     certificate_finding,
+    is_about_certificate,
     no_answer,
     origin,
     passing_finding,
@@ -31,6 +31,7 @@ from csm_weights.sources.answers import (
     redirect_target,
     shown,
 )
+from csm_weights.sources.waits import Waits, WatchedAdapter
 
 #: Redirects that are followed from one request.
 REDIRECTS = 5
@@ -95,18 +96,25 @@ class Asker:
         self.stop = stop
         self._say = say
         self._quiet_until: dict[str, float] = {}
+        self._answered: set[str] = set()
+        self._waits = Waits()
         self._session = requests.Session()
         self._session.auth = _NoAuth()
         self._session.headers["User-Agent"] = f"csm-weights/{version('csm-weights')}"
         self._session.headers["Accept-Encoding"] = "identity"
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=0))
-        # Signed URLs are secrets for as long as they live.
-        logging.getLogger("urllib3").setLevel(logging.WARNING)
+            adapter = WatchedAdapter(self._waits, pool_maxsize=connections, max_retries=0)
+            self._session.mount(scheme, adapter)
+        # Signed URLs are secrets for as long as they live, and its warnings have them too.
+        logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
     def hang_up(self) -> None:
         """Closes all connections."""
         self._session.close()
+
+    def end_waits(self) -> None:
+        """Ends requests whose answer does not begin in time, and all when the run is stopped."""
+        self._waits.end(older=0 if self.stop.is_set() else self.limits.read)
 
     def ask(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
         """The answer to a request without a body worth reading, after retries.
@@ -141,11 +149,15 @@ class Asker:
         except requests.exceptions.ProxyError as error:
             raise Broken([proxy_finding(host, cause(error))]) from None
         except requests.exceptions.SSLError as error:
-            raise Broken([certificate_finding(host, error)]) from None
+            if is_about_certificate(error):
+                raise Broken([certificate_finding(host, error)]) from None
+            raise Trouble(no_answer(host, error)) from None
         except (requests.exceptions.RequestException, HTTPError, OSError) as error:
             # What the pool gave up before it asked; all else broke off after that.
             connected = not (error.args and isinstance(error.args[0], MaxRetryError))
+            connected = connected or host in self._answered
             raise Trouble(no_answer(host, error), connected=connected) from None
+        self._answered.add(host)
         if response.status_code == 407:
             response.close()
             raise Broken([proxy_finding(host, "407 proxy authentication required")])
@@ -177,7 +189,7 @@ class Asker:
         raise Broken([Finding(Kind.REDIRECT, shown(first), expected, found)])
 
     def _pause(self, seconds: float) -> None:
-        if seconds > 0 and self.stop.wait(seconds):
+        if self.stop.wait(max(seconds, 0)):
             raise Stopped
 
     def pause(self, seconds: float, why: Finding) -> None:
@@ -215,4 +227,4 @@ class Patience:
         except MaxRetryError:
             raise Broken([finding]) from None
         backoff = self._retry.get_backoff_time()
-        self._asker.pause(max(seconds, 0) if seconds is not None else backoff, finding)
+        self._asker.pause(max(seconds or 0, backoff), finding)

@@ -8,6 +8,7 @@ Nothing here trusts a server: not its lengths, not its redirects, not its speed.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import threading
 import time
@@ -19,13 +20,12 @@ from urllib.parse import urlsplit
 
 import requests
 from urllib3.exceptions import HTTPError
-from urllib3.exceptions import SSLError as BodySSLError
 
 from csm_weights.digest import Stopped
 from csm_weights.errors import Finding, Kind
 from csm_weights.landing import BLOCK
 from csm_weights.sources import Broken, Sink
-from csm_weights.sources.answers import cause, certificate_finding, describe, wrong_answer
+from csm_weights.sources.answers import cause, describe, wrong_answer
 from csm_weights.sources.asking import Asker, Limits, Patience, Say, Trouble
 
 #: Bytes that one request asks for. A kill loses at most this much a line: 20 MiB in all.
@@ -33,6 +33,9 @@ SPAN = 2 * BLOCK
 
 #: Bytes read at a time: what is lost when a connection is reset.
 READ = 256 << 10
+
+#: Bytes that a line must have brought for a break to count as the first one again.
+PROGRESS = 16 << 10
 
 #: Lines that are open at the same time.
 LINES = 5
@@ -43,7 +46,7 @@ MOMENT = 0.5
 #: Bytes of a refusal or a wrong page that are read, to say what it is.
 PEEK = 2048
 
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Wire(Asker):
                 with self._line(location, place, at, end, over) as line:
                     line.read_into(sink)
             except Trouble as trouble:
-                if line and line.at > at and not line.is_too_slow:
+                if line and line.at - at >= PROGRESS and not line.is_too_slow:
                     patience = Patience(self)
                 patience.wait(trouble, place.url)
             finally:
@@ -176,6 +179,7 @@ class Wire(Asker):
 
     @contextlib.contextmanager
     def _watched(self, line: _Line) -> Iterator[None]:
+        line.is_reading(True)
         with self._lock:
             self._open_lines.add(line)
         try:
@@ -189,6 +193,7 @@ class Wire(Asker):
         while not self._is_closed.wait(MOMENT):
             with self._lock:
                 lines = list(self._open_lines)
+            self.end_waits()
             for line in lines:
                 line.check_speed(is_stopped=self.stop.is_set() or line.over.is_set())
 
@@ -208,7 +213,7 @@ class Wire(Asker):
                 expired = Finding(Kind.FORBIDDEN, where, "a URL that is valid", "an expired one")
                 raise Trouble(expired, seconds=0)
             raise Broken([finding])
-        if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
+        if (encoding := headers.get("Content-Encoding", "identity")).lower() != "identity":
             raise wrong_answer(where, "the bytes as they are", f"them encoded as {encoding}")
         if response.status_code == 200:
             _check_whole(location, response)
@@ -241,7 +246,7 @@ class Wire(Asker):
                         self._stream_to(location, place, at, end, sink)
                     except Trouble as trouble:
                         reached = location.stream.at if location.stream else at
-                        patience = patience if reached <= at else Patience(self)
+                        patience = patience if reached - at < PROGRESS else Patience(self)
                         at = max(at, min(reached, end))
                         self._hang_up(location)
                         patience.wait(trouble, place.url)
@@ -309,7 +314,9 @@ class _Line:
                         size += self._read(view)
             except Trouble as error:
                 trouble = error
+            self.is_reading(False)
             sink.put(block, self.at, size)
+            self.is_reading(True)
             self.at += size
             if trouble:
                 raise trouble
@@ -327,8 +334,6 @@ class _Line:
         """Bytes read into `view`, one at least; raises Trouble."""
         try:
             count: int = self._response.raw.readinto(view)
-        except BodySSLError as error:
-            raise Broken([certificate_finding(self._host, error)]) from None
         except (HTTPError, OSError, ValueError) as error:
             raise Trouble(self._lost(cause(error))) from None
         if not count:
@@ -343,6 +348,11 @@ class _Line:
             return Finding(Kind.TOO_SLOW, self._host, least, "less", "try again later")
         expected = "the whole body of an answer"
         return Finding(Kind.NO_NETWORK, self._host, expected, found, "run the same command again")
+
+    def is_reading(self, reading: bool) -> None:
+        """Says whether the server is waited for; what else takes time is not its fault."""
+        self._since = time.monotonic() if reading else math.inf
+        self._came_before = self._came
 
     def check_speed(self, is_stopped: bool) -> None:
         """Cuts the line when it gave too little for too long, or when the run is stopped."""
@@ -371,13 +381,14 @@ def _check_whole(location: Location, response: requests.Response) -> None:
     """Raises Broken unless an answer without a range can be the whole file."""
     length = response.headers.get("Content-Length")
     if length is not None and length != str(location.size):
+        head = b""
         with contextlib.suppress(HTTPError, OSError):
             head = response.raw.read(PEEK)
-            raise wrong_answer(
-                location.where,
-                f"a file of {location.size:,} bytes",
-                f"{length} bytes: {describe(head, response.headers.get('Content-Type', ''))}",
-            )
+        raise wrong_answer(
+            location.where,
+            f"a file of {location.size:,} bytes",
+            f"{length} bytes: {describe(head, response.headers.get('Content-Type', ''))}",
+        )
     _check_etag(location, response.headers.get("ETag"))
 
 
