@@ -45,6 +45,10 @@ from csm_weights.sources import Absent, Broken, Source
 FILES_AT_ONCE = 8
 
 
+#: Files that are open at the same time, three descriptors each.
+OPEN_FILES = 64
+
+
 @dataclass(frozen=True)
 class Assembly:
     """One file to assemble: `target` is its name once proven, elsewhere renamed.
@@ -90,8 +94,22 @@ def assemble(
     all that is wrong; what was proven stays in the partials. Raises
     MissingInput, WrongContent, AccessRefused, NetworkFailed or NoSpace.
     """
-    stop = stop or threading.Event()
-    blocks = Blocks()
+    stop, blocks = stop or threading.Event(), Blocks()
+    findings: dict[Finding, None] = {}
+    done: list[Assembled] = []
+    for start in range(0, len(jobs), OPEN_FILES):
+        some = _assemble_some(jobs[start : start + OPEN_FILES], tick, stop, blocks)
+        findings |= dict.fromkeys(some[0])
+        done += some[1]
+    if findings:
+        raise error_for("no file was assembled; what was proven is kept", list(findings))
+    return done
+
+
+def _assemble_some(
+    jobs: Sequence[Assembly], tick: Tick, stop: threading.Event, blocks: Blocks
+) -> tuple[list[Finding], list[Assembled]]:
+    """What is wrong with some of the files, or else the files."""
     partials: list[_Partial] = []
     try:
         partials.extend(_Partial(job, tick, stop, blocks) for job in jobs)
@@ -103,10 +121,8 @@ def assemble(
         far = sum(partials[number].is_far(lane) for lane, number in lanes)
         tasks = [bind(partials[number].run_lane, lane) for lane, number in lanes]
         run_all(tasks, stop, waiting=min(FILES_AT_ONCE, far))
-        found = dict.fromkeys(f for partial in partials for f in partial.all_findings())
-        if findings := list(found):
-            raise error_for("no file was assembled; what was proven is kept", findings)
-        return [partial.assembled() for partial in partials]
+        findings = [f for partial in partials for f in partial.all_findings()]
+        return findings, [] if findings else [partial.assembled() for partial in partials]
     finally:
         for partial in partials:
             partial.close()

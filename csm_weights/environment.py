@@ -63,11 +63,17 @@ class HubEnvironment:
         return f"{self.endpoint}/{repo}"
 
     def problem(self, repo: str, gated: bool) -> Finding | None:
-        """Why the Hub need not be asked, as far as that is known without asking."""
+        """Why the Hub need not be asked, as far as that is known without asking.
+
+        Raises UsageError where HF_ENDPOINT is not the URL of a Hub.
+        """
         if self.offline:
             help_text = "unset HF_HUB_OFFLINE, or bring the files here"
             expected = "a Hub that may be asked"
             return Finding(Kind.OFFLINE, self.page(repo), expected, "HF_HUB_OFFLINE", help_text)
+        if not _is_plain_url(self.endpoint):
+            expected = "an http:// or https:// URL without credentials or a query"
+            raise UsageError(f"HF_ENDPOINT is not {expected}; unset it for {PUBLIC_ENDPOINT}")
         return no_token(self.page(repo)) if gated and not self.token_from else None
 
 
@@ -80,12 +86,13 @@ def no_token(page: str, found: str = "none") -> Finding:
 def _home(values: Mapping[str, str]) -> Path:
     if home := values.get("HF_HOME"):
         return _folder(home)
-    caches = values.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    caches = values.get("XDG_CACHE_HOME") or "~/.cache"
     return _folder(caches) / "huggingface"
 
 
 def _folder(text: str) -> Path:
-    return Path(os.path.expandvars(text)).expanduser()
+    # Unlike Path's own, this leaves a home that cannot be found as it is written.
+    return Path(os.path.expanduser(os.path.expandvars(text)))  # noqa: PTH111
 
 
 def _token_from(values: Mapping[str, str], home: Path) -> str:
@@ -108,11 +115,22 @@ def check_mirror(url: str) -> None:
 
     Those belong into the environment, since an argument is for all to see.
     """
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query:
+    if "@" in url or "?" in url:
         raise UsageError(f"--url with credentials or a query: put secrets into {MIRROR_HEADERS}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not _is_plain_url(url):
         raise UsageError(f"--url {url!r} is not an http:// or https:// URL")
+
+
+def _is_plain_url(url: str) -> bool:
+    """Whether a URL is one of HTTP(S) with a host, and nothing in it that may be a secret."""
+    try:
+        parts, port = urlsplit(url), urlsplit(url).port
+    except ValueError:
+        return False
+    host = parts.hostname or ""
+    is_named = bool(host) and not any(c.isspace() for c in host) and port != 0
+    extras = parts.username or parts.password or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and is_named and not extras
 
 
 def mirror_headers(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -121,7 +139,8 @@ def mirror_headers(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     headers = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         name, colon, value = line.partition(":")
-        if not colon or not name.isascii() or not value.strip().isprintable():
+        is_sent = name.strip().isascii() and value.strip().isascii() and value.strip().isprintable()
+        if not colon or not name.strip() or not is_sent:
             raise UsageError(f"{MIRROR_HEADERS}: a line is not NAME: VALUE")
         headers[name.strip()] = value.strip()
     return headers

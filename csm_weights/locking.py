@@ -206,7 +206,8 @@ def _manifest(base: Manifest, listing: Listing) -> Manifest:
         before = known.get(told.path, told)
         same = publish.is_same(before, told)
         if base.revision != listing.commit:
-            same = same or False
+            # At another commit only an id that both know tells that it is the same file.
+            same = same is True
         elif same is False:
             findings.append(_contradiction(base.where, before, told))
         naming = replace(told, group=before.group, format=before.format)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from csm_weights.errors import Finding, Kind
+from csm_weights.landing import Ranges
 from csm_weights.manifest import Artifact, Edition, Manifest, Piece
 from csm_weights.state import ArtifactState, Condition, FileLook, State
 
@@ -269,8 +270,11 @@ def _assemble(item: ArtifactState, origins: Sequence[PieceOrigin], state: State)
     sizes: Counter[Origin] = Counter()
     for origin in origins:
         sizes[origin.origin] += origin.piece.size
-    arrived = min(sum(a.size for a in item.arrived), sizes[Origin.FAR])
-    near, fetches = item.artifact.size - sizes[Origin.FAR], sizes[Origin.FAR] - arrived
+    here = Ranges([(a.offset, a.offset + a.size) for a in item.arrived])
+    far = [o.piece for o in origins if o.origin is Origin.FAR]
+    gaps = [gap for piece in far for gap in here.missing(piece.offset, piece.end)]
+    fetches = sum(end - start for start, end in gaps)
+    near, arrived = item.artifact.size - sizes[Origin.FAR], sizes[Origin.FAR] - fetches
     copied = 0 if state.shares_blocks else near - sizes[Origin.KEPT]
     return Step(
         Verb.ASSEMBLE,
@@ -280,7 +284,7 @@ def _assemble(item: ArtifactState, origins: Sequence[PieceOrigin], state: State)
         writes=copied + fetches,
         detail=_detail(item, origins),
         fetches=fetches,
-        far=frozenset(o.piece.offset for o in origins if o.origin is Origin.FAR),
+        far=frozenset(piece.offset for piece in far),
     )
 
 

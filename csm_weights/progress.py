@@ -9,6 +9,8 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
+from csm_weights.errors import printable
+
 #: Off a terminal there is a line every so many seconds, or percent if that is
 #: later than the least time between two lines.
 LINE_SECONDS = 10.0
@@ -86,4 +88,4 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line under this label at once."""
-        print(f"{self._label}: {text}", file=self._stream, flush=True)
+        print(printable(f"{self._label}: {text}"), file=self._stream, flush=True)

@@ -58,6 +58,8 @@ class Request:
             raise UsageError(f"no source called {self.source!r}; there are {', '.join(SOURCES)}")
         for url in self.urls:
             check_mirror(url)
+        if self.urls and self.source in ("chunks", "hf"):
+            raise UsageError(f"--source={self.source} asks no mirror; leave --url out, or say auto")
         if self.source == "mirror" and not self.urls:
             raise UsageError("--source=mirror needs --url=https://...")
         if self.revision and not REVISION.fullmatch(self.revision):

@@ -95,7 +95,7 @@ class ArtifactState:
     def is_here(self) -> bool:
         """Whether anything of the artifact is on this machine, or was."""
         looks = (self.placed, self.staged, *self.parts)
-        return bool(self.partial) or any(
+        return bool(self.partial or self.arrived) or any(
             look.condition is not Condition.ABSENT or look.receipt for look in looks
         )
 
@@ -121,7 +121,7 @@ class Places:
         cache: Path | None = None,
     ) -> Places:
         """The manifest's folders below `root`; `destination` overrides the last."""
-        last = root / (destination or manifest.destination)
+        last = root / Path(destination or manifest.destination).expanduser()
         return cls(root, root / manifest.staging, last, cache)
 
 
@@ -219,7 +219,11 @@ def _look_cached(
     """The file in the Hub's cache that has the artifact's size, if there is one."""
     if not places.cache or not manifest.repo:
         return None
-    path = hubcache.find(places.cache, manifest.repo, manifest.revision, artifact)
+    try:
+        path = hubcache.find(places.cache, manifest.repo, manifest.revision, artifact)
+    except OSError:
+        # A cache that may not be read holds nothing for us.
+        return None
     if path is None:
         return None
     finding = refuted.get(path)

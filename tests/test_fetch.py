@@ -276,7 +276,8 @@ def test_offline_opens_no_socket(desk: Desk) -> None:
     assert desk.inv("weights", *TINY, "--no-smoke", **offline).returncode == 0
     desk.without_parts()
     for source in ("hf", "mirror", "auto"):
-        asks = (f"--source={source}", f"--url={desk.hub.endpoint}", "--dest=elsewhere")
+        url = () if source == "hf" else (f"--url={desk.hub.endpoint}",)
+        asks = (f"--source={source}", *url, "--dest=elsewhere")
         result = desk.inv("fetch", *TINY, "--only=ckpt", *asks, **offline)
         assert "a socket was opened" not in text_of(result)
         assert result.returncode == 3
@@ -414,6 +415,10 @@ def test_headers_for_mirrors_come_from_the_environment(desk: Desk, mirror: FileS
         ("--source=mirror", "--url=not a url"),
         ("--url=https://user:s3cr3t@host/x",),
         ("--url=https://host/x?token=s3cr3t",),
+        ("--source=mirror", "--url=http://[::1"),
+        ("--source=mirror", "--url=http://host:99999/x"),
+        ("--source=hf", "--url=https://host/x"),
+        ("--source=chunks", "--url=https://host/x"),
         ("--revision=--evil", "--source=hf"),
         ("--revision=../../x y", "--source=hf"),
     ],
@@ -461,3 +466,60 @@ def test_a_damaged_blob_gives_its_good_pieces(desk: Desk) -> None:
     placed = desk.clone.placed / "model.safetensors"
     assert placed.read_bytes() == desk.content["model.safetensors"]
     assert (desk.hub.bytes_sent(), blob.read_bytes()) == (204800, before)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["huggingface.co", "ftp://host", "http://[::1", "http://h:99999", "https://me:s3cr3t@host"],
+)
+def test_an_endpoint_that_is_none_exits_1(desk: Desk, endpoint: str) -> None:
+    """HF_ENDPOINT that is no plain URL is told by its name, and a secret in it is not repeated."""
+    desk.without_parts()
+    result = desk.inv("fetch", *TINY, "--source=hf", HF_ENDPOINT=endpoint)
+    assert (result.returncode, "HF_ENDPOINT" in result.stderr) == (1, True)
+    assert "s3cr3t" not in text_of(result) and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("headers", [": x", "X-Name", "X-Name: \u20ac"])
+def test_headers_that_cannot_be_sent_exit_1(desk: Desk, headers: str) -> None:
+    """What is no header is told by the variable's name."""
+    desk.without_parts()
+    asks = ("--source=mirror", f"--url={desk.hub.endpoint}", "--only=ckpt")
+    result = desk.inv("fetch", *TINY, *asks, CSM_MIRROR_HEADERS=headers)
+    assert (result.returncode, "CSM_MIRROR_HEADERS" in result.stderr) == (1, True)
+
+
+def test_a_home_that_cannot_be_found_is_no_traceback(desk: Desk) -> None:
+    """With HF_HOME of a user who does not exist, what needs no Hub goes on."""
+    result = desk.inv("weights", *TINY, "--no-smoke", HF_HOME="~nosuchuser/x")
+    assert (result.returncode, desk.is_right()) == (0, True)
+
+
+def test_a_captive_portal_is_no_hub(desk: Desk) -> None:
+    """A web page in place of the Hub's answer is network trouble, and told as what it is."""
+    desk.without_parts()
+    desk.hub.fault("html", host="hub")
+    result = desk.inv("fetch", *TINY, "--source=hf", "--only=ckpt")
+    assert (result.returncode, "captive portal" in result.stderr) == (6, True)
+
+
+def test_no_signed_url_is_logged_when_debugging(desk: Desk) -> None:
+    """With every library's log on, neither the token nor a signature is in it."""
+    desk.without_parts()
+    logging = "import logging; logging.basicConfig(level=logging.DEBUG)\n"
+    desk.clone.fake("sitecustomize", logging)
+    result = desk.inv("fetch", *TINY, "--source=hf", "--only=ckpt")
+    assert result.returncode == 0
+    assert "Signature" not in text_of(result) and TOKEN not in text_of(result)
+
+
+def test_more_files_than_may_be_open_are_fetched(desk: Desk) -> None:
+    """Two hundred files come where only 256 may be open."""
+    files = {f"f{number:03}.txt": b"%d" % number for number in range(200)}
+    desk.hub.add_repo("org/many", dict(files))
+    assert desk.inv("lock", "--repo", "org/many").returncode == 0
+    command = f"ulimit -n 256; exec {INV} weights --model many --no-smoke"
+    result = desk.clone.run("bash", "-c", command)
+    assert result.returncode == 0, result.stderr
+    placed = desk.clone.root / "models" / "many"
+    assert {name: (placed / name).read_bytes() for name in files} == files

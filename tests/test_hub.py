@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 
 from csm_weights.assemble import Assembled, Assembly, assemble
-from csm_weights.digest import git_sha1
+from csm_weights.digest import Stopped, git_sha1
 from csm_weights.environment import HubEnvironment
 from csm_weights.errors import (
     AccessRefused,
@@ -26,9 +29,10 @@ from csm_weights.errors import (
     WrongContent,
 )
 from csm_weights.manifest import Artifact
+from csm_weights.progress import Progress
 from csm_weights.publish import split
 from csm_weights.sources import Broken, first_of
-from csm_weights.sources.answers import asked_wait, redirect_target
+from csm_weights.sources.answers import FOREVER, asked_wait, redirect_target
 from csm_weights.sources.asking import Limits
 from csm_weights.sources.hub import Account, Hub
 from csm_weights.sources.wire import SPAN, Wire
@@ -554,3 +558,113 @@ def test_a_token_that_cannot_be_exchanged_is_no_traceback(monkeypatch: pytest.Mo
     with pytest.raises(AccessRefused) as caught:
         Account.from_environment(environment)
     assert "hf_secret" not in str(caught.value)
+
+
+# ---- servers that do not come to the point
+
+
+@contextlib.contextmanager
+def drip(*texts: bytes, seconds: float) -> Iterator[str]:
+    """A server that answers with these texts again and again, so many seconds apart."""
+    over = threading.Event()
+
+    def answer(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                connection, _ = server.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    for text in itertools.cycle(texts):
+                        connection.sendall(text)
+                        if over.wait(seconds):
+                            return
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        over.set()
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+ENDLESS = {
+    "headers, a byte at a time": (b"H",),
+    "interim answers": (b"HTTP/1.1 100 Continue\r\n\r\n",),
+}
+
+
+@pytest.mark.parametrize("texts", ENDLESS.values(), ids=ENDLESS)
+def test_an_answer_that_never_begins_is_given_up(texts: tuple[bytes, ...]) -> None:
+    """However busy a server is with it, headers have to be there in time."""
+    limits = replace(HASTY, read=0.5, tries=1)
+    with drip(*texts, seconds=0.05) as url, Wire(threading.Event(), limits=limits) as wire:
+        started = monotonic()
+        with pytest.raises(Broken) as caught:
+            wire.ask("HEAD", url, {})
+        assert monotonic() - started < 6
+    assert caught.value.findings[0].kind is Kind.NO_NETWORK
+
+
+def test_a_stop_ends_a_request_that_waits_for_its_answer() -> None:
+    """Who is stopped while a server keeps silent is free within a second or so."""
+    stop = threading.Event()
+    limits = replace(HASTY, read=60)
+    with drip(b"H", seconds=0.05) as url, Wire(stop, limits=limits) as wire:
+        started = monotonic()
+        threading.Timer(0.2, stop.set).start()
+        with pytest.raises(Stopped):
+            wire.ask("HEAD", url, {})
+        assert monotonic() - started < 5
+
+
+def test_a_broken_handshake_is_not_a_bad_certificate() -> None:
+    """A host that hangs up before TLS is there may be asked again, and nobody is told of clocks."""
+    with (
+        drip(b"nonsense", seconds=0.05) as url,
+        Wire(threading.Event(), limits=HASTY) as wire,
+        pytest.raises(Broken) as caught,
+    ):
+        wire.ask("HEAD", url.replace("http:", "https:"), {})
+    assert caught.value.findings[0].kind is Kind.NO_NETWORK
+
+
+@pytest.mark.usefixtures("names")
+@pytest.mark.parametrize(
+    "host",
+    [
+        "2130706433",
+        "0x7f000001",
+        "127.1",
+        "0",
+        "2852039166",
+        "[64:ff9b::7f00:1]",
+        "[2002:7f00:1::]",
+        "LOCALHOST.",
+        "\uff11\uff12\uff17.1",
+        "[::1",
+        "host:99999",
+    ],
+)
+@pytest.mark.parametrize("variables", [{"no_proxy": "x"}, {"https_proxy": "http://p.example:1"}])
+def test_no_notation_of_an_inner_address_is_followed(
+    host: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a proxy or without, whatever way this machine is written, and no traceback."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Broken) as caught:
+        redirect_target("https://hub.example/file", f"https://{host}/x")
+    assert caught.value.findings[0].kind is Kind.REDIRECT
+
+
+def test_what_a_server_says_cannot_drive_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters in what is shown of a wait come out as question marks."""
+    Progress("fetching", 0, sys.stderr).say("503 \x1b]0;title\x07")
+    assert capsys.readouterr().err == "fetching: 503 ?]0;title?\n"
+
+
+def test_no_wait_is_too_long_to_be_told() -> None:
+    """Four hundred digits of seconds are a long time, and nothing worse."""
+    seconds = asked_wait({"Retry-After": "9" * 400})
+    assert seconds is not None and HASTY.longest_wait < seconds <= FOREVER

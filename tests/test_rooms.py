@@ -48,7 +48,7 @@ EXCEPTIONS = {
     "assemble": {"sources"},  # the interface it drives
     "sources.local": {"sources"},  # the interface it implements
     "sources.answers": {"sources"},  # whose errors it raises
-    "sources.asking": {"sources", "sources.answers", "sources.waits"},  # likewise, and how it judges
+    "sources.asking": {"sources", "sources.answers", "sources.waits"},  # how it judges, waits
     "sources.wire": ASKING,  # the sink it fills, and how it asks
     "sources.hub": {*ASKING, "sources.wire"},  # how its bytes come
     "sources.mirror": {*ASKING, "sources.wire"},  # likewise

@@ -136,6 +136,10 @@ class Hub:
             if response.status_code >= 400:
                 raise Broken([self.verdict(response, artifact.path)])
             target = redirect_target(url, response.headers.get("Location", url))
+            if response.status_code == 200 and _is_web_page(response):
+                found = "a web page; is there a login or a captive portal in between?"
+                finding = Finding(Kind.NO_NETWORK, self.page, "an answer of the Hub", found)
+                raise Broken([finding])
             if "X-Repo-Commit" in response.headers or not response.is_redirect:
                 self._check(artifact, response)
                 is_own = origin(target) == origin(self._account.endpoint)
@@ -212,6 +216,11 @@ class _HubFile(Location):
         return Finding(Kind.SERVER_TROUBLE, self.where, "the file", found, "try again later")
 
 
+def _is_web_page(response: requests.Response) -> bool:
+    told = response.headers
+    return "X-Repo-Commit" not in told and "html" in told.get("Content-Type", "")
+
+
 def verdict(
     status: int,
     headers: Mapping[str, str],
@@ -231,7 +240,7 @@ def verdict(
     said = (said.replace(account.token, "***") if account.token else said)[:300]
     lower = message.lower()
     if status == 401 and account.token and "invalid" in lower:
-        help_text = f"make a new one at {tokens} and run hf auth login"
+        help_text = f"make a new one at {tokens}; HF_TOKEN goes before hf auth login"
         return Finding(Kind.UNKNOWN_TOKEN, page, "a token that the Hub knows", said, help_text)
     if code in ("RevisionNotFound", "EntryNotFound"):
         what = revision if code == "RevisionNotFound" else f"{path} at {revision[:12]}"
