@@ -523,3 +523,15 @@ def test_more_files_than_may_be_open_are_fetched(desk: Desk) -> None:
     assert result.returncode == 0, result.stderr
     placed = desk.clone.root / "models" / "many"
     assert {name: (placed / name).read_bytes() for name in files} == files
+
+
+def test_a_mirrors_secret_does_not_follow_its_redirects(desk: Desk, mirror: FileServer) -> None:
+    """Sent on to another origin by the mirror, we go there without its headers."""
+    desk.without_parts()
+    desk.hub.fault("redirect", host="hub", location=f"{mirror.url}/ckpt.pt", code=302)
+    asks = ("--source=mirror", f"--url={desk.hub.endpoint}", "--only=ckpt")
+    result = desk.inv("fetch", *TINY, *asks, CSM_MIRROR_HEADERS="Authorization: Basic c2VjcmV0")
+    assert result.returncode == 0, result.stderr
+    first = desk.hub.requests(host="hub")
+    assert first and all(r.headers["authorization"] == "Basic c2VjcmV0" for r in first)
+    assert mirror.log and not any("authorization" in asked.headers for asked in mirror.log)
