@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from csm_weights.architecture import Architecture
 from csm_weights.errors import Finding, Kind, error_for
+from csm_weights.joined import Joined
 from csm_weights.malformed import Malformed, are_sizes, is_text, show
 from csm_weights.statedict import MAX_DIMS, MAX_PICKLE, View, read_state_dict
 from csm_weights.torchzip import Record, read_at, read_content, read_records
@@ -109,8 +108,8 @@ def check_against(table: TensorTable, architecture: Architecture, where: str) ->
     return found.listed()
 
 
-def read_safetensors(path: Path | str) -> TensorTable:
-    """Reads the header of a safetensors file.
+def read_safetensors(path: Path | str | Joined) -> TensorTable:
+    """Reads the header of a safetensors file, or of one that lies in parts.
 
     Raises MissingInput when there is no such file, and WrongContent when it
     breaks a rule of the format: a header that is not JSON, a shape that does
@@ -127,8 +126,10 @@ def read_safetensors(path: Path | str) -> TensorTable:
     return TensorTable(tensors, size)
 
 
-def read_checkpoint(path: Path | str) -> TensorTable:
+def read_checkpoint(path: Path | str | Joined) -> TensorTable:
     """Reads the tensor table of a torch checkpoint: a zip that holds a plain state dict.
+
+    It may lie in parts.
 
     The pickle inside is never executed. A tensor that is a view of a larger
     storage gets the offset and stride of the view. Raises MissingInput when
@@ -151,7 +152,7 @@ def read_checkpoint(path: Path | str) -> TensorTable:
     return TensorTable(tensors, size)
 
 
-def _header_length(file: BinaryIO, size: int) -> int:
+def _header_length(file: Joined, size: int) -> int:
     if size < 8:
         raise Malformed("8 bytes of header length", f"a file of {size} bytes")
     length = int.from_bytes(read_at(file, 0, 8), "little")
@@ -221,7 +222,7 @@ def _check_tiling(tensors: dict[str, TensorInfo], start: int, size: int, found: 
         found.add(Malformed(f"data up to the end, byte {size}", f"up to byte {end}", "data"))
 
 
-def _check_note(file: BinaryIO, record: Record | None, pattern: bytes) -> None:
+def _check_note(file: Joined, record: Record | None, pattern: bytes) -> None:
     """A small text record, where there is one, must match the pattern."""
     if record is None:
         return
@@ -288,17 +289,17 @@ class _Findings:
 
 
 @contextmanager
-def _reading(path: Path | str, format_: str) -> Iterator[tuple[BinaryIO, int, _Findings]]:
-    """Opens a regular file; yields it, its size in bytes and findings, raised at the end if any."""
-    path = Path(path)
-    found = _Findings(str(path))
+def _reading(source: Path | str | Joined, format_: str) -> Iterator[tuple[Joined, int, _Findings]]:
+    """Yields a source, its size in bytes and findings, raised at the end if any."""
+    path = Path(source.paths[0] if isinstance(source, Joined) else source)
+    found = _Findings(source.where if isinstance(source, Joined) else str(path))
     title = f"{path.name} cannot be read as {format_}"
     try:
-        # looked at before it is opened, for opening a pipe would wait
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise Malformed("a regular file", "something else")
-        with path.open("rb") as file:
-            yield file, os.fstat(file.fileno()).st_size, found
+        if isinstance(source, Joined):
+            yield source, source.size, found
+        else:
+            with Joined([path]) as file:
+                yield file, file.size, found
     except Malformed as error:
         found.add(error)
     except FileNotFoundError:

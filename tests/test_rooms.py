@@ -28,6 +28,8 @@ NOUNS = {
     "files",
     "landing",
     "environment",
+    "joined",
+    "checkpoint",
     "tensors",
     "malformed",
     "statedict",
