@@ -26,8 +26,8 @@ RUN_ENV   := $(VENV)/.smoke
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights doctor status fetch place verify smoke seed-cache split lock standin clean \
-	test lint test-full test-integration bench bench-download
+.PHONY: help weights doctor status fetch place verify smoke seed-cache compare split lock standin \
+	clean test lint test-full test-integration test-gpu bench bench-download bench-load
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=no]"
@@ -60,6 +60,10 @@ smoke: $(VENV)/.smoke ## Load the model, let it speak, and check it
 seed-cache: $(VENV)/.base ## Give the files in place to the Hub's cache, for other programs
 	@$(INV) seed-cache $(WHAT)
 
+compare: $(VENV)/.base ## Show that MODEL's two formats, or FILE='one other', hold equal tensors
+	@$(INV) compare --model '$(MODEL)' $(if $(DEST),--dest '$(DEST)') \
+		$(foreach file,$(FILE),--file '$(file)')
+
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean $(if $(DEST),--dest '$(DEST)') --model '$(MODEL)'
 
@@ -87,11 +91,17 @@ test-full: $(VENV)/.test ## Run the tests that need root, 45 GB of disk, or minu
 test-integration: $(VENV)/.test ## Run the tests against nginx and other releases of huggingface_hub
 	@$(VENV)/bin/python -m pytest -m integration tests
 
+test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
+	@$(VENV)/bin/python -m pytest -m gpu tests
+
 bench: $(VENV)/.base ## Measure against cat and sha256sum at full size (needs 40 GB of disk)
 	@$(VENV)/bin/python -m benchmarks.line
 
 bench-download: $(VENV)/.test ## Measure downloads against hf, curl and aria2c (25 GB of disk, nginx)
 	@$(VENV)/bin/python -m benchmarks.download --full
+
+bench-load: $(VENV)/.test ## Measure loading, and on a GPU speaking, against safetensors and torch (38 GB of disk)
+	@$(VENV)/bin/python -m benchmarks.load
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

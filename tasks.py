@@ -274,6 +274,7 @@ def verify(
         "require-gpu",
         device="torch's word: cpu, cuda, cuda:1; default a GPU if there is one",
         frames="how many frames of 80 ms to make (default 8)",
+        dtype="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on the CPU",
         record="record golden frames in manifests/ instead (CPU)",
     )
 )
@@ -285,6 +286,7 @@ def smoke(
     device: str = "",
     require_gpu: bool = False,
     frames: int = 8,
+    dtype: str = "",
     record: bool = False,
     json: bool = False,
 ) -> None:
@@ -296,7 +298,8 @@ def smoke(
         if record:
             _print(str(proving.record_golden(request, frames)))
         else:
-            _show_outcome(proving.smoke(request, device or None, require_gpu, frames), json)
+            spoken = proving.smoke(request, device or None, require_gpu, frames, dtype or None)
+            _show_outcome(spoken, json)
 
 
 @task(
@@ -361,6 +364,38 @@ def seed_cache(
         act = seeding.rehearse if dry else seeding.seed_cache
         done = act(_request(model, only, dest), move_main)
         _print(report_hub.seeding_json(done) if json else report_hub.seeding_text(done))
+
+
+@task(
+    iterable=["file"],
+    help=_help(
+        "model",
+        "dest",
+        "json",
+        file="a file of weights, its parts, shards, or a folder; may be given twice (default: "
+        "the model's two formats, or with one file what is here of the model)",
+    ),
+)
+def compare(
+    c: Context,
+    file: Sequence[str] | None = None,
+    model: str = "csm-1b",
+    dest: str = "",
+    json: bool = False,
+) -> None:
+    """Show that two files of weights hold equal tensors, or which differs first and where."""
+    from csm_weights import comparing, report_compare
+    from csm_weights.errors import UsageError
+
+    with _exit_codes(json):
+        paths = [Path(name) for name in file or ()]
+        if len(paths) > 2:
+            raise UsageError("compare holds two files against each other; --file at most twice")
+        found = comparing.compare(_request(model, "", dest), *paths)
+        _print(
+            report_compare.comparison_json(found) if json else report_compare.comparison_text(found)
+        )
+        _exit_with(found.error)
 
 
 @task(

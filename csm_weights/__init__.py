@@ -1,1 +1,22 @@
 """Get the CSM-1B speech model onto a machine and know that it is right."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from csm_weights.api import Generator, Model, Segment, load_csm_1b
+
+__all__ = ["Generator", "Model", "Segment", "load_csm_1b"]
+
+
+def __getattr__(name: str) -> object:
+    """What a program imports from here; torch is loaded when it is first asked for."""
+    if name in __all__:
+        return getattr(importlib.import_module("csm_weights.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -80,6 +80,20 @@ class Architecture:
             shapes |= _stack_shapes(name, stack)
         return dict(sorted(shapes.items()))
 
+    def fused_tensors(self) -> list[tuple[str, ...]]:
+        """Names of tensors that one product can use as one: q, k and v, and w1 and w3."""
+        layers = [
+            f"{name}.layers.{index}"
+            for name, stack in (("backbone", self.backbone), ("decoder", self.decoder))
+            for index in range(stack.layers)
+        ]
+        attention = [
+            tuple(f"{layer}.attn.{x}_proj.weight" for x in ("q", "k", "v")) for layer in layers
+        ]
+        return attention + [
+            tuple(f"{layer}.mlp.{x}.weight" for x in ("w1", "w3")) for layer in layers
+        ]
+
 
 def _stack_shapes(name: str, stack: Transformer) -> dict[str, tuple[int, ...]]:
     kv_dim = stack.kv_heads * stack.head_dim

@@ -87,6 +87,18 @@ def find_weights(path: Path) -> list[Path]:
     raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or parts", "neither")
 
 
+def locate(path: str | Path | Sequence[Path]) -> tuple[list[Path], Path]:
+    """The files of weights that `find_weights` finds, or as given, and the folder beside them.
+
+    That folder, where the model's other files are, is the one given, or else
+    that of the first file.
+    """
+    if not isinstance(path, str | Path):
+        return list(path), path[0].parent
+    path = Path(path)
+    return find_weights(path), path if path.is_dir() else path.parent
+
+
 def missing(path: Path, expected: str, found: str) -> MissingInput:
     """The error for weights that are not there."""
     finding = Finding(Kind.MISSING, str(path), expected, found, "inv weights")

@@ -32,6 +32,7 @@ class Kind(enum.StrEnum):
     LFS_POINTER = "git-lfs pointer"
     WRONG_SIZE = "wrong size"
     WRONG_DIGEST = "wrong digest"
+    DIFFERENT = "different"
     MALFORMED = "malformed"
     ACCESS_PAGE = "access page"
     EXTRA_PART = "unexpected part"

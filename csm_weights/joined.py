@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import mmap
 import os
 import re
 import stat
@@ -92,6 +93,16 @@ class Joined:
         content = bytearray(max(0, min(size, self.size - offset)))
         self.read_into(memoryview(content), offset)
         return bytes(content)
+
+    def map(self) -> mmap.mmap | None:
+        """A private map of a single file that holds anything, None for parts.
+
+        What is written there does not reach the file; what others write to the
+        file while it is mapped may show.
+        """
+        if len(self._fds) != 1 or not self.size:
+            return None
+        return mmap.mmap(self._fds[0], self.size, access=mmap.ACCESS_COPY)
 
     def changes(self) -> list[Finding]:
         """A finding for each file that was written to since it was opened."""

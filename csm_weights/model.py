@@ -15,28 +15,20 @@ This is the reference: it is written to be read and checked, not to be fast.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm_weights.architecture import Architecture, Transformer, parse_config
-from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.tensors import (
-    TensorInfo,
-    TensorTable,
-    check_against,
-    read_checkpoint,
-    read_safetensors,
-)
-
-#: The file names that `Model.from_local` looks for in a directory, in this order.
-WEIGHT_FILES = ("model.safetensors", "ckpt.pt")
-
-#: torch's dtype for the dtype words of a TensorTable; CSM's files are all F32.
-_DTYPES = {"F32": torch.float32}
+from csm_weights.checkpoint import locate, missing, open_checkpoint
+from csm_weights.errors import UsageError, WrongContent
+from csm_weights.load import load_tensors
+from csm_weights.reading import Span
+from csm_weights.tensors import check_against
 
 #: Picks one code a row from logits (B, V): codes (B,).
 Chooser = Callable[[Tensor], Tensor]
@@ -205,47 +197,57 @@ class Model(nn.Module):
     @classmethod
     def from_local(
         cls,
-        path: str | Path,
+        path: str | Path | Sequence[Path],
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.float32,
-    ) -> Model:
+        *,
+        architecture: Architecture | None = None,
+        digests: Sequence[Span] = (),
+    ) -> Self:
         """Reads config.json and the weights, and checks every name, dtype and shape.
 
-        `path` is a directory with config.json and model.safetensors or ckpt.pt
-        (the first is taken where both are), or one of these weight files with
-        config.json beside it. `dtype` None keeps the file's. Holds no second
-        copy of the weights: tensors are read, and converted, one at a time.
+        `path` is a folder with config.json and model.safetensors or ckpt.pt
+        (the first is taken where both are), or their parts, or one of these
+        weight files with config.json beside it, or parts in order. `architecture` takes the place
+        of config.json. `dtype` None keeps the file's. `digests` are spans that
+        tile the file, and are proven as the bytes pass. Without conversion on
+        the CPU a file is mapped, not copied; else there is no second copy either.
 
         Raises MissingInput when a file is not there, WrongContent, with a
         finding a tensor, when the weights are not exactly the network that
         config.json describes. No pickle is run.
         """
-        weights = _find_weights(Path(path))
-        config = _existing(weights.with_name("config.json"))
-        architecture = parse_config(config.read_bytes(), str(config))
-        read = read_safetensors if weights.suffix == ".safetensors" else read_checkpoint
-        table = read(weights)
-        findings = check_against(table, architecture, str(weights))
-        if findings:
-            raise WrongContent(f"{weights.name} is not the network of its config.json", findings)
+        weights, folder = locate(path)
+        architecture = architecture or _read_config(folder, weights[0].parent)
+        with open_checkpoint(weights) as checkpoint:
+            where = checkpoint.source.where
+            if findings := check_against(checkpoint.table, architecture, where):
+                name = weights[0].name
+                raise WrongContent(f"{name} is not the network of its config.json", findings)
+            tensors = load_tensors(
+                checkpoint,
+                torch.device(device),
+                dtype,
+                together=architecture.fused_tensors(),
+                digests=digests,
+            )
         with torch.device("meta"):
             model = cls(architecture)
-        tensors = dict(_read_tensors(weights, table, torch.device(device), dtype))
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
     def setup_caches(self, batch: int) -> None:
         """Starts a new sequence of `batch` rows; `generate_frame` needs it once before."""
         a = self.architecture
-        self._caches = self._new_caches(a.backbone, batch, a.max_positions)
+        self._caches = self.new_caches(a.backbone, batch, a.max_positions)
 
     def backbone_hidden(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Hidden states (B, S, D) of a whole sequence in one pass, without cache.
 
         tokens and mask are (B, S, K + 1), integers and booleans; positions (B, S).
         """
-        self._check_inputs(tokens, mask, positions)
-        hidden: Tensor = self.backbone(self._embed_frames(tokens, mask), positions)
+        self.check_inputs(tokens, mask, positions)
+        hidden: Tensor = self.backbone(self.embed_frames(tokens, mask), positions)
         return hidden
 
     def codebook_logits(self, last_hidden: Tensor, codes: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ class Model(nn.Module):
         last_hidden (B, D) is the backbone's at the position before the frame.
         The code of the last codebook has no influence.
         """
-        before = torch.cat((last_hidden[:, None], self._embed_audio(codes[:, :-1])), dim=1)
+        before = torch.cat((last_hidden[:, None], self.embed_audio(codes[:, :-1])), dim=1)
         inputs = self.projection(before)
         hidden = self.decoder(inputs, _positions_like(inputs, 0))
         others = torch.einsum("bkd,kdv->bkv", hidden[:, 1:], self.audio_head)
@@ -289,34 +291,36 @@ class Model(nn.Module):
         self, tokens: Tensor, mask: Tensor, positions: Tensor, choose: Chooser
     ) -> tuple[Tensor, Tensor]:
         """As `generate_frame`, with any way to choose: codes (B, K) and logits (B, K, V)."""
-        self._check_inputs(tokens, mask, positions)
+        self.check_inputs(tokens, mask, positions)
         caches = self._continued(positions)
-        last = self.backbone(self._embed_frames(tokens, mask), positions, caches)[:, -1]
+        last = self.backbone(self.embed_frames(tokens, mask), positions, caches)[:, -1]
         logits = [self.codebook0_head(last)]
         codes = [choose(logits[0])]
         a = self.architecture
-        caches = self._new_caches(a.decoder, last.shape[0], a.codebooks)
-        inputs = torch.stack((last, self._embed_audio(codes[0][:, None])[:, 0]), dim=1)
+        caches = self.new_caches(a.decoder, last.shape[0], a.codebooks)
+        inputs = torch.stack((last, self.embed_audio(codes[0][:, None])[:, 0]), dim=1)
         for book in range(1, a.codebooks):
             positions = _positions_like(inputs, caches[0].length)
             hidden = self.decoder(self.projection(inputs), positions, caches)[:, -1]
             logits.append(hidden @ self.audio_head[book - 1])
             codes.append(choose(logits[-1]))
-            inputs = self._embed_audio(codes[-1][:, None], first_book=book)
+            inputs = self.embed_audio(codes[-1][:, None], first_book=book)
         return torch.stack(codes, dim=1), torch.stack(logits, dim=1)
 
-    def _embed_audio(self, codes: Tensor, first_book: int = 0) -> Tensor:
+    def embed_audio(self, codes: Tensor, first_book: int = 0) -> Tensor:
         """Embeddings (..., N, D) of codes (..., N) of the codebooks from `first_book` on."""
         books = torch.arange(first_book, first_book + codes.shape[-1], device=codes.device)
         embedded: Tensor = self.audio_embeddings(codes + books * self.architecture.audio_vocab)
         return embedded
 
-    def _embed_frames(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def embed_frames(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The backbone's inputs (B, S, D) for tokens and mask (B, S, K + 1)."""
         text = self.text_embeddings(tokens[..., -1:])
-        columns = torch.cat((self._embed_audio(tokens[..., :-1]), text), dim=-2)
+        columns = torch.cat((self.embed_audio(tokens[..., :-1]), text), dim=-2)
         return (columns * mask[..., None]).sum(dim=-2)
 
-    def _new_caches(self, stack: Transformer, batch: int, positions: int) -> list[KeyValueCache]:
+    def new_caches(self, stack: Transformer, batch: int, positions: int) -> list[KeyValueCache]:
+        """Empty caches, one a layer, of the weights' dtype and device."""
         like = self.projection.weight
         return [KeyValueCache(stack, batch, positions, like) for _ in range(stack.layers)]
 
@@ -331,16 +335,21 @@ class Model(nn.Module):
             )
         return self._caches
 
-    def _check_inputs(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> None:
+    def check_inputs(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> None:
+        """Raises UsageError where shapes do not fit each other, or positions the model."""
         shape = (*positions.shape, self.architecture.codebooks + 1)
         if not (positions.ndim == 2 and tokens.shape == mask.shape == shape and tokens.numel()):
             raise UsageError(
                 f"tokens {tuple(tokens.shape)}, mask {tuple(mask.shape)} and positions "
                 f"{tuple(positions.shape)} are not (B, S, {shape[-1]}), the same, and (B, S)"
             )
-        if int(positions.max()) >= self.architecture.max_positions:
+        self.check_position(int(positions.max()))
+
+    def check_position(self, position: int) -> None:
+        """Raises UsageError where the model has no such position."""
+        if position >= self.architecture.max_positions:
             raise UsageError(
-                f"Inputs too long: position {int(positions.max())}, "
+                f"Inputs too long: position {position}, "
                 f"while the model has {self.architecture.max_positions}, from 0 on"
             )
 
@@ -351,13 +360,18 @@ def chooser(temperature: float, topk: int, generator: torch.Generator | None = N
         raise UsageError(f"temperature {temperature} is below 0, or topk {topk} below 1")
     if temperature == 0:
         return lambda logits: logits.argmax(dim=-1)
+    return lambda logits: draw(logits, temperature, topk, generator)
 
-    def draw(logits: Tensor) -> Tensor:
-        best, codes = logits.float().topk(min(topk, logits.shape[-1]))
-        drawn = torch.multinomial((best / temperature).softmax(dim=-1), 1, generator=generator)
-        return codes.gather(-1, drawn)[:, 0]
 
-    return draw
+def draw(
+    logits: Tensor, temperature: float | Tensor, topk: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """One code a row (B,), drawn from the topk best of logits (B, V); asks no host."""
+    best, codes = logits.float().topk(min(topk, logits.shape[-1]))
+    likely = (best / temperature).softmax(dim=-1)
+    # The first of racing exponential clocks is a draw; multinomial would wait for the host.
+    race = likely / torch.empty_like(likely).exponential_(1.0, generator=generator)
+    return codes.gather(-1, race.argmax(dim=-1, keepdim=True))[:, 0]
 
 
 def _positions_like(x: Tensor, start: int) -> Tensor:
@@ -365,42 +379,9 @@ def _positions_like(x: Tensor, start: int) -> Tensor:
     return torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[:2])
 
 
-def _find_weights(path: Path) -> Path:
-    if not path.is_dir():
-        return _existing(path)
-    for name in WEIGHT_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise _missing(path, " or ".join(WEIGHT_FILES), "neither")
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise _missing(path, "a file", "no such file")
-    return path
-
-
-def _missing(path: Path, expected: str, found: str) -> MissingInput:
-    finding = Finding(Kind.MISSING, str(path), expected, found, "inv weights")
-    return MissingInput("the model's files are not here", [finding])
-
-
-def _read_tensors(
-    path: Path, table: TensorTable, device: torch.device, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    with path.open("rb") as file:
-        for name, info in table.tensors.items():
-            # Unlike a memory map, this keeps what was checked if the file changes later.
-            buffer = bytearray(_span(info) * _DTYPES[info.dtype].itemsize)
-            file.seek(info.offset)
-            if file.readinto(buffer) != len(buffer):
-                finding = Finding(Kind.CHANGED, f"{path}: {name}", f"{len(buffer)} bytes", "fewer")
-                raise WrongContent(f"{path.name} became shorter while it was read", [finding])
-            flat = torch.frombuffer(buffer, dtype=_DTYPES[info.dtype])
-            tensor = flat.as_strided(info.shape, info.stride).contiguous()
-            yield name, tensor.to(device, dtype)
-
-
-def _span(info: TensorInfo) -> int:
-    """Elements from a tensor's first to its last, both counted, in its storage."""
-    return 1 + sum((n - 1) * step for n, step in zip(info.shape, info.stride, strict=True))
+def _read_config(*folders: Path) -> Architecture:
+    """The architecture that config.json in the first of some folders describes."""
+    for config in (folder / "config.json" for folder in folders):
+        if config.is_file():
+            return parse_config(config.read_bytes(), str(config))
+    raise missing(folders[0] / "config.json", "a file", "no such file")

@@ -80,13 +80,16 @@ def smoke(
     device: str | None = None,
     require_gpu: bool = False,
     frames: int = SMOKE_FRAMES,
+    dtype: str | None = None,
 ) -> Outcome:
     """Gates the model that is in place, loads it and lets it speak."""
     state = begin(request).look()
     _require_smoke_test(state.manifest)
     results = gate(state, rehash=False)
     outcome = Outcome(state, results=results, error=gate_error(results))
-    return outcome if outcome.error else _speak(outcome, request, device, require_gpu, frames)
+    return (
+        outcome if outcome.error else _speak(outcome, request, device, require_gpu, frames, dtype)
+    )
 
 
 def record_golden(request: Request, frames: int) -> Path:
@@ -172,7 +175,12 @@ def _may_have_gpu() -> bool:
 
 
 def _speak(
-    outcome: Outcome, request: Request, device: str | None, require_gpu: bool, frames: int
+    outcome: Outcome,
+    request: Request,
+    device: str | None,
+    require_gpu: bool,
+    frames: int,
+    dtype: str | None = None,
 ) -> Outcome:
     state = outcome.state
     try:
@@ -183,6 +191,7 @@ def _speak(
             frames=frames,
             golden=_golden(request, state),
             weights=_weights_word(state),
+            dtype=dtype,
         )
     except CsmWeightsError as error:
         return replace(outcome, error=error)

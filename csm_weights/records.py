@@ -141,6 +141,27 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What a smoke test measured beside its checks, and on what.
+
+    Sizes are in bytes, rates in bytes a second; 0 is "not measured": a mapped
+    file is not read when it is loaded, and the CPU has no bus. `frame_bytes` are
+    the weights that a frame has to read. `driver` is "-" for the CPU.
+    """
+
+    machine: str
+    driver: str
+    torch: str
+    dtype: str
+    loaded_bytes: int
+    bus_rate: float
+    frame_bytes: int
+    memory_rate: float
+    peak_host: int
+    peak_device: int
+
+
+@dataclass(frozen=True)
 class SmokeReport:
     """All checks of one loaded model, and the files it was loaded from.
 
@@ -156,6 +177,7 @@ class SmokeReport:
     frames_per_second: float
     real_time_factor: float
     load_seconds: float
+    figures: Figures
     bound_to: tuple[tuple[str, str], ...] = ()
     made_at: str = ""
 
@@ -258,6 +280,11 @@ _ARRIVAL = {"offset": int, "size": int, "piece": str}
 _PIECE = {"offset": int, "size": int, "sha256": str, "source": str}
 _RECEIPT = {"path": str, "model": str, "size": int, "sha256": str, "proven_at": str, "tool": str}
 _CHECK = {"name": str, "value": str, "limit": str, "ok": bool}
+_FIGURES = {
+    **dict.fromkeys(("machine", "driver", "torch", "dtype"), str),
+    **dict.fromkeys(("loaded_bytes", "frame_bytes", "peak_host", "peak_device"), int),
+    **dict.fromkeys(("bus_rate", "memory_rate"), float),
+}
 _REPORT = {
     "device": str,
     "frames_per_second": float,
@@ -288,5 +315,6 @@ def _arrival(data: dict[str, Any]) -> Arrival:
 
 def _smoke(data: dict[str, Any]) -> SmokeReport:
     data["checks"] = tuple(_typed(Check, _CHECK, c) for c in data["checks"])
+    data["figures"] = _typed(Figures, _FIGURES, data["figures"])
     data["bound_to"] = tuple((str(name), str(what)) for name, what in data["bound_to"])
     return _typed(SmokeReport, _REPORT, data)

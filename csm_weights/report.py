@@ -148,12 +148,41 @@ def _cut(text: str) -> str:
 
 
 def smoke_text(report: SmokeReport) -> str:
-    """Each check with its limit and verdict, then one verdict."""
+    """What was measured, each check with its limit and verdict."""
     rows = [(check.name, check.value, check.limit, check.verdict) for check in report.checks]
-    head = f"smoke test on {report.device}, loaded in {report.load_seconds:.2f} s"
-    if report.made_at:
-        head += f", {report.made_at}"
-    return f"{head}\n{table(('check', 'found', 'limit', ''), rows)}"
+    made = f", {report.made_at}" if report.made_at else ""
+    head = f"smoke test on {report.device}{made}"
+    return f"{head}\n{table(('check', 'found', 'limit', ''), rows)}\n\n{_figures(report)}"
+
+
+def _figures(report: SmokeReport) -> str:
+    f = report.figures
+    driver = f", driver {f.driver}" if f.driver != "-" else ""
+    seconds = f"{report.load_seconds:.2f} s"
+    loaded = f"mapped in {seconds}, and read as it is used"
+    if f.loaded_bytes:
+        rate = f.loaded_bytes / report.load_seconds
+        bus = f", {rate / f.bus_rate:.0%} of the bus at {_rate(f.bus_rate)}" if f.bus_rate else ""
+        loaded = f"{_gigabytes(f.loaded_bytes)} in {seconds}, {_rate(rate)}{bus}"
+    reached = f.frame_bytes * report.frames_per_second
+    share = f"{reached / f.memory_rate:.0%} of the roofline" if f.memory_rate else "no roofline"
+    wall = f"{_gigabytes(f.frame_bytes)} of weights a frame at {_rate(f.memory_rate)}"
+    device = f", device {_gigabytes(f.peak_device)}" if f.peak_device else ""
+    rows = [
+        ("machine", f"{f.machine}{driver}, torch {f.torch}, {f.dtype}"),
+        ("loading", loaded),
+        ("a frame", f"{1000 / report.frames_per_second:.3g} ms, {share}: {wall}"),
+        ("peak memory", f"host {_gigabytes(f.peak_host)}{device}"),
+    ]
+    return table(("figure", "measured"), rows)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e9:.3g} GB/s"
 
 
 def _verdict(outcome: Outcome) -> str:

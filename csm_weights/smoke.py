@@ -1,8 +1,9 @@
 """What must be true of a loaded model: each check with its number, limit and verdict.
 
-The model is loaded in float32 on every device, so that one set of limits and
-golden frames holds everywhere; CSM-1B then needs 6.2 GB on the device. The
-prompt is made from the architecture alone: no tokenizer, no audio codec.
+The model speaks as a listener would have it: in bfloat16 on a GPU, in float32
+on the CPU. Golden frames are float32's, so where there are some the model is
+loaded in float32 as well. The prompt is made from the architecture alone: no
+tokenizer, no audio codec.
 
 torch is imported only when a check runs; without it this module imports, and
 `run` says that the smoke test is unavailable.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from csm_weights import machine
 from csm_weights.errors import (
     Finding,
     Kind,
@@ -27,7 +29,7 @@ from csm_weights.errors import (
     UsageError,
     WrongContent,
 )
-from csm_weights.records import Check, SmokeReport
+from csm_weights.records import Check, Figures, SmokeReport
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +42,12 @@ if TYPE_CHECKING:
 #: Seconds of audio in one frame: CSM has 12.5 frames a second.
 FRAME_SECONDS = 0.08
 
-#: Most that a cached logit may differ from the parallel pass's, as a share of
-#: the largest logit. Measured with random weights of CSM-1B's size and of the
-#: tiny model: float32 rounding 1e-6 to 6e-6; a cache rounded to bfloat16, the
-#: mildest of the faults tried, 3e-3 to 1e-2; one wrong key or value 0.3 and more.
-CACHE_LIMIT = 3e-4
+#: Most that a logit of step-by-step decoding may differ from the parallel
+#: pass's, as a share of the largest logit, by dtype. Measured with random
+#: weights of CSM-1B's size and of the tiny model: float32 rounding 1e-6 to 6e-6;
+#: a cache rounded to bfloat16, the mildest of the faults tried, 3e-3 to 1e-2; one
+#: wrong key or value 0.3 and more. Rounding in bfloat16 7e-3, in float16 8e-4.
+CACHE_LIMITS = {"float32": 3e-4, "bfloat16": 4e-2, "float16": 5e-3}
 
 #: Fewest frames a second that count as running: CSM-1B makes 1.3 on two shared
 #: CPU cores, and a machine that swaps far fewer than a tenth of that.
@@ -80,6 +83,15 @@ class _Speech:
     frames_per_second: float
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A model, the seconds to load it, and the bytes read for that: 0 of a mapped file."""
+
+    model: Model
+    seconds: float
+    nbytes: int
+
+
 def run(
     directory: Path,
     *,
@@ -88,11 +100,13 @@ def run(
     frames: int = 8,
     golden: Path | None = None,
     weights: str | None = None,
+    dtype: str | None = None,
 ) -> SmokeReport:
     """Loads the model in `directory`, lets it speak, and checks it.
 
     `device` is torch's word; None is the first CUDA device if there is one,
-    else the CPU. `frames` are 80 ms each, at least 2; more are made when
+    else the CPU. `dtype` is a key of CACHE_LIMITS; None is bfloat16 on a GPU
+    and float32 on the CPU. `frames` are 80 ms each, at least 2; more are made when
     `golden`, a file of `record_golden`, has more. `weights` is "safetensors",
     "ckpt", or None for the first that is there.
 
@@ -104,21 +118,58 @@ def run(
     expected = None if golden is None else read_golden(golden)
     place = _find_device(device, require_gpu)
     path = _weights_path(directory, weights)
+    word = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if word not in CACHE_LIMITS:
+        raise UsageError(f"the dtype {word!r}; known are {', '.join(CACHE_LIMITS)}")
+    count = max(frames, len(expected.frames) if expected else 0)
+    machine.forget_peak(place)
     with _computing(place):
-        model, load_seconds = _load(path, place)
+        loaded = _load(path, place, word)
+        model = loaded.model
         prompt = make_prompt(model.architecture)
-        speech = _speak(model, prompt, max(frames, len(expected.frames) if expected else 0))
+        speech = _speak(model, prompt, count)
         factor = 1 / (speech.frames_per_second * FRAME_SECONDS)
         checks = [
             _check_names(model),
             _check_finite(model),
-            _check_cache(model, prompt, speech),
+            _check_cache(model, prompt, speech, CACHE_LIMITS[word]),
             _check_codes(model.architecture, speech),
             *_check_speed(speech.frames_per_second, factor),
         ]
+        figures = _figures(loaded, place, word)
         if expected is not None:
-            checks.append(_check_golden(expected, prompt, speech))
-    return SmokeReport(str(place), tuple(checks), speech.frames_per_second, factor, load_seconds)
+            exact = speech if word == "float32" else _speak_exactly(path, place, prompt, count)
+            checks.append(_check_golden(expected, prompt, exact))
+    return SmokeReport(
+        str(place), tuple(checks), speech.frames_per_second, factor, loaded.seconds, figures
+    )
+
+
+def _speak_exactly(path: Path, place: torch.device, prompt: list[int], frames: int) -> _Speech:
+    """What the model says in float32, to be held against golden frames."""
+    return _speak(_load(path, place, "float32").model, prompt, frames)
+
+
+def _figures(loaded: _Loaded, place: torch.device, dtype: str) -> Figures:
+    """What was measured beside the checks, and on what."""
+    import torch
+
+    from csm_weights.decoding import weights_per_frame
+
+    model, device = loaded.model, machine.describe(place)
+    weight = model.text_embeddings.weight
+    return Figures(
+        machine=device.name,
+        driver=device.driver,
+        torch=torch.__version__,
+        dtype=dtype,
+        loaded_bytes=loaded.nbytes,
+        bus_rate=machine.bus_rate(place),
+        frame_bytes=weights_per_frame(model.architecture) * weight.element_size(),
+        memory_rate=machine.memory_rate(weight),
+        peak_host=machine.host_peak(),
+        peak_device=machine.device_peak(place),
+    )
 
 
 def record_golden(directory: Path, path: Path, frames: int) -> None:
@@ -129,7 +180,7 @@ def record_golden(directory: Path, path: Path, frames: int) -> None:
     _check_count(frames)
     place = _find_device("cpu", require_gpu=False)
     with _computing(place):
-        model, _ = _load(directory, place)
+        model = _load(directory, place, "float32").model
         prompt = make_prompt(model.architecture)
         codes = _speak(model, prompt, frames).codes.tolist()
     rows = ",\n    ".join(json.dumps(row) for row in codes)
@@ -231,22 +282,20 @@ def _computing(place: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _load(path: Path, place: torch.device) -> tuple[Model, float]:
+def _load(path: Path, place: torch.device, dtype: str) -> _Loaded:
     import torch
 
+    from csm_weights.checkpoint import find_weights
     from csm_weights.model import Model
 
+    kind: torch.dtype = getattr(torch, dtype)
     start = time.perf_counter()
-    model = Model.from_local(path, place, torch.float32)
-    _synchronize(place)
-    return model, time.perf_counter() - start
-
-
-def _synchronize(place: torch.device) -> None:
-    import torch
-
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
+    model = Model.from_local(path, place, kind)
+    machine.synchronize(place)
+    seconds = time.perf_counter() - start
+    is_mapped = place.type == "cpu" and kind == torch.float32
+    size = sum(file.stat().st_size for file in find_weights(path))
+    return _Loaded(model, seconds, 0 if is_mapped else size)
 
 
 def _frames(model: Model, prompt: list[int], codes: torch.Tensor) -> _Inputs:
@@ -267,21 +316,18 @@ def _speak(model: Model, prompt: list[int], frames: int) -> _Speech:
     """Greedy frames, made as a listener's would be: with caches, one after the other."""
     import torch
 
+    from csm_weights.decoding import Decoder
+
     place = model.projection.weight.device
-    codes = torch.zeros(0, model.architecture.codebooks, dtype=torch.long, device=place)
-    inputs = _frames(model, prompt, codes)
-    model.setup_caches(1)
-    steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+    none = torch.zeros(0, model.architecture.codebooks, dtype=torch.long, device=place)
+    tokens, mask, _ = _frames(model, prompt, none)
+    decoder = Decoder(model, keep_logits=True)
+    steps = [(decoder.start(tokens, mask, temperature=0), decoder.logits)]
+    # The first frame also reads the prompt and sets the device up.
+    machine.synchronize(place)
     start = time.perf_counter()
-    for _ in range(frames):
-        steps.append(model.generate_logits(*inputs, lambda logits: logits.argmax(-1)))
-        if len(steps) == 1:
-            # The first frame also reads the prompt and warms the device up.
-            _synchronize(place)
-            start = time.perf_counter()
-        tokens, mask, _ = _frames(model, [], steps[-1][0])
-        inputs = (tokens, mask, inputs[2][:, -1:] + 1)
-    _synchronize(place)
+    steps += [(decoder.step(), decoder.logits) for _ in range(frames - 1)]
+    machine.synchronize(place)
     seconds = time.perf_counter() - start
     codes, logits = (torch.cat(part) for part in zip(*steps, strict=True))
     return _Speech(codes, logits, (frames - 1) / seconds)
@@ -308,7 +354,7 @@ def _count_not_finite(tensor: torch.Tensor) -> int:
     return sum(int((~flat[start : start + _CHUNK].isfinite()).sum()) for start in starts)
 
 
-def _check_cache(model: Model, prompt: list[int], speech: _Speech) -> Check:
+def _check_cache(model: Model, prompt: list[int], speech: _Speech, share: float) -> Check:
     import torch
 
     inputs = _frames(model, prompt, speech.codes[:-1])
@@ -316,11 +362,11 @@ def _check_cache(model: Model, prompt: list[int], speech: _Speech) -> Check:
         hidden = model.backbone_hidden(*inputs)[0, len(prompt) - 1 :]
         parallel = model.codebook_logits(hidden, speech.codes)
     difference = float((speech.logits - parallel).abs().max())
-    limit = CACHE_LIMIT * float(parallel.abs().max())
+    limit = share * float(parallel.abs().max())
     return Check(
         "cached against parallel logits, largest difference",
         f"{difference:.1e}",
-        f"{limit:.1e}, {CACHE_LIMIT:.0e} of the largest logit",
+        f"{limit:.1e}, {share:.0e} of the largest logit",
         difference <= limit,
     )
 

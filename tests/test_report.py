@@ -22,18 +22,31 @@ from csm_weights.errors import (
 )
 from csm_weights.gates import Gate, GateResult
 from csm_weights.plan import Goal
-from csm_weights.records import Check, SmokeReport
+from csm_weights.records import Check, Figures, SmokeReport
 from csm_weights.request import Outcome
 from tests.toy import Toy, flip
 
 ESCAPE = "\x1b[2J\x1b]0;title\x07"
 
+FIGURES = Figures(
+    machine="a GPU",
+    driver="1.2",
+    torch="2.0",
+    dtype="bfloat16",
+    loaded_bytes=5_000_000_000,
+    bus_rate=40e9,
+    frame_bytes=6_000_000_000,
+    memory_rate=90e9,
+    peak_host=1_500_000_000,
+    peak_device=3_000_000_000,
+)
 SMOKE = SmokeReport(
     device="cpu",
     checks=(Check("finite", "1.0", "all", True), Check("cache", "0.5", "at most 0.1", False)),
     frames_per_second=1.5,
     real_time_factor=8.0,
     load_seconds=0.25,
+    figures=FIGURES,
     bound_to=(("model.safetensors", "1" * 64),),
     made_at="2025-01-01T00:00:00+00:00",
 )

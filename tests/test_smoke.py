@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csm_weights import smoke
+from csm_weights import decoding, smoke
 from csm_weights.architecture import FLAVORS, Architecture
+from csm_weights.decoding import Decoder
 from csm_weights.errors import MissingInput, SmokeUnavailable, UsageError, WrongContent
-from csm_weights.model import KeyValueCache, Model, Stack
+from csm_weights.model import Model
 from csm_weights.records import Check, SmokeReport
 from csm_weights.smoke import record_golden
 
@@ -147,44 +149,53 @@ def test_logits_that_are_not_numbers_are_not_ok(tmp_path: Path) -> None:
     assert not_ok(run(saved(tmp_path, state))) == [FINITE, CACHE]
 
 
+def with_faulty_layers(
+    monkeypatch: pytest.MonkeyPatch, fault: Callable[[Tensor, Tensor, Tensor], None]
+) -> None:
+    """After each layer of a step, `fault` may change positions, keys and values."""
+    read = decoding._FusedLayer.__call__
+
+    def faulty(layer: Any, x: Tensor, turns: Tensor, positions: Tensor, *caches: Any) -> Tensor:
+        after = read(layer, x, turns, positions, *caches)
+        fault(positions, *caches[:2])
+        return after
+
+    monkeypatch.setattr(decoding._FusedLayer, "__call__", faulty)
+
+
 def test_cache_that_loses_a_value_is_not_ok(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache that gives back one value of a wrong position is found."""
-    append = KeyValueCache.append
+    """A cache whose first value is another's is found."""
 
-    def faulty(cache: KeyValueCache, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        all_keys, all_values = append(cache, keys, values)
-        all_values = all_values.clone()
-        all_values[:, :, 0] = all_values[:, :, -1]
-        return all_keys, all_values
+    def lose(positions: Tensor, _: Tensor, values: Tensor) -> None:
+        values[:, :, 0] = values[:, :, int(positions[-1])]
 
-    monkeypatch.setattr(KeyValueCache, "append", faulty)
+    with_faulty_layers(monkeypatch, lose)
     assert not_ok(run(directory)) == [CACHE]
 
 
 def test_rounded_cache_is_not_ok(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that keeps only bfloat16 in a float32 model is found."""
-    append = KeyValueCache.append
 
-    def rounded(cache: KeyValueCache, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return append(cache, keys.bfloat16().float(), values.bfloat16().float())
+    def rounded(_: Tensor, keys: Tensor, values: Tensor) -> None:
+        for cache in (keys, values):
+            cache.copy_(cache.bfloat16())
 
-    monkeypatch.setattr(KeyValueCache, "append", rounded)
+    with_faulty_layers(monkeypatch, rounded)
     assert not_ok(run(directory)) == [CACHE]
 
 
 def test_cached_positions_that_slip_are_not_ok(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cached decoding at positions one too high is found."""
-    forward = Stack.forward
+    """Step-by-step decoding that turns keys and queries twice as far is found."""
+    turn = decoding._turned
 
-    def slipped(stack: Stack, x: Tensor, positions: Tensor, caches: Any = None) -> Tensor:
-        late = caches is not None and caches[0].length > 0
-        return forward(stack, x, positions + 1 if late else positions, caches)
+    def slipped(x: Tensor, turns: Tensor) -> Tensor:
+        return turn(x, turns * turns)
 
-    monkeypatch.setattr(Stack, "forward", slipped)
+    monkeypatch.setattr(decoding, "_turned", slipped)
     assert not_ok(run(directory)) == [CACHE]
 
 
@@ -192,14 +203,14 @@ def test_code_outside_its_codebook_is_not_ok(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A code that reaches into the next codebook's embeddings is found."""
-    generate = Model.generate_logits
+    step = Decoder.step
 
-    def overflowing(model: Model, *arguments: Any) -> tuple[Tensor, Tensor]:
-        codes, logits = generate(model, *arguments)
+    def overflowing(decoder: Decoder) -> Tensor:
+        codes = step(decoder)
         codes[:, 0] = TINY.audio_vocab
-        return codes, logits
+        return codes
 
-    monkeypatch.setattr(Model, "generate_logits", overflowing)
+    monkeypatch.setattr(Decoder, "step", overflowing)
     report = run(directory, frames=5)
 
     assert CODES in not_ok(report)

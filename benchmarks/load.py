@@ -1,0 +1,196 @@
+"""Measures loading, and on a GPU speaking, on the full-size stand-in of CSM-1B.
+
+    make bench-load                              # needs 38 GB of disk; a GPU for its part
+    python -m benchmarks.load --runs 3 --write   # the same, and puts the figures into docs/
+    python -m benchmarks.load --model csm-tiny --runs 1      # does it work at all
+
+Each way of loading runs in a process of its own, in turn with the others, on
+files that have just been read (so they are in the page cache as far as they
+fit). The start of Python, torch and CUDA is not counted, for anyone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.common import INV, ROOT, Row, Run, machine, run, table, write_report
+from benchmarks.plot import bars
+
+#: The bar to beat on a GPU: what others publish, in GB/s of the file.
+#: InstantTensor: its README, an H200; safetensors 0.7 and Run:ai: as quoted there.
+PUBLISHED = {"InstantTensor (published)": 48.5, "Run:ai (published)": 7.4}
+
+GPU_GOAL = "40 GB/s or more"
+FRAMES_GOAL = "at most 0.09"
+
+
+def load(way: str, paths: Sequence[Path]) -> Run:
+    """One way of loading, once."""
+    for path in paths:
+        subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+    command = [sys.executable, "-m", "benchmarks.loader", way, *map(str, paths)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    taken = json.loads(done.stdout)
+    result = Run(taken["seconds"], taken["cpu"], taken["grown"])
+    print(f"{way}: {result}", file=sys.stderr)
+    return result
+
+
+def in_turn(runs: int, sides: dict[str, Callable[[], Run]]) -> dict[str, list[Run]]:
+    """Runs all sides in turn, after one run of each that does not count."""
+    results: dict[str, list[Run]] = {name: [] for name in sides}
+    for number in range(runs + 1):
+        for name, side in sides.items():
+            taken = side()
+            if number:
+                results[name].append(taken)
+    return results
+
+
+def median(runs: Sequence[Run], what: str = "wall") -> float:
+    """The median of one figure of some runs."""
+    return float(statistics.median(getattr(r, what) for r in runs))
+
+
+def measure_staging(file: Path, runs: int) -> list[Row]:
+    """The whole file through the ring to nowhere, against `cat` to nowhere, by processor time."""
+    cat = f"cat '{file}' > /dev/null"
+    found = in_turn(runs, {"cat": lambda: run(cat, ROOT), "ours": lambda: load("stage", [file])})
+    ours, peer = (median(found[name], "cpu") for name in ("ours", "cat"))
+    grown = max(r.memory for r in found["ours"])
+    return [
+        Row(
+            "the file through the ring, processor time / `cat FILE > /dev/null`",
+            f"{ours:.2f} s",
+            f"{peer:.2f} s",
+            f"{ours / peer:.2f} times",
+            "at most 1.15 times",
+        ),
+        Row("the same: memory", f"{grown / 2**20:.1f} MiB", "", "", "at most 16 MiB"),
+    ]
+
+
+def measure_loading(
+    file: Path, parts: Sequence[Path], checkpoint: Path, runs: int, device: str
+) -> tuple[list[Row], dict[str, float]]:
+    """F32 to bfloat16 on a device: ours from file, parts and checkpoint, and the libraries'."""
+    sides = {
+        "ours": lambda: load(f"ours {device}", [file]),
+        "ours, from parts": lambda: load(f"ours {device}", parts),
+        "ours, from ckpt.pt": lambda: load(f"ours {device}", [checkpoint]),
+        "safetensors load_file": lambda: load(f"load_file {device}", [file]),
+        "safetensors safe_open": lambda: load(f"safe_open {device}", [file]),
+        "torch.load(mmap=True)": lambda: load(f"torch.load {device}", [checkpoint]),
+    }
+    found = in_turn(runs, sides)
+    size = file.stat().st_size
+    rates = {name: size / median(of) / 1e9 for name, of in found.items()}
+    ours = median(found["ours"])
+    peers = {name: of for name, of in found.items() if not name.startswith("ours")}
+    fastest = min(median(of) for of in peers.values())
+    rows = [
+        Row(
+            f"bfloat16 on {device} / {name}",
+            f"{ours:.2f} s",
+            f"{median(of):.2f} s",
+            f"{ours / median(of):.2f} times its time",
+            "at most 1" if median(of) == fastest else "",
+        )
+        for name, of in peers.items()
+    ]
+    for name in ("ours, from parts", "ours, from ckpt.pt"):
+        taken = median(found[name])
+        rows.append(
+            Row(
+                f"bfloat16 on {device}: {name} / from one file",
+                f"{taken:.2f} s",
+                f"{ours:.2f} s",
+                f"{taken / ours:.2f} times its time",
+                "at most 1.05" if "parts" in name else "",
+            )
+        )
+    goal = GPU_GOAL if device == "cuda" else ""
+    rows.append(Row(f"bfloat16 on {device}: rate", f"{rates['ours']:.1f} GB/s", "", "", goal))
+    return rows, rates
+
+
+def measure_frames(folder: Path) -> list[Row]:
+    """Frames on the GPU: graphs against the eager reference, in one process."""
+    command = [sys.executable, "-m", "benchmarks.frames", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    fast, eager = found["fast"], found["eager"]
+    return [
+        Row(
+            "a frame, CUDA graphs / eager",
+            f"{fast * 1000:.2f} ms",
+            f"{eager * 1000:.1f} ms",
+            f"{fast / eager:.3f} times its time",
+            "",
+        ),
+        Row("real-time factor", f"{fast / 0.08:.3f}", f"{eager / 0.08:.3f}", "", FRAMES_GOAL),
+        Row("share of the roofline", f"{found['roofline']:.0%}", "", "", ""),
+        Row("attention kernels", found["kernels"], "", "", ""),
+    ]
+
+
+def has_gpu() -> bool:
+    """Whether torch finds a CUDA device; asked in another process, which starts no CUDA here."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def main() -> None:
+    """Measures everything that this machine can."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="csm-1b-standin")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dir", type=Path, default=ROOT / "output" / "bench-load")
+    parser.add_argument("--write", action="store_true", help="into docs/")
+    options = parser.parse_args()
+    chunks = ROOT / "chunks" / options.model
+    if not chunks.is_dir():
+        run([str(INV), "standin", "--name", options.model], ROOT)
+    try:
+        dest = ["--only", "all", "--dest", str(options.dir)]
+        run([str(INV), "fetch", "--model", options.model, *dest], ROOT)
+        file, checkpoint = options.dir / "model.safetensors", options.dir / "ckpt.pt"
+        parts = sorted((chunks / "safetensors").iterdir())
+        rows = measure_staging(file, options.runs)
+        devices = ["cpu", "cuda"] if has_gpu() else ["cpu"]
+        rates: dict[str, float] = {}
+        for device in devices:
+            more, rates = measure_loading(file, parts, checkpoint, options.runs, device)
+            rows += more
+        rows += measure_frames(options.dir) if "cuda" in devices else []
+    finally:
+        shutil.rmtree(options.dir, ignore_errors=True)
+    where = (
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            check=False,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        if "cuda" in devices
+        else ""
+    )
+    head = f"{machine()}{', ' + where if where else ''}; {options.runs} runs each, medians."
+    text = f"{head}\n\n{table(rows)}"
+    print(text)
+    if options.write:
+        write_report(text, "measured loading")
+        published = PUBLISHED if "cuda" in devices else {}
+        title = f"F32 file to bfloat16 on {devices[-1]}, GB of the file a second"
+        bars(title, {**rates, **published}, ROOT / "docs" / "loading.svg")
+
+
+if __name__ == "__main__":
+    main()

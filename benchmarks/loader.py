@@ -1,0 +1,135 @@
+"""Loads weights once, in one way, and prints what it took: the measured side of benchmarks.load.
+
+    python -m benchmarks.loader WAY FILE [PART ...]
+
+Seconds and processor seconds are of the loading alone, without the start of
+Python, torch and CUDA; `grown` is by how many bytes the peak of memory grew.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from csm_weights.joined import Joined
+from csm_weights.reading import blocks, room, stream
+
+#: Bytes of a slot of the staging ring, which has one slot a thread.
+STAGING_BLOCK = 1 << 20
+
+
+class _Nowhere:
+    """A lane that only gives room: what reading costs before anything is done with it."""
+
+    def __init__(self) -> None:
+        self._room = room(STAGING_BLOCK)
+
+    def slot(self) -> memoryview:
+        return self._room
+
+    def take(self, offset: int, size: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def stage(paths: Sequence[str]) -> object:
+    """The whole file through the ring, to nowhere."""
+    with Joined(paths) as source:
+        stream(source, blocks(source.size, 64 * STAGING_BLOCK), _Nowhere)
+    return None
+
+
+def _ours(device: str) -> Callable[[Sequence[str]], object]:
+    def load(paths: Sequence[str]) -> object:
+        import torch
+
+        from csm_weights.architecture import FLAVORS, Architecture
+        from csm_weights.checkpoint import open_checkpoint
+        from csm_weights.load import load_tensors
+
+        csm_1b = Architecture(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
+        with open_checkpoint(paths) as checkpoint:
+            is_csm_1b = checkpoint.table.tensors.keys() == csm_1b.tensor_shapes().keys()
+            together = csm_1b.fused_tensors() if is_csm_1b else ()
+            return load_tensors(checkpoint, torch.device(device), torch.bfloat16, together=together)
+
+    return load
+
+
+def _load_file(device: str) -> Callable[[Sequence[str]], object]:
+    def load(paths: Sequence[str]) -> object:
+        import torch
+        from safetensors.torch import load_file
+
+        tensors = load_file(paths[0], device)
+        return {name: tensors.pop(name).to(torch.bfloat16) for name in list(tensors)}
+
+    return load
+
+
+def _safe_open(device: str) -> Callable[[Sequence[str]], object]:
+    def load(paths: Sequence[str]) -> object:
+        import torch
+        from safetensors import safe_open
+
+        with safe_open(paths[0], "pt", device) as file:
+            return {name: file.get_tensor(name).to(torch.bfloat16) for name in file.keys()}  # noqa: SIM118
+
+    return load
+
+
+def _torch_load(device: str) -> Callable[[Sequence[str]], object]:
+    def load(paths: Sequence[str]) -> object:
+        import torch
+
+        tensors = torch.load(paths[0], mmap=True, weights_only=True)
+        return {name: tensor.to(device, torch.bfloat16) for name, tensor in tensors.items()}
+
+    return load
+
+
+WAYS: dict[str, Callable[[Sequence[str]], object]] = {"stage": stage}
+for place in ("cpu", "cuda"):
+    WAYS[f"ours {place}"] = _ours(place)
+    WAYS[f"load_file {place}"] = _load_file(place)
+    WAYS[f"safe_open {place}"] = _safe_open(place)
+    WAYS[f"torch.load {place}"] = _torch_load(place)
+
+
+def _prepare(way: str) -> Callable[[], None]:
+    """Imports and starts what is not to be measured; what waits for the device."""
+    if way == "stage":
+        return lambda: None
+    import safetensors.torch  # noqa: F401
+    import torch
+
+    import csm_weights.load  # noqa: F401
+
+    if not way.endswith("cuda"):
+        return lambda: None
+    torch.zeros(1, device="cuda").bfloat16()
+    torch.empty(1, pin_memory=True)
+    return torch.cuda.synchronize
+
+
+def main() -> None:
+    """Loads once and prints one line of JSON."""
+    way, paths = sys.argv[1], sys.argv[2:]
+    wait = _prepare(way)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cpu, wall = time.process_time(), time.perf_counter()
+    kept = WAYS[way](paths)
+    wait()
+    taken = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    print(json.dumps({**taken, "grown": grown}))
+    del kept
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What a program imports: models that are proven, and the generator that lets them speak."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from csm_weights import model as plain
+from csm_weights import obtaining
+from csm_weights.architecture import Architecture, parse_config
+from csm_weights.checkpoint import locate
+from csm_weights.errors import UsageError, WrongContent
+from csm_weights.generator import Generator, InputsTooLong, Segment
+from csm_weights.obtaining import CONFIG, Obtained
+from csm_weights.reading import Span
+from csm_weights.request import Request
+
+__all__ = ["Generator", "InputsTooLong", "Model", "Segment", "load_csm_1b"]
+
+
+class Model(plain.Model):
+    """A CSM network with the weights of a file; every tensor is there, and no other.
+
+    `folder` is where its other files are, such as the tokenizer.
+    """
+
+    folder: Path | None = None
+
+    @classmethod
+    def from_local(
+        cls,
+        path: str | Path | Sequence[Path],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.bfloat16,
+        *,
+        architecture: Architecture | None = None,
+        digests: Sequence[Span] = (),
+        verify: bool = False,
+    ) -> Self:
+        """Loads a folder, a file of weights, a folder of parts, or a chunk repository.
+
+        Either format, told by its content. `dtype` None keeps the file's. The
+        network is `architecture`, else that of config.json; where that is not
+        to be had, that of the manifest that pins weights of this size. With
+        `verify` every byte is held against what a manifest of the checkout
+        pins; `digests` gives the spans to be held against instead.
+
+        Raises MissingInput for what is not there, WrongContent, which names
+        it, for a tensor that is missing, one too many or of another shape, and
+        for a wrong digest; UsageError where nothing is pinned to `verify` by.
+        """
+        _require_device(device)
+        (paths, folder), root = locate(path), obtaining.checkout()
+        size = sum(part.stat().st_size for part in paths)
+        if verify and not digests:
+            digests = obtaining.require_pinned(root, paths[0], size).digests
+        architecture = architecture or _architecture(folder, root, size)
+        model = super().from_local(paths, device, dtype, architecture=architecture, digests=digests)
+        model.folder = folder
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo: str,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.bfloat16,
+    ) -> Self:
+        """Loads the model of a repository of the Hub, "org/name".
+
+        `revision` is a commit, branch or tag. What is on this machine and
+        right is taken first; else it is fetched, proven, and kept. Of a
+        repository that a manifest of the checkout names, that manifest's
+        digests decide. Of any other the Hub's own do, written down beside the
+        Hub's cache at its first use: a branch then stays at that commit.
+
+        Raises as `from_local`, and AccessRefused, NetworkFailed or NoSpace.
+        """
+        _require_device(device)
+        return cls._obtain(obtaining.of_repo(obtaining.checkout(), repo, revision), device, dtype)
+
+    @classmethod
+    def _obtain(
+        cls, request: Request, device: str | torch.device, dtype: torch.dtype | None
+    ) -> Self:
+        """The model of a request: what is here and right, else what the line brings."""
+        for found in obtaining.here(request):
+            try:
+                return cls._open(found, device, dtype)
+            except WrongContent as error:
+                if found.is_proven:
+                    raise
+                obtaining.pass_over(found, error)
+        return cls._open(obtaining.fetch(request), device, dtype)
+
+    @classmethod
+    def _open(cls, found: Obtained, device: str | torch.device, dtype: torch.dtype | None) -> Self:
+        model = super().from_local(
+            found.paths, device, dtype, architecture=found.architecture, digests=found.digests
+        )
+        model.folder = found.folder
+        return model
+
+
+def load_csm_1b(
+    device: str | torch.device = "cuda", dtype: torch.dtype | None = torch.bfloat16
+) -> Generator:
+    """CSM-1B, ready to speak: from proven files or parts on this machine, else from the Hub.
+
+    Raises as `Model.from_pretrained`, and UsageError without the GPU asked for.
+    """
+    _require_device(device)
+    request = obtaining.published(obtaining.checkout())
+    return Generator(Model._obtain(request, device, dtype))
+
+
+def _architecture(folder: Path, root: Path, size: int) -> Architecture | None:
+    """What config.json in a folder says; None where it is not there and nothing is pinned."""
+    config = folder / CONFIG
+    known = obtaining.pinned(root, size)
+    fallback = known.architecture if known else None
+    if not config.is_file():
+        return fallback
+    try:
+        return parse_config(config.read_bytes(), str(config))
+    except WrongContent as error:
+        # The public chunk repository has the Hub's refusal in its place.
+        if fallback is None:
+            raise
+        warnings.warn(f"{error}\nthe weights' size tells which network it is", stacklevel=3)
+        return fallback
+
+
+def _require_device(device: str | torch.device) -> None:
+    """Says before gigabytes are fetched that they cannot be loaded where they should."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"{device!r} is no device that torch knows") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("torch finds no CUDA device here; device='cpu' does without one")

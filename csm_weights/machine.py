@@ -1,0 +1,115 @@
+"""What a device is and how fast its memory and its bus are, measured in a moment.
+
+torch is imported only when something is asked.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+#: Bytes copied to measure a bus: enough to hide the start of a copy.
+BUS_SAMPLE = 64 << 20
+
+#: Most bytes read to measure a memory's rate; far more than caches hold.
+MEMORY_SAMPLE = 512 << 20
+
+#: How often a measurement is made; the best counts, for others only disturb it.
+TRIES = 4
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes: its name, its driver ("-" for a CPU)."""
+
+    name: str
+    driver: str
+
+
+def describe(device: torch.device) -> Device:
+    """The name and driver of a device."""
+    import torch
+
+    if device.type == "cuda":
+        found = _first(_DRIVER, r"Module\s+(?:for \S+\s+)?([0-9.]+)")
+        return Device(torch.cuda.get_device_name(device), found or "unknown")
+    return Device(_first(_CPU_INFO, r"model name\s*:\s*(.+)") or "CPU", "-")
+
+
+def _first(path: Path, pattern: str) -> str | None:
+    """What the pattern's group first matches in a small text file."""
+    try:
+        match = re.search(pattern, path.read_text(errors="replace"))
+    except OSError:
+        return None
+    return match[1].strip() if match else None
+
+
+def bus_rate(device: torch.device) -> float:
+    """Bytes a second from pinned memory to a GPU; 0 for the CPU, which has no such bus."""
+    import torch
+
+    if device.type != "cuda":
+        return 0.0
+    host = torch.empty(BUS_SAMPLE, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return BUS_SAMPLE / _best(lambda: there.copy_(host, non_blocking=True), device)
+
+
+def memory_rate(tensor: torch.Tensor) -> float:
+    """Bytes a second at which a device reads a tensor; of a small one, out of its caches."""
+    flat = tensor.flatten()[: MEMORY_SAMPLE // tensor.element_size()]
+    return flat.nbytes / _best(lambda: flat.sum(), tensor.device)
+
+
+def _best(act: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of a few runs, the first of which only warms up."""
+    times = []
+    for _ in range(TRIES + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        act()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Lets a GPU's peak of memory begin anew."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def host_peak() -> int:
+    """The most bytes of memory that this process has held so far, mapped files included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_peak(device: torch.device) -> int:
+    """The most bytes of tensors on a GPU since `forget_peak`; 0 for the CPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

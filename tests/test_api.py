@@ -1,0 +1,567 @@
+"""Models as a program gets them: strict, proven, from what is nearest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import csm_weights
+from csm_weights import (
+    Generator,
+    Model,
+    Segment,
+    listing,
+    load_csm_1b,
+    locking,
+    obtaining,
+    pipeline,
+    seeding,
+)
+from csm_weights import model as plain
+from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.manifest import load
+from csm_weights.plan import Goal
+from csm_weights.request import Request
+from csm_weights.speech import find_codec, find_tokenizer
+from tests.clone import REPOSITORY
+from tests.hub_server import HubServer
+from tests.test_generator import TINY_CODEC, byte_tokenizer
+from tests.toy import flip
+
+PARTS = "chunks/csm-tiny"
+REPO = "sesame/csm-1b"
+TOKEN = "hf_goodToken"
+
+#: A repository of the Hub that no manifest names.
+OTHER = "acme/CSM-tuned"
+
+
+def joined(name: str) -> bytes:
+    """A weight file of csm-tiny, from the embedded parts."""
+    return b"".join(part.read_bytes() for part in sorted((REPOSITORY / PARTS).rglob(f"{name}.*")))
+
+
+SAFETENSORS, CKPT = joined("model.safetensors"), joined("ckpt.pt")
+CONFIG = (
+    b'{\n  "audio_num_codebooks": 32,\n  "audio_vocab_size": 35,\n'
+    b'  "backbone_flavor": "tiny-backbone",\n  "decoder_flavor": "tiny-decoder",\n'
+    b'  "text_vocab_size": 512\n}'
+)
+HUB_FILES = {"model.safetensors": SAFETENSORS, "ckpt.pt": CKPT, "config.json": CONFIG}
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.add_token(TOKEN)
+        yield server
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout in which csm-1b is a model as small as csm-tiny; nothing else, no network."""
+    for name in ("HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(listing, "WAITS", (0.0, 0.0))
+    root = tmp_path / "root"
+    write_manifest(root)
+    monkeypatch.setattr(obtaining, "checkout", lambda: root)
+    return root
+
+
+@pytest.fixture
+def online(root: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """The same with a Hub that may be asked, and has the model behind its terms."""
+    commit = hub.add_repo(REPO, HUB_FILES, gated=True)
+    write_manifest(root, commit)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+def write_manifest(root: Path, commit: str = "c" * 40) -> None:
+    """The manifest of csm-tiny as that of csm-1b."""
+    text = (REPOSITORY / "manifests" / "csm-tiny.toml").read_text()
+    text = text.replace("csm-tiny", "csm-1b").replace("chunks/csm-1b/", "chunks/")
+    repo = f'[hub]\nrepo = "{REPO}"\nrevision = "{commit}"\ngated = true\n'
+    golden = '[smoke]\ngolden = "csm-1b.golden.json"\n'
+    path = root / "manifests" / "csm-1b.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.replace(golden, repo))
+
+
+def give_parts(root: Path, name: str) -> list[Path]:
+    """Copies the parts of a weight file to where they belong; returns them."""
+    word = "ckpt" if name == "ckpt.pt" else "safetensors"
+    shutil.copytree(REPOSITORY / PARTS / word, root / "chunks" / word)
+    return sorted((root / "chunks" / word).iterdir())
+
+
+def give_cache(root: Path, name: str, content: bytes) -> Path:
+    """Puts a file into the Hub's cache, as the standard client does."""
+    home = root.parent / "hf" / "hub" / f"models--{REPO.replace('/', '--')}"
+    blob = home / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(content)
+    link = home / "snapshots" / ("c" * 40) / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(f"../../blobs/{blob.name}")
+    return blob
+
+
+def other_weights() -> bytes:
+    """csm-tiny with one value changed: of the right size and structure, and not the model."""
+    content = bytearray(SAFETENSORS)
+    content[-1] ^= 1
+    return bytes(content)
+
+
+def expected(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    tensors = safetensors.torch.load(SAFETENSORS)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def assert_is_model(model: plain.Model, dtype: torch.dtype = torch.bfloat16) -> None:
+    state, wanted = model.state_dict(), expected(dtype)
+    assert sorted(state) == sorted(wanted)
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def loaded(**options: Any) -> Model:
+    """The model of load_csm_1b on the CPU."""
+    model = load_csm_1b(device="cpu", **options)._model
+    assert isinstance(model, Model)
+    return model
+
+
+def sources(root: Path) -> list[list[str]]:
+    """Where the weights would be taken from, in order, below the parent of the root."""
+    return [
+        [path.relative_to(root.parent).parts[0] for path in found.paths[:1]]
+        + [path.parent.name for path in found.paths[:1]]
+        for found in obtaining.here(Request(root, "csm-1b"))
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with config.json and model.safetensors."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(CONFIG)
+    (folder / "model.safetensors").write_bytes(SAFETENSORS)
+    return folder
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Changes the tensors of a folder's model.safetensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# ---- the names
+
+
+def test_names_come_from_the_package_itself() -> None:
+    """`from csm_weights import load_csm_1b, Model, Generator` is all there is to know."""
+    assert {"Generator", "Model", "Segment", "load_csm_1b"} <= set(dir(csm_weights))
+    assert issubclass(Model, plain.Model)
+    assert Segment.__module__ == Generator.__module__ == "csm_weights.generator"
+    with pytest.raises(AttributeError, match="load_csm_2b"):
+        _ = csm_weights.load_csm_2b
+
+
+def test_the_package_alone_loads_no_torch() -> None:
+    """Importing the package, or what finds the weights, takes no torch."""
+    code = (
+        "import csm_weights, csm_weights.obtaining, sys;"
+        "print('torch' in sys.modules, 'requests' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["False", "False"]
+
+
+# ---- from_local
+
+
+def test_from_local_is_bfloat16_on_the_cpu(root: Path, folder: Path) -> None:
+    """Nothing said, the weights are bfloat16; None keeps the file's dtype."""
+    assert_is_model(Model.from_local(folder))
+    assert_is_model(Model.from_local(folder, dtype=None), torch.float32)
+    assert_is_model(Model.from_local(str(folder), "cpu", torch.float16), torch.float16)
+    assert root.is_dir()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ckpt.pt"])
+def test_from_local_takes_a_chunk_repository(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """`Model.from_local("./")` in a repository of parts loads them, without config.json."""
+    give_parts(root, name)
+    monkeypatch.chdir(root)
+
+    assert_is_model(Model.from_local("./"))
+    assert_is_model(Model.from_local("./", verify=True))
+
+
+def test_the_hubs_refusal_in_place_of_config_is_looked_through(root: Path) -> None:
+    """What the public chunk repository has as config.json is said, and does not stop it."""
+    give_parts(root, "model.safetensors")
+    (root / "config.json").write_text("Access to model sesame/csm-1b is restricted.")
+    with pytest.warns(UserWarning, match=r"config\.json"):
+        assert_is_model(Model.from_local(root))
+
+
+def test_without_config_of_unknown_weights_is_an_error(root: Path, folder: Path) -> None:
+    """Weights that nothing is known of need their config.json, and one that can be read."""
+    rewrite(folder, lambda tensors: tensors.pop("projection.weight"))
+    (folder / "config.json").write_text("Access to model")
+    with warnings.catch_warnings(), pytest.raises(WrongContent, match=r"config\.json"):
+        warnings.simplefilter("error")
+        Model.from_local(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(MissingInput, match=r"config\.json"):
+        Model.from_local(folder)
+    assert root.is_dir()
+
+
+def _missing(tensors: dict[str, Tensor]) -> None:
+    del tensors["projection.weight"]
+
+
+def _extra(tensors: dict[str, Tensor]) -> None:
+    tensors["backbone.layers.3.sa_norm.scale"] = torch.ones(64)
+
+
+def _misshapen(tensors: dict[str, Tensor]) -> None:
+    tensors["projection.weight"] = tensors["projection.weight"].t().contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (_missing, "projection.weight"),
+        (_extra, "backbone.layers.3.sa_norm.scale"),
+        (_misshapen, "projection.weight"),
+    ],
+)
+def test_from_local_is_strict(root: Path, folder: Path, change: Any, name: str) -> None:
+    """A tensor that is missing, one too many, or of another shape is named."""
+    rewrite(folder, change)
+    with pytest.raises(WrongContent) as caught:
+        Model.from_local(folder)
+
+    assert [name] == [finding.where.rpartition(": ")[2] for finding in caught.value.findings]
+    assert root.is_dir()
+
+
+def test_verify_refuses_a_wrong_byte(root: Path, folder: Path) -> None:
+    """Of the right size and structure, a wrong value is only seen by its digest."""
+    assert_is_model(Model.from_local(folder, verify=True))
+    (folder / "model.safetensors").write_bytes(other_weights())
+    Model.from_local(folder)
+    with pytest.raises(WrongContent) as caught:
+        Model.from_local(folder, verify=True)
+
+    assert [finding.kind for finding in caught.value.findings] == [Kind.WRONG_DIGEST]
+    assert root.is_dir()
+
+
+def test_verify_needs_something_pinned(root: Path, folder: Path) -> None:
+    """Where no manifest pins weights of that size, verify says so."""
+    rewrite(folder, _missing)
+    with pytest.raises(UsageError, match=r"nothing is pinned for .*model\.safetensors"):
+        Model.from_local(folder, verify=True)
+    assert root.is_dir()
+
+
+def test_a_gpu_that_is_not_here_is_said_at_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is fetched or read, a device that is not there is an error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for call in (
+        load_csm_1b,
+        lambda: Model.from_local(root, "cuda"),
+        lambda: Model.from_pretrained(REPO, device="cuda:1"),
+    ):
+        with pytest.raises(UsageError, match="no CUDA device"):
+            call()
+    with pytest.raises(UsageError, match="warp drive"):
+        load_csm_1b("warp drive")
+
+
+# ---- load_csm_1b: what is nearest
+
+
+def test_order_of_preference(root: Path) -> None:
+    """Proven in place, the cache, parts of either format, then what lies there unproven."""
+    give_parts(root, "model.safetensors")
+    give_parts(root, "ckpt.pt")
+    parts = [["root", "safetensors"], ["root", "ckpt"]]
+    assert parts == sources(root)
+
+    give_cache(root, "model.safetensors", SAFETENSORS)
+    assert [["hf", "blobs"], *parts] == sources(root)
+
+    staged = root / "output" / "csm-1b"
+    staged.mkdir(parents=True)
+    (staged / "ckpt.pt").write_bytes(CKPT)
+    unproven = [["hf", "blobs"], *parts, ["root", "csm-1b"]]
+    assert unproven == sources(root)
+
+    pipeline.act(Request(root, "csm-1b", ("safetensors",)), Goal.BOTH)
+    assert [["root", "csm-1b"], *unproven] == sources(root)
+    assert next(obtaining.here(Request(root, "csm-1b"))).is_proven
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ckpt.pt"])
+def test_parts_are_loaded_where_they_lie(root: Path, name: str) -> None:
+    """All parts of either format are enough: nothing is asked, joined or written."""
+    give_parts(root, name)
+    before = sorted(root.rglob("*"))
+
+    assert_is_model(loaded())
+    assert before == sorted(root.rglob("*"))
+
+
+def test_the_cache_is_loaded_where_it_lies(root: Path) -> None:
+    """A file in the Hub's cache is proven while it is loaded, in the dtype that was asked for."""
+    give_cache(root, "ckpt.pt", CKPT)
+
+    assert_is_model(loaded(dtype=torch.float32), torch.float32)
+    assert not (root / "models").exists()
+
+
+def test_the_generator_knows_where_the_models_files_are(root: Path) -> None:
+    """The tokenizer is looked for where the model's files belong."""
+    give_parts(root, "model.safetensors")
+
+    assert root / "models" / "csm-1b" == loaded().folder
+
+
+def test_a_flipped_byte_in_a_part_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts that are not right are not loaded; what is wrong is named, and nothing is left."""
+    flip(give_parts(root, "model.safetensors")[3])
+    with pytest.raises(CsmWeightsError, match="part-ad"):
+        loaded()
+
+    assert "the weights are not those that are pinned" in capsys.readouterr().err
+    assert not (root / "models" / "csm-1b" / "model.safetensors").exists()
+
+
+def test_what_is_wrong_is_passed_over(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A damaged file in the cache and a bad part do not matter where the other format is right."""
+    blob = give_cache(root, "model.safetensors", SAFETENSORS)
+    blob.write_bytes(other_weights())
+    flip(give_parts(root, "model.safetensors")[0])
+    give_parts(root, "ckpt.pt")
+
+    assert_is_model(loaded())
+    assert capsys.readouterr().err.count("is left alone") == 2
+
+
+def test_stray_parts_do_not_decide_what_is_loaded(root: Path) -> None:
+    """One part too many in the folder: those of the manifest are loaded, and only those."""
+    parts = give_parts(root, "model.safetensors")
+    shutil.copy(parts[0], parts[0].with_name("model.safetensors.part-ag"))
+
+    assert sources(root) == [["root", "safetensors"]]
+    assert_is_model(loaded())
+
+
+def test_offline_with_nothing_here_the_error_helps(root: Path) -> None:
+    """Without files and without the Hub it is a missing input that says what to do."""
+    with pytest.raises(MissingInput) as caught:
+        loaded()
+
+    text = str(caught.value)
+    assert "HF_HUB_OFFLINE" in text
+    assert "model.safetensors" in text
+    assert root.is_dir()
+
+
+def test_nothing_here_is_fetched_from_the_hub(root: Path, online: HubServer) -> None:
+    """One format comes from the Hub, proven and in place; the second time nobody is asked."""
+    assert_is_model(loaded())
+    assert (root / "models" / "csm-1b" / "model.safetensors").is_file()
+    assert online.requests(contains="ckpt.pt") == []
+    count = len(online.log)
+
+    assert_is_model(loaded())
+    assert count == len(online.log)
+
+
+def test_a_bad_part_is_mended_from_the_hub(root: Path, online: HubServer) -> None:
+    """With the Hub at hand one flipped byte costs one piece."""
+    flip(give_parts(root, "model.safetensors")[1])
+
+    assert_is_model(loaded())
+    assert online.bytes_sent() == 204_800
+
+
+def test_without_a_manifest_csm_1b_is_the_hubs(root: Path, online: HubServer) -> None:
+    """Outside of a checkout the Hub says what CSM-1B is, and the files are kept by its cache."""
+    (root / "manifests" / "csm-1b.toml").unlink()
+
+    assert_is_model(loaded())
+    assert list((root.parent / "hf" / "csm-weights").rglob("model.safetensors"))
+    assert list((root / "manifests").iterdir()) == []
+    assert online.log
+
+
+# ---- from_pretrained
+
+
+@pytest.mark.usefixtures("online")
+def test_a_known_repository_is_held_to_the_pinned_digests(root: Path, hub: HubServer) -> None:
+    """Whatever the Hub has at another revision, the manifest's digests decide."""
+    commit = hub.push(REPO, {"model.safetensors": other_weights()}, branch="next")
+    with pytest.raises(WrongContent):
+        Model.from_pretrained(REPO, revision=commit)
+    assert_is_model(Model.from_pretrained(REPO))
+    assert root.is_dir()
+
+
+@pytest.mark.usefixtures("online")
+def test_another_repository_by_the_hubs_word(root: Path, hub: HubServer) -> None:
+    """Any repository with CSM's files: locked, fetched, proven, kept out of the checkout."""
+    tree = sorted(root.rglob("*"))
+    hub.add_repo(OTHER, {**HUB_FILES, "README.md": b"tuned\n"})
+
+    model = Model.from_pretrained(OTHER, dtype=torch.float32)
+    assert_is_model(model, torch.float32)
+    assert tree == sorted(root.rglob("*"))
+    assert model.folder is not None
+    assert model.folder.is_relative_to(root.parent / "hf" / "csm-weights" / "acme--CSM-tuned")
+    assert hub.requests(contains="ckpt.pt") == []
+    manifest = next((root.parent / "hf" / "csm-weights").rglob("*.toml"))
+    assert {a.path for a in load(manifest).artifacts} == set(HUB_FILES)
+    count = len(hub.log)
+
+    assert_is_model(Model.from_pretrained(OTHER), torch.bfloat16)
+    assert count == len(hub.log)
+
+
+@pytest.mark.usefixtures("online", "root")
+def test_revisions_are_kept_apart(hub: HubServer) -> None:
+    """A branch gives its own weights, beside those of main."""
+    hub.add_repo(OTHER, HUB_FILES)
+    files = {**HUB_FILES, "model.safetensors": other_weights()}
+    hub.push(OTHER, files, branch="tuned/v2")
+    main = Model.from_pretrained(OTHER, dtype=None).state_dict()
+    tuned = Model.from_pretrained(OTHER, "tuned/v2", dtype=None).state_dict()
+
+    assert sum(not torch.equal(main[name], tuned[name]) for name in main) == 1
+
+
+@pytest.mark.usefixtures("online", "root")
+def test_a_ckpt_alone_will_do(hub: HubServer) -> None:
+    """A repository may have only ckpt.pt."""
+    hub.add_repo(OTHER, {"ckpt.pt": CKPT, "config.json": CONFIG})
+
+    assert_is_model(Model.from_pretrained(OTHER))
+
+
+@pytest.mark.usefixtures("online", "root")
+def test_a_repository_of_something_else_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    """Tensors of another layout under the same file name are named; without weights it is said."""
+    path = tmp_path / "other.safetensors"
+    save_file({"lm_head.weight": torch.ones(3)}, path)
+    hub.add_repo(OTHER, {"model.safetensors": path.read_bytes(), "config.json": CONFIG})
+    with pytest.raises(WrongContent, match=r"audio_head: malformed"):
+        Model.from_pretrained(OTHER)
+    hub.add_repo("acme/empty", {"config.json": CONFIG})
+    with pytest.raises(MissingInput, match=r"model\.safetensors or ckpt\.pt"):
+        Model.from_pretrained("acme/empty")
+
+
+@pytest.mark.usefixtures("root")
+def test_an_unknown_repository_offline_is_missing() -> None:
+    """Offline, a repository that was never here is a missing input."""
+    with pytest.raises(MissingInput, match="HF_HUB_OFFLINE"):
+        Model.from_pretrained(OTHER)
+
+
+@pytest.mark.parametrize("repo", ["csm", "a/b/c", "../../etc", ""])
+def test_a_name_that_is_none_is_refused(root: Path, repo: str) -> None:
+    """What is not org/name makes no folder anywhere."""
+    with pytest.raises(UsageError, match="ORG/NAME"):
+        Model.from_pretrained(repo)
+    assert not (root.parent / "hf").exists()
+
+
+@pytest.mark.usefixtures("online")
+def test_the_codec_comes_proven_through_the_line(
+    root: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    """Lock, fetch and seed, as the missing codec's error says, bring it where it is found."""
+    from transformers import MimiConfig, MimiModel
+
+    MimiModel(MimiConfig(**TINY_CODEC)).save_pretrained(tmp_path / "mimi")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "mimi").iterdir()}
+    hub.add_repo("kyutai/mimi", files)
+    with pytest.raises(MissingInput) as caught:
+        find_codec(32, torch.device("cpu"))
+    for command in ("inv lock --repo kyutai/mimi", "--model mimi", "inv seed-cache"):
+        assert command in str(caught.value)
+
+    locking.lock_repo(root, "kyutai/mimi", "", "", "", dry=False)
+    assert pipeline.weights(Request(root, "mimi")).error is None
+    seeding.seed_cache(Request(root, "mimi"))
+    assert find_codec(32, torch.device("cpu")).sample_rate == 24_000
+
+
+@pytest.mark.usefixtures("online")
+def test_the_tokenizer_comes_proven_through_the_line(root: Path, hub: HubServer) -> None:
+    """What the missing tokenizer's error says puts it beside the model's files."""
+    content = byte_tokenizer().to_str().encode()
+    hub.push(REPO, {"tokenizer.json": content})
+    digest = hashlib.sha256(content).hexdigest()
+    entry = '\n[[artifact]]\npath = "tokenizer.json"\ngroup = "tokenizer"\nformat = "opaque"\n'
+    entry += f'size = {len(content)}\nsha256 = "{digest}"\n'
+    entry += 'evidence = { size = "A", sha256 = "A" }\n'
+    manifest = root / "manifests" / "csm-1b.toml"
+    manifest.write_text(manifest.read_text() + entry)
+    model = loaded()
+    with pytest.raises(MissingInput, match="inv weights --only tokenizer"):
+        find_tokenizer(model.folder)
+
+    request = Request(root, "csm-1b", ("tokenizer",), revision="main")
+    assert pipeline.weights(request).error is None
+    assert find_tokenizer(model.folder).encode("")
+
+
+def test_csm_tiny_itself_speaks() -> None:
+    """The embedded model, from its parts in this checkout, gives the recorded frames."""
+    golden = json.loads((REPOSITORY / "manifests" / "csm-tiny.golden.json").read_text())
+    found = next(obtaining.here(Request(REPOSITORY, "csm-tiny")))
+    path = found.paths[0] if len(found.paths) == 1 else found.paths[0].parent
+    model = Model.from_local(
+        path, dtype=None, architecture=found.architecture, digests=found.digests
+    )
+    frames = Generator(model).generate_frames(
+        golden["prompt"], 0, [], 80 * len(golden["frames"]), temperature=0
+    )
+
+    assert golden["frames"] == frames.tolist()
