@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from csm_weights import decoding
 from csm_weights.architecture import FLAVORS, Architecture
+from csm_weights.checkpoint import find_weights
 from csm_weights.decoding import Decoder, weights_per_frame
 from csm_weights.errors import UsageError
 from csm_weights.model import Model, chooser
 from tests.test_model import TINY, frames, random_model
 
 CSM_1B = Architecture(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
+
+CHUNKS = Path(__file__).resolve().parent.parent / "chunks" / "csm-tiny"
 
 #: As a share of the largest logit: float32 rounding was 1e-6; of a wrong key 0.3.
 TOLERANCE = 2e-5
@@ -88,6 +92,22 @@ def test_a_model_whose_weights_lie_side_by_side_is_used_without_copies(model: Mo
     assert [len(layer.qkv) for layer in Decoder(model)._depth._layers] == [3, 3]
     expected = reference(model, 5, *prompt(), temperature=0)
     assert_same_frames(spoken(decoder, 5, *prompt(), temperature=0), expected)
+
+
+def test_a_loaded_model_is_fused_and_a_mapped_one_is_right(tmp_path: Path) -> None:
+    """Loaded into memory, products are fused; mapped, nothing is, and frames are the same."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"".join(p.read_bytes() for p in find_weights(CHUNKS / "safetensors")))
+    copied = Model.from_local(weights, dtype=torch.bfloat16, architecture=TINY)
+    mapped = Model.from_local(weights, architecture=TINY)
+    layers = [Decoder(m)._backbone._layers[0] for m in (copied, mapped)]
+
+    assert [len(layer.qkv) for layer in layers] == [1, 3]
+    assert [len(layer.w13) for layer in layers] == [1, 2]
+    expected = reference(mapped, 5, *prompt(), temperature=0)
+    assert_same_frames(
+        spoken(Decoder(mapped, keep_logits=True), 5, *prompt(), temperature=0), expected
+    )
 
 
 def test_a_second_sequence_remembers_nothing_of_the_first(model: Model) -> None:

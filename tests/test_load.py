@@ -236,14 +236,17 @@ def test_a_missing_last_part_is_refused(files: dict[str, Path], tmp_path: Path) 
 def test_torchs_threads_are_as_before(files: dict[str, Path]) -> None:
     """Loading leaves the number of torch's threads alone, also when it fails."""
     before = torch.get_num_threads()
-    loaded([files["safetensors"]], torch.bfloat16)
-    with pytest.raises(WrongContent):
-        wrong = [Span(0, files["safetensors"].stat().st_size, "0" * 64)]
-        loaded([files["safetensors"]], torch.bfloat16, digests=wrong)
-
-    with ThreadPoolExecutor(1) as fresh:
-        assert fresh.submit(torch.get_num_threads).result() == before
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        loaded([files["safetensors"]], torch.bfloat16)
+        with pytest.raises(WrongContent):
+            wrong = [Span(0, files["safetensors"].stat().st_size, "0" * 64)]
+            loaded([files["safetensors"]], torch.bfloat16, digests=wrong)
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- where weights are found

@@ -476,3 +476,15 @@ def test_from_local_names_the_missing_file(directory: Path, missing: str) -> Non
     (directory / missing).unlink()
     with pytest.raises(MissingInput, match=missing):
         Model.from_local(directory / "ckpt.pt")
+
+
+def test_draws_are_as_frequent_as_they_are_likely() -> None:
+    """Of 40,000 draws each of the topk best has its share, at two temperatures."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).repeat(40_000, 1)
+    torch.manual_seed(1)
+    for temperature in (1.0, 2.0):
+        codes = chooser(temperature, topk=3)(logits)
+        shares = torch.bincount(codes, minlength=5) / len(codes)
+        expected = torch.cat(((logits[0, :3] / temperature).softmax(0), torch.zeros(2)))
+
+        assert float((shares - expected).abs().max()) < 0.01
