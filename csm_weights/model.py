@@ -60,6 +60,22 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """torch's, but on the meta device nothing is drawn: torch would import 800 modules for it."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """torch's, but on the meta device nothing is drawn, as of `Linear`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class KeyValueCache:
     """Keys and values of one attention layer at the positions `[0, length)`."""
 
@@ -97,10 +113,10 @@ class Attention(nn.Module):
         super().__init__()
         kv_dim = stack.kv_heads * stack.head_dim
         self.head_dim = stack.head_dim
-        self.q_proj = nn.Linear(stack.dim, stack.dim, bias=False)
-        self.k_proj = nn.Linear(stack.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(stack.dim, kv_dim, bias=False)
-        self.output_proj = nn.Linear(stack.dim, stack.dim, bias=False)
+        self.q_proj = Linear(stack.dim, stack.dim, bias=False)
+        self.k_proj = Linear(stack.dim, kv_dim, bias=False)
+        self.v_proj = Linear(stack.dim, kv_dim, bias=False)
+        self.output_proj = Linear(stack.dim, stack.dim, bias=False)
 
     def forward(
         self, x: Tensor, rotation: Rotation, visible: Tensor, cache: KeyValueCache | None
@@ -121,9 +137,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, stack: Transformer) -> None:
         super().__init__()
-        self.w1 = nn.Linear(stack.dim, stack.ffn, bias=False)
-        self.w2 = nn.Linear(stack.ffn, stack.dim, bias=False)
-        self.w3 = nn.Linear(stack.dim, stack.ffn, bias=False)
+        self.w1 = Linear(stack.dim, stack.ffn, bias=False)
+        self.w2 = Linear(stack.ffn, stack.dim, bias=False)
+        self.w3 = Linear(stack.dim, stack.ffn, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
@@ -186,12 +202,13 @@ class Model(nn.Module):
         a = self.architecture = architecture
         self.backbone = Stack(a.backbone, a)
         self.decoder = Stack(a.decoder, a)
-        self.text_embeddings = nn.Embedding(a.text_vocab, a.backbone.dim)
-        self.audio_embeddings = nn.Embedding(a.audio_vocab * a.codebooks, a.backbone.dim)
-        self.projection = nn.Linear(a.backbone.dim, a.decoder.dim, bias=False)
-        self.codebook0_head = nn.Linear(a.backbone.dim, a.audio_vocab, bias=False)
+        self.text_embeddings = Embedding(a.text_vocab, a.backbone.dim)
+        self.audio_embeddings = Embedding(a.audio_vocab * a.codebooks, a.backbone.dim)
+        self.projection = Linear(a.backbone.dim, a.decoder.dim, bias=False)
+        self.codebook0_head = Linear(a.backbone.dim, a.audio_vocab, bias=False)
         self.audio_head = nn.Parameter(torch.empty(a.codebooks - 1, a.decoder.dim, a.audio_vocab))
-        nn.init.normal_(self.audio_head, std=a.decoder.dim**-0.5)
+        if not self.audio_head.is_meta:
+            nn.init.normal_(self.audio_head, std=a.decoder.dim**-0.5)
         self._caches: list[KeyValueCache] | None = None
 
     @classmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from csm_weights.load import Ring, load_tensors
 from csm_weights.reading import Span, blocks, stream
 
 CPU = torch.device("cpu")
+CHUNKS = Path(__file__).resolve().parent.parent / "chunks" / "csm-tiny" / "safetensors"
 
 #: Slots so small that every tensor is cut, and elements are.
 SMALL = Ring(block=4099, slots=1, threads=3)
@@ -432,3 +435,18 @@ def test_a_failing_lane_ends_the_others(tmp_path: Path) -> None:
     with Joined([tmp_path / "file"]) as source, pytest.raises(RuntimeError, match="no device"):
         stream(source, blocks(source.size, 1000), lambda: Failing(300, {}), threads=3)
     assert threading.active_count() == threads
+
+
+def test_loading_imports_nothing_more_than_torch() -> None:
+    """Making an empty network imports none of the hundreds of modules of torch's compiler."""
+    code = f"""
+import sys, torch, csm_weights.model
+from csm_weights.architecture import FLAVORS, Architecture
+before = len(sys.modules)
+tiny = Architecture(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+csm_weights.model.Model.from_local({str(CHUNKS)!r}, architecture=tiny)
+print(len(sys.modules) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert int(done.stdout) < 20
