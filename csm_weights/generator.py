@@ -146,11 +146,11 @@ class Generator:
             yield codes[0]
 
     def _check_length(self, prompt: int, limit: int) -> None:
-        room = self._model.architecture.max_positions - limit
-        if prompt >= room:
+        most = self._model.architecture.max_positions
+        if prompt + limit >= most:
             raise InputsTooLong(
-                f"Inputs too long: a prompt of {prompt} frames, while with {limit} frames"
-                f" of audio to come it must be below {room}"
+                f"Inputs too long: a prompt of {prompt} frames and up to {limit} frames of audio;"
+                f" together they must stay below the model's {most} positions"
             )
 
     def _prompt(self, text: Text, speaker: int, context: Sequence[Segment]) -> Frames:

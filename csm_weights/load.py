@@ -264,6 +264,8 @@ def _arranged(
 def _allocate(size: int, device: torch.device) -> Tensor:
     """Memory of `size` bytes on a device."""
     if device.type == "cuda":
+        # what torch keeps of tensors that are gone would count as taken
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         if free < size + RESERVE:
             name = torch.cuda.get_device_name(device)
