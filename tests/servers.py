@@ -22,9 +22,13 @@ class Asked:
 
 @dataclass
 class FileServer:
-    """A folder behind http://127.0.0.1:PORT; `log` is what it was asked so far."""
+    """A folder behind http://127.0.0.1:PORT; `log` is what it was asked so far.
+
+    `absent` is the status of what is not there.
+    """
 
     url: str
+    absent: int = 404
     log: list[Asked] = field(default_factory=list)
 
     def gets(self) -> list[Asked]:
@@ -45,6 +49,9 @@ class _Handler(SimpleHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.served.log.append(Asked(self.command, self.path, headers))
         return super().send_head()
+
+    def send_error(self, code: int, message=None, explain=None) -> None:  # type: ignore[no-untyped-def]
+        super().send_error(self.served.absent if code == 404 else code, message, explain)
 
     def copyfile(self, source, outputfile) -> None:  # type: ignore[no-untyped-def]
         with contextlib.suppress(ConnectionError):

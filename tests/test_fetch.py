@@ -351,6 +351,19 @@ def test_the_parts_may_be_on_a_mirror(desk: Desk) -> None:
     assert (desk.clone.staged / "ckpt.pt").read_bytes() == desk.content["ckpt.pt"]
 
 
+def test_parts_are_found_where_what_is_missing_is_forbidden(desk: Desk) -> None:
+    """S3 answers 403 for a file that it does not have: the parts are asked for all the same."""
+    (desk.clone.root / "chunks").rename(desk.folder / "chunks")
+    with serving(desk.folder, ranges=True) as server:
+        server.absent = 403
+        url = f"--url={server.url}/"
+        result = desk.inv("fetch", *TINY, "--only=ckpt", "--source=mirror", url)
+        refused = desk.inv("fetch", *TINY, "--only=safetensors", "--source=mirror", f"{url}no/")
+
+    assert result.returncode == 0, result.stderr
+    assert (refused.returncode, "403" in refused.stderr) == (5, True)
+
+
 def test_a_bad_mirror_is_named_and_the_next_one_is_asked(desk: Desk, mirror: FileServer) -> None:
     """Two mirrors, the first with a wrong byte: it is named, the second gives that piece."""
     bad = desk.folder / "bad"

@@ -30,6 +30,7 @@ class Mirror:
         self._headers = headers or {}
         self._lock = threading.Lock()
         self._files: dict[str, _MirrorFile | None] = {}
+        self._forbidden: dict[str, Finding] = {}
         self._broken: Finding | None = None
         #: The URLs, without their queries, where it hands files out.
         self.reached: set[str] = set()
@@ -42,6 +43,7 @@ class Mirror:
         if file is None and artifact.pieces:
             file = self._find(piece.part, piece.size, piece.offset)
         if file is None:
+            self._tell_refusal(artifact.path, piece.part)
             raise Absent
         try:
             self._wire.fetch(file, sink)
@@ -50,6 +52,13 @@ class Mirror:
                 self._broken = broken.findings[0]
             raise
         return file.where
+
+    def _tell_refusal(self, *paths: str) -> None:
+        """Raises Broken where a file was not called absent, but forbidden."""
+        for path in paths:
+            if path in self._forbidden:
+                self._broken = self._forbidden[path]
+                raise Broken([self._broken])
 
     def _find(self, path: str, size: int, offset: int) -> _MirrorFile | None:
         """The file at a path below the URL, or None where the mirror has none.
@@ -77,9 +86,13 @@ class Mirror:
         status = response.status_code
         if status in (404, 410):
             return None
-        if status in (401, 403):
+        if status == 401:
             self._broken = _refused(self._url, response)
             raise Broken([self._broken])
+        if status == 403:
+            # S3 says so of what it does not have, too: another name may be there.
+            self._forbidden[path] = _refused(self._url, response)
+            return None
         self.reached.add(shown(url))
         # What a HEAD says else (405, a redirect too many) is left to the GET.
         return _MirrorFile(Place(start, self._headers), start, size, offset)
