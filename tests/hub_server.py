@@ -37,6 +37,7 @@ zeros             zeros for `size` bytes at `offset` of the file               o
 gzip              200 and the whole file, compressed, whatever was asked       -
 chunked           the body in chunks, without a length                         -
 no-content-range  206 without Content-Range                                    -
+content-range     `last` and `total` added to what Content-Range says           last, total
 etag              another ETag and X-Linked-Etag                               value
 commit            another X-Repo-Commit                                        value
 drop-header       no header of that name                                       name
@@ -1330,6 +1331,15 @@ def _no_content_range(given: Given) -> Answer | None:
     if not given.is_partial:
         return None
     return replace(given.answer, headers=given.answer.without("Content-Range"))
+
+
+@_effect("content-range")
+def _content_range(given: Given, *, last: int = 0, total: int = 0) -> Answer | None:
+    answer = given.answer
+    if not given.is_partial:
+        return None
+    said = f"bytes {answer.start}-{answer.stop - 1 + last}/{answer.content.size + total}"
+    return replace(answer, headers=answer.headers | {"Content-Range": said})
 
 
 @_effect("etag")

@@ -280,6 +280,21 @@ FAILING: dict[str, tuple[dict[str, Any], Kind, type[CsmWeightsError]]] = {
         Kind.WRONG_ANSWER,
         WrongContent,
     ),
+    "a range that tells another end": (
+        {"name": "content-range", "host": "storage", "last": 1},
+        Kind.WRONG_ANSWER,
+        WrongContent,
+    ),
+    "a range of a larger file": (
+        {"name": "content-range", "host": "storage", "total": 1},
+        Kind.WRONG_ANSWER,
+        WrongContent,
+    ),
+    "a proxy that wants a password": (
+        {"name": "status", "host": "hub", "code": 407},
+        Kind.PROXY,
+        NetworkFailed,
+    ),
     "another etag of the file": (
         {"name": "etag", "host": "hub", "value": f'"{"8" * 64}"'},
         Kind.CHANGED,

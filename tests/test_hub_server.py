@@ -661,6 +661,13 @@ def test_no_content_range(hub: HubServer) -> None:
     assert "content-range" not in answer.headers
 
 
+def test_content_range(hub: HubServer) -> None:
+    hub.fault("content-range", last=2, total=7)
+    answer = ask(signed(hub), Range="bytes=5-9")
+    assert (answer.status, answer.body) == (206, BIG[5:10])
+    assert answer.headers["content-range"] == f"bytes 5-11/{len(BIG) + 7}"
+
+
 def test_lfs_pointer(hub: HubServer) -> None:
     hub.fault("lfs-pointer")
     answer = ask(resolve(hub, "model.safetensors"))
