@@ -125,6 +125,8 @@ def _needed(need: hubcache.Needed, environment: HubEnvironment) -> Checkup:
     help_text = need.command
     if need.gated and need.command.startswith("hf "):
         help_text = f"accept the terms at {environment.page(need.repo)}, then {need.command}"
+    if need.optional:
+        return Checkup(need.repo, Verdict.NOTE, f"not here: {need.purpose}; {help_text}")
     found = f"no {', '.join(need.missing)}"
     finding = Finding(Kind.MISSING, need.repo, "its files in the cache", found, help_text)
     return Checkup(need.repo, Verdict.NOT_OK, f"not here: {need.purpose}", (finding,))

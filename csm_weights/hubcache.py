@@ -83,6 +83,7 @@ class Needed:
 
     `missing` are those of its `files` that an offline client does not find;
     `command` brings them. `gated`: only to those who accepted its terms.
+    `optional`: Sesame's own generator does without.
     """
 
     repo: str
@@ -92,6 +93,7 @@ class Needed:
     missing: tuple[str, ...]
     command: str
     gated: bool
+    optional: bool = False
 
 
 def repository(cache: Path, repo: str) -> Path:
@@ -390,6 +392,7 @@ class _Wanted:
     files: Mapping[str, int | None]
     gated: bool = False
     whole: bool = False
+    optional: bool = False
 
 
 #: What Sesame's generator asks the Hub for, and then its libraries moshi and silentcipher.
@@ -418,6 +421,12 @@ _WANTED = (
         {"44_1_khz/73999_iteration": None},
         whole=True,
     ),
+    _Wanted(
+        "kyutai/mimi",
+        "Mimi again, as the Generator of this package takes it, by transformers",
+        dict.fromkeys(("config.json", "model.safetensors")),
+        optional=True,
+    ),
 )
 
 
@@ -437,7 +446,16 @@ def _needed(cache: Path, wanted: _Wanted, in_place: bool) -> Needed:
     if repo == CSM:
         command = "inv seed-cache --only safetensors"
         command = command if in_place else f"inv weights --only safetensors && {command}"
-    return Needed(repo, wanted.purpose, names, not missing, missing, command, wanted.gated)
+    return Needed(
+        repo,
+        wanted.purpose,
+        names,
+        not missing,
+        missing,
+        command,
+        wanted.gated,
+        wanted.optional,
+    )
 
 
 def _is_found(cache: Path, repo: str, path: str, size: int | None) -> bool:
