@@ -490,7 +490,7 @@ def test_the_token_goes_to_the_hub_only(bench: Bench) -> None:
     bench.request |= {"urls": (f"{bench.hub.storage}/none",)}
     diagnosis = bench.examine()
     assert (code(diagnosis), checks(diagnosis)["mirrors"].verdict) == (0, Verdict.NOTE)
-    assert len(bench.hub.requests("storage")) == 3
+    assert len(bench.hub.requests("storage")) == 4
     assert not any(TOKEN in str(r.headers) for r in bench.hub.requests("storage"))
 
 
