@@ -1,21 +1,26 @@
 # csm-weights: `make` shows what there is.
 #
 # Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  SOURCE=auto  URL='https://mirror ...'
-#            SMOKE=no  PYTHON=python3.11
+#            CONSUME=yes  SEAL=yes  SMOKE=no  PYTHON=python3.11
 
 MODEL  ?= csm-1b
 ONLY   ?=
 DEST   ?=
 SOURCE ?= auto
 URL    ?=
+CONSUME ?=
+SEAL   ?=
 SMOKE  ?= yes
+FUZZ_SECONDS ?= 300
 PYTHON ?= python3
 
 VENV ?= .venv
 INV  := $(VENV)/bin/inv
 PIP  := $(VENV)/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt
+SEALED := $(if $(filter yes,$(SEAL)),--seal)
 WHAT := --model '$(MODEL)' $(if $(ONLY),--only '$(ONLY)') $(if $(DEST),--dest '$(DEST)')
 FROM := --source '$(SOURCE)' $(foreach url,$(URL),--url '$(url)')
+GOING := $(if $(filter yes,$(CONSUME)),--consume)
 
 # Running the model needs torch; proving the files does not.
 ifeq ($(SMOKE),no)
@@ -26,8 +31,9 @@ RUN_ENV   := $(VENV)/.smoke
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights doctor status fetch place verify smoke seed-cache compare split lock standin \
-	clean test lint test-full test-integration test-gpu bench bench-download bench-load
+.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare split lock \
+	standin clean test lint test-full test-integration test-gpu torture bench \
+	bench-download bench-load fuzz scanners
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=no]"
@@ -35,24 +41,27 @@ help: ## Show this help
 
 weights: $(VENV)/.base ## Assemble, place, gate and smoke-test MODEL: the whole line
 	@# What is missing is told before torch is installed.
-	@$(INV) weights $(WHAT) $(FROM) --dry > /dev/null
+	@$(INV) weights $(WHAT) $(FROM) $(GOING) --dry > /dev/null
 	@$(MAKE) --no-print-directory $(RUN_ENV)
-	@$(INV) weights $(WHAT) $(FROM) $(SMOKE_OPT)
+	@$(INV) weights $(WHAT) $(FROM) $(GOING) $(SEALED) $(SMOKE_OPT)
 
 doctor: $(VENV)/.base ## Find out what stands in the way of weights, before it fetches anything
 	@$(INV) doctor $(WHAT) $(FROM) $(SMOKE_OPT)
 
 status: $(VENV)/.base ## Show what is here, what is missing, and what would be done
-	@$(INV) status $(WHAT) $(FROM)
+	@$(INV) status $(WHAT) $(FROM) $(GOING)
 
 fetch: $(VENV)/.base ## Bring the files into output/, proven
-	@$(INV) fetch $(WHAT) $(FROM)
+	@$(INV) fetch $(WHAT) $(FROM) $(GOING) $(SEALED)
 
 place: $(VENV)/.base ## Move proven files from output/ to their place
-	@$(INV) place $(WHAT)
+	@$(INV) place $(WHAT) $(SEALED)
 
 verify: $(VENV)/.base ## Hash every file in place again and run all gates
 	@$(INV) verify $(WHAT)
+
+attest: $(VENV)/.attest ## Write where the files come from, signed with KEY=file or NEW_KEY=file
+	@$(INV) attest $(WHAT) $(if $(KEY),--key '$(KEY)') $(if $(NEW_KEY),--new-key '$(NEW_KEY)')
 
 smoke: $(VENV)/.smoke ## Load the model, let it speak, and check it
 	@$(INV) smoke $(WHAT)
@@ -94,6 +103,19 @@ test-integration: $(VENV)/.test ## Run the tests against nginx and other release
 test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
 	@$(VENV)/bin/python -m pytest -m gpu tests
 
+torture: $(VENV)/.test ## Kill, cut off, race and deceive every command (SEED=1 MINUTES=10)
+	@$(VENV)/bin/python -m tests.torture $(if $(SEED),--seed $(SEED)) \
+		$(if $(MINUTES),--minutes $(MINUTES))
+
+fuzz: $(VENV)/.fuzz ## Fuzz the readers of manifests and weights, FUZZ_SECONDS=300 each
+	@set -e; for target in manifest safetensors checkpoint; do \
+		$(VENV)/bin/python -m tests.fuzz $$target $(VENV)/corpus \
+			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1; \
+	done
+
+scanners: $(VENV)/.test ## Hold the hostile files of the tests before other scanners (docs/security-table.md)
+	@$(VENV)/bin/python -m benchmarks.scanners
+
 bench: $(VENV)/.base ## Measure against cat and sha256sum at full size (needs 40 GB of disk)
 	@$(VENV)/bin/python -m benchmarks.line
 
@@ -111,6 +133,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PIP) --editable .
 	@touch $@
 
+$(VENV)/.attest: $(VENV)/.base
+	@$(PIP) --editable '.[attest]'
+	@touch $@
+
 $(VENV)/.smoke: $(VENV)/.base
 	@echo "installing torch (SMOKE=no does without) ..." >&2
 	@$(PIP) --editable '.[smoke]'
@@ -119,4 +145,8 @@ $(VENV)/.smoke: $(VENV)/.base
 $(VENV)/.test: $(VENV)/.smoke
 	@echo "installing what the tests need ..." >&2
 	@$(PIP) --editable '.[smoke,test]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	@$(PIP) --editable '.[fuzz]'
 	@touch $@

@@ -162,6 +162,13 @@ looks_right() { # PART SIZE: the checks that need no reading; fails after a find
   return 1
 }
 
+is_consumed() { # PARTIAL SHA256: whether bytes of that part are in the partial only
+  local last
+  [[ -f $1 && -r $1.journal ]] || return 1
+  last=$(grep -F '"consumed":' "$1.journal" | grep -F "$2" | tail -n 1) || :
+  [[ $last =~ \"consumed\":\ [1-9] ]]
+}
+
 find_extra_parts() {
   local known stem extra
   known=$(rows piece | cut -f 4)
@@ -175,9 +182,14 @@ find_extra_parts() {
 }
 
 check_parts() { # all of them, so that a person mends everything in one round
-  local part size expected found right=''
-  while IFS=$'\t' read -r _ _ _ part _ size expected; do
-    if looks_right "$part" "$size"; then right+="$part"$'\t'"$expected"$'\n'; fi
+  local path part size expected found right=''
+  while IFS=$'\t' read -r _ _ path part _ size expected; do
+    if is_consumed "$staging/$path.partial" "$expected"; then
+      finding "$part" consumed "$size bytes" "a part that make weights moved to \
+$staging/$path.partial, in part or whole" "make weights MODEL=$model, which goes on with it"
+    elif looks_right "$part" "$size"; then
+      right+="$part"$'\t'"$expected"$'\n'
+    fi
   done <<<"$(rows piece)"
   find_extra_parts
   while IFS=$'\t' read -r part expected; do

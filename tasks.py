@@ -27,6 +27,8 @@ HELP = {
     "source": "where pieces come from: auto (parts, mirrors, the Hub), chunks, hf or mirror",
     "url": "a mirror: the URL of a folder with the files, or the parts; may be repeated",
     "revision": "another commit, branch or tag of the Hub's repository; the digests still decide",
+    "consume": "remove the parts as their file grows, on a disk without room for both",
+    "seal": "make the files read-only once they are placed, and turn on fs-verity where there is",
     "json": "the result as JSON on stdout, also when it fails",
     "dry": "show what would be done, and do nothing",
     "require-gpu": "exit 77 unless the smoke test runs on a GPU",
@@ -80,11 +82,13 @@ def _request(
     source: str = "auto",
     url: Sequence[str] | None = None,
     revision: str = "",
+    consume: bool = False,
 ) -> Request:
     from csm_weights.request import Request
 
     words = tuple(word.strip() for word in only.split(",") if word.strip())
-    return Request(ROOT, model, words, dest or None, source, tuple(url or ()), revision or None)
+    urls = tuple(url or ())
+    return Request(ROOT, model, words, dest or None, source, urls, revision or None, consume)
 
 
 def _show_outcome(outcome: Outcome, json: bool) -> None:
@@ -120,6 +124,8 @@ def _exit_with(error: CsmWeightsError | None) -> None:
         "source",
         "url",
         "revision",
+        "consume",
+        "seal",
         "require-gpu",
         smoke="--no-smoke leaves the smoke test out, and needs no torch",
     ),
@@ -132,8 +138,10 @@ def weights(
     source: str = "auto",
     url: Sequence[str] | None = None,
     revision: str = "",
+    consume: bool = False,
     smoke: bool = True,
     require_gpu: bool = False,
+    seal: bool = False,
     dry: bool = False,
     json: bool = False,
 ) -> None:
@@ -142,11 +150,18 @@ def weights(
     from csm_weights.plan import Goal
 
     with _exit_codes(json):
-        request = _request(model, only, dest, source, url, revision)
+        request = _request(model, only, dest, source, url, revision, consume)
         if dry:
             _show_survey(pipeline.rehearse(request, Goal.BOTH), json)
         else:
-            _show_outcome(pipeline.weights(request, smoke, require_gpu), json)
+            done = pipeline.weights(request, smoke, require_gpu)
+            _show_outcome(_sealed(request, done) if seal else done, json)
+
+
+def _sealed(request: Request, done: Outcome) -> Outcome:
+    from csm_weights import sealing
+
+    return sealing.seal_placed(request, done)
 
 
 @task(
@@ -159,6 +174,7 @@ def weights(
         "source",
         "url",
         "revision",
+        "consume",
         check="exit 3 or 4 unless everything is in place and proven",
     ),
 )
@@ -170,6 +186,7 @@ def status(
     source: str = "auto",
     url: Sequence[str] | None = None,
     revision: str = "",
+    consume: bool = False,
     check: bool = False,
     json: bool = False,
 ) -> None:
@@ -177,7 +194,7 @@ def status(
     from csm_weights import pipeline
 
     with _exit_codes(json):
-        request = _request(model, only, dest, source, url, revision)
+        request = _request(model, only, dest, source, url, revision, consume)
         _show_survey(pipeline.survey(request, check=check), json)
 
 
@@ -192,6 +209,8 @@ def status(
         "source",
         "url",
         "revision",
+        "consume",
+        "seal",
     ),
 )
 def fetch(
@@ -202,23 +221,29 @@ def fetch(
     source: str = "auto",
     url: Sequence[str] | None = None,
     revision: str = "",
+    consume: bool = False,
+    seal: bool = False,
     dry: bool = False,
     json: bool = False,
 ) -> None:
     """Bring the files into the staging folder (output/), or into --dest, proven."""
+    from csm_weights.errors import UsageError
     from csm_weights.plan import Goal
 
     with _exit_codes(json):
+        if seal and not dest:
+            raise UsageError("--seal is about files in place; with fetch it goes with --dest")
         goal = Goal.BOTH if dest else Goal.STAGED
-        _act(_request(model, only, dest, source, url, revision), goal, dry, json)
+        _act(_request(model, only, dest, source, url, revision, consume), goal, dry, json, seal)
 
 
-@task(help=_help("model", "only", "dest", "json", "dry"))
+@task(help=_help("model", "only", "dest", "json", "dry", "seal"))
 def place(
     c: Context,
     model: str = "csm-1b",
     only: str = "",
     dest: str = "",
+    seal: bool = False,
     dry: bool = False,
     json: bool = False,
 ) -> None:
@@ -226,16 +251,17 @@ def place(
     from csm_weights.plan import Goal
 
     with _exit_codes(json):
-        _act(_request(model, only, dest), Goal.PLACED, dry, json)
+        _act(_request(model, only, dest), Goal.PLACED, dry, json, seal)
 
 
-def _act(request: Request, goal: Goal, dry: bool, json: bool) -> None:
+def _act(request: Request, goal: Goal, dry: bool, json: bool, seal: bool) -> None:
     from csm_weights import pipeline
 
     if dry:
         _show_survey(pipeline.rehearse(request, goal), json)
     else:
-        _show_outcome(pipeline.act(request, goal), json)
+        done = pipeline.act(request, goal)
+        _show_outcome(_sealed(request, done) if seal else done, json)
 
 
 @task(
@@ -246,6 +272,8 @@ def _act(request: Request, goal: Goal, dry: bool, json: bool) -> None:
         "json",
         sums="also hold the files against this SHA256SUMS file",
         write_sums="write SHA256SUMS beside the files, once they are proven",
+        attestation="a file of `inv attest`: check that it is true of the files in place",
+        key="the public key (PEM) that must have signed the attestation",
     )
 )
 def verify(
@@ -255,14 +283,52 @@ def verify(
     dest: str = "",
     sums: str = "",
     write_sums: bool = False,
+    attestation: str = "",
+    key: str = "",
     json: bool = False,
 ) -> None:
     """Hash every file in place again and run all gates; offline."""
-    from csm_weights import proving
+    from csm_weights import attesting, proving
+    from csm_weights.errors import UsageError
 
     with _exit_codes(json):
-        checked = proving.verify(_request(model, only, dest), sums or None, write_sums)
+        request = _request(model, only, dest)
+        if attestation:
+            checked = attesting.verify(request, attestation, key, sums or None, write_sums)
+        elif key:
+            raise UsageError("--key is whose signature --attestation FILE must have")
+        else:
+            checked = proving.verify(request, sums or None, write_sums)
         _show_outcome(checked, json)
+
+
+@task(
+    help=_help(
+        "model",
+        "only",
+        "dest",
+        "json",
+        out="the file to write (default NAME.intoto.json beside the files)",
+        key="sign with this private key, in PEM; a passphrase is read from CSM_KEY_PASSPHRASE",
+        new_key="sign with a new Ed25519 key, kept in this file and, the public one, in FILE.pub",
+    )
+)
+def attest(
+    c: Context,
+    model: str = "csm-1b",
+    only: str = "",
+    dest: str = "",
+    out: str = "",
+    key: str = "",
+    new_key: str = "",
+    json: bool = False,
+) -> None:
+    """Hash the files in place and write where they come from, as an in-toto statement."""
+    from csm_weights import attesting, report_attest
+
+    with _exit_codes(json):
+        done = attesting.attest_files(_request(model, only, dest), out, key, new_key)
+        _print(report_attest.attesting_json(done) if json else report_attest.attesting_text(done))
 
 
 @task(

@@ -43,6 +43,9 @@ FLAVORS = {
 #: for shapes that overflow: the largest real one is the text vocabulary, 128,256.
 MAX_DIMENSION = 1 << 24
 
+#: Likewise of the layers of a stack, each of which has nine tensors to be listed.
+MAX_LAYERS = 1 << 10
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -177,8 +180,9 @@ def _check(architecture: Architecture) -> None:
     for name, stack in (("backbone", architecture.backbone), ("decoder", architecture.decoder)):
         figures |= {f"{name}.{key}": value for key, value in vars(stack).items()}
     for key, value in figures.items():
-        if type(value) is not int or not 0 < value <= MAX_DIMENSION:
-            raise ValueError(f"{key} = {value!r}, not an integer from 1 to {MAX_DIMENSION}")
+        most = MAX_LAYERS if key.endswith(".layers") else MAX_DIMENSION
+        if type(value) is not int or not 0 < value <= most:
+            raise ValueError(f"{key} = {value!r}, not an integer from 1 to {most}")
     if architecture.codebooks < 2:
         raise ValueError("fewer than 2 codebooks")
     for stack in (architecture.backbone, architecture.decoder):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial as bind
 from pathlib import Path
+from typing import Protocol
 
 from csm_weights.digest import Chain, Hasher, Tick, feed, git_sha1, run_all, sha256
 from csm_weights.errors import Finding, Kind, error_for
@@ -24,6 +25,7 @@ from csm_weights.files import (
     copy_hashed,
     create,
     let_go_if_linked,
+    sync,
     write_all,
     writing,
 )
@@ -31,6 +33,7 @@ from csm_weights.landing import Block, Blocks, Landing
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.records import (
     Arrival,
+    Consumed,
     Fingerprint,
     PieceRecord,
     Whole,
@@ -49,13 +52,42 @@ FILES_AT_ONCE = 8
 OPEN_FILES = 64
 
 
+class Steps(Protocol):
+    """Takes one piece step by step, each of them durable before the next."""
+
+    piece: Piece
+
+    def take_back(self, size: int) -> str:
+        """Takes the piece's first `size` bytes from where they lie in the unfinished file.
+
+        Returns the hex sha256 of what was taken so far, as `take_step` does.
+        """
+
+    def take_step(self, fd: int, start: int, size: int) -> str:
+        """Takes the bytes `[start, start + size)` of the piece, from just there in `fd`.
+
+        Raises OSError or EOFError where `fd` cannot be read that far.
+        """
+
+    def secure(self, size: int) -> None:
+        """Makes the first `size` bytes durable, and then a line of the journal that says so."""
+
+
+class Consumer(Protocol):
+    """Moves pieces out of their parts."""
+
+    def consume(self, sink: Steps) -> str:
+        """Moves one piece into the sink and returns the place it came from; raises Broken."""
+
+
 @dataclass(frozen=True)
 class Assembly:
     """One file to assemble: `target` is its name once proven, elsewhere renamed.
 
     `journaled` are pieces that an earlier run proved in the partial, and
     `arrived` ranges of others that it wrote. `far` are the offsets of the
-    pieces that are to come over a network.
+    pieces that are to come over a network, `consuming` of those that the
+    `consumer` moves, one after the other, once all others are there.
     """
 
     artifact: Artifact
@@ -64,6 +96,8 @@ class Assembly:
     journaled: tuple[PieceRecord, ...] = ()
     arrived: tuple[Arrival, ...] = ()
     far: frozenset[int] = frozenset()
+    consumer: Consumer | None = None
+    consuming: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -129,8 +163,14 @@ def _assemble_some(
 
 
 def _lanes(job: Assembly) -> list[tuple[int, ...]]:
-    """The pieces by index: those from afar in one lane, each other in one of its own."""
+    """The pieces by index: those from afar in one lane, each other in one of its own.
+
+    A file whose parts are consumed has one lane, and they come last.
+    """
     offsets = [piece.offset for piece in job.artifact.tiles]
+    if job.consuming:
+        order = sorted(range(len(offsets)), key=lambda i: (offsets[i] in job.consuming, i))
+        return [tuple(order)]
     far = tuple(i for i, offset in enumerate(offsets) if offset in job.far)
     near = [(i,) for i, offset in enumerate(offsets) if offset not in job.far]
     return [*([far] if far else []), *near]
@@ -153,10 +193,13 @@ class _Partial:
         self._git_sha1: str | None = None
         self.notes: list[Finding] = []
         let_go_if_linked(self.path)
+        # A journal whose partial has got its name says nothing of the next one.
+        is_new = not self.path.exists()
+        self._journal = create(journal_path(job.target), os.O_APPEND | (os.O_TRUNC * is_new))
         self.target = Target(self.path)
-        self._journal = create(journal_path(job.target), os.O_APPEND)
         with writing(self.path):
             os.ftruncate(self.target.fd, job.artifact.size)
+        self._device, self._is_named = os.fstat(self.target.fd).st_dev, False
         starts = [piece.offset for piece in self.tiles] + [job.artifact.size]
         self._chain = Chain(self.target.fd, starts, stop)
 
@@ -169,16 +212,24 @@ class _Partial:
         return self.tiles[lane[0]].offset in self.job.far
 
     def run_lane(self, lane: tuple[int, ...]) -> None:
-        """Brings some pieces, one after the other."""
+        """Brings some pieces, one after the other.
+
+        No part is touched while another piece is known not to come.
+        """
         for index in lane:
-            self.run_piece(index)
+            if not (self._findings and self.is_consumed(index)):
+                self.run_piece(index)
+
+    def is_consumed(self, index: int) -> bool:
+        """Whether piece `index` is moved out of its part."""
+        return self.tiles[index].offset in self.job.consuming
 
     def run_piece(self, index: int) -> None:
         """Proves piece `index` where it lies, or else has it delivered."""
         sink = _PieceSink(self, index, self._chain.claim(index))
         record: PieceRecord | None = None
         try:
-            record = self._reprove(sink) or self._deliver(sink)
+            record = self._consume(sink) or self._reprove(sink) or self._deliver(sink)
         except Absent:
             self._findings[index] = (_missing(sink.piece),)
         except Broken as broken:
@@ -190,12 +241,18 @@ class _Partial:
             self._records[index] = record
             self._git_sha1 = sink.git_sha1
 
+    def _consume(self, sink: _PieceSink) -> PieceRecord | None:
+        if not self.job.consumer or sink.piece.offset not in self.job.consuming:
+            return None
+        sink.begin()
+        return self._proven(sink, self.job.consumer.consume(sink))
+
     def _reprove(self, sink: _PieceSink) -> PieceRecord | None:
         record = self._kept.get(sink.piece.offset)
         if record is None:
             return None
         sink.begin()
-        sink.take_back()
+        sink.take_back(sink.piece.size)
         try:
             sink.prove(str(self.path))
         except Broken:
@@ -207,6 +264,10 @@ class _Partial:
         sink.begin()
         sink.arrived = self._arrived(piece)
         place = self.job.source.deliver(self.job.artifact, piece, sink)
+        return self._proven(sink, place)
+
+    def _proven(self, sink: _PieceSink, place: str) -> PieceRecord:
+        piece = sink.piece
         sink.prove(place)
         record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
         self.journal(record)
@@ -220,7 +281,20 @@ class _Partial:
             if piece.offset <= a.offset and a.offset + a.size <= piece.end
         )
 
-    def journal(self, record: PieceRecord | Arrival) -> None:
+    def secure(self, record: Consumed) -> None:
+        """Makes what was written durable, then a line of the journal, each under its name."""
+        with writing(self.path):
+            os.fdatasync(self.target.fd)
+            self.journal(record)
+            os.fsync(self._journal)
+        if not self._is_named:
+            for folder in self.path.parents:
+                if not os.access(folder, os.R_OK) or folder.stat().st_dev != self._device:
+                    break
+                sync(folder)
+            self._is_named = True
+
+    def journal(self, record: PieceRecord | Arrival | Consumed) -> None:
         """Writes a line of the journal."""
         with self._lock:
             # A line may follow one that a crash has torn, so it brings its own start.
@@ -334,11 +408,22 @@ class _PieceSink:
     def _journal_arrival(self, offset: int, size: int) -> None:
         self._partial.journal(Arrival(offset, size, self.piece.sha256))
 
-    def take_back(self) -> None:
-        """Takes the piece from where it lies in the partial."""
-        partial, piece = self._partial, self.piece
-        fd = partial.target.fd
-        feed(fd, piece.offset, piece.size, self._sinks(), partial.tick, partial.stop)
+    def take_back(self, size: int) -> str:
+        """Takes the piece's first `size` bytes from where they lie in the partial."""
+        partial, fd = self._partial, self._partial.target.fd
+        feed(fd, self.piece.offset, size, self._sinks(), partial.tick, partial.stop)
+        return self._digest.hexdigest()
+
+    def take_step(self, fd: int, start: int, size: int) -> str:
+        """Writes a range of the piece; returns the digest of the piece so far."""
+        partial, at = self._partial, self.piece.offset + start
+        extent, direct = Extent(fd, start, size), self.whole is not None
+        copy_hashed(extent, partial.target, at, self._sinks(), direct, partial.tick, partial.stop)
+        return self._digest.hexdigest()
+
+    def secure(self, size: int) -> None:
+        """Makes the piece's first `size` bytes durable, and a line that says so."""
+        self._partial.secure(Consumed(self.piece.offset, size, self.piece.sha256))
 
     def _sinks(self) -> list[Hasher]:
         sinks = [self._digest, self._git]

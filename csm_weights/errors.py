@@ -41,6 +41,8 @@ class Kind(enum.StrEnum):
     IN_THE_WAY = "something in the way"
     NOT_WRITABLE = "not writable"
     NO_SPACE = "no space"
+    CONSUMED = "consumed"
+    NOT_CONSUMABLE = "cannot be consumed"
 
     NOT_THERE = "not there"
     OFFLINE = "offline mode"
@@ -217,7 +219,7 @@ def error_for(message: str, findings: Sequence[Finding], advice: str = "") -> Cs
     if kinds == {Kind.NOT_INSTALLED}:
         return SmokeUnavailable(message, findings, advice)
     kinds.discard(Kind.NOT_INSTALLED)
-    if kinds & {Kind.NO_SPACE, Kind.NOT_WRITABLE}:
+    if kinds & {Kind.NO_SPACE, Kind.NOT_WRITABLE, Kind.NOT_CONSUMABLE}:
         return NoSpace(message, findings, advice)
     if kinds - NOT_HERE - REFUSED - NETWORK:
         return WrongContent(message, findings, advice)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
+import stat
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,16 +42,85 @@ ALIGNMENT = 4096
 #: The ioctl of linux/fs.h that shares a range of blocks.
 _FICLONERANGE = 0x4020940D
 
+#: fallocate's mode of linux/falloc.h that frees a range and keeps the size.
+_PUNCH_HOLE = 0x02 | 0x01
+
+#: File systems that never give back blocks in the middle of a file.
+NOT_PUNCHING = frozenset({"vfat", "msdos", "exfat", "hfsplus", "ntfs", "9p", "iso9660"})
+
 
 def create(path: Path, flags: int = 0) -> int:
     """Opens a file of ours for reading and writing, 0644 less umask, never through a link.
 
-    Makes its folders. Raises NoSpace when the file system does not take it.
+    Makes its folders. Raises NoSpace when the file system does not take it,
+    WrongContent where the name is on a file of another user, or on no file.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         everywhere = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(path, everywhere | flags, 0o644)
+        try:
+            fd = os.open(path, everywhere | flags & ~os.O_TRUNC, 0o644)
+        except PermissionError:
+            if os.path.lexists(path):
+                _require_ours(path.lstat(), path)
+            raise
+    try:
+        _require_ours(os.fstat(fd), path)
+        if flags & os.O_TRUNC:
+            with writing(path):
+                os.ftruncate(fd, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _require_ours(status: os.stat_result, path: Path) -> None:
+    """Raises WrongContent unless it is the stat of a plain file of this user.
+
+    Whoever owns a lock may hold it for ever, and whoever owns an unfinished
+    file may change it after it was proven.
+    """
+    found = "something that is no plain file"
+    if stat.S_ISREG(status.st_mode):
+        if status.st_uid == os.geteuid() or status.st_uid == _owner_of_new_files(path.parent):
+            return
+        found = f"one of user {status.st_uid}"
+    finding = Finding(
+        Kind.IN_THE_WAY,
+        str(path),
+        f"a file of this user ({os.geteuid()}), or none",
+        found,
+        f"if no run of another user is at work in {path.parent}, remove the file",
+    )
+    raise WrongContent("a lock or an unfinished file of another user is not trusted", [finding])
+
+
+def _owner_of_new_files(folder: Path) -> int | None:
+    """The user to whom a file belongs that is made in `folder`: some mounts put another one."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_uid
+    except OSError:
+        return None
+
+
+def stay_inside(folder: Path, base: Path) -> None:
+    """Raises WrongContent where a link on the way from `base` to `folder` leads out of `base`.
+
+    `base` itself may be a link: which folder is meant is the caller's choice.
+    """
+    led, home = Path(os.path.realpath(folder)), Path(os.path.realpath(base))
+    if led.is_relative_to(home):
+        return
+    finding = Finding(
+        Kind.IN_THE_WAY,
+        str(folder),
+        f"a folder inside {base}",
+        f"a link that leads to {led}",
+        "remove the link; with --dest another folder can be named",
+    )
+    raise WrongContent("nothing is written through a link out of the folder", [finding])
 
 
 def let_go_if_linked(path: Path) -> None:
@@ -140,6 +212,57 @@ def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int)
     return True
 
 
+def punch(fd: int, offset: int, size: int) -> None:
+    """Gives the blocks of `[offset, offset + size)` back to the disk; the range reads as zeros.
+
+    The file keeps its size. Raises OSError where the file system cannot.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    fallocate = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if fallocate is None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(fd, _PUNCH_HOLE, offset, size):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def can_punch(folder: Path) -> bool:
+    """Whether files in `folder` give blocks back, found out with a small one; raises NoSpace."""
+    probe = folder / ".punch.partial"
+    let_go_if_linked(probe)
+    fd = create(probe, os.O_TRUNC)
+    try:
+        write_all(fd, bytes(4 * ALIGNMENT), probe)
+        with writing(probe):
+            os.fsync(fd)
+        before = os.fstat(fd).st_blocks
+        punch(fd, 0, 4 * ALIGNMENT)
+        return os.fstat(fd).st_blocks < before
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+        probe.unlink(missing_ok=True)
+
+
+def unfit(part: Path, root: Path) -> Finding | None:
+    """Why a part that is here cannot be consumed, by what stat tells."""
+    try:
+        links = part.lstat().st_nlink
+    except FileNotFoundError:
+        return None
+    found = "a symbolic link" if part.is_symlink() else ""
+    found = found or (f"{links} hard links to it" if links > 1 else "")
+    if not (os.access(part, os.W_OK) and os.access(part.parent, os.W_OK)):
+        found = found or "no permission to write"
+    if not found:
+        return None
+    where, expected = part.relative_to(root).as_posix(), "a plain file of its own that may go"
+    help_text = "leave --consume out, or make it such a file"
+    return Finding(Kind.NOT_CONSUMABLE, where, expected, found, help_text)
+
+
 @dataclass(frozen=True)
 class Extent:
     """The half-open byte range `[offset, offset + size)` of an open file."""
@@ -208,6 +331,7 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Writes a small text file whole or not at all, durably."""
     unfinished = path.with_name(path.name + ".partial")
+    let_go_if_linked(unfinished)
     fd = create(unfinished, os.O_TRUNC)
     try:
         write_all(fd, text.encode(), unfinished)

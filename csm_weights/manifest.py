@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from csm_weights.errors import Finding, Kind, ManifestInvalid, MissingInput, UsageError
-from csm_weights.malformed import show
+from csm_weights.malformed import Malformed, is_text, show
+from csm_weights.toml import read_toml
 
 SCHEMA = 1
 
@@ -64,6 +65,10 @@ _OWN = frozenset(
         "contributing.md",
         "csm_weights",
         "docs",
+        "gnumakefile",
+        "invoke.json",
+        "invoke.yaml",
+        "invoke.yml",
         "license",
         "makefile",
         "manifests",
@@ -76,8 +81,15 @@ _OWN = frozenset(
     }
 )
 
-#: A key this deep is an attack on the TOML reader, whose time grows with the square.
-_DEEP = re.compile(rb"(?:[\w\"'-]{1,99}[ \t]*\.[ \t]*){64}")
+#: Most bytes of a path; Linux takes 4,096 with the folders above it.
+MAX_PATH = 1000
+
+#: Most findings that are spelled out; the rest are counted.
+MAX_FINDINGS = 50
+
+#: What Python or make take for code, and the folders from which neither does.
+_CODE = (".py", ".pyc", ".pyd", ".so", ".pth", ".mk")
+_NO_CODE = frozenset({"models", "output"})
 
 #: Folder beside placed files that holds their receipts; no artifact may live there.
 RECEIPTS = ".csm-weights"
@@ -226,13 +238,10 @@ def parse(text: bytes, where: str) -> Manifest:
     if len(text) > MAX_TEXT:
         problems.add("", f"at most {MAX_TEXT:,} bytes", "more")
         raise problems.error()
-    if _DEEP.search(text):
-        problems.add("", "keys of a few words", "a key of more than 64")
-        raise problems.error()
     try:
-        data = tomllib.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        problems.add("", "TOML", str(error) or type(error).__name__)
+        data = read_toml(text)
+    except Malformed as error:
+        problems.add("", error.expected, error.found)
         raise problems.error() from None
     manifest = _manifest(_Table(data, "", problems), where)
     if problems.findings:
@@ -241,17 +250,24 @@ def parse(text: bytes, where: str) -> Manifest:
 
 
 class _Problems:
-    """Collects broken rules, each with the file and the key it is at."""
+    """Collects broken rules, each with the file and the key it is at, and counts too many."""
 
     def __init__(self, where: str) -> None:
         self.where = where
         self.findings: list[Finding] = []
+        self.count = 0
 
     def add(self, key: str, expected: str, found: object) -> None:
-        where = f"{self.where}: {key}" if key else self.where
-        self.findings.append(Finding(Kind.MALFORMED, where, expected, str(found)[:200]))
+        self.count += 1
+        if self.count <= MAX_FINDINGS:
+            where = f"{self.where}: {key[:200]}" if key else self.where
+            self.findings.append(Finding(Kind.MALFORMED, where, expected, str(found)[:200]))
 
     def error(self) -> ManifestInvalid:
+        rest = self.count - len(self.findings)
+        if rest:
+            more = f"{rest:,} more findings"
+            self.findings.append(Finding(Kind.MALFORMED, self.where, "nothing else wrong", more))
         return ManifestInvalid(f"{self.where} is not a valid manifest", self.findings)
 
 
@@ -320,18 +336,19 @@ class _Table:
         is_text = isinstance(self.left.get(name), str)
         value = self.text(name)
         if is_text and not (allow_here and value == ".") and (problem := path_problem(value)):
-            self.refuse(name, "a path that stays inside its folder", f"{value!r}: {problem}")
+            self.refuse(name, "a path that stays inside its folder", f"{value[:80]!r}: {problem}")
         return value
 
     def table(self, name: str) -> _Table:
         return _Table(self.left.pop(name, {}), self.at(name), self.problems)
 
-    def tables(self, name: str) -> list[_Table]:
+    def tables(self, name: str) -> Iterator[_Table]:
         value = self.left.pop(name, [])
         if not isinstance(value, list):
             self.refuse(name, "an array of tables", type(value).__name__)
-            return []
-        return [_Table(v, f"{self.at(name)}[{i}]", self.problems) for i, v in enumerate(value)]
+            value = []
+        for index, item in enumerate(value):
+            yield _Table(item, f"{self.at(name)}[{index}]", self.problems)
 
     def finish(self) -> None:
         for name in self.left:
@@ -340,9 +357,13 @@ class _Table:
 
 def path_problem(path: str) -> str:
     """Why a relative POSIX path may not be used, or an empty string."""
+    if not is_text(path) or len(path.encode()) > MAX_PATH:
+        return f"not text of at most {MAX_PATH:,} bytes"
     parts = path.split("/")
     if not path or _CONTROL.search(path):
         return "empty, or a character that some file system refuses"
+    if any(unicodedata.category(c) in ("Cf", "Zl", "Zp") for c in path):
+        return "a character that cannot be seen"  # macOS takes .git with one in it for .git
     if path.startswith("/"):
         return "absolute"
     if any(part in {"", ".", ".."} for part in parts):
@@ -392,7 +413,7 @@ def _manifest(table: _Table, where: str) -> Manifest:
 
 
 def _check_unique(manifest: Manifest, table: _Table) -> None:
-    """No two artifacts, and no two parts, may be one file (case folded, as on macOS)."""
+    """No two artifacts, and no two parts, may be one file on any file system."""
     artifacts = list(enumerate(manifest.artifacts))
     paths = {f"artifact[{i}].path": a.path for i, a in artifacts}
     parts = {
@@ -403,7 +424,9 @@ def _check_unique(manifest: Manifest, table: _Table) -> None:
     for names in (paths, parts):
         seen: dict[str, str] = {}
         for key, name in names.items():
-            first = seen.setdefault(name.casefold(), key)
+            if path_problem(name):
+                continue  # told already, and it may be megabytes long
+            first = seen.setdefault(_folded(name), key)
             if first != key:
                 table.refuse(key, "a path of its own", f"{name!r}, as at {first}")
         for name, key in seen.items():
@@ -412,8 +435,20 @@ def _check_unique(manifest: Manifest, table: _Table) -> None:
                 table.refuse(key, "a path of its own", f"{name!r}, below the file at {seen[above]}")
     for folder in (manifest.staging, manifest.destination):
         for key, name in paths.items() if manifest.staging and manifest.destination else ():
-            if (Path(folder) / name).parts[0].casefold() in _OWN:
+            if _is_ours(Path(folder) / name):
                 table.refuse(key, "a place outside the pipeline's own files", f"{folder}/{name}")
+
+
+def _folded(name: str) -> str:
+    """The same for names that macOS or Windows take for one: case, and composed accents."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file there would replace the pipeline, or run when it is started next."""
+    first = path.parts[0].casefold() if path.parts else ""
+    is_code = path.name.casefold().endswith(_CODE) and first not in _NO_CODE
+    return first in _OWN or is_code
 
 
 def _artifact(table: _Table) -> Artifact:
@@ -436,10 +471,12 @@ def _artifact(table: _Table) -> Artifact:
         table.refuse("format", " or ".join(FORMATS), repr(artifact.format))
     if artifact.is_git_proven and artifact.git_sha1 is None:
         table.refuse("sha256", "a digest, or pieces that have one", "neither")
-    sizes = [edition.size for edition in artifact.editions]
-    for index, size in enumerate(sizes[1:]):
-        if size in sizes[: index + 1]:
-            table.refuse(f"alternative[{index}].size", "a size by which it can be told", str(size))
+    sizes = {artifact.size}
+    for index, edition in enumerate(artifact.alternatives):
+        if edition.size in sizes:
+            found = str(edition.size)
+            table.refuse(f"alternative[{index}].size", "a size by which it can be told", found)
+        sizes.add(edition.size)
     for index, edition in enumerate(artifact.editions):
         _check_text(table, "text" if not index else f"alternative[{index - 1}].text", edition)
     _check_tiling(table, artifact)
@@ -494,8 +531,8 @@ def _check_tiling(table: _Table, artifact: Artifact) -> None:
     expected = 0
     for index, piece in enumerate(artifact.pieces):
         if piece.offset != expected:
-            kind = "hole" if piece.offset > expected else "overlap"
-            table.refuse(f"pieces[{index}].offset", str(expected), f"{piece.offset}, a {kind}")
+            kind = "a hole" if piece.offset > expected else "an overlap"
+            table.refuse(f"pieces[{index}].offset", str(expected), f"{piece.offset}, {kind}")
         expected = piece.end
     if artifact.pieces and expected != artifact.size:
         table.refuse("size", f"{expected}, the sum of its pieces", artifact.size)

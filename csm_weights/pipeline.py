@@ -13,12 +13,12 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from csm_weights import files, gates, place, records, sourcing
+from csm_weights import consume, files, gates, place, records, sourcing
 from csm_weights.assemble import Assembled, Assembly, assemble, write_text
 from csm_weights.errors import NOT_HERE, CsmWeightsError, Finding, Kind, error_for
 from csm_weights.manifest import RECEIPTS, Artifact, Piece
@@ -35,7 +35,14 @@ from csm_weights.records import Receipt
 from csm_weights.request import Outcome, Request, Run, Survey, begin
 from csm_weights.sources import Source, first_of
 from csm_weights.sources.local import WholeFile
-from csm_weights.state import Condition, FileLook, Places, unfinished
+from csm_weights.state import (
+    ArtifactState,
+    Condition,
+    FileLook,
+    Places,
+    holds_consumed,
+    unfinished,
+)
 
 #: More rounds than this mean that something else keeps changing the files.
 MAX_ROUNDS = 12
@@ -99,7 +106,7 @@ def act(request: Request, goal: Goal) -> Outcome:
     if plan.is_done:
         return Outcome(run.look(), notes=plan.notes)
     acts: list[Step] = []
-    with _locked(run.places, goal):
+    with locked(run.places, goal):
         for _ in range(MAX_ROUNDS):
             state = run.look()
             plan = run.plan(state, goal)
@@ -116,12 +123,19 @@ def clean(request: Request, dry: bool) -> str:
     """Removes what interrupted runs have left unfinished; returns what that was."""
     state = begin(request).look()
     left = unfinished(state)
+    held = [item for item in state.artifacts if holds_consumed(item)]
     if left and not dry:
-        with _locked(state.places, Goal.BOTH):
+        with locked(state.places, Goal.BOTH):
             for path in left:
                 with files.writing(path):
                     shutil.rmtree(path) if _is_folder(path) else path.unlink(missing_ok=True)
-    return "\n".join(map(str, left)) or "nothing unfinished"
+    lines = [*map(str, left), *map(_why_held, held)]
+    return "\n".join(lines) or "nothing unfinished"
+
+
+def _why_held(item: ArtifactState) -> str:
+    partial = records.partial_path(item.staged.path)
+    return f"kept, for it has the bytes of consumed parts: {partial}; inv weights goes on with it"
 
 
 def _is_folder(path: Path) -> bool:
@@ -135,6 +149,7 @@ def _round(run: Run, plan: Plan) -> tuple[Step, ...]:
         (_write, Verb.WRITE),
         (_adopt, Verb.ADOPT),
         (_assemble, Verb.ASSEMBLE),
+        (_consume, Verb.CONSUME),
         (_move, Verb.MOVE),
         (_copy, Verb.COPY),
     )
@@ -184,16 +199,36 @@ def _write(run: Run, steps: Sequence[Step]) -> None:
         _install(run, step.artifact, write_text(step.look.path, edition.text or ""))
 
 
-def _assemble(run: Run, steps: Sequence[Step]) -> None:
+def _consume(run: Run, steps: Sequence[Step]) -> None:
+    """Files whose parts go as they grow, one after the other, once all parts are proven."""
+    subjects = [sourcing.subject(run, step) for step in steps]
+    sourcing.require_punching(subjects)
+    total = sum(p.size for s in subjects for p in s.artifact.pieces if p.offset in s.moved)
+    with Progress("checking the parts", total) as progress:
+        proofs = consume.verify(subjects, progress.tick)
+    wrong = {path: f for proof in proofs for path, f in proof.findings.items()}
+    whole = {subject.partial for subject in subjects}
+    # What cannot be read may be the only copy, so nothing is fetched over it.
+    if stuck := [f for p, f in wrong.items() if p in whole or f.kind is Kind.UNREADABLE]:
+        raise error_for(f"{run.manifest.name}: cannot go on", stuck)
+    run.refuted.update(wrong)
+    if not wrong:
+        for step, proof in zip(steps, proofs, strict=True):
+            _assemble(run, [step], proof.stakes)
+
+
+def _assemble(
+    run: Run, steps: Sequence[Step], stakes: Mapping[int, consume.Stake] | None = None
+) -> None:
     stop = threading.Event()
-    total = sum(step.reads + step.fetches for step in steps)
+    total = sum(s.artifact.size if stakes else s.reads + s.fetches for s in steps)
     verb = "fetching" if any(step.far for step in steps) else "assembling"
     try:
         with (
             Progress(verb, total) as progress,
             sourcing.far(run, stop, progress.say) as servers,
         ):
-            jobs = [_assembly(run, step, servers) for step in steps]
+            jobs = [_assembly(run, step, servers, stakes or {}) for step in steps]
             done = assemble(jobs, progress.tick, stop)
     except CsmWeightsError as error:
         bad = {finding.where for finding in error.findings}
@@ -203,13 +238,31 @@ def _assemble(run: Run, steps: Sequence[Step]) -> None:
         raise
     for step, assembled in zip(steps, done, strict=True):
         run.note(assembled.notes)
+        if stakes:
+            consume.remove_parts(run.places.root, assembled.partial, _consumed(step))
         _install(run, step.artifact, assembled)
 
 
-def _assembly(run: Run, step: Step, servers: Sequence[Source]) -> Assembly:
+def _assembly(
+    run: Run, step: Step, servers: Sequence[Source], stakes: Mapping[int, consume.Stake]
+) -> Assembly:
     item = step.state
-    source = sourcing.sources_for(run, step, servers)
-    return Assembly(item.artifact, item.staged.path, source, item.partial, item.arrived, step.far)
+    return Assembly(
+        item.artifact,
+        item.staged.path,
+        sourcing.sources_for(run, step, servers),
+        item.partial,
+        item.arrived,
+        step.far,
+        consume.Consuming(run.places.root, stakes),
+        frozenset(stakes),
+    )
+
+
+def _consumed(step: Step) -> list[Piece]:
+    """The pieces whose parts have gone, or were begun and found wrong."""
+    gone = step.consumes | {record.offset for record in step.state.consumed}
+    return [piece for piece in step.artifact.pieces if piece.offset in gone]
 
 
 def _names(step: Step) -> set[str]:
@@ -273,7 +326,7 @@ def _staged_receipt(step: Step) -> Receipt:
 
 
 @contextmanager
-def _locked(places: Places, goal: Goal) -> Iterator[None]:
+def locked(places: Places, goal: Goal) -> Iterator[None]:
     """One acting run at a time on one folder; a second one waits.
 
     Other models, and other checkouts, may have the same destination. Folders

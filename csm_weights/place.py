@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.files import sync, write_whole, writing
+from csm_weights.files import stay_inside, sync, write_whole, writing
 from csm_weights.records import Fingerprint, Receipt, dump, receipt_path
 
 
@@ -21,13 +21,15 @@ def install(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
 
     Both must be on one file system. `receipt.fingerprint` is that of the
     moment the bytes were proven: a file touched since is refused with
-    WrongContent and keeps its unfinished name. Returns the receipt as
+    WrongContent and keeps its unfinished name; so is a way there that a link
+    leads out of `directory`. Returns the receipt as
     written, with the fingerprint of the file under its final name.
     """
     final = directory / receipt.path
     sync(proven)
     if not Fingerprint.of(proven.stat()).same_bytes(receipt.fingerprint):
         raise _changed(proven)
+    stay_inside(final.parent, directory)
     with writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         proven.replace(final)
@@ -47,6 +49,7 @@ def record(directory: Path, receipt: Receipt) -> Receipt:
     if not now.same_bytes(receipt.fingerprint):
         raise _changed(final)
     written = replace(receipt, fingerprint=now)
+    stay_inside(receipt_path(directory, receipt.path).parent, directory)
     write_whole(receipt_path(directory, receipt.path), dump(written) + "\n")
     return written
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.landing import Ranges
 from csm_weights.manifest import Artifact, Edition, Manifest, Piece
-from csm_weights.state import ArtifactState, Condition, FileLook, State
+from csm_weights.state import CONSUMING_ROOM, ArtifactState, Condition, FileLook, State
 
 
 class Goal(enum.Enum):
@@ -32,6 +32,7 @@ class Verb(enum.StrEnum):
     PROVE = "prove in place"
     ADOPT = "take from the Hub's cache"
     ASSEMBLE = "assemble"
+    CONSUME = "assemble, consuming its parts,"
     WRITE = "write"
     MOVE = "move into place"
     COPY = "copy into place"
@@ -47,7 +48,8 @@ class Sourcing:
 
     `far` are servers in the order in which they are asked, after everything
     on this machine. `problems` say why others are not among them. `far_first`
-    prefers a server's file to one whose text the manifest knows.
+    prefers a server's file to one whose text the manifest knows. `consume`
+    says that parts may go as the file grows, where that makes room.
     """
 
     parts: bool = True
@@ -55,6 +57,7 @@ class Sourcing:
     far: tuple[str, ...] = ()
     problems: tuple[Finding, ...] = ()
     far_first: bool = False
+    consume: bool = False
 
 
 #: What is on this machine, and nothing else.
@@ -67,6 +70,7 @@ class Origin(enum.StrEnum):
     KEPT = "kept"
     SALVAGED = "salvaged"
     PART = "part"
+    CONSUMED = "consumed"
     CACHED = "cached"
     FAR = "far"
     NOWHERE = "nowhere"
@@ -86,8 +90,9 @@ class Step:
     """One act. `reads`, `writes`, `fetches` are bytes; `look` is the file it is about.
 
     For PROVE and MOVE that is the file to prove or move, for ADOPT the one in
-    the cache, for ASSEMBLE and WRITE the staged file that results. `far` are
-    the offsets of the pieces that come from a server.
+    the cache, for ASSEMBLE, CONSUME and WRITE the staged file that results.
+    `far` are the offsets of the pieces that come from a server, `consumes` of
+    those whose parts go; `frees` are the bytes that they give back meanwhile.
     """
 
     verb: Verb
@@ -98,6 +103,8 @@ class Step:
     detail: str = ""
     fetches: int = 0
     far: frozenset[int] = frozenset()
+    consumes: frozenset[int] = frozenset()
+    frees: int = 0
 
     @property
     def artifact(self) -> Artifact:
@@ -173,6 +180,8 @@ def make_plan(state: State, goal: Goal, sourcing: Sourcing = NEAR) -> Plan:
         if Condition.PROVEN not in (item.placed.condition, item.staged.condition):
             origins[item.artifact.path] = _origins(item, sourcing)
     findings = list(dict.fromkeys(findings)) or _space(steps, state)
+    if any(f.kind is Kind.NO_SPACE for f in findings):
+        findings = _with_consuming(findings, state, goal, sourcing)
     return Plan(tuple(steps), tuple(findings), tuple(notes), origins)
 
 
@@ -182,7 +191,7 @@ def _replaced(item: ArtifactState, steps: Iterable[Step]) -> list[Finding]:
     looks = []
     if verbs & {Verb.MOVE, Verb.COPY}:
         looks.append(item.placed)
-    if verbs & {Verb.ASSEMBLE, Verb.WRITE}:
+    if verbs & {Verb.ASSEMBLE, Verb.CONSUME, Verb.WRITE}:
         looks.append(item.staged)
     far = frozenset[int]().union(*(step.far for step in steps))
     parts = [part for piece, part in _parts(item) if piece.offset in far]
@@ -203,17 +212,30 @@ def _steps(
             return Step(Verb.PROVE, item, look, reads=look.size or 0)
     if goal is Goal.PLACED:
         return _absent(item, item.staged, f"inv fetch --model {state.manifest.name}")
-    if sourcing.cache and state.links_to_cache and (cached := _whole_in_cache(item)):
+    if item.stranded:
+        return [item.stranded]
+    from_cache = sourcing.cache and state.links_to_cache and not item.consumed
+    if from_cache and (cached := _whole_in_cache(item)):
         return Step(Verb.ADOPT, item, cached, reads=item.artifact.size)
     origins = _origins(item, sourcing)
     kinds = {o.origin for o in origins}
     is_whole = Origin.NOWHERE not in kinds and not (Origin.PART in kinds and item.extras)
     text = _text_edition(item.artifact)
     if is_whole and not (text and Origin.FAR in kinds and not sourcing.far_first):
-        return _assemble(item, origins, state)
-    if text:
+        is_consuming = _is_consuming(item, state, sourcing) and item.artifact.pieces
+        if is_consuming and item.unfit:
+            return list(item.unfit)
+        step = _assemble(item, origins, state, sourcing)
+        return _consume(step, origins) if is_consuming else step
+    if text and not item.consumed:
         return Step(Verb.WRITE, item, item.staged, writes=text.size, detail="from its known text")
     return _blocking(item, origins, sourcing)
+
+
+def _is_consuming(item: ArtifactState, state: State, sourcing: Sourcing) -> bool:
+    """Whether parts are to go: where that was begun, or is asked for and makes room."""
+    makes_room = not item.saves_nothing and not state.shares_blocks
+    return bool(item.consumed) or (sourcing.consume and makes_room)
 
 
 def _whole_in_cache(item: ArtifactState) -> FileLook | None:
@@ -237,6 +259,10 @@ def _origins(item: ArtifactState, sourcing: Sourcing) -> tuple[PieceOrigin, ...]
         cached = item.cached if sourcing.cache else None
         if piece.offset in kept:
             return Origin.KEPT, str(item.staged.path)
+        if part and part.is_consumed:
+            return Origin.CONSUMED, piece.part
+        if sourcing.consume and sourcing.parts and part and not part.finding:
+            return Origin.PART, piece.part
         if damaged:
             return Origin.SALVAGED, str(damaged[0].path)
         if sourcing.parts and part and not part.finding:
@@ -266,7 +292,9 @@ def _blocking(
     return _absent(item, item.placed)
 
 
-def _assemble(item: ArtifactState, origins: Sequence[PieceOrigin], state: State) -> Step:
+def _assemble(
+    item: ArtifactState, origins: Sequence[PieceOrigin], state: State, sourcing: Sourcing
+) -> Step:
     sizes: Counter[Origin] = Counter()
     for origin in origins:
         sizes[origin.origin] += origin.piece.size
@@ -282,10 +310,39 @@ def _assemble(item: ArtifactState, origins: Sequence[PieceOrigin], state: State)
         item.staged,
         reads=near + arrived,
         writes=copied + fetches,
-        detail=_detail(item, origins),
+        detail=_detail(item, origins) + _not_consumed(item, state, sourcing),
         fetches=fetches,
         far=frozenset(piece.offset for piece in far),
     )
+
+
+def _consume(step: Step, origins: Sequence[PieceOrigin]) -> Step:
+    """The step with the parts going: those to be taken, and those of pieces that are kept."""
+    item = step.state
+    kept = {o.piece.offset for o in origins if o.origin is Origin.KEPT}
+    moved = {c.offset: c.consumed for c in item.consumed}
+    here = {piece.offset for piece, part in _parts(item) if part.is_usable}
+    taken = [o.piece for o in origins if o.origin in (Origin.PART, Origin.CONSUMED)]
+    gone = sum(moved.get(piece.offset, 0) for piece in taken)
+    going = {piece.offset for piece in taken} | (kept & here)
+    return replace(
+        step,
+        verb=Verb.CONSUME,
+        # Every part is hashed before it goes, and read again as it is copied.
+        reads=step.reads + sum(o.piece.size for o in origins if o.piece.offset in going),
+        writes=max(0, step.writes - gone),
+        consumes=frozenset(going),
+        frees=sum(piece.size for piece in taken) - gone,
+    )
+
+
+def _not_consumed(item: ArtifactState, state: State, sourcing: Sourcing) -> str:
+    """Why parts stay though consuming them was asked for, in words."""
+    if not sourcing.consume or not item.artifact.pieces or _is_consuming(item, state, sourcing):
+        return ""
+    if state.shares_blocks:
+        return ", sharing their blocks: there is nothing to consume"
+    return f", not consumed: {item.saves_nothing}"
 
 
 def _detail(item: ArtifactState, origins: Sequence[PieceOrigin]) -> str:
@@ -297,6 +354,7 @@ def _detail(item: ArtifactState, origins: Sequence[PieceOrigin]) -> str:
     words = {
         Origin.SALVAGED: f"{_count(counts[Origin.SALVAGED], 'piece')} of the damaged file",
         Origin.PART: _count(counts[Origin.PART], "part"),
+        Origin.CONSUMED: f"{_count(counts[Origin.CONSUMED], 'part')} consumed in an earlier run",
         Origin.CACHED: "the Hub's cache",
         Origin.FAR: far,
     }
@@ -338,10 +396,10 @@ def _space(steps: Iterable[Step], state: State) -> list[Finding]:
     """Too little room for what will be written, before anything is."""
     findings = []
     for folder, free, verbs in (
-        (state.places.staging, state.free_staging, (Verb.ASSEMBLE, Verb.WRITE)),
+        (state.places.staging, state.free_staging, (Verb.ASSEMBLE, Verb.CONSUME, Verb.WRITE)),
         (state.places.destination, state.free_destination, (Verb.COPY,)),
     ):
-        needed = sum(step.writes for step in steps if step.verb in verbs)
+        needed = extra([step for step in steps if step.verb in verbs])
         if needed > free:
             findings.append(
                 Finding(
@@ -353,3 +411,39 @@ def _space(steps: Iterable[Step], state: State) -> list[Finding]:
                 )
             )
     return findings
+
+
+def extra(steps: Iterable[Step]) -> int:
+    """Bytes of disk that steps take at their peak: consuming gives back what it writes."""
+    steps = tuple(steps)
+    room = CONSUMING_ROOM if any(step.verb is Verb.CONSUME for step in steps) else 0
+    return sum(step.writes - step.frees for step in steps) + room
+
+
+def _with_consuming(
+    findings: Iterable[Finding], state: State, goal: Goal, sourcing: Sourcing
+) -> list[Finding]:
+    """The findings; where consuming the parts would do, with the option that does it.
+
+    And where it was asked for and makes no room, why.
+    """
+    asked = replace(sourcing, consume=True)
+    if sourcing.consume:
+        stuck = [i for i in state.artifacts if i.saves_nothing and i.artifact.pieces]
+        reasons = dict.fromkeys(_makes_no_room(item) for item in stuck)
+        return [*findings, *reasons]
+    plan = make_plan(state, goal, asked)
+    if plan.findings or not plan.having(Verb.CONSUME):
+        return list(findings)
+    needed = extra(plan.having(Verb.ASSEMBLE, Verb.CONSUME, Verb.WRITE))
+    way = f"--consume needs only {needed:,} bytes: it removes the parts as the file grows"
+    return [
+        replace(f, help=f"{way}; or {f.help}") if f.kind is Kind.NO_SPACE else f for f in findings
+    ]
+
+
+def _makes_no_room(item: ArtifactState) -> Finding:
+    where = item.artifact.pieces[0].part.rpartition("/")[0]
+    expected = "parts that make room when they go"
+    help_text = "free some disk, or choose another --dest"
+    return Finding(Kind.NOT_CONSUMABLE, where, expected, item.saves_nothing, help_text)

@@ -49,9 +49,18 @@ def verify(request: Request, sums: str | None = None, write_sums: bool = False) 
         results += _gate_sums(results, Path(sums), folder)
     outcome = Outcome(state, results=tuple(results), error=gate_error(results))
     if write_sums and not outcome.error:
-        digests = {r.path: r.sha256 for r in results if r.gate is gates.Gate.DIGEST and r.sha256}
-        _write_sums(folder / SUMS, digests)
+        write_sums_of(outcome)
     return outcome
+
+
+def write_sums_of(outcome: Outcome) -> None:
+    """Writes SHA256SUMS beside files that have just passed every gate."""
+    _write_sums(outcome.state.places.destination / SUMS, digests_of(outcome.results))
+
+
+def digests_of(results: Sequence[gates.GateResult]) -> dict[str, str]:
+    """The sha256 of every file that has passed its digest gate, by path."""
+    return {r.path: r.sha256 for r in results if r.gate is gates.Gate.DIGEST and r.sha256}
 
 
 def _write_sums(path: Path, digests: dict[str, str]) -> None:

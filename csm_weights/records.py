@@ -76,6 +76,20 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class Consumed:
+    """How much of a piece has moved from its part to the unfinished file, where it is durable.
+
+    The piece begins at byte `offset` of the file and has the sha256 `piece`;
+    its first `consumed` bytes count, and the part need not have them any
+    more. Of several about one piece the last holds.
+    """
+
+    offset: int
+    consumed: int
+    piece: str
+
+
+@dataclass(frozen=True)
 class Whole:
     """The hex digests of a whole file; `git_sha1` only where it was asked for."""
 
@@ -233,7 +247,7 @@ def journal_path(file: Path) -> Path:
     return file.with_name(file.name + ".partial.journal")
 
 
-def dump(record: Receipt | PieceRecord | Arrival | SmokeReport) -> str:
+def dump(record: Receipt | PieceRecord | Arrival | Consumed | SmokeReport) -> str:
     """A record as JSON on one line."""
     return json.dumps({"schema": SCHEMA, **asdict(record)}, sort_keys=True)
 
@@ -251,6 +265,11 @@ def load_piece(text: str) -> PieceRecord | None:
 def load_arrival(text: str) -> Arrival | None:
     """The journal line in `text`, or None where it is about something else."""
     return _understood(text, _arrival)
+
+
+def load_consumed(text: str) -> Consumed | None:
+    """The journal line in `text`, or None where it is about something else."""
+    return _understood(text, _consumed)
 
 
 def load_smoke(text: str) -> SmokeReport | None:
@@ -277,6 +296,7 @@ def _typed(kind: Callable[..., R], types: Mapping[str, type], data: dict[str, An
 
 _INTEGERS = {"inode": int, "size": int, "mtime_ns": int, "ctime_ns": int}
 _ARRIVAL = {"offset": int, "size": int, "piece": str}
+_CONSUMED = {"offset": int, "consumed": int, "piece": str}
 _PIECE = {"offset": int, "size": int, "sha256": str, "source": str}
 _RECEIPT = {"path": str, "model": str, "size": int, "sha256": str, "proven_at": str, "tool": str}
 _CHECK = {"name": str, "value": str, "limit": str, "ok": bool}
@@ -311,6 +331,13 @@ def _arrival(data: dict[str, Any]) -> Arrival:
     if arrival.offset < 0 or arrival.size < 1:
         raise ValueError("a range of no bytes, or before the first one")
     return arrival
+
+
+def _consumed(data: dict[str, Any]) -> Consumed:
+    consumed = _typed(Consumed, _CONSUMED, data)
+    if consumed.offset < 0 or consumed.consumed < 0:
+        raise ValueError("fewer than no bytes, or before the first one")
+    return consumed
 
 
 def _smoke(data: dict[str, Any]) -> SmokeReport:

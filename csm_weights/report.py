@@ -9,7 +9,7 @@ from typing import Any
 
 from csm_weights.errors import CsmWeightsError, Finding, printable
 from csm_weights.gates import Gate, GateResult
-from csm_weights.plan import Origin, PieceOrigin, Plan, Step
+from csm_weights.plan import Origin, PieceOrigin, Plan, Step, Verb, extra
 from csm_weights.records import SmokeReport
 from csm_weights.request import Outcome, Survey
 from csm_weights.state import ArtifactState, Condition
@@ -56,6 +56,14 @@ def survey_text(survey: Survey) -> str:
     blocks.append(
         f"{over_network}to read {reads:,} bytes, to write {writes:,}, free {state.free_staging:,}"
     )
+    if consuming := plan.having(Verb.CONSUME):
+        paths = ", ".join(step.artifact.path for step in consuming)
+        blocks.append(
+            printable(
+                f"consuming: the parts of {paths} go as it grows, and need at most"
+                f" {extra(consuming):,} bytes of disk besides; inv split brings them back"
+            )
+        )
     blocks += _finding_blocks(plan.findings, plan.notes)
     if survey.advice:
         blocks.append(survey.advice)
@@ -78,6 +86,7 @@ def _origin_words(origin: PieceOrigin) -> str:
         Origin.KEPT: "the unfinished file, proven in an earlier run",
         Origin.SALVAGED: f"the damaged file {origin.where}",
         Origin.CACHED: f"the Hub's cache {origin.where}",
+        Origin.CONSUMED: f"the unfinished file, and the rest of {origin.where}",
         Origin.NOWHERE: f"nowhere: {origin.where}",
     }.get(origin.origin, origin.where)
 
@@ -94,8 +103,12 @@ def outcome_text(outcome: Outcome) -> str:
         acts = [(step.artifact.path, f"{step.verb} {step.detail}".strip()) for step in outcome.acts]
         blocks.append(table(("file", "done"), acts))
     blocks.append(table(("file", "bytes", "state", "sha256", "from"), map(_file, state.artifacts)))
+    if outcome.sealed:
+        blocks.append(table(("file", "sealed"), [(s.path, s.how) for s in outcome.sealed]))
     if outcome.results:
         blocks.append(_gates(outcome.results))
+    if outcome.attested:
+        blocks.append("\n".join(map(printable, outcome.attested.lines())))
     if outcome.smoke:
         blocks.append(smoke_text(outcome.smoke))
     findings = outcome.error.findings if outcome.error else ()
@@ -151,7 +164,7 @@ def smoke_text(report: SmokeReport) -> str:
     """What was measured, each check with its limit and verdict."""
     rows = [(check.name, check.value, check.limit, check.verdict) for check in report.checks]
     made = f", {report.made_at}" if report.made_at else ""
-    head = f"smoke test on {report.device}{made}"
+    head = printable(f"smoke test on {report.device}{made}")
     return f"{head}\n{table(('check', 'found', 'limit', ''), rows)}\n\n{_figures(report)}"
 
 
@@ -219,6 +232,7 @@ def survey_json(survey: Survey) -> str:
         bytes_to_read=_sum(plan.steps, "reads"),
         bytes_to_write=_sum(plan.steps, "writes"),
         bytes_to_fetch=_sum(plan.steps, "fetches"),
+        bytes_freed_meanwhile=_sum(plan.steps, "frees"),
         bytes_free=state.free_staging,
         findings=[asdict(f) for f in (survey.error or plan).findings],
         notes=[asdict(f) for f in plan.notes],
@@ -266,9 +280,19 @@ def outcome_json(outcome: Outcome) -> str:
         steps=[_step_data(step) for step in outcome.acts],
         gates=[asdict(result) for result in outcome.results],
         smoke=asdict(outcome.smoke) if outcome.smoke else None,
+        sealed=[asdict(one) for one in outcome.sealed],
+        attested=_attested_data(outcome),
         findings=[asdict(f) for f in error.findings] if error else [],
         notes=[asdict(f) for f in outcome.notes],
     )
+
+
+def _attested_data(outcome: Outcome) -> dict[str, Any] | None:
+    if outcome.attested is None:
+        return None
+    signer = outcome.attested.signer
+    data = asdict(outcome.attested)
+    return data | {"signer": signer._asdict() if signer else None}
 
 
 def _file_data(item: ArtifactState) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from csm_weights import place, records
+from csm_weights import files, place, records
 from csm_weights.assemble import Assembled
+from csm_weights.attest import Attested
 from csm_weights.environment import HubEnvironment, check_mirror
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError
 from csm_weights.gates import GateResult
-from csm_weights.manifest import Artifact, Manifest, load, path_problem
+from csm_weights.manifest import RECEIPTS, Artifact, Manifest, load, path_problem
 from csm_weights.plan import (
     HUB,
     Goal,
@@ -26,6 +27,7 @@ from csm_weights.plan import (
     with_config,
 )
 from csm_weights.records import Receipt, SmokeReport
+from csm_weights.seal import Sealed
 from csm_weights.state import Places, State, look
 
 #: Words for where pieces may come from; auto is every source there is.
@@ -42,7 +44,7 @@ class Request:
     `only` are words that `Manifest.select` knows; none means the default
     selection. `dest` overrides the manifest's destination, `revision` its
     commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
-    are mirrors.
+    are mirrors. `consume` lets parts go as their file grows.
     """
 
     root: Path
@@ -52,6 +54,7 @@ class Request:
     source: str = "auto"
     urls: tuple[str, ...] = ()
     revision: str | None = None
+    consume: bool = False
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -62,6 +65,8 @@ class Request:
             raise UsageError(f"--source={self.source} asks no mirror; leave --url out, or say auto")
         if self.source == "mirror" and not self.urls:
             raise UsageError("--source=mirror needs --url=https://...")
+        if self.consume and self.source not in ("auto", "chunks"):
+            raise UsageError(f"--consume is about parts; --source={self.source} takes none")
         if self.revision and not REVISION.fullmatch(self.revision):
             raise UsageError(f"--revision {self.revision!r} is not a commit, branch or tag")
 
@@ -84,7 +89,8 @@ class Outcome:
     """What a command did and what is proven now.
 
     `acts` are the steps taken, in order. `smoke` is the last smoke report of
-    these very files, perhaps an earlier run's.
+    these very files, perhaps an earlier run's. `sealed` are the files that were
+    sealed, `attested` is what an attestation proved of them.
     """
 
     state: State
@@ -93,6 +99,8 @@ class Outcome:
     results: tuple[GateResult, ...] = ()
     smoke: SmokeReport | None = None
     error: CsmWeightsError | None = None
+    sealed: tuple[Sealed, ...] = ()
+    attested: Attested | None = None
 
 
 @dataclass
@@ -112,8 +120,16 @@ class Run:
         return look(self.manifest, self.chosen, self.places, self.refuted, self.good)
 
     def plan(self, state: State, goal: Goal) -> Plan:
-        """How the chosen artifacts get where `goal` wants them, from the sources of this run."""
-        return make_plan(state, goal, self.sourcing)
+        """How the chosen artifacts get where `goal` wants them, from the sources of this run.
+
+        Raises WrongContent where a link would lead what is written out of the folders.
+        """
+        made = make_plan(state, goal, self.sourcing)
+        if not made.is_done:
+            for base in (self.places.staging, self.places.destination):
+                for path in (f"{RECEIPTS}/receipt", *(a.path for a in self.chosen)):
+                    files.stay_inside((base / path).parent, base)
+        return made
 
     def note(self, findings: Iterable[Finding]) -> None:
         """Remembers what was wrong and has been mended; each thing once."""
@@ -198,6 +214,7 @@ def _sourcing(request: Request, manifest: Manifest, environment: HubEnvironment)
         far=tuple(far) if word != "chunks" else (),
         problems=tuple(problems),
         far_first=word == "hf",
+        consume=request.consume,
     )
 
 

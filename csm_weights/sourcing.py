@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from csm_weights import files
+from csm_weights.consume import Subject
 from csm_weights.environment import mirror_headers
+from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.plan import HUB, Step
+from csm_weights.records import partial_path
 from csm_weights.request import Run
 from csm_weights.sources import Sink, Source, first_of
 from csm_weights.sources.local import Chunks, Salvage, WholeFile
@@ -98,3 +102,44 @@ def _maker(run: Run, name: str, wires: _Wires) -> Callable[[], Source]:
 def sources_for(run: Run, step: Step, servers: Sequence[Source]) -> Source:
     """All that may hold the pieces of one file."""
     return first_of(*near(run, step), *servers)
+
+
+def subject(run: Run, step: Step) -> Subject:
+    """What is to be consumed for one file, and how much of it may be in the partial already."""
+    item = step.state
+    kept = {record.offset: record.size for record in item.partial}
+    gone = {record.offset: record.consumed for record in item.consumed}
+    moved = {
+        offset: tuple(dict.fromkeys((kept.get(offset, 0), gone.get(offset, 0), 0)))
+        for offset in step.consumes
+    }
+    known = {o: sorted(some, reverse=True) for o, some in moved.items()}
+    return Subject(
+        item.artifact,
+        partial_path(item.staged.path),
+        run.places.root,
+        {offset: tuple(some) for offset, some in known.items()},
+    )
+
+
+def require_punching(subjects: Sequence[Subject]) -> None:
+    """Raises NoSpace where a folder of parts is on a file system that gives nothing back."""
+    folders = {
+        (subject.root / piece.part).parent
+        for subject in subjects
+        for piece in subject.artifact.pieces
+        if piece.offset in subject.moved
+    }
+    findings = [
+        Finding(
+            Kind.NOT_CONSUMABLE,
+            str(folder),
+            "a file system that frees parts of a file",
+            "one that does not",
+            "leave --consume out, and have room for the whole file",
+        )
+        for folder in sorted(folders)
+        if folder.is_dir() and not files.can_punch(folder)
+    ]
+    if findings:
+        raise error_for("the parts cannot be consumed; none was touched", findings)

@@ -7,26 +7,28 @@ and peeks at files of the wrong size to say what they are instead.
 from __future__ import annotations
 
 import enum
-import errno
 import os
 import shutil
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csm_weights import hubcache
 from csm_weights.errors import Finding, Kind
+from csm_weights.files import NOT_PUNCHING, unfit
 from csm_weights.manifest import Artifact, Manifest, Piece
+from csm_weights.peek import size_finding, stat_of, unreadable
 from csm_weights.records import (
     MAX_RECORD,
     Arrival,
+    Consumed,
     Fingerprint,
     PieceRecord,
     Receipt,
     SmokeReport,
     journal_path,
     load_arrival,
+    load_consumed,
     load_piece,
     load_receipt,
     load_smoke,
@@ -35,8 +37,8 @@ from csm_weights.records import (
     smoke_path,
 )
 
-#: Bytes read of a file that has the wrong size, to say what it is.
-PEEK = 256
+#: Bytes free that consuming parts begins with: a step of it, and as much for the disk's own books.
+CONSUMING_ROOM = 64 << 20
 
 #: Bytes of a file system block, at most: only ranges that begin at one can be shared.
 BLOCK = 4096
@@ -60,6 +62,7 @@ class FileLook:
 
     A symbolic link is looked through, and `is_link` says that it is one. `good`
     are the offsets of pieces that can be salvaged from a file that is wrong.
+    A consumed part is wrong by itself, and good beside its unfinished file.
     """
 
     path: Path
@@ -70,6 +73,16 @@ class FileLook:
     is_link: bool = False
     good: frozenset[int] = frozenset()
 
+    @property
+    def is_consumed(self) -> bool:
+        """Whether bytes of this part are in an unfinished file, to go on with."""
+        return self.finding is not None and self.finding.kind is Kind.CONSUMED
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether nothing is known to be wrong, or all that is is consumed."""
+        return self.finding is None or self.is_consumed
+
 
 @dataclass(frozen=True)
 class ArtifactState:
@@ -79,6 +92,9 @@ class ArtifactState:
     `arrived` ranges of others that were written to it; `copied` those of an
     unfinished copy in the destination. All are hashed again before they count.
     `parts` has a look for each piece. `cached` is the file in the Hub's cache.
+    `consumed` tells what has moved from parts to the unfinished staged file,
+    `stranded` that it is of no use today, `unfit` which parts cannot be
+    consumed, `saves_nothing` why consuming would make no room, if so.
     """
 
     artifact: Artifact
@@ -90,12 +106,16 @@ class ArtifactState:
     copied: tuple[PieceRecord, ...] = ()
     arrived: tuple[Arrival, ...] = ()
     cached: FileLook | None = None
+    consumed: tuple[Consumed, ...] = ()
+    stranded: Finding | None = None
+    unfit: tuple[Finding, ...] = ()
+    saves_nothing: str = ""
 
     @property
     def is_here(self) -> bool:
         """Whether anything of the artifact is on this machine, or was."""
         looks = (self.placed, self.staged, *self.parts)
-        return bool(self.partial or self.arrived) or any(
+        return bool(self.partial or self.arrived or self.consumed) or any(
             look.condition is not Condition.ABSENT or look.receipt for look in looks
         )
 
@@ -186,6 +206,9 @@ def _look_artifact(
         return replace(look, good=_salvageable(artifact, look, good))
 
     placed, staged = file_look(places.destination), file_look(places.staging)
+    consumed, stranded = _consumed(artifact, staged.path)
+    moved = {record.offset: record.consumed for record in consumed}
+    parts = [_look_part(p, places.root, refuted, moved.get(p.offset, 0)) for p in artifact.pieces]
     return ArtifactState(
         artifact=artifact,
         placed=placed,
@@ -194,8 +217,12 @@ def _look_artifact(
         arrived=_arrived(artifact, staged.path),
         copied=_journaled(artifact, placed.path),
         cached=_look_cached(artifact, manifest, places, refuted, good),
-        parts=tuple(_look_part(piece, places.root, refuted) for piece in artifact.pieces),
+        parts=tuple(parts),
         extras=_extra_parts(artifact, places.root),
+        consumed=consumed,
+        stranded=stranded,
+        unfit=tuple(f for p in parts if p.is_usable and (f := unfit(p.path, places.root))),
+        saves_nothing=_saves_nothing(parts, _existing(places.staging)),
     )
 
 
@@ -237,7 +264,7 @@ def look_file(
     """One artifact in one folder, judged by its stat and its receipt."""
     path = directory / artifact.path
     receipt = _receipt(directory, artifact)
-    status, finding = _stat(path)
+    status, finding = stat_of(path)
     if path.is_dir():
         what = "a plain file or nothing"
         finding = Finding(Kind.IN_THE_WAY, str(path), what, "a folder", "move it away")
@@ -246,7 +273,7 @@ def look_file(
         condition = Condition.WRONG if is_here else Condition.ABSENT
         return FileLook(path, condition, None, finding, receipt)
     size = status.st_size
-    finding = refuted.get(path) or _size_finding(path, [e.size for e in artifact.editions], size)
+    finding = refuted.get(path) or size_finding(path, [e.size for e in artifact.editions], size)
     if finding:
         return FileLook(path, Condition.WRONG, size, finding, receipt)
     if receipt and _is_current(receipt, artifact, model, status):
@@ -262,9 +289,12 @@ def _is_current(receipt: Receipt, artifact: Artifact, model: str, status: os.sta
     )
 
 
-def _look_part(piece: Piece, root: Path, refuted: Mapping[Path, Finding]) -> FileLook:
+def _look_part(piece: Piece, root: Path, refuted: Mapping[Path, Finding], moved: int) -> FileLook:
+    """A part, of which `moved` bytes are in the unfinished file; all of them need no part."""
     path = root / piece.part
-    status, finding = _stat(path, piece.part)
+    status, finding = stat_of(path, piece.part)
+    if moved == piece.size and path not in refuted:
+        return FileLook(path, Condition.WRONG, None, _gone(piece, moved))
     if status is None:
         if finding and finding.kind is not Kind.MISSING:
             return FileLook(path, Condition.WRONG, None, finding)
@@ -276,61 +306,27 @@ def _look_part(piece: Piece, root: Path, refuted: Mapping[Path, Finding]) -> Fil
             "get the part (`git lfs pull`, or copy it there)",
         )
         return FileLook(path, Condition.ABSENT, None, finding)
-    finding = refuted.get(path) or _size_finding(path, [piece.size], status.st_size, piece.part)
+    finding = refuted.get(path) or size_finding(path, [piece.size], status.st_size, piece.part)
     if finding is None and not os.access(path, os.R_OK):
-        finding = _unreadable(piece.part, "permission denied")
+        finding = unreadable(piece.part, "permission denied")
+    finding = finding or (_gone(piece, moved) if moved else None)
     condition = Condition.WRONG if finding else Condition.UNPROVEN
     return FileLook(path, condition, status.st_size, finding)
 
 
-def _stat(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding | None]:
-    """The stat of a regular file; a finding where something else is in its place."""
-    where = where or str(path)
-    try:
-        status = path.stat()
-    except OSError as error:
-        if path.is_symlink():
-            found = "a symbolic link that leads to no file"
-            return None, Finding(Kind.MISSING, where, "a file", found, "mend or remove the link")
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return None, None
-        return None, _unreadable(where, error.strerror or str(error))
-    if not stat.S_ISREG(status.st_mode):
-        found = "a folder" if stat.S_ISDIR(status.st_mode) else "neither file nor folder"
-        return None, Finding(Kind.UNREADABLE, where, "a plain file", found, "move it away")
-    return status, None
+def _gone(piece: Piece, moved: int) -> Finding:
+    found = f"{moved:,} of them moved to the unfinished file"
+    help_text = "inv weights goes on with it"
+    return Finding(Kind.CONSUMED, piece.part, f"{piece.size:,} bytes", found, help_text)
 
 
-def _unreadable(where: str, found: str) -> Finding:
-    return Finding(Kind.UNREADABLE, where, "a readable file", found, "check its permissions")
-
-
-def _size_finding(path: Path, sizes: list[int], size: int, where: str = "") -> Finding | None:
-    """What a file of the wrong size is: a pointer, a refusal, or just wrong."""
-    if size in sizes:
-        return None
-    where = where or str(path)
-    expected = " or ".join(f"{s:,}" for s in sizes) + " bytes"
-    try:
-        with path.open("rb") as file:
-            head = file.read(PEEK)
-    except OSError as error:
-        return _unreadable(where, error.strerror or str(error))
-    found = f"{size:,} bytes"
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        found = f"a pointer of {found} in place of the content"
-        return Finding(Kind.LFS_POINTER, where, expected, found, "git lfs pull")
-    if head.startswith(b"Access to model ") and b" is restricted" in head:
-        found = f"the Hub's refusal saved as a file ({found})"
-        return Finding(
-            Kind.ACCESS_PAGE,
-            where,
-            expected,
-            found,
-            "delete it; accept the model's terms on the Hub and download it with a token",
-        )
-    what = "get it again" if size else "it is empty; get it again"
-    return Finding(Kind.WRONG_SIZE, where, expected, found, what)
+def _saves_nothing(parts: Sequence[FileLook], staging: Path) -> str:
+    """Why consuming parts makes no room for files in `staging`, or an empty string."""
+    folders = {_existing(part.path.parent) for part in parts}
+    if any(folder.stat().st_dev != staging.stat().st_dev for folder in folders):
+        return f"the parts are on another file system than {staging}"
+    kind = filesystem_type(staging)
+    return f"{kind} cannot free parts of a file" if kind in NOT_PUNCHING else ""
 
 
 def _extra_parts(artifact: Artifact, root: Path) -> tuple[Finding, ...]:
@@ -361,7 +357,9 @@ def is_unfinished(name: str) -> bool:
 
 def unfinished(state: State) -> list[Path]:
     """What interrupted runs have left: partials, journals, a stand-in's folder."""
-    files = [f for item in state.artifacts for f in (item.staged.path, item.placed.path)]
+    proven = [item for item in state.artifacts if not holds_consumed(item)]
+    files = [item.staged.path for item in proven]
+    files += [item.placed.path for item in state.artifacts]
     files += [part.path for item in state.artifacts for part in item.parts]
     left = {
         path
@@ -372,6 +370,12 @@ def unfinished(state: State) -> list[Path]:
     }
     standin = state.places.root / "output" / f"{state.manifest.name}.unfinished"
     return sorted(left | ({standin} if standin.exists() else set()))
+
+
+def holds_consumed(item: ArtifactState) -> bool:
+    """Whether an unfinished file has bytes that are nowhere else: those of consumed parts."""
+    is_whole = Condition.PROVEN in (item.placed.condition, item.staged.condition)
+    return bool(item.stranded or item.consumed) and not is_whole
 
 
 def _receipt(directory: Path, artifact: Artifact) -> Receipt | None:
@@ -398,6 +402,21 @@ def _arrived(artifact: Artifact, staged: Path) -> tuple[Arrival, ...]:
         for piece in open_tiles
         if a.piece == piece.sha256 and piece.offset <= a.offset and a.offset + a.size <= piece.end
     )
+
+
+def _consumed(artifact: Artifact, staged: Path) -> tuple[tuple[Consumed, ...], Finding | None]:
+    """The last line about each consumed piece as pinned today; a finding where others are."""
+    lines = [c for line in _journal_lines(staged) if (c := load_consumed(line))]
+    last = {(c.offset, c.piece): c for c in lines}
+    tiles = {(p.offset, p.sha256): p.size for p in artifact.pieces}
+    known = [c for key, c in last.items() if 0 < c.consumed <= tiles.get(key, 0)]
+    others = [c for key, c in last.items() if c.consumed and key not in tiles]
+    partial, finding = partial_path(staged), None
+    if others or (known and partial.lstat().st_nlink > 1):
+        found = f"parts that {artifact.path} no longer has" if others else "more hard links to it"
+        expected, help_text = "the bytes of consumed parts, and no others", "move it away"
+        finding = Finding(Kind.CONSUMED, str(partial), expected, found, help_text)
+    return tuple(sorted(known, key=lambda c: c.offset)), finding
 
 
 def _journal_lines(staged: Path) -> list[str]:

@@ -32,6 +32,16 @@ ITEM_SIZES = {
 #: Ceiling of a safetensors header, bytes. The format allows 100 MB, but JSON
 #: grows about twentyfold in memory; CSM-1B's header is 20,576 bytes.
 MAX_HEADER = 1 << 20
+#: Ceiling of a small record of a torch zip, bytes.
+MAX_NOTE = 40
+#: What the small records of a torch zip may say, by their names.
+_NOTES = {
+    "version": rb"[0-9]{1,9}\n?",
+    "byteorder": rb"little",
+    ".format_version": rb"[0-9]{1,9}\n?",
+    ".storage_alignment": rb"[0-9]{1,9}\n?",
+    ".data/serialization_id": rb"[0-9]{1,40}",
+}
 #: Most findings of one file that are spelled out; the rest are counted.
 MAX_FINDINGS = 20
 
@@ -139,7 +149,7 @@ def read_checkpoint(path: Path | str | Joined) -> TensorTable:
     tensors = {}
     with _reading(path, "a torch checkpoint") as (file, size, found):
         records = read_records(file, size)
-        for name, pattern in (("version", rb"[0-9]{1,9}\n?"), ("byteorder", rb"little")):
+        for name, pattern in _NOTES.items():
             with found.collecting(name):
                 _check_note(file, records.get(name), pattern)
         state = read_state_dict(read_content(file, records["data.pkl"], MAX_PICKLE))
@@ -226,7 +236,7 @@ def _check_note(file: Joined, record: Record | None, pattern: bytes) -> None:
     """A small text record, where there is one, must match the pattern."""
     if record is None:
         return
-    text = read_content(file, record, 16)
+    text = read_content(file, record, MAX_NOTE)
     if re.fullmatch(pattern, text) is None:
         raise Malformed(f"text like {show(pattern)}", show(text))
 

@@ -7,8 +7,10 @@ are not tested against their own writer, and needs no torch.
 
 from __future__ import annotations
 
+import io
 import json
 import struct
+import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -259,10 +261,10 @@ def _without(name: str) -> bytes:
     return zip_of([e for e in records(GOOD_PICKLE) if e.name != f"archive/{name}"])
 
 
-def _compressed(content: bytes) -> Entry:
+def _compressed(content: bytes, name: str = "archive/data/1") -> Entry:
     packed = zlib.compress(content, 9)[2:-4]
     says = {"method": 8, "size": len(content), "crc": zlib.crc32(content)}
-    return Entry("archive/data/1", packed, central=says, local={"method": 8})
+    return Entry(name, packed, central=says, local={"method": 8})
 
 
 _GOOD = records(GOOD_PICKLE)
@@ -347,7 +349,15 @@ BAD_ZIPS: Bad = {
     "storage_nobody_names": (zip_of([*_GOOD, Entry("archive/data/1", b"x")]), "data/1: malformed"),
     "big_endian": (zip_of(records(GOOD_PICKLE, byteorder=b"big")), "byteorder: malformed"),
     "version_not_a_number": (zip_of(records(GOOD_PICKLE, version=b"three")), "version: malformed"),
-    "version_huge": (zip_of(records(GOOD_PICKLE, version=b"3" * 99)), "at most 16 bytes"),
+    "version_huge": (zip_of(records(GOOD_PICKLE, version=b"3" * 99)), "at most 40 bytes"),
+    "serialization_id_hides_bytes": (
+        zip_of(records(GOOD_PICKLE, **{".data/serialization_id": b"\x7fELF"})),
+        ".data/serialization_id: malformed",
+    ),
+    "format_version_hides_bytes": (
+        zip_of(records(GOOD_PICKLE, **{".format_version": b"#!/bin/sh"})),
+        ".format_version: malformed",
+    ),
     "pickle_huge": (checkpoint(b"\x80\x02" + b"}" * (1 << 20)), "at most 1048576 bytes"),
     "pickle_crc_wrong": (
         _changed(0, central={"crc": 7}, descriptor=_descriptor(7, len(GOOD_PICKLE))),
@@ -360,28 +370,216 @@ BAD_ZIPS: Bad = {
 
 
 def running_pickles(target: str) -> dict[str, tuple[bytes, str]]:
-    """Pickles that open the file `target` for writing when any unpickler runs them."""
-    call = text(target) + text("w")
+    """Pickles that open the file `target` for writing when any unpickler runs them.
+
+    All begin as protocol 2 does, which no unpickler holds them to. The last group
+    needs pip, numpy or torch.
+    """
+    bodies = _plain_tricks(target) | _computed_tricks(target) | _gadgets(target)
+    return {name: (b"\x80\x02" + code, why) for name, (code, why) in bodies.items()}
+
+
+def words(*values: str) -> bytes:
+    """Opcodes that push a tuple of text."""
+    return b"(" + b"".join(map(text, values)) + b"t"
+
+
+def _short(word: str) -> bytes:
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
+def _plain_tricks(target: str) -> dict[str, tuple[bytes, str]]:
+    call, opens = text(target) + text("w"), b"cbuiltins\nopen\n"
     lines = f"V{target}\nVw\n".encode()
-    short = [b"\x8c" + bytes([len(word)]) + word for word in (b"builtins", b"open")]
-    opens = b"cbuiltins\nopen\n"
-    reduce_ = opens + b"(" + call + b"tR"
+    run = opens + b"(" + call + b"tR"
     getattr_ = b"cbuiltins\ngetattr\n(cbuiltins\nobject\n" + text("__subclasses__") + b"tR)R0"
-    pickles = {
-        "global_and_reduce": (reduce_ + b".", "global builtins open"),
-        "global_after_state_dict": (GOOD_PICKLE[2:-1] + b"0" + reduce_ + b".", "opcode POP"),
-        "global_as_tensor": (b"}(" + text("w") + reduce_ + b"u.", "global builtins open"),
-        "global_as_dict_key": (b"}(" + reduce_ + b"K\1u.", "global builtins open"),
-        "global_as_hooks": (tensor(tail=b"\x89" + reduce_) + b".", "global builtins open"),
-        "global_under_build": (HOOKS + reduce_ + b"b.", "global builtins open"),
-        "stack_global": (b"".join(short) + b"\x93(" + call + b"tR.", "opcode SHORT_BINUNICODE"),
+    names = _short("builtins") + _short("open")
+    framed = b"\x95" + struct.pack("<Q", len(run) + 1) + run
+    return {
+        "global_and_reduce": (run + b".", "global builtins open"),
+        "global_after_state_dict": (GOOD_PICKLE[2:-1] + b"0" + run + b".", "opcode POP"),
+        "global_before_state_dict": (run + b"0" + GOOD_PICKLE[2:], "global builtins open"),
+        "global_as_tensor": (b"}(" + text("w") + run + b"u.", "global builtins open"),
+        "global_as_dict_key": (b"}(" + run + b"K\1u.", "global builtins open"),
+        "global_as_hooks": (tensor(tail=b"\x89" + run) + b".", "global builtins open"),
+        "global_as_persistent_id": (run + b"Q.", "global builtins open"),
+        "global_under_build": (HOOKS + run + b"b.", "global builtins open"),
+        "runs_then_breaks": (run + b"\xff.", "global builtins open"),
+        "runs_then_ends": (run, "global builtins open"),
+        "stack_global": (names + b"\x93(" + call + b"tR.", "opcode SHORT_BINUNICODE"),
         "inst": (b"(" + call + b"ibuiltins\nopen\n.", "opcode INST"),
         "inst_of_text_opcodes": (b"(" + lines + b"ibuiltins\nopen\n.", "opcode UNICODE"),
         "obj": (b"(" + opens + call + b"o.", "global builtins open"),
-        "list_around_it": (b"](" + reduce_ + b"e.", "opcode EMPTY_LIST"),
-        "getattr_first": (getattr_ + reduce_ + b".", "global builtins getattr"),
+        "list_around_it": (b"](" + run + b"e.", "opcode EMPTY_LIST"),
+        "frame_around_it": (framed + b".", "opcode FRAME"),
+        "protocol_told_twice": (b"\x80\4" + run + b".", "opcode PROTO"),
+        "getattr_first": (getattr_ + run + b".", "global builtins getattr"),
     }
-    return {name: (b"\x80\x02" + code, why) for name, (code, why) in pickles.items()}
+
+
+def _computed_tricks(target: str) -> dict[str, tuple[bytes, str]]:
+    """What is called stands nowhere in the pickle, or not where it is looked for."""
+    arguments = words(target, "w")
+    joined = b"c_operator\nconcat\n" + words("buil", "tins") + b"R"
+    swapped = text("open") + b"q\0" + text("builtins") + b"q\1" + b"00h\1h\0\x93"
+    escaped = b"V\\u0062uiltins\nVop\\u0065n\n\x93"
+    module = b"cimportlib\nimport_module\n" + words("io") + b"R"
+    by_getattr = b"cbuiltins\ngetattr\n(" + module + text("open") + b"tR"
+    by_caller = b"coperator\nmethodcaller\n" + words("open", target, "w") + b"R"
+    partial = b"cfunctools\npartial\n(cbuiltins\nlen\ntR"
+    state = b"(cio\nopen\n" + arguments + b"}Nt"
+    inner = b"cbuiltins\nopen\n" + arguments + b"R."
+    nested = b"B" + struct.pack("<I", len(inner)) + inner
+    dotted = text("io") + text("open.__call__") + b"\x93"
+    return {
+        "words_computed": (joined + text("open") + b"\x93" + arguments + b"R.", "_operator concat"),
+        "words_from_the_memo": (swapped + arguments + b"R.", "opcode POP"),
+        "words_escaped": (escaped + arguments + b"R.", "opcode UNICODE"),
+        "name_with_dots": (b"\x80\4" + dotted + arguments + b"R.", "opcode PROTO"),
+        "getattr_of_a_module": (by_getattr + arguments + b"R.", "global builtins getattr"),
+        "methodcaller": (by_caller + b"(" + module + b"tR.", "operator methodcaller"),
+        "build_swaps_the_function": (partial + state + b"b)R.", "functools partial"),
+        "extension_registry": (b"\x82\xf0" + arguments + b"R.", "opcode EXT1"),
+        "pickle_in_a_pickle": (b"cpickle\nloads\n(" + nested + b"tR.", "global pickle loads"),
+        "another_module's_name": (b"c_pyio\nopen\n" + arguments + b"R.", "global _pyio open"),
+    }
+
+
+def _gadgets(target: str) -> dict[str, tuple[bytes, str]]:
+    """Functions of well-known libraries that run what they are given, or write files."""
+    code = f"open({target!r}, 'w')"
+    pip = (
+        b"(]("
+        + text("--quiet")
+        + text("--log")
+        + text(target)
+        + text("cache")
+        + text("dir")
+        + b"etR."
+    )
+    inner = b"\x80\x02cbuiltins\nopen\n" + words(target, "w") + b"R."
+    legacy = b"(B" + struct.pack("<I", len(inner)) + inner + b"tR."
+    calls = {
+        "timeit": ("timeit timeit", words("pass", code) + b"R."),
+        "profile": ("cProfile runctx", b"(" + text(code) + b"}}tR."),
+        "logging": ("logging FileHandler", words(target) + b"R."),
+        "zipfile": ("zipfile ZipFile", words(target, "w") + b"R."),
+        "pip": ("pip main", pip),
+        "numpy": ("numpy.testing._private.utils runstring", b"(" + text(code) + b"}tR."),
+        "torch_jit": ("torch.jit.unsupported_tensor_ops execWrapper", b"(" + text(code) + b"}}tR."),
+        "torch_collect_env": ("torch.utils.collect_env run", words(f": > '{target}'") + b"R."),
+        "torch_storage": ("torch.storage _load_from_bytes", legacy),
+    }
+    return {
+        f"gadget_of_{name}": (b"c" + what.replace(" ", "\n").encode() + b"\n" + rest, what)
+        for name, (what, rest) in calls.items()
+    }
+
+
+#: Running files that torch.load refuses or reads harmlessly: a scanner is to be confused.
+DECOYS = frozenset(
+    {
+        "flags_say_encrypted",
+        "flags_say_patch",
+        "pickle_twice",
+        "pickle_in_another_folder",
+        "script_beside_it",
+        "zip_after_7z",
+    }
+)
+
+#: The number of the extension that `extension_registry` calls, which a victim would have.
+EXTENSION = 0xF0
+
+
+def running_files(target: str) -> dict[str, tuple[bytes, str]]:
+    """Files that run a pickle under torch.load, or make a scanner look at another one.
+
+    The pickle opens `target` for writing, before it answers with a sound state dict.
+    """
+    run = b"\x80\x02cbuiltins\nopen\n" + words(target, "w") + b"R0" + GOOD_PICKLE[2:]
+    bodies = {
+        f"protocol_{version}": (_in_protocol(version, target), "pickle protocol 2")
+        for version in (0, 1, 3, 4, 5)
+    }
+    files = {name: (checkpoint(body), why) for name, (body, why) in bodies.items()}
+    return files | _zip_tricks(run) | _disguises(run)
+
+
+def _in_protocol(version: int, target: str) -> bytes:
+    lines = f"cbuiltins\nopen\n(V{target}\nVw\ntR.".encode()
+    binary = b"cbuiltins\nopen\n" + words(target, "w") + b"R."
+    modern = _short("builtins") + _short("open") + b"\x93" + words(target, "w") + b"R."
+    frame = b"\x95" + struct.pack("<Q", len(modern)) + modern
+    head = b"\x80" + bytes([version])
+    return [lines, binary, head + binary, head + binary, head + frame, head + frame][version]
+
+
+def _zip_tricks(run: bytes) -> dict[str, tuple[bytes, str]]:
+    def changed(**fields: Any) -> bytes:
+        first, *rest = records(run)
+        for key, value in fields.items():
+            setattr(first, key, value)
+        return zip_of([first, *rest])
+
+    crc = _descriptor(7, len(run))
+    good, evil = records(GOOD_PICKLE), Entry("archive/data.pkl", run)
+    other = Entry("archive/other.pkl", b"")
+    return {
+        "flags_say_encrypted": (changed(central={"flags": 0x0809}), "flags 0x0809"),
+        "flags_say_patch": (changed(central={"flags": 0x0828}), "flags 0x0828"),
+        "flags_of_the_header": (changed(local={"flags": 0x0809}), "a local header like"),
+        "name_of_the_header": (changed(local={"name": "archive/data.txt"}), "a local header like"),
+        "crc_wrong": (changed(central={"crc": 7}, descriptor=crc), "expected CRC 0x00000007"),
+        "pickle_twice": (zip_of([*good, evil]), "archive/data.pkl twice"),
+        "pickle_twice_first": (zip_of([evil, *good]), "archive/data.pkl twice"),
+        "pickle_in_capitals": (
+            zip_of([Entry("archive/DATA.PKL", run), *good[1:]]),
+            "a name that torch.save writes",
+        ),
+        "pickle_in_another_folder": (
+            zip_of([*records(run), Entry("a/data.pkl", GOOD_PICKLE)]),
+            "one folder",
+        ),
+        "pickle_beside_it": (zip_of([*records(run), other]), "a name that torch.save writes"),
+        "folder_before_it": (
+            zip_of([Entry("archive/", b""), *records(run)]),
+            "a name that torch.save writes",
+        ),
+        "folder_called_as_it": (
+            zip_of([Entry("archive/data.pkl/", b""), *records(run)]),
+            "a name that torch.save writes",
+        ),
+        "script_beside_it": (
+            zip_of([*records(run), Entry("archive/constants.pkl", run)]),
+            "a name that torch.save writes",
+        ),
+        "compressed": (
+            zip_of([_compressed(run, "archive/data.pkl"), *good[1:]]),
+            "method 8",
+        ),
+    }
+
+
+def _disguises(run: bytes) -> dict[str, tuple[bytes, str]]:
+    """Pickles where another kind of file is expected; torch reads those without a zip too."""
+    return {
+        "bare_pickle": (run, "a zip archive"),
+        "bare_pickle_before_a_zip": (run + good_checkpoint(), "a directory up to byte"),
+        "zip_after_7z": (b"7z\xbc\xaf'\x1c" + checkpoint(run), "a directory up to byte"),
+        "tar": (_tar({"storages": run, "tensors": run, "pickle": run}), "a zip archive"),
+    }
+
+
+def _tar(files: Mapping[str, bytes]) -> bytes:
+    """The format of torch before 0.1.10, whose pickles torch.load reads one by one."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 def _protocol(version: int) -> bytes:
@@ -504,6 +702,233 @@ BAD_PICKLES: Bad = {
         state_dict(text("w"), _PARAMETER + tensor() + b"\x88" + _HOOKED + b"tR"),
         "a call of global torch._utils _rebuild_parameter",
     ),
+}
+
+
+# --- files that are costly to refuse, made only when they are asked for
+
+
+def heavy_safetensors() -> dict[str, tuple[bytes, str]]:
+    """Headers of many megabytes, or of many things."""
+    names = ",".join(f'"{i}":0' for i in range(60_000))
+    tiny = ",".join(
+        f'"{i}":{{"dtype":"U8","shape":[],"data_offsets":[0,1]}}' for i in range(16_000)
+    )
+    ints = ",".join(["9" * 4_299] * 240)
+    return {
+        "header_of_100_mb": (safetensors(b"{" + b" " * 99_999_999), "2 to 1048576 bytes"),
+        "header_deep": (safetensors("{" + '"a":{' * 150_000), "RecursionError"),
+        "header_wide": (safetensors('{"a":[' + "[]," * 340_000 + "[]]}"), "a: malformed"),
+        "header_of_names": (safetensors("{" + names + "}"), "more findings"),
+        "header_of_overlaps": (safetensors("{" + tiny + "}", b"x"), "more findings"),
+        "header_of_long_numbers": (safetensors('{"a":[' + ints + "]}"), "a: malformed"),
+        "header_of_escapes": (safetensors('{"' + "\\u00e9" * 170_000 + '":0}'), "malformed"),
+    }
+
+
+def heavy_zips() -> dict[str, tuple[bytes, str]]:
+    """Zips and pickles just below the ceilings, and bombs."""
+    shared = [Entry("archive/data/0", b"x" * 999)]
+    shared += [Entry(f"archive/data/{i}", b"", central={"offset": 0}) for i in range(15_000)]
+    memo = (b"}r" + struct.pack("<I", i) + b"\x85" for i in range(9_999))
+    nested = (text(f"{i}") + b"}s" for i in range(50_000))
+    tuples = (b"(" + b"h\0" * 9_000 + b"tr" + struct.pack("<I", i) + b"0" for i in range(50))
+    memos = (b"r" + struct.pack("<I", i) for i in range(200_000))
+    pickles = {
+        "pickle_of_dicts_in_memo": (b"".join(memo), "the end of the pickle"),
+        "pickle_of_dicts": (b"}" + b"".join(nested) + b".", "a dict under 0"),
+        "pickle_of_long_numbers": ((b"\x8a\xff" + b"\x7f" * 255 + b"\x85" * 3) * 4_000, "pickle"),
+        "pickle_of_large_tuples": (b"}q\0" + b"".join(tuples), "opcode POP"),
+        "pickle_of_memo": (b"}" + b"".join(memos), "the end of the pickle"),
+        "pickle_of_one_name": (b"}X" + struct.pack("<I", 1_000_000) + b"n" * 1_000_000 + b"K\1s.",
+            "a number under nnn"),
+    }  # fmt: skip
+    files = {name: (checkpoint(b"\x80\2" + code), why) for name, (code, why) in pickles.items()}
+    many = [Entry(f"archive/data/{i}", b"") for i in range(15_000)]
+    packed = _compressed(bytes(100_000_000))
+    return files | {
+        "zip_of_many_records": (zip_of(many), "a record data.pkl"),
+        "zip_of_many_storages": (zip_of([*_GOOD, *many[1:]]), "more findings"),
+        "bomb_of_overlapping_records": (zip_of(shared), "a record at byte"),
+        "bomb_of_100_mb": (zip_of([*_GOOD, packed]), "method 8"),
+        "bomb_in_the_pickle": (
+            zip_of([_compressed(b"N" * 100_000_000, "archive/data.pkl"), *_GOOD[1:]]),
+            "method 8",
+        ),
+    }
+
+
+# --- config.json and the index of shards
+
+_FLAVORS: dict[str, Any] = {
+    "backbone_flavor": "tiny-backbone",
+    "decoder_flavor": "tiny-decoder",
+    "text_vocab_size": 512,
+    "audio_vocab_size": 35,
+    "audio_num_codebooks": 32,
+}
+_STACK: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 160,
+}
+_SIZES: dict[str, Any] = {"text_vocab_size": 512, "vocab_size": 35, "num_codebooks": 32}
+
+
+def config(**changes: Any) -> bytes:
+    """A config.json of the first edition, but for what is given."""
+    return json.dumps(_FLAVORS | changes).encode()
+
+
+def config_of_layers(**changes: Any) -> bytes:
+    """A config.json in transformers' layout, with changes to both its stacks."""
+    stack = _STACK | changes
+    return json.dumps(stack | _SIZES | {"depth_decoder_config": stack}).encode()
+
+
+BAD_CONFIGS: Bad = {
+    "empty": (b"", "JSON"),
+    "not_json": (b"Access to model sesame/csm-1b is restricted.", "JSON"),
+    "not_utf8": (b'{"\xff": 1}', "JSON"),
+    "a_list": (b"[]", "a JSON object"),
+    "nested_deep": (b"[" * 500_000, "RecursionError"),
+    "number_of_5_000_digits": (b'{"a": ' + b"9" * 5_000 + b"}", "JSON"),
+    "keys_missing": (b"{}", "no such key"),
+    "flavor_unknown": (config(backbone_flavor="llama-\x1b[2J"), "known are"),
+    "flavor_is_a_list": (config(backbone_flavor=[]), "dimensions of a CSM network"),
+    "vocabulary_of_2_to_the_63": (config(text_vocab_size=1 << 63), "not an integer from 1"),
+    "vocabulary_negative": (config(text_vocab_size=-1), "not an integer from 1"),
+    "vocabulary_of_a_bool": (config(text_vocab_size=True), "not an integer from 1"),
+    "vocabulary_is_infinite": (config(text_vocab_size=float("inf")), "not an integer from 1"),
+    "codebooks_none": (config(audio_num_codebooks=1), "fewer than 2 codebooks"),
+    "heads_none": (config_of_layers(num_attention_heads=0), "not an integer from 1"),
+    "heads_do_not_divide": (config_of_layers(num_attention_heads=3), "3 heads"),
+    "layers_by_the_million": (config_of_layers(num_hidden_layers=1 << 24), "not an integer from 1"),
+    "decoder_is_text": (
+        json.dumps(_STACK | _SIZES | {"depth_decoder_config": "x"}).encode(),
+        "dimensions of a CSM network",
+    ),
+}
+
+BAD_INDEXES: Bad = {
+    "empty": (b"", "a weight_map"),
+    "a_list": (b"[]", "a weight_map"),
+    "nested_deep": (b"[" * 500_000, "a weight_map"),
+    "map_is_a_list": (b'{"weight_map": []}', "a weight_map"),
+    "map_of_lists": (b'{"weight_map": {"a": []}}', "a weight_map"),
+    "map_of_numbers": (b'{"weight_map": {"a": 1}}', "a weight_map"),
+    "no_shards": (b'{"weight_map": {}}', "1 to 200 shards"),
+    "shard_climbs_out": (
+        b'{"weight_map": {"a": "../model-00001-of-00001.safetensors"}}',
+        "a weight_map",
+    ),
+    "shard_absolute": (
+        b'{"weight_map": {"a": "/etc/model-00001-of-00001.safetensors"}}',
+        "a weight_map",
+    ),
+    "shard_of_another_kind": (b'{"weight_map": {"a": "pytorch_model.bin"}}', "a weight_map"),
+    "shards_by_the_thousand": (
+        json.dumps(
+            {"weight_map": {f"{i}": f"m-{i:05}-of-09999.safetensors" for i in range(9_999)}}
+        ).encode(),
+        "1 to 200 shards",
+    ),
+}
+
+
+# --- manifests
+
+_HEAD = 'schema = 1\nname = "bad"\n[layout]\nstaging = "output/bad"\ndestination = "{to}"\n'
+_FILE = '[[artifact]]\npath = "{path}"\ngroup = "g"\nformat = "opaque"\nsize = {size}\n{more}\n'
+_SHA = f'sha256 = "{"1" * 64}"'
+
+
+def manifest(path: str = "a.bin", size: object = 8, more: str = _SHA, to: str = "m/bad") -> bytes:
+    """The text of a manifest of one file, sound but for what is given."""
+    head, file = _HEAD.replace("{to}", to), _FILE.replace("{path}", path)
+    return (head + file.replace("{size}", str(size)).replace("{more}", more)).encode()
+
+
+def files(*paths: str) -> bytes:
+    """The text of a manifest of small files of those paths."""
+    entry = manifest().partition(b"[[artifact]]")[2].decode()
+    entries = ("[[artifact]]" + entry.replace("a.bin", path) for path in paths)
+    return _HEAD.replace("{to}", "m/bad").encode() + "".join(entries).encode()
+
+
+def _pieces(*pieces: str, size: object = 8) -> bytes:
+    return manifest(size=size, more=f"pieces = [{', '.join(pieces)}]")
+
+
+def piece(offset: object, size: object, part: str = "chunks/p-aa") -> str:
+    """A piece of the array, in TOML."""
+    return f'{{ part = "{part}", offset = {offset}, size = {size}, {_SHA} }}'
+
+
+_MANY = [piece(i, 1, f"chunks/p-{i}") for i in range(20_000)]
+
+BAD_MANIFESTS: Bad = {
+    "path_climbs_out": (manifest("../../.bashrc"), "'..' component"),
+    "path_climbs_out_from_within": (manifest("a/../../b"), "'..' component"),
+    "path_absolute": (manifest("/etc/cron.d/run"), "absolute"),
+    "path_of_a_windows_drive": (manifest("C:/Windows/run"), "some file system refuses"),
+    "path_with_backslashes": (manifest("..\\\\..\\\\b"), "some file system refuses"),
+    "path_in_the_home_of_git": (manifest(".git/hooks/pre-commit"), "reserved folder"),
+    "path_that_macos_takes_for_git": (manifest(".g\\u200cit/config"), "cannot be seen"),
+    "path_with_escape_sequence": (manifest("a\\u001b]0;owned\\u0007"), "some file system refuses"),
+    "path_with_c1_escape": (manifest("a\\u009b2Jb"), "some file system refuses"),
+    "path_turned_round": (manifest("gnp.\\u202esh"), "cannot be seen"),
+    "path_with_nul": (manifest("a\\u0000b"), "some file system refuses"),
+    "path_of_a_receipt": (manifest(".csm-weights/a.json"), "reserved folder"),
+    "path_of_a_journal": (manifest("a.partial.journal"), "unfinished files"),
+    "path_of_a_megabyte": (manifest("a/" * 500_000 + "b"), "at most 1,000 bytes"),
+    "path_replaces_the_tasks": (manifest("tasks.py", to="."), "the pipeline's own files"),
+    "path_replaces_the_makefile": (manifest("GNUmakefile", to="."), "the pipeline's own files"),
+    "path_replaces_a_library": (manifest("torch.py", to="."), "the pipeline's own files"),
+    "path_replaces_a_package": (manifest("__init__.py", to="invoke"), "the pipeline's own files"),
+    "path_replaces_the_tests": (manifest("tests/conftest.py", to="."), "pipeline's own files"),
+    "path_in_the_workflows": (manifest("x.yml", to=".github/workflows"), "pipeline's own files"),
+    "paths_differ_in_case": (files("a.bin", "A.BIN"), "a path of its own"),
+    "paths_differ_in_composed_accents": (files("\u00e9", "e\u0301"), "a path of its own"),
+    "path_below_another_file": (files("a", "a/b"), "below the file at"),
+    "destination_absolute": (manifest(to="/etc"), "absolute"),
+    "destination_climbs_out": (manifest(to="../up"), "'..' component"),
+    "size_2_to_the_63": (manifest(size=1 << 63), "an integer of bytes"),
+    "size_minus_2_to_the_63": (manifest(size=-(1 << 63)), "an integer of bytes"),
+    "size_of_40_000_bits": (manifest(size="0x" + "f" * 10_000), "an integer of 40,000 bits"),
+    "size_of_5_000_digits": (manifest(size="9" * 5_000), "TOML"),
+    "size_infinite": (manifest(size="inf"), "an integer of bytes"),
+    "size_is_a_date": (manifest(size="1979-05-27"), "an integer of bytes"),
+    "pieces_leave_a_hole": (_pieces(piece(0, 4), piece(5, 3, "chunks/p-ab")), "a hole"),
+    "pieces_overlap": (_pieces(piece(0, 5), piece(4, 4, "chunks/p-ab")), "an overlap"),
+    "piece_of_size_2_to_the_63": (_pieces(piece(0, 1 << 63)), "an integer of bytes"),
+    "piece_of_negative_size": (_pieces(piece(8, -8)), "an integer of bytes"),
+    "piece_outside": (_pieces(piece(0, 8, "../../secret")), "'..' component"),
+    "pieces_by_the_million": (_pieces("{}, " * 1_000_000), "at most 40,000 tables"),
+    "pieces_as_numbers": (_pieces("1, " * 300_000), "at most 300,000 items"),
+    "pieces_larger_than_the_ceiling": (_pieces(*_MANY * 2), "4,194,304 bytes"),
+    "tables_by_the_thousand": (b"[[artifact]]\n" * 300_000, "at most 40,000 tables"),
+    "alternatives_by_the_thousand": (
+        manifest(more="[[artifact.alternative]]\nsize = 1\n" * 13_000),
+        "more findings",
+    ),
+    "key_of_4_000_words": (b"a." * 4_000 + b"a = 1", "keys of at most 8 words"),
+    "key_of_4_000_quoted_words": (b"'!'." * 4_000 + b'"\\u0061" = 1', "keys of at most 8 words"),
+    "key_of_4_000_words_in_a_header": (b"[" + b"a . " * 4_000 + b"a]", "keys of at most 8 words"),
+    "keys_of_many_words": (
+        b"".join(b"a%d.b.c.d.e.f.g=1\n" % i for i in range(7_000)),
+        "at most 40,000 tables",
+    ),
+    "arrays_100_000_deep": (b"x = " + b"[" * 30_000, "TOML"),
+    "tables_100_000_deep": (b"x = " + b"{a=" * 30_000, "TOML"),
+    "quotes_only": (b'"' * 3_000_000, "TOML"),
+    "quotes_escaped": (b'x = """' + b'""\\"' * 900_000, "TOML"),
+    "comments_of_megabytes": (b"#" * ((4 << 20) + 1), "at most 4,194,304 bytes"),
+    "not_utf8": (b"\xff\xfe", "TOML"),
+    "not_toml": (b"Access to model sesame/csm-1b is restricted.", "TOML"),
+    "empty": (b"", "schema"),
 }
 
 
