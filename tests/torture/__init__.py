@@ -1,0 +1,1 @@
+"""The torture harness: every acting command killed, cut off, raced and deceived; `make torture`."""
