@@ -11,6 +11,7 @@ from pathlib import Path
 from csm_weights import files, publish
 from csm_weights.architecture import parse_config
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, error_for
+from csm_weights.locks import lock
 from csm_weights.manifest import Manifest, load, path_problem, render_artifact
 from csm_weights.progress import Progress
 from csm_weights.proving import SUMS
@@ -36,10 +37,10 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
         return f"would write {len(ranges)} parts of at most {piece_size:,} bytes to {folder}/"
     path = Path(manifest)
     current = _manifest_to_extend(path) if manifest else None
-    with Progress("splitting", total) as progress:
+    with lock(root / "output", ".split.lock"), Progress("splitting", total) as progress:
         artifact = publish.split(file, root, folder, piece_size, progress.tick)
-    sums = {Path(p.part).name: p.sha256 for p in artifact.pieces}
-    files.write_whole(root / folder / SUMS, publish.render_sums(sums))
+        sums = {Path(p.part).name: p.sha256 for p in artifact.pieces}
+        files.write_whole(root / folder / SUMS, publish.render_sums(sums))
     if current is None:
         return "\n".join(["[[artifact]]", *render_artifact(artifact)])
     publish.write_manifest(path, publish.with_artifact(current, artifact))

@@ -56,7 +56,7 @@ def create(path: Path, flags: int = 0) -> int:
     WrongContent where the name is on a file of another user, or on no file.
     """
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         everywhere = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             fd = os.open(path, everywhere | flags & ~os.O_TRUNC, 0o644)
@@ -73,6 +73,18 @@ def create(path: Path, flags: int = 0) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, each with a durable entry in the one above.
+
+    Raises OSError where the file system does not take it.
+    """
+    missing = [f for f in (folder, *folder.parents) if not f.is_dir()]
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        if os.access(new.parent, os.R_OK):
+            sync(new.parent)
 
 
 def _require_ours(status: os.stat_result, path: Path) -> None:

@@ -204,7 +204,7 @@ def _make_folders(cache: Path, folders: Iterable[Path]) -> None:
     """Makes folders of the cache; none may lead out of it by a link."""
     for folder in folders:
         with files.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder)
         if not folder.resolve().is_relative_to(cache.resolve()):
             found = f"a link to {folder.resolve()}"
             where, expected = str(folder), f"a folder inside {cache}"

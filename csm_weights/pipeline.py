@@ -8,20 +8,20 @@ refuted is planned around, not stumbled over.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from csm_weights import consume, files, gates, place, records, sourcing
 from csm_weights.assemble import Assembled, Assembly, assemble, write_text
 from csm_weights.errors import NOT_HERE, CsmWeightsError, Finding, Kind, error_for
-from csm_weights.manifest import RECEIPTS, Artifact, Piece
+from csm_weights.locks import are_real, locked
+from csm_weights.manifest import Artifact, Piece
 from csm_weights.plan import Goal, Plan, Step, Verb
 from csm_weights.progress import Progress
 from csm_weights.proving import (
@@ -30,6 +30,7 @@ from csm_weights.proving import (
     has_smoke_test,
     prove,
     speak_unless_known,
+    tidy,
 )
 from csm_weights.records import Receipt
 from csm_weights.request import Outcome, Request, Run, Survey, begin
@@ -39,13 +40,16 @@ from csm_weights.state import (
     ArtifactState,
     Condition,
     FileLook,
-    Places,
     holds_consumed,
+    leftovers,
     unfinished,
 )
 
 #: More rounds than this mean that something else keeps changing the files.
 MAX_ROUNDS = 12
+
+#: Seconds until a run that another one has overtaken looks again.
+PATIENCE = 0.1
 
 
 def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> Outcome:
@@ -103,20 +107,36 @@ def act(request: Request, goal: Goal) -> Outcome:
     run = begin(request)
     plan = run.plan(run.look(), goal)
     _require(run, plan)
-    if plan.is_done:
-        return Outcome(run.look(), notes=plan.notes)
+    state = run.look()
+    if plan.is_done and not leftovers(state, goal is Goal.STAGED):
+        return Outcome(state, notes=plan.notes)
     acts: list[Step] = []
     with locked(run.places, goal):
-        for _ in range(MAX_ROUNDS):
-            state = run.look()
-            plan = run.plan(state, goal)
-            run.note(plan.notes)
-            _require(run, plan)
-            taken = _round(run, plan)
+        for number in range(MAX_ROUNDS):
+            try:
+                state = run.look()
+                plan = run.plan(state, goal)
+                run.note(plan.notes)
+                _require(run, plan)
+                taken = _round(run, plan)
+            except CsmWeightsError:
+                if number == MAX_ROUNDS - 1 or not _is_overtaken(run, goal):
+                    raise
+                continue
             if not taken:
-                return Outcome(state, tuple(acts), tuple(run.notes))
+                tidy(state, goal is Goal.STAGED)
+                return Outcome(run.look(), tuple(acts), tuple(run.notes))
             acts += taken
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
+
+
+def _is_overtaken(run: Run, goal: Goal) -> bool:
+    """Whether another run may be the cause of an error: where locks keep nobody out."""
+    if are_real(run.places):
+        return False
+    time.sleep(PATIENCE)
+    run.refuted.clear()
+    return not run.plan(run.look(), goal).findings
 
 
 def clean(request: Request, dry: bool) -> str:
@@ -177,7 +197,7 @@ def _adopt(run: Run, steps: Sequence[Step]) -> None:
     for step, proven in _proven(run, steps):
         partial = records.partial_path(step.state.staged.path)
         with files.writing(partial):
-            partial.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(partial.parent)
             partial.unlink(missing_ok=True)
         try:
             os.link(proven.partial, partial)
@@ -203,6 +223,7 @@ def _consume(run: Run, steps: Sequence[Step]) -> None:
     """Files whose parts go as they grow, one after the other, once all parts are proven."""
     subjects = [sourcing.subject(run, step) for step in steps]
     sourcing.require_punching(subjects)
+    _require_locks(run)
     total = sum(p.size for s in subjects for p in s.artifact.pieces if p.offset in s.moved)
     with Progress("checking the parts", total) as progress:
         proofs = consume.verify(subjects, progress.tick)
@@ -215,6 +236,15 @@ def _consume(run: Run, steps: Sequence[Step]) -> None:
     if not wrong:
         for step, proof in zip(steps, proofs, strict=True):
             _assemble(run, [step], proof.stakes)
+
+
+def _require_locks(run: Run) -> None:
+    """Two that consume at once would write holes over the only copy."""
+    if not are_real(run.places):
+        words = ("a file system with locks that keep others out", "locks that do nothing")
+        help_text = "leave --consume out, or put the checkout on a local disk"
+        finding = Finding(Kind.NOT_CONSUMABLE, str(run.places.staging), *words, help_text)
+        raise error_for(f"{run.manifest.name}: its parts cannot be consumed there", [finding])
 
 
 def _assemble(
@@ -303,6 +333,8 @@ def _copy(run: Run, steps: Sequence[Step]) -> None:
         receipt = replace(_staged_receipt(step), fingerprint=copied.fingerprint)
         run.install(copied.partial, run.places.destination, receipt)
         step.look.path.unlink()
+        # A file that came back after a power cut should find its receipt.
+        files.sync(step.look.path.parent)
         place.forget(run.places.staging, receipt.path)
 
 
@@ -323,41 +355,6 @@ def _as_staged(artifact: Artifact, receipt: Receipt) -> Artifact:
 def _staged_receipt(step: Step) -> Receipt:
     assert step.look.receipt is not None, "a step moves only what has a receipt"
     return step.look.receipt
-
-
-@contextmanager
-def locked(places: Places, goal: Goal) -> Iterator[None]:
-    """One acting run at a time on one folder; a second one waits.
-
-    Other models, and other checkouts, may have the same destination. Folders
-    are locked in one order, so that two runs never wait for each other.
-    """
-    folders = {places.staging: ".lock"}
-    if goal is not Goal.STAGED:
-        folders.setdefault(places.destination, f"{RECEIPTS}/.lock")
-    with contextlib.ExitStack() as locks:
-        for folder in sorted(folders, key=lambda folder: str(folder.resolve())):
-            locks.enter_context(_lock(folder, folders[folder]))
-        yield
-
-
-@contextmanager
-def _lock(folder: Path, name: str) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    path = folder / name
-    os.close(files.create(path))
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        with Progress(f"waiting for another run in {folder}", 0) as progress:
-            progress.say("it holds the lock; this one goes on when it ends")
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _require(run: Run, plan: Plan) -> None:
@@ -406,6 +403,8 @@ def _ways_to_get(run: Run) -> str:
     manifest, staging = run.manifest, run.manifest.staging
     state = run.look()
     wanted = [s.artifact for s in state.artifacts if s.placed.condition is not Condition.PROVEN]
+    if not wanted:
+        return ""
     artifact = next((a for a in wanted if a.is_weights), wanted[0])
     ways = [
         f"a mirror: inv weights --model {manifest.name} --source=mirror --url=https://...",

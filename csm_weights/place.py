@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.files import stay_inside, sync, write_whole, writing
+from csm_weights.files import make_folder, stay_inside, sync, write_whole, writing
 from csm_weights.records import Fingerprint, Receipt, dump, receipt_path
 
 
@@ -31,8 +31,13 @@ def install(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
         raise _changed(proven)
     stay_inside(final.parent, directory)
     with writing(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         proven.replace(final)
+    if not Fingerprint.of(final.stat()).same_bytes(receipt.fingerprint):
+        # Exchanged between the last look and the rename: it may not keep the name.
+        with writing(final):
+            final.replace(proven)
+        raise _changed(proven)
     sync(final.parent)
     if proven.parent != final.parent:
         sync(proven.parent)

@@ -26,7 +26,7 @@ from csm_weights.progress import Progress
 from csm_weights.request import Outcome, Request, Run, begin, now
 from csm_weights.smoke import record_golden as write_golden
 from csm_weights.smoke import run as run_smoke
-from csm_weights.state import Condition, FileLook, State
+from csm_weights.state import Condition, FileLook, State, leftovers
 
 #: Name of the digest list beside placed files.
 SUMS = "SHA256SUMS"
@@ -138,6 +138,14 @@ def _judged(run: Run, proof: gates.Proof) -> Assembled | None:
     assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
     whole = (proof.records, proof.fingerprint, proof.git_sha1)
     return Assembled(path, proof.sha256, *whole)
+
+
+def tidy(state: State, is_staged: bool) -> None:
+    """Removes `state.leftovers`, each durably before the next."""
+    for path in leftovers(state, is_staged):
+        with files.writing(path):
+            path.unlink(missing_ok=True)
+        files.sync(path.parent)
 
 
 def gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from csm_weights import place
 from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.locks import locked
 from csm_weights.manifest import Artifact
-from csm_weights.pipeline import locked
 from csm_weights.plan import Goal
 from csm_weights.proving import gate_error, prove
 from csm_weights.records import Fingerprint, Receipt

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights import hubcache, place
 from csm_weights.digest import Measure, measure
 from csm_weights.environment import HubEnvironment
-from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
+from csm_weights.errors import (
+    CsmWeightsError,
+    Finding,
+    Kind,
+    NoSpace,
+    UsageError,
+    WrongContent,
+    error_for,
+)
 from csm_weights.hubcache import Seed, Seeded
-from csm_weights.manifest import Artifact, Manifest
+from csm_weights.locks import NAME as LOCK
+from csm_weights.locks import lock
+from csm_weights.manifest import RECEIPTS, Artifact, Manifest
 from csm_weights.progress import Progress
-from csm_weights.proving import gate, gate_error, prove, subject_of
+from csm_weights.proving import gate, gate_error, prove, subject_of, tidy
 from csm_weights.records import Fingerprint, Receipt
 from csm_weights.request import Request, Run, begin
 from csm_weights.state import ArtifactState, Condition, State
@@ -50,6 +61,16 @@ def seed_cache(request: Request, move_main: bool = False) -> Seeding:
     """
     run = begin(request)
     repo, revision = _repository(run.manifest)
+    folder = run.places.destination
+    with ExitStack() as stack:
+        # A link changes a file's change time, and with it what a receipt is known by.
+        with suppress(NoSpace):
+            if folder.is_dir():
+                stack.enter_context(lock(folder, f"{RECEIPTS}/{LOCK}"))
+        return _seed(run, repo, revision, move_main)
+
+
+def _seed(run: Run, repo: str, revision: str, move_main: bool) -> Seeding:
     state, cache = _proven(run), _cache()
     seeds, notes = _seeds(state, cache, repo, revision)
     try:
@@ -57,6 +78,8 @@ def seed_cache(request: Request, move_main: bool = False) -> Seeding:
             seeded = hubcache.seed(cache, repo, revision, seeds, move_main, progress.tick)
     finally:
         unrecorded = _record_again(state)
+    with suppress(NoSpace):
+        tidy(run.look(), is_staged=True)
     main = hubcache.main_of(cache, repo)
     notes += [*_main_notes(revision, main, run.manifest.name), *unrecorded]
     return Seeding(run.manifest, cache, tuple(seeded), main, tuple(notes))

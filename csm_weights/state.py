@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -376,6 +376,39 @@ def holds_consumed(item: ArtifactState) -> bool:
     """Whether an unfinished file has bytes that are nowhere else: those of consumed parts."""
     is_whole = Condition.PROVEN in (item.placed.condition, item.staged.condition)
     return bool(item.stranded or item.consumed) and not is_whole
+
+
+def leftovers(state: State, goal_is_staged: bool) -> list[Path]:
+    """What a run that was killed at its very end has left of files that are proven.
+
+    Journals of partials that have got their names, receipts of files that
+    were moved on or half written, and, unless files are wanted there, the
+    staged copies of files that went to another disk.
+    """
+    return [path for item in state.artifacts for path in _leftovers(state, item, goal_is_staged)]
+
+
+def _leftovers(state: State, item: ArtifactState, goal_is_staged: bool) -> Iterator[Path]:
+    looks = (item.staged, item.placed)
+    proven = [look for look in looks if look.condition is Condition.PROVEN]
+    for look in looks:
+        partial, journal = partial_path(look.path), journal_path(look.path)
+        if proven and journal.is_file() and not os.path.lexists(partial):
+            yield journal
+    for folder in (state.places.staging, state.places.destination):
+        unfinished_receipt = partial_path(receipt_path(folder, item.artifact.path))
+        if proven and unfinished_receipt.is_file():
+            yield unfinished_receipt
+    if item.placed not in proven or item.placed.path == item.staged.path:
+        return
+    receipt = receipt_path(state.places.staging, item.artifact.path)
+    if item.staged in proven and not goal_is_staged:
+        if item.staged.path.samefile(item.placed.path):
+            return
+        yield item.staged.path
+        yield receipt
+    elif item.staged.condition is Condition.ABSENT and receipt.is_file():
+        yield receipt
 
 
 def _receipt(directory: Path, artifact: Artifact) -> Receipt | None:

@@ -96,14 +96,18 @@ def test_a_proven_file_gets_its_name_and_receipt(hall: Hall) -> None:
 def test_bytes_are_durable_before_the_name_and_the_receipt_is_last(
     hall: Hall, events: list[tuple[str, str]]
 ) -> None:
-    """File, rename, both folders, receipt: each step is durable before the next."""
+    """File, folders that are new, rename, both folders, receipt: each before the next."""
     hall.install()
-    name, folder = hall.proven.name, "sub"
+    name, folder, above = hall.proven.name, "sub", hall.folder.parent.name
     assert events == [
         ("sync", name),
+        ("sync", above),
+        ("sync", "placed"),
         ("rename", "model.bin"),
         ("sync", folder),
         ("sync", folder),
+        ("sync", "placed"),
+        ("sync", ".csm-weights"),
         ("sync", "model.bin.json.partial"),
         ("rename", "model.bin.json"),
         ("sync", folder),

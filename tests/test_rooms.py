@@ -40,7 +40,7 @@ NOUNS = {
 }
 
 #: Modules that know the order of things, and so import stages; each may import those before it.
-CONDUCTORS = ["request", "proving", "sourcing", "seeding", "pipeline", "inquiry", "doctor"]
+CONDUCTORS = ["locks", "request", "proving", "sourcing", "seeding", "pipeline", "inquiry", "doctor"]
 CONDUCTORS += ["authoring", "locking", "comparing", "obtaining", "sealing", "attesting"]
 
 #: What a source needs that asks a server.

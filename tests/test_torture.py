@@ -24,12 +24,6 @@ from tests.torture.tally import Clock
 NAMES = [command.name for command in commands()]
 INV_NAMES = [command.name for command in commands() if not command.is_script]
 
-#: What is known to be left over after a kill; the tests below that are expected to fail say why.
-KNOWN_LEFT = tuple(
-    f"{name} is left over" for name in (".partial.journal", ".json", ".json.partial")
-)
-
-
 #: Bytes of memory that are enough for the scenes of several test processes.
 ROOM = 512 << 20
 
@@ -50,16 +44,6 @@ def _memory() -> Path | None:
     memory = Path("/dev/shm")
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
     return memory if has_room else None
-
-
-def unknown(wrong: list[str]) -> list[str]:
-    """What is wrong, but for what the tests below are expected to fail of."""
-    is_copy = "place (other disk)"
-    return [
-        text
-        for text in wrong
-        if not text.endswith(KNOWN_LEFT) and not (is_copy in text and "output/toy/" in text)
-    ]
 
 
 def at(before: Undisturbed, name: str, pattern: str) -> int:
@@ -89,7 +73,7 @@ def killed(bench: Bench, command: str, name: str, pattern: str) -> list[str]:
 def test_a_killed_command_loses_nothing_and_goes_on(bench: Bench, name: str) -> None:
     """At calls of chance: no wrong byte, nothing lost or asked for again, a plain run ends it."""
     tally = kills.deliberate(bench, COMMANDS[name], random.Random(7), Clock.of(30), most=4)
-    assert (tally.tries, unknown(tally.wrong)) == (4, [])
+    assert (tally.tries, tally.wrong) == (4, [])
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
@@ -113,19 +97,16 @@ def test_an_interrupted_script_says_so(bench: Bench, stop: signal.Signals) -> No
     assert (ended.code, "interrupted" in ended.said, left) == (130, True, [])
 
 
-@pytest.mark.xfail(strict=True, reason="the journal outlives a kill between rename and unlink")
 def test_no_journal_outlives_its_file(bench: Bench) -> None:
     """Killed just after a file got its name, the plain run tidies the journal away."""
     assert killed(bench, "fetch (parts)", "rename", "*output/toy/a.bin") == []
 
 
-@pytest.mark.xfail(strict=True, reason="only the run that moves a file forgets its old receipt")
 def test_no_receipt_outlives_its_file(bench: Bench) -> None:
     """Killed just after a file was moved, the plain run removes the receipt in output/."""
     assert killed(bench, "place", "rename", "*models/toy/.csm-weights/a.bin.json") == []
 
 
-@pytest.mark.xfail(strict=True, reason="a file that was copied to another disk stays in output/")
 def test_no_second_copy_outlives_a_move_to_another_disk(bench: Bench) -> None:
     """Killed just after a copy got its name, the plain run removes the staged file."""
     assert killed(bench, "place (other disk)", "rename", "*/a.bin") == []
@@ -144,7 +125,7 @@ def test_no_probe_outlives_its_run(bench: Bench) -> None:
 def test_a_power_cut_lets_no_wrong_byte_in(bench: Bench, name: str) -> None:
     """Of disks that a cut may leave: nothing proven is lost, and a plain run ends it."""
     tally = power.cuts(bench, COMMANDS[name], random.Random(3), Clock.of(30), most=5)
-    assert (tally.tries, unknown(tally.wrong)) == (5, [])
+    assert (tally.tries, tally.wrong) == (5, [])
 
 
 @pytest.mark.parametrize(
@@ -162,15 +143,14 @@ def test_a_missing_sync_is_found(bench: Bench, name: str, lost: str, found: str)
         pytest.skip("this checkout has no consuming assembly")
     command, rng = COMMANDS[name], random.Random(3)
     tally = power.cuts(bench, command, rng, Clock.of(30), most=16, lost_calls=lost)
-    assert [text for text in unknown(tally.wrong) if found in text]
+    assert [text for text in tally.wrong if found in text]
 
 
-@pytest.mark.xfail(strict=True, reason="a new folder's own entry in its parent is not synced")
 def test_a_new_folder_is_durable_too(bench: Bench) -> None:
     """By what POSIX alone promises, a file that was placed is there after a power cut."""
     command, rng = COMMANDS["place"], random.Random(3)
     tally = power.cuts(bench, command, rng, Clock.of(30), most=12, strict=True)
-    assert unknown(tally.wrong) == []
+    assert tally.wrong == []
 
 
 def disk(tmp_path: Path) -> Disk:
@@ -270,14 +250,12 @@ def _other_run(scene: Scene, lockless: bool) -> Ended:
     return scene.run(replace(scene.orders, lockless=lockless))
 
 
-@pytest.mark.xfail(strict=True, reason="split takes no lock, and its partials have fixed names")
 def test_two_splits_at_once(bench: Bench) -> None:
     """A split that another one overtakes ends well."""
     ended = overtaken(bench, "split", "rename *long.bin.part-aa")
     assert [e.code for e in ended] == [0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="seed-cache proves outside of any lock")
 def test_two_seedings_at_once(bench: Bench) -> None:
     """A seeding that another one overtakes while it proves a file ends well."""
     hold, receipts = "read *models/toy/a.bin", "models/toy/.csm-weights"
@@ -285,7 +263,6 @@ def test_two_seedings_at_once(bench: Bench) -> None:
     assert [e.code for e in ended] == [0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="a partial that a rival has named is taken for a failure")
 @pytest.mark.parametrize("name", ["fetch (parts)", "place"])
 def test_a_run_overtaken_without_locks_ends_well(bench: Bench, name: str) -> None:
     """Where flock does nothing, a run whose work another one has done ends well too."""
@@ -294,25 +271,15 @@ def test_a_run_overtaken_without_locks_ends_well(bench: Bench, name: str) -> Non
     assert [e.code for e in ended] == [0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="a rival's hole is copied over the only copy of its bytes")
-@pytest.mark.skipif(not can_consume(), reason="this checkout has no consuming assembly")
-def test_two_that_consume_without_locks_lose_no_byte(bench: Bench) -> None:
-    """Where flock does nothing, one that has proven the parts goes on after another took them."""
+def test_nothing_is_consumed_where_locks_do_nothing(bench: Bench) -> None:
+    """Two at once would copy holes over the only copy, so not even one is let in: exit 7."""
     scene = bench.scene(COMMANDS["fetch --consume"])
-    # The part is read in five steps to prove it; the next read is the first one to copy it.
-    first, at_first = _held(scene, "read *a.bin.part-aa", "first", nth=6)
-
-    def emptied() -> tuple[Child, Path]:
-        second, at_second = _held(scene, "fsync *output/toy/a.bin.partial", "second")
-        swaps.await_held(scene, second, at_second)
-        return second, at_second
-
-    _, (second, at_second) = swaps.let_go(scene, first, at_first, emptied)
-    swaps.let_go(scene, second, at_second, lambda: None)
-    ended = scene.run()
-    wrong = scene.wrong_bytes()
+    before = scene.listing()
+    ended = scene.run(replace(scene.orders, lockless=True))
+    assert (ended.code, "locks" in ended.said) == (7, True)
+    assert set(before) <= set(scene.listing())
+    assert (scene.run().code, scene.wrong_bytes()) == (0, [])
     bench.drop(scene)
-    assert (ended.code, wrong) == (0, [])
 
 
 def _held(scene: Scene, hold: str, name: str, nth: int = 1) -> tuple[Child, Path]:
@@ -332,12 +299,11 @@ _LAST = "the proven file is exchanged at the last moment"
 def test_what_is_swapped_is_refused(bench: Bench, swap: swaps.Swap) -> None:
     """No wrong byte is placed, nothing outside is written to, and a plain run ends it."""
     _, wrong = swaps.done(bench, swap, undisturbed(bench, COMMANDS[swap.command]))
-    assert unknown(wrong) == []
+    assert wrong == []
 
 
-@pytest.mark.xfail(strict=True, reason="what is renamed is looked at again only after the rename")
 def test_a_file_exchanged_at_the_last_moment_is_not_left_under_its_name(bench: Bench) -> None:
     """A proven file that is exchanged between the last look and the rename is taken back."""
     swap = next(s for s in swaps.SWAPS if s.what == _LAST)
     _, wrong = swaps.done(bench, swap, undisturbed(bench, COMMANDS[swap.command]))
-    assert unknown(wrong) == []
+    assert wrong == []
