@@ -207,6 +207,7 @@ def _look_artifact(
 
     placed, staged = file_look(places.destination), file_look(places.staging)
     consumed, stranded = _consumed(artifact, staged.path)
+    stranded = stranded or (None if consumed else _unexplained_hole(artifact, staged.path, places))
     moved = {record.offset: record.consumed for record in consumed}
     parts = [_look_part(p, places.root, refuted, moved.get(p.offset, 0)) for p in artifact.pieces]
     return ArtifactState(
@@ -450,6 +451,39 @@ def _consumed(artifact: Artifact, staged: Path) -> tuple[tuple[Consumed, ...], F
         expected, help_text = "the bytes of consumed parts, and no others", "move it away"
         finding = Finding(Kind.CONSUMED, str(partial), expected, found, help_text)
     return tuple(sorted(known, key=lambda c: c.offset)), finding
+
+
+def _unexplained_hole(artifact: Artifact, staged: Path, places: Places) -> Finding | None:
+    """That a part begins with a hole, and no journal tells whether its bytes moved to the partial.
+
+    Copied as it is, the hole would go over what may be the only copy.
+    """
+    partial = partial_path(staged)
+    if not partial.is_file():
+        return None
+    for piece in artifact.pieces:
+        if _begins_with_hole(places.root / piece.part, piece.size):
+            found = f"none, and {piece.part} begins with a hole"
+            help_text = "bring the journal back, or move the unfinished file away and keep it"
+            expected = "a journal that tells of consumed parts"
+            return Finding(Kind.CONSUMED, str(partial), expected, found, help_text)
+    return None
+
+
+def _begins_with_hole(path: Path, size: int) -> bool:
+    """Whether the first block of a file of that size was given back to the disk."""
+    if not hasattr(os, "SEEK_HOLE") or size < BLOCK:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return os.fstat(fd).st_size == size and os.lseek(fd, 0, os.SEEK_HOLE) == 0
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _journal_lines(staged: Path) -> list[str]:

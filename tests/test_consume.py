@@ -239,6 +239,21 @@ def begun(toy: Toy, steps: int = 4) -> Toy:
     return toy
 
 
+def test_without_its_journal_a_hole_is_not_copied_over_the_only_copy(toy: Toy) -> None:
+    """Someone removes the journal of a begun run: nothing is touched, and it is told why."""
+    begun(toy)
+    journal = journal_path(toy.staged(NAME))
+    kept, partial = journal.read_bytes(), partial_of(toy).read_bytes()
+    journal.unlink()
+    for consuming in (False, True):
+        with pytest.raises(WrongContent, match="begins with a hole"):
+            fetch(toy, consuming=consuming)
+    assert partial_of(toy).read_bytes() == partial
+    journal.write_bytes(kept)
+    fetch(toy)
+    assert is_finished(toy)
+
+
 def test_a_journal_that_outlived_its_file_consumes_nothing(tmp_path: Path) -> None:
     """Parts that were brought back stay, though a run that was killed has left its journal."""
     toy = made(tmp_path / "toy")
