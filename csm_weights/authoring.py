@@ -11,11 +11,14 @@ from pathlib import Path
 from csm_weights import files, publish
 from csm_weights.architecture import parse_config
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, error_for
-from csm_weights.locks import lock
+from csm_weights.locks import are_real, lock
 from csm_weights.manifest import Manifest, load, path_problem, render_artifact
 from csm_weights.progress import Progress
 from csm_weights.proving import SUMS
 from csm_weights.standin import sizes, write_standin
+
+#: The name of the lock in output/ that one split holds at a time.
+SPLIT_LOCK = ".split.lock"
 
 
 def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bool) -> str:
@@ -37,7 +40,10 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
         return f"would write {len(ranges)} parts of at most {piece_size:,} bytes to {folder}/"
     path = Path(manifest)
     current = _manifest_to_extend(path) if manifest else None
-    with lock(root / "output", ".split.lock"), Progress("splitting", total) as progress:
+    locks = root / "output"
+    with lock(locks, SPLIT_LOCK), Progress("splitting", total) as progress:
+        if are_real(locks / SPLIT_LOCK):
+            publish.remove_unfinished(root / folder, file.name)
         artifact = publish.split(file, root, folder, piece_size, progress.tick)
         sums = {Path(p.part).name: p.sha256 for p in artifact.pieces}
         files.write_whole(root / folder / SUMS, publish.render_sums(sums))

@@ -58,14 +58,14 @@ def lock(folder: Path, name: str) -> Iterator[None]:
         held.release()
 
 
-def are_real(places: Places) -> bool:
-    """Whether the lock that this run holds would keep another one out.
+def are_real(path: Path) -> bool:
+    """Whether a lock that this run holds, at `path`, would keep another one out.
 
     On some network file systems every flock succeeds.
     """
     if sys.platform == "win32":
         return True
-    fd = os.open(places.staging / NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -20,7 +20,7 @@ from pathlib import Path
 from csm_weights import consume, files, gates, place, records, sourcing
 from csm_weights.assemble import Assembled, Assembly, assemble, write_text
 from csm_weights.errors import NOT_HERE, CsmWeightsError, Finding, Kind, error_for
-from csm_weights.locks import are_real, locked
+from csm_weights.locks import NAME, are_real, locked
 from csm_weights.manifest import Artifact, Piece
 from csm_weights.plan import Goal, Plan, Step, Verb
 from csm_weights.progress import Progress
@@ -40,6 +40,7 @@ from csm_weights.state import (
     ArtifactState,
     Condition,
     FileLook,
+    State,
     holds_consumed,
     leftovers,
     unfinished,
@@ -47,6 +48,9 @@ from csm_weights.state import (
 
 #: More rounds than this mean that something else keeps changing the files.
 MAX_ROUNDS = 12
+
+#: Looks until what is missing is believed to be: another run may be moving it just then.
+LOOKS = 3
 
 #: Seconds until a run that another one has overtaken looks again.
 PATIENCE = 0.1
@@ -105,9 +109,8 @@ def act(request: Request, goal: Goal) -> Outcome:
     Raises the error of what stands in the way; nothing that was good is lost.
     """
     run = begin(request)
-    plan = run.plan(run.look(), goal)
+    state, plan = _first_look(run, goal)
     _require(run, plan)
-    state = run.look()
     if plan.is_done and not leftovers(state, goal is Goal.STAGED):
         return Outcome(state, notes=plan.notes)
     acts: list[Step] = []
@@ -130,9 +133,19 @@ def act(request: Request, goal: Goal) -> Outcome:
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 
 
+def _first_look(run: Run, goal: Goal) -> tuple[State, Plan]:
+    """A look without the lock, taken anew where a file may have moved while it was taken."""
+    for _ in range(LOOKS):
+        state = run.look()
+        plan = run.plan(state, goal)
+        if not plan.findings:
+            break
+    return state, plan
+
+
 def _is_overtaken(run: Run, goal: Goal) -> bool:
     """Whether another run may be the cause of an error: where locks keep nobody out."""
-    if are_real(run.places):
+    if are_real(run.places.staging / NAME):
         return False
     time.sleep(PATIENCE)
     run.refuted.clear()
@@ -240,7 +253,7 @@ def _consume(run: Run, steps: Sequence[Step]) -> None:
 
 def _require_locks(run: Run) -> None:
     """Two that consume at once would write holes over the only copy."""
-    if not are_real(run.places):
+    if not are_real(run.places.staging / NAME):
         words = ("a file system with locks that keep others out", "locks that do nothing")
         help_text = "leave --consume out, or put the checkout on a local disk"
         finding = Finding(Kind.NOT_CONSUMABLE, str(run.places.staging), *words, help_text)

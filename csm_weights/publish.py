@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -12,11 +13,20 @@ from dataclasses import dataclass, replace
 from functools import partial as bind
 from pathlib import Path
 
-from csm_weights.digest import Chain, Tick, blob_id, git_sha1, run_all, sha256, sha256_of
+from csm_weights.digest import (
+    Chain,
+    Hasher,
+    Tick,
+    blob_id,
+    feed,
+    git_sha1,
+    run_all,
+    sha256,
+    sha256_of,
+)
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent
 from csm_weights.files import Extent, Target, copy_hashed, write_whole, writing
 from csm_weights.manifest import Artifact, Manifest, Piece, parse, path_problem, render
-from csm_weights.records import partial_path
 
 #: Default size of a part in bytes: below the 2 GB that GitHub takes, and what
 #: `split -b 1G` makes.
@@ -149,33 +159,52 @@ def _write_part(
     """Copies one range of `source` to its part and returns the sha256 of what was written."""
     piece = pieces[index]
     part = root / piece.part
-    unfinished = partial_path(part)
     digest, claimed = sha256(), chain.claim(index)
     sinks = [digest, claimed] if claimed else [digest]
+    is_there = part.is_file() and part.stat().st_size == piece.size
+    # Where locks do nothing another run may write the same part.
+    unfinished = part.with_name(f"{part.name}.{os.getpid()}.partial")
+    if is_there:
+        feed(source, piece.offset, piece.size, sinks, tick, chain.stop)
+    else:
+        _copy_part(Extent(source, piece.offset, piece.size), unfinished, sinks, chain, tick)
+    chain.finish(index, claimed, proven=True)
+    _require_same(part, digest.hexdigest(), unfinished)
+    if not is_there:
+        with writing(part):
+            unfinished.replace(part)
+    return digest.hexdigest()
+
+
+def _copy_part(
+    extent: Extent, unfinished: Path, sinks: Sequence[Hasher], chain: Chain, tick: Tick
+) -> None:
     target = Target(unfinished, os.O_TRUNC)
     try:
-        extent = Extent(source, piece.offset, piece.size)
         copy_hashed(extent, target, 0, sinks, True, tick, chain.stop)
         with writing(unfinished):
             os.fsync(target.fd)
     finally:
         target.close()
-    chain.finish(index, claimed, proven=True)
-    _keep_or_rename(unfinished, part, digest.hexdigest())
-    return digest.hexdigest()
 
 
-def _keep_or_rename(unfinished: Path, part: Path, digest: str) -> None:
-    """Gives a part its name; one that is there already must be the same."""
+def _require_same(part: Path, digest: str, unfinished: Path) -> None:
+    """A part that is there already must be the one that belongs there."""
     if part.is_file() and (there := sha256_of(part)) != digest:
-        unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
         help_text = "move it away, or choose another --chunks folder"
         finding = Finding(
             Kind.WRONG_DIGEST, str(part), f"sha256 {digest}", f"sha256 {there}", help_text
         )
         raise WrongContent("a part of another file is in the way", [finding])
-    with writing(part):
-        unfinished.replace(part)
+
+
+def remove_unfinished(folder: Path, name: str) -> None:
+    """Removes what splits of the file called `name` have left that were killed."""
+    if folder.is_dir():
+        for left in folder.glob(f"{glob.escape(name)}.part-*.partial"):
+            with writing(left):
+                left.unlink(missing_ok=True)
 
 
 def group_of(name: str) -> str:
