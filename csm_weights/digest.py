@@ -26,6 +26,9 @@ BLOCK = 1 << 20
 #: kernel reads 128 KiB ahead, and a core that hashes waits for most disks.
 AHEAD = 8 << 20
 
+#: Seconds after which the thread that waits for the others looks up.
+PATIENCE = 0.2
+
 T = TypeVar("T")
 Tick = Callable[[int], None]
 
@@ -215,7 +218,10 @@ def run_all(tasks: Iterable[Callable[[], T]], stop: threading.Event, waiting: in
     pool = ThreadPoolExecutor(workers() + waiting)
     try:
         futures = [pool.submit(task) for task in tasks]
-        _, unfinished = wait(futures, return_when=FIRST_EXCEPTION)
+        # An interrupt that comes just before a wait begins is seen when it ends, so none is long.
+        unfinished = set(futures)
+        while unfinished and not any(f.done() and f.exception() for f in futures):
+            _, unfinished = wait(futures, timeout=PATIENCE, return_when=FIRST_EXCEPTION)
         if unfinished:
             stop.set()
             for future in unfinished:
