@@ -25,7 +25,7 @@ from csm_weights.digest import (
     sha256_of,
 )
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent
-from csm_weights.files import Extent, Target, copy_hashed, write_whole, writing
+from csm_weights.files import Extent, Target, copy_hashed, sync, write_whole, writing
 from csm_weights.manifest import Artifact, Manifest, Piece, parse, path_problem, render
 
 #: Default size of a part in bytes: below the 2 GB that GitHub takes, and what
@@ -140,6 +140,8 @@ def split(file: Path, root: Path, folder: str, piece_size: int, tick: Tick) -> A
         raise WrongContent("the file was cut while it was split", [finding]) from None
     finally:
         os.close(source)
+    # Before anything tells of the parts, their names have to be durable.
+    sync(root / folder)
     whole = chain.hexdigest() or ""
     return Artifact(
         path=file.name,
