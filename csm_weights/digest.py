@@ -219,9 +219,9 @@ def run_all(tasks: Iterable[Callable[[], T]], stop: threading.Event, waiting: in
     try:
         futures = [pool.submit(task) for task in tasks]
         # An interrupt that comes just before a wait begins is seen when it ends, so none is long.
-        unfinished = set(futures)
-        while unfinished and not any(f.done() and f.exception() for f in futures):
-            _, unfinished = wait(futures, timeout=PATIENCE, return_when=FIRST_EXCEPTION)
+        done, unfinished = wait(futures, timeout=0)
+        while unfinished and not any(f.exception() for f in done):
+            done, unfinished = wait(futures, timeout=PATIENCE, return_when=FIRST_EXCEPTION)
         if unfinished:
             stop.set()
             for future in unfinished:

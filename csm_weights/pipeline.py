@@ -127,8 +127,9 @@ def act(request: Request, goal: Goal) -> Outcome:
                     raise
                 continue
             if not taken:
-                tidy(state, goal is Goal.STAGED)
-                return Outcome(run.look(), tuple(acts), tuple(run.notes))
+                if tidy(state, goal is Goal.STAGED):
+                    state = run.look()
+                return Outcome(state, tuple(acts), tuple(run.notes))
             acts += taken
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 

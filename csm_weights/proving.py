@@ -140,12 +140,14 @@ def _judged(run: Run, proof: gates.Proof) -> Assembled | None:
     return Assembled(path, proof.sha256, *whole)
 
 
-def tidy(state: State, is_staged: bool) -> None:
-    """Removes `state.leftovers`, each durably before the next."""
-    for path in leftovers(state, is_staged):
+def tidy(state: State, is_staged: bool) -> bool:
+    """Removes `state.leftovers`, each durably before the next; returns whether there were any."""
+    left = leftovers(state, is_staged)
+    for path in left:
         with files.writing(path):
             path.unlink(missing_ok=True)
         files.sync(path.parent)
+    return bool(left)
 
 
 def gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
