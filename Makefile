@@ -104,12 +104,12 @@ test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
 	@$(VENV)/bin/python -m pytest -m gpu tests
 
 torture: $(VENV)/.test ## Kill, cut off, race and deceive every command (SEED=1 MINUTES=10)
-	@$(VENV)/bin/python -m tests.torture $(if $(SEED),--seed $(SEED)) \
+	@$(VENV)/bin/python -m tools.torture $(if $(SEED),--seed $(SEED)) \
 		$(if $(MINUTES),--minutes $(MINUTES))
 
 fuzz: $(VENV)/.fuzz ## Fuzz the readers of manifests and weights, FUZZ_SECONDS=300 each
 	@set -e; for target in manifest safetensors checkpoint; do \
-		$(VENV)/bin/python -m tests.fuzz $$target $(VENV)/corpus \
+		$(VENV)/bin/python -m tools.fuzz $$target $(VENV)/corpus \
 			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1; \
 	done
 

@@ -15,8 +15,8 @@ from invoke.tasks import task
 
 if TYPE_CHECKING:
     from csm_weights.errors import CsmWeightsError
-    from csm_weights.plan import Goal
-    from csm_weights.request import Outcome, Request, Survey
+    from csm_weights.pipeline.plan import Goal
+    from csm_weights.pipeline.request import Outcome, Request, Survey
 
 ROOT = Path(__file__).resolve().parent
 
@@ -60,7 +60,7 @@ def _exit_codes(json: bool = False) -> Iterator[None]:
 
 
 def _fail(error: CsmWeightsError, json: bool) -> NoReturn:
-    from csm_weights import report
+    from csm_weights.commands.render import report
 
     if json:
         _print(report.error_json(error))
@@ -84,7 +84,7 @@ def _request(
     revision: str = "",
     consume: bool = False,
 ) -> Request:
-    from csm_weights.request import Request
+    from csm_weights.pipeline.request import Request
 
     words = tuple(word.strip() for word in only.split(",") if word.strip())
     urls = tuple(url or ())
@@ -92,14 +92,14 @@ def _request(
 
 
 def _show_outcome(outcome: Outcome, json: bool) -> None:
-    from csm_weights import report
+    from csm_weights.commands.render import report
 
     _print(report.outcome_json(outcome) if json else report.outcome_text(outcome))
     _exit_with(outcome.error)
 
 
 def _show_survey(survey: Survey, json: bool) -> None:
-    from csm_weights import report
+    from csm_weights.commands.render import report
 
     _print(report.survey_json(survey) if json else report.survey_text(survey))
     _exit_with(survey.error)
@@ -146,22 +146,22 @@ def weights(
     json: bool = False,
 ) -> None:
     """Assemble, place, gate and smoke-test a model: the whole line."""
-    from csm_weights import pipeline
-    from csm_weights.plan import Goal
+    from csm_weights.pipeline import apply
+    from csm_weights.pipeline.plan import Goal
 
     with _exit_codes(json):
         request = _request(model, only, dest, source, url, revision, consume)
         if dry:
-            _show_survey(pipeline.rehearse(request, Goal.BOTH), json)
+            _show_survey(apply.rehearse(request, Goal.BOTH), json)
         else:
-            done = pipeline.weights(request, smoke, require_gpu)
+            done = apply.weights(request, smoke, require_gpu)
             _show_outcome(_sealed(request, done) if seal else done, json)
 
 
 def _sealed(request: Request, done: Outcome) -> Outcome:
-    from csm_weights import sealing
+    from csm_weights.commands import seal
 
-    return sealing.seal_placed(request, done)
+    return seal.seal_placed(request, done)
 
 
 @task(
@@ -191,11 +191,11 @@ def status(
     json: bool = False,
 ) -> None:
     """Show what is here, what is missing, and what would be done."""
-    from csm_weights import pipeline
+    from csm_weights.pipeline import apply
 
     with _exit_codes(json):
         request = _request(model, only, dest, source, url, revision, consume)
-        _show_survey(pipeline.survey(request, check=check), json)
+        _show_survey(apply.survey(request, check=check), json)
 
 
 @task(
@@ -228,7 +228,7 @@ def fetch(
 ) -> None:
     """Bring the files into the staging folder (output/), or into --dest, proven."""
     from csm_weights.errors import UsageError
-    from csm_weights.plan import Goal
+    from csm_weights.pipeline.plan import Goal
 
     with _exit_codes(json):
         if seal and not dest:
@@ -248,19 +248,19 @@ def place(
     json: bool = False,
 ) -> None:
     """Move proven files from the staging folder to the destination."""
-    from csm_weights.plan import Goal
+    from csm_weights.pipeline.plan import Goal
 
     with _exit_codes(json):
         _act(_request(model, only, dest), Goal.PLACED, dry, json, seal)
 
 
 def _act(request: Request, goal: Goal, dry: bool, json: bool, seal: bool) -> None:
-    from csm_weights import pipeline
+    from csm_weights.pipeline import apply
 
     if dry:
-        _show_survey(pipeline.rehearse(request, goal), json)
+        _show_survey(apply.rehearse(request, goal), json)
     else:
-        done = pipeline.act(request, goal)
+        done = apply.act(request, goal)
         _show_outcome(_sealed(request, done) if seal else done, json)
 
 
@@ -288,17 +288,18 @@ def verify(
     json: bool = False,
 ) -> None:
     """Hash every file in place again and run all gates; offline."""
-    from csm_weights import attesting, proving
+    from csm_weights.commands import attest
     from csm_weights.errors import UsageError
+    from csm_weights.pipeline import checks
 
     with _exit_codes(json):
         request = _request(model, only, dest)
         if attestation:
-            checked = attesting.verify(request, attestation, key, sums or None, write_sums)
+            checked = attest.verify(request, attestation, key, sums or None, write_sums)
         elif key:
             raise UsageError("--key is whose signature --attestation FILE must have")
         else:
-            checked = proving.verify(request, sums or None, write_sums)
+            checked = checks.verify(request, sums or None, write_sums)
         _show_outcome(checked, json)
 
 
@@ -324,10 +325,11 @@ def attest(
     json: bool = False,
 ) -> None:
     """Hash the files in place and write where they come from, as an in-toto statement."""
-    from csm_weights import attesting, report_attest
+    from csm_weights.commands import attest
+    from csm_weights.commands.render import report_attest
 
     with _exit_codes(json):
-        done = attesting.attest_files(_request(model, only, dest), out, key, new_key)
+        done = attest.attest_files(_request(model, only, dest), out, key, new_key)
         _print(report_attest.attesting_json(done) if json else report_attest.attesting_text(done))
 
 
@@ -357,14 +359,14 @@ def smoke(
     json: bool = False,
 ) -> None:
     """Load the model that is in place, let it speak, and check it."""
-    from csm_weights import proving
+    from csm_weights.pipeline import checks
 
     with _exit_codes(json):
         request = _request(model, only, dest)
         if record:
-            _print(str(proving.record_golden(request, frames)))
+            _print(str(checks.record_golden(request, frames)))
         else:
-            spoken = proving.smoke(request, device or None, require_gpu, frames, dtype or None)
+            spoken = checks.smoke(request, device or None, require_gpu, frames, dtype or None)
             _show_outcome(spoken, json)
 
 
@@ -395,7 +397,8 @@ def doctor(
     json: bool = False,
 ) -> None:
     """Find out what stands in the way of weights, before anything is fetched."""
-    from csm_weights import doctor, report_hub
+    from csm_weights.commands import doctor
+    from csm_weights.commands.render import report_hub
 
     with _exit_codes(json):
         request = _request(model, only, dest, source, url, revision)
@@ -424,10 +427,11 @@ def seed_cache(
     json: bool = False,
 ) -> None:
     """Give the files in place to the Hub's cache, for other programs."""
-    from csm_weights import report_hub, seeding
+    from csm_weights.commands import seed_cache
+    from csm_weights.commands.render import report_hub
 
     with _exit_codes(json):
-        act = seeding.rehearse if dry else seeding.seed_cache
+        act = seed_cache.rehearse if dry else seed_cache.seed_cache
         done = act(_request(model, only, dest), move_main)
         _print(report_hub.seeding_json(done) if json else report_hub.seeding_text(done))
 
@@ -450,14 +454,15 @@ def compare(
     json: bool = False,
 ) -> None:
     """Show that two files of weights hold equal tensors, or which differs first and where."""
-    from csm_weights import comparing, report_compare
+    from csm_weights.commands import compare
+    from csm_weights.commands.render import report_compare
     from csm_weights.errors import UsageError
 
     with _exit_codes(json):
         paths = [Path(name) for name in file or ()]
         if len(paths) > 2:
             raise UsageError("compare holds two files against each other; --file at most twice")
-        found = comparing.compare(_request(model, "", dest), *paths)
+        found = compare.compare(_request(model, "", dest), *paths)
         _print(
             report_compare.comparison_json(found) if json else report_compare.comparison_text(found)
         )
@@ -483,10 +488,10 @@ def split(
     dry: bool = False,
 ) -> None:
     """Cut any file into parts, with SHA256SUMS and a manifest entry."""
-    from csm_weights import authoring
+    from csm_weights.commands import split
 
     with _exit_codes():
-        _print(authoring.split(ROOT, Path(file), chunks, size, manifest, dry))
+        _print(split.split(ROOT, Path(file), chunks, size, manifest, dry))
 
 
 @task(
@@ -511,8 +516,8 @@ def lock(
     dry: bool = False,
 ) -> None:
     """Write the digests to a manifest that proven local files show, or those the Hub tells."""
-    from csm_weights import locking
     from csm_weights.errors import UsageError
+    from csm_weights.pipeline import lock
 
     with _exit_codes():
         if repo and (dest or size):
@@ -520,24 +525,24 @@ def lock(
         if revision and not repo:
             raise UsageError("--revision goes with --repo")
         if repo:
-            _print(locking.lock_repo(ROOT, repo, revision, only, model, dry))
+            _print(lock.lock_repo(ROOT, repo, revision, only, model, dry))
         else:
-            _print(locking.lock(_request(model or "csm-1b", only, dest), dry, size))
+            _print(lock.lock(_request(model or "csm-1b", only, dest), dry, size))
 
 
 @task(help={"name": "which stand-in: csm-1b-standin (12.4 GB) or csm-tiny", "dry": HELP["dry"]})
 def standin(c: Context, name: str = "csm-1b-standin", dry: bool = False) -> None:
     """Write a stand-in of CSM-1B with random weights, its parts and manifest."""
-    from csm_weights import authoring
+    from tools.standin import recipes
 
     with _exit_codes():
-        _print(authoring.standin(ROOT, name, dry))
+        _print(recipes.standin(ROOT, name, dry))
 
 
 @task(help=_help("model", "dest", "dry"))
 def clean(c: Context, model: str = "csm-1b", dest: str = "", dry: bool = False) -> None:
     """Remove unfinished files; what is proven, staged or placed stays."""
-    from csm_weights import pipeline
+    from csm_weights.pipeline import apply
 
     with _exit_codes():
-        _print(pipeline.clean(_request(model, "all", dest), dry))
+        _print(apply.clean(_request(model, "all", dest), dry))

@@ -42,7 +42,8 @@ from benchmarks.common import (
 )
 from benchmarks.far import DELAY, LOSS, Unavailable, far_away
 from benchmarks.site import REPO, Site
-from csm_weights.manifest import Artifact, Manifest, Piece, render
+from csm_weights.manifest.render import render
+from csm_weights.manifest.types import Artifact, Manifest, Piece
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from csm_weights.decoding import Decoder, weights_per_frame
-from csm_weights.machine import memory_rate, synchronize
-from csm_weights.model import Model
-from csm_weights.smoke import make_prompt
+from csm_weights.model.csm import Model
+from csm_weights.model.device import memory_rate, synchronize
+from csm_weights.model.fast_decoder import Decoder, weights_per_frame
+from csm_weights.model.smoke import make_prompt
 
 #: Frames that are timed, fast and eager, and frames before them that are not.
 FAST, EAGER, WARM = 100, 20, 3

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from csm_weights.joined import Joined
-from csm_weights.reading import blocks, room, stream
+from csm_weights.formats.multipart import Joined
+from csm_weights.model.stream import blocks, room, stream
 
 #: Bytes of a slot of the staging ring, which has one slot a thread.
 STAGING_BLOCK = 1 << 20
@@ -48,9 +48,9 @@ def _ours(device: str) -> Callable[[Sequence[str]], object]:
     def load(paths: Sequence[str]) -> object:
         import torch
 
-        from csm_weights.architecture import FLAVORS, Architecture
-        from csm_weights.checkpoint import open_checkpoint
-        from csm_weights.load import load_tensors
+        from csm_weights.formats.architecture import FLAVORS, Architecture
+        from csm_weights.formats.weights_file import open_checkpoint
+        from csm_weights.model.load import load_tensors
 
         csm_1b = Architecture(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
         with open_checkpoint(paths) as checkpoint:
@@ -108,7 +108,7 @@ def _prepare(way: str) -> Callable[[], None]:
     import safetensors.torch  # noqa: F401
     import torch
 
-    import csm_weights.load  # noqa: F401
+    import csm_weights.model.load  # noqa: F401
 
     if not way.endswith("cuda"):
         return lambda: None

@@ -86,8 +86,8 @@ def _silent() -> Iterator[None]:
 
 
 def _ours(path: Path) -> str:
-    from csm_weights.checkpoint import open_checkpoint
     from csm_weights.errors import WrongContent
+    from csm_weights.formats.weights_file import open_checkpoint
 
     try:
         open_checkpoint([path]).source.close()
@@ -170,7 +170,7 @@ def _scratch(folder: Path) -> Path:
 
 
 def _tables(base: Path, python: Path) -> str:
-    from tests import hostile
+    from tests.support import hostile
 
     target = str(base / "running" / CANARY)
     pickles = hostile.running_pickles(target).items()

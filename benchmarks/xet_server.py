@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.hub_server import Answer, Asked, Content, HubServer
+from tests.support.hub_server import Answer, Asked, Content, HubServer
 
 #: Bytes of a chunk: the mean that Xet aims for.
 CHUNK = 64 << 10

@@ -9,15 +9,15 @@ from typing import Self
 
 import torch
 
-from csm_weights import model as plain
-from csm_weights import obtaining
-from csm_weights.architecture import Architecture, parse_config
-from csm_weights.checkpoint import locate
+from csm_weights.byte_ranges import Span
 from csm_weights.errors import UsageError, WrongContent
-from csm_weights.generator import Generator, InputsTooLong, Segment
-from csm_weights.obtaining import CONFIG, Obtained
-from csm_weights.reading import Span
-from csm_weights.request import Request
+from csm_weights.formats import weights_file
+from csm_weights.formats.architecture import Architecture, parse_config
+from csm_weights.model import csm as plain
+from csm_weights.model.generator import Generator, InputsTooLong, Segment
+from csm_weights.pipeline import locate
+from csm_weights.pipeline.locate import CONFIG, Obtained
+from csm_weights.pipeline.request import Request
 
 __all__ = ["Generator", "InputsTooLong", "Model", "Segment", "load_csm_1b"]
 
@@ -54,10 +54,10 @@ class Model(plain.Model):
         for a wrong digest; UsageError where nothing is pinned to `verify` by.
         """
         _require_device(device)
-        (paths, folder), root = locate(path), obtaining.checkout()
+        (paths, folder), root = weights_file.locate(path), locate.checkout()
         size = sum(part.stat().st_size for part in paths)
         if verify and not digests:
-            digests = obtaining.require_pinned(root, paths[0], size).digests
+            digests = locate.require_pinned(root, paths[0], size).digests
         architecture = architecture or _architecture(folder, root, size)
         model = super().from_local(paths, device, dtype, architecture=architecture, digests=digests)
         model.folder = folder
@@ -82,21 +82,21 @@ class Model(plain.Model):
         Raises as `from_local`, and AccessRefused, NetworkFailed or NoSpace.
         """
         _require_device(device)
-        return cls._obtain(obtaining.of_repo(obtaining.checkout(), repo, revision), device, dtype)
+        return cls._obtain(locate.of_repo(locate.checkout(), repo, revision), device, dtype)
 
     @classmethod
     def _obtain(
         cls, request: Request, device: str | torch.device, dtype: torch.dtype | None
     ) -> Self:
         """The model of a request: what is here and right, else what the line brings."""
-        for found in obtaining.here(request):
+        for found in locate.here(request):
             try:
                 return cls._open(found, device, dtype)
             except WrongContent as error:
                 if found.is_proven:
                     raise
-                obtaining.pass_over(found, error)
-        return cls._open(obtaining.fetch(request), device, dtype)
+                locate.pass_over(found, error)
+        return cls._open(locate.fetch(request), device, dtype)
 
     @classmethod
     def _open(cls, found: Obtained, device: str | torch.device, dtype: torch.dtype | None) -> Self:
@@ -115,14 +115,14 @@ def load_csm_1b(
     Raises as `Model.from_pretrained`, and UsageError without the GPU asked for.
     """
     _require_device(device)
-    request = obtaining.published(obtaining.checkout())
+    request = locate.published(locate.checkout())
     return Generator(Model._obtain(request, device, dtype))
 
 
 def _architecture(folder: Path, root: Path, size: int) -> Architecture | None:
     """What config.json in a folder says; None where it is not there and nothing is pinned."""
     config = folder / CONFIG
-    known = obtaining.pinned(root, size)
+    known = locate.pinned(root, size)
     fallback = known.architecture if known else None
     if not config.is_file():
         return fallback

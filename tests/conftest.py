@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.toy import Toy
+from tests.support.toy import Toy
 
 # Several test processes share the cores; torch would start a thread a core in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

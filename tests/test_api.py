@@ -19,27 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import csm_weights
-from csm_weights import (
-    Generator,
-    Model,
-    Segment,
-    listing,
-    load_csm_1b,
-    locking,
-    obtaining,
-    pipeline,
-    seeding,
-)
-from csm_weights import model as plain
+from csm_weights import Generator, Model, Segment, load_csm_1b
+from csm_weights.commands import seed_cache
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.manifest import load
-from csm_weights.plan import Goal
-from csm_weights.request import Request
-from csm_weights.speech import find_codec, find_tokenizer
-from tests.clone import REPOSITORY
-from tests.hub_server import HubServer
-from tests.test_generator import TINY_CODEC, byte_tokenizer
-from tests.toy import flip
+from csm_weights.manifest.parse import load
+from csm_weights.model import csm as plain
+from csm_weights.model.speech import find_codec, find_tokenizer
+from csm_weights.pipeline import apply, locate, lock
+from csm_weights.pipeline.plan import Goal
+from csm_weights.pipeline.request import Request
+from csm_weights.transfer import hub_metadata
+from tests.model.test_generator import TINY_CODEC, byte_tokenizer
+from tests.support.clone import REPOSITORY
+from tests.support.hub_server import HubServer
+from tests.support.toy import flip
 
 PARTS = "chunks/csm-tiny"
 REPO = "sesame/csm-1b"
@@ -77,10 +70,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(listing, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(hub_metadata, "WAITS", (0.0, 0.0))
     root = tmp_path / "root"
     write_manifest(root)
-    monkeypatch.setattr(obtaining, "checkout", lambda: root)
+    monkeypatch.setattr(locate, "checkout", lambda: root)
     return root
 
 
@@ -155,7 +148,7 @@ def sources(root: Path) -> list[list[str]]:
     return [
         [path.relative_to(root.parent).parts[0] for path in found.paths[:1]]
         + [path.parent.name for path in found.paths[:1]]
-        for found in obtaining.here(Request(root, "csm-1b"))
+        for found in locate.here(Request(root, "csm-1b"))
     ]
 
 
@@ -183,7 +176,7 @@ def test_names_come_from_the_package_itself() -> None:
     """`from csm_weights import load_csm_1b, Model, Generator` is all there is to know."""
     assert {"Generator", "Model", "Segment", "load_csm_1b"} <= set(dir(csm_weights))
     assert issubclass(Model, plain.Model)
-    assert Segment.__module__ == Generator.__module__ == "csm_weights.generator"
+    assert Segment.__module__ == Generator.__module__ == "csm_weights.model.generator"
     with pytest.raises(AttributeError, match="load_csm_2b"):
         _ = csm_weights.load_csm_2b
 
@@ -191,7 +184,7 @@ def test_names_come_from_the_package_itself() -> None:
 def test_the_package_alone_loads_no_torch() -> None:
     """Importing the package, or what finds the weights, takes no torch."""
     code = (
-        "import csm_weights, csm_weights.obtaining, sys;"
+        "import csm_weights, csm_weights.pipeline.locate, sys;"
         "print('torch' in sys.modules, 'requests' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -328,9 +321,9 @@ def test_order_of_preference(root: Path) -> None:
     unproven = [["hf", "blobs"], *parts, ["root", "csm-1b"]]
     assert unproven == sources(root)
 
-    pipeline.act(Request(root, "csm-1b", ("safetensors",)), Goal.BOTH)
+    apply.act(Request(root, "csm-1b", ("safetensors",)), Goal.BOTH)
     assert [["root", "csm-1b"], *unproven] == sources(root)
-    assert next(obtaining.here(Request(root, "csm-1b"))).is_proven
+    assert next(locate.here(Request(root, "csm-1b"))).is_proven
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ckpt.pt"])
@@ -526,9 +519,9 @@ def test_the_codec_comes_proven_through_the_line(
     for command in ("inv lock --repo kyutai/mimi", "--model mimi", "inv seed-cache"):
         assert command in str(caught.value)
 
-    locking.lock_repo(root, "kyutai/mimi", "", "", "", dry=False)
-    assert pipeline.weights(Request(root, "mimi")).error is None
-    seeding.seed_cache(Request(root, "mimi"))
+    lock.lock_repo(root, "kyutai/mimi", "", "", "", dry=False)
+    assert apply.weights(Request(root, "mimi")).error is None
+    seed_cache.seed_cache(Request(root, "mimi"))
     assert find_codec(32, torch.device("cpu")).sample_rate == 24_000
 
 
@@ -548,14 +541,14 @@ def test_the_tokenizer_comes_proven_through_the_line(root: Path, hub: HubServer)
         find_tokenizer(model.folder)
 
     request = Request(root, "csm-1b", ("tokenizer",), revision="main")
-    assert pipeline.weights(request).error is None
+    assert apply.weights(request).error is None
     assert find_tokenizer(model.folder).encode("")
 
 
 def test_csm_tiny_itself_speaks() -> None:
     """The embedded model, from its parts in this checkout, gives the recorded frames."""
     golden = json.loads((REPOSITORY / "manifests" / "csm-tiny.golden.json").read_text())
-    found = next(obtaining.here(Request(REPOSITORY, "csm-tiny")))
+    found = next(locate.here(Request(REPOSITORY, "csm-tiny")))
     path = found.paths[0] if len(found.paths) == 1 else found.paths[0].parent
     model = Model.from_local(
         path, dtype=None, architecture=found.architecture, digests=found.digests

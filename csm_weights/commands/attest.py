@@ -1,0 +1,210 @@
+"""Attesting the files in place, and holding them against what was attested."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from csm_weights.errors import (
+    Finding,
+    Kind,
+    MissingInput,
+    UsageError,
+    WrongContent,
+    error_for,
+)
+from csm_weights.hashing import Measure, measure, sha256_of
+from csm_weights.pipeline.checks import digests_of, gate, gate_error, write_sums_of
+from csm_weights.pipeline.checks import verify as verify_files
+from csm_weights.pipeline.request import Outcome, Request, begin, now
+from csm_weights.progress import Progress
+from csm_weights.store import atomic
+from csm_weights.store.inspect import ArtifactState, Condition, State
+from csm_weights.verify import keys, statement
+from csm_weights.verify.statement import Attestation, Attested, Facts, Made, Signer
+
+
+@dataclass(frozen=True)
+class Attesting:
+    """An attestation that was written: its file, its subjects' sha256 by name, who signed it.
+
+    `signer` is None for one that nobody signed. `new_keys` are the files of a
+    key pair that was made for it.
+    """
+
+    model: str
+    file: Path
+    subjects: Mapping[str, str]
+    signer: Signer | None
+    new_keys: tuple[Path, ...] = ()
+
+
+def attest_files(request: Request, out: str = "", key: str = "", make_key: str = "") -> Attesting:
+    """Writes what is true of the files in place, after hashing all of them again.
+
+    `out` is the file for it, default NAME.intoto.json in the destination. It
+    is signed with the private key in the file `key`, or with a new one:
+    `make_key` and `make_key`.pub, neither of which may be there. Raises
+    MissingInput or WrongContent unless every gate is passed: then nothing is
+    written.
+    """
+    if key and make_key:
+        raise UsageError("--key signs with a key that is there, --new-key makes one; choose")
+    secret = _read(Path(key), keys.MAX_KEY, "a private key") if key else None
+    if key or make_key:
+        keys.require_library()
+    state = begin(request).look()
+    results = gate(state, rehash=True)
+    if error := gate_error(results):
+        raise error
+    subjects, name = digests_of(results), state.manifest.name
+    body = statement.payload(statement.statement(_facts(state, subjects)))
+    new_keys, text, signer = _make_keys(make_key), body.decode(), None
+    if new_keys:
+        text, signer = _signed(body, new_keys[0].read_bytes(), make_key)
+    elif secret is not None:
+        text, signer = _signed(body, secret, key, os.environ.get(keys.PASSPHRASE))
+    file = Path(out) if out else state.places.destination / f"{name}.intoto.json"
+    atomic.write_whole(file, text)
+    return Attesting(name, file, subjects, signer, new_keys)
+
+
+def _signed(body: bytes, secret: bytes, where: str, word: str | None = None) -> tuple[str, Signer]:
+    password = word.encode() if word else None
+    return keys.signed(body, statement.PAYLOAD_TYPE, secret, where, password)
+
+
+def _facts(state: State, digests: Mapping[str, str]) -> Facts:
+    manifest, where = state.manifest, Path(state.manifest.where)
+    made = tuple(_made(item, digests[item.artifact.path]) for item in state.artifacts)
+    at = _time()
+    return Facts(manifest, where.name, sha256_of(where), made, version("csm-weights"), at)
+
+
+def _made(item: ArtifactState, sha256: str) -> Made:
+    is_current = item.placed.condition is Condition.PROVEN
+    assert item.placed.size is not None, "a file that has passed its gates is there"
+    return Made(
+        item.artifact, item.placed.size, sha256, item.placed.receipt if is_current else None
+    )
+
+
+def _time() -> str:
+    """The time, or that of SOURCE_DATE_EPOCH, which makes the statement reproducible."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not epoch.isdecimal():
+        return now()
+    try:
+        return datetime.fromtimestamp(int(epoch), UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"SOURCE_DATE_EPOCH={epoch[:40]} is no time") from None
+
+
+def _make_keys(name: str) -> tuple[Path, ...]:
+    """A new key pair in two files that were not there; the private one is its owner's alone."""
+    if not name:
+        return ()
+    private, public = Path(name), Path(f"{name}.pub")
+    for file in (private, public):
+        if os.path.lexists(file):
+            finding = Finding(Kind.IN_THE_WAY, str(file), "no file", "one", "choose another name")
+            raise WrongContent("a key is never written over", [finding])
+    for file, content, mode in zip((private, public), keys.new_key(), (0o600, 0o644), strict=True):
+        with atomic.writing(file):
+            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            atomic.write_all(fd, content, file)
+        finally:
+            os.close(fd)
+    return private, public
+
+
+def verify(
+    request: Request,
+    attestation: str,
+    key: str = "",
+    sums: str | None = None,
+    write_sums: bool = False,
+) -> Outcome:
+    """All that `proving.verify` does, and the attestation is signed by `key` and true.
+
+    Offline. The statement is checked before anything is hashed. The subjects
+    have to be in place with the digests that were attested, and the chosen
+    files among them; with names in `request.only`, those are what is held
+    against it. Without `key` nobody vouches for it, and the result says so.
+    Raises WrongContent or MissingInput.
+    """
+    said = statement.read(
+        _read(Path(attestation), statement.MAX_ATTESTATION, "an attestation"), attestation
+    )
+    signer = _signer(said, key) if key else None
+    outcome = verify_files(request, sums)
+    if outcome.error:
+        return outcome
+    chosen = [item.artifact.path for item in outcome.state.artifacts]
+    held = {n: d for n, d in said.subjects.items() if not request.only or n in chosen}
+    found = digests_of(outcome.results)
+    found |= _others(outcome.state.places.destination, [n for n in held if n not in found])
+    about = replace(said, subjects=held)
+    if findings := statement.differences(about, attestation, found, chosen):
+        error = error_for("the attestation is not true of these files", findings)
+        return replace(outcome, error=error)
+    if write_sums:
+        write_sums_of(outcome)
+    names = tuple(held)
+    notes = _notes(said, outcome.state, len(said.subjects) - len(held))
+    checked = Attested(attestation, signer, len(said.signatures), names, notes)
+    return replace(outcome, attested=checked)
+
+
+def _signer(said: Attestation, key: str) -> Signer:
+    public = _read(Path(key), keys.MAX_KEY, "a public key")
+    return keys.check(said.body, statement.PAYLOAD_TYPE, said.signatures, public, key)
+
+
+def _others(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The sha256 of files that are attested and not among the chosen ones, if they are there."""
+    jobs = []
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            jobs.append((name, Measure(path, path.stat().st_size, whole=True)))
+    with Progress("hashing what else is attested", sum(j.size for _, j in jobs)) as progress:
+        measured = measure([job for _, job in jobs], progress.tick)
+    return {name: m.whole or "" for (name, _), m in zip(jobs, measured, strict=True)}
+
+
+def _notes(said: Attestation, state: State, left_out: int) -> tuple[str, ...]:
+    notes = []
+    if sha256_of(Path(state.manifest.where)) not in said.manifests:
+        notes.append("it was made with another manifest than today's; the files fit both")
+    if left_out:
+        notes.append(f"{left_out} more of its subjects were not asked for with --only")
+    return tuple(notes)
+
+
+def _read(path: Path, limit: int, what: str) -> bytes:
+    """The bytes of a file that someone names, at most `limit` and one more.
+
+    Raises MissingInput where there is none, WrongContent for what is no plain
+    file, or too large.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        finding = Finding(Kind.MISSING, str(path), what, error.strerror or str(error))
+        raise MissingInput(f"{what} is needed", [finding]) from None
+    with open(fd, "rb") as file:  # noqa: PTH123 - the descriptor is open
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            found = f"{status.st_size:,} bytes"
+            found = found if stat.S_ISREG(status.st_mode) else "something that is no plain file"
+            expected = f"{what}, a plain file of at most {limit:,} bytes"
+            finding = Finding(Kind.MALFORMED, str(path), expected, found)
+            raise WrongContent(f"{what} cannot be read", [finding])
+        return file.read(limit + 1)

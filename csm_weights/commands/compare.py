@@ -1,0 +1,87 @@
+"""Which files are held against each other: named ones, or what is here of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, error_for
+from csm_weights.formats import compare as stage
+from csm_weights.formats.compare import Comparison
+from csm_weights.formats.transformers_layout import Files, find
+from csm_weights.pipeline.request import Request, begin
+from csm_weights.progress import Progress
+from csm_weights.store.inspect import ArtifactState, Condition
+
+#: Conditions of a file whose bytes can be read.
+_READABLE = (Condition.PROVEN, Condition.UNPROVEN)
+
+
+def compare(request: Request, first: Path | None = None, second: Path | None = None) -> Comparison:
+    """Holds two files of weights against each other; see `sides.find` for what a path may be.
+
+    Without paths these are the model's two formats, wherever they are here;
+    with one, that file and what is here of the model. Raises MissingInput,
+    WrongContent where a file cannot be read, and UsageError.
+    """
+    sides = _chosen(request, [path for path in (first, second) if path])
+    with stage.opened(*sides) as opened, Progress("comparing", opened.nbytes) as progress:
+        return opened.compare(progress.tick)
+
+
+def _chosen(request: Request, paths: Sequence[Path]) -> tuple[Files, Files]:
+    found = [find(path) for path in paths]
+    if len(found) == 2:
+        return found[0], found[1]
+    items = _weights(request)
+    if not found:
+        if [item.artifact.format for item in items] != ["safetensors", "torch-zip"]:
+            raise UsageError(f"{request.model} has not one file of each format; name two files")
+        return _both(request, items)
+    others = [here for item in items if (here := _here(item)) and not _is_same(here, found[0])]
+    if not others:
+        raise _missing(request, [item for item in items if not _here(item)])
+    return found[0], others[0]
+
+
+def _weights(request: Request) -> list[ArtifactState]:
+    """The model's files of weights, safetensors first."""
+    state = begin(replace(request, only=("all",))).look()
+    some = [item for item in state.artifacts if item.artifact.is_weights]
+    return sorted(some, key=lambda item: item.artifact.format)
+
+
+def _both(request: Request, items: Sequence[ArtifactState]) -> tuple[Files, Files]:
+    found = [_here(item) for item in items]
+    if found[0] and found[1]:
+        return found[0], found[1]
+    raise _missing(request, [i for i, here in zip(items, found, strict=True) if not here])
+
+
+def _here(item: ArtifactState) -> Files | None:
+    """The file in place, or else staged, or in the Hub's cache, or else its parts."""
+    for look in (item.placed, item.staged, item.cached):
+        if look and look.condition in _READABLE:
+            return [[look.path]]
+    if item.parts and all(part.condition in _READABLE for part in item.parts):
+        return [[part.path for part in item.parts]]
+    return None
+
+
+def _is_same(some: Files, others: Files) -> bool:
+    """Whether both are the very same files."""
+    pairs = [[path.resolve() for paths in files for path in paths] for files in (some, others)]
+    return pairs[0] == pairs[1]
+
+
+def _missing(request: Request, items: Iterable[ArtifactState]) -> CsmWeightsError:
+    """The error for weights that are not here, or not whole."""
+    findings = []
+    for item in items:
+        wrong = [look.finding for look in (item.placed, item.staged) if look.finding]
+        command = f"inv fetch --model {request.model} --only {item.artifact.group}"
+        size = f"{item.artifact.size:,} bytes, or all of its parts"
+        absent = Finding(Kind.MISSING, str(item.placed.path), size, "neither", command)
+        findings += wrong or [absent]
+    return error_for("there is nothing to compare with", findings)

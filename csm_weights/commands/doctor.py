@@ -1,0 +1,378 @@
+"""What stands in the way of `inv weights`, found out before anything is fetched or written.
+
+Servers are asked only where the plan would ask them, by the same sources over
+the same wire, for the first byte of each file: what that meets, the whole file
+would meet too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from csm_weights.commands.probe import Answers, Server, ask
+from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment
+from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, error_for
+from csm_weights.model import offline_assets
+from csm_weights.pipeline import apply
+from csm_weights.pipeline.plan import HUB, Plan, Verb
+from csm_weights.pipeline.request import Request, Run, Survey, begin, find_manifest
+from csm_weights.store.inspect import ArtifactState
+
+#: Kinds that are about the token, rather than about what its owner may do.
+OF_THE_TOKEN = frozenset({Kind.NO_TOKEN, Kind.UNKNOWN_TOKEN, Kind.SCOPE})
+
+#: Kinds that are about the way to a host, rather than about what it answers.
+OF_THE_WAY = frozenset({Kind.NO_NETWORK, Kind.CERTIFICATE})
+
+#: Seconds that nvidia-smi may take.
+PATIENCE = 10.0
+
+_ELSEWHERE = "nothing comes from there"
+_NO_REPOSITORY = "the manifest names no repository of the Hub"
+
+
+class Verdict(enum.StrEnum):
+    """What a check comes to; the value is the word a person reads."""
+
+    OK = "OK"
+    NOT_OK = "NOT OK"
+    NOTE = "note"
+    NOT_ASKED = "not asked"
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """One thing that was looked at; its findings stand in the way where it is NOT OK."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks, and the error that the command would end with.
+
+    `promise` is what holds where there is none.
+    """
+
+    subject: str
+    checks: tuple[Checkup, ...]
+    promise: str
+    error: CsmWeightsError | None = None
+
+
+def examine(request: Request, smoke: bool = True) -> Diagnosis:
+    """Whether `inv weights` could do what is asked, and what stands in its way.
+
+    Nothing is hashed or written. Raises UsageError, ManifestInvalid.
+    """
+    run, survey = begin(request), apply.survey(request)
+    case = _Case(run, survey, HubEnvironment.read(), ask(run, survey.plan))
+    loads = smoke and any(item.artifact.is_weights for item in survey.state.artifacts)
+    disk, torch = _disk(case), _torch(loads)
+    network = (_token(case), _access(case), _mirrors(case), _hosts(case), _proxy(case))
+    checks = (_plan(case), _parts(case), _cache(case), *network, disk, torch, _gpu(loads))
+    name = run.manifest.name
+    return Diagnosis(
+        f"{name} -> {survey.state.places.destination}",
+        checks,
+        f"inv weights --model {name}{'' if smoke else ' --no-smoke'} could succeed",
+        _error(case, disk, torch),
+    )
+
+
+def _error(case: _Case, disk: Checkup, torch: Checkup) -> CsmWeightsError | None:
+    """The error that `inv weights` would end with: that of the first thing it stumbles over."""
+    hurdles = (case.plan.findings, disk.findings, tuple(case.answers.blocking), torch.findings)
+    first = next(filter(None, hurdles), ())
+    message = f"{case.run.manifest.name}: inv weights would not succeed"
+    return error_for(message, first, case.survey.advice) if first else None
+
+
+def closure(request: Request) -> Diagnosis:
+    """Which of the repositories that CSM needs to speak are in the Hub's cache; offline."""
+    environment = HubEnvironment.read()
+    needs = offline_assets.closure(environment.cache, _is_in_place(request))
+    checks = tuple(_needed(need, environment) for need in needs)
+    findings = [finding for check in checks for finding in check.findings]
+    error = MissingInput("CSM cannot speak offline yet", findings) if findings else None
+    subject = f"what CSM needs to speak offline, in {environment.cache}"
+    return Diagnosis(subject, checks, "CSM can speak with HF_HUB_OFFLINE=1", error)
+
+
+def _is_in_place(request: Request) -> bool:
+    """Whether CSM's own files are in place and proven, to be given to the cache."""
+    if find_manifest(request.root, request.model).repo != offline_assets.CSM:
+        return False
+    chosen = Request(request.root, request.model, ("safetensors",), request.dest)
+    return apply.survey(chosen).plan.is_done
+
+
+def _needed(need: offline_assets.Needed, environment: HubEnvironment) -> Checkup:
+    if need.here:
+        return Checkup(need.repo, Verdict.OK, f"here: {need.purpose}")
+    help_text = need.command
+    if need.gated and need.command.startswith("hf "):
+        help_text = f"accept the terms at {environment.page(need.repo)}, then {need.command}"
+    if need.optional:
+        return Checkup(need.repo, Verdict.NOTE, f"not here: {need.purpose}; {help_text}")
+    found = f"no {', '.join(need.missing)}"
+    finding = Finding(Kind.MISSING, need.repo, "its files in the cache", found, help_text)
+    return Checkup(need.repo, Verdict.NOT_OK, f"not here: {need.purpose}", (finding,))
+
+
+# ---- the checks
+
+
+@dataclass(frozen=True)
+class _Case:
+    """All that the checks are made of."""
+
+    run: Run
+    survey: Survey
+    environment: HubEnvironment
+    answers: Answers
+
+    @property
+    def plan(self) -> Plan:
+        """What `inv weights` would do."""
+        return self.survey.plan
+
+    def judge(self, name: str, found: str, findings: Iterable[Finding] = ()) -> Checkup:
+        """A check with these findings: NOT OK where one of them stands in the way."""
+        some = tuple(findings)
+        in_the_way = {*self.answers.blocking, *self.plan.findings}
+        verdict = Verdict.NOT_OK if in_the_way.intersection(some) else Verdict.NOTE
+        return Checkup(name, verdict if some else Verdict.OK, found, some)
+
+    def unasked(self, name: str, found: str, problems: Sequence[Finding]) -> Checkup:
+        """A check of what is not asked: NOT OK where a problem keeps help from coming."""
+        if problems and self.plan.findings:
+            return Checkup(name, Verdict.NOT_OK, str(problems[0].kind), tuple(problems))
+        return Checkup(name, Verdict.NOT_ASKED, found)
+
+    def problems(self, *kinds: Kind, of_hub: bool = True) -> list[Finding]:
+        """Why the Hub, or else the mirrors, are not among the servers of this run."""
+        page = self.environment.page(self.run.manifest.repo or "")
+        problems = self.run.sourcing.problems
+        return [f for f in problems if f.kind in kinds and (f.where == page) is of_hub]
+
+
+def _plan(case: _Case) -> Checkup:
+    plan, items = case.plan, case.survey.state.artifacts
+    if plan.is_done:
+        return Checkup("plan", Verdict.OK, f"nothing to do: {len(items)} files in place and proven")
+    planned = {step.artifact.path for step in plan.steps}
+    fetches, reads, writes = (
+        sum(getattr(step, name) for step in plan.steps) for name in ("fetches", "reads", "writes")
+    )
+    over_network = f"to fetch {fetches:,} bytes, " if fetches else ""
+    found = f"{len(planned)} of {len(items)} files can be had"
+    found += f": {over_network}to read {reads:,} bytes, to write {writes:,}"
+    return case.judge("plan", found, plan.findings)
+
+
+def _parts(case: _Case) -> Checkup:
+    items = [item for item in case.survey.state.artifacts if item.artifact.pieces]
+    if not case.run.sourcing.parts:
+        return Checkup("parts", Verdict.NOT_ASKED, "the source named takes none")
+    if not items:
+        return Checkup("parts", Verdict.NOT_ASKED, "the manifest names none")
+    bad = [finding for item in items for finding in _bad_parts(item)]
+    if not bad:
+        return Checkup("parts", Verdict.OK, "; ".join(map(_count, items)))
+    is_blocked = any(finding in case.plan.findings for finding in bad)
+    verdict = Verdict.NOT_OK if is_blocked else Verdict.NOTE
+    return Checkup("parts", verdict, "; ".join(map(_count, items)))
+
+
+def _bad_parts(item: ArtifactState) -> list[Finding]:
+    return [*(part.finding for part in item.parts if part.finding), *item.extras]
+
+
+def _count(item: ArtifactState) -> str:
+    """How many parts of a file are here, and what is wrong with others."""
+    good = sum(part.finding is None for part in item.parts)
+    wrong = [f.kind for f in _bad_parts(item) if f.kind is not Kind.MISSING]
+    text = f"{item.artifact.path} {good} of {len(item.parts)}"
+    return f"{text} ({', '.join(dict.fromkeys(wrong))})" if wrong else text
+
+
+def _cache(case: _Case) -> Checkup:
+    cache, repo = case.environment.cache, case.run.manifest.repo
+    if not repo:
+        return Checkup("Hub cache", Verdict.NOT_ASKED, _NO_REPOSITORY)
+    if not case.run.sourcing.cache:
+        return Checkup("Hub cache", Verdict.NOT_ASKED, "the source named does without")
+    held = [item.artifact.path for item in case.survey.state.artifacts if item.cached]
+    if not held:
+        return Checkup("Hub cache", Verdict.NOTE, f"nothing of {repo} in {cache}")
+    return Checkup("Hub cache", Verdict.OK, f"{', '.join(held)} in {cache}")
+
+
+def _token(case: _Case) -> Checkup:
+    holder, hub = case.environment.token_from or "none", case.answers.hub
+    if not case.run.manifest.repo:
+        return Checkup("token", Verdict.NOT_ASKED, _NO_REPOSITORY)
+    if hub is None:
+        problems = case.problems(Kind.NO_TOKEN)
+        check = case.unasked("token", f"{holder}; {_ELSEWHERE}", problems)
+        is_none = check.verdict is Verdict.NOT_ASKED and not case.environment.token_from
+        return Checkup("token", Verdict.NOTE, check.found) if is_none else check
+    blamed = [finding for finding in hub.findings if finding.kind in OF_THE_TOKEN]
+    if not case.environment.token_from and not blamed:
+        return Checkup("token", Verdict.NOTE, "none, and none is needed")
+    found = f"{holder}, {case.answers.owner or 'whose was not told'}"
+    return case.judge("token", f"{holder}: {blamed[0].kind}" if blamed else found, blamed)
+
+
+def _access(case: _Case) -> Checkup:
+    manifest, hub = case.run.manifest, case.answers.hub
+    if not manifest.repo:
+        return Checkup("access", Verdict.NOT_ASKED, _NO_REPOSITORY)
+    if hub is None:
+        lacks_token = case.plan.findings and case.problems(Kind.NO_TOKEN)
+        reason = "no token to ask with" if lacks_token else _ELSEWHERE
+        return case.unasked("access", reason, case.problems(Kind.OFFLINE))
+    revision = (manifest.revision or "")[:12]
+    found = f"{_given(hub)} of {manifest.repo} at {revision}{_kinds(hub.findings)}"
+    return case.judge("access", found, hub.findings)
+
+
+def _given(server: Server) -> str:
+    return f"{len(server.gives)} of {len(server.asked)} files"
+
+
+def _kinds(findings: Iterable[Finding]) -> str:
+    words = ", ".join(dict.fromkeys(str(finding.kind) for finding in findings))
+    return f": {words}" if words else ""
+
+
+def _mirrors(case: _Case) -> Checkup:
+    mirrors = case.answers.mirrors
+    if not mirrors:
+        problems = case.problems(Kind.OFFLINE, of_hub=False)
+        names_some = problems or any(name != HUB for name in case.run.sourcing.far)
+        found = _ELSEWHERE if names_some else "none was named"
+        return case.unasked("mirrors", found, problems)
+    found = "; ".join(f"{_given(m)} from {m.url}{_kinds(m.findings)}" for m in mirrors)
+    return case.judge("mirrors", found, [f for m in mirrors for f in m.findings])
+
+
+def _hosts(case: _Case) -> Checkup:
+    hosts = case.answers.hosts
+    if not hosts:
+        return Checkup("hosts", Verdict.NOT_ASKED, "none: nothing comes over the network")
+    account, found = case.answers.account, ", ".join(hosts)
+    findings = [f for f in case.answers.findings if f.kind in OF_THE_WAY]
+    check = case.judge("hosts", found, findings)
+    if not account or not account.token or account.endpoint == PUBLIC_ENDPOINT:
+        return check
+    clear = " in the clear" if account.endpoint.startswith("http:") else ""
+    found += f"; HF_ENDPOINT: the token goes{clear} to {urlsplit(account.endpoint).netloc}"
+    verdict = check.verdict if findings else Verdict.NOTE
+    return Checkup("hosts", verdict, found, check.findings)
+
+
+def _proxy(case: _Case) -> Checkup:
+    hosts = case.answers.hosts
+    if not hosts:
+        return Checkup("proxy", Verdict.NOT_ASKED, "none: nothing comes over the network")
+    ways = {host: _proxy_for(url) for host, url in hosts.items()}
+    texts = [f"{host} {f'by {way}' if way else 'directly'}" for host, way in ways.items()]
+    findings = [f for f in case.answers.findings if f.kind is Kind.PROXY]
+    return case.judge("proxy", ", ".join(texts) if any(ways.values()) else "none", findings)
+
+
+def _proxy_for(url: str) -> str:
+    """The proxy that requests would take, without the credentials in its URL."""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    proxy = select_proxy(url, get_environ_proxies(url)) or ""
+    scheme, colon, rest = proxy.rpartition("://")
+    credentials, _, address = rest.rpartition("@")
+    return f"{scheme}{colon}{'***@' if credentials else ''}{address}"
+
+
+def _disk(case: _Case) -> Checkup:
+    """Room and permission for what the plan writes; bytes."""
+    state, texts = case.survey.state, []
+    for folder, free, verbs in (
+        (state.places.staging, state.free_staging, (Verb.ASSEMBLE, Verb.WRITE)),
+        (state.places.destination, state.free_destination, (Verb.COPY,)),
+    ):
+        if steps := case.plan.having(*verbs):
+            needed = sum(step.writes for step in steps)
+            texts.append(f"{needed:,} bytes to write in {folder}, {free:,} free")
+    findings = [f for f in case.plan.findings if f.kind is Kind.NO_SPACE]
+    if not case.plan.is_done:
+        folders = (state.places.staging, state.places.destination)
+        findings += [_closed(folder) for folder in folders if not _is_writable(folder)]
+    verdict = Verdict.NOT_OK if findings else Verdict.OK
+    return Checkup("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a folder, or the nearest one above it that is there, takes new files."""
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return os.access(nearest, os.W_OK | os.X_OK)
+
+
+def _closed(folder: Path) -> Finding:
+    help_text = "check its permissions, or choose another --dest"
+    return Finding(Kind.NOT_WRITABLE, str(folder), "a place to write", "no permission", help_text)
+
+
+def _torch(loads: bool) -> Checkup:
+    if not loads:
+        return Checkup("torch", Verdict.NOT_ASKED, "no smoke test is to be made")
+    with contextlib.suppress(PackageNotFoundError):
+        if importlib.util.find_spec("torch"):
+            return Checkup("torch", Verdict.OK, version("torch"))
+    help_text = (
+        "make weights installs it, or .venv/bin/pip install -c constraints.txt -e '.[smoke]';"
+        " --no-smoke (make: SMOKE=no) does without"
+    )
+    expected = "torch, which runs the model in the smoke test"
+    finding = Finding(Kind.NOT_INSTALLED, "torch", expected, "none", help_text)
+    return Checkup("torch", Verdict.NOT_OK, "not installed", (finding,))
+
+
+def _gpu(loads: bool) -> Checkup:
+    """What graphics cards there are, without torch; none is no obstacle."""
+    on_cpu = "the smoke test runs on the CPU"
+    if not loads:
+        return Checkup("GPU", Verdict.NOT_ASKED, "no smoke test is to be made")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return Checkup("GPU", Verdict.NOTE, f"hidden by CUDA_VISIBLE_DEVICES: {on_cpu}")
+    if cards := _cards():
+        return Checkup("GPU", Verdict.OK, cards)
+    if Path("/dev/nvidiactl").exists():
+        return Checkup("GPU", Verdict.NOTE, "a driver is here, and nvidia-smi names no card")
+    return Checkup("GPU", Verdict.NOTE, f"none: {on_cpu}")
+
+
+def _cards() -> str:
+    """Names and memory of the cards, as nvidia-smi has them; "" where it has none."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return ""
+    command = [program, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    cards = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 2]
+    return "; ".join(f"{name}, {free} of {total} free" for name, free, total in cards)

@@ -1,0 +1,62 @@
+"""After placing: the files in place are sealed, and their receipts renewed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.manifest.types import Artifact
+from csm_weights.pipeline.checks import gate_error, prove
+from csm_weights.pipeline.request import Outcome, Request, Run, begin
+from csm_weights.pipeline.request import now as time_now
+from csm_weights.store import install
+from csm_weights.store.inspect import ArtifactState, Condition
+from csm_weights.store.lock import locked
+from csm_weights.store.receipts import Receipt
+from csm_weights.untrusted import Fingerprint
+from csm_weights.verify.seal import Sealed, seal
+
+
+def seal_placed(request: Request, outcome: Outcome) -> Outcome:
+    """Seals what a command has placed; a second time there is nothing to do.
+
+    Files whose gates are closed are left as they are. A smoke test that failed
+    or could not run changes nothing of that: it says nothing against the bytes.
+    Raises WrongContent, or NoSpace where a file cannot be sealed.
+    """
+    if gate_error(outcome.results):
+        return outcome
+    only = tuple(item.artifact.path for item in outcome.state.artifacts)
+    run = begin(replace(request, only=only))
+    with locked(run.places, with_destination=True):
+        sealed = tuple(_seal(run, item) for item in run.look().artifacts)
+    return replace(outcome, state=run.look(), sealed=sealed)
+
+
+def _seal(run: Run, item: ArtifactState) -> Sealed:
+    """Seals one file and renews its receipt at once, so that a kill costs one hashing at most."""
+    receipt = item.placed.receipt
+    if item.placed.condition is not Condition.PROVEN or receipt is None:
+        found = str(item.placed.condition)
+        finding = Finding(Kind.CHANGED, str(item.placed.path), "a proven file", found)
+        raise WrongContent("only proven files are sealed; run the command again", [finding])
+    done = seal(run.places.destination, receipt)
+    sealed = Fingerprint.of(item.placed.path.stat())
+    if sealed == receipt.fingerprint:
+        return done
+    if not sealed.same_bytes(receipt.fingerprint):
+        receipt = _proven_again(run, item.artifact, receipt)
+    install.record(run.places.destination, receipt)
+    return done
+
+
+def _proven_again(run: Run, artifact: Artifact, receipt: Receipt) -> Receipt:
+    """The receipt for what the kernel has just frozen: it has set the time of writing."""
+    look = next(i.placed for i in run.look().artifacts if i.artifact.path == artifact.path)
+    (proven,) = prove(run, [(artifact, look)])
+    if proven is None or proven.sha256 != receipt.sha256:
+        found = run.refuted.get(look.path) or Finding(
+            Kind.CHANGED, str(look.path), "the file that was proven", "another one"
+        )
+        raise WrongContent("a file was changed while it was being sealed", [found])
+    return replace(receipt, fingerprint=proven.fingerprint, proven_at=time_now())

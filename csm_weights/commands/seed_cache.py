@@ -1,0 +1,204 @@
+"""Giving the files that are in place to the Hub's standard cache, for other programs."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from csm_weights.config import HubEnvironment
+from csm_weights.errors import (
+    CsmWeightsError,
+    Finding,
+    Kind,
+    NoSpace,
+    UsageError,
+    WrongContent,
+    error_for,
+)
+from csm_weights.hashing import Measure, measure
+from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
+from csm_weights.pipeline.checks import gate, gate_error, prove, subject_of, tidy
+from csm_weights.pipeline.request import Request, Run, begin
+from csm_weights.progress import Progress
+from csm_weights.store import hub_cache, install
+from csm_weights.store.hub_cache import Seed, Seeded
+from csm_weights.store.inspect import ArtifactState, Condition, State
+from csm_weights.store.lock import NAME as LOCK
+from csm_weights.store.lock import lock
+from csm_weights.store.receipts import Receipt
+from csm_weights.untrusted import Fingerprint
+
+#: A commit, as it names a snapshot; a branch or tag names none.
+REVISION = re.compile(r"[0-9a-f]{40}")
+
+#: From this many bytes on the Hub keeps a file of any kind outside of git, by its sha256.
+LARGE = 10_000_000
+
+
+@dataclass(frozen=True)
+class Seeding:
+    """What the cache was given: each file, and how it came.
+
+    `main` is the commit that main stands for now. `notes` are what a person
+    should know of it; of a rehearsal they are what would be done.
+    """
+
+    manifest: Manifest
+    cache: Path
+    files: tuple[Seeded, ...]
+    main: str | None
+    notes: tuple[str, ...] = ()
+
+
+def seed_cache(request: Request, move_main: bool = False) -> Seeding:
+    """Gives the chosen files to the Hub's cache, once all of them are proven in place.
+
+    Files without a valid receipt are hashed first. `move_main` lets main
+    stand for the manifest's revision even where it stands for another commit.
+    Raises UsageError without a Hub repository in the manifest, MissingInput or
+    WrongContent unless every file is in place and right: then nothing is done.
+    """
+    run = begin(request)
+    repo, revision = _repository(run.manifest)
+    folder = run.places.destination
+    with ExitStack() as stack:
+        # A link changes a file's change time, and with it what a receipt is known by.
+        with suppress(NoSpace):
+            if folder.is_dir():
+                stack.enter_context(lock(folder, f"{RECEIPTS}/{LOCK}"))
+        return _seed(run, repo, revision, move_main)
+
+
+def _seed(run: Run, repo: str, revision: str, move_main: bool) -> Seeding:
+    state, cache = _proven(run), _cache()
+    seeds, notes = _seeds(state, cache, repo, revision)
+    try:
+        with Progress("into the Hub's cache", sum(s.size for s in seeds)) as progress:
+            seeded = hub_cache.seed(cache, repo, revision, seeds, move_main, progress.tick)
+    finally:
+        unrecorded = _record_again(state)
+    with suppress(NoSpace):
+        tidy(run.look(), is_staged=True)
+    main = hub_cache.main_of(cache, repo)
+    notes += [*_main_notes(revision, main, run.manifest.name), *unrecorded]
+    return Seeding(run.manifest, cache, tuple(seeded), main, tuple(notes))
+
+
+def rehearse(request: Request, move_main: bool = False) -> Seeding:
+    """A dry run of `seed_cache`: what can be said without hashing, and nothing is written."""
+    run = begin(request)
+    repo, revision = _repository(run.manifest)
+    state, cache = run.look(), _cache()
+    subjects = [subject_of(i.artifact, i.placed, run.manifest.name) for i in state.artifacts]
+    if findings := [s.finding for s in subjects if s.finding]:
+        raise error_for("not every file is in place", findings)
+    home = hub_cache.repository(cache, repo) / "snapshots" / revision
+    notes = [
+        f"{item.artifact.path}: {item.placed.size:,} bytes, {item.placed.condition},"
+        f" would be {home / item.artifact.path}"
+        for item in state.artifacts
+    ]
+    main = hub_cache.main_of(cache, repo)
+    if main is not None and not move_main:
+        notes += _main_notes(revision, main, run.manifest.name)
+    return Seeding(run.manifest, cache, (), main, tuple(notes))
+
+
+def _repository(manifest: Manifest) -> tuple[str, str]:
+    if manifest.repo is None or manifest.revision is None:
+        raise UsageError(f"{manifest.name} is in no Hub repository: its manifest has no [hub]")
+    if not REVISION.fullmatch(manifest.revision):
+        raise UsageError(f"the cache keeps files by commit, which {manifest.revision!r} is not")
+    return manifest.repo, manifest.revision
+
+
+def _cache() -> Path:
+    return HubEnvironment.read().cache.absolute()
+
+
+def _proven(run: Run) -> State:
+    """The chosen files, every one in place and past its gates; else the error for all."""
+    _prove(run, run.look())
+    state = run.look()
+    if error := gate_error(gate(state, rehash=False)):
+        raise error
+    return state
+
+
+def _prove(run: Run, state: State) -> None:
+    """Hashes the files in place that have no valid receipt; the right ones get theirs."""
+    items = [i for i in state.artifacts if i.placed.condition is Condition.UNPROVEN]
+    found = prove(run, [(item.artifact, item.placed) for item in items])
+    for item, proven in zip(items, found, strict=True):
+        if proven:
+            install.record(run.places.destination, run.receipt(item.artifact, proven))
+
+
+def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Seed], list[str]]:
+    """What the cache is to be given, and what is to be said of it."""
+    seeds, notes = [], []
+    for item in state.artifacts:
+        artifact, receipt = item.artifact, _receipt_of(item)
+        if receipt.size != artifact.size:
+            known = hub_cache.snapshot_file(cache, repo, revision, artifact.path)
+            if known and known.stat().st_size != receipt.size:
+                notes.append(f"{artifact.path}: left as the cache has it, from the Hub")
+                continue
+            notes.append(
+                f"{artifact.path}: an edition that commit {revision} does not have;"
+                " `hf cache verify` will say so"
+            )
+        blob = _blob(artifact, receipt, item.placed.path)
+        seeds.append(Seed(artifact.path, item.placed.path, receipt.size, blob))
+    return seeds, notes
+
+
+def _receipt_of(item: ArtifactState) -> Receipt:
+    assert item.placed.receipt is not None, "what is proven has a receipt"
+    return item.placed.receipt
+
+
+def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
+    """The name of a file's blob: the sha256 of what the Hub keeps outside of git, else git's."""
+    is_pinned = receipt.size == artifact.size
+    if is_pinned and artifact.git_sha1:
+        return artifact.git_sha1
+    if artifact.is_weights or (is_pinned and artifact.blob_id) or receipt.size >= LARGE:
+        return receipt.sha256
+    found = measure([Measure(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
+    if found.whole != receipt.sha256 or not found.git_sha1:
+        expected, seen = f"sha256 {receipt.sha256}", f"sha256 {found.whole}"
+        finding = Finding(Kind.CHANGED, str(file), expected, seen, "run the command again")
+        raise WrongContent("a file is no longer the one that was proven", [finding])
+    return found.git_sha1
+
+
+def _record_again(state: State) -> list[str]:
+    """New receipts for files whose change time a link has set; why one could not be written.
+
+    Raises WrongContent where more has changed than that.
+    """
+    notes = []
+    for item in state.artifacts:
+        receipt = _receipt_of(item)
+        if Fingerprint.of(item.placed.path.stat()) == receipt.fingerprint:
+            continue
+        try:
+            install.record(state.places.destination, receipt)
+        except WrongContent:
+            raise
+        except CsmWeightsError as error:
+            # The next run hashes once more; the files are good all the same.
+            notes += [finding.line() for finding in error.findings]
+    return notes
+
+
+def _main_notes(revision: str, main: str | None, model: str) -> list[str]:
+    if main == revision:
+        return []
+    return [
+        f"main stands for commit {main} in the cache: programs that name no revision do not get"
+        f" these files; `inv seed-cache --model {model} --move-main` would let it stand for them"
+    ]

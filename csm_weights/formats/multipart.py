@@ -1,0 +1,122 @@
+"""Bytes that lie in one file, or in parts that follow one another, read as one."""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import os
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from csm_weights.errors import Finding, Kind
+from csm_weights.untrusted import Fingerprint, Malformed
+
+#: What follows a file's name in the names of its parts, as `split` gives them.
+_PART = re.compile(r"\.part-[a-z]{2,}")
+
+
+def find_parts(folder: Path, name: str) -> list[Path]:
+    """The parts of the file called `name` in a folder, in order; empty where there are none."""
+    if not folder.is_dir():
+        return []
+    found = (
+        path
+        for path in folder.iterdir()
+        if path.name.startswith(name) and _PART.fullmatch(path.name, len(name))
+    )
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+class Joined:
+    """The content of one file, or of several in a row, open for reading.
+
+    `size` is in bytes. Reads are by position and may come from many threads.
+    Raises OSError where a file cannot be opened, Malformed where one is not a
+    regular file. Whether parts are missing only their content can tell.
+    """
+
+    def __init__(self, paths: Sequence[Path | str]) -> None:
+        self.paths = tuple(map(Path, paths))
+        self._fds: list[int] = []
+        self._prints: list[Fingerprint] = []
+        self._starts = [0]
+        try:
+            for path in self.paths:
+                self._open(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path) -> None:
+        # not blocking, for opening a pipe would wait
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._fds.append(fd)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Malformed("a regular file", "something else")
+        self._prints.append(Fingerprint.of(status))
+        self._starts.append(self._starts[-1] + status.st_size)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together, as they were when they were opened."""
+        return self._starts[-1]
+
+    @property
+    def where(self) -> str:
+        """The file, or the first part and how many there are, for messages."""
+        more = f" and {len(self.paths) - 1} more parts" if len(self.paths) > 1 else ""
+        return f"{self.paths[0]}{more}"
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills all of `buffer` from byte `offset` on; raises EOFError where the bytes end."""
+        done = 0
+        while done < len(buffer):
+            index = bisect.bisect_right(self._starts, offset + done) - 1
+            if index >= len(self._fds):
+                raise EOFError(f"{self.where} ends before byte {offset + len(buffer):,}")
+            within = offset + done - self._starts[index]
+            room = min(len(buffer) - done, self._starts[index + 1] - offset - done)
+            with buffer[done : done + room] as part:
+                count = os.preadv(self._fds[index], [part], within)
+            if count == 0:
+                raise EOFError(f"{self.paths[index]} became shorter while it was read")
+            done += count
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The half-open range `[offset, offset + size)`, shorter where the bytes end before."""
+        content = bytearray(max(0, min(size, self.size - offset)))
+        self.read_into(memoryview(content), offset)
+        return bytes(content)
+
+    def map(self) -> mmap.mmap | None:
+        """A private map of a single file that holds anything, None for parts.
+
+        What is written there does not reach the file; what others write to the
+        file while it is mapped may show.
+        """
+        if len(self._fds) != 1 or not self.size:
+            return None
+        return mmap.mmap(self._fds[0], self.size, access=mmap.ACCESS_COPY)
+
+    def changes(self) -> list[Finding]:
+        """A finding for each file that was written to since it was opened."""
+        return [
+            Finding(Kind.CHANGED, str(path), "a file at rest", "a write during the read")
+            for path, fd, before in zip(self.paths, self._fds, self._prints, strict=True)
+            if Fingerprint.of(os.fstat(fd)) != before
+        ]
+
+    def close(self) -> None:
+        """Closes the files."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,211 @@
+"""The elements of a tensor as bytes in row-major order, however the file has them laid out.
+
+What a read needs besides the room for its result is bounded by that result's
+size, whatever the strides are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from csm_weights.formats.multipart import Joined
+from csm_weights.formats.tensor_index import TensorInfo, row_major
+
+#: Bytes of a span that cost no more to read than a second call would.
+_FLOOR = 16 << 10
+
+#: How many bytes may be read for each one that is wanted, beyond the floor.
+_DENSITY = 2
+
+#: memoryview's formats by the bytes of an element: they only have to be moved.
+_MOVED: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+#: struct's formats of the dtypes it knows.
+_STRUCT = {"BOOL": "B", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i"}
+_STRUCT |= {"U64": "Q", "I64": "q", "F16": "e", "F32": "f", "F64": "d"}
+
+
+class _Axis(NamedTuple):
+    """One dimension: how many, how far apart in the file and in the result, in elements."""
+
+    size: int
+    step: int
+    place: int
+
+
+class _Box(NamedTuple):
+    """A rectangular part: its axes, and its first element in the file and in the result."""
+
+    axes: tuple[_Axis, ...]
+    begin: int
+    at: int
+
+
+def read_elements(source: Joined, info: TensorInfo, start: int, room: bytearray) -> None:
+    """Fills `room` with elements of a tensor, from number `start` of its row-major order on.
+
+    The elements stay as they are stored, little-endian. `room` must be a
+    multiple of their size. Raises EOFError where the file ends before them.
+    """
+    count = len(room) // info.itemsize
+    if not 0 <= start <= start + count <= math.prod(info.shape):
+        raise ValueError(f"elements [{start}, {start + count}) of {list(info.shape)}")
+    with memoryview(room) as view, view.cast(_MOVED[info.itemsize]) as target:
+        reading = _Reading(source, info, view, target)
+        for box in _boxes(_merged(info), start, start + count):
+            reading.read(box)
+
+
+class _Reading:
+    def __init__(
+        self, source: Joined, info: TensorInfo, room: memoryview, target: memoryview
+    ) -> None:
+        self._source, self._start, self._item = source, info.offset, info.itemsize
+        self._room, self._target = room, target
+        self._format = _MOVED[info.itemsize]
+
+    def read(self, box: _Box) -> None:
+        """Reads a box in one go if its elements lie densely enough, else in halves."""
+        reach = 1 + sum((axis.size - 1) * axis.step for axis in box.axes)
+        wanted = math.prod(axis.size for axis in box.axes)
+        if reach * self._item <= max(_FLOOR, _DENSITY * wanted * self._item):
+            self._take(box, reach)
+            return
+        if len(box.axes) == 2 and (runs := self._runs(box)):
+            self._take_runs(box, *runs)
+            return
+        widest = max(range(len(box.axes)), key=lambda i: _reach(box.axes[i]))
+        for half in _split(box, widest, self._item):
+            self.read(half)
+
+    def _runs(self, box: _Box) -> tuple[_Axis, _Axis] | None:
+        """The box as runs of neighbours, too far from each other to be read together."""
+        run, apart = sorted(box.axes, key=lambda axis: axis.step)
+        return (run, apart) if run.step == 1 and apart.step * self._item > _FLOOR else None
+
+    def _take_runs(self, box: _Box, run: _Axis, apart: _Axis) -> None:
+        """What `read` does with each run alone, without its overhead."""
+        room = memoryview(bytearray(run.size * self._item))
+        elements = room.cast(self._format)
+        offset, end = self._start + box.begin * self._item, (run.size - 1) * run.place + 1
+        for at in range(box.at, box.at + apart.size * apart.place, apart.place):
+            self._source.read_into(room, offset)
+            self._target[at : at + end : run.place] = elements
+            offset += apart.step * self._item
+
+    def _take(self, box: _Box, reach: int) -> None:
+        offset = self._start + box.begin * self._item
+        if all(axis.step == axis.place == 1 for axis in box.axes):
+            begin = box.at * self._item
+            with self._room[begin : begin + reach * self._item] as part:
+                self._source.read_into(part, offset)
+            return
+        span = memoryview(bytearray(reach * self._item))
+        self._source.read_into(span, offset)
+        self._scatter(box, span.cast(self._format))
+
+    def _scatter(self, box: _Box, span: memoryview) -> None:
+        """Moves the elements to their places, a run along the longest axis at a time."""
+        *others, (size, step, place) = sorted(box.axes, key=lambda axis: axis.size)
+        ranges = [range(axis.size) for axis in others]
+        for index in itertools.product(*ranges):
+            begin, at = 0, box.at
+            for number, axis in zip(index, others, strict=True):
+                begin += number * axis.step
+                at += number * axis.place
+            run = self._run(span, begin, size, step)
+            self._target[at : at + (size - 1) * place + 1 : place] = run
+
+    def _run(self, span: memoryview, begin: int, size: int, step: int) -> memoryview:
+        if step:
+            return span[begin : begin + (size - 1) * step + 1 : step]
+        # no slice stays where it is
+        return memoryview(span[begin : begin + 1].tobytes() * size).cast(self._format)
+
+
+def _reach(axis: _Axis) -> int:
+    return (axis.size - 1) * axis.step
+
+
+def _split(box: _Box, number: int, item: int) -> Iterator[_Box]:
+    """The box in two along one axis, or in single steps where no two can be read together."""
+    size, step, place = box.axes[number]
+    part = 1 if step * item > _FLOOR else (size + 1) // 2
+    before, after = box.axes[:number], box.axes[number + 1 :]
+    for index in range(0, size, part):
+        count = min(part, size - index)
+        own = (_Axis(count, step, place),) if count > 1 else ()
+        yield _Box((*before, *own, *after), box.begin + index * step, box.at + index * place)
+
+
+def _merged(info: TensorInfo) -> list[tuple[int, int]]:
+    """Sizes and strides of the tensor's dimensions, outermost first, as few as will do."""
+    merged: list[tuple[int, int]] = []
+    for size, step in zip(info.shape, info.stride, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * step:
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    return merged
+
+
+def _boxes(
+    dims: Sequence[tuple[int, int]], start: int, stop: int, begin: int = 0, at: int = 0
+) -> Iterator[_Box]:
+    """The elements `[start, stop)` of the row-major order as boxes, in that order."""
+    if start >= stop:
+        return
+    if not dims:
+        yield _Box((), begin, at)
+        return
+    (_, step), *rest = dims
+    inner = math.prod(size for size, _ in rest)
+    first, head = divmod(start, inner)
+    if head:
+        end = min(stop, (first + 1) * inner)
+        yield from _boxes(rest, head, end - first * inner, begin + first * step, at)
+        at += end - start
+        first += 1
+    last, tail = divmod(stop, inner)
+    if last > first:
+        yield _Box(_axes([(last - first, step), *rest]), begin + first * step, at)
+        at += (last - first) * inner
+    if tail and last >= first:
+        yield from _boxes(rest, 0, tail, begin + last * step, at)
+
+
+def _axes(dims: Sequence[tuple[int, int]]) -> tuple[_Axis, ...]:
+    places = row_major(tuple(size for size, _ in dims))
+    zipped = zip(dims, places, strict=True)
+    return tuple(_Axis(size, step, place) for (size, step), place in zipped if size > 1)
+
+
+def to_number(dtype: str, element: bytes) -> int | float | complex:
+    """The value of one little-endian element; `dtype` is safetensors' word."""
+    if dtype in _STRUCT:
+        number: int | float = struct.unpack(f"<{_STRUCT[dtype]}", element)[0]
+        return number
+    if dtype == "BF16":
+        return to_number("F32", b"\0\0" + element)
+    if dtype == "F8_E5M2":
+        return to_number("F16", b"\0" + element)
+    if dtype == "C64":
+        return complex(*struct.unpack("<2f", element))
+    return _from_e4m3(element[0])
+
+
+def _from_e4m3(bits: int) -> float:
+    """An 8-bit float of 4 bits of exponent, bias 7, and 3 of mantissa, without infinities."""
+    sign = -1.0 if bits & 0x80 else 1.0
+    exponent, mantissa = bits >> 3 & 0xF, bits & 7
+    if (exponent, mantissa) == (15, 7):
+        return math.nan
+    if not exponent:
+        return sign * math.ldexp(mantissa, -9)
+    return sign * math.ldexp(8 + mantissa, exponent - 10)

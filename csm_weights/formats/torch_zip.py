@@ -1,0 +1,269 @@
+"""The zip that torch.save writes, read strictly: every byte of the file is accounted for.
+
+A zip has two accounts of itself, the directory at its end and a header before
+each record, and readers differ in which they trust. Here both must agree, the
+records must follow one another from byte 0 to the directory without gap or
+overlap, and nothing may follow the end record. All are stored, none compressed,
+so a file cannot expand. Nothing is extracted.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from csm_weights.formats.multipart import Joined
+from csm_weights.untrusted import Malformed, show
+
+#: Ceiling of the directory, bytes. CSM-1B's is about 15 kB.
+MAX_DIRECTORY = 1 << 20
+
+# Struct layouts of the zip format, all little-endian (PKWARE's APPNOTE 4.3).
+LOCAL = struct.Struct("<4s5H3I2H")
+CENTRAL = struct.Struct("<4s6H3I5H2I")
+END = struct.Struct("<4s4H2IH")
+END64 = struct.Struct("<4sQ2H2I4Q")
+LOCATOR = struct.Struct("<4sIQI")
+LOCAL_SIGN, CENTRAL_SIGN, DESCRIPTOR_SIGN = b"PK\3\4", b"PK\1\2", b"PK\7\b"
+END_SIGN, END64_SIGN, LOCATOR_SIGN = b"PK\5\6", b"PK\6\6", b"PK\6\7"
+
+#: The flags torch sets: names are UTF-8, and CRC and sizes come in a data descriptor
+#: after the data. An empty record has no descriptor.
+UTF8_FLAG, DESCRIPTOR_FLAG = 0x0800, 0x0008
+#: Extra fields by tag: sizes beyond 32 bits, and torch's padding before the data.
+ZIP64, PADDING = 0x0001, 0x4246
+FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF
+
+_NAME = re.compile(
+    r"(?P<folder>[^/\\]{1,255})/(?P<name>data\.pkl|version|byteorder|\.format_version"
+    r"|\.storage_alignment|\.data/serialization_id|data/(0|[1-9][0-9]{0,8}))"
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: its header begins at byte `header`, its data are `[data, data + size)`."""
+
+    name: str
+    crc: int
+    size: int
+    header: int
+    data: int = 0
+
+
+def read_records(file: Joined, size: int) -> dict[str, Record]:
+    """The records of a file of `size` bytes, by their name inside the archive's one folder.
+
+    Raises Malformed when the file is not laid out as torch.save lays it out.
+    """
+    start, length, count = _find_directory(file, size)
+    entries = _read_directory(read_at(file, start, length), count)
+    records = []
+    position = 0
+    for entry in sorted(entries, key=lambda entry: entry.header):
+        if entry.header != position:
+            found = f"at byte {entry.header}"
+            raise Malformed(f"a record at byte {position}", found, show(entry.name))
+        record, numbers = _check_local(file, entry, start)
+        position = _check_descriptor(file, record, numbers, start)
+        records.append(record)
+    if position != start:
+        raise Malformed(f"records up to byte {start}", f"up to byte {position}", "zip")
+    return _named(records)
+
+
+def torch_flags(size: int) -> int:
+    """The general purpose flags of a record of `size` bytes."""
+    return UTF8_FLAG | DESCRIPTOR_FLAG if size else UTF8_FLAG
+
+
+def read_content(file: Joined, record: Record, ceiling: int) -> bytes:
+    """The bytes of a small record, at most `ceiling`, checked against its CRC."""
+    if record.size > ceiling:
+        raise Malformed(f"at most {ceiling} bytes", f"{record.size}", record.name)
+    content = read_at(file, record.data, record.size)
+    if zlib.crc32(content) != record.crc:
+        crc = zlib.crc32(content)
+        raise Malformed(f"CRC {record.crc:#010x}", f"{crc:#010x}", record.name)
+    return content
+
+
+def read_at(file: Joined, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes from byte `offset`; raises Malformed when the file is shorter."""
+    content = file.read(offset, size)
+    if len(content) != size:
+        raise Malformed(f"{size} bytes at byte {offset}", f"{len(content)}")
+    return content
+
+
+def extra_fields(extra: bytes, at: str) -> dict[int, bytes]:
+    """The zip64 and padding fields by tag; any other field could hide bytes and is refused."""
+    fields: dict[int, bytes] = {}
+    while extra:
+        tag, length = struct.unpack("<2H", extra[:4]) if len(extra) >= 4 else (0, FULL32)
+        if tag not in (ZIP64, PADDING) or tag in fields or len(extra) < 4 + length:
+            raise Malformed("padding or zip64 sizes", f"extra field {tag:#06x}", at)
+        fields[tag] = extra[4 : 4 + length]
+        extra = extra[4 + length :]
+    return fields
+
+
+def _named(entries: list[Record]) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    folders = set()
+    for entry in entries:
+        match = _NAME.fullmatch(entry.name)
+        if match is None:
+            raise Malformed("a name that torch.save writes", show(entry.name), "zip directory")
+        folders.add(match["folder"])
+        if len(folders) > 1:
+            raise Malformed("one folder", f"another: {show(entry.name)}", "zip directory")
+        if match["name"] in records:
+            raise Malformed("each name once", f"{show(entry.name)} twice", "zip directory")
+        records[match["name"]] = replace(entry, name=match["name"])
+    for name in ("data.pkl", "version"):
+        if name not in records:
+            raise Malformed(f"a record {name}", "none", "zip directory")
+    return records
+
+
+def _find_directory(file: Joined, size: int) -> tuple[int, int, int]:
+    """Offset, bytes and entry count of the directory, whose end records must end the file."""
+    if size < END.size:
+        raise Malformed("a zip archive", f"a file of {size} bytes")
+    at = size - END.size
+    sign, disk, first, here, count, length, start, comment = END.unpack(read_at(file, at, END.size))
+    if sign != END_SIGN:
+        head = show(read_at(file, 0, min(16, size)))
+        raise Malformed("a zip archive that ends the file", f"a file that starts {head}")
+    if disk or first or here != count or comment:
+        raise Malformed("one disk and no comment", "something else", "zip end record")
+    if at >= LOCATOR.size + END64.size:
+        locator = LOCATOR.unpack(read_at(file, at - LOCATOR.size, LOCATOR.size))
+        if locator[0] == LOCATOR_SIGN:
+            at -= LOCATOR.size + END64.size
+            start, length, count = _read_end64(file, at, locator, (start, length, count))
+    if start + length != at:
+        raise Malformed(f"a directory up to byte {at}", f"{start + length}", "zip end record")
+    if length > MAX_DIRECTORY:
+        raise Malformed(f"a directory of at most {MAX_DIRECTORY} bytes", f"{length}", "zip")
+    return start, length, count
+
+
+def _read_end64(
+    file: Joined, at: int, locator: tuple[Any, ...], short: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """Start, bytes and count from the zip64 end record at byte `at`; `short` is the old one's."""
+    sign, rest, _, _, disk, first, here, count, length, start = END64.unpack(
+        read_at(file, at, END64.size)
+    )
+    if sign != END64_SIGN or rest != END64.size - 12 or locator[1:] != (0, at, 1):
+        raise Malformed(f"a zip64 end record at byte {at}", "none", "zip end record")
+    wide = (start, length, count)
+    agree = all(
+        old in (new, full)
+        for old, new, full in zip(short, wide, (FULL32, FULL32, FULL16), strict=True)
+    )
+    if disk or first or here != count or not agree:
+        raise Malformed("two end records that agree", "different ones", "zip end record")
+    return wide
+
+
+def _read_directory(directory: bytes, count: int) -> list[Record]:
+    entries = []
+    at = 0
+    while at < len(directory):
+        if len(directory) - at < CENTRAL.size:
+            raise Malformed("a whole entry", "a truncated one", "zip directory")
+        entry, at = _directory_entry(directory, at)
+        entries.append(entry)
+    if len(entries) != count:
+        raise Malformed(f"{count} entries", f"{len(entries)}", "zip directory")
+    return entries
+
+
+def _directory_entry(directory: bytes, at: int) -> tuple[Record, int]:
+    """The entry that begins at byte `at` of the directory, and where the next one does."""
+    (
+        sign,
+        _,
+        _,
+        flags,
+        method,
+        _,
+        _,
+        crc,
+        packed,
+        size,
+        names,
+        extras,
+        comment,
+        disk,
+        _,
+        _,
+        header,
+    ) = CENTRAL.unpack_from(directory, at)
+    end = at + CENTRAL.size + names + extras
+    raw = directory[at + CENTRAL.size : at + CENTRAL.size + names]
+    name = raw.decode("ascii", "backslashreplace")
+    if sign != CENTRAL_SIGN or end > len(directory) or comment or disk:
+        raise Malformed("a directory entry without comment", "something else", show(name))
+    if method != 0 or flags != torch_flags(size):
+        found = f"method {method}, flags {flags:#06x}"
+        raise Malformed(f"a stored entry, flags {torch_flags(size):#06x}", found, show(name))
+    wide = extra_fields(directory[end - extras : end], show(name)).get(ZIP64, b"")
+    shorts = (size, packed, header)
+    if len(wide) != 8 * shorts.count(FULL32):
+        raise Malformed("zip64 sizes where they are needed", f"{len(wide)} bytes", show(name))
+    wider = iter(struct.unpack(f"<{len(wide) // 8}Q", wide))
+    size, packed, header = (next(wider) if short == FULL32 else short for short in shorts)
+    if packed != size:
+        raise Malformed(f"{size} bytes stored", f"{packed}", show(name))
+    return Record(name, crc, size, header), end
+
+
+def _check_local(file: Joined, entry: Record, limit: int) -> tuple[Record, str]:
+    """The record with the place of its data, and the struct code of its descriptor's two sizes.
+
+    The local header must agree with the directory, and the data end before byte `limit`.
+    """
+    at = show(entry.name)
+    if entry.header + LOCAL.size > limit:
+        raise Malformed(f"records before byte {limit}", f"one at byte {entry.header}", at)
+    sign, _, flags, method, _, _, crc, packed, size, names, extras = LOCAL.unpack(
+        read_at(file, entry.header, LOCAL.size)
+    )
+    data = entry.header + LOCAL.size + names + extras
+    if data + entry.size > limit:
+        raise Malformed(f"data before byte {limit}", f"up to byte {data + entry.size}", at)
+    tail = read_at(file, entry.header + LOCAL.size, names + extras)
+    same = tail[:names] == entry.name.encode() and (flags, method) == (torch_flags(entry.size), 0)
+    # torch knows neither CRC nor sizes yet when it writes this header
+    same = same and (crc, packed, size) in ((0, 0, 0), (entry.crc, entry.size, entry.size))
+    if sign != LOCAL_SIGN or not same:
+        raise Malformed("a local header like the directory's entry", "another", at)
+    wide = extra_fields(tail[names:], at).get(ZIP64)
+    if wide is None:
+        return replace(entry, data=data), "2I"
+    numbers = {wide[i : i + 8] for i in range(0, len(wide), 8)}
+    if not numbers <= {struct.pack("<Q", known) for known in (0, entry.size, entry.header)}:
+        raise Malformed("zip64 sizes like the directory's", "others", at)
+    return replace(entry, data=data), "2Q"
+
+
+def _check_descriptor(file: Joined, record: Record, numbers: str, limit: int) -> int:
+    """Where the next record begins: after the descriptor, which must repeat the directory."""
+    layout = struct.Struct(f"<4sI{numbers}")
+    at = show(record.name)
+    if numbers == "2I" and record.size > FULL32:
+        raise Malformed("zip64 sizes", "none", at)
+    expected = layout.pack(DESCRIPTOR_SIGN, record.crc, record.size, record.size)
+    end = record.data + record.size
+    if not record.size:
+        return end
+    if end + layout.size > limit or read_at(file, end, layout.size) != expected:
+        raise Malformed("a data descriptor like the directory's entry", "another", at)
+    return end + layout.size

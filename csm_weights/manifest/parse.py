@@ -1,0 +1,334 @@
+"""The manifest: what the model must be, read from text into frozen values.
+
+A manifest is TOML, kept in git, and read-only to the pipeline. `parse` opens
+no file; `load` opens exactly one. `render` writes the canonical text, which
+`recombine.sh` reads with awk: one key a line, one piece a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from csm_weights.errors import Finding, Kind, ManifestInvalid, MissingInput
+from csm_weights.manifest.paths import _folded, _is_ours, path_problem
+from csm_weights.manifest.toml import read_toml
+from csm_weights.manifest.types import (
+    FIGURES,
+    FORMATS,
+    MARKS,
+    MAX_SIZE,
+    MAX_TEXT,
+    SCHEMA,
+    Artifact,
+    Edition,
+    Manifest,
+    Piece,
+)
+from csm_weights.untrusted import Malformed, show
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REVISION = re.compile(r"[0-9a-f]{40}")
+_HEX = {
+    "sha256": re.compile(r"[0-9a-f]{64}"),
+    "blob_id": re.compile(r"[0-9a-f]{40}"),
+    "git_sha1": re.compile(r"[0-9a-f]{40}"),
+}
+
+
+#: Most findings that are spelled out; the rest are counted.
+MAX_FINDINGS = 50
+
+
+def load(path: Path) -> Manifest:
+    """Reads the manifest at `path`.
+
+    Raises MissingInput when there is none, ManifestInvalid with every broken
+    rule when it does not hold.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_TEXT + 1)
+    except FileNotFoundError:
+        finding = Finding(Kind.MISSING, str(path), "a manifest", "no such file")
+        raise MissingInput(f"no manifest at {path}", [finding]) from None
+    return parse(text, str(path))
+
+
+def parse(text: bytes, where: str) -> Manifest:
+    """Turns TOML text into a Manifest; `where` names its file in messages.
+
+    Raises ManifestInvalid with every broken rule, each by its key.
+    """
+    problems = _Problems(where)
+    if len(text) > MAX_TEXT:
+        problems.add("", f"at most {MAX_TEXT:,} bytes", "more")
+        raise problems.error()
+    try:
+        data = read_toml(text)
+    except Malformed as error:
+        problems.add("", error.expected, error.found)
+        raise problems.error() from None
+    manifest = _manifest(_Table(data, "", problems), where)
+    if problems.findings:
+        raise problems.error()
+    return manifest
+
+
+class _Problems:
+    """Collects broken rules, each with the file and the key it is at, and counts too many."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.findings: list[Finding] = []
+        self.count = 0
+
+    def add(self, key: str, expected: str, found: object) -> None:
+        self.count += 1
+        if self.count <= MAX_FINDINGS:
+            where = f"{self.where}: {key[:200]}" if key else self.where
+            self.findings.append(Finding(Kind.MALFORMED, where, expected, str(found)[:200]))
+
+    def error(self) -> ManifestInvalid:
+        rest = self.count - len(self.findings)
+        if rest:
+            more = f"{rest:,} more findings"
+            self.findings.append(Finding(Kind.MALFORMED, self.where, "nothing else wrong", more))
+        return ManifestInvalid(f"{self.where} is not a valid manifest", self.findings)
+
+
+class _Table:
+    """One TOML table: values are taken by name and type, the rest is refused."""
+
+    def __init__(self, data: Any, key: str, problems: _Problems) -> None:
+        if not isinstance(data, dict):
+            problems.add(key, "a table", type(data).__name__)
+            data = {}
+        self.left = dict(data)
+        self.key = key
+        self.problems = problems
+
+    def at(self, name: str) -> str:
+        return f"{self.key}.{name}" if self.key else name
+
+    def refuse(self, name: str, expected: str, found: object) -> None:
+        self.problems.add(self.at(name), expected, found)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.left.pop(name, default)
+        if not isinstance(value, str):
+            self.refuse(name, "a string", "nothing" if value is None else show(value))
+            return ""
+        return value
+
+    def optional(self, name: str) -> str | None:
+        return self.text(name) if name in self.left else None
+
+    def number(self, name: str, low: int) -> int:
+        value = self.left.pop(name, None)
+        if type(value) is not int or not low <= value <= MAX_SIZE:
+            found = "nothing" if value is None else show(value)
+            self.refuse(name, f"an integer of bytes from {low} to {MAX_SIZE}", found)
+            return low
+        return value
+
+    def matching(self, name: str, pattern: re.Pattern[str], expected: str) -> str:
+        is_text = isinstance(self.left.get(name), str)
+        value = self.text(name)
+        if is_text and not pattern.fullmatch(value):
+            self.refuse(name, expected, repr(value))
+        return value
+
+    def digest(self, name: str) -> str | None:
+        if name not in self.left:
+            return None
+        length = 64 if name == "sha256" else 40
+        return self.matching(name, _HEX[name], f"{length} lowercase hex digits")
+
+    def flag(self, name: str) -> bool:
+        value = self.left.pop(name, False)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false", show(value))
+        return value is True
+
+    def words(self, name: str) -> tuple[str, ...]:
+        value = self.left.pop(name, [])
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            self.refuse(name, "an array of strings", show(value))
+            return ()
+        return tuple(value)
+
+    def path(self, name: str, *, allow_here: bool = False) -> str:
+        is_text = isinstance(self.left.get(name), str)
+        value = self.text(name)
+        if is_text and not (allow_here and value == ".") and (problem := path_problem(value)):
+            self.refuse(name, "a path that stays inside its folder", f"{value[:80]!r}: {problem}")
+        return value
+
+    def table(self, name: str) -> _Table:
+        return _Table(self.left.pop(name, {}), self.at(name), self.problems)
+
+    def tables(self, name: str) -> Iterator[_Table]:
+        value = self.left.pop(name, [])
+        if not isinstance(value, list):
+            self.refuse(name, "an array of tables", type(value).__name__)
+            value = []
+        for index, item in enumerate(value):
+            yield _Table(item, f"{self.at(name)}[{index}]", self.problems)
+
+    def finish(self) -> None:
+        for name in self.left:
+            self.refuse(name, "only known keys", "an unknown key")
+
+
+def _manifest(table: _Table, where: str) -> Manifest:
+    schema = table.left.pop("schema", None)
+    if type(schema) is not int or schema != SCHEMA:
+        table.refuse("schema", f"{SCHEMA}", "another, or none")
+    layout, hub, smoke = table.table("layout"), table.table("hub"), table.table("smoke")
+    has_hub = bool(hub.left)
+    manifest = Manifest(
+        name=table.matching("name", _NAME, "lowercase letters, digits, '.', '_', '-'"),
+        description=table.text("description", ""),
+        staging=layout.path("staging"),
+        destination=layout.path("destination", allow_here=True),
+        repo=hub.matching("repo", _REPO, "ORG/NAME") if has_hub else None,
+        revision=hub.matching("revision", _REVISION, "a commit, 40 hex digits")
+        if has_hub
+        else None,
+        gated=hub.flag("gated"),
+        default=table.words("default"),
+        golden=smoke.path("golden") if smoke.left else None,
+        artifacts=tuple(_artifact(t) for t in table.tables("artifact")),
+        where=where,
+    )
+    for part in (layout, hub, smoke, table):
+        part.finish()
+    if not manifest.artifacts:
+        table.refuse("artifact", "at least one", "none")
+    if manifest.staging and manifest.staging.casefold() == manifest.destination.casefold():
+        layout.refuse("staging", "a folder other than the destination", manifest.staging)
+    known = {"all", *(word for a in manifest.artifacts for word in (a.group, a.path))}
+    for word in manifest.default:
+        if word not in known:
+            table.refuse("default", "groups or paths of artifacts, or all", repr(word))
+    _check_unique(manifest, table)
+    return manifest
+
+
+def _check_unique(manifest: Manifest, table: _Table) -> None:
+    """No two artifacts, and no two parts, may be one file on any file system."""
+    artifacts = list(enumerate(manifest.artifacts))
+    paths = {f"artifact[{i}].path": a.path for i, a in artifacts}
+    parts = {
+        f"artifact[{i}].pieces[{j}].part": piece.part
+        for i, a in artifacts
+        for j, piece in enumerate(a.pieces)
+    }
+    for names in (paths, parts):
+        seen: dict[str, str] = {}
+        for key, name in names.items():
+            if path_problem(name):
+                continue  # told already, and it may be megabytes long
+            first = seen.setdefault(_folded(name), key)
+            if first != key:
+                table.refuse(key, "a path of its own", f"{name!r}, as at {first}")
+        for name, key in seen.items():
+            above = next((p.as_posix() for p in Path(name).parents if p.as_posix() in seen), "")
+            if above:
+                table.refuse(key, "a path of its own", f"{name!r}, below the file at {seen[above]}")
+    for folder in (manifest.staging, manifest.destination):
+        for key, name in paths.items() if manifest.staging and manifest.destination else ():
+            if _is_ours(Path(folder) / name):
+                table.refuse(key, "a place outside the pipeline's own files", f"{folder}/{name}")
+
+
+def _artifact(table: _Table) -> Artifact:
+    artifact = Artifact(
+        path=table.path("path"),
+        group=table.matching("group", _NAME, "a lowercase word"),
+        format=table.text("format"),
+        size=table.number("size", 0),
+        sha256=table.digest("sha256"),
+        blob_id=table.digest("blob_id"),
+        git_sha1=table.digest("git_sha1"),
+        text=table.optional("text"),
+        pieces=tuple(_piece(t) for t in table.tables("pieces")),
+        alternatives=tuple(_edition(t) for t in table.tables("alternative")),
+        evidence=_evidence(table.table("evidence")),
+        note=table.text("note", ""),
+    )
+    table.finish()
+    if artifact.format not in FORMATS:
+        table.refuse("format", " or ".join(FORMATS), repr(artifact.format))
+    if artifact.is_git_proven and artifact.git_sha1 is None:
+        table.refuse("sha256", "a digest, or pieces that have one", "neither")
+    sizes = {artifact.size}
+    for index, edition in enumerate(artifact.alternatives):
+        if edition.size in sizes:
+            found = str(edition.size)
+            table.refuse(f"alternative[{index}].size", "a size by which it can be told", found)
+        sizes.add(edition.size)
+    for index, edition in enumerate(artifact.editions):
+        _check_text(table, "text" if not index else f"alternative[{index - 1}].text", edition)
+    _check_tiling(table, artifact)
+    return artifact
+
+
+def _piece(table: _Table) -> Piece:
+    piece = Piece(
+        part=table.path("part"),
+        offset=table.number("offset", 0),
+        size=table.number("size", 1),
+        sha256=table.matching("sha256", _HEX["sha256"], "64 lowercase hex digits"),
+    )
+    table.finish()
+    return piece
+
+
+def _edition(table: _Table) -> Edition:
+    edition = Edition(
+        size=table.number("size", 0),
+        sha256=table.matching("sha256", _HEX["sha256"], "64 lowercase hex digits"),
+        text=table.optional("text"),
+        evidence=_evidence(table.table("evidence")),
+        note=table.text("note", ""),
+    )
+    table.finish()
+    return edition
+
+
+def _evidence(table: _Table) -> dict[str, str]:
+    marks = {name: table.text(name) for name in list(table.left)}
+    for name, mark in marks.items():
+        if name not in FIGURES:
+            table.refuse(name, " or ".join(FIGURES), "another figure")
+        if mark not in MARKS:
+            table.refuse(name, " or ".join(MARKS), repr(mark))
+    return marks
+
+
+def _check_text(table: _Table, key: str, edition: Edition) -> None:
+    if edition.text is None:
+        return
+    content = edition.text.encode()
+    if len(content) != edition.size:
+        table.refuse(key, f"{edition.size} bytes, its size", len(content))
+    elif edition.sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        table.refuse(key, f"text with the sha256 {edition.sha256}", "text with another")
+
+
+def _check_tiling(table: _Table, artifact: Artifact) -> None:
+    """The pieces must follow each other from 0 to the artifact's size."""
+    expected = 0
+    for index, piece in enumerate(artifact.pieces):
+        if piece.offset != expected:
+            kind = "a hole" if piece.offset > expected else "an overlap"
+            table.refuse(f"pieces[{index}].offset", str(expected), f"{piece.offset}, {kind}")
+        expected = piece.end
+    if artifact.pieces and expected != artifact.size:
+        table.refuse("size", f"{expected}, the sum of its pieces", artifact.size)

@@ -1,0 +1,239 @@
+"""Speech from text and what was said before, as Sesame's own generator makes it.
+
+A prompt is a row of frames, each with a column a codebook and one for text. A
+segment of the context is its text, then its audio, then a frame of zeros; the
+text to be spoken comes last. Letters in shapes: S frames of a prompt, T frames
+of audio (80 ms each), K codebooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csm_weights.errors import UsageError
+from csm_weights.model.csm import Model
+from csm_weights.model.fast_decoder import Decoder
+from csm_weights.model.speech import (
+    Codec,
+    Tokenizer,
+    as_codec,
+    as_tokenizer,
+    find_codec,
+    find_tokenizer,
+)
+from csm_weights.model.watermark import Watermarker, find_watermarker
+
+#: Milliseconds of audio in one frame: CSM has 12.5 frames a second.
+FRAME_MS = 80
+
+#: Hz of the audio that CSM speaks and hears.
+SAMPLE_RATE = 24_000
+
+#: Text, or the ids of its tokens, to be taken as they are: with BOS and EOS.
+Text = str | Sequence[int]
+
+#: Tokens (S, K + 1), integers, and which of them count (S, K + 1), booleans.
+Frames = tuple[Tensor, Tensor]
+
+
+class InputsTooLong(UsageError, ValueError):
+    """The prompt and the longest audio asked for do not fit into the model's positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Something that was said: by whom, which words, and how it sounded.
+
+    That is either `audio`, 24 kHz mono (samples,), or its `codes` (K, T), which
+    need no codec.
+    """
+
+    speaker: int
+    text: Text
+    audio: Tensor | None = None
+    codes: Tensor | None = None
+
+
+class Generator:
+    """Lets a model speak, one text at a time.
+
+    `tokenizer` is one of `speech.Tokenizer` or of the tokenizers library,
+    `codec` one of `speech.Codec` or transformers' MimiModel; where None they
+    are looked for, when they are first needed, on this machine alone.
+    `watermarked` says whether the audio made last carries Sesame's watermark.
+    """
+
+    def __init__(self, model: Model, tokenizer: Any = None, codec: Any = None) -> None:
+        self._model = model
+        self._given = (tokenizer, codec)
+        self.watermarked = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model, on which audio and codes are made."""
+        return self._model.projection.weight.device
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second of the audio, in Hz."""
+        given = self._given[1]
+        return SAMPLE_RATE if given is None else self._codec.sample_rate
+
+    def generate(
+        self,
+        text: Text,
+        speaker: int,
+        context: Sequence[Segment],
+        max_audio_length_ms: float = 90_000,
+        temperature: float = 0.9,
+        topk: int = 50,
+    ) -> Tensor:
+        """Audio (samples,), float32, of `speaker` saying `text` after `context`.
+
+        With silentcipher installed it carries Sesame's watermark; its attribute
+        `watermarked`, as the generator's, says whether it does. Otherwise as
+        `generate_frames`; also raises MissingInput without the codec.
+        """
+        codec, watermarker = self._codec, self._watermarker
+        prompt = (text, speaker, context, max_audio_length_ms)
+        codes = self.generate_frames(*prompt, temperature, topk)
+        audio, self.watermarked = torch.zeros(0, device=self.device), False
+        if len(codes):
+            audio = codec.decode(codes.T)
+        if watermarker is not None:
+            audio, self.watermarked = watermarker.mark(audio, codec.sample_rate)
+        audio.watermarked = self.watermarked  # type: ignore[attr-defined]
+        return audio
+
+    def generate_frames(
+        self,
+        text: Text,
+        speaker: int,
+        context: Sequence[Segment],
+        max_audio_length_ms: float = 90_000,
+        temperature: float = 0.9,
+        topk: int = 50,
+    ) -> Tensor:
+        """The codes (T, K) of `speaker` saying `text` after `context`, without a codec.
+
+        At most `max_audio_length_ms`, in frames of 80 ms; a frame of zeros ends
+        it before, and is not among them. Text as token ids needs no tokenizer,
+        and context as codes no codec. Temperature 0 or topk 1 is greedy.
+
+        Raises InputsTooLong, a ValueError, where prompt and audio together do
+        not stay below the model's positions; MissingInput without a tokenizer
+        or codec that is needed; UsageError for tokens or codes that the model
+        does not have.
+        """
+        limit = int(max_audio_length_ms / FRAME_MS)
+        tokens, mask = self._prompt(text, speaker, context)
+        self._check_length(len(tokens), limit)
+        frames = list(self._frames(tokens, mask, limit, temperature, topk))
+        none = tokens.new_zeros(0, self._model.architecture.codebooks)
+        return torch.stack(frames) if frames else none
+
+    def _frames(
+        self, tokens: Tensor, mask: Tensor, limit: int, temperature: float, topk: int
+    ) -> Iterator[Tensor]:
+        """Frames (K,) until there are `limit` of them or one is all zeros."""
+        for number in range(limit):
+            if number:
+                codes = self._decoder.step()
+            else:
+                codes = self._decoder.start(tokens[None], mask[None], temperature, topk)
+            if not codes.any():
+                return
+            yield codes[0]
+
+    def _check_length(self, prompt: int, limit: int) -> None:
+        most = self._model.architecture.max_positions
+        if prompt + limit >= most:
+            raise InputsTooLong(
+                f"Inputs too long: a prompt of {prompt} frames and up to {limit} frames of audio;"
+                f" together they must stay below the model's {most} positions"
+            )
+
+    def _prompt(self, text: Text, speaker: int, context: Sequence[Segment]) -> Frames:
+        rows: list[Frames] = []
+        for segment in context:
+            rows += [self._text_frames(segment.text, segment.speaker), self._heard(segment)]
+        rows.append(self._text_frames(text, speaker))
+        tokens, masks = zip(*rows, strict=True)
+        return torch.cat(tokens), torch.cat(masks)
+
+    def _text_frames(self, text: Text, speaker: int) -> Frames:
+        ids = self._tokenizer.encode(f"[{speaker}]{text}") if isinstance(text, str) else text
+        vocabulary = self._model.architecture.text_vocab
+        row = torch.tensor(list(ids), dtype=torch.long, device=self.device)
+        _require_below(row, vocabulary, "text tokens")
+        tokens, mask = self._empty(len(row))
+        tokens[:, -1] = row
+        mask[:, -1] = True
+        return tokens, mask
+
+    def _heard(self, segment: Segment) -> Frames:
+        """What a segment sounded like, and the frame of zeros that ends it."""
+        codes = self._codes(segment)
+        tokens, mask = self._empty(codes.shape[1] + 1)
+        tokens[:-1, :-1] = codes.T
+        mask[:, :-1] = True
+        return tokens, mask
+
+    def _codes(self, segment: Segment) -> Tensor:
+        if (segment.audio is None) == (segment.codes is None):
+            raise UsageError("a segment of the context has either audio or codes")
+        if segment.codes is not None:
+            codes = segment.codes
+        else:
+            assert segment.audio is not None
+            codes = self._codec.encode(segment.audio.to(self.device))
+        a = self._model.architecture
+        if codes.ndim != 2 or len(codes) != a.codebooks or codes.is_floating_point():
+            shape = f"{tuple(codes.shape)}, {codes.dtype}"
+            raise UsageError(f"codes are ({a.codebooks}, T), whole numbers; these are {shape}")
+        _require_below(codes, a.audio_vocab, "audio codes")
+        return codes.to(self.device)
+
+    def _empty(self, count: int) -> Frames:
+        shape = (count, self._model.architecture.codebooks + 1)
+        tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        return tokens, torch.zeros_like(tokens, dtype=torch.bool)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self._model)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        given = self._given[0]
+        return find_tokenizer(self._folder) if given is None else as_tokenizer(given)
+
+    @cached_property
+    def _codec(self) -> Codec:
+        codebooks, given = self._model.architecture.codebooks, self._given[1]
+        if given is None:
+            return find_codec(codebooks, self.device)
+        return as_codec(given, codebooks, self.device)
+
+    @cached_property
+    def _watermarker(self) -> Watermarker | None:
+        return find_watermarker(self.device)
+
+    @property
+    def _folder(self) -> Path | None:
+        """Where the model's files lie, as far as the model knows."""
+        return getattr(self._model, "folder", None)
+
+
+def _require_below(values: Tensor, count: int, what: str) -> None:
+    """What is out of range would end a GPU's process, not raise an error."""
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < count:
+        low, high = int(values.min()), int(values.max())
+        raise UsageError(f"{what} {low} to {high}; the model has 0 to {count - 1}")

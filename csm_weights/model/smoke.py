@@ -1,0 +1,419 @@
+"""What must be true of a loaded model: each check with its number, limit and verdict.
+
+The model speaks as a listener would have it: in bfloat16 on a GPU, in float32
+on the CPU. Golden frames are float32's, so where there are some the model is
+loaded in float32 as well. The prompt is made from the architecture alone: no
+tokenizer, no audio codec.
+
+torch is imported only when a check runs; without it this module imports, and
+`run` says that the smoke test is unavailable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from csm_weights.errors import (
+    Finding,
+    Kind,
+    MissingInput,
+    SmokeUnavailable,
+    UsageError,
+    WrongContent,
+)
+from csm_weights.model import device
+from csm_weights.model.device import forget_peak
+from csm_weights.store.receipts import Check, Figures, SmokeReport
+
+if TYPE_CHECKING:
+    import torch
+
+    _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+    from csm_weights.formats.architecture import Architecture
+    from csm_weights.model.csm import Model
+
+#: Seconds of audio in one frame: CSM has 12.5 frames a second.
+FRAME_SECONDS = 0.08
+
+#: Most that a logit of step-by-step decoding may differ from the parallel
+#: pass's, as a share of the largest logit, by dtype. Measured with random
+#: weights of CSM-1B's size and of the tiny model: float32 rounding 1e-6 to 6e-6;
+#: a cache rounded to bfloat16, the mildest of the faults tried, 3e-3 to 1e-2; one
+#: wrong key or value 0.3 and more. Rounding in bfloat16 7e-3 to 9e-3, in float16 8e-4.
+CACHE_LIMITS = {"float32": 3e-4, "bfloat16": 4e-2, "float16": 5e-3}
+
+#: Fewest frames a second that count as running: CSM-1B makes 1.3 on two shared
+#: CPU cores, and a machine that swaps far fewer than a tenth of that.
+MIN_FRAMES_PER_SECOND = 0.1
+
+#: Text tokens of the prompt.
+PROMPT_TOKENS = 12
+
+#: File names by the word for the format.
+WEIGHT_FILES = {"safetensors": "model.safetensors", "ckpt": "ckpt.pt"}
+
+#: Elements examined at once for being finite; bounds the extra memory to a few of MB.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Frames that a model is known to give, greedily, after a prompt.
+
+    `prompt` is the text tokens, `frames` one row of codes a frame.
+    """
+
+    prompt: list[int]
+    frames: list[list[int]]
+
+
+@dataclass(frozen=True)
+class _Speech:
+    """What a model said: codes (T, K), logits (T, K, V), frames a second after the first frame."""
+
+    codes: torch.Tensor
+    logits: torch.Tensor
+    frames_per_second: float
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model, the seconds to load it, and the bytes read for that: 0 of a mapped file."""
+
+    model: Model
+    seconds: float
+    nbytes: int
+
+
+def run(
+    directory: Path,
+    *,
+    device: str | None = None,
+    require_gpu: bool = False,
+    frames: int = 8,
+    golden: Path | None = None,
+    weights: str | None = None,
+    dtype: str | None = None,
+) -> SmokeReport:
+    """Loads the model in `directory`, lets it speak, and checks it.
+
+    `device` is torch's word; None is the first CUDA device if there is one,
+    else the CPU. `dtype` is a key of CACHE_LIMITS; None is bfloat16 on a GPU
+    and float32 on the CPU. `frames` are 80 ms each, at least 2; more are made when
+    `golden`, a file of `record_golden`, has more. `weights` is "safetensors",
+    "ckpt", or None for the first that is there.
+
+    A check that fails does not raise: the report says so. Raises
+    SmokeUnavailable when torch, the GPU asked for or its memory is not there,
+    MissingInput or WrongContent when the files cannot be loaded at all.
+    """
+    _check_count(frames)
+    expected = None if golden is None else read_golden(golden)
+    place = _find_device(device, require_gpu)
+    path = _weights_path(directory, weights)
+    word = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if word not in CACHE_LIMITS:
+        raise UsageError(f"the dtype {word!r}; known are {', '.join(CACHE_LIMITS)}")
+    count = max(frames, len(expected.frames) if expected else 0)
+    forget_peak(place)
+    with _computing(place):
+        loaded = _load(path, place, word)
+        model = loaded.model
+        prompt = make_prompt(model.architecture)
+        speech = _speak(model, prompt, count)
+        factor = 1 / (speech.frames_per_second * FRAME_SECONDS)
+        checks = [
+            _check_names(model),
+            _check_finite(model),
+            _check_cache(model, prompt, speech, CACHE_LIMITS[word]),
+            _check_codes(model.architecture, speech),
+            *_check_speed(speech.frames_per_second, factor),
+        ]
+        figures = _figures(loaded, place, word)
+        if expected is not None:
+            exact = speech if word == "float32" else _speak_exactly(path, place, prompt, count)
+            checks.append(_check_golden(expected, prompt, exact, word))
+    return SmokeReport(
+        str(place), tuple(checks), speech.frames_per_second, factor, loaded.seconds, figures
+    )
+
+
+def _speak_exactly(path: Path, place: torch.device, prompt: list[int], frames: int) -> _Speech:
+    """What the model says in float32, to be held against golden frames."""
+    return _speak(_load(path, place, "float32").model, prompt, frames)
+
+
+def _figures(loaded: _Loaded, place: torch.device, dtype: str) -> Figures:
+    """What was measured beside the checks, and on what."""
+    import torch
+
+    from csm_weights.model.fast_decoder import weights_per_frame
+
+    model, machine = loaded.model, device.describe(place)
+    weight = model.text_embeddings.weight
+    return Figures(
+        machine=machine.name,
+        driver=machine.driver,
+        torch=torch.__version__,
+        dtype=dtype,
+        loaded_bytes=loaded.nbytes,
+        bus_rate=device.bus_rate(place),
+        frame_bytes=weights_per_frame(model.architecture) * weight.element_size(),
+        memory_rate=device.memory_rate(weight),
+        peak_host=device.host_peak(),
+        peak_device=device.device_peak(place),
+    )
+
+
+def record_golden(directory: Path, path: Path, frames: int) -> None:
+    """Writes, as JSON at `path`, the frames that the model in `directory` gives on the CPU.
+
+    Only for a model that is already known to be right. Raises as `run` does.
+    """
+    _check_count(frames)
+    place = _find_device("cpu", require_gpu=False)
+    with _computing(place):
+        model = _load(directory, place, "float32").model
+        prompt = make_prompt(model.architecture)
+        codes = _speak(model, prompt, frames).codes.tolist()
+    rows = ",\n    ".join(json.dumps(row) for row in codes)
+    path.write_text(
+        "{\n"
+        f'  "about": "greedy frames, float32, after {len(prompt)} text tokens; one row a frame",\n'
+        f'  "prompt": {json.dumps(prompt)},\n'
+        f'  "frames": [\n    {rows}\n  ]\n'
+        "}\n"
+    )
+
+
+def read_golden(path: Path) -> Golden:
+    """Reads a file of `record_golden`; raises MissingInput or WrongContent."""
+    try:
+        data = json.loads(path.read_bytes())
+        golden = Golden(data["prompt"], data["frames"])
+        if not all(_are_codes(row) for row in (golden.prompt, *golden.frames)):
+            raise ValueError("a row that is not a list of whole numbers")
+    except FileNotFoundError:
+        finding = Finding(Kind.MISSING, str(path), "golden frames", "no such file")
+        raise MissingInput("the golden frames are not here", [finding]) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"[:200]
+        finding = Finding(Kind.MALFORMED, str(path), "golden frames as JSON", found)
+        raise WrongContent("the golden frames cannot be used", [finding]) from None
+    return golden
+
+
+def make_prompt(architecture: Architecture) -> list[int]:
+    """Text tokens spread over the vocabulary, always the same for an architecture."""
+    vocab = architecture.text_vocab
+    return [(1 + index * 7919) % vocab for index in range(PROMPT_TOKENS)]
+
+
+def _check_count(frames: int) -> None:
+    if frames < 2:
+        raise UsageError(f"{frames} frames; the smoke test needs at least 2, to use the cache")
+
+
+def _find_device(device: str | None, require_gpu: bool) -> torch.device:
+    _require_torch()
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if require_gpu and not has_gpu:
+        raise SmokeUnavailable("a GPU is required, and torch finds no CUDA device here")
+    name = device or ("cuda" if has_gpu else "cpu")
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"{name!r} is no device that torch knows") from None
+    if require_gpu and place.type != "cuda":
+        raise UsageError(f"a GPU is required, and the device asked for is {place}")
+    try:
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SmokeUnavailable(f"the device {place} cannot be used: {reason}") from None
+    return place
+
+
+def _require_torch() -> None:
+    try:
+        # torch looks for numpy, does without, and warns; nothing here needs it.
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise SmokeUnavailable(
+            f"the smoke test needs torch ({error}): make weights installs it, or "
+            ".venv/bin/pip install -c constraints.txt -e '.[smoke]'; "
+            "--no-smoke (make: SMOKE=no) does without"
+        ) from None
+
+
+def _weights_path(directory: Path, weights: str | None) -> Path:
+    if weights is None:
+        return directory
+    if weights not in WEIGHT_FILES:
+        raise UsageError(f"weights {weights!r}; known are {', '.join(WEIGHT_FILES)}")
+    return directory / WEIGHT_FILES[weights]
+
+
+@contextlib.contextmanager
+def _computing(place: torch.device) -> Iterator[None]:
+    """Float32 without TF32, whose rounding would drown what the checks look for.
+
+    Too little memory on the device is SmokeUnavailable.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise SmokeUnavailable(f"too little memory on {place}: {error}") from None
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _load(path: Path, place: torch.device, dtype: str) -> _Loaded:
+    import torch
+
+    from csm_weights.formats.weights_file import find_weights
+    from csm_weights.model.csm import Model
+
+    kind: torch.dtype = getattr(torch, dtype)
+    start = time.perf_counter()
+    model = Model.from_local(path, place, kind)
+    device.synchronize(place)
+    seconds = time.perf_counter() - start
+    is_mapped = place.type == "cpu" and kind == torch.float32
+    size = sum(file.stat().st_size for file in find_weights(path))
+    return _Loaded(model, seconds, 0 if is_mapped else size)
+
+
+def _frames(model: Model, prompt: list[int], codes: torch.Tensor) -> _Inputs:
+    """Tokens, mask and positions, of one row, of the prompt followed by codes (T, K)."""
+    import torch
+
+    books, text = model.architecture.codebooks, len(prompt)
+    tokens = torch.zeros(1, text + len(codes), books + 1, dtype=torch.long, device=codes.device)
+    tokens[0, :text, -1] = torch.tensor(prompt, dtype=torch.long, device=codes.device)
+    tokens[0, text:, :-1] = codes
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, :text, -1] = True
+    mask[:, text:, :-1] = True
+    return tokens, mask, torch.arange(tokens.shape[1], device=codes.device)[None]
+
+
+def _speak(model: Model, prompt: list[int], frames: int) -> _Speech:
+    """Greedy frames, made as a listener's would be: with caches, one after the other."""
+    import torch
+
+    from csm_weights.model.fast_decoder import Decoder
+
+    place = model.projection.weight.device
+    none = torch.zeros(0, model.architecture.codebooks, dtype=torch.long, device=place)
+    tokens, mask, _ = _frames(model, prompt, none)
+    decoder = Decoder(model, keep_logits=True)
+    steps = [(decoder.start(tokens, mask, temperature=0), decoder.logits)]
+    # The first frame also reads the prompt and sets the device up.
+    device.synchronize(place)
+    start = time.perf_counter()
+    steps += [(decoder.step(), decoder.logits) for _ in range(frames - 1)]
+    device.synchronize(place)
+    seconds = time.perf_counter() - start
+    codes, logits = (torch.cat(part) for part in zip(*steps, strict=True))
+    return _Speech(codes, logits, (frames - 1) / seconds)
+
+
+def _check_names(model: Model) -> Check:
+    expected = model.architecture.tensor_shapes()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = sorted({name for name, _ in expected.items() ^ shapes.items()})
+    value = f"{len(shapes)}" + (f", wrong: {', '.join(wrong[:3])}" if wrong else "")
+    return Check("tensors of the right name and shape", value, f"{len(expected)}", not wrong)
+
+
+def _check_finite(model: Model) -> Check:
+    counts = {name: _count_not_finite(tensor) for name, tensor in model.state_dict().items()}
+    bad = [name for name, count in counts.items() if count]
+    value = f"{sum(counts.values())}" + (f", in {', '.join(bad[:3])}" if bad else "")
+    return Check("weights that are not finite", value, "0", not bad)
+
+
+def _count_not_finite(tensor: torch.Tensor) -> int:
+    flat = tensor.flatten()
+    starts = range(0, len(flat), _CHUNK)
+    return sum(int((~flat[start : start + _CHUNK].isfinite()).sum()) for start in starts)
+
+
+def _check_cache(model: Model, prompt: list[int], speech: _Speech, share: float) -> Check:
+    import torch
+
+    inputs = _frames(model, prompt, speech.codes[:-1])
+    with torch.no_grad():
+        hidden = model.backbone_hidden(*inputs)[0, len(prompt) - 1 :]
+        parallel = model.codebook_logits(hidden, speech.codes)
+    difference = float((speech.logits - parallel).abs().max())
+    limit = share * float(parallel.abs().max())
+    return Check(
+        "cached against parallel logits, largest difference",
+        f"{difference:.1e}",
+        f"{limit:.1e}, {share:.0e} of the largest logit",
+        difference <= limit,
+    )
+
+
+def _check_codes(architecture: Architecture, speech: _Speech) -> Check:
+    low, high = int(speech.codes.min()), int(speech.codes.max())
+    last = architecture.audio_vocab - 1
+    return Check(
+        f"codes of {len(speech.codes)} frames",
+        f"{low} to {high}",
+        f"0 to {last}",
+        0 <= low <= high <= last,
+    )
+
+
+def _check_speed(frames_per_second: float, factor: float) -> list[Check]:
+    enough = frames_per_second >= MIN_FRAMES_PER_SECOND
+    return [
+        Check(
+            "frames a second",
+            f"{frames_per_second:.3g}",
+            f"at least {MIN_FRAMES_PER_SECOND}",
+            enough,
+        ),
+        Check(
+            "real-time factor, below 1 is faster",
+            f"{factor:.3g}",
+            f"at most {1 / (MIN_FRAMES_PER_SECOND * FRAME_SECONDS):.0f}; 1 is real time",
+            enough,
+        ),
+    ]
+
+
+def _check_golden(golden: Golden, prompt: list[int], speech: _Speech, dtype: str) -> Check:
+    name, count = "golden frames", len(golden.frames)
+    limit = f"all {count} the same" + ("" if dtype == "float32" else ", in float32")
+    if golden.prompt != prompt:
+        return Check(name, "recorded after another prompt, so of another model", limit, False)
+    said = speech.codes[:count].tolist()
+    same = sum(one == other for one, other in zip(golden.frames, said, strict=True))
+    value = f"{same} of {count} the same"
+    if same < count:
+        first = next(i for i in range(count) if golden.frames[i] != said[i])
+        value += f", frame {first} is the first that differs"
+    return Check(name, value, limit, same == count > 0)
+
+
+def _are_codes(row: object) -> bool:
+    return isinstance(row, list) and all(type(code) is int for code in row)

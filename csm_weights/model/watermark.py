@@ -1,0 +1,98 @@
+"""The watermark that Sesame's generator puts into its audio, where silentcipher is installed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csm_weights.config import HubEnvironment
+from csm_weights.store import hub_cache
+
+#: The key of all audio that the published CSM-1B code makes; it is public.
+#: Source: Sesame's repository, watermarking.py.
+CSM_KEY = (212, 211, 146, 56, 201)
+
+#: Hz at which the watermark is put in, and silentcipher's word for that model.
+RATE, MODEL = 44_100, "44.1k"
+
+#: Decibels by which the watermark is softer than the audio; Sesame's figure.
+SDR = 36
+
+#: Where silentcipher's weights are, and the folder of those for 44.1 kHz.
+REPO, FOLDER = "sony/silentcipher", "44_1_khz/73999_iteration"
+
+_INSTALL = "pip install git+https://github.com/SesameAILabs/silentcipher brings it"
+
+#: Seconds of silence that a resampled signal is given on either side.
+MARGIN = 0.1
+
+
+class Watermarker:
+    """silentcipher with CSM's key."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def mark(self, audio: Tensor, sample_rate: int) -> tuple[Tensor, bool]:
+        """Audio (samples,) of the same rate and length, and whether it carries the watermark.
+
+        Silence, and nothing at all, can carry none.
+        """
+        if not audio.any():
+            return audio, False
+        raised = resample(audio.float(), sample_rate, RATE)
+        key = list(CSM_KEY)
+        marked, *_ = self._model.encode_wav(raised, RATE, key, calc_sdr=False, message_sdr=SDR)
+        marked = torch.as_tensor(marked, dtype=torch.float32, device=audio.device)
+        lowered = resample(marked, RATE, sample_rate)[: len(audio)]
+        return torch.nn.functional.pad(lowered, (0, len(audio) - len(lowered))), True
+
+
+def find_watermarker(device: torch.device) -> Watermarker | None:
+    """silentcipher where it is installed; else None, with a warning.
+
+    Its weights are taken from the Hub's cache; where they are not there,
+    silentcipher itself gets them, as it does for Sesame's generator.
+    """
+    try:
+        import silentcipher
+    except ImportError as error:
+        warnings.warn(f"the audio carries no watermark: {error}; {_INSTALL}", stacklevel=2)
+        return None
+    return Watermarker(silentcipher.get_model(model_type=MODEL, device=str(device), **_paths()))
+
+
+def _paths() -> dict[str, str]:
+    """silentcipher's options for weights that are in the Hub's cache, or none."""
+    cache = HubEnvironment.read().cache
+    commit = hub_cache.main_of(cache, REPO)
+    settings = f"{FOLDER}/hparams.yaml"
+    if commit is None or hub_cache.snapshot_file(cache, REPO, commit, settings) is None:
+        return {}
+    home: Path = hub_cache.repository(cache, REPO) / "snapshots" / commit
+    return {"ckpt_path": str(home / FOLDER), "config_path": str(home / settings)}
+
+
+def resample(audio: Tensor, rate: int, wanted: int) -> Tensor:
+    """Audio (samples,) at `wanted` Hz instead of `rate`, limited to the band that both have.
+
+    Exact for a signal within that band that begins and ends in silence.
+    """
+    if rate == wanted:
+        return audio
+    common = math.gcd(rate, wanted)
+    old, new = rate // common, wanted // common
+    margin = old * math.ceil(MARGIN * rate / old)
+    padding = (margin, margin + -len(audio) % old)
+    padded = torch.nn.functional.pad(audio, padding)
+    size = len(padded) // old * new
+    spectrum = torch.fft.rfft(padded)[: size // 2 + 1]
+    scaled: Tensor = torch.fft.irfft(spectrum, n=size) * (new / old)
+    start = margin // old * new
+    return scaled[start : start + math.ceil(len(audio) * new / old)]

@@ -1,0 +1,218 @@
+"""Write large files: direct I/O, shared blocks, and freed ranges."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from csm_weights.concurrency import Stopped, Tick
+from csm_weights.errors import Finding, Kind
+from csm_weights.hashing import Hasher, feed
+from csm_weights.store.atomic import create, let_go_if_linked, write_all, writing
+
+if sys.platform == "linux":
+    import fcntl
+
+#: Bytes copied and hashed at a time.
+STEP = 4 << 20
+
+
+#: What direct writes must be aligned to, in bytes: no disk block is larger.
+ALIGNMENT = 4096
+
+
+#: The ioctl of linux/fs.h that shares a range of blocks.
+_FICLONERANGE = 0x4020940D
+
+
+#: fallocate's mode of linux/falloc.h that frees a range and keeps the size.
+_PUNCH_HOLE = 0x02 | 0x01
+
+
+#: File systems that never give back blocks in the middle of a file.
+NOT_PUNCHING = frozenset({"vfat", "msdos", "exfat", "hfsplus", "ntfs", "9p", "iso9660"})
+
+
+class Target:
+    """A file of ours that is being written, through the page cache or past it.
+
+    Past it (`direct`) a write costs the processor almost nothing, and the
+    cache keeps what others need; but who reads the bytes again reads the disk.
+    """
+
+    def __init__(self, path: Path, flags: int = 0) -> None:
+        self.path = path
+        self.fd = create(path, flags)
+        self._direct = _open_direct(path)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self.fd)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def write(self, data: memoryview, offset: int, direct: bool) -> None:
+        """Writes all of `data` at byte `offset`; raises NoSpace.
+
+        What of a direct write is not aligned, or is refused, goes through the
+        page cache.
+        """
+        done = 0
+        with writing(self.path):
+            if direct and offset % ALIGNMENT == 0:
+                with data[: len(data) // ALIGNMENT * ALIGNMENT] as aligned:
+                    done = self._write_direct(aligned, offset)
+            while done < len(data):
+                with data[done:] as rest:
+                    done += os.pwrite(self.fd, rest, offset + done)
+
+    def _write_direct(self, data: memoryview, offset: int) -> int:
+        """Bytes written: none where the file system refuses to write directly."""
+        if not data or self._direct is None:
+            return 0
+        try:
+            return os.pwrite(self._direct, data, offset) // ALIGNMENT * ALIGNMENT
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return 0
+            raise
+
+
+def _open_direct(path: Path) -> int | None:
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+
+
+def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> bool:
+    """Lets `dst` share the blocks of a range of `src`, as XFS and Btrfs can.
+
+    Returns whether the file system did so; a range that is not aligned to its
+    blocks is refused too.
+    """
+    if sys.platform != "linux":
+        return False
+    argument = struct.pack("=qQQQ", src, src_offset, size, dst_offset)
+    try:
+        fcntl.ioctl(dst, _FICLONERANGE, argument)
+    except OSError:
+        return False
+    return True
+
+
+def punch(fd: int, offset: int, size: int) -> None:
+    """Gives the blocks of `[offset, offset + size)` back to the disk; the range reads as zeros.
+
+    The file keeps its size. Raises OSError where the file system cannot.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    fallocate = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if fallocate is None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(fd, _PUNCH_HOLE, offset, size):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def can_punch(folder: Path) -> bool:
+    """Whether files in `folder` give blocks back, found out with a small one; raises NoSpace."""
+    probe = folder / ".punch.partial"
+    let_go_if_linked(probe)
+    fd = create(probe, os.O_TRUNC)
+    try:
+        write_all(fd, bytes(4 * ALIGNMENT), probe)
+        with writing(probe):
+            os.fsync(fd)
+        before = os.fstat(fd).st_blocks
+        punch(fd, 0, 4 * ALIGNMENT)
+        return os.fstat(fd).st_blocks < before
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+        probe.unlink(missing_ok=True)
+
+
+def unfit(part: Path, root: Path) -> Finding | None:
+    """Why a part that is here cannot be consumed, by what stat tells."""
+    try:
+        links = part.lstat().st_nlink
+    except FileNotFoundError:
+        return None
+    found = "a symbolic link" if part.is_symlink() else ""
+    found = found or (f"{links} hard links to it" if links > 1 else "")
+    if not (os.access(part, os.W_OK) and os.access(part.parent, os.W_OK)):
+        found = found or "no permission to write"
+    if not found:
+        return None
+    where, expected = part.relative_to(root).as_posix(), "a plain file of its own that may go"
+    help_text = "leave --consume out, or make it such a file"
+    return Finding(Kind.NOT_CONSUMABLE, where, expected, found, help_text)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The half-open byte range `[offset, offset + size)` of an open file."""
+
+    fd: int
+    offset: int
+    size: int
+
+
+def copy_hashed(
+    source: Extent,
+    target: Target,
+    offset: int,
+    sinks: Sequence[Hasher],
+    direct: bool,
+    tick: Tick,
+    stop: threading.Event,
+) -> None:
+    """Puts `source` into `target` at byte `offset` and hashes just what was put there.
+
+    Shared blocks are one and the same in both files, so they are read where
+    they may be in the page cache, in the source; it must not change
+    meanwhile. Else the buffer that is hashed is the one that is written.
+    `direct` writes past the page cache. Raises EOFError where the source
+    ends early, OSError where it cannot be read, NoSpace where the target
+    takes no more.
+    """
+    size = source.size
+    if clone_range(source.fd, source.offset, target.fd, offset, size):
+        feed(source.fd, source.offset, size, sinks, tick, stop)
+        return
+    # Anonymous memory is aligned to pages, which direct writes need.
+    with (
+        mmap.mmap(-1, STEP) as memory,
+        memoryview(memory) as buffer,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        done = 0
+        while done < size:
+            if stop.is_set():
+                raise Stopped
+            with buffer[: min(STEP, size - done)] as room:
+                count = os.preadv(source.fd, [room], source.offset + done)
+            if count == 0:
+                raise EOFError(f"it ends at byte {source.offset + done:,}")
+            with buffer[:count] as block:
+                # The disk takes the block while the processor hashes it.
+                written = writer.submit(target.write, block, offset + done, direct)
+                for sink in sinks:
+                    sink.update(block)
+                written.result()
+            done += count
+            tick(count)

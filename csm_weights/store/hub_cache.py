@@ -1,0 +1,363 @@
+"""The Hub's standard cache on this machine: what it may hold, and how it is filled.
+
+::
+
+    models--org--name/
+        blobs/<sha256 of a large file, git blob SHA-1 of a small one>
+        snapshots/<commit>/<path>   a link to ../../blobs/...
+        refs/main                   the commit that "main" stands for
+        .no_exist/<commit>/<path>   the Hub has said that there is no such file
+
+The layout is huggingface_hub's. Since its 1.32 a blob may itself be a link
+into a store that all repositories of the cache share, `blobs/xx/<xet hash>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import re
+import shutil
+import stat
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from csm_weights.concurrency import Tick
+from csm_weights.errors import Finding, Kind, WrongContent, error_for
+from csm_weights.hashing import Hasher, Measure, ShortRead, git_sha1, measure, sha256
+from csm_weights.manifest.types import Artifact
+from csm_weights.store import atomic, block_io
+
+#: How the standard client names what is not whole; such a file is never taken for a blob.
+UNFINISHED = ".incomplete"
+
+
+#: Only a branch that stands for a whole commit can be followed offline.
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+#: Write permission for everyone.
+_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+class How(enum.StrEnum):
+    """How a file got its blob; the value is the word a person reads."""
+
+    LINKED = "linked"
+    SHARED = "shares blocks"
+    COPIED = "copied"
+    KEPT = "already there"
+    REPLACED = "replaced a damaged blob"
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A proven file for the cache: `path` in the repository, `file` here, `size` in bytes.
+
+    `blob` is its name among the blobs, which is its digest: the sha256 (64
+    hex digits) or the git blob SHA-1 (40).
+    """
+
+    path: str
+    file: Path
+    size: int
+    blob: str
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """A file that the cache has now: the path in the repository, the blob, and how it came."""
+
+    path: str
+    blob: Path
+    how: How
+
+
+def repository(cache: Path, repo: str) -> Path:
+    """The folder of a model repository, "org/name", in the cache."""
+    return cache / f"models--{repo.replace('/', '--')}"
+
+
+def main_of(cache: Path, repo: str) -> str | None:
+    """The commit that an offline client takes "main" for, or None."""
+    text = _main_text(repository(cache, repo)).strip()
+    return text if _COMMIT.fullmatch(text) else None
+
+
+def _main_text(home: Path) -> str:
+    try:
+        with (home / "refs" / "main").open("rb") as file:
+            return file.read(100).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def snapshot_file(cache: Path, repo: str, commit: str, path: str) -> Path | None:
+    """What an offline client finds for `path` at `commit`: a whole file inside the cache."""
+    return _resolved(repository(cache, repo) / "snapshots" / commit / path, cache)
+
+
+def find(cache: Path, repo: str, revision: str | None, artifact: Artifact) -> Path | None:
+    """The file in the cache that may hold an artifact, with all links followed, or None.
+
+    It has the artifact's size and lies inside the cache; nothing is hashed.
+    Blobs by name come first, then the snapshot of `revision`, then that of
+    main, then any.
+    """
+    for path in _candidates(cache, repo, revision, artifact):
+        file = _resolved(path, cache)
+        if file and file.stat().st_size == artifact.size and os.access(file, os.R_OK):
+            return file
+    return None
+
+
+def _candidates(cache: Path, repo: str, revision: str | None, artifact: Artifact) -> Iterator[Path]:
+    home = repository(cache, repo)
+    for digest in (artifact.sha256, artifact.git_sha1):
+        if digest:
+            yield home / "blobs" / digest
+    snapshots = home / "snapshots"
+    others = sorted(p.name for p in snapshots.iterdir()) if snapshots.is_dir() else []
+    for commit in dict.fromkeys([revision, main_of(cache, repo), *others]):
+        if commit:
+            yield snapshots / commit / artifact.path
+
+
+def _resolved(path: Path, cache: Path) -> Path | None:
+    """The regular file that a path leads to, if it is whole and inside the cache."""
+    try:
+        file = Path(os.path.realpath(path, strict=True))
+        is_file = stat.S_ISREG(file.stat().st_mode)
+    except OSError:
+        return None
+    is_inside = file.is_relative_to(os.path.realpath(cache))
+    return file if is_file and is_inside and not file.name.endswith(UNFINISHED) else None
+
+
+# ---- filling it
+
+
+def seed(
+    cache: Path,
+    repo: str,
+    revision: str,
+    seeds: Sequence[Seed],
+    move_main: bool = False,
+    tick: Tick = lambda _: None,
+) -> list[Seeded]:
+    """Gives proven files to the cache, as the snapshot `revision` of a repository.
+
+    By hard link where that can be, else by sharing blocks, else by a copy,
+    hashed as it is written; a linked file becomes read-only in both places.
+    A blob that is there already stays if its bytes are right. Where
+    `refs/main` names another commit it stays, unless `move_main`. `tick` gets
+    the bytes of each file as it is settled. Raises NoSpace before anything is
+    copied, WrongContent where something is in the way or a file is no longer
+    what its blob's name says; no blob ever has its name before it is whole.
+    """
+    for item in seeds:
+        if item.file.stat().st_size != item.size:
+            raise _changed(item)
+    home = repository(cache, repo)
+    snapshot, blobs = home / "snapshots" / revision, home / "blobs"
+    folders = [blobs, home / "refs", *((snapshot / item.path).parent for item in seeds)]
+    _make_folders(cache, folders)
+    with _locked(cache, repo):
+        kept = {s.path: file for s in seeds if (file := _kept(s, cache, snapshot, blobs, tick))}
+        lacking = {item.blob: item for item in seeds if item.path not in kept}
+        placed = _place(blobs, list(lacking.values()), tick)
+        for item in seeds:
+            _point(snapshot, item.path, blobs / item.blob)
+            _forget_absence(home / ".no_exist" / revision / item.path)
+        _set_main(home, revision, move_main)
+        _sync(cache, folders)
+    return [
+        Seeded(s.path, kept.get(s.path, blobs / s.blob), placed.get(s.blob, How.KEPT))
+        for s in seeds
+    ]
+
+
+def _make_folders(cache: Path, folders: Iterable[Path]) -> None:
+    """Makes folders of the cache; none may lead out of it by a link."""
+    for folder in folders:
+        with atomic.writing(folder):
+            atomic.make_folder(folder)
+        if not folder.resolve().is_relative_to(cache.resolve()):
+            found = f"a link to {folder.resolve()}"
+            where, expected = str(folder), f"a folder inside {cache}"
+            finding = Finding(Kind.IN_THE_WAY, where, expected, found, "remove the link")
+            raise WrongContent("the cache cannot be filled", [finding])
+
+
+@contextmanager
+def _locked(cache: Path, repo: str) -> Iterator[None]:
+    """One run at a time that fills a repository.
+
+    The standard client needs no lock against us: both sides give a blob its
+    name by a rename, and only when it is whole.
+    """
+    from filelock import FileLock
+
+    path = cache / ".locks" / repository(cache, repo).name / "csm-weights.lock"
+    os.close(atomic.create(path))
+    with FileLock(path):
+        yield
+
+
+def _kept(seed: Seed, cache: Path, snapshot: Path, blobs: Path, tick: Tick) -> Path | None:
+    """The blob that is there already with just these bytes, whatever its name."""
+    blob = blobs / seed.blob
+    path = blob if os.path.lexists(blob) else snapshot / seed.path
+    file = _resolved(path, cache)
+    if file is None or file.stat().st_size != seed.size:
+        return None
+    if file.samefile(seed.file):
+        tick(seed.size)
+        return file
+    try:
+        is_right = _digest(file, seed, tick) == seed.blob
+    except (OSError, ShortRead):
+        return None
+    return file if is_right else None
+
+
+def _digest(file: Path, seed: Seed, tick: Tick) -> str | None:
+    """The digest of a file's bytes, of the kind that names the blob."""
+    found = measure([Measure(file, seed.size, whole=True, git=_is_git(seed))], tick)[0]
+    return found.git_sha1 if _is_git(seed) else found.whole
+
+
+def _is_git(seed: Seed) -> bool:
+    return len(seed.blob) == 40
+
+
+def _place(blobs: Path, seeds: Sequence[Seed], tick: Tick) -> dict[str, How]:
+    """Gives each file its blob; returns how it came, by the blob's name."""
+    unfinished = {s.blob: blobs / f"{s.blob}.csm-weights{UNFINISHED}" for s in seeds}
+    try:
+        ways = {s.blob: _start(s, unfinished[s.blob]) for s in seeds}
+        _require_room(blobs, sum(s.size for s in seeds if ways[s.blob] is How.COPIED))
+        for item in seeds:
+            if ways[item.blob] is How.LINKED:
+                tick(item.size)
+            else:
+                _write(item, unfinished[item.blob], tick)
+        for item in seeds:
+            blob = blobs / item.blob
+            if os.path.lexists(blob):
+                ways[item.blob] = How.REPLACED
+            _finish(unfinished[item.blob], blob)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+    return ways
+
+
+def _start(seed: Seed, unfinished: Path) -> How:
+    """Makes the unfinished blob in a way that takes no room, or finds that there is none."""
+    with atomic.writing(unfinished):
+        unfinished.unlink(missing_ok=True)
+    source = seed.file.resolve()
+    if _link(source, unfinished):
+        return How.LINKED
+    with source.open("rb") as file:
+        fd = atomic.create(unfinished)
+        try:
+            shares = block_io.clone_range(file.fileno(), 0, fd, 0, seed.size)
+        finally:
+            os.close(fd)
+    return How.SHARED if shares else How.COPIED
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Makes a hard link, where the file system and the file's owner allow one."""
+    if os.geteuid() not in (0, source.stat().st_uid):
+        return False  # of another one's file the mode cannot be changed, and should not
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        return False
+    return True
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed <= free:
+        return
+    expected, found = f"{needed:,} bytes free", f"{free:,}, {needed - free:,} too few"
+    mend = "free some disk, or set HF_HUB_CACHE to a folder on the disk of the files"
+    finding = Finding(Kind.NO_SPACE, str(folder), expected, found, mend)
+    raise error_for("the files do not fit into the cache", [finding])
+
+
+def _write(seed: Seed, unfinished: Path, tick: Tick) -> None:
+    """Writes an unfinished blob and holds what was written against its name."""
+    sink: Hasher = git_sha1(seed.size) if _is_git(seed) else sha256()
+    target = block_io.Target(unfinished)
+    try:
+        with seed.file.open("rb") as file:
+            whole = block_io.Extent(file.fileno(), 0, seed.size)
+            block_io.copy_hashed(whole, target, 0, [sink], False, tick, threading.Event())
+    except (EOFError, ShortRead):
+        raise _changed(seed) from None
+    finally:
+        target.close()
+    if sink.hexdigest() != seed.blob:
+        raise _changed(seed)
+
+
+def _changed(seed: Seed) -> WrongContent:
+    expected = f"{seed.size:,} bytes with the digest {seed.blob}"
+    found, mend = "other bytes: it was written to", "run the command again"
+    finding = Finding(Kind.CHANGED, str(seed.file), expected, found, mend)
+    return WrongContent("a file is no longer the one that was proven", [finding])
+
+
+def _finish(unfinished: Path, blob: Path) -> None:
+    """Makes a whole blob read-only and durable, then gives it its name."""
+    with atomic.writing(unfinished):
+        unfinished.chmod(stat.S_IMODE(unfinished.stat().st_mode) & ~_WRITE)
+    atomic.sync(unfinished)
+    with atomic.writing(blob):
+        unfinished.replace(blob)
+
+
+def _point(snapshot: Path, path: str, blob: Path) -> None:
+    """Links `path` of a snapshot to a blob, unless it leads to right bytes under another name."""
+    pointer = snapshot / path
+    up = "../" * (len(PurePosixPath(path).parts) + 1)
+    target = f"{up}blobs/{blob.name}"
+    if not os.path.lexists(blob) or (pointer.is_symlink() and str(pointer.readlink()) == target):
+        return
+    unfinished = pointer.with_name(f".{pointer.name}.csm-weights{UNFINISHED}")
+    with atomic.writing(pointer):
+        unfinished.unlink(missing_ok=True)
+        unfinished.symlink_to(target)
+        unfinished.replace(pointer)
+
+
+def _forget_absence(marker: Path) -> None:
+    """Removes the note that the Hub has no such file, which the client would believe."""
+    with atomic.writing(marker), contextlib.suppress(NotADirectoryError):
+        marker.unlink(missing_ok=True)
+
+
+def _set_main(home: Path, revision: str, move: bool) -> None:
+    """Lets main stand for `revision`, unless it stands for another commit already."""
+    text = _main_text(home)
+    names_another = _COMMIT.fullmatch(text.strip()) and text.strip() != revision
+    if text != revision and (move or not names_another):
+        atomic.write_whole(home / "refs" / "main", revision)
+
+
+def _sync(cache: Path, folders: Iterable[Path]) -> None:
+    """Makes the entries of folders durable, and of those above them in the cache."""
+    above = {p for f in folders for p in (f, *f.parents) if p.is_relative_to(cache)}
+    for folder in sorted(above):
+        atomic.sync(folder)
+
+
+# ---- what speaking offline takes

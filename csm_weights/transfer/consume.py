@@ -1,0 +1,233 @@
+"""Parts into a file on a disk that cannot hold both: copied, made durable, punched out.
+
+Nothing is punched before every part has been hashed and found right. Then a
+step is copied, compared with what was hashed, made durable, journaled, and only
+then freed in the part; so at each instant each byte is in the part, or durable
+in the unfinished file with a journal that says so.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial as bind
+from pathlib import Path
+from threading import Event
+
+from csm_weights.concurrency import Tick, run_all
+from csm_weights.errors import Finding, Kind
+from csm_weights.hashing import Hasher, ShortRead, feed, sha256
+from csm_weights.manifest.digests import Whole, whole_findings
+from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.store.atomic import sync, writing
+from csm_weights.store.block_io import punch
+from csm_weights.transfer.assemble import Steps
+from csm_weights.transfer.source import Broken
+from csm_weights.untrusted import Fingerprint
+
+#: Bytes copied before they are freed in the part: what is on the disk twice.
+STEP = 32 << 20
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One file to make of parts below `root`, `partial` while it is unfinished.
+
+    `moved` has, by the offset of each piece to consume, how many of its first
+    bytes may be in the partial already; the likeliest number first.
+    """
+
+    artifact: Artifact
+    partial: Path
+    root: Path
+    moved: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Stake:
+    """What was hashed of a piece: its first `moved` bytes in the partial, the rest in the part.
+
+    `marks` are pairs `(end, digest)`: the sha256 of the piece up to byte
+    `end`, of each step that is left and, first, of what has moved.
+    `seen` is the part as it was then, None where there is none.
+    """
+
+    piece: Piece
+    moved: int
+    marks: tuple[tuple[int, str], ...]
+    seen: Fingerprint | None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What may be consumed, by offset, or else what is wrong, by the part it is about."""
+
+    stakes: Mapping[int, Stake]
+    findings: Mapping[Path, Finding]
+
+
+def verify(subjects: Sequence[Subject], tick: Tick) -> list[Proof]:
+    """Hashes every part to be consumed, and every whole file that they make up.
+
+    `tick` gets bytes. Nothing is written.
+    """
+    stop = Event()
+    return run_all([bind(_verify, subject, tick, stop) for subject in subjects], stop)
+
+
+def _verify(subject: Subject, tick: Tick, stop: Event) -> Proof:
+    stakes: dict[int, Stake] = {}
+    findings: dict[Path, Finding] = {}
+    whole = sha256()
+    for piece in subject.artifact.pieces:
+        if piece.offset not in subject.moved:
+            continue
+        found = _verify_piece(subject, piece, whole, tick, stop)
+        if isinstance(found, Finding):
+            findings[subject.root / piece.part] = found
+        else:
+            stakes[piece.offset], whole = found
+    artifact = subject.artifact
+    if len(stakes) == len(artifact.pieces):
+        made = Whole(whole.hexdigest())
+        for wrong in whole_findings(artifact, artifact.editions[0], made, str(subject.partial)):
+            findings[subject.partial] = wrong
+    return Proof(stakes, findings)
+
+
+def _verify_piece(
+    subject: Subject, piece: Piece, whole: Hasher, tick: Tick, stop: Event
+) -> tuple[Stake, Hasher] | Finding:
+    """The stake of a piece, and the whole file's digest after it."""
+    finding: Finding | None = None
+    for moved in subject.moved[piece.offset]:
+        both = whole.copy()
+        try:
+            stake = _hash(subject, piece, moved, both, tick, stop)
+        except (OSError, ShortRead) as error:
+            found = getattr(error, "strerror", None) or str(error)
+            problem = Finding(
+                Kind.UNREADABLE, piece.part, "a readable file", found, "check the disk"
+            )
+        else:
+            if stake.marks[-1] == (piece.size, piece.sha256):
+                return stake, both
+            problem = _wrong(subject, piece, moved, stake)
+        finding = finding or problem
+    assert finding is not None, "a piece to consume may be somewhere"
+    return finding
+
+
+def _wrong(subject: Subject, piece: Piece, moved: int, stake: Stake) -> Finding:
+    where = f"{moved:,} bytes of it in {subject.partial}: " if moved else ""
+    help_text = "get the part again (`git lfs checkout`, or copy it there)"
+    expected = f"sha256 {piece.sha256}"
+    return Finding(
+        Kind.WRONG_DIGEST, piece.part, expected, f"{where}{stake.marks[-1][1]}", help_text
+    )
+
+
+def _hash(
+    subject: Subject, piece: Piece, moved: int, whole: Hasher, tick: Tick, stop: Event
+) -> Stake:
+    """A piece as it lies, in the partial up to byte `moved` and in its part from there."""
+    digest = sha256()
+    marks: list[tuple[int, str]] = []
+    if moved:
+        with _open(subject.partial, os.O_RDONLY) as fd:
+            feed(fd, piece.offset, moved, [digest, whole], tick, stop)
+    marks.append((moved, digest.hexdigest()))
+    part = subject.root / piece.part
+    if moved == piece.size and not part.exists():
+        return Stake(piece, moved, tuple(marks), None)
+    with _open(part, os.O_RDONLY) as fd:
+        before = Fingerprint.of(os.fstat(fd))
+        for start in range(moved, piece.size, STEP):
+            size = min(STEP, piece.size - start)
+            feed(fd, start, size, [digest, whole], tick, stop)
+            marks.append((start + size, digest.hexdigest()))
+        if before != Fingerprint.of(os.fstat(fd)):
+            raise OSError(None, "a write meanwhile")
+    return Stake(piece, moved, tuple(marks), before)
+
+
+@contextmanager
+def _open(path: Path, flags: int) -> Iterator[int]:
+    """A plain file, never through a link."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(None, "not a plain file")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class Consuming:
+    """Moves pieces out of the parts below `root` that `verify` has found right."""
+
+    def __init__(self, root: Path, stakes: Mapping[int, Stake]) -> None:
+        self._root = root
+        self._stakes = stakes
+
+    def consume(self, sink: Steps) -> str:
+        """See `Consumer`; the place is the part's path relative to the root."""
+        piece = sink.piece
+        stake = self._stakes[piece.offset]
+        if sink.take_back(stake.moved) != stake.marks[0][1]:
+            raise Broken([_changed(f"the unfinished file, where {piece.part} has moved")])
+        # Also where nothing has moved: the journal may say of a part that is whole again
+        # that it was consumed.
+        sink.secure(stake.moved)
+        if stake.seen is None:
+            return piece.part
+        try:
+            with _open(self._root / piece.part, os.O_RDWR) as fd:
+                _move(fd, stake, stake.seen, sink)
+        except (OSError, EOFError) as error:
+            found = getattr(error, "strerror", None) or str(error)
+            finding = Finding(
+                Kind.UNREADABLE, piece.part, "a file to consume", found, "check it and the disk"
+            )
+            raise Broken([finding]) from None
+        return piece.part
+
+
+def _move(fd: int, stake: Stake, seen: Fingerprint, sink: Steps) -> None:
+    """Moves what is left of a part, step by step."""
+    piece = stake.piece
+    at = stake.moved
+    for end, digest in stake.marks:
+        if end > at:
+            if sink.take_step(fd, at, end - at) != digest:
+                raise Broken([_changed(piece.part)])
+            sink.secure(end)
+        if Fingerprint.of(os.fstat(fd)) != seen:
+            raise Broken([_changed(piece.part)])
+        if end:
+            # From the start: a run that was killed here has left the last hole undone.
+            punch(fd, 0, end)
+        seen, at = Fingerprint.of(os.fstat(fd)), end
+
+
+def _changed(where: str) -> Finding:
+    help_text = "stop whatever writes to it, and run the same command again"
+    return Finding(Kind.CHANGED, where, "the bytes that were just proven", "a write", help_text)
+
+
+def remove_parts(root: Path, partial: Path, pieces: Sequence[Piece]) -> None:
+    """Removes parts whose pieces are all in a partial that has been proven.
+
+    Before the file gets its name, so that while a part of zeros has a part's
+    name there is a journal that says what it is. Raises NoSpace.
+    """
+    sync(partial)
+    for piece in pieces:
+        with writing(root / piece.part):
+            (root / piece.part).unlink(missing_ok=True)
+    for folder in {(root / piece.part).parent for piece in pieces}:
+        if folder.is_dir():
+            sync(folder)

@@ -1,0 +1,83 @@
+"""Sources on this machine's disks: the chunk files, or a whole copy of the artifact."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from csm_weights.errors import Finding, Kind
+from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.transfer.source import Absent, Broken, Sink
+from csm_weights.untrusted import Fingerprint
+
+
+class Chunks:
+    """The parts of a chunked repository: one file a piece, below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
+        """See `Source`; the place is the part's path relative to the root."""
+        _deliver(self._root / piece.part, piece.part, piece.size, 0, sink)
+        return piece.part
+
+
+class WholeFile:
+    """A copy of the whole artifact at `path`, such as a staged one on another disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+        """See `Source`; the place is the file's path."""
+        _deliver(self._path, str(self._path), artifact.size, piece.offset, sink)
+        return str(self._path)
+
+
+class Salvage:
+    """A damaged copy at `path`, `size` bytes long: only the pieces at `offsets` are taken."""
+
+    def __init__(self, path: Path, size: int, offsets: Iterable[int]) -> None:
+        self._path = path
+        self._size = size
+        self._offsets = frozenset(offsets)
+
+    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
+        """See `Source`; the place is the file's path."""
+        if piece.offset not in self._offsets:
+            raise Absent
+        _deliver(self._path, str(self._path), self._size, piece.offset, sink)
+        return str(self._path)
+
+
+def _deliver(path: Path, where: str, size: int, offset: int, sink: Sink) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise Absent from None
+    except OSError as error:
+        raise Broken([_unreadable(where, error)]) from None
+    try:
+        before = os.fstat(fd)
+        if not stat.S_ISREG(before.st_mode) or before.st_size != size:
+            finding = Finding(
+                Kind.WRONG_SIZE, where, f"{size:,} bytes", f"{before.st_size:,} bytes"
+            )
+            raise Broken([finding])
+        try:
+            sink.take_file(fd, offset)
+        except (OSError, EOFError) as error:
+            raise Broken([_unreadable(where, error)]) from None
+        if Fingerprint.of(os.fstat(fd)) != Fingerprint.of(before):
+            finding = Finding(Kind.CHANGED, where, "a file at rest", "a write during the read")
+            raise Broken([finding])
+    finally:
+        os.close(fd)
+
+
+def _unreadable(where: str, error: OSError | EOFError) -> Finding:
+    found = getattr(error, "strerror", None) or str(error)
+    return Finding(Kind.UNREADABLE, where, "a readable file", found, "check it and its permissions")

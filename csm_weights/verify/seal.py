@@ -1,0 +1,164 @@
+"""Sealing a file in place: read-only, and by fs-verity where the file system has it.
+
+A read-only file is safe from slips: whoever owns it can allow writing again.
+fs-verity is more: the kernel holds every block that is read against a hash
+tree that nobody can change any more, so a disk that rots or is tampered with
+gives an error, and not wrong bytes. Renaming and removing go on as before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, WrongContent, from_os_error
+from csm_weights.store.atomic import writing
+from csm_weights.store.receipts import Receipt
+from csm_weights.untrusted import Fingerprint
+
+if sys.platform == "linux":
+    import fcntl
+
+#: The ioctl of linux/fsverity.h that builds the hash tree of a file and keeps it.
+_FS_IOC_ENABLE_VERITY = 0x40806685
+
+#: The one that tells the digest of that tree; its argument, struct fsverity_digest,
+#: gives the room there is for it, in bytes.
+_FS_IOC_MEASURE_VERITY = 0xC0046686
+
+#: The argument of the former, struct fsverity_enable_arg: version, hash algorithm, bytes of a
+#: block, of the salt, the salt; bytes of a signature, a reserved word, the
+#: signature, eleven reserved ones.
+_ENABLE_ARG = struct.Struct("=IIIIQIIQ11Q")
+_SHA256 = 1
+_BLOCK = 4096
+
+#: The permissions that a sealed file may have.
+_READABLE = 0o444
+
+#: What a kernel or file system says that has no fs-verity, or not for such a file.
+_NO_VERITY = {errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A file that is sealed: always read-only; `verity` where the kernel guards it too."""
+
+    path: str
+    verity: bool
+
+    @property
+    def how(self) -> str:
+        """What was done, as a person reads it."""
+        return "read-only, fs-verity" if self.verity else "read-only (no fs-verity here)"
+
+
+def seal(directory: Path, receipt: Receipt) -> Sealed:
+    """Seals the file of a receipt; the receipt has to be renewed, as the change time is new.
+
+    Raises WrongContent for a link, or a file that is not the one of the
+    receipt, NoSpace for one whose permissions this user may not change.
+    """
+    file = directory / receipt.path
+    with writing(file):
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        status = os.fstat(fd)
+        if Fingerprint.of(status) != receipt.fingerprint:
+            raise _changed(file)
+        verity = enable_verity(fd, file)
+        if stat.S_IMODE(os.fstat(fd).st_mode) & ~_READABLE:
+            _take_write_permission(fd, status, file)
+    finally:
+        os.close(fd)
+    return Sealed(receipt.path, verity)
+
+
+def enable_verity(fd: int, file: Path) -> bool:
+    """Turns fs-verity on (SHA-256, 4,096-byte blocks); whether the file has it now.
+
+    `fd` is open for reading, and nobody has the file open for writing:
+    otherwise raises WrongContent. Raises NoSpace where the hash tree, 1/127 of
+    the file, finds no room.
+    """
+    if sys.platform != "linux":
+        return False
+    if _has_verity(fd):
+        return True
+    try:
+        try:
+            _enable(fd)
+        except PermissionError as error:
+            if error.errno != errno.EACCES:
+                raise
+            # Only of a file that may be written, and one sealed elsewhere may not.
+            os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IWUSR)
+            _enable(fd)
+    except OSError as error:
+        if error.errno in _NO_VERITY:
+            return False
+        raise _refused(error, file) from error
+    return True
+
+
+def _enable(fd: int) -> None:
+    argument = _ENABLE_ARG.pack(1, _SHA256, _BLOCK, 0, 0, 0, 0, 0, *[0] * 11)
+    fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, argument)
+
+
+def _has_verity(fd: int) -> bool:
+    """Whether a file has a hash tree already: only then it has a digest of that tree."""
+    try:
+        fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, struct.pack("=HH64x", 0, 64))
+    except OSError:
+        return False
+    return True
+
+
+def _refused(error: OSError, file: Path) -> CsmWeightsError:
+    """Why a file system that has fs-verity did not turn it on."""
+    if error.errno == errno.ETXTBSY:
+        return _changed(file)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        found = error.strerror or "no room"
+        finding = Finding(Kind.NO_SPACE, str(file), "room for its hash tree", found, "free some")
+        return NoSpace("the file could not be sealed", [finding])
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return _not_ours(error, file)
+    return from_os_error(OSError(error.errno, error.strerror, str(file)))
+
+
+def _take_write_permission(fd: int, status: os.stat_result, file: Path) -> None:
+    try:
+        os.fchmod(fd, stat.S_IMODE(status.st_mode) & _READABLE)
+        os.fsync(fd)
+    except OSError as error:
+        raise _not_ours(error, file) from error
+
+
+def _not_ours(error: OSError, file: Path) -> CsmWeightsError:
+    found = error.strerror or str(error)
+    finding = Finding(
+        Kind.NOT_WRITABLE,
+        str(file),
+        "a file that this user may seal",
+        found,
+        "seal it as its owner, or copy it to a folder of your own with --dest",
+    )
+    return NoSpace("the file could not be sealed", [finding])
+
+
+def _changed(file: Path) -> WrongContent:
+    finding = Finding(
+        Kind.CHANGED,
+        str(file),
+        "the file that was proven, and nobody writing to it",
+        "a later write, or a program that has it open for writing",
+        "stop that program, and run the command again",
+    )
+    return WrongContent("the file could not be sealed", [finding])

@@ -1,0 +1,852 @@
+"""What stands in the way, found out first: each obstacle by its name and its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from csm_weights.commands import doctor, probe
+from csm_weights.commands.doctor import Checkup, Diagnosis, Verdict
+from csm_weights.commands.render import report_hub
+from csm_weights.errors import CsmWeightsError, Kind
+from csm_weights.manifest import parse, render
+from csm_weights.model import offline_assets
+from csm_weights.pipeline import apply
+from csm_weights.pipeline.request import Request
+from csm_weights.store import hub_cache
+from csm_weights.transfer.http import client, ranges
+from tests.support.clone import INV, REPOSITORY, Clone, Result
+from tests.support.hub_server import HubServer
+from tests.support.servers import serving
+
+REPO = "org/tiny"
+TOKEN = "hf_GeheimGeheimGeheim"
+FILES = ("model.safetensors", "ckpt.pt", "config.json")
+
+#: Ends a process that opens a socket, in words.
+NO_SOCKETS = """
+import socket
+
+class Refused(socket.socket):
+    def __init__(self, *arguments, **options):
+        raise SystemExit("a socket was opened")
+
+socket.socket = socket.SocketType = Refused
+socket.create_connection = socket.getaddrinfo = lambda *a, **o: Refused()
+"""
+
+#: What the environment of a developer may say that these tests must not see.
+UNSET = (
+    "HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH HF_ENDPOINT HF_HUB_CACHE HF_HUB_OFFLINE"
+    " HF_OIDC_RESOURCE TRANSFORMERS_OFFLINE HUGGINGFACE_HUB_CACHE CSM_MIRROR_HEADERS NO_PROXY"
+    " no_proxy HTTP_PROXY http_proxy HTTPS_PROXY https_proxy ALL_PROXY all_proxy"
+    " CUDA_VISIBLE_DEVICES"
+)
+
+
+def write_manifest(root: Path, commit: str, gated: bool = True) -> None:
+    """Names the Hub's repository in the manifest of csm-tiny below `root`."""
+    path = root / "manifests" / "csm-tiny.toml"
+    known = parse.load(REPOSITORY / "manifests" / "csm-tiny.toml")
+    path.write_text(render.render(replace(known, repo=REPO, revision=commit, gated=gated)))
+
+
+@functools.cache
+def content(name: str) -> bytes:
+    """A file of csm-tiny."""
+    parts = sorted((REPOSITORY / "chunks" / "csm-tiny").rglob(f"{name}.part-*"))
+    if parts:
+        return b"".join(part.read_bytes() for part in parts)
+    known = parse.load(REPOSITORY / "manifests" / "csm-tiny.toml")
+    (artifact,) = (a for a in known.artifacts if a.path == name)
+    return str(artifact.editions[0].text).encode()
+
+
+@dataclass
+class Bench:
+    """A repository of csm-tiny without parts, a Hub that has it, and who is asked for it."""
+
+    root: Path
+    hub: HubServer
+    commit: str
+    setenv: Callable[[str, str], None]
+    closing: contextlib.ExitStack
+    request: dict[str, Any] = field(default_factory=lambda: {"only": ("all",)})
+
+    def asked(self) -> Request:
+        return Request(self.root, "csm-tiny", **self.request)
+
+    def examine(self, smoke: bool = False) -> Diagnosis:
+        return doctor.examine(self.asked(), smoke)
+
+    def owner(self, **access: Any) -> None:
+        """Lets the Hub know the token, and what it opens."""
+        self.hub.add_token(TOKEN, **access)
+        self.setenv("HF_TOKEN", TOKEN)
+
+    def give_parts(self) -> None:
+        shutil.copytree(REPOSITORY / "chunks" / "csm-tiny", self.root / "chunks" / "csm-tiny")
+
+    def mirror(self, *names: str) -> str:
+        """The URL of a static server that has these files."""
+        folder = self.root / "mirror"
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(content(name))
+        url = self.closing.enter_context(serving(folder, ranges=True)).url
+        self.request |= {"source": "mirror", "urls": (url,)}
+        return url
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """A fresh bench, with a token that the Hub knows and lets in, and little patience."""
+    for name in UNSET.split():
+        monkeypatch.delenv(name, raising=False)
+    hasty = functools.partial(client.Limits, backoff=0.001)
+    for module in (client, ranges):
+        monkeypatch.setattr(module, "Limits", hasty)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "manifests").mkdir()
+    with HubServer() as hub, contextlib.ExitStack() as closing:
+        commit = hub.add_repo(REPO, {name: content(name) for name in FILES}, gated=True)
+        write_manifest(tmp_path, commit)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield Bench(tmp_path, hub, commit, monkeypatch.setenv, closing)
+
+
+def checks(diagnosis: Diagnosis) -> dict[str, Checkup]:
+    return {check.name: check for check in diagnosis.checks}
+
+
+def code(diagnosis: Diagnosis) -> int:
+    return diagnosis.error.exit_code if diagnosis.error else 0
+
+
+def code_of_weights(bench: Bench) -> int:
+    """What `inv weights --no-smoke` ends with."""
+    try:
+        error = apply.weights(bench.asked(), smoke=False).error
+    except CsmWeightsError as caught:
+        error = caught
+    return error.exit_code if error else 0
+
+
+def said(diagnosis: Diagnosis) -> str:
+    return report_hub.diagnosis_text(diagnosis)
+
+
+# ---- what can stand in the way
+
+
+class _Closed(BaseHTTPRequestHandler):
+    """A proxy that lets nothing through."""
+
+    status = 407
+
+    def do_CONNECT(self) -> None:
+        self.send_error(self.status)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def proxy(bench: Bench, status: int) -> None:
+    """All HTTPS goes by a proxy that refuses with that status."""
+    handler = type("Proxy", (_Closed,), {"status": status})
+    server = bench.closing.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    bench.closing.callback(server.shutdown)
+    bench.setenv("HTTPS_PROXY", f"http://me:S3cret@127.0.0.1:{server.server_port}")
+    bench.setenv("HF_ENDPOINT", "https://hub.invalid")
+
+
+def self_signed(bench: Bench) -> None:
+    """The Hub shows a certificate that it has made itself."""
+    openssl = shutil.which("openssl")
+    if not openssl:
+        pytest.skip("openssl makes the certificate, and is not here")
+    key, cert = bench.root / "key.pem", bench.root / "cert.pem"
+    command: list[str | Path] = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=localhost", "-keyout", key, "-out", cert]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    server = bench.closing.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), _Closed))
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    bench.closing.callback(server.shutdown)
+    bench.setenv("HF_ENDPOINT", f"https://127.0.0.1:{server.server_port}")
+
+
+def nobody(bench: Bench) -> None:
+    """No one listens at the endpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        bench.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+
+
+def another_file(bench: Bench) -> None:
+    write_manifest(bench.root, bench.hub.push(REPO, {"ckpt.pt": None}))
+
+
+def mirror_of_parts(bench: Bench, *lacking: str) -> None:
+    """A mirror has the parts of csm-tiny, but not those."""
+    bench.mirror()
+    shutil.copytree(REPOSITORY / "chunks", bench.root / "mirror" / "chunks")
+    for name in lacking:
+        next((bench.root / "mirror").rglob(name)).unlink()
+
+
+def refusing_mirror(bench: Bench) -> None:
+    bench.request |= {"source": "mirror", "urls": (bench.hub.endpoint,)}
+    bench.hub.fault("status", host="hub", code=403)
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One thing that can stand in the way: the kind of the finding, its row, the exit code.
+
+    `helps` is in what the finding advises.
+    """
+
+    kind: Kind
+    row: str
+    code: int
+    helps: str
+    prepare: Callable[[Bench], Any]
+    token: str | None = TOKEN
+    access: dict[str, Any] = field(default_factory=dict)
+    source: str = "auto"
+
+
+def _nothing(_: Bench) -> None:
+    """The bench as it is."""
+
+
+OBSTACLES = {
+    "no token": Obstacle(
+        Kind.NO_TOKEN, "token", 5, "hf auth login", _nothing, token=None, source="hf"
+    ),
+    "no token for a repository that turns out to be gated": Obstacle(
+        Kind.NO_TOKEN,
+        "token",
+        5,
+        "hf auth login",
+        lambda b: write_manifest(b.root, b.commit, gated=False),
+        token=None,
+    ),
+    "unknown token": Obstacle(
+        Kind.UNKNOWN_TOKEN, "token", 5, "/settings/tokens", _nothing, token="hf_Unbekannt"
+    ),
+    "terms": Obstacle(
+        Kind.TERMS, "access", 5, "accept them at http://", _nothing, access={"access": "none"}
+    ),
+    "pending": Obstacle(
+        Kind.PENDING, "access", 5, "its authors decide", _nothing, access={"access": "pending"}
+    ),
+    "rejected": Obstacle(
+        Kind.REJECTED, "access", 5, f"/{REPO}", _nothing, access={"access": "rejected"}
+    ),
+    "scope": Obstacle(
+        Kind.SCOPE, "token", 5, "/settings/tokens", _nothing, access={"can_read_gated": False}
+    ),
+    "no such repository": Obstacle(
+        Kind.NOT_THERE, "access", 3, "check the name", lambda b: b.hub.fault(
+            "status", "*/resolve/*", code=404, headers={"X-Error-Code": "RepoNotFound"}
+        )
+    ),
+    "no such revision": Obstacle(
+        Kind.NOT_THERE, "access", 3, "/tree/main", lambda b: write_manifest(b.root, "a" * 40)
+    ),
+    "no such file": Obstacle(Kind.NOT_THERE, "access", 3, "/tree/main", another_file),
+    "rate limited": Obstacle(
+        Kind.RATE_LIMITED, "access", 6, "try again in 400 s", lambda b: b.hub.fault(
+            "status", host="hub", code=429, headers={"Retry-After": "400"}
+        )
+    ),
+    "server trouble": Obstacle(
+        Kind.SERVER_TROUBLE, "access", 6, "try again later", lambda b: b.hub.fault(
+            "status", host="hub", code=503
+        )
+    ),
+    "storage trouble": Obstacle(
+        Kind.SERVER_TROUBLE, "access", 6, "try again later", lambda b: b.hub.fault(
+            "status", host="storage", code=403
+        )
+    ),
+    "another file": Obstacle(
+        Kind.CHANGED, "access", 4, "inv lock", lambda b: b.hub.fault("etag", value=f'"{"0" * 64}"')
+    ),
+    "no network": Obstacle(Kind.NO_NETWORK, "hosts", 6, "check the network", nobody),
+    "offline": Obstacle(
+        Kind.OFFLINE, "access", 3, "unset", lambda b: b.setenv("HF_HUB_OFFLINE", "1"), source="hf"
+    ),
+    "proxy wants credentials": Obstacle(
+        Kind.PROXY, "proxy", 6, "HTTPS_PROXY", lambda b: proxy(b, 407)
+    ),
+    "proxy refuses": Obstacle(Kind.PROXY, "proxy", 6, "HTTPS_PROXY", lambda b: proxy(b, 403)),
+    "certificate": Obstacle(Kind.CERTIFICATE, "hosts", 6, "REQUESTS_CA_BUNDLE", self_signed),
+    "mirror without the file": Obstacle(
+        Kind.NOT_THERE, "mirrors", 3, "another --url", lambda b: b.mirror("model.safetensors")
+    ),
+    "mirror without one of the parts": Obstacle(
+        Kind.NOT_THERE, "mirrors", 3, "another --url", lambda b: mirror_of_parts(b, "*.pt.part-ac")
+    ),
+    "mirror that refuses": Obstacle(
+        Kind.FORBIDDEN, "mirrors", 5, "CSM_MIRROR_HEADERS", refusing_mirror
+    ),
+}  # fmt: skip
+
+
+def meet(bench: Bench, obstacle: Obstacle) -> None:
+    """Puts an obstacle up."""
+    bench.request |= {"source": obstacle.source}
+    if obstacle.token:
+        bench.owner(**obstacle.access)
+        bench.setenv("HF_TOKEN", obstacle.token)
+    obstacle.prepare(bench)
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES.values(), ids=OBSTACLES)
+def test_every_obstacle_is_told_by_its_name(
+    bench: Bench, obstacle: Obstacle, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A finding of its kind with what helps, in its row, its exit code, and no secret anywhere."""
+    meet(bench, obstacle)
+    diagnosis = bench.examine()
+    assert diagnosis.error is not None
+    assert [f.kind for f in diagnosis.error.findings] == [obstacle.kind]
+    assert obstacle.helps in diagnosis.error.findings[0].help
+    row = checks(diagnosis)[obstacle.row]
+    assert (code(diagnosis), row.verdict) == (obstacle.code, Verdict.NOT_OK)
+    assert diagnosis.error.findings[0] in row.findings
+    texts = [report_hub.diagnosis_text(diagnosis), report_hub.diagnosis_json(diagnosis)]
+    texts += [str(diagnosis.error), repr(diagnosis), *capfd.readouterr()]
+    for secret in (TOKEN, "hf_Unbekannt", "S3cret"):
+        assert secret not in "\n".join(texts)
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES.values(), ids=OBSTACLES)
+def test_weights_ends_with_the_code_that_the_doctor_told(bench: Bench, obstacle: Obstacle) -> None:
+    """What the doctor says of an obstacle is what `inv weights` then meets."""
+    meet(bench, obstacle)
+    assert code(bench.examine()) == code_of_weights(bench)
+
+
+# ---- what does not
+
+
+def with_parts(bench: Bench) -> None:
+    bench.give_parts()
+
+
+def with_a_token(bench: Bench) -> None:
+    bench.owner()
+
+
+def with_a_mirror(bench: Bench) -> None:
+    bench.mirror(*FILES)
+
+
+def with_a_mirror_of_parts(bench: Bench) -> None:
+    mirror_of_parts(bench)
+
+
+def with_a_mirror_of_the_part_that_is_missing(bench: Bench) -> None:
+    bench.give_parts()
+    missing = next((bench.root / "chunks").rglob("ckpt.pt.part-ac"))
+    bench.mirror()
+    target = bench.root / "mirror" / missing.relative_to(bench.root)
+    target.parent.mkdir(parents=True)
+    missing.rename(target)
+    bench.request |= {"source": "auto"}
+
+
+def with_two_mirrors_of_half_the_parts_each(bench: Bench) -> None:
+    mirror_of_parts(bench, "ckpt.pt.part-aa")
+    second = bench.root / "second"
+    shutil.copytree(REPOSITORY / "chunks", second / "chunks")
+    for part in second.rglob("*.part-a[cdef]"):
+        part.unlink()
+    url = bench.closing.enter_context(serving(second, ranges=True)).url
+    bench.request |= {"urls": (*bench.request["urls"], url), "only": ("ckpt",)}
+
+
+def with_one_part_missing(bench: Bench) -> None:
+    bench.owner()
+    bench.give_parts()
+    next((bench.root / "chunks").rglob("ckpt.pt.part-ac")).unlink()
+
+
+def with_a_cache(bench: Bench) -> None:
+    home = hub_cache.repository(bench.root / "home" / "hub", REPO)
+    for name in FILES:
+        path = home / "snapshots" / bench.commit / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content(name))
+
+
+def with_everything_in_place(bench: Bench) -> None:
+    bench.give_parts()
+    apply.weights(bench.asked(), smoke=False)
+    shutil.rmtree(bench.root / "chunks")
+
+
+def with_a_server_that_comes_round(bench: Bench) -> None:
+    bench.owner()
+    bench.hub.fault("status", host="hub", code=503, times=1)
+    bench.hub.fault("close", host="storage", times=1)
+
+
+def with_an_account_that_is_not_told(bench: Bench) -> None:
+    bench.owner()
+    bench.hub.fault("status", "/api/whoami-v2", code=429)
+
+
+def with_one_mirror_of_two_without_the_files(bench: Bench) -> None:
+    bench.owner()
+    bench.mirror("ckpt.pt")
+    bench.request |= {"source": "auto"}
+
+
+GOOD = [
+    with_parts,
+    with_a_token,
+    with_a_mirror,
+    with_a_mirror_of_parts,
+    with_a_mirror_of_the_part_that_is_missing,
+    with_two_mirrors_of_half_the_parts_each,
+    with_one_part_missing,
+    with_a_cache,
+    with_everything_in_place,
+    with_a_server_that_comes_round,
+    with_an_account_that_is_not_told,
+    with_one_mirror_of_two_without_the_files,
+]
+
+
+@pytest.mark.parametrize("prepare", GOOD, ids=[prepare.__name__ for prepare in GOOD])
+def test_the_doctor_promises_what_weights_keeps(
+    bench: Bench, prepare: Callable[[Bench], None]
+) -> None:
+    """With no error from the doctor `inv weights` succeeds, and only then does it end with 0."""
+    prepare(bench)
+    diagnosis = bench.examine()
+    assert (code(diagnosis), code_of_weights(bench)) == (0, 0)
+    assert Verdict.NOT_OK not in {check.verdict for check in diagnosis.checks}
+    assert said(diagnosis).endswith("OK: inv weights --model csm-tiny --no-smoke could succeed")
+
+
+ASKING_NO_ONE = [with_parts, with_a_cache, with_everything_in_place]
+
+
+@pytest.mark.parametrize("prepare", ASKING_NO_ONE, ids=[p.__name__ for p in ASKING_NO_ONE])
+def test_no_server_is_asked_for_what_is_here(
+    bench: Bench, prepare: Callable[[Bench], None]
+) -> None:
+    """Where nothing is to come from the Hub it gets no request, and no token is no obstacle."""
+    prepare(bench)
+    found = checks(bench.examine())
+    assert bench.hub.log == []
+    assert (found["token"].verdict, found["access"].verdict) == (Verdict.NOTE, Verdict.NOT_ASKED)
+
+
+def test_of_each_file_one_byte_comes_and_nothing_is_written(bench: Bench) -> None:
+    """Two large files are asked for one byte each; the disk stays as it is."""
+    bench.owner()
+    before = sorted(bench.root.rglob("*"))
+    assert code(bench.examine()) == 0
+    assert bench.hub.bytes_sent() == 2
+    assert [path for path in sorted(bench.root.rglob("*")) if path not in before] == []
+
+
+def test_the_hub_is_asked_for_nothing_else(bench: Bench) -> None:
+    """Besides the files only for whose the token is: no telemetry, no list of agents."""
+    bench.owner()
+    bench.examine()
+    others = [r.path for r in bench.hub.requests("hub") if "/resolve/" not in r.path]
+    assert others == ["/api/whoami-v2"]
+
+
+def test_the_token_goes_to_the_hub_only(bench: Bench) -> None:
+    """The storage host and a mirror see nothing of it."""
+    bench.owner()
+    bench.request |= {"urls": (f"{bench.hub.storage}/none",)}
+    diagnosis = bench.examine()
+    assert (code(diagnosis), checks(diagnosis)["mirrors"].verdict) == (0, Verdict.NOTE)
+    assert len(bench.hub.requests("storage")) == 4
+    assert not any(TOKEN in str(r.headers) for r in bench.hub.requests("storage"))
+
+
+# ---- what the rows say
+
+
+def test_the_owner_of_the_token_is_named(bench: Bench) -> None:
+    """The token's row has the variable, the account and the kind of the token."""
+    bench.owner(user="bob")
+    assert checks(bench.examine())["token"].found == "HF_TOKEN, of bob, fine-grained"
+
+
+def test_a_token_in_a_file_is_found(bench: Bench) -> None:
+    """Without a variable, the row names the file that holds the token."""
+    path = bench.root / "home" / "token"
+    path.parent.mkdir()
+    path.write_text(TOKEN)
+    bench.give_parts()
+    assert checks(bench.examine())["token"].found == f"{path}; nothing comes from there"
+
+
+def test_an_account_that_is_never_told_is_not_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the answer about the account does not end, the rest is told all the same."""
+    monkeypatch.setattr(probe, "PATIENCE", 0.2)
+    bench.owner()
+    fault = bench.hub.fault("stall", "/api/whoami-v2", at=0, seconds=60)
+    start = time.monotonic()
+    diagnosis = bench.examine()
+    assert time.monotonic() - start < 5
+    fault.clear()
+    assert checks(diagnosis)["token"].found == "HF_TOKEN, whose was not told"
+    assert code(diagnosis) == 0
+
+
+def test_a_token_that_the_hub_repeats_is_not_shown(bench: Bench) -> None:
+    """A server that quotes the token in its refusal, or as the account's name, is masked."""
+    bench.owner(user=f"{TOKEN}\x1b[31m", access="none")
+    headers = {"X-Error-Message": f"no access with {TOKEN}", "X-Error-Code": "GatedRepo"}
+    bench.hub.fault("status", "*/resolve/*", code=403, headers=headers)
+    text = said(bench.examine())
+    assert "no access with ***" in text
+    assert TOKEN not in text and "\x1b" not in text
+
+
+def test_a_token_beyond_ascii_is_refused_before_it_is_sent(bench: Bench) -> None:
+    """A token that was pasted with an ellipsis is no crash, and opens no connection."""
+    bench.setenv("HF_TOKEN", "hf_Geheim\N{HORIZONTAL ELLIPSIS}")
+    diagnosis = bench.examine()
+    assert (code(diagnosis), code_of_weights(bench), bench.hub.log) == (5, 5, [])
+    assert diagnosis.error is not None
+    assert diagnosis.error.findings[0].kind is Kind.UNKNOWN_TOKEN
+    assert "hf_Geheim" not in said(diagnosis)
+
+
+def test_both_hosts_are_named_and_where_the_token_goes(bench: Bench) -> None:
+    """The endpoint comes first, then the storage host; a token in the clear is pointed out."""
+    bench.owner()
+    row = checks(bench.examine())["hosts"]
+    hub, storage = (url.removeprefix("http://") for url in (bench.hub.endpoint, bench.hub.storage))
+    told = f"HF_ENDPOINT: the token goes in the clear to {hub}"
+    assert (row.verdict, row.found) == (Verdict.NOTE, f"{hub}, {storage}; {told}")
+
+
+def test_parts_make_a_missing_token_a_note(bench: Bench) -> None:
+    """The same missing token stands in the way without parts, and not with them."""
+    assert checks(bench.examine())["token"].verdict is Verdict.NOT_OK
+    bench.give_parts()
+    assert checks(bench.examine())["token"].verdict is Verdict.NOTE
+
+
+def test_parts_are_counted_by_their_size(bench: Bench) -> None:
+    """A part that is missing and one of the wrong size are told apart."""
+    bench.give_parts()
+    first, second = sorted((bench.root / "chunks").rglob("ckpt.pt.part-*"))[:2]
+    first.unlink()
+    second.write_bytes(b"short")
+    row = checks(bench.examine())["parts"]
+    assert row.verdict is Verdict.NOT_OK
+    assert row.found == "model.safetensors 6 of 6; ckpt.pt 4 of 6 (wrong size)"
+
+
+def test_the_cache_row_names_what_it_holds(bench: Bench) -> None:
+    """The row of the cache has its folder, and the files that are in it."""
+    with_a_cache(bench)
+    row = checks(bench.examine())["Hub cache"]
+    assert row.found == f"{', '.join(FILES)} in {bench.root / 'home' / 'hub'}"
+
+
+PROXIES = {
+    "http://me:S3cret@127.0.0.1:9": "by http://***@127.0.0.1:9",
+    "http://127.0.0.1:9": "by http://127.0.0.1:9",
+    "me:S3/cret@127.0.0.1:9": "by ***@127.0.0.1:9",
+    "http://me:S3@cret@127.0.0.1:9": "by http://***@127.0.0.1:9",
+}
+
+
+@pytest.mark.parametrize(("proxy", "shown"), PROXIES.items())
+def test_a_proxy_is_shown_without_its_password(bench: Bench, proxy: str, shown: str) -> None:
+    """Whatever the form of its URL."""
+    bench.owner()
+    bench.setenv("HTTP_PROXY", proxy)
+    row = checks(bench.examine())["proxy"]
+    assert row.found == f"{bench.hub.endpoint.removeprefix('http://')} {shown}"
+
+
+def test_a_host_that_needs_no_proxy_is_asked_directly(bench: Bench) -> None:
+    """NO_PROXY is honoured, for what is asked and for what is shown."""
+    bench.owner()
+    bench.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    bench.setenv("NO_PROXY", "127.0.0.1,127.0.0.2")
+    diagnosis = bench.examine()
+    assert (code(diagnosis), checks(diagnosis)["proxy"].found) == (0, "none")
+
+
+def test_too_little_disk_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row says what is needed and what is free, and the code is that of a full disk."""
+    bench.give_parts()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    diagnosis = bench.examine()
+    row = checks(diagnosis)["disk"]
+    assert (code(diagnosis), row.verdict) == (7, Verdict.NOT_OK)
+    assert "2,395,447 bytes to write" in row.found and "1,000 free" in row.found
+
+
+def test_a_folder_that_takes_no_files_is_told(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A destination without permission to write ends with the code of a disk that takes none."""
+    bench.give_parts()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: mode == os.R_OK and access(p, mode))
+    diagnosis = bench.examine()
+    assert diagnosis.error is not None
+    assert {f.kind for f in diagnosis.error.findings} == {Kind.NOT_WRITABLE}
+    assert code(diagnosis) == 7
+
+
+def test_without_torch_only_the_smoke_test_is_in_danger(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No torch ends with 77 and says what does without it; --no-smoke asks for none."""
+    bench.give_parts()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    diagnosis = bench.examine(smoke=True)
+    assert diagnosis.error is not None
+    assert code(diagnosis) == 77
+    assert "--no-smoke" in diagnosis.error.findings[0].help
+    assert code(bench.examine(smoke=False)) == 0
+    shutil.rmtree(bench.root / "chunks")
+    assert code(bench.examine(smoke=True)) == 3
+
+
+def test_torch_is_not_asked_for_without_weights(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no weights are chosen there is no smoke test, as in weights."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    bench.request |= {"only": ("config",)}
+    assert code(bench.examine(smoke=True)) == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "hidden", "found"),
+    [
+        ("H100, 80000 MiB, 81559 MiB", False, "H100, 80000 MiB of 81559 MiB free"),
+        ("No devices were found", False, "none: the smoke test runs on the CPU"),
+        ("H100, 80000 MiB, 81559 MiB", True, "hidden by CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_the_gpu_is_what_nvidia_smi_says(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, output: str, hidden: bool, found: str
+) -> None:
+    """Its name and memory, unless it is hidden; none is a note and no obstacle."""
+    program = bench.root / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{output}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(bench.root), prepend=":")
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    bench.give_parts()
+    diagnosis = bench.examine(smoke=True)
+    assert found in checks(diagnosis)["GPU"].found
+    assert code(diagnosis) == 0
+
+
+# ---- what speaking offline takes
+
+
+def fill(cache: Path, needed: offline_assets.Needed) -> None:
+    """Puts empty files of the right size where an offline client looks for them."""
+    home = hub_cache.repository(cache, needed.repo)
+    commit = "a" * 40
+    for name in needed.files:
+        path = home / "snapshots" / commit / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(SIZES.get(name, 10))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+
+
+SIZES = {
+    "model.safetensors": 6_211_186_784,
+    "tokenizer-e351c8d8-checkpoint125.safetensors": 384_644_900,
+}
+
+
+def test_each_repository_that_is_not_here_has_its_command(bench: Bench) -> None:
+    """Without anything in the cache, four repositories are named, each with what brings it."""
+    diagnosis = doctor.closure(bench.asked())
+    helps = [check.findings[0].help for check in diagnosis.checks if check.findings]
+    assert (code(diagnosis), len(helps)) == (3, 4)
+    assert helps[0] == "inv weights --only safetensors && inv seed-cache --only safetensors"
+    assert "accept the terms at" in helps[1] and "hf download meta-llama" in helps[1]
+    assert helps[2].startswith("hf download kyutai/moshiko-pytorch-bf16")
+    assert helps[3] == "hf download sony/silentcipher"
+
+
+def test_what_is_here_is_not_asked_for(bench: Bench) -> None:
+    """With one repository missing only that is told; with all of them, speaking is promised."""
+    cache = bench.root / "home" / "hub"
+    needs = [need for need in offline_assets.closure(cache) if not need.optional]
+    mimi, *others = sorted(needs, key=lambda n: "kyutai" not in n.repo)
+    for needed in others:
+        fill(cache, needed)
+    diagnosis = doctor.closure(bench.asked())
+    bad = [check.name for check in diagnosis.checks if check.verdict is Verdict.NOT_OK]
+    assert (bad, code(diagnosis)) == ([mimi.repo], 3)
+    fill(cache, mimi)
+    diagnosis = doctor.closure(bench.asked())
+    assert code(diagnosis) == 0
+    assert said(diagnosis).endswith("OK: CSM can speak with HF_HUB_OFFLINE=1")
+
+
+def test_what_only_our_generator_wants_is_a_note(bench: Bench) -> None:
+    """The codec for transformers is named with its command, and its absence is no error."""
+    cache = bench.root / "home" / "hub"
+    for needed in offline_assets.closure(cache):
+        if not needed.optional:
+            fill(cache, needed)
+    last = doctor.closure(bench.asked()).checks[-1]
+    assert (last.name, last.verdict, last.findings) == ("kyutai/mimi", Verdict.NOTE, ())
+    assert "hf download kyutai/mimi config.json model.safetensors" in last.found
+
+
+# ---- as a person calls it
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    """A clone in which nothing has run yet."""
+    return Clone.make(tmp_path / "clone")
+
+
+def inv(clone: Clone, *arguments: str, **variables: str) -> Result:
+    """`inv doctor` with these arguments and variables."""
+    return clone.run(INV, "doctor", *arguments, env=variables)
+
+
+def test_a_fresh_clone_is_told_the_ways_to_the_weights(clone: Clone) -> None:
+    """Without anything the table, the missing token and four ways; nothing is written."""
+    clone.inv("--list")
+    before = clone.tree()
+    result = inv(clone)
+    assert (result.returncode, clone.inv("weights", "--no-smoke").returncode) == (3, 3)
+    assert "plan       NOT OK" in result.stdout and "token      NOT OK" in result.stdout
+    assert "hf auth login" in result.stdout
+    assert re.findall(r"^ *(\d)\. ", result.stdout, re.MULTILINE) == ["1", "2", "3", "4"]
+    assert clone.tree() == before
+
+
+def test_a_clone_with_parts_is_promised_its_model(clone: Clone) -> None:
+    """csm-tiny as it is in the repository: all is well, with the smoke test or without."""
+    result = inv(clone, "--model", "csm-tiny")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.endswith("OK: inv weights --model csm-tiny could succeed\n")
+    assert result.stderr == ""
+
+
+TOLD = {"token not known": "hf_Another", "terms not accepted": TOKEN}
+
+
+@pytest.mark.parametrize(("kind", "known"), TOLD.items(), ids=TOLD)
+def test_the_token_is_in_no_stream(clone: Clone, kind: str, known: str) -> None:
+    """Through the command, with all that the libraries say when asked to, it is not shown."""
+    with HubServer() as hub:
+        hub.add_token(known, access="none")
+        write_manifest(clone.root, hub.add_repo(REPO, {"x": b""}, gated=True))
+        shutil.rmtree(clone.root / "chunks")
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_DEBUG": "1"}
+        result = inv(clone, "--model", "csm-tiny", "--json", **variables)
+    data = json.loads(result.stdout)
+    assert (result.returncode, data["exit_code"], data["ok"]) == (5, 5, False)
+    assert [finding["kind"] for finding in data["findings"]] == [kind]
+    assert TOKEN not in result.stdout + result.stderr
+
+
+OFFLINE = [
+    ("--model", "csm-tiny"),
+    ("--model", "csm-tiny", "--source", "hf"),
+    ("--model", "csm-tiny", "--url", "http://127.0.0.1:9/folder"),
+    ("--offline",),
+]
+
+
+@pytest.mark.parametrize("arguments", OFFLINE, ids=" ".join)
+def test_offline_mode_opens_no_socket(clone: Clone, arguments: tuple[str, ...]) -> None:
+    """With HF_HUB_OFFLINE=1 no socket is made, whatever is missing."""
+    write_manifest(clone.root, "a" * 40)
+    shutil.rmtree(clone.root / "chunks")
+    clone.fake("sitecustomize", NO_SOCKETS)
+    result = inv(clone, *arguments, HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    assert result.returncode == 3, result.stderr
+    assert "a socket was opened" not in result.stderr
+    online = inv(clone, "--model", "csm-tiny", HF_TOKEN=TOKEN)
+    assert (online.returncode, "a socket was opened" in online.stderr) == (1, True)
+
+
+def test_ctrl_c_ends_the_waiting(clone: Clone) -> None:
+    """While a server does not answer, Ctrl-C ends with 130 and in a sentence."""
+    write_manifest(clone.root, "a" * 40)
+    shutil.rmtree(clone.root / "chunks")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        variables = {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN}
+        process = clone.start(INV, "doctor", "--model", "csm-tiny", env=variables)
+        mute.settimeout(60)
+        mute.accept()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=probe.PATIENCE - 3)
+    assert process.returncode == 130
+    assert "interrupted" in errors and "Traceback" not in errors
+
+
+def test_seed_cache_says_where_the_files_are_and_who_finds_them(clone: Clone) -> None:
+    """Each file with how it came and its blob, in words and in JSON; a dry run changes nothing."""
+    write_manifest(clone.root, "a" * 40)
+    clone.inv("weights", "--model", "csm-tiny", "--no-smoke")
+    cache = clone.extra / ".cache" / "huggingface"
+    assert clone.inv("seed-cache", "--model", "csm-tiny", "--dry").returncode == 0
+    assert not cache.exists()
+    result = clone.inv("seed-cache", "--model", "csm-tiny")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^model\.safetensors +linked +[0-9a-f]{64}$", result.stdout, re.MULTILINE)
+    assert result.stdout.rstrip().endswith(
+        f'OK: with HF_HUB_OFFLINE=1, from_pretrained("{REPO}") finds it'
+    )
+    data = json.loads(clone.inv("seed-cache", "--model", "csm-tiny", "--json").stdout)
+    assert {file["how"] for file in data["files"]} == {"already there"}
+    assert all(Path(file["blob"]).is_file() for file in data["files"])
+    checked = json.loads(inv(clone, "--model", "csm-tiny", "--json", "--no-smoke").stdout)
+    assert checked["exit_code"] == 0

@@ -1,0 +1,361 @@
+"""Results in words and in JSON: aligned, clean, and with nothing left out."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from csm_weights.commands.render import report
+from csm_weights.errors import (
+    CsmWeightsError,
+    Finding,
+    Kind,
+    MissingInput,
+    NoSpace,
+    WrongContent,
+    printable,
+)
+from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline.plan import Goal
+from csm_weights.pipeline.request import Outcome
+from csm_weights.store.receipts import Check, Figures, SmokeReport
+from csm_weights.verify.gates import Gate, GateResult
+from tests.support.toy import Toy, flip
+
+ESCAPE = "\x1b[2J\x1b]0;title\x07"
+
+FIGURES = Figures(
+    machine="a GPU",
+    driver="1.2",
+    torch="2.0",
+    dtype="bfloat16",
+    loaded_bytes=5_000_000_000,
+    bus_rate=40e9,
+    frame_bytes=6_000_000_000,
+    memory_rate=90e9,
+    peak_host=1_500_000_000,
+    peak_device=3_000_000_000,
+)
+SMOKE = SmokeReport(
+    device="cpu",
+    checks=(Check("finite", "1.0", "all", True), Check("cache", "0.5", "at most 0.1", False)),
+    frames_per_second=1.5,
+    real_time_factor=8.0,
+    load_seconds=0.25,
+    figures=FIGURES,
+    bound_to=(("model.safetensors", "1" * 64),),
+    made_at="2025-01-01T00:00:00+00:00",
+)
+
+
+@pytest.fixture
+def outcome(toy: Toy) -> Outcome:
+    """What `weights` says of a toy repository that had nothing in place."""
+    return apply.weights(toy.request(), smoke=False)
+
+
+def is_clean(text: str) -> bool:
+    """Whether a terminal would show the text and do nothing else."""
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+# ---- tables
+
+
+def test_a_table_is_aligned() -> None:
+    """Each column starts at the same place in every line, as wide as its widest word."""
+    text = report.table(("file", "bytes"), [("a", "1"), ("longer name", "22")])
+    assert text == "file         bytes\na            1\nlonger name  22"
+
+
+def test_any_table_is_aligned() -> None:
+    """Whatever the words, they can be read back by the columns' places."""
+    rng = random.Random("table")
+    for _ in range(50):
+        width = rng.randint(1, 5)
+        words = ["".join(rng.choices(string.ascii_letters, k=rng.randint(1, 9))) for _ in range(99)]
+        rows = [words[i * width : (i + 1) * width] for i in range(5)]
+        lines = report.table(rows[0], rows[1:]).split("\n")
+        starts = [0]
+        for i in range(width - 1):
+            starts.append(starts[-1] + max(len(row[i]) for row in rows) + 2)
+        ends = [*starts[1:], None]
+        read = [[line[a:b].strip() for a, b in zip(starts, ends, strict=True)] for line in lines]
+        assert read == rows
+
+
+def test_a_table_has_no_trailing_space() -> None:
+    """Lines end with their last word."""
+    text = report.table(("a", ""), [("long word", ""), ("x", "y")])
+    assert [line for line in text.split("\n") if line != line.rstrip()] == []
+
+
+def test_a_table_of_nothing_is_its_head() -> None:
+    """No rows leave the head."""
+    assert report.table(("a", "b"), []) == "a  b"
+
+
+# ---- what a file name may hold
+
+
+BAD = [ESCAPE, "\x9b2J", "\r", "\n", "\x08", "\x7f", "\u202e", "\u2028", "\udc80", "\0"]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_control_characters_are_cleaned(bad: str) -> None:
+    """No control character, line end, bidirectional mark or broken byte is left in a word."""
+    cleaned = printable(f"a{bad}b")
+    assert is_clean(cleaned)
+    assert (cleaned[0], cleaned[-1], cleaned.count("\n")) == ("a", "b", 0)
+
+
+@pytest.mark.parametrize("text", ["plain", "été", "日本語", "→ ok"])
+def test_what_can_be_shown_is_kept(text: str) -> None:
+    """Letters of any language stay as they are."""
+    assert printable(text) == text
+
+
+def refusal(toy: Toy) -> CsmWeightsError:
+    """The error of a run that cannot go on."""
+    with pytest.raises(CsmWeightsError) as caught:
+        apply.weights(toy.request(), smoke=False)
+    return caught.value
+
+
+def test_a_hostile_part_name_cannot_drive_the_terminal(toy: Toy) -> None:
+    """An escape sequence in the name of a file that is found is cleaned in every text."""
+    toy.part("a.bin", 0).with_name(f"a.bin.part-{ESCAPE}").touch()
+    survey = apply.survey(toy.request())
+    assert "unexpected part" in report.survey_text(survey)
+    assert is_clean(report.survey_text(survey))
+    assert is_clean(str(refusal(toy)))
+
+
+def test_a_line_end_in_a_part_name_cannot_forge_a_line(toy: Toy) -> None:
+    """A file name with a line end does not make a line of its own in any text."""
+    forged = "OK: in place and proven"
+    toy.part("a.bin", 0).with_name(f"a.bin.part-\n{forged}").touch()
+    survey = report.survey_text(apply.survey(toy.request()))
+    error = str(refusal(toy))
+    lines = [*survey.split("\n"), *error.split("\n")]
+    assert [line for line in lines if line.startswith(forged)] == []
+
+
+def test_a_hostile_destination_cannot_drive_the_terminal(toy: Toy) -> None:
+    """What a person, or a script, gave as --dest is cleaned too."""
+    survey = apply.survey(toy.request(dest=f"there{ESCAPE}"))
+    assert is_clean(report.survey_text(survey))
+    state = replace(survey.state)
+    assert is_clean(report.outcome_text(Outcome(state)))
+
+
+def test_a_hostile_finding_in_an_outcome_is_cleaned(outcome: Outcome) -> None:
+    """Findings, notes and gate results of an outcome are cleaned."""
+    bad = Finding(Kind.WRONG_SIZE, f"where{ESCAPE}", f"one{ESCAPE}", f"two{ESCAPE}", ESCAPE)
+    result = GateResult(Gate.SIZE, f"a{ESCAPE}", False, "x", f"found{ESCAPE}", (bad,))
+    error = WrongContent(f"message{ESCAPE}", [bad])
+    hostile = replace(outcome, notes=(bad,), results=(result,), error=error)
+    assert is_clean(report.outcome_text(hostile))
+
+
+# ---- outcomes in words
+
+
+def test_an_outcome_shows_files_gates_and_verdict(toy: Toy, outcome: Outcome) -> None:
+    """Every file has a line with the start of its digest, and the last line is the verdict."""
+    text = report.outcome_text(outcome)
+    for artifact in toy.manifest.artifacts:
+        assert any(line.startswith(artifact.path) for line in text.split("\n"))
+    digest = toy.artifact("a.bin").sha256 or ""
+    assert digest[: report.SHORT] in text
+    assert "5 pieces, chunks/toy/a.bin" in text
+    assert text.split("\n")[-1] == "OK: in place and proven"
+
+
+def test_a_failed_outcome_says_what_is_wrong(toy: Toy) -> None:
+    """The finding, the closed gate and NOT OK are in the text of a failed check."""
+    apply.weights(toy.request(), smoke=False)
+    flip(toy.placed("a.bin"))
+    failed = checks.verify(toy.request())
+    text = report.outcome_text(failed)
+    assert failed.error is not None
+    assert failed.error.findings[0].line() in text
+    assert [line.split()[:3] for line in text.split("\n") if line.startswith("digest")] == [
+        ["digest", "NOT", "OK"]
+    ]
+    assert text.split("\n")[-1].startswith("NOT OK: ")
+
+
+def test_a_gate_that_did_not_run_is_not_ok(outcome: Outcome) -> None:
+    """`not run` is its own verdict: neither OK nor NOT OK."""
+    results = (GateResult(Gate.STRUCTURE, "a", None, "x", "not run: no config"),)
+    text = report.outcome_text(replace(outcome, results=results))
+    line = next(line for line in text.split("\n") if line.startswith("structure"))
+    assert line.split()[1:3] == ["not", "run"]
+    assert "0 of 1 files" in line
+
+
+def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
+    """The plan has a line for each file and piece, and the sums of bytes."""
+    survey = apply.survey(toy.request())
+    text = report.survey_text(survey)
+    reads = sum(step.reads for step in survey.plan.steps)
+    writes = sum(step.writes for step in survey.plan.steps)
+    assert f"to read {reads:,} bytes, to write {writes:,}" in text
+    assert all(piece.part in text for piece in toy.artifact("a.bin").pieces)
+    assert "assemble from 5 parts, then move into place" in text
+
+
+def test_a_survey_says_why_a_part_is_of_no_use(toy: Toy) -> None:
+    """A missing part is named where its bytes would come from."""
+    toy.part("a.bin", 2).unlink()
+    text = report.survey_text(apply.survey(toy.request()))
+    assert f"nowhere: {toy.artifact('a.bin').pieces[2].part} is missing" in text
+    assert "nothing to take it from" in text
+
+
+def test_a_survey_says_how_to_get_what_is_missing(toy: Toy) -> None:
+    """With nothing here, the ways to get the files are in the text and in the JSON."""
+    for piece in toy.artifact("a.bin").pieces:
+        (toy.root / piece.part).unlink()
+    survey = apply.survey(toy.request("a.bin"))
+    assert "output/toy/a.bin" in survey.advice
+    assert report.survey_text(survey).endswith(survey.advice)
+    assert read(report.survey_json(survey))["advice"] == survey.advice
+
+
+def test_a_survey_says_what_an_earlier_run_proved(toy: Toy) -> None:
+    """Pieces that are kept in the unfinished file are told as such."""
+    flip(toy.part("a.bin", 2))
+    refusal(toy)
+    text = report.survey_text(apply.survey(toy.request()))
+    assert text.count("the unfinished file, proven in an earlier run") >= 4
+
+
+def test_the_smoke_test_has_its_limits_and_verdicts(outcome: Outcome) -> None:
+    """Each check has what was found, the limit, and OK or NOT OK."""
+    text = report.outcome_text(replace(outcome, smoke=SMOKE))
+    lines = [line.split() for line in text.split("\n")]
+    assert ["finite", "1.0", "all", "OK"] in lines
+    assert ["cache", "0.5", "at", "most", "0.1", "NOT", "OK"] in lines
+    assert SMOKE.ok is False
+
+
+def test_reports_are_pure(toy: Toy, outcome: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
+    """Making a report prints nothing and changes no file."""
+    capsys.readouterr()
+    before = [(p, p.stat().st_mtime_ns) for p in sorted(toy.root.rglob("*"))]
+    report.outcome_text(outcome)
+    report.outcome_json(outcome)
+    report.survey_text(apply.survey(toy.request()))
+    assert capsys.readouterr() == ("", "")
+    assert [(p, p.stat().st_mtime_ns) for p in sorted(toy.root.rglob("*"))] == before
+
+
+# ---- JSON
+
+
+def read(text: str) -> dict[str, Any]:
+    """JSON as a strict reader has it: ASCII, and no NaN or Infinity."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    data = json.loads(text.encode("ascii"), parse_constant=refuse)
+    assert isinstance(data, dict)
+    return data
+
+
+def test_every_gate_says_what_it_expected_and_found(toy: Toy, outcome: Outcome) -> None:
+    """The JSON of an outcome has a result for each gate and file, with both words."""
+    data = read(report.outcome_json(outcome))
+    places = {(gate["gate"], gate["path"]) for gate in data["gates"]}
+    gates = ("present", "size", "digest")
+    assert places == {(g, a.path) for g in gates for a in toy.manifest.artifacts}
+    assert all(gate["expected"] and gate["found"] for gate in data["gates"])
+    assert (data["ok"], data["exit_code"], data["findings"]) == (True, 0, [])
+
+
+def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
+    """The JSON of a failed check has the exit code and every field of each finding."""
+    apply.weights(toy.request(), smoke=False)
+    flip(toy.placed("a.bin"))
+    failed = checks.verify(toy.request())
+    data = read(report.outcome_json(failed))
+    assert (data["ok"], data["exit_code"]) == (False, 4)
+    assert failed.error is not None
+    (finding,) = failed.error.findings
+    assert data["findings"] == [{**vars(finding), "kind": "wrong digest"}]
+    assert [g["gate"] for g in data["gates"] if g["ok"] is False] == ["digest"]
+
+
+def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None:
+    """What the table shortens, the JSON has in full, with where each piece came from."""
+    data = read(report.outcome_json(outcome))
+    entry = next(file for file in data["files"] if file["path"] == "a.bin")
+    assert entry["receipt"]["sha256"] == toy.artifact("a.bin").sha256
+    sources = [piece["source"] for piece in entry["receipt"]["pieces"]]
+    assert sources == [piece.part for piece in toy.artifact("a.bin").pieces]
+    assert (entry["state"], entry["file"]) == ("proven", str(toy.placed("a.bin")))
+
+
+def test_json_of_a_survey_adds_up(toy: Toy) -> None:
+    """Steps, bytes and pieces of `status --json` are those of the plan."""
+    survey = apply.survey(toy.request(), Goal.BOTH)
+    data = read(report.survey_json(survey))
+    assert data["bytes_to_read"] == sum(step["reads"] for step in data["steps"])
+    assert data["bytes_to_write"] == sum(step["writes"] for step in data["steps"])
+    assert data["bytes_free"] == survey.state.free_staging
+    assert [len(a["pieces"]) for a in data["artifacts"]] == [5, 3, 0]
+    assert (data["ok"], data["exit_code"]) == (False, 0)
+
+
+def test_json_of_a_checked_survey_has_its_exit_code(toy: Toy) -> None:
+    """`status --check --json` says 3 while something is missing, and 0 when all is proven."""
+    toy.part("a.bin", 0).unlink()
+    missing = apply.survey(toy.request("a.bin"), check=True)
+    assert read(report.survey_json(missing))["exit_code"] == 3
+    apply.weights(toy.request("b.bin"), smoke=False)
+    done = read(report.survey_json(apply.survey(toy.request("b.bin"), check=True)))
+    assert (done["ok"], done["exit_code"]) == (True, 0)
+
+
+def test_json_of_a_smoke_report_is_whole(outcome: Outcome) -> None:
+    """The smoke report is in the JSON with its numbers."""
+    data = read(report.outcome_json(replace(outcome, smoke=SMOKE)))["smoke"]
+    assert (data["device"], data["load_seconds"]) == ("cpu", 0.25)
+    assert [check["ok"] for check in data["checks"]] == [True, False]
+
+
+FINDING = Finding(Kind.NO_SPACE, "a/\udc80\x1b", "10 bytes", "9", "free some disk")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MissingInput("none", [], "get it"), 3),
+        (WrongContent("wrong", [FINDING, FINDING]), 4),
+        (NoSpace("full", [FINDING]), 7),
+    ],
+)
+def test_an_error_is_a_result_too(error: CsmWeightsError, code: int) -> None:
+    """`--json` has an object also when a command fails, with code, message, findings, advice."""
+    data = read(report.error_json(error))
+    assert (data["ok"], data["exit_code"]) == (False, code)
+    assert (data["message"], data["advice"]) == (error.message, error.advice)
+    assert [set(f) for f in data["findings"]] == [set(vars(FINDING))] * len(error.findings)
+
+
+def test_an_error_in_words_has_every_finding_and_the_help() -> None:
+    """The text of an error has a line for each finding, with the way out at its end."""
+    text = str(WrongContent("wrong", [replace(FINDING, where="a")], "the advice"))
+    assert text.split("\n") == [
+        "wrong",
+        "  a: no space: expected 10 bytes, found 9 -> free some disk",
+        "the advice",
+    ]

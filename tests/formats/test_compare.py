@@ -1,0 +1,646 @@
+"""Two files of weights against each other: equal, or which tensor differs first and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from csm_weights.commands.compare import compare
+from csm_weights.commands.render import report_compare
+from csm_weights.errors import Kind, MissingInput, UsageError, WrongContent
+from csm_weights.formats import compare as stage
+from csm_weights.formats import strided
+from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.compare import Comparison, Difference, What
+from csm_weights.formats.multipart import Joined
+from csm_weights.formats.transformers_layout import TIED
+from csm_weights.pipeline.request import Request
+from tests.support import hostile
+from tests.support.clone import REPOSITORY, Clone
+from tests.support.oracles import transformers_config, transformers_model
+
+TINY = Architecture(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+Q_PROJ = "backbone.layers.1.attn.q_proj.weight"
+K_PROJ = "decoder.layers.0.attn.k_proj.weight"
+AUDIO = "audio_embeddings.weight"
+MiB = 1 << 20
+
+
+def tiny_state(seed: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = TINY.tensor_shapes()
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def held(first: Path, second: Path) -> Comparison:
+    """What comes of comparing two paths."""
+    return compare(Request(REPOSITORY, "csm-tiny"), first, second)
+
+
+def only(comparison: Comparison) -> Difference:
+    """The one difference there is."""
+    assert len(comparison.differences) == 1
+    return comparison.differences[0]
+
+
+Compared = Callable[[dict[str, Tensor], dict[str, Tensor]], Comparison]
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Compared:
+    """Compares two state dicts: the first as safetensors, the second as a checkpoint."""
+
+    def run(first: dict[str, Tensor], second: dict[str, Tensor]) -> Comparison:
+        save_file(first, tmp_path / "a.safetensors")
+        torch.save(second, tmp_path / "b.pt")
+        return held(tmp_path / "a.safetensors", tmp_path / "b.pt")
+
+    return run
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    """The tiny model as model.safetensors, with nothing beside it."""
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    save_file(tiny_state(), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def transformers_state(codec: bool = True) -> dict[str, Tensor]:
+    """What transformers' own model of the tiny weights saves, the tied copy included."""
+    model = transformers_model(TINY, tiny_state())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {n: t for n, t in state.items() if codec or not n.startswith("codec_model.")}
+
+
+def sharded(folder: Path, state: dict[str, Tensor], count: int = 2) -> list[Path]:
+    """Saves a state dict in shards, and their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(state)
+    where: dict[str, str] = {}
+    paths = [folder / f"transformers-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    for number, path in enumerate(paths):
+        own = {name: state[name].clone().contiguous() for name in names[number::count]}
+        save_file(own, path)
+        where |= dict.fromkeys(own, path.name)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "transformers.safetensors.index.json").write_text(json.dumps(index))
+    return paths
+
+
+# ---- equal
+
+
+def test_two_formats_of_one_model_are_equal(compared: Compared) -> None:
+    """All tensors of equal files are counted, with their bytes, and nothing differs."""
+    state = tiny_state()
+    comparison = compared(state, state)
+
+    assert comparison.differences == ()
+    assert comparison.error is None
+    assert len(TINY.tensor_shapes()) == comparison.equal
+    assert sum(tensor.nbytes for tensor in state.values()) == comparison.nbytes
+    assert (comparison.first.format, comparison.second.format) == ("safetensors", "torch-zip")
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors", "model.safetensors.part-ac"])
+def test_a_file_is_compared_with_parts(name: str, tmp_path: Path) -> None:
+    """Parts are named by their folder, by the file they make, or by any one of them."""
+    parts = REPOSITORY / "chunks" / "csm-tiny"
+    checkpoint = tmp_path / "ckpt.pt"
+    pieces = sorted((parts / "ckpt").iterdir())
+    checkpoint.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    comparison = held(parts / "safetensors" / name, checkpoint)
+
+    assert (len(TINY.tensor_shapes()), ()) == (comparison.equal, comparison.differences)
+    assert comparison.first.where.endswith("part-aa and 5 more parts")
+
+
+def test_bits_of_nan_are_bits(compared: Compared) -> None:
+    """Equal NaNs are equal, and NaNs of other bits are not."""
+    quiet = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+
+    assert compared({"a": quiet}, {"a": quiet}).error is None
+    difference = only(compared({"a": quiet[[0, 0]]}, {"a": quiet}))
+    assert (difference.index, difference.second) == ((1,), "nan (0x7fc00001)")
+
+
+def test_zeros_of_two_signs_differ(compared: Compared) -> None:
+    """Minus zero is another bit pattern than zero."""
+    difference = only(compared({"a": torch.tensor(0.0)}, {"a": torch.tensor(-0.0)}))
+
+    assert (difference.index, difference.what) == ((), What.ELEMENTS)
+    assert (difference.first, difference.second) == ("0.0 (0x00000000)", "-0.0 (0x80000000)")
+
+
+def test_empty_tensors_are_equal(compared: Compared) -> None:
+    """A tensor without elements has none that differ."""
+    state = {"a": torch.zeros(3, 0), "b": torch.tensor(1, dtype=torch.int64)}
+    assert (compared(state, state).equal, compared(state, state).nbytes) == (2, 8)
+
+
+def test_views_of_a_checkpoint_are_read_as_they_are(compared: Compared) -> None:
+    """Transposed, sliced and shared tensors of a checkpoint equal their contiguous copies."""
+    base = torch.randn(300, 517)
+    views = {
+        "turned": base.T,
+        "column": base[:, 5],
+        "slice": base[7:90, 3:500:2],
+        "row": base[2],
+        "cube": base.view(30, 10, 517).permute(2, 0, 1),
+    }
+    copies = {
+        name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()
+    }
+    assert compared(copies, views).error is None
+    copies["cube"][516, 29, 9] += 1
+    copies["turned"][300, 200] += 1
+    found = compared(copies, views).differences
+    assert [(d.name, d.index) for d in found] == [("cube", (516, 29, 9)), ("turned", (300, 200))]
+
+
+def test_two_files_without_tensors_prove_nothing(compared: Compared) -> None:
+    """That nothing differs is no proof where there is nothing."""
+    error = compared({}, {}).error
+    assert error
+    assert error.exit_code == 4
+
+
+# ---- different
+
+
+BORDER = stage.BLOCK // 4
+
+
+@pytest.mark.parametrize("at", [0, 1, BORDER - 1, BORDER, 2 * BORDER, 3 * BORDER + 16])
+def test_the_first_element_that_differs_is_found(at: int, compared: Compared) -> None:
+    """First, last, and on either side of a block's border: its index, both values, both bits."""
+    first = torch.zeros(3 * BORDER + 17)
+    second = first.clone()
+    second[at:] = 1.5
+    difference = only(compared({"a": first}, {"a": second}))
+
+    assert (What.ELEMENTS, (at,)) == (difference.what, difference.index)
+    assert difference.values
+    assert [(value.number, value.bits) for value in difference.values] == [
+        (0.0, "0x00000000"),
+        (1.5, "0x3fc00000"),
+    ]
+
+
+@pytest.mark.parametrize("index", [(0, 0, 0), (2, 3, 4), (29, 69, 89), (15, 0, 89)])
+def test_an_index_has_all_dimensions(index: tuple[int, int, int], compared: Compared) -> None:
+    """The index is that of torch, with as many figures as the tensor has dimensions."""
+    first = torch.randn(30, 70, 90)
+    second = first.clone()
+    second[index] += 1
+    difference = only(compared({"a": first}, {"a": second}))
+
+    assert index == difference.index
+    assert f"a{list(index)}" == difference.where
+    assert difference.values
+    assert first[index].item() == difference.values[0].number
+    assert second[index].item() == difference.values[1].number
+
+
+def test_each_kind_of_difference_is_told_in_the_order_of_names(compared: Compared) -> None:
+    """Missing here, missing there, another dtype, another shape, other elements; the rest equal."""
+    first = tiny_state()
+    second = dict(first)
+    first["audio_head.more"] = torch.zeros(2)
+    del second["backbone.norm.scale"]
+    second["audio_embeddings.weight"] = first["audio_embeddings.weight"].half()
+    second["projection.weight"] = first["projection.weight"].T.contiguous()
+    second["text_embeddings.weight"] = first["text_embeddings.weight"] + 1
+    second["zzz"] = torch.zeros(1, dtype=torch.int64)
+    comparison = compared(first, second)
+
+    expected = [
+        ("audio_embeddings.weight", What.DTYPE, "F32 [1120, 64]", "F16 [1120, 64]"),
+        ("audio_head.more", What.MISSING, "F32 [2]", "no such tensor"),
+        ("backbone.norm.scale", What.MISSING, "F32 [64]", "no such tensor"),
+        ("projection.weight", What.SHAPE, "F32 [32, 64]", "F32 [64, 32]"),
+    ]
+    found = [(d.name, d.what, d.first, d.second) for d in comparison.differences]
+    assert expected == found[:4]
+    assert [pair[:2] for pair in found[4:]] == [
+        ("text_embeddings.weight", What.ELEMENTS),
+        ("zzz", What.MISSING),
+    ]
+    assert len(tiny_state()) - 4 == comparison.equal
+
+
+def test_a_difference_is_wrong_content(compared: Compared) -> None:
+    """The error says how many differ and where the first is; of very many, 20 are spelled out."""
+    first = {f"t{number:02}": torch.zeros(4) for number in range(30)}
+    second = {name: tensor + (name != "t00") for name, tensor in first.items()}
+    error = compared(first, second).error
+
+    assert error
+    assert error.exit_code == 4
+    assert error.message == "29 tensors differ, the first at t01[0]; 1 are equal"
+    assert [finding.kind for finding in error.findings] == [Kind.DIFFERENT] * 21
+    assert error.findings[-1].found == "9 more tensors that differ"
+
+
+# ---- transformers' layout
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    """The tiny model as transformers saves it, in two shards."""
+    return sharded(tmp_path / "theirs", transformers_state())
+
+
+def test_transformers_shards_are_the_same_model(ours: Path, shards: list[Path]) -> None:
+    """All tensors are equal once renamed and reordered; the tied copy counts, the codec not."""
+    comparison = held(ours, shards[0])
+
+    assert comparison.differences == ()
+    assert len(TINY.tensor_shapes()) + 1 == comparison.equal
+    codec = [t for n, t in transformers_state().items() if n.startswith("codec_model.")]
+    assert (len(codec), sum(t.nbytes for t in codec)) == (
+        comparison.second.left_out,
+        comparison.second.left_out_bytes,
+    )
+    assert codec
+    assert "and 1 more shard" in comparison.second.where
+
+
+@pytest.mark.parametrize("name", ["shard", "folder", "index", "checkpoint", "one file"])
+def test_a_transformers_checkpoint_may_come_in_any_form(
+    name: str, ours: Path, shards: list[Path], tmp_path: Path
+) -> None:
+    """Any shard, their folder, their index, one file, or a zip; on either side."""
+    path = shards[0].parent
+    if name == "shard":
+        path = shards[1]
+    elif name == "index":
+        path = path / "transformers.safetensors.index.json"
+    elif name == "checkpoint":
+        path = tmp_path / "theirs.pt"
+        torch.save(transformers_state(), path)
+    elif name == "one file":
+        path = tmp_path / "theirs.safetensors"
+        save_file(transformers_state(codec=False), path)
+
+    assert held(path, ours).differences == ()
+    assert held(path, path).differences == ()
+
+
+@pytest.mark.parametrize("name", [Q_PROJ, K_PROJ])
+def test_an_element_of_q_or_k_is_found_in_our_order(name: str, ours: Path, tmp_path: Path) -> None:
+    """The index of an element in a permuted projection is that of our own file."""
+    state = tiny_state()
+    state[name][5, 7] += 1
+    model = transformers_model(TINY, state)
+    shard = sharded(tmp_path / "other", dict(model.state_dict()))[0]
+    difference = only(held(ours, shard))
+
+    assert (name, (5, 7)) == (difference.name, difference.index)
+    assert difference.values
+    assert state[name][5, 7].item() == difference.values[1].number
+
+
+def test_a_projection_in_the_wrong_order_differs(ours: Path, tmp_path: Path) -> None:
+    """Our own rows under transformers' name are another model."""
+    state = transformers_state()
+    theirs = "backbone_model.layers.1.self_attn.q_proj.weight"
+    state[theirs] = tiny_state()[Q_PROJ]
+    difference = only(held(ours, sharded(tmp_path / "other", state)[0]))
+
+    assert (difference.name, difference.index) == (Q_PROJ, (1, 0))
+
+
+def test_a_tied_copy_that_differs_is_told(ours: Path, tmp_path: Path) -> None:
+    """The copy of the audio embeddings is compared under its own name."""
+    state = transformers_state()
+    state[TIED][1119, 63] += 1
+    difference = only(held(ours, sharded(tmp_path / "other", state)[0]))
+
+    assert (difference.name, difference.index) == (TIED, (1119, 63))
+
+
+def test_the_tied_copy_alone_is_enough(ours: Path, tmp_path: Path) -> None:
+    """Where only one of the two tied names is saved, it is the audio embeddings."""
+    state = transformers_state()
+    del state["backbone_model.embed_tokens.embed_audio_tokens.weight"]
+
+    comparison = held(ours, sharded(tmp_path / "other", state)[0])
+    assert (len(TINY.tensor_shapes()), None) == (comparison.equal, comparison.error)
+
+
+def test_a_name_that_is_not_csm_s_is_told(ours: Path, tmp_path: Path) -> None:
+    """A tensor of transformers' layout that maps to none of ours differs by its name."""
+    name = "backbone_model.layers.0.self_attn.q_proj.bias"
+    path = sharded(tmp_path / "other", transformers_state() | {name: torch.zeros(64)})[0]
+    difference = only(held(ours, path))
+
+    assert (name, What.UNKNOWN, "F32 [64]") == (difference.name, difference.what, difference.second)
+    assert [name] == [d.name for d in held(path, path).differences]
+
+
+def test_heads_come_from_the_config(tmp_path: Path) -> None:
+    """A network of unknown shape is compared by the config.json beside it, not by a guess."""
+    stack = FLAVORS["tiny-backbone"]
+    odd = Architecture(
+        type(stack)(layers=1, dim=48, heads=2, kv_heads=1, ffn=40), TINY.decoder, 512, 35, 32
+    )
+    state = {name: torch.randn(shape) for name, shape in odd.tensor_shapes().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    shard = sharded(tmp_path / "theirs", dict(transformers_model(odd, state).state_dict()))[0]
+    with pytest.raises(WrongContent, match=r"put the model's config.json beside the file"):
+        held(tmp_path / "model.safetensors", shard)
+    transformers_config(odd).to_json_file(tmp_path / "theirs" / "config.json")
+    assert held(tmp_path / "model.safetensors", shard).differences == ()
+
+
+def test_missing_shards_are_named(ours: Path, tmp_path: Path) -> None:
+    """Without all of its shards a checkpoint is not compared, whichever way it is named."""
+    shards = sharded(tmp_path / "theirs", transformers_state(), count=3)
+    lost = [shards[0], shards[2]]
+    for path in lost:
+        path.unlink()
+    index = shards[0].parent / "transformers.safetensors.index.json"
+    for path in (*shards, shards[0].parent, index):
+        with pytest.raises(MissingInput) as caught:
+            held(ours, path)
+        assert [finding.where for finding in caught.value.findings] == list(map(str, lost))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"{",
+        b"[" * 100_000,
+        b'{"weight_map": {}}',
+        b'{"weight_map": {"a": "../theirs/transformers-00001-of-00002.safetensors"}}',
+        b'{"weight_map": {"a": 7}}',
+        b'{"weight_map": ["a"]}',
+    ],
+)
+def test_a_hostile_index_is_refused(content: bytes, ours: Path, shards: list[Path]) -> None:
+    """An index names shards beside it, and nothing else."""
+    index = shards[0].parent / "transformers.safetensors.index.json"
+    index.write_bytes(content)
+    with pytest.raises(WrongContent, match="shards"):
+        held(ours, index)
+
+
+def test_absurdly_many_shards_are_refused(ours: Path, tmp_path: Path) -> None:
+    """A name that speaks of 99,999 shards is not followed."""
+    path = tmp_path / "model-00001-of-99999.safetensors"
+    shutil.copy(ours, path)
+    with pytest.raises(WrongContent, match="1 to 200 shards"):
+        held(ours, path)
+
+
+def test_a_tensor_in_two_shards_is_refused(ours: Path, shards: list[Path]) -> None:
+    """Shards that both have a tensor do not say which one it is."""
+    shutil.copy(shards[0], shards[1])
+    with pytest.raises(WrongContent, match="each tensor once"):
+        held(ours, shards[0])
+
+
+def test_shards_of_several_models_are_not_guessed_at(ours: Path, shards: list[Path]) -> None:
+    """A folder with two sets of shards needs a word which are meant."""
+    shutil.copy(shards[0], shards[0].with_name("other-00001-of-00001.safetensors"))
+    with pytest.raises(UsageError, match="several models"):
+        held(ours, shards[0].parent)
+
+
+@pytest.mark.parametrize("name", ["one_tensor_inside_another", "header_not_json", "access_page"])
+def test_a_hostile_file_is_refused(name: str, ours: Path, tmp_path: Path) -> None:
+    """What the readers refuse is not compared."""
+    content, _ = hostile.BAD_SAFETENSORS[name]
+    with pytest.raises(WrongContent, match="cannot be read"):
+        held(ours, hostile.written(tmp_path, content))
+
+
+def test_a_pickle_that_runs_something_is_not_run(ours: Path, tmp_path: Path) -> None:
+    """A checkpoint that would run code is refused, and the code does not run."""
+    mark = tmp_path / "ran"
+    pickles = hostile.running_pickles(str(mark))
+    for pickle, _ in pickles.values():
+        path = hostile.written(tmp_path, hostile.checkpoint(pickle))
+        with pytest.raises(WrongContent):
+            held(ours, path)
+    assert not mark.exists()
+
+
+def test_a_path_to_nothing_is_missing_input(ours: Path, tmp_path: Path) -> None:
+    """A file that is not there, and a folder without weights, are missing inputs."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in (tmp_path / "none.pt", empty, tmp_path / "none.safetensors.index.json"):
+        with pytest.raises(MissingInput):
+            held(ours, path)
+
+
+def test_a_file_that_is_written_to_meanwhile_is_refused(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read while someone writes proves nothing, in either direction."""
+    other = tmp_path / "other.safetensors"
+    shutil.copy(ours, other)
+    read = strided.read_elements
+
+    def disturbed(source: Joined, *arguments: Any) -> None:
+        read(source, *arguments)
+        with other.open("r+b") as file:
+            file.write(other.read_bytes()[:1])
+            os.utime(other, ns=(1, 1))
+
+    monkeypatch.setattr(stage, "read_elements", disturbed)
+    with pytest.raises(WrongContent) as caught:
+        held(ours, other)
+    assert [(Kind.CHANGED, str(other))] == [(f.kind, f.where) for f in caught.value.findings]
+
+
+def test_a_file_that_is_cut_meanwhile_is_refused(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that ends early while it is read has changed too."""
+    other = tmp_path / "other.safetensors"
+    shutil.copy(ours, other)
+    read = strided.read_elements
+
+    def cutting(source: Joined, *arguments: Any) -> None:
+        os.truncate(other, 10_000)
+        read(source, *arguments)
+
+    monkeypatch.setattr(stage, "read_elements", cutting)
+    with pytest.raises(WrongContent, match="became shorter"):
+        held(ours, other)
+
+
+# ---- what is here of a model
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with csm-tiny's manifest and parts."""
+    root = tmp_path / "repository"
+    shutil.copytree(REPOSITORY / "chunks" / "csm-tiny", root / "chunks" / "csm-tiny")
+    (root / "manifests").mkdir()
+    shutil.copy(REPOSITORY / "manifests" / "csm-tiny.toml", root / "manifests")
+    return root
+
+
+def joined(root: Path, name: str, folder: str) -> Path:
+    parts = sorted((root / "chunks" / "csm-tiny").rglob(f"{name}.part-*"))
+    path = root / folder / "csm-tiny" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def test_the_two_formats_are_found_wherever_they_are(repository: Path) -> None:
+    """In place before staged before parts."""
+    request = Request(repository, "csm-tiny")
+    assert "part-aa" in compare(request).first.where
+    staged = joined(repository, "model.safetensors", "output")
+    assert str(staged) == compare(request).first.where
+    placed = joined(repository, "model.safetensors", "models")
+    comparison = compare(request)
+    assert str(placed) == comparison.first.where
+    assert "ckpt.pt.part-aa" in comparison.second.where
+    assert (len(TINY.tensor_shapes()), None) == (comparison.equal, comparison.error)
+
+
+def test_one_file_is_held_against_what_is_here(repository: Path) -> None:
+    """That is the safetensors, unless it is the very file that was named."""
+    request = Request(repository, "csm-tiny")
+    placed = joined(repository, "model.safetensors", "models")
+    checkpoint = joined(repository, "ckpt.pt", "models")
+
+    assert str(placed) == compare(request, checkpoint).second.where
+    assert str(checkpoint) == compare(request, placed).second.where
+
+
+def test_what_is_not_here_is_named_with_the_command_that_brings_it(repository: Path) -> None:
+    """A format without a file and without all of its parts is a missing input."""
+    (repository / "chunks/csm-tiny/ckpt/ckpt.pt.part-ab").unlink()
+    with pytest.raises(MissingInput) as caught:
+        compare(Request(repository, "csm-tiny"))
+    (finding,) = caught.value.findings
+    assert finding.where.endswith("models/csm-tiny/ckpt.pt")
+    assert finding.help == "inv fetch --model csm-tiny --only ckpt"
+
+
+# ---- reports
+
+
+def test_the_text_has_a_verdict(ours: Path, shards: list[Path]) -> None:
+    """Both sides, what was left out, and OK."""
+    text = report_compare.comparison_text(held(ours, shards[0]))
+    assert "safetensors, transformers' names" in text
+    assert "left out of" in text
+    assert text.splitlines()[-1].startswith("OK: 53 tensors of ")
+
+
+def test_the_text_of_a_difference_says_where(compared: Compared) -> None:
+    """The table has the element and both values; the verdict is NOT OK."""
+    first = {"a": torch.zeros(2, 3), "b\n\x1b[31m": torch.zeros(1)}
+    second = {"a": torch.zeros(2, 3), "b\n\x1b[31m": torch.zeros(1)}
+    second["a"][1, 2] = 0.5
+    second["b\n\x1b[31m"][0] = float("nan")
+    comparison = compared(first, second)
+    text = report_compare.comparison_text(comparison)
+
+    assert "a[1, 2]" in text
+    assert "0.0 (0x00000000)  0.5 (0x3f000000)" in text
+    assert "\x1b" not in text
+    assert text.splitlines()[-1] == "NOT OK: 2 tensors differ, the first at a[1, 2]; 0 are equal"
+    data = json.loads(
+        report_compare.comparison_json(comparison),
+        parse_constant=lambda word: pytest.fail(f"{word} is not JSON"),
+    )
+    assert (data["ok"], data["exit_code"], data["differences"][0]["index"]) == (False, 4, [1, 2])
+    assert data["differences"][0]["values"][1] == {"number": 0.5, "bits": "0x3f000000"}
+    assert data["differences"][1]["values"][1] == {"number": "nan", "bits": "0x7fc00000"}
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A checkout in which torch must not be touched."""
+    clone = Clone.make(tmp_path_factory.mktemp("compare") / "clone")
+    clone.fake("torch", "raise RuntimeError('torch was imported')\n")
+    return clone
+
+
+def test_the_command_compares_without_torch(clone: Clone) -> None:
+    """`inv compare` compares the two formats; results on stdout, exit code 0."""
+    done = clone.inv("compare", "--model", "csm-tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith("OK: 52 tensors of 1,186,560 bytes are equal")
+
+
+def test_the_command_takes_files(clone: Clone) -> None:
+    """One file that differs, in JSON and by make: exit code 4, and a result all the same."""
+    state = clone.joined("model.safetensors")
+    other = clone.root / "other.safetensors"
+    other.write_bytes(state[:-4] + b"\0\0\0\0")
+    done = clone.inv("compare", "--model", "csm-tiny", "--file", "other.safetensors", "--json")
+    data = json.loads(done.stdout)
+    assert (done.returncode, data["exit_code"]) == (4, 4)
+    assert [d["name"] for d in data["differences"]] == ["text_embeddings.weight"]
+    assert data["differences"][0]["index"] == [511, 63]
+    made = clone.make_target("compare", "MODEL=csm-tiny", f"FILE={other} {other}")
+    assert (made.returncode, made.stdout.splitlines()[-1][:6]) == (0, "OK: 52")
+    assert clone.inv("compare", "--file", "none.pt").returncode == 3
+    often = clone.inv("compare", *("--file", "other.safetensors") * 3)
+    assert (often.returncode, "at most twice" in often.stderr) == (1, True)
+    assert "Traceback" not in often.stderr
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from csm_weights import concurrency
+from csm_weights.commands import compare as command
+from csm_weights.commands.render import report_compare
+from csm_weights.formats import compare
+from csm_weights.pipeline import request
+compare.workers = concurrency.workers = lambda: 64
+found = command.compare(request.Request(Path.cwd(), "csm-tiny"), *map(Path, sys.argv[1:]))
+report_compare.comparison_json(found)
+status = Path("/proc/self/status").read_text()
+peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+print(found.equal, peak, bool({"torch", "numpy", "safetensors"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """Large tensors, most of them turned, take below 100 MiB on 64 cores, and no torch."""
+    files = [tmp_path / "a.safetensors", tmp_path / "b.pt"]
+    state = {str(n): torch.randint(0, 99, (2048, 2048), dtype=torch.int32).T for n in range(8)}
+    state |= {"large": torch.zeros(3 * 2**23, dtype=torch.int32)}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, files[0])
+    torch.save(state, files[1])
+    command = [sys.executable, "-c", MEASURED, *map(str, files)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    equal, peak, heavy = done.stdout.split()
+
+    assert (equal, heavy) == ("9", "False")
+    assert int(peak) < 100 << 10

@@ -1,0 +1,183 @@
+"""Elements of tensors, contiguous or not, against torch's own idea of them."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csm_weights.formats.multipart import Joined
+from csm_weights.formats.strided import read_elements, to_number
+from csm_weights.formats.tensor_index import TensorInfo, row_major
+
+#: Bytes before the tensors of a test, so that an offset is not zero.
+LEAD = 24
+ELEMENTS = 5000
+DTYPES = {
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+}
+MiB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A file of random bytes after a lead, and those bytes."""
+    path = tmp_path_factory.mktemp("noise") / "data"
+    data = torch.randint(0, 256, (8 * ELEMENTS,), dtype=torch.uint8)
+    path.write_bytes(bytes(LEAD) + data.numpy().tobytes())
+    return path, data
+
+
+def read(source: Joined, info: TensorInfo, start: int = 0, count: int | None = None) -> bytes:
+    count = math.prod(info.shape) - start if count is None else count
+    room = bytearray(count * info.itemsize)
+    read_elements(source, info, start, room)
+    return bytes(room)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes and strides of views of at most ELEMENTS elements, broadcast ones too."""
+    dims = draw(st.integers(0, 4))
+    shape = tuple(draw(st.integers(0, 7)) for _ in range(dims))
+    usual = draw(st.permutations(row_major(shape)))
+    strides = tuple(draw(st.one_of(st.just(step), st.integers(0, 150))) for step in usual)
+    return shape, strides
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    view=views(),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    cuts=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_any_view_reads_as_torch_has_it(
+    noise: tuple[Path, torch.Tensor],
+    view: tuple[tuple[int, ...], tuple[int, ...]],
+    dtype: str,
+    cuts: tuple[float, float],
+) -> None:
+    """Any range of elements, of any shape, stride and offset, is what as_strided gives."""
+    path, data = noise
+    shape, stride = view
+    info = TensorInfo("t", dtype, shape, LEAD + 3 * 8, stride)
+    typed = data.view(DTYPES[dtype])
+    expected = typed.as_strided(shape, stride, 3 * 8 // info.itemsize).contiguous().flatten()
+    start, stop = sorted(int(cut * expected.numel()) for cut in cuts)
+    with Joined([path]) as source:
+        assert expected.numpy().tobytes() == read(source, info)
+        part = expected[start:stop].numpy().tobytes()
+        assert part == read(source, info, start, stop - start)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [
+        ((3000, 700), (1, 3000)),
+        ((3000, 700), (1, 40_000)),
+        ((60, 50, 700), (50, 1, 40_000)),
+        ((2, 3, 70_000), (70_000, 140_000, 1)),
+        ((30_000,), (90,)),
+        ((3, 500, 2), (9_000_000, 2, 1)),
+        ((100_000, 2), (0, 1)),
+    ],
+)
+def test_large_views_that_are_far_apart(
+    shape: tuple[int, ...], stride: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Elements too far apart to be read together are found one by one, or run by run."""
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    data = torch.randint(0, 2**31, (size,), dtype=torch.int32)
+    path = tmp_path / "data"
+    data.numpy().tofile(path)
+    expected = data.as_strided(shape, stride).contiguous().flatten().numpy().tobytes()
+    info = TensorInfo("t", "I32", shape, 0, stride)
+    with Joined([path]) as source:
+        assert expected == read(source, info)
+        # From the middle of one row to the middle of another.
+        assert expected[4 * 555 : -4 * 777] == read(source, info, 555, len(expected) // 4 - 1332)
+
+
+@pytest.mark.parametrize("stride", [(2048, 1), (1, 2048), (0, 1), (8192, 4), (40_000, 1)])
+def test_memory_is_bounded(stride: tuple[int, int], tmp_path: Path) -> None:
+    """Whatever the strides, a read needs little more than its result."""
+    path = tmp_path / "data"
+    shape = (2048, 2048)
+    elements = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    with path.open("wb") as file:
+        file.truncate(4 * elements)
+    info = TensorInfo("t", "F32", shape, 0, stride)
+    room = bytearray(MiB)
+    with Joined([path]) as source:
+        tracemalloc.start()
+        read_elements(source, info, 1000, room)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 6 * MiB
+
+
+def test_parts_are_read_as_one(noise: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    """A tensor may begin in one part and end in another."""
+    path, _ = noise
+    content = path.read_bytes()
+    parts = [tmp_path / name for name in "abc"]
+    for part, begin in zip(parts, (0, 5_001, 7_003), strict=True):
+        part.write_bytes(content[begin : {0: 5_001, 5_001: 7_003}.get(begin)])
+    info = TensorInfo("t", "F32", (40, 60), LEAD, (1, 41))
+    with Joined([path]) as whole, Joined(parts) as joined:
+        assert read(whole, info) == read(joined, info)
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 7), (6, 1), (-1, 1)])
+def test_only_elements_of_the_tensor_are_read(
+    noise: tuple[Path, torch.Tensor], start: int, count: int
+) -> None:
+    """A range that leaves the tensor is refused."""
+    path, _ = noise
+    info = TensorInfo("t", "F32", (2, 3), LEAD, (3, 1))
+    with Joined([path]) as source, pytest.raises(ValueError, match="of \\[2, 3\\]"):
+        read_elements(source, info, start, bytearray(4 * count))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        ("BOOL", torch.bool),
+        ("U8", torch.uint8),
+        ("I8", torch.int8),
+        ("I16", torch.int16),
+        ("U16", torch.uint16),
+        ("F16", torch.float16),
+        ("BF16", torch.bfloat16),
+        ("F8_E5M2", torch.float8_e5m2),
+        ("F8_E4M3", torch.float8_e4m3fn),
+        ("I32", torch.int32),
+        ("U32", torch.uint32),
+        ("F32", torch.float32),
+        ("I64", torch.int64),
+        ("U64", torch.uint64),
+        ("F64", torch.float64),
+        ("C64", torch.complex64),
+    ],
+)
+def test_numbers_are_those_of_torch(dtype: str, kind: torch.dtype) -> None:
+    """The value of an element is torch's, for every dtype and all bits of the small ones."""
+    item = kind.itemsize
+    raw = torch.randint(0, 256, (256, item), dtype=torch.uint8)
+    raw[:, -1] = torch.arange(256)
+    if kind is torch.bool:
+        raw %= 2
+    for row in raw:
+        found, expected = to_number(dtype, bytes(row.tolist())), row.view(kind).item()
+        assert found == expected or (found != found and expected != expected)
+        assert math.copysign(1, found.real) == math.copysign(1, complex(expected).real) or (
+            found != found
+        )

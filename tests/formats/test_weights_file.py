@@ -1,0 +1,454 @@
+"""The two weight formats, read as data: what is accepted, and what is refused and why."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csm_weights.errors import Kind, MissingInput, WrongContent
+from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.tensor_index import (
+    TensorInfo,
+    TensorTable,
+    check_against,
+    read_checkpoint,
+    read_safetensors,
+    row_major,
+)
+from tests.support import hostile
+
+TINY = Architecture(
+    FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], text_vocab=512, audio_vocab=35, codebooks=32
+)
+READERS = {"safetensors": read_safetensors, "checkpoint": read_checkpoint}
+MiB = 1 << 20
+
+
+def _message(reader: Any, path: Path) -> str:
+    with pytest.raises(WrongContent) as caught:
+        reader(path)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+# --- safetensors
+
+
+def test_safetensors_table(tmp_path: Path) -> None:
+    """A sound file gives each tensor's dtype, shape and absolute place, without its metadata."""
+    content = hostile.good_safetensors()
+    start = len(content) - 20
+    table = read_safetensors(hostile.written(tmp_path, content))
+    expected = {
+        "a": TensorInfo("a", "F32", (2,), start, (1,)),
+        "b": TensorInfo("b", "F32", (1, 3), start + 8, (3, 1)),
+    }
+    assert (expected, len(content)) == (dict(table.tensors), table.file_size)
+    assert [info.nbytes for info in table.tensors.values()] == [8, 12]
+
+
+def test_safetensors_of_another_order_and_odd_shapes(tmp_path: Path) -> None:
+    """Tensors may lie in another order than they are named, be scalar, or be empty."""
+    header = {
+        "late": hostile.entry(4, 8, []),
+        "none": hostile.entry(4, 4, [0, 7]),
+        "early": hostile.entry(0, 4, [4], "U8"),
+    }
+    table = read_safetensors(hostile.written(tmp_path, hostile.safetensors(header, bytes(8))))
+    start = table.file_size - 8
+    assert [((), start + 4, 4), ((0, 7), start + 4, 0), ((4,), start, 4)] == [
+        (info.shape, info.offset, info.nbytes) for info in table.tensors.values()
+    ]
+
+
+@pytest.mark.parametrize("name", hostile.BAD_SAFETENSORS)
+def test_safetensors_refused(name: str, tmp_path: Path) -> None:
+    """Each broken rule of the format is refused as wrong content, and named."""
+    content, reason = hostile.BAD_SAFETENSORS[name]
+    assert reason in _message(read_safetensors, hostile.written(tmp_path, content))
+
+
+def test_safetensors_findings_are_collected(tmp_path: Path) -> None:
+    """All wrong tensors are reported at once; of very many, 20 are spelled out."""
+    for count, listed in ((3, 3), (20, 20), (500, 21)):
+        header = {f"t{index}": 0 for index in range(count)}
+        with pytest.raises(WrongContent) as caught:
+            read_safetensors(hostile.written(tmp_path, hostile.safetensors(header)))
+        assert listed == len(caught.value.findings)
+    assert caught.value.findings[-1].found == "480 more findings"
+
+
+def test_safetensors_overlap_is_told_once(tmp_path: Path) -> None:
+    """A tensor inside another is one finding: the data still reach the end of the file."""
+    content, _ = hostile.BAD_SAFETENSORS["one_tensor_inside_another"]
+    with pytest.raises(WrongContent) as caught:
+        read_safetensors(hostile.written(tmp_path, content))
+    assert len(caught.value.findings) == 1
+
+
+def test_safetensors_library_agrees(tmp_path: Path) -> None:
+    """A file of the safetensors library reads back with the bytes of its tensors."""
+    numpy = pytest.importorskip("numpy")
+    library = pytest.importorskip("safetensors.numpy")
+    arrays = {
+        "b": numpy.arange(6, dtype=numpy.float32).reshape(2, 3),
+        "a": numpy.arange(4, dtype=numpy.int64),
+        "h": numpy.ones((2, 2), dtype=numpy.float16),
+    }
+    path = tmp_path / "model.safetensors"
+    library.save_file(arrays, path, metadata={"format": "np"})
+    content = path.read_bytes()
+    table = read_safetensors(path)
+    assert {n: i.dtype for n, i in table.tensors.items()} == {"a": "I64", "b": "F32", "h": "F16"}
+    for name, info in table.tensors.items():
+        assert arrays[name].shape == info.shape
+        assert arrays[name].tobytes() == content[info.offset : info.offset + info.nbytes]
+
+
+# --- checkpoints
+
+
+def test_checkpoint_table(tmp_path: Path) -> None:
+    """A sound checkpoint gives the tensor's place inside the zip."""
+    content = hostile.good_checkpoint()
+    table = read_checkpoint(hostile.written(tmp_path, content))
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        header = archive.getinfo("archive/data/0").header_offset
+    expected = TensorInfo("w", "F32", (2, 3), header + 30 + len("archive/data/0") + 4, (3, 1))
+    assert {"w": expected} == dict(table.tensors)
+
+
+def test_checkpoint_honours_offset_and_stride(tmp_path: Path) -> None:
+    """A view begins at its storage offset; a transposed one is known not to be contiguous."""
+    views = hostile.state_dict(
+        hostile.text("all"),
+        hostile.tensor(),
+        hostile.text("row"),
+        hostile.tensor(offset=3, shape=(3,), stride=(1,)),
+        hostile.text("turned"),
+        hostile.tensor(shape=(3, 2), stride=(1, 3)),
+    )
+    table = read_checkpoint(hostile.written(tmp_path, hostile.checkpoint(views)))
+    start = table.tensors["all"].offset
+    assert [start, start + 12, start] == [info.offset for info in table.tensors.values()]
+    assert [info.contiguous for info in table.tensors.values()] == [True, True, False]
+    assert [info.nbytes for info in table.tensors.values()] == [24, 12, 24]
+
+
+@pytest.mark.parametrize("name", hostile.BAD_ZIPS)
+def test_zip_refused(name: str, tmp_path: Path) -> None:
+    """A zip that is not laid out exactly as torch lays it out is refused."""
+    content, reason = hostile.BAD_ZIPS[name]
+    assert reason in _message(read_checkpoint, hostile.written(tmp_path, content))
+
+
+@pytest.mark.parametrize("name", hostile.BAD_PICKLES)
+def test_pickle_refused(name: str, tmp_path: Path) -> None:
+    """A pickle that does anything but name tensors is refused, and what it does is named."""
+    content, reason = hostile.BAD_PICKLES[name]
+    path = hostile.written(tmp_path, hostile.checkpoint(content))
+    assert reason in _message(read_checkpoint, path)
+
+
+def test_pickle_position_is_told(tmp_path: Path) -> None:
+    """The finding tells the byte of the pickle at which the refused opcode stands."""
+    path = hostile.written(tmp_path, hostile.checkpoint(b"\x80\x02}K\1\x93."))
+    assert "data.pkl byte 5: malformed" in _message(read_checkpoint, path)
+
+
+@pytest.mark.parametrize("name", hostile.running_pickles(""))
+def test_pickle_never_runs(name: str, tmp_path: Path) -> None:
+    """A pickle that any unpickler would run does nothing here but get refused."""
+    target = tmp_path / "was-run"
+    content, reason = hostile.running_pickles(str(target))[name]
+    path = hostile.written(tmp_path, hostile.checkpoint(content))
+    assert reason in _message(read_checkpoint, path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["global_and_reduce", "stack_global", "inst", "obj"])
+def test_pickle_would_run(name: str, tmp_path: Path) -> None:
+    """The payloads of the test above are live: the standard unpickler does run them."""
+    target = tmp_path / "was-run"
+    content, _ = hostile.running_pickles(str(target))[name]
+    pickle.loads(content).close()
+    assert target.exists()
+
+
+# --- checkpoints written by torch
+
+
+def _saved(tmp_path: Path, value: Any, **options: Any) -> Path:
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "ckpt.pt"
+    torch.save(value, path, **options)
+    return path
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    """The tensors by our table, as torch tensors."""
+    torch = pytest.importorskip("torch")
+    words = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "F16": torch.float16}
+    content = bytearray(path.read_bytes())
+    tensors = {}
+    for name, info in read_checkpoint(path).tensors.items():
+        if not info.nbytes:
+            tensors[name] = torch.zeros(info.shape, dtype=words[info.dtype])
+            continue
+        span = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.stride, strict=True))
+        flat = torch.frombuffer(content, dtype=words[info.dtype], count=span, offset=info.offset)
+        tensors[name] = flat.as_strided(info.shape, info.stride)
+    return tensors
+
+
+def _state_dict(variant: str) -> dict[str, Any]:
+    torch = pytest.importorskip("torch")
+    big = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {"w": big, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3)},
+        "ordered": OrderedDict(w=big, v=big[0].clone()),
+        "of a module": model.state_dict(),
+        "of parameters": dict(model.named_parameters()),
+        "view of a larger storage": {"head": big[1:], "column": big[:, 2]},
+        "transposed": {"w": big.T, "v": big.reshape(7, 5).T[1:]},
+        "shared storage": {"w": big, "tied": big},
+        "other dtypes": {"b": big.bfloat16(), "h": big.half(), "i": torch.arange(9)},
+        "1200 tensors": {f"{index}": torch.full((3,), index) * 1.0 for index in range(1200)},
+        "nothing": {},
+    }
+    return variants[variant]
+
+
+VARIANTS = (
+    "plain",
+    "ordered",
+    "of a module",
+    "of parameters",
+    "view of a larger storage",
+    "transposed",
+    "shared storage",
+    "other dtypes",
+    "1200 tensors",
+    "nothing",
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_checkpoint(variant: str, tmp_path: Path) -> None:
+    """Whatever plain state dict torch saves reads back equal to what torch itself loads."""
+    torch = pytest.importorskip("torch")
+    path = _saved(tmp_path, _state_dict(variant))
+    expected = torch.load(path, weights_only=True)
+    actual = _loaded(path)
+    assert list(expected) == list(actual)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_torch_checkpoint_to_a_buffer(tmp_path: Path) -> None:
+    """A checkpoint saved to a buffer, whose folder torch names itself, is read too."""
+    torch = pytest.importorskip("torch")
+    buffer = io.BytesIO()
+    torch.save({"w": torch.ones(3)}, buffer)
+    table = read_checkpoint(hostile.written(tmp_path, buffer.getvalue()))
+    assert list(table.tensors) == ["w"]
+
+
+def test_torch_checkpoint_beyond_4_gib(tmp_path: Path) -> None:
+    """Sizes and offsets beyond 32 bits are read from the zip64 fields."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "big.pt"
+    wide = {"big": torch.empty((1 << 30) + 5), "none": torch.empty(0), "last": torch.empty(16)}
+    with torch.serialization.skip_data():  # a sparse file
+        torch.save(wide, path)
+    try:
+        tensors = read_checkpoint(path).tensors
+        assert tensors["big"].nbytes == (1 << 32) + 20
+        loaded = torch.load(path, mmap=True, weights_only=True)
+        places = {name: loaded[name].data_ptr() - loaded["big"].data_ptr() for name in wide}
+        assert places["last"] == tensors["last"].offset - tensors["big"].offset
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "reason"),
+    [
+        ("wrapped", {}, "a dict under model"),
+        ("list", {}, "opcode EMPTY_LIST"),
+        ("number", {}, "a number under epoch"),
+        ("expanded", {}, "a view of 3 elements"),
+        ("sparse", {}, "global torch._utils _rebuild_sparse_tensor"),
+        ("module", {}, "global torch.nn.modules.linear Linear"),
+        ("plain", {"pickle_protocol": 4}, "pickle protocol 2"),
+        ("plain", {"_use_new_zipfile_serialization": False}, "a zip archive"),
+    ],
+)
+def test_torch_checkpoint_refused(
+    value: str, options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """What torch can save but is not a plain state dict is refused."""
+    torch = pytest.importorskip("torch")
+    values = {
+        "wrapped": {"model": {"w": torch.ones(3)}},
+        "list": [torch.ones(3)],
+        "number": {"w": torch.ones(3), "epoch": 3},
+        "expanded": {"w": torch.ones(3).expand(4, 3)},
+        "sparse": {"w": torch.eye(3).to_sparse()},
+        "module": torch.nn.Linear(2, 2),
+        "plain": {"w": torch.ones(3)},
+    }
+    assert reason in _message(read_checkpoint, _saved(tmp_path, values[value], **options))
+
+
+# --- bounds
+
+
+GOOD_FILES = {
+    "safetensors": hostile.good_safetensors(),
+    "checkpoint": hostile.good_checkpoint(),
+}
+
+
+@pytest.mark.parametrize("format_", READERS)
+@settings(deadline=timedelta(seconds=1), max_examples=400)
+@given(data=st.data())
+def test_mutated_file(format_: str, data: st.DataObject, tmp_path_factory: Any) -> None:
+    """A damaged file is read or refused as wrong content, within a second: nothing else."""
+    content = bytearray(GOOD_FILES[format_])
+    positions = st.integers(0, len(content) - 1)
+    for at, byte in data.draw(st.lists(st.tuples(positions, st.integers(0, 255)), max_size=4)):
+        content[at] = byte
+    start, end = sorted(data.draw(st.tuples(positions, positions)))
+    content[start:end] = data.draw(st.sampled_from([b"", b"\xff" * 8, bytes(content[start:end])]))
+    path = hostile.written(tmp_path_factory.getbasetemp(), bytes(content), format_)
+    try:
+        table = READERS[format_](path)
+    except WrongContent as error:
+        assert error.findings
+    else:
+        for info in table.tensors.values():
+            assert 0 <= info.offset <= info.offset + info.nbytes <= table.file_size
+
+
+@pytest.mark.parametrize("format_", READERS)
+def test_truncation_is_refused(format_: str, tmp_path: Path) -> None:
+    """A file cut off anywhere is refused."""
+    content = GOOD_FILES[format_]
+    for size in {*range(0, len(content), 5), len(content) - 1}:
+        _message(READERS[format_], hostile.written(tmp_path, content[:size]))
+
+
+@settings(deadline=timedelta(seconds=1), max_examples=300)
+@given(code=st.binary(max_size=60))
+def test_any_pickle(code: bytes, tmp_path_factory: Any) -> None:
+    """Any bytes in place of the pickle are read as a table or refused: nothing else."""
+    path = tmp_path_factory.getbasetemp() / "any.pt"
+    path.write_bytes(hostile.checkpoint(b"\x80\x02" + code))
+    with pytest.raises(WrongContent):
+        read_checkpoint(path)
+
+
+_MANY_NAMES = "{" + ",".join(f'"{i}":0' for i in range(60_000)) + "}"
+HEAVY = {
+    "deep JSON": hostile.safetensors("{" + '"a":{' * 150_000),
+    "wide JSON": hostile.safetensors('{"a":[' + "[]," * 340_000 + "[]]}"),
+    "names": hostile.safetensors(_MANY_NAMES),
+    "dicts in memo": hostile.checkpoint(
+        b"\x80\x02" + b"".join(b"}r" + struct.pack("<I", i) + b"\x85" for i in range(9_999))
+    ),
+    "dicts in dicts": hostile.checkpoint(
+        b"\x80\x02}" + b"".join(hostile.text(f"{i}") + b"}s" for i in range(50_000)) + b"."
+    ),
+    "long numbers": hostile.checkpoint(
+        b"\x80\x02" + (b"\x8a\xff" + b"\x7f" * 255 + b"\x85" * 3) * 4_000
+    ),
+    "zip entries": hostile.zip_of([hostile.Entry(f"a/data/{i}", b"") for i in range(17_000)]),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_memory_is_bounded(name: str, tmp_path: Path) -> None:
+    """A file made to be costly takes less than 64 MiB to refuse."""
+    path = hostile.written(tmp_path, HEAVY[name])
+    reader = read_safetensors if name in ("deep JSON", "wide JSON", "names") else read_checkpoint
+    tracemalloc.start()
+    try:
+        _message(reader, path)
+        assert tracemalloc.get_traced_memory()[1] < 64 * MiB
+    finally:
+        tracemalloc.stop()
+
+
+# --- where there is no file to read
+
+
+@pytest.mark.parametrize("reader", READERS.values())
+def test_missing_file(reader: Any, tmp_path: Path) -> None:
+    """A file that does not exist is a missing input, not wrong content."""
+    with pytest.raises(MissingInput) as caught:
+        reader(tmp_path / "none")
+    assert [finding.kind for finding in caught.value.findings] == [Kind.MISSING]
+
+
+@pytest.mark.parametrize("reader", READERS.values())
+def test_not_a_file(reader: Any, tmp_path: Path) -> None:
+    """A directory or a pipe is refused at once, without waiting for a writer."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (tmp_path, pipe):
+        assert "a regular file" in _message(reader, path)
+
+
+# --- against an architecture
+
+
+def _table(**changes: TensorInfo | None) -> TensorTable:
+    shapes = TINY.tensor_shapes()
+    tensors = {n: TensorInfo(n, "F32", s, 0, row_major(s)) for n, s in shapes.items()}
+    for name, info in changes.items():
+        if info is None:
+            del tensors[name]
+        else:
+            tensors[name] = info
+    return TensorTable(tensors, 0)
+
+
+def test_architecture_agrees() -> None:
+    """Exactly the tensors of the architecture leave nothing to find."""
+    assert check_against(_table(), TINY, "model") == []
+
+
+def test_architecture_differs() -> None:
+    """A missing, an extra, a misshapen and a mistyped tensor are each named."""
+    name = "projection.weight"
+    wide = TensorInfo("audio_head", "F32", (32, 32, 35), 0, (1120, 35, 1))
+    half = TensorInfo(name, "F16", TINY.tensor_shapes()[name], 0, (64, 1))
+    more = TensorInfo("more\n", "F32", (1,), 0, (1,))
+    changes = {"audio_head": wide, name: half, "more\n": more, "decoder.norm.scale": None}
+    findings = check_against(_table(**changes), TINY, "model")
+    assert [(finding.where, finding.expected, finding.found) for finding in findings] == [
+        ("model: audio_head", "F32 [31, 32, 35]", "F32 [32, 32, 35]"),
+        ("model: decoder.norm.scale", "F32 [32]", "no such tensor"),
+        ("model: projection.weight", "F32 [32, 64]", "F16 [32, 64]"),
+        ("model: 'more\\n'", "no such tensor", "F32 [1]"),
+    ]
+
+
+def test_architecture_of_another_model() -> None:
+    """Of very many findings 20 are spelled out, and the rest are counted."""
+    findings = check_against(TensorTable({}, 0), TINY, "model")
+    assert len(findings) == 21
+    assert f"{len(TINY.tensor_shapes()) - 20} more findings" == findings[-1].found

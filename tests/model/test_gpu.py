@@ -1,0 +1,114 @@
+"""What only a GPU can show; `make test-gpu` runs it, and elsewhere it says why it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from csm_weights.byte_ranges import Span
+from csm_weights.formats.weights_file import find_weights, open_checkpoint
+from csm_weights.model import smoke
+from csm_weights.model.csm import Model
+from csm_weights.model.fast_decoder import Decoder
+from csm_weights.model.load import Ring, load_tensors
+from tests.model.test_csm import TINY
+from tests.model.test_fast_decoder import prompt, reference
+from tests.model.test_smoke import saved, tiny_state
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here"),
+]
+
+CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny"
+
+
+@pytest.mark.parametrize("format_", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ring", [None, Ring(4096, 2, 3), Ring(1 << 20, 1, 1)])
+def test_a_gpu_gets_the_same_tensors(format_: str, dtype: torch.dtype, ring: Ring | None) -> None:
+    """From parts, in either format, through rings of any shape: bit for bit the CPU's tensors."""
+    found = []
+    for device in ("cpu", "cuda"):
+        with open_checkpoint(find_weights(CHUNKS / format_)) as checkpoint:
+            options: Any = {"ring": ring} if device == "cuda" else {}
+            found.append(load_tensors(checkpoint, torch.device(device), dtype, **options))
+
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name].cpu()), name
+
+
+def test_a_flipped_byte_is_refused_on_the_way_to_a_gpu(tmp_path: Path) -> None:
+    """Digests are held against the bytes that are copied to the device."""
+    (tmp_path / "w").write_bytes(b"".join(p.read_bytes() for p in find_weights(CHUNKS / "ckpt")))
+    digests = [Span(0, (tmp_path / "w").stat().st_size, "0" * 64)]
+    with (
+        open_checkpoint([tmp_path / "w"]) as checkpoint,
+        pytest.raises(Exception, match="not those that are pinned"),
+    ):
+        load_tensors(checkpoint, torch.device("cuda"), torch.bfloat16, digests=digests)
+
+
+def on_gpu(dtype: torch.dtype) -> Model:
+    return Model.from_local(CHUNKS / "safetensors", "cuda", dtype, architecture=TINY)
+
+
+def spoken(decoder: Decoder, count: int, **how: Any) -> list[Tensor]:
+    tokens, mask = prompt()
+    first = decoder.start(tokens.cuda(), mask.cuda(), **how)
+    return [first, *(decoder.step() for _ in range(count - 1))]
+
+
+def test_graphs_give_the_frames_of_the_reference() -> None:
+    """In float32 40 greedy frames out of CUDA graphs are those of the CPU's reference."""
+    torch.set_float32_matmul_precision("highest")
+    model = Model.from_local(CHUNKS / "safetensors", architecture=TINY)
+    expected = [codes for codes, _ in reference(model, 40, *prompt(), temperature=0)]
+    found = spoken(Decoder(on_gpu(torch.float32)), 40, temperature=0)
+
+    assert [codes.tolist() for codes in expected] == [codes.tolist() for codes in found]
+
+
+def test_a_seed_gives_the_same_frames_again() -> None:
+    """What is drawn follows the seed, in the first sequence (which captures) as in later ones."""
+    decoder = Decoder(on_gpu(torch.bfloat16))
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append([codes.tolist() for codes in spoken(decoder, 10)])
+
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_draws_of_one_sequence_differ() -> None:
+    """A replayed graph draws anew each time, not the same again."""
+    frames = spoken(Decoder(on_gpu(torch.bfloat16)), 30, temperature=2.0)
+
+    assert len({str(codes.tolist()) for codes in frames}) > 20
+
+
+@pytest.mark.parametrize("dtype", list(smoke.CACHE_LIMITS))
+def test_smoke_is_ok_on_a_gpu_in_every_dtype(tmp_path: Path, dtype: str) -> None:
+    """Every check is OK, and bus, memory and driver are measured."""
+    folder = saved(tmp_path, tiny_state(seed=1))
+    report = smoke.run(folder, device="cuda", require_gpu=True, dtype=dtype)
+
+    assert [check.name for check in report.checks if not check.ok] == []
+    figures = report.figures
+    assert min(figures.bus_rate, figures.memory_rate, figures.peak_device) > 0
+    assert figures.driver not in ("-", "unknown")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_a_second_gpu_is_as_good_as_the_first(tmp_path: Path) -> None:
+    """`cuda:1` loads and speaks there, and nothing goes to the first."""
+    folder = saved(tmp_path, tiny_state(seed=1))
+    torch.cuda.reset_peak_memory_stats(0)
+    report = smoke.run(folder, device="cuda:1", require_gpu=True)
+
+    assert report.ok
+    assert torch.cuda.max_memory_allocated(0) == 0

@@ -1,0 +1,453 @@
+"""Loading: the tensors of a file, from wherever its bytes lie, on a device, proven on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from csm_weights.byte_ranges import Span
+from csm_weights.errors import MissingInput, WrongContent
+from csm_weights.formats.multipart import Joined, find_parts
+from csm_weights.formats.weights_file import find_weights, open_checkpoint
+from csm_weights.model import load
+from csm_weights.model.load import Ring, load_tensors
+from csm_weights.model.stream import blocks, stream
+
+CPU = torch.device("cpu")
+CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny" / "safetensors"
+
+#: Slots so small that every tensor is cut, and elements are.
+SMALL = Ring(block=4099, slots=1, threads=3)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """Tensors of odd sizes; in a checkpoint two are views and one lies transposed."""
+    torch.manual_seed(3)
+    slots = torch.randn(4, 5, 7)
+    return {
+        "a": torch.randn(301, 11),
+        "b": torch.randn(1),
+        "empty": torch.zeros(0, 4),
+        "head": slots[1:],
+        "long": torch.randn(5003),
+        "turned": torch.randn(37, 53).t(),
+    }
+
+
+@pytest.fixture(scope="module")
+def files(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same tensors in both formats."""
+    folder = tmp_path_factory.mktemp("files")
+    found = {"safetensors": folder / "model.safetensors", "torch-zip": folder / "ckpt.pt"}
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(contiguous, found["safetensors"])
+    torch.save(state, found["torch-zip"])
+    return found
+
+
+def in_parts(path: Path, folder: Path, size: int) -> list[Path]:
+    """The parts of a file, `size` bytes each."""
+    folder.mkdir()
+    content = path.read_bytes()
+    for number, start in enumerate(range(0, len(content), size)):
+        suffix = "".join(chr(97 + n) for n in divmod(number, 26))
+        (folder / f"{path.name}.part-{suffix}").write_bytes(content[start : start + size])
+    return find_parts(folder, path.name)
+
+
+def pinned(content: bytes, size: int) -> list[Span]:
+    """Spans of `size` bytes with their digests."""
+    return [
+        Span(s.offset, s.size, hashlib.sha256(content[s.offset : s.offset + s.size]).hexdigest())
+        for s in blocks(len(content), size)
+    ]
+
+
+def loaded(paths: Sequence[Path], dtype: torch.dtype | None = None, **options: Any) -> Any:
+    with open_checkpoint(paths) as checkpoint:
+        return load_tensors(checkpoint, CPU, dtype, **options)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == dtype
+        assert found[name].is_contiguous()
+        assert torch.equal(found[name], tensor.to(dtype)), name
+
+
+@pytest.mark.parametrize("format_", ["safetensors", "torch-zip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "how", ["whole", "parts", "small blocks", "proven", "proven in odd pieces"]
+)
+def test_tensors_are_those_that_were_saved(
+    files: dict[str, Path],
+    state: dict[str, Tensor],
+    tmp_path: Path,
+    format_: str,
+    dtype: torch.dtype,
+    how: str,
+) -> None:
+    """Both formats give the saved tensors in any dtype, whole or from parts, proven or not."""
+    paths = [files[format_]]
+    options: dict[str, Any] = {}
+    if how == "parts":
+        paths = in_parts(paths[0], tmp_path / "parts", 3001)
+    if how == "small blocks":
+        options = {"ring": SMALL}
+    if how == "proven":
+        options = {"digests": pinned(paths[0].read_bytes(), 8192)}
+    if how == "proven in odd pieces":
+        options = {"digests": pinned(paths[0].read_bytes(), 1237), "ring": SMALL}
+
+    assert_same(loaded(paths, dtype, **options), state, dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    part=st.integers(500, 9000),
+    block=st.integers(100, 9000),
+    threads=st.integers(1, 4),
+    piece=st.none() | st.integers(97, 9000),
+)
+def test_no_cut_loses_a_byte(
+    files: dict[str, Path],
+    state: dict[str, Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+    part: int,
+    block: int,
+    threads: int,
+    piece: int | None,
+) -> None:
+    """Wherever parts, blocks and pieces are cut, within elements too, all tensors are right."""
+    source = files["torch-zip"]
+    parts = in_parts(source, tmp_path_factory.mktemp("cut") / "parts", part)
+    digests = pinned(source.read_bytes(), piece) if piece else ()
+
+    found = loaded(parts, torch.bfloat16, digests=digests, ring=Ring(block, 1, threads))
+    assert_same(found, state, torch.bfloat16)
+
+
+def test_without_conversion_the_file_is_mapped(files: dict[str, Path]) -> None:
+    """A float32 file on the CPU takes no memory of its own, and writes to tensors stay private."""
+    before = files["safetensors"].read_bytes()
+    found = loaded([files["safetensors"]], torch.float32)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in found.values() if tensor.numel()}
+    found["a"].zero_()
+
+    assert len(storages) == 1
+    assert files["safetensors"].read_bytes() == before
+
+
+def test_tensors_may_share_bytes(tmp_path: Path) -> None:
+    """Views of one storage, one within the other, are all whole."""
+    storage = torch.arange(4000.0)
+    state = {"all": storage, "few": storage[10:20], "odd": storage[1::2], "end": storage[-7:]}
+    torch.save(state, tmp_path / "ckpt.pt")
+
+    for ring in (None, SMALL):
+        assert_same(loaded([tmp_path / "ckpt.pt"], torch.float64, ring=ring), state, torch.float64)
+
+
+def test_tensors_of_a_group_lie_side_by_side(files: dict[str, Path]) -> None:
+    """What is to be used as one matrix is one in memory, in the order asked for."""
+    found = loaded([files["safetensors"]], torch.bfloat16, together=[("long", "a")])
+    long, a = found["long"], found["a"]
+
+    assert long.data_ptr() + long.nbytes == a.data_ptr()
+    assert long.storage_offset() * long.itemsize % load.ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", [0, 5000, -1])
+def test_a_flipped_byte_is_refused_while_it_is_loaded(
+    files: dict[str, Path], tmp_path: Path, position: int, dtype: torch.dtype
+) -> None:
+    """With pinned digests a wrong byte anywhere is refused, and its piece is named."""
+    content = bytearray(files["safetensors"].read_bytes())
+    digests = pinned(bytes(content), 4096)
+    # the last byte of the header's padding, or one of the data: the structure stays right
+    at = {0: int.from_bytes(content[:8], "little") + 7}.get(position, position)
+    content[at] ^= 1 if position else ord(" ") ^ ord("\n")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    piece = digests[at % len(content) // 4096]
+
+    with pytest.raises(WrongContent, match=rf"\[{piece.offset:,}, .*{piece.sha256}"):
+        loaded([path], dtype, digests=digests)
+
+
+def test_digests_of_a_shorter_file_are_refused(files: dict[str, Path]) -> None:
+    """Digests that leave bytes unproven prove nothing."""
+    digests = pinned(files["safetensors"].read_bytes(), 4096)
+    for wrong in (digests[:-1], digests[1:]):
+        with pytest.raises(WrongContent, match="wrong size"):
+            loaded([files["safetensors"]], torch.bfloat16, digests=wrong)
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_refused(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    """A write during the read is noticed at its end."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(files["safetensors"].read_bytes())
+    with open_checkpoint([path]) as checkpoint:
+        path.write_bytes(files["safetensors"].read_bytes())
+        with pytest.raises(WrongContent, match="changed while"):
+            load_tensors(checkpoint, CPU, torch.bfloat16)
+
+
+def test_a_file_that_is_cut_while_it_is_loaded_is_refused(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    """A file that becomes shorter gives an error, no zeros."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(files["safetensors"].read_bytes())
+    with open_checkpoint([path]) as checkpoint:
+        with path.open("r+b") as file:
+            file.truncate(10_000)
+        with pytest.raises(WrongContent, match="ended early"):
+            load_tensors(checkpoint, CPU, torch.bfloat16)
+
+
+def test_a_missing_last_part_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    """Parts that do not make up the file are refused by its structure."""
+    for format_, path in files.items():
+        parts = in_parts(path, tmp_path / format_, 3001)
+        for missing in (parts[-1], parts[1]):
+            with pytest.raises(WrongContent):
+                loaded([part for part in parts if part != missing])
+
+
+def test_torchs_threads_are_as_before(files: dict[str, Path]) -> None:
+    """Loading leaves the number of torch's threads alone, also when it fails."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loaded([files["safetensors"]], torch.bfloat16)
+        with pytest.raises(WrongContent):
+            wrong = [Span(0, files["safetensors"].stat().st_size, "0" * 64)]
+            loaded([files["safetensors"]], torch.bfloat16, digests=wrong)
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- where weights are found
+
+
+def test_weights_are_found_in_every_layout(files: dict[str, Path], tmp_path: Path) -> None:
+    """A file, a folder with one, a folder of parts, and the root of a chunk repository."""
+    parts = in_parts(files["torch-zip"], tmp_path / "chunks", 3001)
+    below = tmp_path / "repository" / "chunks" / "ckpt"
+    below.parent.mkdir(parents=True)
+    parts[0].parent.rename(below)
+
+    assert find_weights(files["torch-zip"]) == [files["torch-zip"]]
+    assert find_weights(files["torch-zip"].parent) == [files["safetensors"]]
+    assert find_weights(below) == find_weights(tmp_path / "repository")
+    assert [part.name for part in find_weights(below)] == [part.name for part in parts]
+
+
+def test_parts_come_in_the_order_of_split(tmp_path: Path) -> None:
+    """After `zz` split goes on with three letters; other files are no parts."""
+    names = ["w.part-aa", "w.part-zz", "w.part-aaa", "w.part-", "w.part-aa.partial", "v.part-aa"]
+    for name in names:
+        (tmp_path / name).touch()
+
+    assert [path.name for path in find_parts(tmp_path, "w")] == names[:3]
+
+
+def test_what_is_not_there_is_missing(tmp_path: Path) -> None:
+    """No file, and a folder without weights, are missing inputs that name the place."""
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(MissingInput, match=str(path)):
+            find_weights(path)
+    with pytest.raises(MissingInput, match="gone"):
+        open_checkpoint([tmp_path / "gone.safetensors"])
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A folder in the place of a part is refused, and nothing waits for a pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WrongContent, match="regular file"):
+        open_checkpoint([tmp_path / "pipe"])
+
+
+# ---- the ring
+
+
+class Recorder:
+    """A lane that keeps what it took."""
+
+    def __init__(self, size: int, taken: dict[int, bytes]) -> None:
+        self._room = memoryview(bytearray(size))
+        self._taken = taken
+
+    def slot(self) -> memoryview:
+        return self._room
+
+    def take(self, offset: int, size: int) -> None:
+        self._taken[offset] = bytes(self._room[:size])
+
+    def finish(self) -> None:
+        self._taken[-1] = self._taken.get(-1, b"") + b"."
+
+
+def test_every_byte_passes_once(tmp_path: Path) -> None:
+    """The blocks of all lanes tile the spans, and each lane is finished."""
+    content = bytes(range(256)) * 40
+    (tmp_path / "file").write_bytes(content)
+    taken: dict[int, bytes] = {}
+    with Joined([tmp_path / "file"]) as source:
+        stream(source, blocks(source.size, 1000), lambda: Recorder(300, taken), threads=3)
+
+    assert taken.pop(-1) == b"..."
+    assert b"".join(taken[offset] for offset in sorted(taken)) == content
+    assert max(map(len, taken.values())) == 300
+
+
+# ---- a GPU that is not there: what its lane must wait for, in order
+
+
+class FakeEvent:
+    """An event that knows whether the copy before it is done."""
+
+    def __init__(self, log: list[str], number: int) -> None:
+        self._log, self._number = log, number
+        self._recorded = False
+
+    def record(self, _: object) -> None:
+        self._log.append(f"record {self._number}")
+        self._recorded = True
+
+    def synchronize(self) -> None:
+        if self._recorded:
+            self._log.append(f"wait {self._number}")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch.cuda, as far as a lane uses it, on the CPU; returns what was asked of it."""
+    log: list[str] = []
+    numbers = itertools.count()
+
+    class FakeStream:
+        def __init__(self, *_: object) -> None: ...
+
+        def wait_stream(self, _: object) -> None:
+            log.append("wait for the caller's stream")
+
+        def synchronize(self) -> None:
+            log.append("wait for all")
+
+    @contextmanager
+    def on(_: object) -> Iterator[None]:
+        yield
+
+    empty = torch.empty
+
+    def unpinned(*arguments: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        log.append(f"{'pinned' if pin_memory else 'memory'}")
+        return empty(*arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(log, next(numbers)))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch, "empty", unpinned)
+    return log
+
+
+def test_a_pinned_slot_is_filled_again_only_after_its_copy(
+    files: dict[str, Path], state: dict[str, Tensor], fake_cuda: list[str]
+) -> None:
+    """Before a slot is given out a second time, the event of its last copy is waited for."""
+    ring = Ring(block=2048, slots=2, threads=1)
+    with open_checkpoint([files["torch-zip"]]) as checkpoint:
+        flat = load._Flat(checkpoint, CPU, torch.bfloat16, ())
+        before: Any = None
+        spans = load._needed(flat.places, 2048)
+        stream(checkpoint.source, spans, lambda: load._CudaLane(flat, ring, CPU, before), 1)
+        found = flat.finished()
+
+    assert_same(found, state, torch.bfloat16)
+    events = [entry for entry in fake_cuda if entry.startswith(("record", "wait "))]
+    assert events[0] == "wait for the caller's stream"
+    assert events[-1] == "wait for all"
+    turns = events[1:-1]
+    recorded: set[str] = set()
+    for before, entry in itertools.pairwise(turns):
+        word, number = entry.split()
+        if word == "record" and number in recorded:
+            assert before == f"wait {number}"
+        recorded |= {number} if word == "record" else set()
+    assert {"0", "1"} == recorded
+    assert fake_cuda.count("pinned") == 1
+
+
+def test_the_pinned_ring_is_within_its_bound() -> None:
+    """At most 256 MiB are pinned, whatever the number of cores."""
+    assert load.pinned_ring().nbytes <= 256 << 20
+    assert load.pinned_ring().slots >= 2
+
+
+def test_a_gpu_that_is_too_small_is_told_before_anything_is_read(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is needed and what is free are said, as torch's own error of this kind."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a small one")
+    with (
+        open_checkpoint([files["safetensors"]]) as checkpoint,
+        pytest.raises(torch.OutOfMemoryError, match=r"a small one.*1,000 bytes are free"),
+    ):
+        load_tensors(checkpoint, torch.device("cuda:0"), torch.bfloat16)
+
+
+def test_a_failing_lane_ends_the_others(tmp_path: Path) -> None:
+    """An error in one thread is the error of all, and no thread stays behind."""
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+
+    class Failing(Recorder):
+        def take(self, offset: int, size: int) -> None:
+            raise RuntimeError(f"no device for {size} bytes at {offset}")
+
+    threads = threading.active_count()
+    with Joined([tmp_path / "file"]) as source, pytest.raises(RuntimeError, match="no device"):
+        stream(source, blocks(source.size, 1000), lambda: Failing(300, {}), threads=3)
+    assert threading.active_count() == threads
+
+
+def test_loading_imports_nothing_more_than_torch() -> None:
+    """Making an empty network imports none of the hundreds of modules of torch's compiler."""
+    code = f"""
+import sys, torch, csm_weights.model.csm
+from csm_weights.formats.architecture import FLAVORS, Architecture
+before = len(sys.modules)
+tiny = Architecture(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+csm_weights.model.csm.Model.from_local({str(CHUNKS)!r}, architecture=tiny)
+print(len(sys.modules) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert int(done.stdout) < 20

@@ -1,0 +1,711 @@
+"""The line through its public functions, on the toy repository."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from csm_weights import hashing
+from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline.plan import Goal, Verb
+from csm_weights.pipeline.request import Outcome, Request
+from csm_weights.store import install
+from csm_weights.store.inspect import Condition
+from csm_weights.store.receipts import Receipt, journal_path, partial_path, receipt_path
+from tests.support.toy import NOTE, PIECE_SIZE, Toy, flip
+
+LFS_POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 70001\n"
+)
+ACCESS_PAGE = (
+    "Access to model sesame/csm-1b is restricted. You must have access to it and be "
+    "authenticated to access it. Please log in."
+)
+
+
+def weights(toy: Toy, *only: str, dest: str | None = None) -> Outcome:
+    return apply.weights(toy.request(*only, dest=dest), smoke=False)
+
+
+def verbs(outcome: Outcome) -> list[Verb]:
+    return [step.verb for step in outcome.acts]
+
+
+def everything_is_placed(toy: Toy) -> bool:
+    return all(toy.placed(a.path).read_bytes() == toy.good(a.path) for a in toy.manifest.artifacts)
+
+
+class CountingHasher:
+    """A SHA-256 that adds the bytes it is fed to a count."""
+
+    def __init__(self, count: list[int], inner: hashing.Hasher | None = None) -> None:
+        self._count = count
+        self._inner = inner or hashlib.sha256()
+
+    def update(self, data: memoryview, /) -> None:
+        self._count[0] += len(data)
+        self._inner.update(data)
+
+    def hexdigest(self) -> str:
+        return self._inner.hexdigest()
+
+    def copy(self) -> CountingHasher:
+        return CountingHasher(self._count, self._inner.copy())
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """A count of the bytes that were hashed since it was last asked."""
+    count = [0]
+    for module in ("hashing", "transfer.assemble", "transfer.reorder"):
+        monkeypatch.setattr(f"csm_weights.{module}.sha256", lambda: CountingHasher(count))
+
+    def take() -> int:
+        taken, count[0] = count[0], 0
+        return taken
+
+    return take
+
+
+def test_weights_places_every_file_from_its_parts(toy: Toy) -> None:
+    """From parts and known text, all files come into place with the right bytes."""
+    outcome = weights(toy)
+    assert outcome.error is None
+    assert everything_is_placed(toy)
+    assert all(result.ok for result in outcome.results)
+
+
+def test_weights_leaves_nothing_unfinished_behind(toy: Toy) -> None:
+    """After a whole run the staging folder holds no file but the lock."""
+    weights(toy)
+    files = [p.name for p in (toy.root / "output").rglob("*") if p.is_file()]
+    assert set(files) <= {".lock"}
+
+
+def test_a_second_run_hashes_nothing(toy: Toy, hashed: Callable[[], int]) -> None:
+    """When nothing changed, receipts answer and no byte is read again."""
+    weights(toy)
+    assert hashed() > 0
+    outcome = weights(toy)
+    assert (hashed(), verbs(outcome)) == (0, [])
+
+
+def test_assembling_hashes_each_byte_for_its_piece_and_for_the_whole(
+    toy: Toy, hashed: Callable[[], int]
+) -> None:
+    """Every byte is fed to its piece's digest and the whole's; the first piece's is shared."""
+    apply.act(toy.request("a.bin", "b.bin"), Goal.STAGED)
+    sizes = [a.size for a in toy.manifest.artifacts if a.pieces]
+    assert hashed() == sum(2 * size - PIECE_SIZE for size in sizes)
+
+
+def test_receipt_says_where_each_piece_came_from(toy: Toy) -> None:
+    """The receipt of a placed file names the part of every piece."""
+    outcome = weights(toy)
+    receipt = outcome.state.artifacts[0].placed.receipt
+    assert receipt is not None
+    assert [r.source for r in receipt.pieces] == [p.part for p in toy.artifact("a.bin").pieces]
+
+
+def test_only_takes_just_what_is_named(toy: Toy) -> None:
+    """With --only, the other artifacts are left alone."""
+    weights(toy, "a.bin")
+    assert [toy.placed(n).exists() for n in ("a.bin", "b.bin")] == [True, False]
+
+
+def test_only_refuses_a_word_that_names_nothing(toy: Toy) -> None:
+    """A misspelt --only is a usage error that lists the words there are."""
+    with pytest.raises(UsageError, match="choose from"):
+        weights(toy, "safetensor")
+
+
+def test_unknown_model_names_those_there_are(toy: Toy) -> None:
+    """A misspelt --model is a usage error that lists the manifests."""
+    with pytest.raises(UsageError, match="toy"):
+        apply.survey(Request(toy.root, "toyy"))
+
+
+def damage_missing(path: Path) -> None:
+    path.unlink()
+
+
+def damage_short(path: Path) -> None:
+    os.truncate(path, 500)
+
+
+def damage_empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def damage_pointer(path: Path) -> None:
+    path.write_text(LFS_POINTER)
+
+
+def damage_page(path: Path) -> None:
+    path.write_text(ACCESS_PAGE)
+
+
+def damage_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def damage_dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def damage_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def damage_extra(path: Path) -> None:
+    path.with_name(path.name[:-2] + "zz").write_bytes(b"more")
+
+
+BAD_PARTS = [
+    (damage_missing, Kind.MISSING, 3),
+    (damage_pointer, Kind.LFS_POINTER, 3),
+    (damage_short, Kind.WRONG_SIZE, 4),
+    (damage_empty, Kind.WRONG_SIZE, 4),
+    (damage_page, Kind.ACCESS_PAGE, 4),
+    (flip, Kind.WRONG_DIGEST, 4),
+    (damage_folder, Kind.UNREADABLE, 4),
+    (damage_dangling, Kind.MISSING, 3),
+    (damage_loop, Kind.MISSING, 3),
+    (damage_extra, Kind.EXTRA_PART, 4),
+]
+
+
+@pytest.mark.parametrize(("damage", "kind", "code"), BAD_PARTS)
+def test_a_bad_part_is_a_finding_of_its_own_and_gives_no_file(
+    toy: Toy, damage: Callable[[Path], None], kind: Kind, code: int
+) -> None:
+    """Each way a part can be bad has its name and exit code, and no output file appears."""
+    damage(toy.part("a.bin", 2))
+    with pytest.raises(CsmWeightsError) as caught:
+        weights(toy)
+    assert [(f.kind, caught.value.exit_code) for f in caught.value.findings] == [(kind, code)]
+    assert caught.value.findings[0].help
+    assert not [n for n in ("a.bin", "b.bin") if toy.staged(n).exists() or toy.placed(n).exists()]
+
+
+def test_all_findings_come_at_once(toy: Toy) -> None:
+    """Several parts that are bad in stat are all told in one run."""
+    damage_missing(toy.part("a.bin", 0))
+    damage_pointer(toy.part("a.bin", 3))
+    damage_short(toy.part("b.bin", 1))
+    damage_extra(toy.part("b.bin", 2))
+    with pytest.raises(WrongContent) as caught:
+        weights(toy)
+    expected = {Kind.MISSING, Kind.LFS_POINTER, Kind.WRONG_SIZE, Kind.EXTRA_PART}
+    assert {f.kind for f in caught.value.findings} == expected
+
+
+def test_all_wrong_digests_come_at_once(toy: Toy) -> None:
+    """Parts that only hashing finds bad are all told in one run, by their paths."""
+    bad = [toy.part("a.bin", 1), toy.part("a.bin", 4), toy.part("b.bin", 0)]
+    for part in bad:
+        flip(part)
+    with pytest.raises(WrongContent) as caught:
+        weights(toy)
+    expected = [str(part.relative_to(toy.root)) for part in bad]
+    assert [f.where for f in caught.value.findings] == expected
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_part_is_told(toy: Toy) -> None:
+    """A part without read permission is its own finding."""
+    toy.part("a.bin", 1).chmod(0)
+    with pytest.raises(WrongContent) as caught:
+        weights(toy)
+    assert [f.kind for f in caught.value.findings] == [Kind.UNREADABLE]
+
+
+def test_what_was_proven_before_a_failure_is_not_copied_again(toy: Toy) -> None:
+    """After a bad part is mended, the pieces that were proven need no part any more."""
+    flip(toy.part("a.bin", 2))
+    with pytest.raises(WrongContent):
+        weights(toy)
+    flip(toy.part("a.bin", 2))
+    for index in (0, 1, 3, 4):
+        toy.part("a.bin", index).unlink()
+    weights(toy)
+    assert everything_is_placed(toy)
+
+
+def test_a_journaled_piece_that_rotted_is_fetched_again(toy: Toy) -> None:
+    """The journal is a hint: a kept piece is hashed again, and replaced if it is wrong."""
+    flip(toy.part("a.bin", 2))
+    with pytest.raises(WrongContent):
+        weights(toy)
+    flip(toy.part("a.bin", 2))
+    flip(partial_path(toy.staged("a.bin")), PIECE_SIZE + 5)
+    weights(toy)
+    assert everything_is_placed(toy)
+
+
+@pytest.mark.parametrize("text", ["", "rubbish\n", '{"schema": 1}\n', "\x00\xff" * 100, "[" * 9999])
+def test_a_damaged_journal_only_costs_time(toy: Toy, text: str) -> None:
+    """Whatever the journal holds, the run ends with the right bytes."""
+    flip(toy.part("a.bin", 2))
+    with pytest.raises(WrongContent):
+        weights(toy)
+    flip(toy.part("a.bin", 2))
+    journal_path(toy.staged("a.bin")).write_text(text)
+    weights(toy)
+    assert everything_is_placed(toy)
+
+
+def test_a_partial_of_another_size_is_no_obstacle(toy: Toy) -> None:
+    """A leftover partial that is too long or too short is made right."""
+    partial = partial_path(toy.staged("a.bin"))
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * (toy.artifact("a.bin").size + 999))
+    weights(toy)
+    assert everything_is_placed(toy)
+
+
+def test_a_concatenated_file_is_adopted_not_copied(toy: Toy) -> None:
+    """What a person made with cat in output/ is proven where it lies and moved."""
+    toy.staged("a.bin").parent.mkdir(parents=True)
+    toy.staged("a.bin").write_bytes(toy.good("a.bin"))
+    inode = toy.staged("a.bin").stat().st_ino
+    outcome = weights(toy, "a.bin")
+    assert verbs(outcome) == [Verb.PROVE, Verb.MOVE]
+    assert toy.placed("a.bin").stat().st_ino == inode
+
+
+def test_a_file_already_in_place_is_adopted(toy: Toy) -> None:
+    """A good file without a receipt in the destination is proven and stays as it is."""
+    toy.placed("b.bin").parent.mkdir(parents=True)
+    toy.placed("b.bin").write_bytes(toy.good("b.bin"))
+    outcome = weights(toy, "b.bin")
+    assert verbs(outcome) == [Verb.PROVE]
+    assert outcome.state.artifacts[0].placed.condition is Condition.PROVEN
+
+
+def test_a_wrong_file_in_place_is_reported_and_replaced(toy: Toy) -> None:
+    """A damaged placed file gives way once the good one is proven, and is told."""
+    toy.placed("a.bin").parent.mkdir(parents=True)
+    toy.placed("a.bin").write_bytes(toy.good("a.bin"))
+    flip(toy.placed("a.bin"))
+    outcome = weights(toy)
+    assert [(f.kind, f.where.split(" ")[0]) for f in outcome.notes] == [
+        (Kind.WRONG_DIGEST, str(toy.placed("a.bin")))
+    ]
+    assert everything_is_placed(toy)
+
+
+def test_a_wrong_file_in_place_stays_when_there_is_no_better(toy: Toy) -> None:
+    """Without a good source the damaged file is reported and left alone."""
+    toy.placed("a.bin").parent.mkdir(parents=True)
+    toy.placed("a.bin").write_bytes(b"the only copy")
+    flip(toy.part("a.bin", 0))
+    with pytest.raises(WrongContent):
+        weights(toy, "a.bin")
+    assert toy.placed("a.bin").read_bytes() == b"the only copy"
+
+
+def test_a_good_file_survives_bad_parts(toy: Toy) -> None:
+    """A proven file in place is never touched by what happens to the parts."""
+    weights(toy)
+    for index in range(5):
+        flip(toy.part("a.bin", index))
+    assert verbs(weights(toy)) == []
+    assert everything_is_placed(toy)
+
+
+def test_an_edit_that_restores_the_mtime_is_noticed(toy: Toy) -> None:
+    """Changed bytes under the old size and mtime do not pass for the proven file."""
+    weights(toy)
+    file = toy.placed("a.bin")
+    before = file.stat()
+    flip(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    outcome = weights(toy)
+    assert [f.kind for f in outcome.notes] == [Kind.WRONG_DIGEST]
+    assert everything_is_placed(toy)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"schema": 1, "pieces": 7}', "[" * 9999])
+def test_a_damaged_receipt_only_costs_time(toy: Toy, text: str) -> None:
+    """A receipt that cannot be understood counts as none: the file is proven again."""
+    weights(toy)
+    receipt_path(toy.root / "models/toy", "a.bin").write_text(text)
+    assert verbs(weights(toy)) == [Verb.PROVE]
+
+
+def test_a_receipt_of_another_manifest_does_not_count(toy: Toy) -> None:
+    """When the manifest pins other bytes, an old receipt proves nothing."""
+    weights(toy, "note.txt")
+    note = toy.artifact("note.txt")
+
+    toy.write_manifest(replace(toy.manifest, artifacts=(replace(note, alternatives=()),)))
+    with pytest.raises(WrongContent):
+        weights(toy)
+
+
+def test_a_manifest_whose_whole_digest_is_wrong_gives_no_file(toy: Toy) -> None:
+    """Pieces that are right but do not make up the pinned whole are refused."""
+
+    lying = replace(toy.artifact("a.bin"), sha256="0" * 64)
+    toy.write_manifest(replace(toy.manifest, artifacts=(lying,)))
+    with pytest.raises(WrongContent) as caught:
+        weights(toy)
+    assert "0" * 64 in caught.value.findings[0].expected
+    assert not toy.staged("a.bin").exists()
+
+
+def test_a_wrong_blob_id_gives_no_file(toy: Toy) -> None:
+    """The Hub blob id is held against the assembled whole."""
+
+    lying = replace(toy.artifact("b.bin"), blob_id="0" * 40)
+    toy.write_manifest(replace(toy.manifest, artifacts=(lying,)))
+    with pytest.raises(WrongContent, match="blob id"):
+        weights(toy)
+
+
+def test_text_of_a_known_edition_is_written(toy: Toy) -> None:
+    """A small file whose text is known needs no source."""
+    weights(toy, "note.txt")
+    assert toy.placed("note.txt").read_text() == NOTE
+
+
+def test_another_accepted_edition_in_place_is_kept(toy: Toy) -> None:
+    """Any edition that the manifest accepts is good as it is."""
+    toy.placed("note.txt").parent.mkdir(parents=True)
+    toy.placed("note.txt").write_text("another edition")
+    assert verbs(weights(toy, "note.txt")) == [Verb.PROVE]
+    assert toy.placed("note.txt").read_text() == "another edition"
+
+
+def test_fetch_stops_at_the_staging_folder(toy: Toy) -> None:
+    """`fetch` brings files to output/ and `place` takes them from there."""
+    apply.act(toy.request(), Goal.STAGED)
+    assert (toy.staged("a.bin").exists(), toy.placed("a.bin").exists()) == (True, False)
+    apply.act(toy.request(), Goal.PLACED)
+    assert everything_is_placed(toy)
+
+
+def test_place_without_staged_files_says_to_fetch(toy: Toy) -> None:
+    """`place` alone does not assemble; it names the command that does."""
+    with pytest.raises(MissingInput, match="inv fetch"):
+        apply.act(toy.request(), Goal.PLACED)
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system than the repository."""
+    folder = Path("/dev/shm") / f"csm-weights-test-{os.getpid()}-{tmp_path.name}"
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system here")
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_another_file_system_gets_a_verified_copy(toy: Toy, other_disk: Path) -> None:
+    """Across file systems files are copied, proven as written, and the staged ones removed."""
+    outcome = weights(toy, dest=str(other_disk))
+    assert Verb.COPY in verbs(outcome)
+    assert {p.name: p.read_bytes() for p in other_disk.iterdir() if p.is_file()} == {
+        a.path: toy.good(a.path) for a in toy.manifest.artifacts
+    }
+    assert not toy.staged("a.bin").exists()
+    assert verbs(weights(toy, dest=str(other_disk))) == []
+
+
+def test_verify_hashes_everything_and_passes(toy: Toy, hashed: Callable[[], int]) -> None:
+    """`verify` reads every placed byte once and finds all gates open."""
+    weights(toy)
+    hashed()
+    outcome = checks.verify(toy.request())
+    assert outcome.error is None
+    assert hashed() == sum(len(toy.good(a.path)) for a in toy.manifest.artifacts)
+
+
+def test_verify_finds_one_flipped_byte_and_says_where(toy: Toy) -> None:
+    """A flipped byte closes the digest gate with the byte range of its piece."""
+    weights(toy)
+    flip(toy.placed("b.bin"), PIECE_SIZE + 3)
+    outcome = checks.verify(toy.request())
+    assert outcome.error is not None
+    piece = toy.artifact("b.bin").pieces[1]
+    expected = f"{toy.placed('b.bin')} bytes [{piece.offset:,}, {piece.end:,})"
+    assert [f.where for f in outcome.error.findings] == [expected]
+
+
+def test_verify_finds_a_flipped_byte_without_receipts(toy: Toy) -> None:
+    """The same holds for files that have no receipt, with and without a whole digest."""
+    weights(toy)
+    shutil.rmtree(toy.root / "models/toy/.csm-weights")
+    for name in ("a.bin", "b.bin"):
+        flip(toy.placed(name), 2 * PIECE_SIZE + 3)
+    outcome = checks.verify(toy.request())
+    assert outcome.error is not None
+    starts = [f.where.partition("[")[2].partition(",")[0] for f in outcome.error.findings]
+    assert len(outcome.error.findings) == 2
+    assert starts == [f"{2 * PIECE_SIZE:,}".partition(",")[0]] * 2
+
+
+def test_verify_of_a_missing_file_is_a_missing_input(toy: Toy) -> None:
+    """A placed file that has gone is exit 3, though nothing else is wrong."""
+    weights(toy)
+    toy.placed("a.bin").unlink()
+    outcome = checks.verify(toy.request())
+    assert outcome.error is not None
+    assert outcome.error.exit_code == 3
+
+
+def test_verify_writes_nothing(toy: Toy) -> None:
+    """`verify` leaves no trace, even of files it has never seen."""
+    toy.placed("a.bin").parent.mkdir(parents=True)
+    toy.placed("a.bin").write_bytes(toy.good("a.bin"))
+    before = sorted(toy.root.rglob("*"))
+    checks.verify(toy.request("a.bin"))
+    assert sorted(toy.root.rglob("*")) == before
+
+
+def test_verify_writes_sums_that_it_accepts(toy: Toy) -> None:
+    """--write-sums makes a SHA256SUMS of all files, and --sums holds files against it."""
+    weights(toy)
+    assert checks.verify(toy.request(), write_sums=True).error is None
+    sums = toy.root / "models/toy/SHA256SUMS"
+    assert len(sums.read_text().splitlines()) == 3
+    assert checks.verify(toy.request(), sums=str(sums)).error is None
+
+
+def test_verify_refuses_sums_that_differ(toy: Toy) -> None:
+    """A digest in SHA256SUMS that is not the file's closes the gate."""
+    weights(toy)
+    sums = toy.root / "SUMS"
+    sums.write_text(f"{'0' * 64}  a.bin\n")
+    outcome = checks.verify(toy.request(), sums=str(sums))
+    assert outcome.error is not None
+    assert outcome.error.exit_code == 4
+
+
+def test_status_check_is_clean_only_when_all_is_proven(toy: Toy) -> None:
+    """`status --check` fails before, and passes after, the weights are in place."""
+    before = apply.survey(toy.request(), check=True)
+    weights(toy)
+    after = apply.survey(toy.request(), check=True)
+    assert (before.error is None, after.error is None) == (False, True)
+
+
+def test_status_writes_nothing(toy: Toy) -> None:
+    """Looking leaves no trace."""
+    before = sorted(toy.root.rglob("*"))
+    apply.survey(toy.request())
+    assert sorted(toy.root.rglob("*")) == before
+
+
+def test_too_little_disk_is_told_before_anything_is_written(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too little room the run ends with exit 7 and no file, saying how much is missing."""
+    usage = shutil.disk_usage(toy.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CsmWeightsError) as caught:
+        weights(toy)
+    assert (caught.value.exit_code, caught.value.findings[0].kind) == (7, Kind.NO_SPACE)
+    assert not (toy.root / "output").exists()
+
+
+def test_clean_removes_unfinished_files_only(toy: Toy) -> None:
+    """`clean` takes partials and journals away and leaves what is proven."""
+    weights(toy, "a.bin")
+    flip(toy.part("b.bin", 1))
+    with pytest.raises(WrongContent):
+        weights(toy, "b.bin")
+    assert partial_path(toy.staged("b.bin")).exists()
+    apply.clean(toy.request("all"), dry=False)
+    assert not partial_path(toy.staged("b.bin")).exists()
+    assert toy.placed("a.bin").exists()
+
+
+def test_parts_behind_symlinks_are_fine(toy: Toy) -> None:
+    """A part may be a link to where the bytes are."""
+    part = toy.part("a.bin", 1)
+    real = toy.root / "elsewhere"
+    part.rename(real)
+    part.symlink_to(real)
+    weights(toy)
+    assert everything_is_placed(toy)
+
+
+def test_a_partial_that_is_a_link_is_not_written_through(toy: Toy) -> None:
+    """A link planted under the partial's name never has its target overwritten."""
+    target = toy.root / "precious"
+    target.write_text("precious")
+    partial = partial_path(toy.staged("a.bin"))
+    partial.parent.mkdir(parents=True)
+    partial.symlink_to(target)
+    with pytest.raises(CsmWeightsError):
+        weights(toy, "a.bin")
+    assert target.read_text() == "precious"
+
+
+def test_a_missing_part_does_not_hide_a_wrong_one(toy: Toy) -> None:
+    """When a part is missing, the others are hashed too, so that all is told in one round."""
+    damage_missing(toy.part("a.bin", 0))
+    flip(toy.part("a.bin", 3))
+    with pytest.raises(WrongContent) as caught:
+        weights(toy)
+    assert {f.kind for f in caught.value.findings} == {Kind.MISSING, Kind.WRONG_DIGEST}
+
+
+def test_all_wrong_pieces_of_a_file_in_place_are_told(toy: Toy) -> None:
+    """The note about a damaged file names each byte range that is wrong."""
+    weights(toy)
+    flip(toy.placed("a.bin"), 5)
+    flip(toy.placed("a.bin"), 3 * PIECE_SIZE + 5)
+    (note,) = weights(toy).notes
+    assert (note.kind, note.where) == (Kind.WRONG_DIGEST, str(toy.placed("a.bin")))
+    assert note.found.count("bytes [") == 2
+
+
+def forge(toy: Toy, path: str, digest: str) -> None:
+    """Writes another whole-file sha256 into the receipt of a placed file."""
+    file = receipt_path(toy.root / "models/toy", path)
+    receipt = json.loads(file.read_text())
+    file.write_text(json.dumps({**receipt, "sha256": digest}))
+
+
+@pytest.mark.parametrize("path", ["a.bin", "b.bin"])
+def test_a_forged_receipt_condemns_no_good_file(toy: Toy, path: str) -> None:
+    """A receipt that tells another digest than the manifest counts as none."""
+    weights(toy)
+    forge(toy, path, "0" * 64)
+    assert checks.verify(toy.request()).error is None
+
+
+def test_a_forged_receipt_vouches_for_nothing(toy: Toy) -> None:
+    """Where the manifest pins no whole digest, it is taken from the file, not from a receipt."""
+    bare = replace(toy.artifact("b.bin"), blob_id=None)
+    toy.write_manifest(replace(toy.manifest, artifacts=(bare,)))
+    weights(toy)
+    forge(toy, "b.bin", "0" * 64)
+    checks.verify(toy.request(), write_sums=True)
+    expected = hashlib.sha256(toy.good("b.bin")).hexdigest()
+    assert (toy.root / "models/toy/SHA256SUMS").read_text() == f"{expected}  b.bin\n"
+
+
+@pytest.mark.parametrize("folder", ["output/toy", "models/toy", "output"])
+def test_folders_behind_links_are_fine(toy: Toy, tmp_path: Path, folder: str) -> None:
+    """A staging or destination folder may be a link to a larger disk."""
+    (tmp_path / "disk").mkdir()
+    (toy.root / folder).parent.mkdir(parents=True, exist_ok=True)
+    (toy.root / folder).symlink_to(tmp_path / "disk")
+    weights(toy)
+    assert everything_is_placed(toy)
+
+
+def test_two_mounts_of_one_device_get_a_copy(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rename is refused as across devices, the file is copied and proven instead."""
+    real = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.parent == toy.root / "output/toy" != target.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    weights(toy)
+    assert everything_is_placed(toy)
+    assert not toy.staged("a.bin").exists()
+
+
+def test_a_folder_in_the_way_is_told_before_anything_is_done(toy: Toy) -> None:
+    """A folder that has a file's name is a finding, and no byte is copied."""
+    toy.placed("a.bin").mkdir(parents=True)
+    with pytest.raises(WrongContent) as caught:
+        weights(toy)
+    assert [f.kind for f in caught.value.findings] == [Kind.IN_THE_WAY]
+    assert not (toy.root / "output").exists()
+
+
+def test_an_interrupted_copy_goes_on_where_it_stopped(
+    toy: Toy, other_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across file systems, too, proven pieces are kept for the next run."""
+    real = install.install
+
+    def fail(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
+        if directory == other_disk:
+            raise KeyboardInterrupt
+        return real(proven, directory, receipt)
+
+    monkeypatch.setattr(install, "install", fail)
+    with pytest.raises(KeyboardInterrupt):
+        weights(toy, "a.bin", dest=str(other_disk))
+    monkeypatch.undo()
+    survey = apply.survey(toy.request("a.bin", dest=str(other_disk)))
+    assert [(s.verb, s.writes) for s in survey.plan.steps] == [(Verb.COPY, 0)]
+
+
+def test_an_unfinished_part_is_not_taken_for_one_too_many(toy: Toy) -> None:
+    """What a killed split left beside the parts is no finding, and clean removes it."""
+    left = toy.part("a.bin", 1).with_name(toy.part("a.bin", 1).name + ".partial")
+    left.write_bytes(b"half")
+    weights(toy)
+    apply.clean(toy.request("all"), dry=False)
+    assert not left.exists()
+
+
+def test_sums_of_other_files_stay(toy: Toy) -> None:
+    """--write-sums with --only updates its lines and leaves the others."""
+    weights(toy)
+    checks.verify(toy.request(), write_sums=True)
+    checks.verify(toy.request("a.bin"), write_sums=True)
+    assert len((toy.root / "models/toy/SHA256SUMS").read_text().splitlines()) == 3
+
+
+def test_a_file_that_goes_away_during_verify_is_told(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is deleted while it is hashed closes its gate, and is no crash."""
+    weights(toy)
+    real = hashing.feed
+
+    def vanish(*args: Any) -> None:
+        real(*args)
+        toy.placed("a.bin").unlink(missing_ok=True)
+
+    monkeypatch.setattr("csm_weights.hashing.feed", vanish)
+    outcome = checks.verify(toy.request("a.bin"))
+    assert outcome.error is not None
+    assert outcome.error.exit_code == 4
+
+
+def test_two_checkouts_with_one_destination_take_turns(tmp_path: Path) -> None:
+    """While one run is placing into a folder, another checkout's run into it waits."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first, second = Toy.make(tmp_path / "one"), Toy.make(tmp_path / "two")
+    dest = str(tmp_path / "dest")
+    apply.act(first.request("a.bin", dest=dest), Goal.BOTH)
+    lock = FileLock(tmp_path / "dest" / ".csm-weights" / ".lock")
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            waiting = pool.submit(apply.act, second.request("b.bin", dest=dest), Goal.BOTH)
+            time.sleep(0.5)
+            assert not (tmp_path / "dest" / "b.bin").exists()
+        waiting.result(timeout=30)
+    assert (tmp_path / "dest" / "b.bin").exists()

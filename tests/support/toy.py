@@ -1,0 +1,97 @@
+"""A small repository for tests: real parts and a real manifest, made by the real tools."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from csm_weights.commands.split import split_file as split
+from csm_weights.manifest import parse, render
+from csm_weights.manifest.types import Artifact, Edition, Manifest
+from csm_weights.pipeline.request import Request
+
+#: Bytes of a part: not a multiple of a block, so that ends are met mid-block.
+PIECE_SIZE = 70_001
+
+NOTE = "a note\n"
+
+
+def content(name: str, size: int) -> bytes:
+    """Bytes that depend on the name only."""
+    return random.Random(name).randbytes(size)
+
+
+@dataclass
+class Toy:
+    """A repository with one model, `toy`: a.bin (5 pieces), b.bin (3 pieces), note.txt (text).
+
+    a.bin has a whole-file sha256 in the manifest; b.bin only a blob id, as
+    ckpt.pt of CSM-1B; note.txt has a second edition whose text is known.
+    """
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def make(cls, root: Path) -> Toy:
+        a, b = (_split(root, name, count) for name, count in (("a.bin", 5), ("b.bin", 3)))
+        b = replace(b, sha256=None)
+        manifest = Manifest("toy", "output/toy", "models/toy", (a, b, _note()))
+        toy = cls(root, manifest)
+        toy.write_manifest(manifest)
+        return toy
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Writes and adopts another manifest for the model."""
+        path = self.root / "manifests" / "toy.toml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(render.render(manifest))
+        self.manifest = parse.load(path)
+
+    def request(self, *only: str, dest: str | None = None) -> Request:
+        """A request for the toy model."""
+        return Request(self.root, "toy", only, dest)
+
+    def artifact(self, path: str) -> Artifact:
+        """The manifest's artifact of that path."""
+        return next(a for a in self.manifest.artifacts if a.path == path)
+
+    def part(self, path: str, index: int) -> Path:
+        """The part file that holds piece `index` of an artifact."""
+        return self.root / self.artifact(path).pieces[index].part
+
+    def staged(self, path: str) -> Path:
+        """Where an artifact is staged."""
+        return self.root / "output" / "toy" / path
+
+    def placed(self, path: str) -> Path:
+        """Where an artifact is placed."""
+        return self.root / "models" / "toy" / path
+
+    def good(self, path: str) -> bytes:
+        """The right content of an artifact."""
+        return NOTE.encode() if path == "note.txt" else content(path, self.artifact(path).size)
+
+
+def _split(root: Path, name: str, count: int) -> Artifact:
+    file = root / name
+    file.write_bytes(content(name, PIECE_SIZE * count - 12_345))
+    artifact = split(file, root, f"chunks/toy/{name}", PIECE_SIZE, lambda _: None)
+    file.unlink()
+    return artifact
+
+
+def _note() -> Artifact:
+    pinned = hashlib.sha256(b"another edition").hexdigest()
+    own = hashlib.sha256(NOTE.encode()).hexdigest()
+    edition = Edition(len(NOTE), own, NOTE)
+    return Artifact("note.txt", "note", "opaque", 15, pinned, alternatives=(edition,))
+
+
+def flip(path: Path, offset: int = 1000) -> None:
+    """Turns over the bits of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(data)

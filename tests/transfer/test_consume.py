@@ -1,0 +1,715 @@
+"""Parts that go as their file grows: killed, cut off, tampered with, refused; no byte is lost."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csm_weights.commands.render import report
+from csm_weights.commands.split import split_file as split
+from csm_weights.errors import CsmWeightsError, Kind, NoSpace, UsageError, WrongContent
+from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.pipeline import apply
+from csm_weights.pipeline.plan import HUB, Goal, Sourcing, Verb, make_plan
+from csm_weights.pipeline.request import Outcome, Request
+from csm_weights.store import block_io, inspect, receipts
+from csm_weights.store.receipts import PieceRecord, journal_path, partial_path
+from csm_weights.transfer import consume
+from tests.e2e.test_full_disk import Act, Tripwire, exit_code
+from tests.support.toy import PIECE_SIZE, Toy, flip
+
+#: Bytes of a step here: two or three to a part, the last one short.
+STEP = 32 << 10
+
+#: The file most tests make: three parts, so eight steps.
+NAME = "b.bin"
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that fit the toy's parts."""
+    monkeypatch.setattr(consume, "STEP", STEP)
+
+
+def asked(toy: Toy, *only: str, consuming: bool = True) -> Request:
+    return replace(toy.request(*(only or (NAME,))), consume=consuming)
+
+
+def fetch(toy: Toy, *only: str, consuming: bool = True) -> Outcome:
+    return apply.act(asked(toy, *only, consuming=consuming), Goal.STAGED)
+
+
+def parts_of(toy: Toy, name: str = NAME) -> list[Path]:
+    return [toy.root / piece.part for piece in toy.artifact(name).pieces]
+
+
+def partial_of(toy: Toy, name: str = NAME) -> Path:
+    return partial_path(toy.staged(name))
+
+
+def moved(toy: Toy, name: str = NAME) -> dict[int, int]:
+    """What the journal says of each piece, by offset: bytes that are in the partial."""
+    journal = journal_path(toy.staged(name))
+    lines = journal.read_text(errors="replace").splitlines() if journal.exists() else []
+    found = [record for line in lines if (record := receipts.load_consumed(line))]
+    return {record.offset: record.consumed for record in found}
+
+
+def lost(toy: Toy, name: str = NAME) -> list[str]:
+    """The pieces whose bytes are nowhere: not in the file, the partial, or the part."""
+    good, gone = toy.good(name), moved(toy, name)
+    if toy.staged(name).exists():
+        return [] if toy.staged(name).read_bytes() == good else [name]
+    partial = partial_of(toy, name).read_bytes() if partial_of(toy, name).exists() else b""
+
+    def there_is(piece: Piece) -> bool:
+        part = toy.root / piece.part
+        done, content = gone.get(piece.offset, 0), part.read_bytes() if part.exists() else b""
+        joined = partial[piece.offset : piece.offset + done] + content[done:]
+        return good[piece.offset : piece.end] in (joined, content)
+
+    return [piece.part for piece in toy.artifact(name).pieces if not there_is(piece)]
+
+
+def is_finished(toy: Toy, name: str = NAME) -> bool:
+    """Whether the file is right under its name, and no part or unfinished file is left."""
+    left = [path for path in (*parts_of(toy, name), partial_of(toy, name)) if path.exists()]
+    return toy.staged(name).read_bytes() == toy.good(name) and not left
+
+
+def kinds(error: CsmWeightsError) -> set[Kind]:
+    return {finding.kind for finding in error.findings}
+
+
+# ---- the straight way
+
+
+def test_parts_go_and_the_file_is_right(toy: Toy) -> None:
+    """Both files come into place whole, proven, and no part is left."""
+    outcome = apply.weights(asked(toy, "a.bin", NAME), smoke=False)
+    assert outcome.error is None
+    assert [s.artifact.path for s in outcome.acts if s.verb is Verb.CONSUME] == ["a.bin", NAME]
+    for name in ("a.bin", NAME):
+        assert toy.placed(name).read_bytes() == toy.good(name)
+        assert [part for part in parts_of(toy, name) if part.exists()] == []
+
+
+def test_a_second_run_has_nothing_to_do(toy: Toy) -> None:
+    """Once the parts are gone the file in place is all there is, and all that is needed."""
+    apply.weights(asked(toy), smoke=False)
+    assert apply.weights(asked(toy), smoke=False).acts == ()
+    assert apply.survey(asked(toy, consuming=False), check=True).error is None
+
+
+def test_split_brings_the_parts_back(toy: Toy) -> None:
+    """Cut from the file again, the parts have their names and their digests."""
+    fetch(toy)
+    made = split(toy.staged(NAME), toy.root, f"chunks/toy/{NAME}", PIECE_SIZE, lambda _: None)
+    assert made.pieces == toy.artifact(NAME).pieces
+    for piece in made.pieces:
+        content = (toy.root / piece.part).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == piece.sha256
+
+
+def test_each_step_frees_what_it_wrote(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts and the partial together never hold much more than the file and one step."""
+    held: list[int] = []
+    real = block_io.punch
+
+    def measured(fd: int, offset: int, size: int) -> None:
+        every = [*parts_of(toy), partial_of(toy)]
+        held.append(sum(path.stat().st_blocks * 512 for path in every))
+        real(fd, offset, size)
+
+    monkeypatch.setattr(consume, "punch", measured)
+    fetch(toy)
+    blocks = 4096 * (len(parts_of(toy)) + 1)
+    assert len(held) == 3 + 3 + 2
+    assert max(held) <= toy.artifact(NAME).size + STEP + blocks
+
+
+def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
+    """Status with --consume tells the step, and the most disk that it takes besides."""
+    survey = apply.survey(asked(toy))
+    text = report.survey_text(survey)
+    assert f"{Verb.CONSUME} from 3 parts" in text
+    assert f"at most {inspect.CONSUMING_ROOM:,} bytes of disk besides" in text
+    data = json.loads(report.survey_json(survey))
+    assert data["bytes_to_write"] == data["bytes_freed_meanwhile"] == toy.artifact(NAME).size
+
+
+# ---- killed anywhere
+
+
+def run_until(toy: Toy, at: int, act: Act) -> int:
+    """Runs in a process of its own, which dies at its `at`-th act on the disk; its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with Tripwire(toy.root, at, act):
+                fetch(toy)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def made(root: Path) -> Toy:
+    root.mkdir()
+    return Toy.make(root)
+
+
+def acts_of(toy: Toy) -> list[str]:
+    """The acts on the disk that a whole run takes, by the names of the calls."""
+    with Tripwire(toy.root) as wire:
+        fetch(toy)
+    return wire.names
+
+
+#: The acts before which each of these makes a difference.
+WRITES = ("write", "pwrite")
+LASTING = ("fsync", "fdatasync", "punch", "unlink", "replace")
+
+
+@pytest.mark.parametrize(
+    ("act", "calls"), [(Act.KILL, None), (Act.TEAR, WRITES), (Act.CUT, LASTING)]
+)
+def test_killed_at_every_act_no_byte_is_lost_and_it_goes_on(
+    tmp_path: Path, act: Act, calls: tuple[str, ...] | None
+) -> None:
+    """Killed before, killed halfway, or the power cut: a plain run finishes from what is left."""
+    names = acts_of(made(tmp_path / "whole"))
+    assert names.count("punch") == 8
+    model = made(tmp_path / "model")
+    for at in (at for at, name in enumerate(names, 1) if not calls or name in calls):
+        root = tmp_path / "toy"
+        shutil.copytree(model.root, root)
+        toy = Toy(root, model.manifest)
+        assert os.WTERMSIG(run_until(toy, at, act)) == signal.SIGKILL, at
+        assert lost(toy) == [], at
+        fetch(toy, consuming=not any(moved(toy).values()))
+        assert is_finished(toy), at
+        shutil.rmtree(root)
+
+
+def test_stopped_at_every_act_no_byte_is_lost(tmp_path: Path) -> None:
+    """An error out of any act is told, and the next run finishes from what is left."""
+    total = len(acts_of(made(tmp_path / "whole")))
+    model = made(tmp_path / "model")
+    for at in range(1, total + 1, 3):
+        root = tmp_path / "toy"
+        shutil.copytree(model.root, root)
+        toy = Toy(root, model.manifest)
+        failing = pytest.raises((CsmWeightsError, OSError))
+        with Tripwire(root, at, Act.FAIL, errno.EIO), failing as caught:
+            fetch(toy)
+        assert exit_code(caught.value) in (4, 7), at
+        assert lost(toy) == [], at
+        fetch(toy)
+        assert is_finished(toy), at
+        shutil.rmtree(root)
+
+
+def begun(toy: Toy, steps: int = 4) -> Toy:
+    """The toy after a run that was killed when it had punched this often."""
+    child = os.fork()
+    if child == 0:
+        real, punched = block_io.punch, [0]
+
+        def counting(fd: int, offset: int, size: int) -> None:
+            real(fd, offset, size)
+            punched[0] += 1
+            if punched[0] == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        consume.punch = counting  # type: ignore[attr-defined]
+        fetch(toy)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    return toy
+
+
+def test_without_its_journal_a_hole_is_not_copied_over_the_only_copy(toy: Toy) -> None:
+    """Someone removes the journal of a begun run: nothing is touched, and it is told why."""
+    begun(toy)
+    journal = journal_path(toy.staged(NAME))
+    kept, partial = journal.read_bytes(), partial_of(toy).read_bytes()
+    journal.unlink()
+    for consuming in (False, True):
+        with pytest.raises(WrongContent, match="begins with a hole"):
+            fetch(toy, consuming=consuming)
+    assert partial_of(toy).read_bytes() == partial
+    journal.write_bytes(kept)
+    fetch(toy)
+    assert is_finished(toy)
+
+
+def test_a_journal_that_outlived_its_file_consumes_nothing(tmp_path: Path) -> None:
+    """Parts that were brought back stay, though a run that was killed has left its journal."""
+    toy = made(tmp_path / "toy")
+    shutil.copytree(toy.root / "chunks", tmp_path / "chunks")
+    begun(toy)
+    stale = journal_path(toy.staged(NAME)).read_bytes()
+    fetch(toy)
+    journal_path(toy.staged(NAME)).write_bytes(stale)
+    toy.staged(NAME).unlink()
+    shutil.copytree(tmp_path / "chunks", toy.root / "chunks", dirs_exist_ok=True)
+    flip(toy.part(NAME, 2))
+    with pytest.raises(WrongContent):
+        fetch(toy, consuming=False)
+    flip(toy.part(NAME, 2))
+    fetch(toy, consuming=False)
+    assert toy.staged(NAME).read_bytes() == toy.good(NAME)
+    assert all(part.exists() for part in parts_of(toy))
+
+
+# ---- what a begun one looks like
+
+
+def test_a_begun_part_is_told_as_consumed(toy: Toy) -> None:
+    """Looking, planning and status know a part that is partly gone, and where its bytes are."""
+    survey = apply.survey(asked(begun(toy), consuming=False))
+    parts = survey.state.artifacts[0].parts
+    assert [part.is_consumed for part in parts] == [True, True, False]
+    assert [step.verb for step in survey.plan.steps][:1] == [Verb.CONSUME]
+    part = toy.artifact(NAME).pieces[1].part
+    assert f"the unfinished file, and the rest of {part}" in report.survey_text(survey)
+
+
+def test_a_plain_run_goes_on_with_a_begun_one(toy: Toy) -> None:
+    """Whoever leaves --consume out the second time still gets the file."""
+    outcome = fetch(begun(toy), consuming=False)
+    assert is_finished(toy)
+    assert [step.verb for step in outcome.acts] == [Verb.CONSUME]
+
+
+def test_recombine_takes_no_begun_part(toy: Toy) -> None:
+    """The script without Python says that a part was consumed, and writes nothing."""
+    begun(toy)
+    shutil.copy(REPOSITORY / "recombine.sh", toy.root)
+    command = ["bash", "recombine.sh", "--model", "toy", "b"]
+    done = subprocess.run(command, cwd=toy.root, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    told = [line for line in done.stderr.splitlines() if ": consumed: " in line]
+    assert [toy.artifact(NAME).pieces[i].part in line for i, line in enumerate(told)] == [True] * 2
+    assert "wrong digest" not in done.stderr
+    assert lost(toy) == []
+
+
+def test_clean_keeps_what_was_consumed(toy: Toy) -> None:
+    """Clean leaves the only copy of consumed bytes, and says so."""
+    told = apply.clean(asked(begun(toy)), dry=False)
+    assert str(partial_of(toy)) in told
+    assert "kept" in told
+    fetch(toy)
+    assert is_finished(toy)
+
+
+def test_another_source_does_not_write_over_what_was_consumed(toy: Toy) -> None:
+    """A run that asks only a server gets from there just the pieces that were not begun."""
+    looked = apply.survey(asked(begun(toy))).state
+    plan = make_plan(looked, Goal.STAGED, Sourcing(parts=False, far=(HUB,)))
+    (step,) = plan.steps
+    assert (step.verb, step.consumes, step.far) == (
+        Verb.CONSUME,
+        frozenset({0, PIECE_SIZE}),
+        frozenset({2 * PIECE_SIZE}),
+    )
+
+
+def test_a_manifest_that_changed_meanwhile_touches_nothing(toy: Toy) -> None:
+    """Bytes of parts that the manifest no longer knows are not written over."""
+    begun(toy)
+    before, old = partial_of(toy).read_bytes(), toy.manifest
+    a, b, note = old.artifacts
+    pieces = tuple(
+        replace(piece, sha256=hashlib.sha256(b"other").hexdigest()) for piece in b.pieces
+    )
+    toy.write_manifest(replace(old, artifacts=(a, replace(b, pieces=pieces), note)))
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    assert Kind.CONSUMED in kinds(caught.value)
+    assert partial_of(toy).read_bytes() == before
+    toy.write_manifest(old)
+    fetch(toy)
+    assert is_finished(toy)
+
+
+# ---- tampered with
+
+
+def test_a_flipped_byte_is_found_before_anything_goes(toy: Toy) -> None:
+    """One wrong part of eight, of the other file even, and nothing is consumed."""
+    flip(toy.part(NAME, 2))
+    before = {part: part.read_bytes() for part in (*parts_of(toy), *parts_of(toy, "a.bin"))}
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy, "a.bin", NAME)
+    assert [f.where for f in caught.value.findings] == [toy.artifact(NAME).pieces[2].part]
+    assert {part: part.read_bytes() for part in before} == before
+    assert (moved(toy), moved(toy, "a.bin")) == ({}, {})
+
+
+def test_a_wrong_whole_digest_is_found_before_anything_goes(toy: Toy) -> None:
+    """Parts that are right and make up another file than is pinned are left alone."""
+    a, b, note = toy.manifest.artifacts
+    toy.write_manifest(replace(toy.manifest, artifacts=(a, replace(b, blob_id="0" * 40), note)))
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    assert kinds(caught.value) == {Kind.WRONG_DIGEST}
+    assert all(part.stat().st_size and part.read_bytes().strip(b"\0") for part in parts_of(toy))
+    assert moved(toy) == {}
+
+
+class Blind:
+    """A fingerprint that notices nothing."""
+
+    @staticmethod
+    def of(_: os.stat_result) -> str:
+        return "the same"
+
+
+@pytest.mark.parametrize("is_blind", [False, True])
+def test_a_part_that_changes_after_its_proof_is_not_punched(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, is_blind: bool
+) -> None:
+    """What is copied is held against what was proven, so a later write loses nothing."""
+    victim, real = toy.part(NAME, 1), consume.verify
+
+    def verify_then_change(*arguments: Any) -> list[consume.Proof]:
+        proofs = real(*arguments)
+        flip(victim)
+        return proofs
+
+    monkeypatch.setattr(consume, "verify", verify_then_change)
+    if is_blind:
+        monkeypatch.setattr(consume, "Fingerprint", Blind)
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    assert Kind.CHANGED in kinds(caught.value)
+    assert moved(toy)[PIECE_SIZE] == 0
+    flip(victim)
+    monkeypatch.undo()
+    assert lost(toy) == []
+    fetch(toy)
+    assert is_finished(toy)
+
+
+def test_a_write_between_copy_and_punch_is_not_lost(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that somebody writes to while its step is made durable keeps its bytes."""
+    victim, real, once = toy.part(NAME, 0), os.fdatasync, [True]
+
+    def sync_then_write(fd: int) -> None:
+        real(fd)
+        if moved(toy).get(0) == 0 and once.pop() if once else False:
+            with victim.open("r+b") as file:
+                file.write(b"mine")
+
+    monkeypatch.setattr(os, "fdatasync", sync_then_write)
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    assert Kind.CHANGED in kinds(caught.value)
+    assert victim.read_bytes()[:4] == b"mine"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_rot_in_the_only_copy_is_told_and_the_part_put_back_mends_it(toy: Toy, index: int) -> None:
+    """Consumed bytes that no longer have their digest are refused; a whole part goes on."""
+    begun(toy)
+    flip(partial_of(toy), index * PIECE_SIZE + 1000)
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    piece = toy.artifact(NAME).pieces[index]
+    assert [f.where for f in caught.value.findings] == [piece.part]
+    (toy.root / piece.part).write_bytes(toy.good(NAME)[piece.offset : piece.end])
+    fetch(toy)
+    assert is_finished(toy)
+
+
+def test_a_disk_that_does_not_read_is_told_and_nothing_is_refuted(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error while consumed bytes are read says nothing about them: they are kept as they are."""
+    begun(toy)
+    before = partial_of(toy).read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(consume, "feed", fail)
+    mirror = replace(asked(toy), urls=("http://127.0.0.1:9/nothing",))
+    with pytest.raises(WrongContent) as caught:
+        apply.act(mirror, Goal.STAGED)
+    assert kinds(caught.value) == {Kind.UNREADABLE}
+    assert (partial_of(toy).read_bytes(), lost(toy)) == (before, [])
+
+
+# ---- together with other sources
+
+
+def test_pieces_that_an_ordinary_run_has_kept_give_their_parts_too(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a run that ran out of disk, the parts of what it has kept go first."""
+    flip(toy.part(NAME, 2))
+    with pytest.raises(WrongContent):
+        fetch(toy, consuming=False)
+    flip(toy.part(NAME, 2))
+    written: list[int] = []
+    real = block_io.copy_hashed
+
+    def counted(source: block_io.Extent, *rest: Any) -> None:
+        written.append(source.size)
+        real(source, *rest)
+
+    monkeypatch.setattr("csm_weights.transfer.assemble.copy_hashed", counted)
+    fetch(toy)
+    assert is_finished(toy)
+    assert sum(written) == toy.artifact(NAME).pieces[2].size
+
+
+def test_a_missing_part_that_a_damaged_file_has_is_no_obstacle(toy: Toy) -> None:
+    """One piece is copied from a damaged file in place; the others are moved."""
+    placed = toy.placed(NAME)
+    placed.parent.mkdir(parents=True)
+    placed.write_bytes(toy.good(NAME))
+    flip(placed, PIECE_SIZE + 5)
+    toy.part(NAME, 0).unlink()
+    outcome = apply.act(asked(toy), Goal.BOTH)
+    assert placed.read_bytes() == toy.good(NAME)
+    receipt = outcome.state.artifacts[0].placed.receipt
+    assert receipt is not None
+    assert [r.source for r in receipt.pieces] == [
+        str(placed),
+        *(piece.part for piece in toy.artifact(NAME).pieces[1:]),
+    ]
+
+
+# ---- refused
+
+
+def make_symlink(part: Path) -> None:
+    part.rename(part.with_name("elsewhere"))
+    part.symlink_to("elsewhere")
+
+
+def make_hard_link(part: Path) -> None:
+    os.link(part, part.with_name("second"))
+
+
+@pytest.mark.parametrize("spoil", [make_symlink, make_hard_link])
+def test_a_part_that_is_not_a_file_of_its_own_is_refused(
+    toy: Toy, spoil: Callable[[Path], None]
+) -> None:
+    """A linked part belongs to someone else as well: exit 7, and nothing is touched."""
+    spoil(toy.part(NAME, 1))
+    with pytest.raises(NoSpace) as caught:
+        fetch(toy)
+    assert [(f.kind, f.where) for f in caught.value.findings] == [
+        (Kind.NOT_CONSUMABLE, toy.artifact(NAME).pieces[1].part)
+    ]
+    assert moved(toy) == {}
+    fetch(toy, consuming=False)
+    assert toy.staged(NAME).read_bytes() == toy.good(NAME)
+    assert all(part.exists() for part in parts_of(toy))
+
+
+def test_a_folder_that_may_not_be_written_is_refused(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that may not be removed are told as such before anything is done."""
+    real = os.access
+    folder = toy.part(NAME, 0).parent
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode: real(path, mode) and not (path == folder and mode == os.W_OK),
+    )
+    with pytest.raises(NoSpace) as caught:
+        fetch(toy)
+    assert {f.found for f in caught.value.findings} == {"no permission to write"}
+
+
+def cannot(*_: Any) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def test_a_file_system_that_frees_nothing_says_so(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a hole cannot be punched, a small file shows it before a part is touched."""
+    monkeypatch.setattr(block_io, "punch", cannot)
+    with pytest.raises(NoSpace) as caught:
+        fetch(toy)
+    assert kinds(caught.value) == {Kind.NOT_CONSUMABLE}
+    names = [path.name for path in toy.part(NAME, 0).parent.iterdir()]
+    assert sorted(names) == sorted(part.name for part in parts_of(toy))
+    assert not partial_of(toy).exists()
+
+
+def test_known_file_systems_are_told_in_the_plan(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room the parts are copied and stay; without, it is said that they cannot make any."""
+    monkeypatch.setattr(inspect, "filesystem_type", lambda _: "vfat")
+    plan = apply.survey(asked(toy)).plan
+    assert [s.verb for s in plan.steps][:1] == [Verb.ASSEMBLE]
+    assert "not consumed: vfat cannot free parts of a file" in plan.steps[0].detail
+    with_free(monkeypatch, 1000)
+    with pytest.raises(NoSpace) as caught:
+        apply.rehearse(asked(toy), Goal.STAGED)
+    assert kinds(caught.value) == {Kind.NO_SPACE, Kind.NOT_CONSUMABLE}
+
+
+def test_parts_on_another_file_system_make_no_room(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, other_disk: Path
+) -> None:
+    """Where parts and files are on two disks, consuming is pointless, and that is said."""
+    (toy.root / "output").symlink_to(other_disk)
+    detail = apply.survey(asked(toy)).plan.steps[0].detail
+    assert "the parts are on another file system" in detail
+    with_free(monkeypatch, 1000)
+    with pytest.raises(NoSpace) as caught:
+        apply.rehearse(asked(toy), Goal.STAGED)
+    assert kinds(caught.value) == {Kind.NO_SPACE, Kind.NOT_CONSUMABLE}
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Any:
+    """A folder on another file system than the repository."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir() or folder.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system here")
+    own = folder / f"{tmp_path.name}-{os.getpid()}"
+    own.mkdir()
+    yield own
+    shutil.rmtree(own)
+
+
+def test_where_blocks_are_shared_there_is_nothing_to_consume(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On XFS and Btrfs a copy takes no room anyway; the parts stay, and it is said why."""
+    monkeypatch.setattr(inspect, "_shares_blocks", lambda *_: True)
+    outcome = fetch(toy)
+    assert "there is nothing to consume" in outcome.acts[0].detail
+    assert all(part.exists() for part in parts_of(toy))
+
+
+def test_consume_goes_with_sources_that_have_parts(toy: Toy) -> None:
+    """A source that takes no parts has none to consume."""
+    with pytest.raises(UsageError, match="--consume is about parts"):
+        replace(asked(toy), source="hf")
+
+
+# ---- room
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def large(artifact: Artifact) -> Artifact:
+    """The same artifact as if each of its parts had 8 GiB."""
+    size = 8 << 30
+    pieces = tuple(replace(p, offset=i * size, size=size) for i, p in enumerate(artifact.pieces))
+    return replace(artifact, size=size * len(pieces), pieces=pieces)
+
+
+def enlarge(toy: Toy) -> None:
+    """Makes the file and its parts large, in holes that take no disk."""
+    a, b, note = toy.manifest.artifacts
+    toy.write_manifest(replace(toy.manifest, artifacts=(a, large(b), note)))
+    for part in parts_of(toy):
+        os.truncate(part, 8 << 30)
+
+
+def test_too_little_disk_names_the_way_that_would_do(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 GiB to write on 1 GB free: exit 7, how much is missing, and --consume."""
+    enlarge(toy)
+    with_free(monkeypatch, 10**9)
+    with pytest.raises(NoSpace) as caught:
+        apply.rehearse(asked(toy, consuming=False), Goal.BOTH)
+    (finding,) = caught.value.findings
+    assert finding.kind is Kind.NO_SPACE
+    assert f"{24 * 2**30 - 10**9:,} too few" in finding.found
+    assert f"--consume needs only {inspect.CONSUMING_ROOM:,} bytes" in finding.help
+    plan = apply.rehearse(asked(toy), Goal.BOTH).plan
+    assert [step.verb for step in plan.steps] == [Verb.CONSUME, Verb.MOVE]
+
+
+def test_it_never_starts_without_room_for_its_steps(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than the room for a step and its records is too little, and is told first."""
+    with_free(monkeypatch, inspect.CONSUMING_ROOM - 1)
+    with pytest.raises(NoSpace) as caught:
+        apply.act(asked(toy), Goal.STAGED)
+    assert "1 too few" in caught.value.findings[0].found
+    assert not partial_of(toy).exists()
+
+
+def test_the_way_is_not_named_where_it_would_not_do(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A linked part, or no room even for a step: --consume is not offered."""
+    enlarge(toy)
+    with_free(monkeypatch, inspect.CONSUMING_ROOM - 1)
+    with pytest.raises(NoSpace) as caught:
+        apply.rehearse(asked(toy, consuming=False), Goal.STAGED)
+    assert "--consume" not in caught.value.findings[0].help
+
+
+def test_the_room_it_asks_for_covers_a_step_of_full_size() -> None:
+    """What must be free before it starts is more than a step, and less than 128 MiB."""
+    source = Path(consume.__file__).read_text()
+    assert "STEP = 32 << 20" in source
+    assert 2 * (32 << 20) <= inspect.CONSUMING_ROOM <= 128 << 20
+
+
+# ---- the journal's lines
+
+
+def test_a_line_about_consuming_is_read_as_nothing_else() -> None:
+    """Such a line is neither a proven piece nor an arrival, and those are not such lines."""
+    line = receipts.dump(receipts.Consumed(5, 7, "ab"))
+    assert receipts.load_consumed(line) == receipts.Consumed(5, 7, "ab")
+    assert (receipts.load_piece(line), receipts.load_arrival(line)) == (None, None)
+    others = (PieceRecord(0, 1, "ab", "x"), receipts.Arrival(0, 1, "ab"))
+    assert [receipts.load_consumed(receipts.dump(other)) for other in others] == [None, None]
+
+
+@pytest.mark.parametrize("change", [{"consumed": -1}, {"offset": -1}, {"consumed": "7"}, {"x": 1}])
+def test_an_odd_line_about_consuming_counts_as_absent(change: dict[str, Any]) -> None:
+    """A line with other fields, types or values is not believed."""
+    data = {"schema": 1, "offset": 0, "consumed": 7, "piece": "ab"} | change
+    assert receipts.load_consumed(json.dumps(data)) is None
+
+
+def test_punching_frees_blocks_and_keeps_the_size(tmp_path: Path) -> None:
+    """The range reads as zeros, the rest and the size stay, and the blocks are the disk's."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 65_536)
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        before = os.fstat(file.fileno()).st_blocks
+        block_io.punch(file.fileno(), 0, 32_768)
+        assert os.fstat(file.fileno()).st_blocks < before
+    assert path.read_bytes() == bytes(32_768) + b"x" * 32_768
+    assert block_io.can_punch(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,686 @@
+"""The Hub as it answers, and as it fails: what comes of each, and what never may."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from email.utils import formatdate
+from pathlib import Path
+from time import monotonic, time
+from typing import Any
+
+import pytest
+
+from csm_weights.commands.split import split_file as split
+from csm_weights.concurrency import Stopped
+from csm_weights.config import HubEnvironment
+from csm_weights.errors import (
+    AccessRefused,
+    CsmWeightsError,
+    Kind,
+    MissingInput,
+    NetworkFailed,
+    WrongContent,
+)
+from csm_weights.hashing import git_sha1
+from csm_weights.manifest.types import Artifact
+from csm_weights.progress import Progress
+from csm_weights.transfer.assemble import Assembled, Assembly, assemble
+from csm_weights.transfer.http.client import Limits
+from csm_weights.transfer.http.ranges import SPAN, Wire
+from csm_weights.transfer.http.responses import FOREVER, asked_wait, redirect_target
+from csm_weights.transfer.hub import Account, Hub
+from csm_weights.transfer.source import Broken, first_of
+from tests.support.hub_server import Fault, HubServer
+
+SIZE = 2 * SPAN + 300_007
+DATA = random.Random(4).randbytes(SIZE)
+NAME = "model.bin"
+REPO = "org/name"
+TOKEN = "hf_good"
+
+#: Patience that ends within a test.
+HASTY = Limits(
+    connect=2, read=1.5, tries=3, connect_tries=1, backoff=0.01, slow_seconds=0.6, longest_wait=5
+)
+
+
+@dataclass
+class Shop:
+    """A Hub with one gated repository of one file, and a folder to fetch it to."""
+
+    hub: HubServer
+    folder: Path
+    commit: str
+    artifact: Artifact
+    said: list[str] = field(default_factory=list)
+
+    def fetch(
+        self,
+        token: str | None = TOKEN,
+        revision: str | None = None,
+        repo: str = REPO,
+        artifact: Artifact | None = None,
+        offline: bool = False,
+    ) -> Assembled:
+        """Fetches the file, proven, as it is asked for."""
+        stop = threading.Event()
+        wanted = artifact or self.artifact
+        with Wire(stop, self.said.append, HASTY) as wire:
+            account = Account(self.hub.endpoint, token, offline)
+            source = first_of(Hub(wire, account, repo, revision or self.commit))
+            far = frozenset(piece.offset for piece in wanted.tiles)
+            job = Assembly(wanted, self.folder / "file", source, far=far)
+            return assemble([job], lambda _: None, stop)[0]
+
+    def fails(self, **how: Any) -> CsmWeightsError:
+        """The error that fetching ends with."""
+        with pytest.raises(CsmWeightsError) as caught:
+            self.fetch(**how)
+        assert not (self.folder / "file").exists()
+        return caught.value
+
+    def strike(self, fault: dict[str, Any]) -> Fault:
+        """Sets a fault that is written down as its name and its options."""
+        options = dict(fault)
+        return self.hub.fault(options.pop("name"), **options)
+
+    def is_right(self, made: Assembled) -> bool:
+        return made.partial.read_bytes() == DATA and made.sha256 == self.artifact.sha256
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    """A fresh shop."""
+    file = tmp_path / NAME
+    file.write_bytes(DATA)
+    artifact = replace(split(file, tmp_path, "chunks", SIZE, lambda _: None), pieces=())
+    with HubServer() as hub:
+        commit = hub.add_repo(REPO, {NAME: DATA, "small.txt": b"small\n"}, gated=True)
+        hub.add_token(TOKEN)
+        yield Shop(hub, tmp_path / "out", commit, artifact)
+
+
+def later(seconds: float) -> str:
+    """An HTTP date so many seconds from now."""
+    return formatdate(time() + seconds, usegmt=True)
+
+
+# ---- what passes
+
+PASSING: dict[str, dict[str, Any]] = {
+    "one connection is reset": {"name": "reset", "host": "storage", "at": 100_000, "times": 1},
+    "every connection is reset after 1 MiB": {"name": "reset", "host": "storage", "at": 1 << 20},
+    "every connection ends after 3 MiB": {"name": "cut", "host": "storage", "at": 3 << 20},
+    "the storage host has trouble once": {
+        "name": "status",
+        "host": "storage",
+        "code": 503,
+        "times": 1,
+    },
+    "the Hub has trouble once": {"name": "status", "host": "hub", "code": 500, "times": 1},
+    "the Hub hangs up once": {"name": "close", "host": "hub", "times": 1},
+    "the storage host hangs up twice": {"name": "close", "host": "storage", "times": 2},
+    "one line falls silent": {
+        "name": "stall",
+        "host": "storage",
+        "at": 70_000,
+        "seconds": 20,
+        "times": 1,
+    },
+    "one line trickles": {
+        "name": "trickle",
+        "host": "storage",
+        "at": 70_000,
+        "rate": 10,
+        "times": 1,
+    },
+    "the storage host knows no ranges": {"name": "no-range", "host": "storage"},
+    "the body comes in chunks": {"name": "chunked", "host": "storage"},
+    "a signed URL is refused midway": {
+        "name": "status",
+        "host": "storage",
+        "code": 403,
+        "after": 1,
+        "times": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+def test_trouble_that_passes_is_lived_through(
+    shop: Shop, fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is right in the end, and what had arrived was not thrown away."""
+    monkeypatch.setattr("csm_weights.transfer.hub.FRESH", 0.0)
+    handle = shop.strike(fault)
+    assert shop.is_right(shop.fetch())
+    assert handle.hits > 0
+
+
+def test_a_line_that_breaks_often_costs_little(shop: Shop) -> None:
+    """With a break every 3 MiB no more than a tenth is fetched twice."""
+    shop.hub.fault("cut", host="storage", at=3 << 20)
+    shop.fetch()
+    assert shop.hub.bytes_sent() <= SIZE * 1.1
+
+
+def test_an_expired_url_is_renewed_and_the_piece_goes_on(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When all signed URLs expire midway, the Hub is asked again, and little is fetched twice."""
+    monkeypatch.setattr("csm_weights.transfer.hub.FRESH", 0.0)
+    shop.hub.fault("cut", host="storage", at=2 << 20)
+    expiring = threading.Timer(0.03, shop.hub.expire_urls)
+    expiring.start()
+    assert shop.is_right(shop.fetch())
+    expiring.join()
+    refused = [r for r in shop.hub.requests(host="storage") if r.status == 403]
+    resolved = shop.hub.requests(host="hub", method="HEAD")
+    assert len(resolved) == (2 if refused else 1)
+    assert shop.hub.bytes_sent() <= SIZE * 1.2
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Retry-After": "1"}, {"RateLimit": '"resolvers";r=0;t=1'}, {"Retry-After": None}],
+    ids=["seconds", "RateLimit", "date"],
+)
+def test_a_rate_limit_is_waited_for_and_shown(shop: Shop, headers: dict[str, str | None]) -> None:
+    """What the Hub asks to wait is waited, and a person is told."""
+    given = {name: value or later(2) for name, value in headers.items()}
+    shop.hub.fault("status", host="hub", code=429, headers=given, times=1)
+    started = monotonic()
+    assert shop.is_right(shop.fetch())
+    assert monotonic() - started >= 0.9
+    assert any("rate limited" in line and "in " in line for line in shop.said)
+
+
+def test_a_file_in_git_needs_no_more_than_two_requests(shop: Shop) -> None:
+    """A small file comes from the Hub itself, with the token, proven by its git blob id."""
+    content = b"small\n"
+    digest = git_sha1(len(content))
+    digest.update(memoryview(content))
+    small = Artifact("small.txt", "small", "opaque", len(content), git_sha1=digest.hexdigest())
+    made = shop.fetch(artifact=small)
+    assert made.partial.read_bytes() == content
+    assert made.git_sha1 == digest.hexdigest()
+    assert [r.method for r in shop.hub.log] == ["HEAD", "GET"]
+
+
+def test_a_small_file_with_other_content_is_refused(shop: Shop) -> None:
+    """The git blob id of a small file decides, where nothing else is pinned."""
+    small = Artifact("small.txt", "small", "opaque", 6, git_sha1="7" * 40)
+    assert shop.fails(artifact=small).findings[0].kind is Kind.CHANGED
+    shop.hub.fault("etag", value='"none"')
+    assert shop.fails(artifact=small).findings[0].kind is Kind.WRONG_DIGEST
+
+
+# ---- what does not pass
+
+FAILING: dict[str, tuple[dict[str, Any], Kind, type[CsmWeightsError]]] = {
+    "trouble that stays": (
+        {"name": "status", "host": "storage", "code": 503},
+        Kind.SERVER_TROUBLE,
+        NetworkFailed,
+    ),
+    "a Hub in trouble": (
+        {"name": "status", "host": "hub", "code": 502},
+        Kind.SERVER_TROUBLE,
+        NetworkFailed,
+    ),
+    "a Hub that hangs up": ({"name": "close", "host": "hub"}, Kind.NO_NETWORK, NetworkFailed),
+    "lines that trickle": (
+        {"name": "trickle", "host": "storage", "rate": 10},
+        Kind.TOO_SLOW,
+        NetworkFailed,
+    ),
+    "a wait that is too long": (
+        {"name": "status", "host": "hub", "code": 429, "headers": {"Retry-After": "4000"}},
+        Kind.RATE_LIMITED,
+        NetworkFailed,
+    ),
+    "a URL refused at once": (
+        {"name": "status", "host": "storage", "code": 403},
+        Kind.SERVER_TROUBLE,
+        NetworkFailed,
+    ),
+    "flipped bits": ({"name": "flip", "offset": SPAN + 5}, Kind.WRONG_DIGEST, WrongContent),
+    "a hole of zeros": (
+        {"name": "zeros", "offset": SPAN - 100, "size": 1 << 20},
+        Kind.WRONG_DIGEST,
+        WrongContent,
+    ),
+    "other bytes": (
+        {"name": "other-bytes", "host": "storage", "content": bytes(SIZE)},
+        Kind.WRONG_DIGEST,
+        WrongContent,
+    ),
+    "a web page": ({"name": "html", "host": "storage"}, Kind.WRONG_ANSWER, WrongContent),
+    "a git-lfs pointer": (
+        {"name": "lfs-pointer", "host": "storage"},
+        Kind.WRONG_ANSWER,
+        WrongContent,
+    ),
+    "gzip on the fly": ({"name": "gzip", "host": "storage"}, Kind.WRONG_ANSWER, WrongContent),
+    "too short": ({"name": "short", "host": "storage", "by": 1}, Kind.WRONG_ANSWER, WrongContent),
+    "too long": ({"name": "long", "host": "storage", "by": 1}, Kind.WRONG_ANSWER, WrongContent),
+    "another range": (
+        {"name": "wrong-range", "host": "storage", "shift": 1},
+        Kind.WRONG_ANSWER,
+        WrongContent,
+    ),
+    "no range told": (
+        {"name": "no-content-range", "host": "storage"},
+        Kind.WRONG_ANSWER,
+        WrongContent,
+    ),
+    "a range that tells another end": (
+        {"name": "content-range", "host": "storage", "last": 1},
+        Kind.WRONG_ANSWER,
+        WrongContent,
+    ),
+    "a range of a larger file": (
+        {"name": "content-range", "host": "storage", "total": 1},
+        Kind.WRONG_ANSWER,
+        WrongContent,
+    ),
+    "a proxy that wants a password": (
+        {"name": "status", "host": "hub", "code": 407},
+        Kind.PROXY,
+        NetworkFailed,
+    ),
+    "another etag of the file": (
+        {"name": "etag", "host": "hub", "value": f'"{"8" * 64}"'},
+        Kind.CHANGED,
+        WrongContent,
+    ),
+    "a hostile etag": (
+        {"name": "etag", "host": "hub", "value": '"../../../evil"'},
+        Kind.WRONG_ANSWER,
+        WrongContent,
+    ),
+    "another object midway": (
+        {"name": "etag", "host": "storage", "value": '"other"', "after": 1},
+        Kind.CHANGED,
+        WrongContent,
+    ),
+    "another commit": (
+        {"name": "commit", "host": "hub", "value": "9" * 40},
+        Kind.CHANGED,
+        WrongContent,
+    ),
+    "no commit": (
+        {"name": "commit", "host": "hub", "value": ""},
+        Kind.CHANGED,
+        WrongContent,
+    ),
+    "a redirect to another scheme": (
+        {"name": "redirect", "host": "storage", "location": "https://127.0.0.1:9/x", "code": 302},
+        Kind.REDIRECT,
+        WrongContent,
+    ),
+    "a redirect to a file": (
+        {"name": "redirect", "host": "storage", "location": "file:///etc/passwd", "code": 302},
+        Kind.REDIRECT,
+        WrongContent,
+    ),
+    "redirects in a circle": (
+        {"name": "redirect", "host": "storage", "location": "/again", "code": 302},
+        Kind.REDIRECT,
+        WrongContent,
+    ),
+}
+
+
+@pytest.mark.parametrize(("fault", "kind", "error"), FAILING.values(), ids=FAILING)
+def test_what_stays_wrong_ends_in_its_own_finding(
+    shop: Shop, fault: dict[str, Any], kind: Kind, error: type[CsmWeightsError]
+) -> None:
+    """Each lie and each trouble has its kind and its exit code, and gives no file."""
+    shop.strike(fault)
+    failed = shop.fails()
+    assert type(failed) is error
+    assert {f.kind for f in failed.findings} == {kind}
+    assert all(f.expected and f.found for f in failed.findings)
+
+
+def test_a_moved_main_is_not_followed(shop: Shop) -> None:
+    """Pinned to its commit, the old file comes though main has moved on."""
+    shop.hub.push(REPO, {NAME: bytes(SIZE)})
+    assert shop.is_right(shop.fetch())
+
+
+def test_another_revision_is_held_against_the_same_digests(shop: Shop) -> None:
+    """By the name of a branch the file comes while it is the same, and no longer when it is not."""
+    assert shop.is_right(shop.fetch(revision="main"))
+    shop.hub.push(REPO, {NAME: bytes(SIZE)})
+    assert shop.fails(revision="main").findings[0].kind is Kind.CHANGED
+
+
+# ---- refusals
+
+VERDICTS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], Kind, type[CsmWeightsError]]] = {
+    "no token": (None, {"token": None}, Kind.NO_TOKEN, AccessRefused),
+    "unknown token": (None, {"token": "hf_bad"}, Kind.UNKNOWN_TOKEN, AccessRefused),
+    "terms": ({"access": "none"}, {}, Kind.TERMS, AccessRefused),
+    "pending": ({"access": "pending"}, {}, Kind.PENDING, AccessRefused),
+    "rejected": ({"access": "rejected"}, {}, Kind.REJECTED, AccessRefused),
+    "scope": ({"can_read_gated": False}, {}, Kind.SCOPE, AccessRefused),
+    "no such repository": ({}, {"repo": "org/none"}, Kind.NOT_THERE, MissingInput),
+    "no such revision": ({}, {"revision": "a" * 40}, Kind.NOT_THERE, MissingInput),
+    "no such file": ({}, {"path": "none.bin"}, Kind.NOT_THERE, MissingInput),
+    "offline": ({}, {"offline": True}, Kind.OFFLINE, MissingInput),
+}
+
+
+@pytest.mark.parametrize(("account", "how", "kind", "error"), VERDICTS.values(), ids=VERDICTS)
+def test_every_refusal_has_its_verdict(
+    shop: Shop,
+    account: dict[str, Any] | None,
+    how: dict[str, Any],
+    kind: Kind,
+    error: type[CsmWeightsError],
+) -> None:
+    """One finding, of its kind and exit code, with what helps, and without the token."""
+    if account is not None:
+        shop.hub.add_token("hf_asks", **account)
+        how = {"token": "hf_asks"} | how
+    if "path" in how:
+        how = how | {"artifact": replace(shop.artifact, path=how["path"])}
+        del how["path"]
+    failed = shop.fails(**how)
+    assert (type(failed), [f.kind for f in failed.findings]) == (error, [kind])
+    assert "hf_" not in str(failed)
+    finding = failed.findings[0]
+    assert shop.hub.endpoint in finding.where + finding.help
+
+
+def test_offline_asks_nothing(shop: Shop) -> None:
+    """In offline mode the Hub gets no request."""
+    shop.fails(offline=True)
+    assert shop.hub.log == []
+
+
+def test_a_refusal_holds_for_the_repository(tmp_path: Path, shop: Shop) -> None:
+    """A file of many pieces asks once, not once for each piece."""
+    file = tmp_path / NAME
+    pieces = split(file, tmp_path, "pieces", SIZE // 5, lambda _: None)
+    shop.fails(token=None, artifact=pieces)
+    assert len(shop.hub.log) == 1
+
+
+# ---- the token
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(shop: Shop) -> None:
+    """Each request to the Hub carries the token, no request to the storage host does."""
+    shop.fetch()
+    by_host = {host: shop.hub.requests(host=host) for host in ("hub", "storage")}
+    assert all(r.headers.get("authorization") == f"Bearer {TOKEN}" for r in by_host["hub"])
+    assert by_host["storage"]
+    assert not any(TOKEN in str(r.headers) + r.path for r in by_host["storage"])
+
+
+def test_an_entry_in_netrc_changes_nothing(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials for both hosts in .netrc are sent to neither."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login someone password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    shop.fetch()
+    assert all("Basic" not in r.headers.get("authorization", "") for r in shop.hub.log)
+
+
+def test_an_account_shows_no_token() -> None:
+    """Its representation has the endpoint only."""
+    assert "hf_secret" not in repr(Account("https://huggingface.co", "hf_secret"))
+
+
+def test_a_storage_host_that_redirects_back_gets_no_token_sent(shop: Shop) -> None:
+    """Bytes that come by way of the storage host never carry the token, wherever it sends us."""
+    target = f"{shop.hub.endpoint}/elsewhere"
+    shop.hub.fault("redirect", host="storage", location=target, code=302)
+    shop.fails()
+    elsewhere = shop.hub.requests(host="hub", contains="elsewhere")
+    assert elsewhere and not any("authorization" in r.headers for r in elsewhere)
+
+
+# ---- redirects and waits, by themselves
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name server of our own."""
+    known = {
+        "hub.example": "93.184.216.34",
+        "cdn.example": "151.101.1.1",
+        "inside.example": "127.0.0.1",
+        "metadata.example": "169.254.169.254",
+        "intranet.example": "10.0.0.7",
+        "six.example": "::1",
+    }
+
+    def lookup(host: str, *_: object) -> list[Any]:
+        if host not in known:
+            raise socket.gaierror(f"no {host}")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (known[host], 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.usefixtures("names")
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://cdn.example/x",
+        "ftp://cdn.example/x",
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+        "https://user:secret@cdn.example/x",
+        "https://localhost/x",
+        "https://127.0.0.1/x",
+        "https://127.1.2.3:8443/x",
+        "https://[::1]/x",
+        "https://[::ffff:127.0.0.1]/x",
+        "https://0.0.0.0/x",
+        "https://169.254.169.254/latest/meta-data",
+        "https://[fe80::1]/x",
+        "https://10.1.2.3/x",
+        "https://inside.example/x",
+        "https://metadata.example/x",
+        "https://intranet.example/x",
+        "https://six.example/x",
+        "//localhost/x",
+    ],
+)
+def test_a_redirect_inwards_or_to_another_scheme_is_refused(target: str) -> None:
+    """From a public host to this machine, this link, this network, or another scheme: no."""
+    with pytest.raises(Broken) as caught:
+        redirect_target("https://hub.example/file", target)
+    finding = caught.value.findings[0]
+    assert finding.kind is Kind.REDIRECT
+    assert "secret" not in finding.line()
+
+
+@pytest.mark.usefixtures("names")
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("https://hub.example/a", "https://cdn.example/x?signature=1"),
+        ("https://hub.example/a/b", "/c"),
+        ("https://hub.example/a/b", "c"),
+        ("http://127.0.0.1:8000/a", "http://127.0.0.1:9000/x"),
+        ("http://127.0.0.1:8000/a", "http://cdn.example/x"),
+        ("http://10.0.0.7/a", "http://10.0.0.8/x"),
+        ("https://hub.example/a", "https://unknown.example/x"),
+    ],
+)
+def test_other_redirects_are_followed(source: str, target: str) -> None:
+    """To public hosts, and among hosts that are equally near."""
+    assert redirect_target(source, target).endswith(target.lstrip("/"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "17"}, 17),
+        ({"Retry-After": "soon"}, None),
+        ({"RateLimit": '"api";r=0;t=55'}, 55),
+        ({"RateLimit": '"api";r=3;t=55'}, None),
+        ({"RateLimit": '"api";r=0;t=55', "Retry-After": "60"}, 60),
+    ],
+)
+def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+    """Retry-After and RateLimit are understood, and nothing else is taken for them."""
+    assert asked_wait(headers) == seconds
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://me:s3cr/et@127.0.0.1:9", "http://me:s3cret@127.0.0.1:9", "http://s3cret@a b:1"],
+)
+def test_a_proxy_that_makes_no_sense_is_told_without_its_password(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is wrong with the proxy's URL, what is said of it has no credentials."""
+    monkeypatch.setenv("http_proxy", proxy)
+    with Wire(threading.Event(), limits=HASTY) as wire, pytest.raises(Broken) as caught:
+        wire.ask("HEAD", "http://hub.example/x", {})
+    finding = caught.value.findings[0]
+    assert finding.kind in (Kind.PROXY, Kind.NO_NETWORK)
+    assert "s3cr" not in finding.line() and "PROXY" in finding.help
+
+
+def test_a_token_that_cannot_be_exchanged_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the library fails to get a token, access is refused, and its words are not repeated."""
+
+    def fails() -> str:
+        raise RuntimeError("hf_secret was refused")
+
+    environment = HubEnvironment.read({"HF_OIDC_RESOURCE": "org"})
+    monkeypatch.setattr("huggingface_hub.get_token", fails)
+    with pytest.raises(AccessRefused) as caught:
+        Account.from_environment(environment)
+    assert "hf_secret" not in str(caught.value)
+
+
+# ---- servers that do not come to the point
+
+
+@contextlib.contextmanager
+def drip(*texts: bytes, seconds: float) -> Iterator[str]:
+    """A server that answers with these texts again and again, so many seconds apart."""
+    over = threading.Event()
+
+    def answer(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                connection, _ = server.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    for text in itertools.cycle(texts):
+                        connection.sendall(text)
+                        if over.wait(seconds):
+                            return
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        over.set()
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+ENDLESS = {
+    "headers, a byte at a time": (b"H",),
+    "interim answers": (b"HTTP/1.1 100 Continue\r\n\r\n",),
+}
+
+
+@pytest.mark.parametrize("texts", ENDLESS.values(), ids=ENDLESS)
+def test_an_answer_that_never_begins_is_given_up(texts: tuple[bytes, ...]) -> None:
+    """However busy a server is with it, headers have to be there in time."""
+    limits = replace(HASTY, read=0.5, tries=1)
+    with drip(*texts, seconds=0.05) as url, Wire(threading.Event(), limits=limits) as wire:
+        started = monotonic()
+        with pytest.raises(Broken) as caught:
+            wire.ask("HEAD", url, {})
+        assert monotonic() - started < 6
+    assert caught.value.findings[0].kind is Kind.NO_NETWORK
+
+
+def test_a_stop_ends_a_request_that_waits_for_its_answer() -> None:
+    """Who is stopped while a server keeps silent is free within a second or so."""
+    stop = threading.Event()
+    limits = replace(HASTY, read=60)
+    with drip(b"H", seconds=0.05) as url, Wire(stop, limits=limits) as wire:
+        started = monotonic()
+        threading.Timer(0.2, stop.set).start()
+        with pytest.raises(Stopped):
+            wire.ask("HEAD", url, {})
+        assert monotonic() - started < 5
+
+
+def test_a_broken_handshake_is_not_a_bad_certificate() -> None:
+    """A host that hangs up before TLS is there may be asked again, and nobody is told of clocks."""
+    with (
+        drip(b"nonsense", seconds=0.05) as url,
+        Wire(threading.Event(), limits=HASTY) as wire,
+        pytest.raises(Broken) as caught,
+    ):
+        wire.ask("HEAD", url.replace("http:", "https:"), {})
+    assert caught.value.findings[0].kind is Kind.NO_NETWORK
+
+
+@pytest.mark.usefixtures("names")
+@pytest.mark.parametrize(
+    "host",
+    [
+        "2130706433",
+        "0x7f000001",
+        "127.1",
+        "0",
+        "2852039166",
+        "[64:ff9b::7f00:1]",
+        "[2002:7f00:1::]",
+        "LOCALHOST.",
+        "\uff11\uff12\uff17.1",
+        "[::1",
+        "host:99999",
+    ],
+)
+@pytest.mark.parametrize("variables", [{"no_proxy": "x"}, {"https_proxy": "http://p.example:1"}])
+def test_no_notation_of_an_inner_address_is_followed(
+    host: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a proxy or without, whatever way this machine is written, and no traceback."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Broken) as caught:
+        redirect_target("https://hub.example/file", f"https://{host}/x")
+    assert caught.value.findings[0].kind is Kind.REDIRECT
+
+
+def test_what_a_server_says_cannot_drive_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters in what is shown of a wait come out as question marks."""
+    Progress("fetching", 0, sys.stderr).say("503 \x1b]0;title\x07")
+    assert capsys.readouterr().err == "fetching: 503 ?]0;title?\n"
+
+
+def test_no_wait_is_too_long_to_be_told() -> None:
+    """Four hundred digits of seconds are a long time, and nothing worse."""
+    seconds = asked_wait({"Retry-After": "9" * 400})
+    assert seconds is not None and HASTY.longest_wait < seconds <= FOREVER

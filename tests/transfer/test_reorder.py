@@ -1,0 +1,256 @@
+"""Where blocks come down: any order in, one order hashed, memory bounded."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csm_weights import hashing
+from csm_weights.byte_ranges import Ranges
+from csm_weights.concurrency import Stopped
+from csm_weights.hashing import Hasher, sha256
+from csm_weights.store.block_io import Target
+from csm_weights.store.receipts import Arrival, dump, load_arrival
+from csm_weights.transfer.reorder import BLOCK, Blocks, Landing
+
+START = 4096
+COUNT = 6
+SIZE = BLOCK * COUNT - 12_345
+DATA = random.Random(1).randbytes(SIZE)
+
+
+def ignore(*_: int) -> None:
+    """Counts nothing."""
+
+
+class Strip:
+    """A landing of six blocks, from byte 4096 on, and what it recorded."""
+
+    def __init__(self, folder: Path, held: int = COUNT, sinks: int = 1) -> None:
+        self.target = Target(folder / "strip")
+        self.sinks: list[Hasher] = [sha256() for _ in range(sinks)]
+        self.blocks = Blocks(held)
+        self.recorded: list[tuple[int, int]] = []
+        self.stop = threading.Event()
+        self.landing = self.land()
+
+    def land(self, arrived: Sequence[tuple[int, int]] = (), tick: Callable[[int], None] = ignore):  # type: ignore[no-untyped-def]
+        return Landing(
+            self.target,
+            START,
+            START + SIZE,
+            self.sinks,
+            self.blocks,
+            arrived,
+            lambda offset, size: self.recorded.append((offset, size)),
+            tick,
+            self.stop,
+        )
+
+    def put(self, index: int) -> None:
+        """Puts one of the six blocks."""
+        data = DATA[index * BLOCK : (index + 1) * BLOCK]
+        block = self.blocks.lend()
+        block.view[: len(data)] = data
+        self.landing.put(block, START + index * BLOCK, len(data))
+
+    def digests(self) -> set[str]:
+        return {sink.hexdigest() for sink in self.sinks}
+
+    def written(self) -> bytes:
+        return (self.target.path).read_bytes()[START:]
+
+
+RIGHT = {hashlib.sha256(DATA).hexdigest()}
+
+
+@pytest.fixture
+def strip(tmp_path: Path) -> Iterator[Strip]:
+    """A strip on which nothing has landed."""
+    strip = Strip(tmp_path)
+    yield strip
+    strip.landing.close()
+    strip.target.close()
+
+
+@pytest.mark.parametrize("held", [0, 1, COUNT])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 4, 2]])
+def test_blocks_in_any_order_are_hashed_in_one(tmp_path: Path, order: list[int], held: int) -> None:
+    """Whatever order the blocks have and however few may wait, both digests are the data's."""
+    strip = Strip(tmp_path, held, sinks=2)
+    for index in order:
+        strip.put(index)
+    assert strip.landing.finish()
+    assert (strip.digests(), strip.written()) == (RIGHT, DATA)
+    strip.landing.close()
+
+
+def test_many_threads_may_put(strip: Strip) -> None:
+    """Blocks from six threads at once make the same file."""
+    with ThreadPoolExecutor(COUNT) as pool:
+        list(pool.map(strip.put, random.Random(2).sample(range(COUNT), COUNT)))
+    assert strip.landing.finish()
+    assert (strip.digests(), strip.written()) == (RIGHT, DATA)
+
+
+def test_every_block_is_recorded_once_it_is_written(strip: Strip) -> None:
+    """The record of a block says where it lies, and not before it does."""
+    strip.put(2)
+    assert strip.recorded == [(START + 2 * BLOCK, BLOCK)]
+    assert strip.written()[2 * BLOCK :] == DATA[2 * BLOCK : 3 * BLOCK]
+
+
+def test_what_is_missing_is_wanted(strip: Strip) -> None:
+    """What has not arrived is told in ranges, and the landing is not complete."""
+    strip.put(0)
+    strip.put(2)
+    gaps = [(START + BLOCK, START + 2 * BLOCK), (START + 3 * BLOCK, START + SIZE)]
+    assert strip.landing.wanted() == gaps
+    assert not strip.landing.finish()
+
+
+def test_what_an_earlier_run_wrote_is_read_back(strip: Strip) -> None:
+    """Ranges that arrived earlier are hashed from the file, in their turn."""
+    strip.target.write(memoryview(DATA[: 2 * BLOCK + 5]), START, direct=False)
+    strip.landing.close()
+    strip.landing = strip.land([(START, START + 2 * BLOCK + 5)])
+    block = strip.blocks.lend()
+    rest = DATA[2 * BLOCK + 5 : 3 * BLOCK]
+    block.view[: len(rest)] = rest
+    for index in (5, 4, 3):
+        strip.put(index)
+    strip.landing.put(block, START + 2 * BLOCK + 5, len(rest))
+    assert strip.landing.finish()
+    assert strip.digests() == RIGHT
+
+
+def test_bytes_are_counted_as_they_arrive(strip: Strip) -> None:
+    """The ticks add up to the size of the range, though none can be hashed until the last."""
+    counted: list[int] = []
+    strip.landing.close()
+    strip.landing = strip.land(tick=counted.append)
+    for index in reversed(range(COUNT)):
+        strip.put(index)
+    assert sum(counted) == SIZE
+
+
+def test_blocks_are_used_again(strip: Strip) -> None:
+    """In order, six blocks need no more memory than two."""
+    lent = set()
+    for index in range(COUNT):
+        block = strip.blocks.lend()
+        lent.add(id(block))
+        strip.blocks.give_back(block)
+        strip.put(index)
+        while strip.landing._next < START + index * BLOCK:
+            pass
+    assert len(lent) <= 2
+
+
+def test_a_line_ahead_waits_while_the_hashing_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no room to wait, a block in its turn is hashed from memory, not read back."""
+    read_back: list[int] = []
+    feed = hashing.feed
+
+    def counting(fd: int, offset: int, size: int, *rest: object) -> None:
+        read_back.append(size)
+        feed(fd, offset, size, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("csm_weights.transfer.reorder.feed", counting)
+    strip = Strip(tmp_path, held=2)
+    for index in range(COUNT):
+        strip.put(index)
+    assert strip.landing.finish()
+    assert (strip.digests(), read_back) == (RIGHT, [])
+    strip.landing.close()
+
+
+def test_a_stop_ends_those_who_put_and_those_who_wait(strip: Strip) -> None:
+    """After a stop nothing lands, and waiting for the end ends."""
+    strip.put(3)
+    strip.stop.set()
+    with pytest.raises(Stopped):
+        strip.put(4)
+    with pytest.raises(Stopped):
+        strip.landing.finish()
+
+
+def test_a_file_that_cannot_be_read_back_is_told(tmp_path: Path) -> None:
+    """An error while reading back comes out of finish, not out of a thread nobody hears."""
+    strip = Strip(tmp_path, held=0)
+    strip.landing.close()
+    strip.landing = strip.land([(START, START + SIZE)])  # the file is empty
+    with pytest.raises(hashing.ShortRead):
+        strip.landing.finish()
+    strip.landing.close()
+
+
+# ---- ranges
+
+pairs = st.tuples(st.integers(0, 60), st.integers(1, 20)).map(lambda p: (p[0], p[0] + p[1]))
+
+
+def members(ranges: Sequence[tuple[int, int]]) -> set[int]:
+    return {n for start, end in ranges for n in range(start, end)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(added=st.lists(pairs, max_size=12), window=pairs)
+def test_ranges_are_the_sets_they_stand_for(
+    added: list[tuple[int, int]], window: tuple[int, int]
+) -> None:
+    """What is missing, and how far it reaches, are as with sets of numbers."""
+    ranges, start = Ranges(added), window[0]
+    missing = ranges.missing(*window)
+    assert members(missing) == members([window]) - members(added)
+    assert missing == sorted(missing)
+    end = ranges.end_of(start)
+    assert members([(start, end)]) <= members(added)
+    assert end not in members(added)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 0), (8, -8), (-1, 5), (5, -1)])
+def test_a_journal_line_about_no_bytes_counts_as_absent(offset: int, size: int) -> None:
+    """A line with a size below one, or before the file, is not understood."""
+    assert load_arrival(dump(Arrival(offset, size, "5" * 64))) is None
+    assert load_arrival(dump(Arrival(0, 1, "5" * 64))) == Arrival(0, 1, "5" * 64)
+
+
+def test_bytes_that_have_arrived_are_not_written_over(strip: Strip) -> None:
+    """A block over bytes that are there is refused: the digest may have passed them."""
+    strip.put(0)
+    with pytest.raises(ValueError, match="arrived already"):
+        strip.put(0)
+    assert strip.written() == DATA[:BLOCK]
+
+
+def test_blocks_go_back_when_a_landing_is_given_up(tmp_path: Path) -> None:
+    """After a landing that never ended, as many blocks may wait as before."""
+    strip = Strip(tmp_path, held=3)
+    for index in (2, 3, 4):
+        strip.put(index)
+    strip.landing.close()
+    assert [strip.blocks.hold() for _ in range(4)] == [True, True, True, False]
+
+
+def test_who_puts_hears_that_the_hashing_has_died(tmp_path: Path) -> None:
+    """With the hashing dead, a line does not go on fetching the rest."""
+    strip = Strip(tmp_path, held=0)
+    strip.landing.close()
+    strip.landing = strip.land([(START, START + BLOCK)])  # the file is empty
+    with pytest.raises(hashing.ShortRead):
+        for index in range(1, COUNT):
+            strip.put(index)
+            time.sleep(0.05)
+    strip.landing.close()

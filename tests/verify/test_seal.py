@@ -1,0 +1,377 @@
+"""Sealing: read-only, fs-verity where there is, and everything goes on as before."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from csm_weights.commands.render import report
+from csm_weights.commands.seal import seal_placed
+from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
+from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline.plan import Goal
+from csm_weights.pipeline.request import Outcome
+from csm_weights.store import install
+from csm_weights.store.inspect import Condition
+from csm_weights.store.receipts import Receipt, load_receipt, partial_path, receipt_path
+from csm_weights.verify import seal
+from tests.support.clone import Clone
+from tests.support.toy import Toy, flip
+
+#: What linux/fsverity.h says: the two ioctls, and the argument for SHA-256 and 4,096-byte blocks.
+ENABLE, MEASURE = 0x40806685, 0xC0046686
+ARGUMENT = struct.pack("=4I", 1, 1, 4096, 0) + bytes(112)
+
+
+def weights(toy: Toy, *only: str, dest: str | None = None) -> Outcome:
+    """`inv weights --seal`."""
+    request = toy.request(*only, dest=dest)
+    return seal_placed(request, apply.weights(request, smoke=False))
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def receipt_of(toy: Toy, path: str) -> Receipt:
+    found = load_receipt(receipt_path(toy.root / "models/toy", path).read_text())
+    assert found is not None
+    return found
+
+
+class Kernel:
+    """A kernel with fs-verity, as far as the ioctls show it; `refusals` are answered first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *refusals: int) -> None:
+        self.refusals = list(refusals)
+        self.sealed: set[int] = set()
+        self.asked: list[bytes] = []
+        self.real = fcntl.ioctl
+        self.before: Callable[[], None] = lambda: None
+        monkeypatch.setattr(fcntl, "ioctl", self.ioctl)
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> bytes:
+        if request not in (ENABLE, MEASURE):
+            return self.real(fd, request, argument)
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        inode = os.fstat(fd).st_ino
+        if request == MEASURE:
+            assert struct.unpack_from("=HH", argument) == (0, len(argument) - 4)
+            if inode not in self.sealed:
+                raise OSError(errno.ENODATA, "No data available")
+            return argument
+        self.asked.append(argument)
+        if self.refusals:
+            number = self.refusals.pop(0)
+            raise OSError(number, os.strerror(number))
+        self.before()
+        self.sealed.add(inode)
+        os.utime(fd)  # as ext4 does
+        return argument
+
+
+def test_files_are_read_only_and_stay_proven(toy: Toy) -> None:
+    """Every file in place is 0444, and its receipt is true of it still."""
+    outcome = weights(toy)
+    paths = [a.path for a in toy.manifest.artifacts]
+    assert [mode(toy.placed(path)) for path in paths] == [0o444] * 3
+    assert [s.path for s in outcome.sealed] == paths
+    assert {i.placed.condition for i in outcome.state.artifacts} == {Condition.PROVEN}
+    assert apply.survey(toy.request(), check=True).error is None
+
+
+def test_the_result_says_which_was_done(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read-only alone is told from fs-verity, for a person and a machine."""
+    kernel = Kernel(monkeypatch, errno.EOPNOTSUPP)
+    outcome = weights(toy, "a.bin", "b.bin")
+    assert [s.verity for s in outcome.sealed] == [False, True]
+    assert len(kernel.sealed) == 1
+    text = report.outcome_text(outcome)
+    assert "read-only (no fs-verity here)" in text and "read-only, fs-verity" in text
+    assert [s["verity"] for s in json.loads(report.outcome_json(outcome))["sealed"]] == [0, 1]
+
+
+def test_the_kernel_is_asked_for_sha256_over_4096_bytes(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The argument is struct fsverity_enable_arg without salt or signature."""
+    kernel = Kernel(monkeypatch)
+    weights(toy, "a.bin")
+    assert kernel.asked == [ARGUMENT]
+
+
+def test_what_the_kernel_froze_is_what_is_proven(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte that changes just before the kernel takes the file is found after it has."""
+    kernel = Kernel(monkeypatch)
+    apply.weights(toy.request("a.bin"), smoke=False)
+    kernel.before = lambda: flip(toy.placed("a.bin"))
+    with pytest.raises(WrongContent, match="while it was being sealed"):
+        weights(toy, "a.bin")
+    assert apply.survey(toy.request("a.bin"), check=True).error is not None
+
+
+def test_fs_verity_keeps_where_the_pieces_came_from(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receipt is renewed for the new time of writing, with all that it told."""
+    Kernel(monkeypatch)
+    weights(toy, "a.bin")
+    sources = [piece.source for piece in receipt_of(toy, "a.bin").pieces]
+    assert sources == [piece.part for piece in toy.artifact("a.bin").pieces]
+    assert apply.survey(toy.request("a.bin"), check=True).error is None
+
+
+def test_sealing_again_does_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run finds everything sealed, and touches neither file nor receipt."""
+    kernel = Kernel(monkeypatch)
+    weights(toy, "a.bin")
+    before = toy.placed("a.bin").stat(), receipt_path(toy.root / "models/toy", "a.bin").stat()
+    again = weights(toy, "a.bin")
+    after = toy.placed("a.bin").stat(), receipt_path(toy.root / "models/toy", "a.bin").stat()
+    assert [(s.st_ino, s.st_ctime_ns) for s in before] == [(s.st_ino, s.st_ctime_ns) for s in after]
+    assert (again.sealed[0].verity, len(kernel.asked)) == (True, 1)
+
+
+def test_what_is_in_place_already_can_be_sealed(toy: Toy) -> None:
+    """Files that an earlier run has placed are sealed without being made again."""
+    apply.weights(toy.request(), smoke=False)
+    inode = toy.placed("a.bin").stat().st_ino
+    outcome = weights(toy)
+    assert (outcome.acts, mode(toy.placed("a.bin"))) == ((), 0o444)
+    assert toy.placed("a.bin").stat().st_ino == inode
+
+
+def test_a_read_only_file_gets_fs_verity(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel wants a file that may be written, it may be for that moment only."""
+    weights(toy, "a.bin")
+    kernel = Kernel(monkeypatch, errno.EACCES)
+    assert weights(toy, "a.bin").sealed[0].verity
+    assert (len(kernel.asked), mode(toy.placed("a.bin"))) == (2, 0o444)
+    assert apply.survey(toy.request("a.bin"), check=True).error is None
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [
+        (errno.ETXTBSY, Kind.CHANGED, 4),
+        (errno.ENOSPC, Kind.NO_SPACE, 7),
+        (errno.EROFS, Kind.NOT_WRITABLE, 7),
+        (errno.EIO, Kind.UNREADABLE, 4),
+    ],
+)
+def test_what_a_kernel_with_fs_verity_refuses_is_told(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, number: int, kind: Kind, code: int
+) -> None:
+    """A busy file or a full disk is an error; the file stays as it was, placed and proven."""
+    Kernel(monkeypatch, number)
+    with pytest.raises(CsmWeightsError) as caught:
+        weights(toy, "a.bin")
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (kind, str(toy.placed("a.bin")))
+    assert caught.value.exit_code == code
+    assert apply.survey(toy.request("a.bin"), check=True).error is None
+
+
+def test_another_ones_file_cannot_be_sealed(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the permissions cannot be changed, the error says whose act it is."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    with pytest.raises(NoSpace, match="its owner"):
+        weights(toy, "a.bin")
+
+
+def test_a_link_in_place_is_not_sealed(toy: Toy) -> None:
+    """What a link leads to keeps its permissions; the error names the link."""
+    apply.weights(toy.request("a.bin"), smoke=False)
+    real = toy.root / "real"
+    toy.placed("a.bin").rename(real)
+    toy.placed("a.bin").symlink_to(real)
+    with pytest.raises(WrongContent, match=r"a\.bin"):
+        weights(toy, "a.bin")
+    assert mode(real) == 0o644
+
+
+def test_a_file_that_was_changed_meanwhile_is_not_sealed(toy: Toy) -> None:
+    """A receipt that does not fit the file seals nothing."""
+    apply.weights(toy.request("a.bin"), smoke=False)
+    receipt = receipt_of(toy, "a.bin")
+    os.utime(toy.placed("a.bin"))
+    with pytest.raises(WrongContent, match="could not be sealed"):
+        seal.seal(toy.root / "models/toy", receipt)
+    assert mode(toy.placed("a.bin")) == 0o644
+
+
+def test_files_whose_gates_are_closed_are_left_alone(toy: Toy) -> None:
+    """An outcome with findings of the gates is passed on as it is."""
+    weights_of = apply.weights(toy.request(), smoke=False)
+    flip(toy.placed("a.bin"))
+    closed = replace(weights_of, results=checks.verify(toy.request()).results)
+    assert seal_placed(toy.request(), closed) is closed
+    assert mode(toy.placed("b.bin")) == 0o644
+
+
+# ---- the other commands go on as before
+
+
+def test_a_sealed_file_that_became_wrong_is_repaired(toy: Toy) -> None:
+    """Its good pieces are copied, the wrong one comes from its part, and it is sealed again."""
+    weights(toy)
+    path = toy.placed("a.bin")
+    path.chmod(0o644)
+    flip(path)
+    path.chmod(0o444)
+    outcome = weights(toy)
+    assert (path.read_bytes(), mode(path)) == (toy.good("a.bin"), 0o444)
+    assert outcome.error is None and outcome.acts
+
+
+def test_a_repair_without_seal_leaves_an_ordinary_file(toy: Toy) -> None:
+    """Sealing is asked for each time: what is made anew has the usual permissions."""
+    weights(toy)
+    toy.placed("a.bin").unlink()
+    apply.weights(toy.request(), smoke=False)
+    assert (mode(toy.placed("a.bin")), mode(toy.placed("b.bin"))) == (0o644, 0o444)
+
+
+def test_a_staged_file_replaces_a_sealed_one(toy: Toy) -> None:
+    """`inv place` puts another edition in the place of a sealed file."""
+    weights(toy, "note.txt")
+    toy.staged("note.txt").parent.mkdir(parents=True, exist_ok=True)
+    toy.staged("note.txt").write_text("another edition")
+    toy.placed("note.txt").unlink()
+    request = toy.request("note.txt")
+    outcome = seal_placed(request, apply.act(request, Goal.PLACED))
+    assert toy.placed("note.txt").read_text() == "another edition"
+    assert (mode(toy.placed("note.txt")), len(outcome.sealed)) == (0o444, 1)
+
+
+def test_verify_and_clean_work_on_sealed_files(toy: Toy) -> None:
+    """Every gate is passed, and only what is unfinished goes."""
+    weights(toy)
+    partial = partial_path(toy.placed("a.bin"))
+    partial.write_text("unfinished")
+    apply.clean(toy.request("all"), dry=False)
+    assert not partial.exists()
+    assert checks.verify(toy.request(), write_sums=True).error is None
+
+
+def test_a_kill_between_seal_and_receipt_costs_one_hashing(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receipt is out of date then, so the file is proven again, and found right."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    apply.weights(toy.request("a.bin"), smoke=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(install, "record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            weights(toy, "a.bin")
+    assert mode(toy.placed("a.bin")) == 0o444
+    outcome = weights(toy, "a.bin")
+    assert [str(step.verb) for step in outcome.acts] == ["prove in place"]
+    assert outcome.state.artifacts[0].placed.condition is Condition.PROVEN
+
+
+def test_the_commands_seal(tmp_path: Path) -> None:
+    """`inv place`, `inv fetch --dest` and `inv weights` take --seal; fetch alone does not."""
+    clone = Clone.make(tmp_path / "clone")
+    tiny = ("--model", "csm-tiny", "--only", "safetensors")
+    refused = clone.inv("fetch", *tiny, "--seal")
+    assert (refused.returncode, "--dest" in refused.stderr) == (1, True)
+    assert clone.inv("fetch", *tiny).returncode == 0
+    for command in (("place", *tiny), ("fetch", *tiny, "--dest", "elsewhere")):
+        done = clone.inv(*command, "--seal", "--json")
+        assert (done.returncode, len(json.loads(done.stdout)["sealed"])) == (0, 2)
+    for folder in ("models/csm-tiny", "elsewhere"):
+        assert mode(clone.root / folder / "model.safetensors") == 0o444
+    again = clone.inv("weights", *tiny, "--no-smoke", "--seal")
+    assert (again.returncode, "read-only" in again.stdout) == (0, True)
+
+
+# ---- a real file system with fs-verity
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small ext4 with the verity feature, mounted."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    if not Path("/sys/fs/ext4/features/verity").exists():
+        pytest.skip("this kernel's ext4 has no fs-verity (CONFIG_FS_VERITY)")
+    if not (mkfs := shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")):
+        pytest.skip("there is no mkfs.ext4")
+    image, point = tmp_path / "disk.img", tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run([mkfs, "-q", "-O", "verity", "-b", "4096", str(image)], check=True)
+    point.mkdir()
+    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(point)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is refused: {mounted.stderr.decode().strip()}")
+    yield point
+    subprocess.run(["umount", str(point)], check=True)
+
+
+@pytest.mark.full
+def test_the_kernel_guards_a_sealed_file(disk: Path) -> None:
+    """On ext4 with fs-verity not even root can write to it, and a repair still replaces it."""
+    (disk / "repository").mkdir()
+    toy = Toy.make(disk / "repository")
+    assert [s.verity for s in weights(toy).sealed] == [True] * 3
+    path = toy.placed("a.bin")
+    path.chmod(0o644)
+    with pytest.raises(PermissionError):
+        path.open("r+b")
+    apply.weights(toy.request(), smoke=False)
+    assert [s.verity for s in weights(toy).sealed] == [True] * 3
+    path.unlink()
+    apply.weights(toy.request(), smoke=False)
+    assert path.read_bytes() == toy.good("a.bin")
+    assert checks.verify(toy.request()).error is None
+
+
+@pytest.mark.full
+def test_a_block_that_rots_under_fs_verity_is_found(disk: Path) -> None:
+    """The kernel gives an error for the block, and the gates say so."""
+    (disk.parent / "repository").mkdir()
+    toy = Toy.make(disk.parent / "repository")
+    placed = str(disk / "placed")
+    weights(toy, dest=placed)
+    path = disk / "placed" / "a.bin"
+    _rot(disk, path)
+    with pytest.raises(OSError, match="Input/output error"):
+        path.read_bytes()
+    error = checks.verify(toy.request(dest=placed)).error
+    assert error is not None and error.exit_code == 4
+    path.unlink()
+    assert weights(toy, dest=placed).error is None
+    assert path.read_bytes() == toy.good("a.bin")
+
+
+def _rot(disk: Path, path: Path) -> None:
+    """Turns over a block of a file on the disk, below the file system."""
+    image = disk.parent / "disk.img"
+    content = path.read_bytes()[8192:8256]
+    subprocess.run(["umount", str(disk)], check=True)
+    data = image.read_bytes()
+    at = data.index(content)
+    with image.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(64))
+    subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=True)

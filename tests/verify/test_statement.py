@@ -1,0 +1,702 @@
+"""Attestations: what they say, who signed them, and what of others' is refused."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+from in_toto_attestation.v1 import statement_pb2
+from in_toto_attestation.v1.statement import Statement
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import VerificationError
+from securesystemslib.signer import CryptoSigner, SSlibKey
+
+from csm_weights.commands import attest
+from csm_weights.commands.render import report, report_attest
+from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.manifest.types import Artifact, Manifest
+from csm_weights.pipeline import apply
+from csm_weights.pipeline.request import Outcome
+from csm_weights.store.receipts import PieceRecord, Receipt
+from csm_weights.untrusted import Fingerprint
+from csm_weights.verify import keys, statement
+from csm_weights.verify.statement import Facts, Made
+from tests.support.clone import Clone
+from tests.support.toy import Toy, flip
+
+COMMIT = "c0ffee" + "0" * 34
+BLOB = "b10b" + "0" * 36
+OPENSSL = ["openssl", "genpkey", "-algorithm"]
+KEYS = {
+    "ed25519": [*OPENSSL, "ed25519"],
+    "p256": [*OPENSSL, "EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
+    "p384": [*OPENSSL, "EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
+    "rsa": [*OPENSSL, "RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
+}
+
+
+class Desk:
+    """A toy repository whose files are in place, and a key pair."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.toy = toy
+        apply.weights(toy.request(), smoke=False)
+        self.private, self.public = toy.root / "key", toy.root / "key.pub"
+        self.file = toy.root / "models/toy/toy.intoto.json"
+
+    def attest(self, *only: str, **options: str) -> attest.Attesting:
+        return attest.attest_files(self.toy.request(*only), **options)
+
+    def sign(self, *only: str) -> Path:
+        """Writes an attestation with a new key."""
+        self.attest(*only, make_key=str(self.private))
+        return self.file
+
+    def verify(self, *only: str, key: bool = True, file: Path | None = None) -> Outcome:
+        public = str(self.public) if key else ""
+        return attest.verify(self.toy.request(*only), str(file or self.file), public)
+
+    def refusal(self, *only: str, key: bool = True, file: Path | None = None) -> CsmWeightsError:
+        """The error that verifying ends with, raised or in its result."""
+        try:
+            error = self.verify(*only, key=key, file=file).error
+        except CsmWeightsError as raised:
+            error = raised
+        assert error is not None, "it was accepted"
+        return error
+
+    def statement(self) -> dict[str, Any]:
+        data = json.loads(self.file.read_text())
+        body = base64.b64decode(data["payload"]) if "payload" in data else self.file.read_bytes()
+        statement: dict[str, Any] = json.loads(body)
+        return statement
+
+    def forge(self, change: Callable[[dict[str, Any]], None]) -> Path:
+        """An unsigned statement that was changed."""
+        data = self.statement()
+        change(data)
+        path = self.toy.root / "forged.json"
+        path.write_text(json.dumps(data))
+        return path
+
+
+@pytest.fixture
+def desk(toy: Toy) -> Desk:
+    """A desk with files in place."""
+    return Desk(toy)
+
+
+def digests(toy: Toy) -> dict[str, str]:
+    """The sha256 of every file of the toy model, by name."""
+    return {a.path: sha256(toy.good(a.path)) for a in toy.manifest.artifacts}
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def make_key(kind: str, path: Path) -> tuple[Path, Path]:
+    """A key pair in PEM as openssl makes it."""
+    run = {"check": True, "capture_output": True}
+    subprocess.run([*KEYS[kind], "-out", str(path)], **run)  # type: ignore[call-overload]
+    public = path.with_name(path.name + ".pub")
+    openssl = ["openssl", "pkey", "-in", str(path), "-pubout", "-out", str(public)]
+    subprocess.run(openssl, **run)  # type: ignore[call-overload]
+    return path, public
+
+
+def library_key(public: Path) -> SSlibKey:
+    """A public key as securesystemslib reads it."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    key: Any = load_pem_public_key(public.read_bytes())
+    return SSlibKey.from_crypto(key)
+
+
+# ---- what is said
+
+
+def test_the_subjects_are_the_files_in_place(desk: Desk) -> None:
+    """Every chosen file is a subject, with the sha256 of its bytes."""
+    done = desk.attest()
+    said = {s["name"]: s["digest"]["sha256"] for s in desk.statement()["subject"]}
+    assert said == dict(done.subjects) == digests(desk.toy)
+
+
+def test_the_parts_are_the_materials(desk: Desk) -> None:
+    """Each part is named with its digest, in order, after the manifest."""
+    desk.attest("a.bin")
+    build = desk.statement()["predicate"]["buildDefinition"]
+    manifest, *parts = build["resolvedDependencies"]
+    toml = desk.toy.root / "manifests/toy.toml"
+    assert manifest == {"name": "toy.toml", "digest": {"sha256": sha256(toml.read_bytes())}}
+    assert [(p["name"], p["digest"]["sha256"]) for p in parts] == [
+        (p.part, p.sha256) for p in desk.toy.artifact("a.bin").pieces
+    ]
+
+
+def test_the_tool_and_its_version_are_named(desk: Desk) -> None:
+    """The builder says which release of the package it was."""
+    desk.attest()
+    builder = desk.statement()["predicate"]["runDetails"]["builder"]
+    assert builder == {"id": "pkg:generic/csm-weights", "version": {"csm-weights": "0.1.0"}}
+
+
+def test_the_same_files_give_the_same_statement(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the time held still, attesting twice writes the same bytes."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    texts = set()
+    for _ in range(2):
+        desk.attest()
+        texts.add(desk.file.read_bytes())
+    assert len(texts) == 1
+    assert b"2023-11-14T22:13:20" in texts.pop()
+
+
+def test_a_time_that_is_none_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SOURCE_DATE_EPOCH beyond all calendars is an error of ours."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "9" * 30)
+    with pytest.raises(UsageError):
+        desk.attest()
+
+
+def hub_file(*sources: str, blob: str | None = BLOB) -> tuple[Manifest, Made]:
+    """A file of a Hub repository in two pieces, and where its receipt says they came from."""
+    pieces = tuple(PieceRecord(i * 5, 5, str(i) * 64, s) for i, s in enumerate(sources))
+    artifact = Artifact("m.bin", "m", "opaque", 10, "a" * 64, blob)
+    receipt = Receipt("m.bin", "m", 10, "a" * 64, pieces, Fingerprint(1, 10, 1, 1), "now", "t")
+    manifest = Manifest("m", "output", ".", (artifact,), repo="org/m", revision=COMMIT)
+    return manifest, Made(artifact, 10, "a" * 64, receipt)
+
+
+def materials(manifest: Manifest, made: Made) -> list[dict[str, Any]]:
+    return statement.dependencies(Facts(manifest, "m.toml", "f" * 64, (made,), "1", "now"))[1:]
+
+
+def test_a_file_of_the_hub_is_named_by_commit_and_blob_id() -> None:
+    """What came from the Hub is told by its commit, its address and its blob id."""
+    page = "https://huggingface.co/org/m"
+    commit, blob = materials(*hub_file(f"{page}/m.bin", f"{page}/m.bin"))
+    assert commit == {"uri": page, "digest": {"gitCommit": COMMIT}}
+    assert blob["uri"] == f"{page}/resolve/{COMMIT}/m.bin"
+    assert blob["digest"] == {"sha256": "a" * 64, "gitBlob": BLOB}
+
+
+def test_a_repaired_file_has_both_kinds_of_material() -> None:
+    """A piece from the Hub among parts is told with the Hub's blob, the part by its digest."""
+    page = "https://huggingface.co/org/m"
+    commit, blob, part = materials(*hub_file("chunks/m-aa", f"{page}/m.bin", blob=None))
+    assert (commit["digest"], blob["digest"]) == ({"gitCommit": COMMIT}, {"sha256": "a" * 64})
+    assert (part["digest"]["sha256"], part["annotations"]["from"]) == ("0" * 64, "chunks/m-aa")
+
+
+def test_no_folder_of_this_machine_is_told() -> None:
+    """A piece that came out of a home folder is said to be from this machine, and no more."""
+    found = materials(*hub_file("/home/me/secret/m.bin", "https://mirror/m.bin?token=x"))
+    assert [m["annotations"]["from"] for m in found] == [
+        "a file on this machine",
+        "https://mirror/m.bin",
+    ]
+
+
+def test_a_file_without_a_record_of_its_way_says_so(desk: Desk) -> None:
+    """A whole file that was proven has no pieces: its origin is the Hub's id, or not recorded."""
+    manifest, made = hub_file()
+    assert "unknown" in materials(manifest, made)[1]["annotations"]["from"]
+    (itself,) = materials(replace(manifest, repo=None), made)
+    assert itself["annotations"]["from"] == "not recorded"
+    desk.attest("note.txt")
+    material = desk.statement()["predicate"]["buildDefinition"]["resolvedDependencies"][1]
+    assert material["annotations"]["from"] == "the manifest"
+
+
+# ---- nothing is attested that is not so
+
+
+def test_files_are_hashed_again_before_they_are_attested(desk: Desk) -> None:
+    """A receipt that still fits a file's stat does not make a wrong byte true."""
+    path = desk.toy.placed("a.bin")
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    record = path.parent / ".csm-weights/a.bin.json"
+    receipt = json.loads(record.read_text())
+    receipt["fingerprint"]["ctime_ns"] = path.stat().st_ctime_ns
+    record.write_text(json.dumps(receipt))
+    with pytest.raises(WrongContent) as caught:
+        desk.attest()
+    assert {f.kind for f in caught.value.findings} == {Kind.WRONG_DIGEST}
+    assert not desk.file.exists()
+
+
+def test_a_forged_receipt_attests_nothing(desk: Desk) -> None:
+    """Where the manifest pins no whole digest, the subject's is that of the bytes."""
+    bare = replace(desk.toy.artifact("b.bin"), blob_id=None)
+    desk.toy.write_manifest(replace(desk.toy.manifest, artifacts=(bare,)))
+    record = desk.toy.placed("b.bin").parent / ".csm-weights/b.bin.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0" * 64}))
+    assert desk.attest().subjects == {"b.bin": sha256(desk.toy.good("b.bin"))}
+    assert desk.statement()["subject"][0]["digest"]["sha256"] == sha256(desk.toy.good("b.bin"))
+
+
+def test_a_missing_file_is_not_attested(desk: Desk) -> None:
+    """What is not in place ends with exit code 3, and no key is made."""
+    desk.toy.placed("a.bin").unlink()
+    with pytest.raises(MissingInput):
+        desk.attest("a.bin", make_key=str(desk.private))
+    assert not desk.private.exists()
+
+
+def test_a_key_is_never_written_over(desk: Desk) -> None:
+    """A file under either name of a new key stays as it is."""
+    desk.public.write_text("precious")
+    with pytest.raises(WrongContent, match="written over"):
+        desk.attest(make_key=str(desk.private))
+    assert (desk.public.read_text(), desk.private.exists()) == ("precious", False)
+
+
+def test_a_new_private_key_is_for_its_owner_alone(desk: Desk) -> None:
+    """Whatever the umask, nobody else may read it."""
+    before = os.umask(0)
+    try:
+        desk.sign()
+    finally:
+        os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (desk.private, desk.public)] == [0o600, 0o644]
+
+
+def test_one_key_signs(desk: Desk) -> None:
+    """A key that is there and a new one at once make no sense."""
+    with pytest.raises(UsageError):
+        desk.attest(key="a", make_key="b")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100, b"0" * 100_000])
+def test_what_is_no_private_key_signs_nothing(desk: Desk, content: bytes) -> None:
+    """Garbage in place of a key is told with the key's file, and nothing is written."""
+    desk.private.write_bytes(content)
+    with pytest.raises(WrongContent) as caught:
+        desk.attest(key=str(desk.private))
+    assert caught.value.findings[0].where == str(desk.private)
+    assert not desk.file.exists()
+
+
+def test_a_public_key_does_not_sign(desk: Desk) -> None:
+    """The wrong half of a pair is refused."""
+    _, public = make_key("ed25519", desk.private)
+    with pytest.raises(WrongContent, match="private key in PEM"):
+        desk.attest(key=str(public))
+
+
+def test_an_encrypted_key_needs_its_passphrase(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read from the environment; without it, or with another one, nothing is signed."""
+    make_key("ed25519", desk.private)
+    locked = desk.toy.root / "locked"
+    command = ["openssl", "pkcs8", "-topk8", "-in", str(desk.private), "-out", str(locked)]
+    subprocess.run([*command, "-passout", "pass:word"], check=True, capture_output=True)
+    with pytest.raises(WrongContent, match="CSM_KEY_PASSPHRASE"):
+        desk.attest(key=str(locked))
+    monkeypatch.setenv(keys.PASSPHRASE, "another")
+    with pytest.raises(WrongContent):
+        desk.attest(key=str(locked))
+    monkeypatch.setenv(keys.PASSPHRASE, "word")
+    desk.attest(key=str(locked))
+    assert desk.verify().attested
+
+
+def test_without_the_library_the_command_that_helps_is_told(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unsigned statement needs nothing; a signature says what is to be installed."""
+    monkeypatch.setitem(sys.modules, "securesystemslib.dsse", None)
+    desk.attest()
+    with pytest.raises(MissingInput, match="attest"):
+        desk.attest(make_key=str(desk.private))
+    assert desk.verify(key=False).attested
+
+
+# ---- the ecosystem's own tools read it
+
+
+@pytest.mark.parametrize("kind", sorted(KEYS))
+def test_the_envelope_verifies_with_securesystemslib(desk: Desk, kind: str) -> None:
+    """The library's own check accepts it with the right key, and refuses another one."""
+    private, public = make_key(kind, desk.private)
+    desk.attest(key=str(private))
+    envelope = Envelope.from_dict(json.loads(desk.file.read_text()))
+    assert list(envelope.verify([library_key(public)], 1).values()) == [library_key(public)]
+    _, other = make_key(kind, desk.toy.root / "other")
+    with pytest.raises(VerificationError):
+        envelope.verify([library_key(other)], 1)
+    assert desk.verify().attested
+
+
+def test_the_signature_verifies_with_openssl(desk: Desk) -> None:
+    """The signature is over DSSE's encoding of the payload, as openssl sees it."""
+    desk.sign()
+    data = json.loads(desk.file.read_text())
+    body, kind = base64.b64decode(data["payload"]), data["payloadType"]
+    message, signature = desk.toy.root / "message", desk.toy.root / "signature"
+    message.write_bytes(f"DSSEv1 {len(kind)} {kind} {len(body)} ".encode() + body)
+    signature.write_bytes(base64.b64decode(data["signatures"][0]["sig"]))
+    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(desk.public), "-rawin"]
+    command += ["-in", str(message), "-sigfile", str(signature)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "Success" in done.stdout) == (0, True)
+
+
+def test_the_statement_is_one_for_in_toto(desk: Desk) -> None:
+    """in-toto's own reader takes it, with its predicate, and has nothing against it."""
+    desk.sign()
+    data = desk.statement()
+    message = json_format.ParseDict(data, statement_pb2.Statement())
+    Statement.copy_from_pb(message).validate()
+    subjects = {s.name: s.digest["sha256"] for s in message.subject}
+    assert subjects == digests(desk.toy)
+    predicate = json_format.ParseDict(data["predicate"], provenance_pb2.Provenance())
+    names = [d.name for d in predicate.build_definition.resolved_dependencies]
+    assert names[:2] == ["toy.toml", desk.toy.artifact("a.bin").pieces[0].part]
+    assert predicate.run_details.metadata.finished_on.seconds > 0
+
+
+def test_an_envelope_made_by_the_library_is_accepted(desk: Desk) -> None:
+    """A statement that another tool signed, with a key id of its own, verifies here."""
+    desk.attest()
+    signer = CryptoSigner.generate_ecdsa(keyid="release-key")
+    envelope = Envelope(desk.file.read_bytes(), statement.PAYLOAD_TYPE, {})
+    envelope.sign(signer)
+    desk.file.write_text(json.dumps(envelope.to_dict()))
+    desk.public.write_text(signer.public_key.keyval["public"])
+    attested = desk.verify().attested
+    assert attested and attested.signer and attested.signer.scheme == "ecdsa-sha2-nistp256"
+
+
+# ---- checking
+
+
+def test_a_signed_attestation_verifies(desk: Desk) -> None:
+    """Signature and files are right: the result names the key and the files."""
+    done = desk.attest(make_key=str(desk.private))
+    outcome = desk.verify()
+    assert outcome.error is None and outcome.attested is not None
+    assert outcome.attested.signer == done.signer
+    assert set(outcome.attested.subjects) == set(digests(desk.toy))
+    assert "signed by ed25519 key" in report.outcome_text(outcome)
+
+
+def test_an_unsigned_one_says_that_nobody_signed_it(desk: Desk) -> None:
+    """It can be checked against the files; the result says in capitals what it is worth."""
+    written = desk.attest()
+    outcome = desk.verify(key=False)
+    assert outcome.error is None
+    assert "NOBODY SIGNED IT" in report.outcome_text(outcome)
+    assert "NOBODY SIGNED IT" in report_attest.attesting_text(written)
+    assert json.loads(report.outcome_json(outcome))["attested"]["signer"] is None
+
+
+def test_without_a_key_no_one_is_said_to_have_signed(desk: Desk) -> None:
+    """A signature that was not checked is not taken for one."""
+    desk.sign()
+    outcome = desk.verify(key=False)
+    assert outcome.attested and outcome.attested.signer is None
+    assert "NOT CHECKED" in report.outcome_text(outcome)
+
+
+def test_an_unsigned_one_fails_with_a_key(desk: Desk) -> None:
+    """Whoever asks for a signature is not content without one."""
+    make_key("ed25519", desk.private)
+    desk.attest()
+    error = desk.refusal()
+    assert (error.exit_code, "nobody signed" in str(error)) == (4, True)
+
+
+@pytest.mark.parametrize("kind", sorted(KEYS))
+def test_another_key_is_refused(desk: Desk, kind: str) -> None:
+    """A key of whatever type that did not sign it ends with exit code 4, and its own message."""
+    desk.sign()
+    desk.public.unlink()
+    _, other = make_key(kind, desk.toy.root / "other")
+    other.rename(desk.public)
+    error = desk.refusal()
+    assert (error.exit_code, "not signed by this key" in str(error)) == (4, True)
+
+
+def test_the_key_id_is_not_believed(desk: Desk) -> None:
+    """An envelope that tells the id of the right key, with another's signature, is refused."""
+    desk.sign()
+    data = json.loads(desk.file.read_text())
+    stranger = CryptoSigner.generate_ed25519()
+    message = Envelope(base64.b64decode(data["payload"]), data["payloadType"], {}).pae()
+    forged = bytes.fromhex(stranger.sign(message).signature)
+    data["signatures"][0]["sig"] = base64.b64encode(forged).decode()
+    desk.file.write_text(json.dumps(data))
+    assert "not signed by this key" in str(desk.refusal())
+
+
+def test_a_changed_payload_is_refused(desk: Desk) -> None:
+    """A signature is over every byte of the statement."""
+    desk.sign()
+    data = json.loads(desk.file.read_text())
+    body = base64.b64decode(data["payload"]).replace(b'"toy"', b'"TOY"')
+    data["payload"] = base64.b64encode(body).decode()
+    desk.file.write_text(json.dumps(data))
+    assert "not signed by this key" in str(desk.refusal())
+
+
+def test_one_right_signature_among_several_is_enough(desk: Desk) -> None:
+    """Others may have signed it as well; the one by the key counts."""
+    desk.sign()
+    envelope = Envelope.from_dict(json.loads(desk.file.read_text()))
+    ours = dict(envelope.signatures)
+    envelope.signatures.clear()
+    envelope.sign(CryptoSigner.generate_ed25519())
+    envelope.signatures.update(ours)
+    desk.file.write_text(json.dumps(envelope.to_dict()))
+    attested = desk.verify().attested
+    assert attested and attested.signer and attested.signatures == 2
+
+
+def test_a_private_key_in_place_of_the_public_one_is_refused(desk: Desk) -> None:
+    """Nobody is to get used to handing that one out."""
+    desk.sign()
+    desk.public.write_bytes(desk.private.read_bytes())
+    error = desk.refusal()
+    assert (error.exit_code, "never hand that out" in str(error)) == (4, True)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"-----BEGIN PUBLIC KEY-----\nAAAA\n"])
+def test_what_is_no_public_key_checks_nothing(desk: Desk, content: bytes) -> None:
+    """Garbage in place of a key is not a bad signature, and its message says so."""
+    desk.sign()
+    desk.public.write_bytes(content)
+    error = desk.refusal()
+    assert (error.exit_code, "the key cannot be used" in str(error)) == (4, True)
+
+
+def test_a_key_that_cannot_sign_is_refused(desk: Desk) -> None:
+    """A key for agreeing on secrets is well-formed, and of the wrong type."""
+    desk.sign()
+    make = ["openssl", "genpkey", "-algorithm", "x25519", "-out", str(desk.private)]
+    subprocess.run(make, check=True, capture_output=True)
+    out = ["openssl", "pkey", "-in", str(desk.private), "-pubout", "-out", str(desk.public)]
+    subprocess.run(out, check=True, capture_output=True)
+    error = desk.refusal()
+    assert (error.exit_code, "the key cannot be used" in str(error)) == (4, True)
+
+
+@pytest.mark.parametrize("gone", ["file", "public"])
+def test_what_is_not_there_is_exit_code_3(desk: Desk, gone: str) -> None:
+    """A missing attestation, or key, is told as missing."""
+    desk.sign()
+    path: Path = getattr(desk, gone)
+    path.unlink()
+    error = desk.refusal()
+    assert (error.exit_code, error.findings[0].where) == (3, str(path))
+
+
+def test_another_edition_of_a_file_is_refused(desk: Desk) -> None:
+    """A file that the manifest accepts, and that is not the one attested, is told."""
+    desk.sign()
+    desk.toy.placed("note.txt").write_text("another edition")
+    error = desk.refusal()
+    (finding,) = error.findings
+    assert (error.exit_code, finding.kind, finding.where) == (4, Kind.DIFFERENT, "note.txt")
+
+
+def test_a_damaged_file_is_refused(desk: Desk) -> None:
+    """A wrong byte closes the gates, whatever is attested."""
+    desk.sign()
+    flip(desk.toy.placed("b.bin"))
+    assert desk.refusal().exit_code == 4
+
+
+def test_a_subject_that_is_gone_is_exit_code_3(desk: Desk) -> None:
+    """A file that was attested and is not here is missing, even where it is not the model's."""
+    desk.attest()
+    path = desk.forge(
+        lambda s: s["subject"].append({"name": "more.bin", "digest": {"sha256": "0" * 64}})
+    )
+    error = desk.refusal(key=False, file=path)
+    assert (error.exit_code, error.findings[0].where) == (3, "more.bin")
+
+
+def test_a_subject_that_is_not_of_the_model_is_hashed(desk: Desk) -> None:
+    """Every subject is held against its file, of whatever manifest it is."""
+    (desk.file.parent / "more.bin").write_bytes(b"more")
+    desk.attest()
+    subject = {"name": "more.bin", "digest": {"sha256": sha256(b"more")}}
+    path = desk.forge(lambda s: s["subject"].append(subject))
+    assert desk.verify(key=False, file=path).error is None
+    (desk.file.parent / "more.bin").write_bytes(b"less")
+    assert desk.refusal(key=False, file=path).findings[0].kind is Kind.DIFFERENT
+
+
+def test_a_file_that_was_not_attested_is_told(desk: Desk) -> None:
+    """Files of the model that the statement says nothing of are not covered by it."""
+    desk.sign("a.bin")
+    error = desk.refusal()
+    assert {f.where for f in error.findings} == {"b.bin", "note.txt"}
+    assert {f.help for f in error.findings} == {"--only a.bin"}
+
+
+def test_some_of_the_subjects_can_be_asked_for(desk: Desk) -> None:
+    """With --only, the others need not be here, and the result says that they were left out."""
+    desk.sign()
+    desk.toy.placed("b.bin").unlink()
+    attested = desk.verify("a.bin").attested
+    assert attested and attested.subjects == ("a.bin",)
+    assert "2 more of its subjects" in attested.notes[0]
+
+
+def test_another_manifest_is_a_note(desk: Desk) -> None:
+    """A manifest that was changed since does not make the files wrong; a person is told."""
+    desk.sign()
+    toml = desk.toy.root / "manifests/toy.toml"
+    toml.write_text(toml.read_text() + "# a comment\n")
+    attested = desk.verify().attested
+    assert attested and "another manifest" in attested.notes[0]
+
+
+# ---- hostile attestations
+
+
+def enveloped(payload: str, kind: str = statement.PAYLOAD_TYPE, signatures: Any = ()) -> bytes:
+    data = {"payload": payload, "payloadType": kind, "signatures": list(signatures)}
+    return json.dumps(data).encode()
+
+
+def made(**changes: Any) -> bytes:
+    """A well-formed statement, but for the changes."""
+    digest = {"sha256": "0" * 64}
+    predicate: dict[str, Any] = {"buildDefinition": {"externalParameters": {}}}
+    data: dict[str, Any] = {
+        "_type": statement.STATEMENT_TYPE,
+        "predicateType": statement.PREDICATE_TYPE,
+    }
+    data |= {"subject": [{"name": "a", "digest": digest}], "predicate": predicate}
+    return json.dumps(data | changes).encode()
+
+
+def in_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def test_the_statement_that_the_hostile_ones_differ_from_is_read() -> None:
+    """The table below is not refused for another reason than it says."""
+    read = statement.read(enveloped(in_base64(made())), "x")
+    assert read.subjects == {"a": "0" * 64}
+
+
+A, SIG = {"sha256": "0" * 64}, {"keyid": "k", "sig": "AAAA"}
+HOSTILE = {
+    "nothing": b"",
+    "not JSON": b"\x00\x01",
+    "not UTF-8": b'{"a": "\xff"}',
+    "a list": b"[]",
+    "a number of a million digits": b"1" * 1_000_000,
+    "deep": b'{"a":' * 100_000,
+    "deep lists": b"[" * 900_000,
+    "deep payload": enveloped(in_base64(b"[" * 900_000)),
+    "too many values": made(more=[{}] * 600_000),
+    "too many values in the payload": enveloped(in_base64(made(more=[0] * 1_000_001))),
+    "too large": made() + b" " * statement.MAX_ATTESTATION,
+    "not a number": made(more=float("nan")),
+    "a key twice": made().replace(b'{"_type"', b'{"_type": 1, "_type"'),
+    "another payload type": enveloped(in_base64(made()), "text/plain"),
+    "no payload type": b'{"payload": "e30="}',
+    "a payload that is no text": enveloped("").replace(b'""', b"1"),
+    "a payload that is no base64": enveloped("!!!!"),
+    "a payload of letters abroad": enveloped("ééé="),
+    "a payload with holes": enveloped("\n".join(in_base64(made()))),
+    "an empty payload": enveloped(""),
+    "another statement type": made(_type="https://in-toto.io/Statement/v0.1"),
+    "another predicate": made(predicateType="https://slsa.dev/provenance/v0.2"),
+    "no predicate": made(predicate=None),
+    "a predicate that is a list": made(predicate=[]),
+    "no subject": made(subject=[]),
+    "a subject that is a word": made(subject=["a"]),
+    "a subject without a digest": made(subject=[{"name": "a"}]),
+    "a short digest": made(subject=[{"name": "a", "digest": {"sha256": "00"}}]),
+    "a digest in capitals": made(subject=[{"name": "a", "digest": {"sha256": "A" * 64}}]),
+    "only a sha1": made(subject=[{"name": "a", "digest": {"sha1": "0" * 40}}]),
+    "a subject twice": made(subject=[{"name": "a", "digest": A}] * 2),
+    "a subject outside": made(subject=[{"name": "../a", "digest": A}]),
+    "an absolute subject": made(subject=[{"name": "/etc/passwd", "digest": A}]),
+    "a surrogate": made(subject=[{"name": "\ud800", "digest": A}]),
+    "a subject of escapes": made(subject=[{"name": "\x1b[2J", "digest": A}]),
+    "ten thousand and one": made(
+        subject=[{"name": f"f{i}", "digest": A} for i in range(statement.MAX_SUBJECTS + 1)]
+    ),
+    "signatures that are an object": enveloped(in_base64(made())).replace(b"[]", b"{}"),
+    "too many signatures": enveloped(
+        in_base64(made()), signatures=[{"sig": in_base64(bytes([i]))} for i in range(17)]
+    ),
+    "a signature twice": enveloped(in_base64(made()), signatures=[SIG] * 2),
+    "a signature that is a word": enveloped(in_base64(made()), signatures=["x"]),
+    "a signature of garbage": enveloped(in_base64(made()), signatures=[{"sig": "?"}]),
+    "a key id that is a list": enveloped(in_base64(made()), signatures=[{"keyid": [], "sig": ""}]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HOSTILE))
+def test_hostile_attestations_are_refused(name: str) -> None:
+    """Each ends with one finding on a printable line and exit code 4, in no time."""
+    start = time.monotonic()
+    with pytest.raises(WrongContent) as caught:
+        statement.read(HOSTILE[name], "evil.json")
+    (finding,) = caught.value.findings
+    assert (caught.value.exit_code, finding.where.split()[0]) == (4, "evil.json")
+    assert finding.line().isprintable() and len(finding.line()) < 600
+    assert time.monotonic() - start < 2
+
+
+def test_a_file_without_end_is_not_read(desk: Desk) -> None:
+    """What is no plain file is refused at once: /dev/zero, a pipe that nobody writes to."""
+    pipe = desk.toy.root / "pipe"
+    os.mkfifo(pipe)
+    for path in (Path("/dev/zero"), pipe):
+        error = desk.refusal(key=False, file=path)
+        assert (error.exit_code, "no plain file" in str(error)) == (4, True)
+
+
+def test_a_huge_file_is_not_read(desk: Desk) -> None:
+    """A file of a terabyte is refused by its size."""
+    path = desk.toy.root / "huge"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    error = desk.refusal(key=False, file=path)
+    assert (error.exit_code, "1,099,511,627,776 bytes" in str(error)) == (4, True)
+
+
+# ---- the commands
+
+
+def test_the_commands_attest_and_verify(tmp_path: Path) -> None:
+    """`inv attest` signs, `inv verify` checks, and a wrong key ends with exit code 4."""
+    clone = Clone.make(tmp_path / "clone")
+    tiny = ("--model", "csm-tiny")
+    clone.inv("weights", *tiny, "--no-smoke")
+    made = clone.inv("attest", *tiny, "--new-key", "key", "--out", "a.json", "--json")
+    assert (made.returncode, json.loads(made.stdout)["scheme"]) == (0, "ed25519")
+    good = clone.inv("verify", *tiny, "--attestation", "a.json", "--key", "key.pub", "--json")
+    signer = json.loads(good.stdout)["attested"]["signer"]
+    assert (good.returncode, signer["scheme"]) == (0, "ed25519")
+    clone.inv("attest", *tiny, "--new-key", "other", "--out", "b.json")
+    bad = clone.inv("verify", *tiny, "--attestation", "a.json", "--key", "other.pub")
+    assert (bad.returncode, "not signed by this key" in bad.stderr) == (4, True)
+    alone = clone.inv("verify", *tiny, "--key", "key.pub")
+    assert alone.returncode == 1

@@ -1,0 +1,85 @@
+"""Takes hostile files as a user would, in a process of its own that is watched.
+
+`python -m tools.fuzz.probe FOLDER ACT...` reads `FOLDER/jobs.json`: a list of names,
+each with a manifest in `FOLDER/manifests/`, and for some acts its file in place. It
+prints what came of each as JSON, and by how much its memory grew at most over all
+of them, in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from csm_weights.commands import compare
+from csm_weights.commands.render import report
+from csm_weights.errors import CsmWeightsError
+from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline.request import Request
+
+#: Bytes of address space beyond which the process gets none: a bomb ends it, not the machine.
+ADDRESS_SPACE = 2 << 30
+
+#: Bytes by which memory may grow over all files of a set.
+MEMORY = 64 << 20
+
+#: Seconds that one file may take; the machine may be busy with other tests.
+SECONDS = 10.0
+
+
+def _verify(root: Path, name: str) -> tuple[int, str]:
+    outcome = checks.verify(Request(root, name))
+    return outcome.error.exit_code if outcome.error else 0, report.outcome_text(outcome)
+
+
+def _compare(root: Path, name: str) -> tuple[int, str]:
+    path = root / "models" / name / "weights"
+    compared = compare.compare(Request(root, name), path, path)
+    return compared.error.exit_code if compared.error else 0, "compared"
+
+
+def _status(root: Path, name: str) -> tuple[int, str]:
+    survey = apply.survey(Request(root, name), check=True)
+    return survey.error.exit_code if survey.error else 0, report.survey_text(survey)
+
+
+ACTS: dict[str, Callable[[Path, str], tuple[int, str]]] = {
+    "verify": _verify,
+    "compare": _compare,
+    "status": _status,
+}
+
+
+def _took(act: str, root: Path, name: str) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        code, text = ACTS[act](root, name)
+    except CsmWeightsError as error:
+        code, text = error.exit_code, str(error)
+    seconds = time.monotonic() - started
+    return {"name": name, "act": act, "code": code, "text": text, "seconds": seconds}
+
+
+def _peak() -> int:
+    # not ru_maxrss, which begins at what the process that started this one had
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def main() -> None:
+    """Does the jobs of the folder that the command line names."""
+    root = Path(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    jobs = json.loads((root / "jobs.json").read_text())
+    before = _peak()
+    results = [_took(act, root, name) for name in jobs for act in sys.argv[2:]]
+    sys.stdout.write(json.dumps({"results": results, "grown": _peak() - before}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""A process of one thread that has imported everything, and forks a child for each command.
+
+So a command costs no start of Python, and is `inv` all the same: the program
+of invoke, with the tasks.py of the folder it runs in. Run as `python -m
+tools.torture.forks`; it takes a JSON line for each order and answers with one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from subprocess import PIPE, Popen
+from types import TracebackType
+from typing import Any
+
+from tools.torture.calls import Orders, install
+
+#: Seconds after which a child is taken to hang.
+LIMIT = 60.0
+
+#: Bytes copied, and bytes of a block of a transfer: small, so that toy files have many.
+SMALL = 16 << 10
+
+#: What children see of the environment.
+_KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: its exit code, or minus the signal's number, and what it said."""
+
+    code: int
+    said: str
+    seconds: float = 0.0
+
+
+@dataclass
+class Child:
+    """A child that was started; `pid` is its, until `Forks.wait` has returned."""
+
+    pid: int
+    out: Path
+    began: float = field(default_factory=time.monotonic)
+
+
+class Forks:
+    """The forking process, as a client sees it. `folder` is for what children say."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._lock = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "tools.torture.forks"]
+        root = Path(__file__).resolve().parents[2]
+        self._process = Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=root)
+        self.ask({})
+
+    def __enter__(self) -> Forks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(LIMIT)
+
+    def ask(self, order: dict[str, Any]) -> Any:
+        """Sends one order, and returns the answer."""
+        with self._lock:
+            assert self._process.stdin and self._process.stdout
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
+
+    def start(
+        self, root: Path, argv: tuple[str, ...], env: dict[str, str], orders: Orders
+    ) -> Child:
+        """Starts `inv` with these arguments in the folder `root`."""
+        self._count += 1
+        out = self._folder / f"said-{self._count}"
+        out.touch()  # the child may be killed before it could
+        order = {"argv": argv, "cwd": str(root), "env": env, "out": str(out)}
+        pid = self.ask(order | {"orders": asdict(orders)})
+        return Child(pid, out)
+
+    def wait(self, child: Child, limit: float = LIMIT) -> Ended:
+        """Waits for a child; one that hangs is killed, and its code is -99."""
+        code = self.ask({"wait": child.pid, "limit": limit})
+        said = child.out.read_text(errors="replace")
+        child.out.unlink()
+        return Ended(code, said, time.monotonic() - child.began)
+
+    def run(
+        self,
+        root: Path,
+        argv: tuple[str, ...],
+        env: dict[str, str],
+        orders: Orders | None = None,
+    ) -> Ended:
+        """Runs `inv` to its end."""
+        return self.wait(self.start(root, argv, env, orders or Orders()))
+
+
+# ---- the other side
+
+
+def _import_everything() -> None:
+    from csm_weights.store import block_io
+    from csm_weights.transfer import reorder
+    from csm_weights.transfer.http import ranges
+
+    for name in ("pipeline.apply", "commands.seed_cache", "commands.split", "commands.render.report_hub"):
+        importlib.import_module(f"csm_weights.{name}")
+    for name in ("filelock", "invoke.main", "requests"):
+        importlib.import_module(name)
+    block_io.STEP = reorder.BLOCK = SMALL
+    setattr(ranges, "BLOCK", SMALL)  # noqa: B010
+    if consume := sys.modules.get("csm_weights.transfer.consume"):
+        setattr(consume, "STEP", SMALL)  # noqa: B010
+    reorder.READ_BACK, ranges.SPAN = 8 * SMALL, 2 * SMALL
+
+
+def _serve() -> None:
+    sys.dont_write_bytecode = True
+    _import_everything()
+    print(json.dumps(0), flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            answer = _wait(order["wait"], order["limit"])
+        elif order:
+            answer = os.fork() or _child(order)
+        else:
+            continue
+        print(json.dumps(answer), flush=True)
+
+
+def _wait(pid: int, limit: float) -> int:
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -99
+
+
+def _child(order: dict[str, Any]) -> int:
+    code = 70
+    try:
+        code = _run(order)
+    except KeyboardInterrupt:
+        code = 1  # before the command had begun; invoke ends so too
+    except BaseException as error:  # whatever it is, the child ends here
+        with contextlib.suppress(Exception):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+
+def _run(order: dict[str, Any]) -> int:
+    from invoke.main import program
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(order["cwd"])
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    os.environ.clear()
+    os.environ.update(kept | order["env"])
+    fd = os.open(order["out"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0), os.dup2(fd, 1), os.dup2(fd, 2)
+    orders = Orders(**order["orders"])
+    if orders.one_core:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    watch = install(orders) if orders.roots else None
+    try:
+        program.run(["inv", *order["argv"]])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        if watch:
+            watch.dump()
+    return 0
+
+
+if __name__ == "__main__":
+    _serve()
