@@ -15,8 +15,8 @@ from invoke.tasks import task
 
 if TYPE_CHECKING:
     from csm_weights.errors import CsmWeightsError
-    from csm_weights.pipeline.plan import Goal
-    from csm_weights.pipeline.request import Outcome, Request, Survey
+    from csm_weights.pipeline.plan import Target
+    from csm_weights.pipeline.request import Outcome, Request, StatusReport
 
 ROOT = Path(__file__).resolve().parent
 
@@ -98,7 +98,7 @@ def _show_outcome(outcome: Outcome, json: bool) -> None:
     _exit_with(outcome.error)
 
 
-def _show_survey(survey: Survey, json: bool) -> None:
+def _show_survey(survey: StatusReport, json: bool) -> None:
     from csm_weights.commands.render import report
 
     _print(report.survey_json(survey) if json else report.survey_text(survey))
@@ -147,12 +147,12 @@ def weights(
 ) -> None:
     """Assemble, place, gate and smoke-test a model: the whole line."""
     from csm_weights.pipeline import apply
-    from csm_weights.pipeline.plan import Goal
+    from csm_weights.pipeline.plan import Target
 
     with _exit_codes(json):
         request = _request(model, only, dest, source, url, revision, consume)
         if dry:
-            _show_survey(apply.rehearse(request, Goal.BOTH), json)
+            _show_survey(apply.rehearse(request, Target.BOTH), json)
         else:
             done = apply.weights(request, smoke, require_gpu)
             _show_outcome(_sealed(request, done) if seal else done, json)
@@ -228,12 +228,12 @@ def fetch(
 ) -> None:
     """Bring the files into the staging folder (output/), or into --dest, proven."""
     from csm_weights.errors import UsageError
-    from csm_weights.pipeline.plan import Goal
+    from csm_weights.pipeline.plan import Target
 
     with _exit_codes(json):
         if seal and not dest:
             raise UsageError("--seal is about files in place; with fetch it goes with --dest")
-        goal = Goal.BOTH if dest else Goal.STAGED
+        goal = Target.BOTH if dest else Target.STAGED
         _act(_request(model, only, dest, source, url, revision, consume), goal, dry, json, seal)
 
 
@@ -248,13 +248,13 @@ def place(
     json: bool = False,
 ) -> None:
     """Move proven files from the staging folder to the destination."""
-    from csm_weights.pipeline.plan import Goal
+    from csm_weights.pipeline.plan import Target
 
     with _exit_codes(json):
-        _act(_request(model, only, dest), Goal.PLACED, dry, json, seal)
+        _act(_request(model, only, dest), Target.PLACED, dry, json, seal)
 
 
-def _act(request: Request, goal: Goal, dry: bool, json: bool, seal: bool) -> None:
+def _act(request: Request, goal: Target, dry: bool, json: bool, seal: bool) -> None:
     from csm_weights.pipeline import apply
 
     if dry:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.model.stream import blocks, room, stream
 
 #: Bytes of a slot of the staging ring, which has one slot a thread.
@@ -39,7 +39,7 @@ class _Nowhere:
 
 def stage(paths: Sequence[str]) -> object:
     """The whole file through the ring, to nowhere."""
-    with Joined(paths) as source:
+    with MultipartFile(paths) as source:
         stream(source, blocks(source.size, 64 * STAGING_BLOCK), _Nowhere)
     return None
 
@@ -48,12 +48,12 @@ def _ours(device: str) -> Callable[[Sequence[str]], object]:
     def load(paths: Sequence[str]) -> object:
         import torch
 
-        from csm_weights.formats.architecture import FLAVORS, Architecture
-        from csm_weights.formats.weights_file import open_checkpoint
+        from csm_weights.formats.architecture import FLAVORS, CsmConfig
+        from csm_weights.formats.weights_file import open_weights
         from csm_weights.model.load import load_tensors
 
-        csm_1b = Architecture(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
-        with open_checkpoint(paths) as checkpoint:
+        csm_1b = CsmConfig(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
+        with open_weights(paths) as checkpoint:
             is_csm_1b = checkpoint.table.tensors.keys() == csm_1b.tensor_shapes().keys()
             together = csm_1b.fused_tensors() if is_csm_1b else ()
             return load_tensors(checkpoint, torch.device(device), torch.bfloat16, together=together)

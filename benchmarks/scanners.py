@@ -87,10 +87,10 @@ def _silent() -> Iterator[None]:
 
 def _ours(path: Path) -> str:
     from csm_weights.errors import WrongContent
-    from csm_weights.formats.weights_file import open_checkpoint
+    from csm_weights.formats.weights_file import open_weights
 
     try:
-        open_checkpoint([path]).source.close()
+        open_weights([path]).source.close()
     except WrongContent:
         return "refused"
     return "passed"

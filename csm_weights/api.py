@@ -9,14 +9,14 @@ from typing import Self
 
 import torch
 
-from csm_weights.byte_ranges import Span
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import UsageError, WrongContent
 from csm_weights.formats import weights_file
-from csm_weights.formats.architecture import Architecture, parse_config
+from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.model import csm as plain
 from csm_weights.model.generator import Generator, InputsTooLong, Segment
 from csm_weights.pipeline import locate
-from csm_weights.pipeline.locate import CONFIG, Obtained
+from csm_weights.pipeline.locate import CONFIG, LocalWeights
 from csm_weights.pipeline.request import Request
 
 __all__ = ["Generator", "InputsTooLong", "Model", "Segment", "load_csm_1b"]
@@ -37,8 +37,8 @@ class Model(plain.Model):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.bfloat16,
         *,
-        architecture: Architecture | None = None,
-        digests: Sequence[Span] = (),
+        architecture: CsmConfig | None = None,
+        digests: Sequence[ByteRange] = (),
         verify: bool = False,
     ) -> Self:
         """Loads a folder, a file of weights, a folder of parts, or a chunk repository.
@@ -99,7 +99,9 @@ class Model(plain.Model):
         return cls._open(locate.fetch(request), device, dtype)
 
     @classmethod
-    def _open(cls, found: Obtained, device: str | torch.device, dtype: torch.dtype | None) -> Self:
+    def _open(
+        cls, found: LocalWeights, device: str | torch.device, dtype: torch.dtype | None
+    ) -> Self:
         model = super().from_local(
             found.paths, device, dtype, architecture=found.architecture, digests=found.digests
         )
@@ -119,7 +121,7 @@ def load_csm_1b(
     return Generator(Model._obtain(request, device, dtype))
 
 
-def _architecture(folder: Path, root: Path, size: int) -> Architecture | None:
+def _architecture(folder: Path, root: Path, size: int) -> CsmConfig | None:
     """What config.json in a folder says; None where it is not there and nothing is pinned."""
     config = folder / CONFIG
     known = locate.pinned(root, size)

@@ -44,7 +44,7 @@ class Ranges:
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """The half-open byte range `[offset, offset + size)`, read in order by one thread.
 
     It must hash to the hex `sha256` where that is given.

@@ -15,10 +15,10 @@ PATIENCE = 0.2
 T = TypeVar("T")
 
 
-Tick = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """Raised inside a worker when another one failed or the run was interrupted."""
 
 
@@ -29,12 +29,12 @@ def workers() -> int:
     return os.cpu_count() or 1
 
 
-def run_all(tasks: Iterable[Callable[[], T]], stop: threading.Event, waiting: int = 0) -> list[T]:
+def run_all(tasks: Iterable[Callable[[], T]], cancel: threading.Event, waiting: int = 0) -> list[T]:
     """Runs tasks on all cores and returns their results in order.
 
     `waiting` of them are more likely to wait for a network than to use a
     core, and get threads of their own. The first failure, or an interrupt in
-    the calling thread, sets `stop` so that the others end at their next
+    the calling thread, sets `cancel` so that the others end at their next
     block; then it is raised.
     """
     pool = ThreadPoolExecutor(workers() + waiting)
@@ -45,18 +45,18 @@ def run_all(tasks: Iterable[Callable[[], T]], stop: threading.Event, waiting: in
         while unfinished and not any(f.exception() for f in done):
             done, unfinished = wait(futures, timeout=PATIENCE, return_when=FIRST_EXCEPTION)
         if unfinished:
-            stop.set()
+            cancel.set()
             for future in unfinished:
                 future.cancel()
             wait(futures)
     except BaseException:
-        stop.set()
+        cancel.set()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     for future in futures:
         if not future.cancelled() and (error := future.exception()):
-            if isinstance(error, Stopped):
+            if isinstance(error, Cancelled):
                 continue
             raise error
     return [future.result() for future in futures]

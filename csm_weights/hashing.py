@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from csm_weights.concurrency import Stopped, Tick, run_all
+from csm_weights.concurrency import Cancelled, OnProgress, run_all
 from csm_weights.errors import WrongContent
 
 #: Bytes read at a time: small enough that a block is hashed out of the L2
@@ -43,7 +43,7 @@ class ShortRead(WrongContent):
 
 
 @dataclass(frozen=True)
-class Measure:
+class HashJob:
     """What to hash of one file: byte ranges `(offset, size)`, the whole, or both.
 
     The whole is the half-open range `[0, size)`. `git` asks for its git blob
@@ -58,7 +58,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Digests:
     """The hex sha256 of each range, and of the whole where it was asked for; its git SHA-1."""
 
     ranges: tuple[str, ...]
@@ -93,20 +93,20 @@ def feed(
     offset: int,
     size: int,
     sinks: Sequence[Hasher],
-    tick: Tick,
-    stop: threading.Event | None = None,
+    on_progress: OnProgress,
+    cancel: threading.Event | None = None,
 ) -> None:
     """Reads the bytes `[offset, offset + size)` of `fd` once, into every sink.
 
-    `tick` gets the number of bytes of each block. Raises ShortRead where the
-    file ends early, Stopped when `stop` is set.
+    `on_progress` gets the number of bytes of each block. Raises ShortRead where the
+    file ends early, Stopped when `cancel` is set.
     """
     buffer = memoryview(bytearray(min(BLOCK, size)))
     end = offset + size
     asked = offset
     while offset < end:
-        if stop is not None and stop.is_set():
-            raise Stopped
+        if cancel is not None and cancel.is_set():
+            raise Cancelled
         if offset + AHEAD > asked:
             asked = ask_ahead(fd, asked, end)
         count = os.preadv(fd, [buffer[: min(BLOCK, end - offset)]], offset)
@@ -115,7 +115,7 @@ def feed(
         for sink in sinks:
             sink.update(buffer[:count])
         offset += count
-        tick(count)
+        on_progress(count)
 
 
 def ask_ahead(fd: int, offset: int, end: int) -> int:
@@ -126,22 +126,22 @@ def ask_ahead(fd: int, offset: int, end: int) -> int:
     return offset + AHEAD
 
 
-def measure(jobs: Sequence[Measure], tick: Tick) -> list[Measured]:
+def measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests]:
     """Hashes what each job asks for, ranges in parallel, each byte read once.
 
     A job that wants ranges and the whole runs in file order on one core.
     Raises ShortRead or OSError of the first job that fails.
     """
-    stop = threading.Event()
+    cancel = threading.Event()
     results: list[list[str]] = [[""] * len(job.ranges) for job in jobs]
     wholes: list[tuple[str | None, str | None]] = [(None, None)] * len(jobs)
 
     def hash_one(number: int, index: int) -> None:
         offset, size = jobs[number].ranges[index]
-        results[number][index] = _hash_range(jobs[number].path, offset, size, tick, stop)
+        results[number][index] = _hash_range(jobs[number].path, offset, size, on_progress, cancel)
 
     def hash_in_order(number: int) -> None:
-        results[number], wholes[number] = _hash_in_order(jobs[number], tick, stop)
+        results[number], wholes[number] = _hash_in_order(jobs[number], on_progress, cancel)
 
     tasks: list[tuple[int, Callable[[], None]]] = []
     for number, job in enumerate(jobs):
@@ -150,28 +150,30 @@ def measure(jobs: Sequence[Measure], tick: Tick) -> list[Measured]:
         else:
             tasks += [(r[1], partial(hash_one, number, i)) for i, r in enumerate(job.ranges)]
     tasks.sort(key=lambda task: -task[0])
-    run_all([task for _, task in tasks], stop)
-    return [Measured(tuple(r), *w) for r, w in zip(results, wholes, strict=True)]
+    run_all([task for _, task in tasks], cancel)
+    return [Digests(tuple(r), *w) for r, w in zip(results, wholes, strict=True)]
 
 
 def sha256_of(path: Path) -> str:
     """The hex sha256 of a whole file, on one core; for small ones."""
     size = path.stat().st_size
-    return measure([Measure(path, size, (), whole=True)], lambda _: None)[0].whole or ""
+    return measure([HashJob(path, size, (), whole=True)], lambda _: None)[0].whole or ""
 
 
-def _hash_range(path: Path, offset: int, size: int, tick: Tick, stop: threading.Event) -> str:
+def _hash_range(
+    path: Path, offset: int, size: int, on_progress: OnProgress, cancel: threading.Event
+) -> str:
     sink = sha256()
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        feed(fd, offset, size, [sink], tick, stop)
+        feed(fd, offset, size, [sink], on_progress, cancel)
     finally:
         os.close(fd)
     return sink.hexdigest()
 
 
 def _hash_in_order(
-    job: Measure, tick: Tick, stop: threading.Event
+    job: HashJob, on_progress: OnProgress, cancel: threading.Event
 ) -> tuple[list[str], tuple[str, str | None]]:
     """Ranges and whole in one read; the ranges must tile `[0, size)` if there are any."""
     whole = sha256()
@@ -181,10 +183,10 @@ def _hash_in_order(
     try:
         for offset, size in job.ranges:
             part = sha256()
-            feed(fd, offset, size, [part, *wholes], tick, stop)
+            feed(fd, offset, size, [part, *wholes], on_progress, cancel)
             digests.append(part.hexdigest())
         if not job.ranges:
-            feed(fd, 0, job.size, wholes, tick, stop)
+            feed(fd, 0, job.size, wholes, on_progress, cancel)
     finally:
         os.close(fd)
     return digests, (whole.hexdigest(), wholes[-1].hexdigest() if job.git else None)

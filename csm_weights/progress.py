@@ -63,9 +63,9 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         if (self._bar is not None or self._plain) and kind is None:
-            self.say(f"{self._done:,} bytes in {time.monotonic() - self._started:.1f} s")
+            self.log(f"{self._done:,} bytes in {time.monotonic() - self._started:.1f} s")
 
-    def tick(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         """Counts `count` more bytes."""
         with self._lock:
             self._done += count
@@ -84,8 +84,8 @@ class Progress:
             rate = self._done / max(now - self._started, 1e-9)
             left = max(0, self._total - self._done) / max(rate, 1)
             speed = f"{rate / 2**20:,.0f} MiB/s, {left:.0f} s left"
-            self.say(f"{percent} % of {self._total:,} bytes, {speed}")
+            self.log(f"{percent} % of {self._total:,} bytes, {speed}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Prints a line under this label at once."""
         print(printable(f"{self._label}: {text}"), file=self._stream, flush=True)

@@ -26,7 +26,7 @@ from csm_weights.manifest.parse import load
 from csm_weights.model import csm as plain
 from csm_weights.model.speech import find_codec, find_tokenizer
 from csm_weights.pipeline import apply, locate, lock
-from csm_weights.pipeline.plan import Goal
+from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.transfer import hub_metadata
 from tests.model.test_generator import TINY_CODEC, byte_tokenizer
@@ -321,7 +321,7 @@ def test_order_of_preference(root: Path) -> None:
     unproven = [["hf", "blobs"], *parts, ["root", "csm-1b"]]
     assert unproven == sources(root)
 
-    apply.act(Request(root, "csm-1b", ("safetensors",)), Goal.BOTH)
+    apply.act(Request(root, "csm-1b", ("safetensors",)), Target.BOTH)
     assert [["root", "csm-1b"], *unproven] == sources(root)
     assert next(locate.here(Request(root, "csm-1b"))).is_proven
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csm_weights.concurrency import Stopped, run_all
+from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import WrongContent
-from csm_weights.hashing import BLOCK, Measure, ShortRead, blob_id, feed, measure, sha256
+from csm_weights.hashing import BLOCK, HashJob, ShortRead, blob_id, feed, measure, sha256
 from csm_weights.transfer.reorder import Chain
 
 #: Bytes of the file that ranges are taken from: three blocks, and not whole.
@@ -73,7 +73,7 @@ def cuts(draw: st.DrawFn, most: int = 6) -> list[tuple[int, int]]:
 @given(wanted=st.lists(ranges(), max_size=5))
 def test_ranges_hash_as_hashlib_does(file: Path, wanted: list[tuple[int, int]]) -> None:
     """Any ranges, overlapping or empty, have the digests that hashlib gives, in order."""
-    (measured,) = measure([Measure(file, SIZE, tuple(wanted))], ignore)
+    (measured,) = measure([HashJob(file, SIZE, tuple(wanted))], ignore)
     assert list(measured.ranges) == [digest(DATA[o : o + n]) for o, n in wanted]
     assert measured.whole is None
 
@@ -83,7 +83,7 @@ def test_ranges_hash_as_hashlib_does(file: Path, wanted: list[tuple[int, int]]) 
 def test_ranges_and_whole_come_from_one_read(file: Path, tiles: list[tuple[int, int]]) -> None:
     """Pieces and whole together are right, and each byte is counted once."""
     ticks: list[int] = []
-    (measured,) = measure([Measure(file, SIZE, tuple(tiles), whole=True)], ticks.append)
+    (measured,) = measure([HashJob(file, SIZE, tuple(tiles), whole=True)], ticks.append)
     assert list(measured.ranges) == [digest(DATA[o : o + n]) for o, n in tiles]
     assert (measured.whole, sum(ticks)) == (digest(DATA), SIZE)
 
@@ -92,7 +92,7 @@ def test_ranges_and_whole_come_from_one_read(file: Path, tiles: list[tuple[int, 
 @given(size=st.integers(0, SIZE))
 def test_the_whole_is_just_the_given_size(file: Path, size: int) -> None:
     """A whole of `size` bytes ends there, even in a longer file."""
-    assert measure([Measure(file, size, (), True)], ignore)[0].whole == digest(DATA[:size])
+    assert measure([HashJob(file, size, (), True)], ignore)[0].whole == digest(DATA[:size])
 
 
 def test_many_files_keep_their_order(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_many_files_keep_their_order(tmp_path: Path) -> None:
         path = tmp_path / str(number)
         path.write_bytes(content)
         tile = ((0, len(content)),)
-        jobs.append(Measure(path, len(content), tile, whole=bool(number % 2)))
+        jobs.append(HashJob(path, len(content), tile, whole=bool(number % 2)))
     expected = [(digest(c),) for c in contents]
     assert [m.ranges for m in measure(jobs, ignore)] == expected
 
@@ -116,7 +116,7 @@ def test_nothing_to_measure_is_fine() -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_file_that_ends_early_is_a_short_read(file: Path, whole: bool) -> None:
     """A range beyond the end is wrong content, with the byte where the file ended."""
-    job = Measure(file, SIZE + 1, ((0, SIZE + 1),), whole)
+    job = HashJob(file, SIZE + 1, ((0, SIZE + 1),), whole)
     with pytest.raises(ShortRead, match=f"{SIZE:,}") as caught:
         measure([job], ignore)
     assert isinstance(caught.value, WrongContent)
@@ -124,7 +124,7 @@ def test_a_file_that_ends_early_is_a_short_read(file: Path, whole: bool) -> None
 
 def test_a_missing_file_is_an_os_error(file: Path) -> None:
     """A file that went away is told as the system tells it, among good ones."""
-    jobs = [Measure(file, SIZE, (), True), Measure(file.with_name("gone"), 1, (), True)]
+    jobs = [HashJob(file, SIZE, (), True), HashJob(file.with_name("gone"), 1, (), True)]
     with pytest.raises(FileNotFoundError):
         measure(jobs, ignore)
 
@@ -141,12 +141,12 @@ def test_feed_stops_at_the_next_block(fd: int) -> None:
     stop = threading.Event()
     ticks: list[int] = []
 
-    def tick(count: int) -> None:
+    def on_progress(count: int) -> None:
         ticks.append(count)
         stop.set()
 
-    with pytest.raises(Stopped):
-        feed(fd, 0, SIZE, [sha256()], tick, stop)
+    with pytest.raises(Cancelled):
+        feed(fd, 0, SIZE, [sha256()], on_progress, stop)
     assert ticks == [BLOCK]
 
 
@@ -163,7 +163,7 @@ def wait_until(stop: threading.Event) -> None:
     """A worker that ends when it is told to, as `feed` does."""
     if not stop.wait(PATIENCE):
         raise AssertionError("nobody set stop")
-    raise Stopped
+    raise Cancelled
 
 
 def test_a_failure_stops_the_others_and_is_raised() -> None:

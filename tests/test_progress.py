@@ -48,7 +48,7 @@ def run(clock: Clock, seconds: float, steps: int = 100, total: int = TOTAL) -> l
     with Progress("hashing", total, stream) as shown:
         for _ in range(steps):
             clock.now += seconds / steps
-            shown.tick(total // steps)
+            shown.advance(total // steps)
     return stream.getvalue().splitlines()
 
 
@@ -93,7 +93,7 @@ def test_the_rate_and_the_time_left_are_right(clock: Clock) -> None:
     stream = io.StringIO()
     with Progress("hashing", TOTAL, stream) as shown:
         clock.now += 50
-        shown.tick(TOTAL // 2)
+        shown.advance(TOTAL // 2)
         speed = TOTAL / 100 / 2**20
         line = f"hashing: 50 % of {TOTAL:,} bytes, {speed:,.0f} MiB/s, 50 s left\n"
         assert stream.getvalue() == line
@@ -104,7 +104,7 @@ def test_more_than_all_is_a_hundred_percent(clock: Clock) -> None:
     stream = io.StringIO()
     with Progress("hashing", TOTAL, stream) as shown:
         clock.now += 50
-        shown.tick(2 * TOTAL)
+        shown.advance(2 * TOTAL)
     assert stream.getvalue().startswith("hashing: 100 % of ")
     assert ", 0 s left\n" in stream.getvalue()
 
@@ -124,8 +124,8 @@ def test_it_talks_to_stderr_and_never_to_stdout(
     """Without a stream, lines go to stderr; stdout stays for results."""
     with Progress("hashing", TOTAL) as shown:
         clock.now += 20
-        shown.tick(TOTAL)
-        shown.say("a word")
+        shown.advance(TOTAL)
+        shown.log("a word")
     out, err = capsys.readouterr()
     assert out == ""
     assert "hashing: a word\n" in err
@@ -143,7 +143,7 @@ def test_say_tells_at_once_however_small_the_work(clock: Clock) -> None:
     stream = io.StringIO()
     with Progress("waiting", 0, stream) as shown:
         clock.now += 1
-        shown.say("another run holds the lock")
+        shown.log("another run holds the lock")
     assert stream.getvalue() == "waiting: another run holds the lock\n"
 
 
@@ -157,7 +157,7 @@ def test_ticks_from_many_threads_are_all_counted() -> None:
 
             def work() -> None:
                 for _ in range(5000):
-                    shown.tick(1)
+                    shown.advance(1)
 
             threads = [threading.Thread(target=work) for _ in range(8)]
             for thread in threads:
@@ -185,7 +185,7 @@ def test_lines_of_many_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
     stream = SlowStream()
     shown = Progress("hashing", TOTAL, stream)
-    work = [threading.Thread(target=shown.tick, args=(1,)) for _ in range(40)]
+    work = [threading.Thread(target=shown.advance, args=(1,)) for _ in range(40)]
     for thread in work:
         thread.start()
     for thread in work:
@@ -207,7 +207,7 @@ from csm_weights.progress import Progress
 with Progress("hashing", {TOTAL}) as shown:
     for _ in range(5):
         time.sleep(float(sys.argv[1]) / 5)
-        shown.tick({TOTAL} // 5)
+        shown.advance({TOTAL} // 5)
 """
 
     def show(environment: dict[str, str], seconds: float) -> tuple[str, str]:
@@ -279,7 +279,7 @@ def test_a_dumb_stream_needs_no_tqdm() -> None:
 import sys
 from csm_weights.progress import Progress
 with Progress("hashing", {TOTAL}) as shown:
-    shown.tick(1)
+    shown.advance(1)
 print("tqdm" in sys.modules)
 """
     command = [sys.executable, "-c", code]

@@ -18,13 +18,13 @@ from csm_weights.errors import (
     WrongContent,
     error_for,
 )
-from csm_weights.hashing import Measure, measure, sha256_of
+from csm_weights.hashing import HashJob, measure, sha256_of
 from csm_weights.pipeline.checks import digests_of, gate, gate_error, write_sums_of
 from csm_weights.pipeline.checks import verify as verify_files
 from csm_weights.pipeline.request import Outcome, Request, begin, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
-from csm_weights.store.inspect import ArtifactState, Condition, State
+from csm_weights.store.inspect import ArtifactState, FileState, State
 from csm_weights.verify import keys, statement
 from csm_weights.verify.statement import Attestation, Attested, Facts, Made, Signer
 
@@ -87,7 +87,7 @@ def _facts(state: State, digests: Mapping[str, str]) -> Facts:
 
 
 def _made(item: ArtifactState, sha256: str) -> Made:
-    is_current = item.placed.condition is Condition.PROVEN
+    is_current = item.placed.condition is FileState.VERIFIED
     assert item.placed.size is not None, "a file that has passed its gates is there"
     return Made(
         item.artifact, item.placed.size, sha256, item.placed.receipt if is_current else None
@@ -173,9 +173,9 @@ def _others(folder: Path, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         path = folder / name
         if path.is_file():
-            jobs.append((name, Measure(path, path.stat().st_size, whole=True)))
+            jobs.append((name, HashJob(path, path.stat().st_size, whole=True)))
     with Progress("hashing what else is attested", sum(j.size for _, j in jobs)) as progress:
-        measured = measure([job for _, job in jobs], progress.tick)
+        measured = measure([job for _, job in jobs], progress.advance)
     return {name: m.whole or "" for (name, _), m in zip(jobs, measured, strict=True)}
 
 

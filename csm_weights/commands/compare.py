@@ -12,10 +12,10 @@ from csm_weights.formats.compare import Comparison
 from csm_weights.formats.transformers_layout import Files, find
 from csm_weights.pipeline.request import Request, begin
 from csm_weights.progress import Progress
-from csm_weights.store.inspect import ArtifactState, Condition
+from csm_weights.store.inspect import ArtifactState, FileState
 
 #: Conditions of a file whose bytes can be read.
-_READABLE = (Condition.PROVEN, Condition.UNPROVEN)
+_READABLE = (FileState.VERIFIED, FileState.UNVERIFIED)
 
 
 def compare(request: Request, first: Path | None = None, second: Path | None = None) -> Comparison:
@@ -27,7 +27,7 @@ def compare(request: Request, first: Path | None = None, second: Path | None = N
     """
     sides = _chosen(request, [path for path in (first, second) if path])
     with stage.opened(*sides) as opened, Progress("comparing", opened.nbytes) as progress:
-        return opened.compare(progress.tick)
+        return opened.compare(progress.advance)
 
 
 def _chosen(request: Request, paths: Sequence[Path]) -> tuple[Files, Files]:

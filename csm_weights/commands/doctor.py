@@ -19,13 +19,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from csm_weights.commands.probe import Answers, Server, ask
+from csm_weights.commands.probe import ProbeResults, Server, probe
 from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment
 from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, error_for
 from csm_weights.model import offline_assets
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.plan import HUB, Plan, Verb
-from csm_weights.pipeline.request import Request, Run, Survey, begin, find_manifest
+from csm_weights.pipeline.request import Request, Session, StatusReport, begin, find_manifest
 from csm_weights.store.inspect import ArtifactState
 
 #: Kinds that are about the token, rather than about what its owner may do.
@@ -51,7 +51,7 @@ class Verdict(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Checkup:
+class CheckResult:
     """One thing that was looked at; its findings stand in the way where it is NOT OK."""
 
     name: str
@@ -61,31 +61,31 @@ class Checkup:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class DoctorReport:
     """All checks, and the error that the command would end with.
 
     `promise` is what holds where there is none.
     """
 
     subject: str
-    checks: tuple[Checkup, ...]
+    checks: tuple[CheckResult, ...]
     promise: str
     error: CsmWeightsError | None = None
 
 
-def examine(request: Request, smoke: bool = True) -> Diagnosis:
+def examine(request: Request, smoke: bool = True) -> DoctorReport:
     """Whether `inv weights` could do what is asked, and what stands in its way.
 
     Nothing is hashed or written. Raises UsageError, ManifestInvalid.
     """
     run, survey = begin(request), apply.survey(request)
-    case = _Case(run, survey, HubEnvironment.read(), ask(run, survey.plan))
+    case = _Case(run, survey, HubEnvironment.read(), probe(run, survey.plan))
     loads = smoke and any(item.artifact.is_weights for item in survey.state.artifacts)
     disk, torch = _disk(case), _torch(loads)
     network = (_token(case), _access(case), _mirrors(case), _hosts(case), _proxy(case))
     checks = (_plan(case), _parts(case), _cache(case), *network, disk, torch, _gpu(loads))
     name = run.manifest.name
-    return Diagnosis(
+    return DoctorReport(
         f"{name} -> {survey.state.places.destination}",
         checks,
         f"inv weights --model {name}{'' if smoke else ' --no-smoke'} could succeed",
@@ -93,7 +93,7 @@ def examine(request: Request, smoke: bool = True) -> Diagnosis:
     )
 
 
-def _error(case: _Case, disk: Checkup, torch: Checkup) -> CsmWeightsError | None:
+def _error(case: _Case, disk: CheckResult, torch: CheckResult) -> CsmWeightsError | None:
     """The error that `inv weights` would end with: that of the first thing it stumbles over."""
     hurdles = (case.plan.findings, disk.findings, tuple(case.answers.blocking), torch.findings)
     first = next(filter(None, hurdles), ())
@@ -101,7 +101,7 @@ def _error(case: _Case, disk: Checkup, torch: Checkup) -> CsmWeightsError | None
     return error_for(message, first, case.survey.advice) if first else None
 
 
-def closure(request: Request) -> Diagnosis:
+def closure(request: Request) -> DoctorReport:
     """Which of the repositories that CSM needs to speak are in the Hub's cache; offline."""
     environment = HubEnvironment.read()
     needs = offline_assets.closure(environment.cache, _is_in_place(request))
@@ -109,7 +109,7 @@ def closure(request: Request) -> Diagnosis:
     findings = [finding for check in checks for finding in check.findings]
     error = MissingInput("CSM cannot speak offline yet", findings) if findings else None
     subject = f"what CSM needs to speak offline, in {environment.cache}"
-    return Diagnosis(subject, checks, "CSM can speak with HF_HUB_OFFLINE=1", error)
+    return DoctorReport(subject, checks, "CSM can speak with HF_HUB_OFFLINE=1", error)
 
 
 def _is_in_place(request: Request) -> bool:
@@ -120,17 +120,17 @@ def _is_in_place(request: Request) -> bool:
     return apply.survey(chosen).plan.is_done
 
 
-def _needed(need: offline_assets.Needed, environment: HubEnvironment) -> Checkup:
+def _needed(need: offline_assets.Needed, environment: HubEnvironment) -> CheckResult:
     if need.here:
-        return Checkup(need.repo, Verdict.OK, f"here: {need.purpose}")
+        return CheckResult(need.repo, Verdict.OK, f"here: {need.purpose}")
     help_text = need.command
     if need.gated and need.command.startswith("hf "):
         help_text = f"accept the terms at {environment.page(need.repo)}, then {need.command}"
     if need.optional:
-        return Checkup(need.repo, Verdict.NOTE, f"not here: {need.purpose}; {help_text}")
+        return CheckResult(need.repo, Verdict.NOTE, f"not here: {need.purpose}; {help_text}")
     found = f"no {', '.join(need.missing)}"
     finding = Finding(Kind.MISSING, need.repo, "its files in the cache", found, help_text)
-    return Checkup(need.repo, Verdict.NOT_OK, f"not here: {need.purpose}", (finding,))
+    return CheckResult(need.repo, Verdict.NOT_OK, f"not here: {need.purpose}", (finding,))
 
 
 # ---- the checks
@@ -140,28 +140,28 @@ def _needed(need: offline_assets.Needed, environment: HubEnvironment) -> Checkup
 class _Case:
     """All that the checks are made of."""
 
-    run: Run
-    survey: Survey
+    run: Session
+    survey: StatusReport
     environment: HubEnvironment
-    answers: Answers
+    answers: ProbeResults
 
     @property
     def plan(self) -> Plan:
         """What `inv weights` would do."""
         return self.survey.plan
 
-    def judge(self, name: str, found: str, findings: Iterable[Finding] = ()) -> Checkup:
+    def judge(self, name: str, found: str, findings: Iterable[Finding] = ()) -> CheckResult:
         """A check with these findings: NOT OK where one of them stands in the way."""
         some = tuple(findings)
         in_the_way = {*self.answers.blocking, *self.plan.findings}
         verdict = Verdict.NOT_OK if in_the_way.intersection(some) else Verdict.NOTE
-        return Checkup(name, verdict if some else Verdict.OK, found, some)
+        return CheckResult(name, verdict if some else Verdict.OK, found, some)
 
-    def unasked(self, name: str, found: str, problems: Sequence[Finding]) -> Checkup:
+    def unasked(self, name: str, found: str, problems: Sequence[Finding]) -> CheckResult:
         """A check of what is not asked: NOT OK where a problem keeps help from coming."""
         if problems and self.plan.findings:
-            return Checkup(name, Verdict.NOT_OK, str(problems[0].kind), tuple(problems))
-        return Checkup(name, Verdict.NOT_ASKED, found)
+            return CheckResult(name, Verdict.NOT_OK, str(problems[0].kind), tuple(problems))
+        return CheckResult(name, Verdict.NOT_ASKED, found)
 
     def problems(self, *kinds: Kind, of_hub: bool = True) -> list[Finding]:
         """Why the Hub, or else the mirrors, are not among the servers of this run."""
@@ -170,10 +170,12 @@ class _Case:
         return [f for f in problems if f.kind in kinds and (f.where == page) is of_hub]
 
 
-def _plan(case: _Case) -> Checkup:
+def _plan(case: _Case) -> CheckResult:
     plan, items = case.plan, case.survey.state.artifacts
     if plan.is_done:
-        return Checkup("plan", Verdict.OK, f"nothing to do: {len(items)} files in place and proven")
+        return CheckResult(
+            "plan", Verdict.OK, f"nothing to do: {len(items)} files in place and proven"
+        )
     planned = {step.artifact.path for step in plan.steps}
     fetches, reads, writes = (
         sum(getattr(step, name) for step in plan.steps) for name in ("fetches", "reads", "writes")
@@ -184,18 +186,18 @@ def _plan(case: _Case) -> Checkup:
     return case.judge("plan", found, plan.findings)
 
 
-def _parts(case: _Case) -> Checkup:
+def _parts(case: _Case) -> CheckResult:
     items = [item for item in case.survey.state.artifacts if item.artifact.pieces]
     if not case.run.sourcing.parts:
-        return Checkup("parts", Verdict.NOT_ASKED, "the source named takes none")
+        return CheckResult("parts", Verdict.NOT_ASKED, "the source named takes none")
     if not items:
-        return Checkup("parts", Verdict.NOT_ASKED, "the manifest names none")
+        return CheckResult("parts", Verdict.NOT_ASKED, "the manifest names none")
     bad = [finding for item in items for finding in _bad_parts(item)]
     if not bad:
-        return Checkup("parts", Verdict.OK, "; ".join(map(_count, items)))
+        return CheckResult("parts", Verdict.OK, "; ".join(map(_count, items)))
     is_blocked = any(finding in case.plan.findings for finding in bad)
     verdict = Verdict.NOT_OK if is_blocked else Verdict.NOTE
-    return Checkup("parts", verdict, "; ".join(map(_count, items)))
+    return CheckResult("parts", verdict, "; ".join(map(_count, items)))
 
 
 def _bad_parts(item: ArtifactState) -> list[Finding]:
@@ -210,38 +212,38 @@ def _count(item: ArtifactState) -> str:
     return f"{text} ({', '.join(dict.fromkeys(wrong))})" if wrong else text
 
 
-def _cache(case: _Case) -> Checkup:
+def _cache(case: _Case) -> CheckResult:
     cache, repo = case.environment.cache, case.run.manifest.repo
     if not repo:
-        return Checkup("Hub cache", Verdict.NOT_ASKED, _NO_REPOSITORY)
+        return CheckResult("Hub cache", Verdict.NOT_ASKED, _NO_REPOSITORY)
     if not case.run.sourcing.cache:
-        return Checkup("Hub cache", Verdict.NOT_ASKED, "the source named does without")
+        return CheckResult("Hub cache", Verdict.NOT_ASKED, "the source named does without")
     held = [item.artifact.path for item in case.survey.state.artifacts if item.cached]
     if not held:
-        return Checkup("Hub cache", Verdict.NOTE, f"nothing of {repo} in {cache}")
-    return Checkup("Hub cache", Verdict.OK, f"{', '.join(held)} in {cache}")
+        return CheckResult("Hub cache", Verdict.NOTE, f"nothing of {repo} in {cache}")
+    return CheckResult("Hub cache", Verdict.OK, f"{', '.join(held)} in {cache}")
 
 
-def _token(case: _Case) -> Checkup:
+def _token(case: _Case) -> CheckResult:
     holder, hub = case.environment.token_from or "none", case.answers.hub
     if not case.run.manifest.repo:
-        return Checkup("token", Verdict.NOT_ASKED, _NO_REPOSITORY)
+        return CheckResult("token", Verdict.NOT_ASKED, _NO_REPOSITORY)
     if hub is None:
         problems = case.problems(Kind.NO_TOKEN)
         check = case.unasked("token", f"{holder}; {_ELSEWHERE}", problems)
         is_none = check.verdict is Verdict.NOT_ASKED and not case.environment.token_from
-        return Checkup("token", Verdict.NOTE, check.found) if is_none else check
+        return CheckResult("token", Verdict.NOTE, check.found) if is_none else check
     blamed = [finding for finding in hub.findings if finding.kind in OF_THE_TOKEN]
     if not case.environment.token_from and not blamed:
-        return Checkup("token", Verdict.NOTE, "none, and none is needed")
+        return CheckResult("token", Verdict.NOTE, "none, and none is needed")
     found = f"{holder}, {case.answers.owner or 'whose was not told'}"
     return case.judge("token", f"{holder}: {blamed[0].kind}" if blamed else found, blamed)
 
 
-def _access(case: _Case) -> Checkup:
+def _access(case: _Case) -> CheckResult:
     manifest, hub = case.run.manifest, case.answers.hub
     if not manifest.repo:
-        return Checkup("access", Verdict.NOT_ASKED, _NO_REPOSITORY)
+        return CheckResult("access", Verdict.NOT_ASKED, _NO_REPOSITORY)
     if hub is None:
         lacks_token = case.plan.findings and case.problems(Kind.NO_TOKEN)
         reason = "no token to ask with" if lacks_token else _ELSEWHERE
@@ -260,7 +262,7 @@ def _kinds(findings: Iterable[Finding]) -> str:
     return f": {words}" if words else ""
 
 
-def _mirrors(case: _Case) -> Checkup:
+def _mirrors(case: _Case) -> CheckResult:
     mirrors = case.answers.mirrors
     if not mirrors:
         problems = case.problems(Kind.OFFLINE, of_hub=False)
@@ -271,10 +273,10 @@ def _mirrors(case: _Case) -> Checkup:
     return case.judge("mirrors", found, [f for m in mirrors for f in m.findings])
 
 
-def _hosts(case: _Case) -> Checkup:
+def _hosts(case: _Case) -> CheckResult:
     hosts = case.answers.hosts
     if not hosts:
-        return Checkup("hosts", Verdict.NOT_ASKED, "none: nothing comes over the network")
+        return CheckResult("hosts", Verdict.NOT_ASKED, "none: nothing comes over the network")
     account, found = case.answers.account, ", ".join(hosts)
     findings = [f for f in case.answers.findings if f.kind in OF_THE_WAY]
     check = case.judge("hosts", found, findings)
@@ -283,13 +285,13 @@ def _hosts(case: _Case) -> Checkup:
     clear = " in the clear" if account.endpoint.startswith("http:") else ""
     found += f"; HF_ENDPOINT: the token goes{clear} to {urlsplit(account.endpoint).netloc}"
     verdict = check.verdict if findings else Verdict.NOTE
-    return Checkup("hosts", verdict, found, check.findings)
+    return CheckResult("hosts", verdict, found, check.findings)
 
 
-def _proxy(case: _Case) -> Checkup:
+def _proxy(case: _Case) -> CheckResult:
     hosts = case.answers.hosts
     if not hosts:
-        return Checkup("proxy", Verdict.NOT_ASKED, "none: nothing comes over the network")
+        return CheckResult("proxy", Verdict.NOT_ASKED, "none: nothing comes over the network")
     ways = {host: _proxy_for(url) for host, url in hosts.items()}
     texts = [f"{host} {f'by {way}' if way else 'directly'}" for host, way in ways.items()]
     findings = [f for f in case.answers.findings if f.kind is Kind.PROXY]
@@ -306,7 +308,7 @@ def _proxy_for(url: str) -> str:
     return f"{scheme}{colon}{'***@' if credentials else ''}{address}"
 
 
-def _disk(case: _Case) -> Checkup:
+def _disk(case: _Case) -> CheckResult:
     """Room and permission for what the plan writes; bytes."""
     state, texts = case.survey.state, []
     for folder, free, verbs in (
@@ -321,7 +323,7 @@ def _disk(case: _Case) -> Checkup:
         folders = (state.places.staging, state.places.destination)
         findings += [_closed(folder) for folder in folders if not _is_writable(folder)]
     verdict = Verdict.NOT_OK if findings else Verdict.OK
-    return Checkup("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
+    return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
 
 
 def _is_writable(folder: Path) -> bool:
@@ -335,33 +337,33 @@ def _closed(folder: Path) -> Finding:
     return Finding(Kind.NOT_WRITABLE, str(folder), "a place to write", "no permission", help_text)
 
 
-def _torch(loads: bool) -> Checkup:
+def _torch(loads: bool) -> CheckResult:
     if not loads:
-        return Checkup("torch", Verdict.NOT_ASKED, "no smoke test is to be made")
+        return CheckResult("torch", Verdict.NOT_ASKED, "no smoke test is to be made")
     with contextlib.suppress(PackageNotFoundError):
         if importlib.util.find_spec("torch"):
-            return Checkup("torch", Verdict.OK, version("torch"))
+            return CheckResult("torch", Verdict.OK, version("torch"))
     help_text = (
         "make weights installs it, or .venv/bin/pip install -c constraints.txt -e '.[smoke]';"
         " --no-smoke (make: SMOKE=no) does without"
     )
     expected = "torch, which runs the model in the smoke test"
     finding = Finding(Kind.NOT_INSTALLED, "torch", expected, "none", help_text)
-    return Checkup("torch", Verdict.NOT_OK, "not installed", (finding,))
+    return CheckResult("torch", Verdict.NOT_OK, "not installed", (finding,))
 
 
-def _gpu(loads: bool) -> Checkup:
+def _gpu(loads: bool) -> CheckResult:
     """What graphics cards there are, without torch; none is no obstacle."""
     on_cpu = "the smoke test runs on the CPU"
     if not loads:
-        return Checkup("GPU", Verdict.NOT_ASKED, "no smoke test is to be made")
+        return CheckResult("GPU", Verdict.NOT_ASKED, "no smoke test is to be made")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return Checkup("GPU", Verdict.NOTE, f"hidden by CUDA_VISIBLE_DEVICES: {on_cpu}")
+        return CheckResult("GPU", Verdict.NOTE, f"hidden by CUDA_VISIBLE_DEVICES: {on_cpu}")
     if cards := _cards():
-        return Checkup("GPU", Verdict.OK, cards)
+        return CheckResult("GPU", Verdict.OK, cards)
     if Path("/dev/nvidiactl").exists():
-        return Checkup("GPU", Verdict.NOTE, "a driver is here, and nvidia-smi names no card")
-    return Checkup("GPU", Verdict.NOTE, f"none: {on_cpu}")
+        return CheckResult("GPU", Verdict.NOTE, "a driver is here, and nvidia-smi names no card")
+    return CheckResult("GPU", Verdict.NOTE, f"none: {on_cpu}")
 
 
 def _cards() -> str:

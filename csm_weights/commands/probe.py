@@ -16,14 +16,14 @@ from urllib.parse import urlsplit
 from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline.plan import HUB, Plan, Step
-from csm_weights.pipeline.request import Run
+from csm_weights.pipeline.request import Session
 from csm_weights.progress import Progress
-from csm_weights.transfer.reorder import Block
-from csm_weights.transfer.source import Absent, Broken
+from csm_weights.transfer.reorder import Buffer
+from csm_weights.transfer.source import NotAvailable, SourceError
 
 if TYPE_CHECKING:
-    from csm_weights.transfer.http.ranges import Wire
-    from csm_weights.transfer.hub import Account, Hub
+    from csm_weights.transfer.http.ranges import RangeDownloader
+    from csm_weights.transfer.hub import Hub, HubCredentials
     from csm_weights.transfer.mirror import Mirror
 
 #: Seconds that a server may take to answer, with someone waiting for it.
@@ -48,11 +48,11 @@ class _FirstByte:
         """The one byte."""
         return [(self._at, self._at + 1)]
 
-    def lend(self) -> Block:
+    def lend(self) -> Buffer:
         """A block for it."""
-        return Block()
+        return Buffer()
 
-    def put(self, block: Block, offset: int, size: int) -> None:
+    def put(self, block: Buffer, offset: int, size: int) -> None:
         """It came, which is all that was asked."""
 
     def prove(self, where: str) -> None:
@@ -73,7 +73,9 @@ class Server:
     gives: dict[str, None] = field(default_factory=dict)
     findings: dict[Finding, None] = field(default_factory=dict)
 
-    def ask(self, artifact: Artifact, pieces: Sequence[Piece]) -> tuple[list[Piece], list[Finding]]:
+    def probe(
+        self, artifact: Artifact, pieces: Sequence[Piece]
+    ) -> tuple[list[Piece], list[Finding]]:
         """Asks for pieces; those that do not come from here, and why."""
         self.asked[artifact.path] = None
         for finding in self.findings:
@@ -97,17 +99,17 @@ class Server:
                 # Once more than needed, but in this thread, where Ctrl-C is heard.
                 self.source.resolve(artifact)
             self.source.deliver(artifact, piece, _FirstByte(piece))
-        except Absent:
+        except NotAvailable:
             where, expected = f"{self.url}/{artifact.path}", "the file, or its parts"
             help_text = "look whether that is the folder, or name another --url"
             return [Finding(Kind.NOT_THERE, where, expected, "no such file", help_text)]
-        except Broken as broken:
+        except SourceError as broken:
             return broken.findings
         return ()
 
 
 @dataclass
-class Answers:
+class ProbeResults:
     """What the servers of a plan said; `blocking` is what no other server makes up for.
 
     `owner` says in words whose the token is, where the Hub tells.
@@ -115,7 +117,7 @@ class Answers:
 
     servers: dict[str, Server] = field(default_factory=dict)
     blocking: dict[Finding, None] = field(default_factory=dict)
-    account: Account | None = None
+    account: HubCredentials | None = None
     owner: str = ""
 
     @property
@@ -144,9 +146,9 @@ class Answers:
         return hosts
 
 
-def ask(run: Run, plan: Plan) -> Answers:
+def probe(run: Session, plan: Plan) -> ProbeResults:
     """Asks the servers of a plan, in its order, for what is planned to come from them."""
-    answers = Answers()
+    answers = ProbeResults()
     steps = [step for step in plan.steps if step.far]
     if not steps:
         return answers
@@ -161,21 +163,21 @@ def ask(run: Run, plan: Plan) -> Answers:
 
 
 @contextlib.contextmanager
-def _wire() -> Iterator[Wire]:
+def _wire() -> Iterator[RangeDownloader]:
     """A wire with little patience: someone waits for the answers."""
-    from csm_weights.transfer.http.client import Limits
-    from csm_weights.transfer.http.ranges import Wire
+    from csm_weights.transfer.http.client import Timeouts
+    from csm_weights.transfer.http.ranges import RangeDownloader
 
-    stop = threading.Event()
-    limits = Limits(connect=5, read=PATIENCE, tries=2, connect_tries=1, longest_wait=PATIENCE)
-    with Progress("asking", 0) as progress, Wire(stop, progress.say, limits) as wire:
+    cancel = threading.Event()
+    limits = Timeouts(connect=5, read=PATIENCE, tries=2, connect_tries=1, longest_wait=PATIENCE)
+    with Progress("asking", 0) as progress, RangeDownloader(cancel, progress.log, limits) as wire:
         try:
             yield wire
         finally:
-            stop.set()
+            cancel.set()
 
 
-def _ask_for(run: Run, step: Step, wire: Wire, answers: Answers) -> None:
+def _ask_for(run: Session, step: Step, wire: RangeDownloader, answers: ProbeResults) -> None:
     left = [piece for piece in step.artifact.tiles if piece.offset in step.far]
     met: list[Finding] = []
     for name in run.sourcing.far:
@@ -183,34 +185,34 @@ def _ask_for(run: Run, step: Step, wire: Wire, answers: Answers) -> None:
             return
         if name not in answers.servers:
             answers.servers[name] = _server(run, name, wire, answers)
-        left, findings = answers.servers[name].ask(step.artifact, left)
+        left, findings = answers.servers[name].probe(step.artifact, left)
         met += findings
     if left:
         answers.blocking |= dict.fromkeys(met)
 
 
-def _server(run: Run, name: str, wire: Wire, answers: Answers) -> Server:
+def _server(run: Session, name: str, wire: RangeDownloader, answers: ProbeResults) -> Server:
     from csm_weights.config import mirror_headers
-    from csm_weights.transfer.hub import Account, Hub
+    from csm_weights.transfer.hub import Hub, HubCredentials
     from csm_weights.transfer.mirror import Mirror
 
     manifest = run.manifest
     if name != HUB:
         return Server(name, Mirror(wire, name, mirror_headers()), is_hub=False)
     assert manifest.repo and manifest.revision, "the Hub is planned only where it is named"
-    account = answers.account = Account.from_environment()
+    account = answers.account = HubCredentials.from_environment()
     hub = Hub(wire, account, manifest.repo, manifest.revision)
     return Server(account.endpoint, hub, is_hub=True)
 
 
-def _within(seconds: float, ask: Callable[[], str]) -> str:
+def _within(seconds: float, probe: Callable[[], str]) -> str:
     """An answer that is only for information: none if it fails, or takes longer."""
     answers: list[str] = []
 
     def run() -> None:
         # What these libraries raise may quote what was sent.
         with contextlib.suppress(Exception):
-            answers.append(ask())
+            answers.append(probe())
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -218,7 +220,7 @@ def _within(seconds: float, ask: Callable[[], str]) -> str:
     return answers[0] if answers else ""
 
 
-def _owner(account: Account) -> str:
+def _owner(account: HubCredentials) -> str:
     """Whose the token is, and of which kind."""
     from csm_weights.transfer.hub import library
 

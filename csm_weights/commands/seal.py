@@ -7,10 +7,10 @@ from dataclasses import replace
 from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.manifest.types import Artifact
 from csm_weights.pipeline.checks import gate_error, prove
-from csm_weights.pipeline.request import Outcome, Request, Run, begin
+from csm_weights.pipeline.request import Outcome, Request, Session, begin
 from csm_weights.pipeline.request import now as time_now
 from csm_weights.store import install
-from csm_weights.store.inspect import ArtifactState, Condition
+from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.lock import locked
 from csm_weights.store.receipts import Receipt
 from csm_weights.untrusted import Fingerprint
@@ -33,10 +33,10 @@ def seal_placed(request: Request, outcome: Outcome) -> Outcome:
     return replace(outcome, state=run.look(), sealed=sealed)
 
 
-def _seal(run: Run, item: ArtifactState) -> Sealed:
+def _seal(run: Session, item: ArtifactState) -> Sealed:
     """Seals one file and renews its receipt at once, so that a kill costs one hashing at most."""
     receipt = item.placed.receipt
-    if item.placed.condition is not Condition.PROVEN or receipt is None:
+    if item.placed.condition is not FileState.VERIFIED or receipt is None:
         found = str(item.placed.condition)
         finding = Finding(Kind.CHANGED, str(item.placed.path), "a proven file", found)
         raise WrongContent("only proven files are sealed; run the command again", [finding])
@@ -50,12 +50,12 @@ def _seal(run: Run, item: ArtifactState) -> Sealed:
     return done
 
 
-def _proven_again(run: Run, artifact: Artifact, receipt: Receipt) -> Receipt:
+def _proven_again(run: Session, artifact: Artifact, receipt: Receipt) -> Receipt:
     """The receipt for what the kernel has just frozen: it has set the time of writing."""
     look = next(i.placed for i in run.look().artifacts if i.artifact.path == artifact.path)
     (proven,) = prove(run, [(artifact, look)])
     if proven is None or proven.sha256 != receipt.sha256:
-        found = run.refuted.get(look.path) or Finding(
+        found = run.known_bad.get(look.path) or Finding(
             Kind.CHANGED, str(look.path), "the file that was proven", "another one"
         )
         raise WrongContent("a file was changed while it was being sealed", [found])

@@ -17,14 +17,14 @@ from csm_weights.errors import (
     WrongContent,
     error_for,
 )
-from csm_weights.hashing import Measure, measure
+from csm_weights.hashing import HashJob, measure
 from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
 from csm_weights.pipeline.checks import gate, gate_error, prove, subject_of, tidy
-from csm_weights.pipeline.request import Request, Run, begin
+from csm_weights.pipeline.request import Request, Session, begin
 from csm_weights.progress import Progress
 from csm_weights.store import hub_cache, install
 from csm_weights.store.hub_cache import Seed, Seeded
-from csm_weights.store.inspect import ArtifactState, Condition, State
+from csm_weights.store.inspect import ArtifactState, FileState, State
 from csm_weights.store.lock import NAME as LOCK
 from csm_weights.store.lock import lock
 from csm_weights.store.receipts import Receipt
@@ -71,12 +71,12 @@ def seed_cache(request: Request, move_main: bool = False) -> Seeding:
         return _seed(run, repo, revision, move_main)
 
 
-def _seed(run: Run, repo: str, revision: str, move_main: bool) -> Seeding:
+def _seed(run: Session, repo: str, revision: str, move_main: bool) -> Seeding:
     state, cache = _proven(run), _cache()
     seeds, notes = _seeds(state, cache, repo, revision)
     try:
         with Progress("into the Hub's cache", sum(s.size for s in seeds)) as progress:
-            seeded = hub_cache.seed(cache, repo, revision, seeds, move_main, progress.tick)
+            seeded = hub_cache.seed(cache, repo, revision, seeds, move_main, progress.advance)
     finally:
         unrecorded = _record_again(state)
     with suppress(NoSpace):
@@ -118,7 +118,7 @@ def _cache() -> Path:
     return HubEnvironment.read().cache.absolute()
 
 
-def _proven(run: Run) -> State:
+def _proven(run: Session) -> State:
     """The chosen files, every one in place and past its gates; else the error for all."""
     _prove(run, run.look())
     state = run.look()
@@ -127,9 +127,9 @@ def _proven(run: Run) -> State:
     return state
 
 
-def _prove(run: Run, state: State) -> None:
+def _prove(run: Session, state: State) -> None:
     """Hashes the files in place that have no valid receipt; the right ones get theirs."""
-    items = [i for i in state.artifacts if i.placed.condition is Condition.UNPROVEN]
+    items = [i for i in state.artifacts if i.placed.condition is FileState.UNVERIFIED]
     found = prove(run, [(item.artifact, item.placed) for item in items])
     for item, proven in zip(items, found, strict=True):
         if proven:
@@ -167,7 +167,7 @@ def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
         return artifact.git_sha1
     if artifact.is_weights or (is_pinned and artifact.blob_id) or receipt.size >= LARGE:
         return receipt.sha256
-    found = measure([Measure(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
+    found = measure([HashJob(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
     if found.whole != receipt.sha256 or not found.git_sha1:
         expected, seen = f"sha256 {receipt.sha256}", f"sha256 {found.whole}"
         finding = Finding(Kind.CHANGED, str(file), expected, seen, "run the command again")

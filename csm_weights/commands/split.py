@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial as bind
 from pathlib import Path
 
-from csm_weights.concurrency import Tick, run_all
+from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.hashing import Hasher, blob_id, feed, sha256, sha256_of
 from csm_weights.manifest import pin
@@ -23,18 +23,20 @@ from csm_weights.pipeline.checks import SUMS
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.atomic import sync, writing
-from csm_weights.store.block_io import Extent, Target, copy_hashed
+from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.lock import are_real, lock
 from csm_weights.transfer.reorder import Chain
 from csm_weights.verify.sums import render_sums
 
 
-def split_file(file: Path, root: Path, folder: str, piece_size: int, tick: Tick) -> Artifact:
+def split_file(
+    file: Path, root: Path, folder: str, piece_size: int, on_progress: OnProgress
+) -> Artifact:
     """Writes the parts of `file` to `root/folder`, hashed as written, and returns its entry.
 
     The artifact's path is the file's name; its parts are `NAME.part-aa` and
     so on. A part appears under its name when it is whole. An existing part
-    that differs is not overwritten: WrongContent. `tick` gets bytes.
+    that differs is not overwritten: WrongContent. `on_progress` gets bytes.
     """
     size = file.stat().st_size
     ranges = tiling(size, piece_size)
@@ -43,12 +45,13 @@ def split_file(file: Path, root: Path, folder: str, piece_size: int, tick: Tick)
     )
     source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        stop = threading.Event()
-        chain = Chain(source, [*(offset for offset, _ in ranges), size], stop)
+        cancel = threading.Event()
+        chain = Chain(source, [*(offset for offset, _ in ranges), size], cancel)
         tasks = [
-            bind(_write_part, source, root, pieces, i, chain, tick) for i in range(len(pieces))
+            bind(_write_part, source, root, pieces, i, chain, on_progress)
+            for i in range(len(pieces))
         ]
-        digests = run_all(tasks, stop)
+        digests = run_all(tasks, cancel)
     except EOFError as error:
         finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
         raise WrongContent("the file was cut while it was split", [finding]) from None
@@ -70,7 +73,12 @@ def split_file(file: Path, root: Path, folder: str, piece_size: int, tick: Tick)
 
 
 def _write_part(
-    source: int, root: Path, pieces: Sequence[Piece], index: int, chain: Chain, tick: Tick
+    source: int,
+    root: Path,
+    pieces: Sequence[Piece],
+    index: int,
+    chain: Chain,
+    on_progress: OnProgress,
 ) -> str:
     """Copies one range of `source` to its part and returns the sha256 of what was written."""
     piece = pieces[index]
@@ -81,9 +89,9 @@ def _write_part(
     # Where locks do nothing another run may write the same part.
     unfinished = part.with_name(f"{part.name}.{os.getpid()}.partial")
     if is_there:
-        feed(source, piece.offset, piece.size, sinks, tick, chain.stop)
+        feed(source, piece.offset, piece.size, sinks, on_progress, chain.cancel)
     else:
-        _copy_part(Extent(source, piece.offset, piece.size), unfinished, sinks, chain, tick)
+        _copy_part(Extent(source, piece.offset, piece.size), unfinished, sinks, chain, on_progress)
     chain.finish(index, claimed, proven=True)
     _require_same(part, digest.hexdigest(), unfinished)
     if not is_there:
@@ -93,11 +101,11 @@ def _write_part(
 
 
 def _copy_part(
-    extent: Extent, unfinished: Path, sinks: Sequence[Hasher], chain: Chain, tick: Tick
+    extent: Extent, unfinished: Path, sinks: Sequence[Hasher], chain: Chain, on_progress: OnProgress
 ) -> None:
-    target = Target(unfinished, os.O_TRUNC)
+    target = OutputFile(unfinished, os.O_TRUNC)
     try:
-        copy_hashed(extent, target, 0, sinks, True, tick, chain.stop)
+        copy_hashed(extent, target, 0, sinks, True, on_progress, chain.cancel)
         with writing(unfinished):
             os.fsync(target.fd)
     finally:
@@ -150,7 +158,7 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     with lock(locks, SPLIT_LOCK), Progress("splitting", total) as progress:
         if are_real(locks / SPLIT_LOCK):
             remove_unfinished(root / folder, file.name)
-        artifact = split_file(file, root, folder, piece_size, progress.tick)
+        artifact = split_file(file, root, folder, piece_size, progress.advance)
         sums = {Path(p.part).name: p.sha256 for p in artifact.pieces}
         atomic.write_whole(root / folder / SUMS, render_sums(sums))
     if current is None:

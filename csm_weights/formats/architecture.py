@@ -15,7 +15,7 @@ from csm_weights.errors import Finding, Kind, WrongContent
 
 
 @dataclass(frozen=True)
-class Transformer:
+class TransformerConfig:
     """One Llama-style stack. `dim` and `ffn` are in features."""
 
     layers: int
@@ -33,10 +33,10 @@ class Transformer:
 #: Stacks by the flavor name that config.json gives. The llama ones are the
 #: published CSM-1B; the tiny ones belong to the embedded csm-tiny.
 FLAVORS = {
-    "llama-1B": Transformer(layers=16, dim=2048, heads=32, kv_heads=8, ffn=8192),
-    "llama-100M": Transformer(layers=4, dim=1024, heads=8, kv_heads=2, ffn=8192),
-    "tiny-backbone": Transformer(layers=3, dim=64, heads=4, kv_heads=2, ffn=160),
-    "tiny-decoder": Transformer(layers=2, dim=32, heads=4, kv_heads=1, ffn=96),
+    "llama-1B": TransformerConfig(layers=16, dim=2048, heads=32, kv_heads=8, ffn=8192),
+    "llama-100M": TransformerConfig(layers=4, dim=1024, heads=8, kv_heads=2, ffn=8192),
+    "tiny-backbone": TransformerConfig(layers=3, dim=64, heads=4, kv_heads=2, ffn=160),
+    "tiny-decoder": TransformerConfig(layers=2, dim=32, heads=4, kv_heads=1, ffn=96),
 }
 
 #: Sanity ceiling of one dimension, so that a hostile config.json cannot ask
@@ -48,7 +48,7 @@ MAX_LAYERS = 1 << 10
 
 
 @dataclass(frozen=True)
-class Architecture:
+class CsmConfig:
     """A CSM network: backbone, depth decoder, vocabularies, RoPE.
 
     The RoPE figures are torchtune's for Llama 3.2: base 500,000, scaling
@@ -56,8 +56,8 @@ class Architecture:
     2,048 and 8,192.
     """
 
-    backbone: Transformer
-    decoder: Transformer
+    backbone: TransformerConfig
+    decoder: TransformerConfig
     text_vocab: int
     audio_vocab: int
     codebooks: int
@@ -98,7 +98,7 @@ class Architecture:
         ]
 
 
-def _stack_shapes(name: str, stack: Transformer) -> dict[str, tuple[int, ...]]:
+def _stack_shapes(name: str, stack: TransformerConfig) -> dict[str, tuple[int, ...]]:
     kv_dim = stack.kv_heads * stack.head_dim
     layer = {
         "attn.q_proj.weight": (stack.dim, stack.dim),
@@ -117,7 +117,7 @@ def _stack_shapes(name: str, stack: Transformer) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def parse_config(text: bytes, where: str) -> Architecture:
+def parse_config(text: bytes, where: str) -> CsmConfig:
     """Reads the bytes of a config.json.
 
     Raises WrongContent, with `where` as the place, when it is not JSON, not
@@ -141,11 +141,11 @@ def parse_config(text: bytes, where: str) -> Architecture:
     return architecture
 
 
-def _from_flavors(data: dict[str, Any]) -> Architecture:
+def _from_flavors(data: dict[str, Any]) -> CsmConfig:
     for key in ("backbone_flavor", "decoder_flavor"):
         if data[key] not in FLAVORS:
             raise ValueError(f"{key} {data[key]!r}; known are {', '.join(FLAVORS)}")
-    return Architecture(
+    return CsmConfig(
         backbone=FLAVORS[data["backbone_flavor"]],
         decoder=FLAVORS[data["decoder_flavor"]],
         text_vocab=data["text_vocab_size"],
@@ -154,8 +154,8 @@ def _from_flavors(data: dict[str, Any]) -> Architecture:
     )
 
 
-def _from_transformers(data: dict[str, Any]) -> Architecture:
-    return Architecture(
+def _from_transformers(data: dict[str, Any]) -> CsmConfig:
+    return CsmConfig(
         backbone=_stack_from_transformers(data),
         decoder=_stack_from_transformers(data["depth_decoder_config"]),
         text_vocab=data["text_vocab_size"],
@@ -164,8 +164,8 @@ def _from_transformers(data: dict[str, Any]) -> Architecture:
     )
 
 
-def _stack_from_transformers(data: dict[str, Any]) -> Transformer:
-    return Transformer(
+def _stack_from_transformers(data: dict[str, Any]) -> TransformerConfig:
+    return TransformerConfig(
         layers=data["num_hidden_layers"],
         dim=data["hidden_size"],
         heads=data["num_attention_heads"],
@@ -174,7 +174,7 @@ def _stack_from_transformers(data: dict[str, Any]) -> Transformer:
     )
 
 
-def _check(architecture: Architecture) -> None:
+def _check(architecture: CsmConfig) -> None:
     figures = {"text_vocab": architecture.text_vocab, "audio_vocab": architecture.audio_vocab}
     figures["codebooks"] = architecture.codebooks
     for name, stack in (("backbone", architecture.backbone), ("decoder", architecture.decoder)):

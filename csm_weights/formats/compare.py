@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from csm_weights.concurrency import Stopped, Tick, run_all, workers
+from csm_weights.concurrency import Cancelled, OnProgress, run_all, workers
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements
 from csm_weights.formats.tensor_index import MAX_FINDINGS
 from csm_weights.formats.transformers_layout import (
@@ -24,7 +24,7 @@ from csm_weights.formats.transformers_layout import (
     Value,
     read_side,
 )
-from csm_weights.formats.weights_file import open_checkpoint
+from csm_weights.formats.weights_file import open_weights
 from csm_weights.untrusted import show
 
 #: Bytes of each side that one thread holds against each other at a time: both fit a core's
@@ -129,7 +129,7 @@ class _Pair:
 class Sides:
     """Two sides whose headers have been read; `nbytes` is what `compare` will read of both."""
 
-    def __init__(self, first: Side, second: Side, sources: Sequence[Joined]) -> None:
+    def __init__(self, first: Side, second: Side, sources: Sequence[MultipartFile]) -> None:
         self._first, self._second, self._sources = first, second, sources
         self._pairs = sorted(_pairs(first, second), key=lambda pair: pair.name)
 
@@ -147,15 +147,15 @@ class Sides:
         ]
         return sorted(sizes, key=lambda job: (-job[0], job[1]))
 
-    def compare(self, tick: Tick) -> Comparison:
-        """Reads both sides and holds them against each other; `tick` gets the bytes read.
+    def compare(self, on_progress: OnProgress) -> Comparison:
+        """Reads both sides and holds them against each other; `on_progress` gets the bytes read.
 
         Raises WrongContent when a file was written to meanwhile.
         """
         differences = {n: d for n, pair in enumerate(self._pairs) if (d := pair.difference())}
         jobs = self._jobs()
         try:
-            found = _search([self._pairs[number] for _, number in jobs], tick)
+            found = _search([self._pairs[number] for _, number in jobs], on_progress)
         except EOFError as error:
             cut = Finding(Kind.CHANGED, str(error), "a file at rest", "one that was cut")
             raise _changed([cut]) from None
@@ -176,7 +176,7 @@ def opened(first: Files, second: Files) -> Iterator[Sides]:
     """Opens two sides and reads their headers. Raises MissingInput, WrongContent."""
     with ExitStack() as stack:
         checkpoints = [
-            [stack.enter_context(open_checkpoint(paths)) for paths in files]
+            [stack.enter_context(open_weights(paths)) for paths in files]
             for files in (first, second)
         ]
         folders = [files[0][0].parent for files in (first, second)]
@@ -199,9 +199,9 @@ def _pairs(first: Side, second: Side) -> Iterator[_Pair]:
         yield _Pair(name, unknown[0].get(name), unknown[1].get(name), is_unknown=True)
 
 
-def _search(pairs: Sequence[_Pair], tick: Tick) -> list[Difference | None]:
+def _search(pairs: Sequence[_Pair], on_progress: OnProgress) -> list[Difference | None]:
     """What each pair differs in, on several threads, in the pairs' order."""
-    stop = threading.Event()
+    cancel = threading.Event()
     found: list[Difference | None] = [None] * len(pairs)
     waiting = iter(range(len(pairs)))
     lock = threading.Lock()
@@ -212,16 +212,16 @@ def _search(pairs: Sequence[_Pair], tick: Tick) -> list[Difference | None]:
 
     def work() -> None:
         while (number := take()) is not None:
-            found[number] = _difference(pairs[number], tick, stop)
+            found[number] = _difference(pairs[number], on_progress, cancel)
 
-    run_all([work] * min(workers(), MAX_THREADS), stop)
+    run_all([work] * min(workers(), MAX_THREADS), cancel)
     return found
 
 
-def _difference(pair: _Pair, tick: Tick, stop: threading.Event) -> Difference | None:
+def _difference(pair: _Pair, on_progress: OnProgress, cancel: threading.Event) -> Difference | None:
     first, second = pair.first, pair.second
     assert first and second, "both have it, for their headers agree"
-    number = _first_different(first, second, tick, stop)
+    number = _first_different(first, second, on_progress, cancel)
     if number is None:
         return None
     values = first.value(number), second.value(number)
@@ -231,15 +231,15 @@ def _difference(pair: _Pair, tick: Tick, stop: threading.Event) -> Difference | 
 
 
 def _first_different(
-    first: SideTensor, second: SideTensor, tick: Tick, stop: threading.Event
+    first: SideTensor, second: SideTensor, on_progress: OnProgress, cancel: threading.Event
 ) -> int | None:
     """The number, in row-major order, of the first element whose bits differ."""
     item, total = first.info.itemsize, math.prod(first.shape)
     step = _step(first, second)
     rooms = bytearray(), bytearray()
     for start in range(0, total, step):
-        if stop.is_set():
-            raise Stopped
+        if cancel.is_set():
+            raise Cancelled
         size = min(step, total - start) * item
         if len(rooms[0]) != size:
             rooms = bytearray(size), bytearray(size)
@@ -247,7 +247,7 @@ def _first_different(
             read_elements(tensor.source, tensor.info, start, room)
         if rooms[0] != rooms[1]:
             return start + _bisected(*rooms, item)
-        tick(2 * size)
+        on_progress(2 * size)
     return None
 
 

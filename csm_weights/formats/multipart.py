@@ -18,7 +18,7 @@ from csm_weights.untrusted import Fingerprint, Malformed
 _PART = re.compile(r"\.part-[a-z]{2,}")
 
 
-def find_parts(folder: Path, name: str) -> list[Path]:
+def find_chunk_files(folder: Path, name: str) -> list[Path]:
     """The parts of the file called `name` in a folder, in order; empty where there are none."""
     if not folder.is_dir():
         return []
@@ -30,7 +30,7 @@ def find_parts(folder: Path, name: str) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-class Joined:
+class MultipartFile:
     """The content of one file, or of several in a row, open for reading.
 
     `size` is in bytes. Reads are by position and may come from many threads.

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.tensor_index import TensorInfo, row_major
 
 #: Bytes of a span that cost no more to read than a second call would.
@@ -45,7 +45,7 @@ class _Box(NamedTuple):
     at: int
 
 
-def read_elements(source: Joined, info: TensorInfo, start: int, room: bytearray) -> None:
+def read_elements(source: MultipartFile, info: TensorInfo, start: int, room: bytearray) -> None:
     """Fills `room` with elements of a tensor, from number `start` of its row-major order on.
 
     The elements stay as they are stored, little-endian. `room` must be a
@@ -62,7 +62,7 @@ def read_elements(source: Joined, info: TensorInfo, start: int, room: bytearray)
 
 class _Reading:
     def __init__(
-        self, source: Joined, info: TensorInfo, room: memoryview, target: memoryview
+        self, source: MultipartFile, info: TensorInfo, room: memoryview, target: memoryview
     ) -> None:
         self._source, self._start, self._item = source, info.offset, info.itemsize
         self._room, self._target = room, target

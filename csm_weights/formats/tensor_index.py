@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from csm_weights.errors import Finding, Kind, error_for
-from csm_weights.formats.architecture import Architecture
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.architecture import CsmConfig
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.torch_pickle import MAX_DIMS, MAX_PICKLE, View, read_state_dict
 from csm_weights.formats.torch_zip import Record, read_at, read_content, read_records
 from csm_weights.untrusted import Malformed, are_sizes, is_text, show
@@ -79,7 +79,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class TensorTable:
+class TensorIndex:
     """All tensors of one file, by name; `file_size` in bytes."""
 
     tensors: Mapping[str, TensorInfo]
@@ -96,7 +96,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def check_against(table: TensorTable, architecture: Architecture, where: str) -> list[Finding]:
+def check_against(table: TensorIndex, architecture: CsmConfig, where: str) -> list[Finding]:
     """A finding for every tensor that is missing, not expected, or of another dtype or shape.
 
     Empty when the table holds exactly the F32 tensors of the architecture. At
@@ -118,7 +118,7 @@ def check_against(table: TensorTable, architecture: Architecture, where: str) ->
     return found.listed()
 
 
-def read_safetensors(path: Path | str | Joined) -> TensorTable:
+def read_safetensors(path: Path | str | MultipartFile) -> TensorIndex:
     """Reads the header of a safetensors file, or of one that lies in parts.
 
     Raises MissingInput when there is no such file, and WrongContent when it
@@ -133,10 +133,10 @@ def read_safetensors(path: Path | str | Joined) -> TensorTable:
                 tensors[name] = _header_entry(name, entry, 8 + length)
         if not found.count:
             _check_tiling(tensors, 8 + length, size, found)
-    return TensorTable(tensors, size)
+    return TensorIndex(tensors, size)
 
 
-def read_checkpoint(path: Path | str | Joined) -> TensorTable:
+def read_checkpoint(path: Path | str | MultipartFile) -> TensorIndex:
     """Reads the tensor table of a torch checkpoint: a zip that holds a plain state dict.
 
     It may lie in parts.
@@ -159,10 +159,10 @@ def read_checkpoint(path: Path | str | Joined) -> TensorTable:
         for name in records:
             if name.startswith("data/") and name[5:] not in state.storage_keys:
                 found.add(Malformed("a storage of some tensor", "nothing refers to it", name))
-    return TensorTable(tensors, size)
+    return TensorIndex(tensors, size)
 
 
-def _header_length(file: Joined, size: int) -> int:
+def _header_length(file: MultipartFile, size: int) -> int:
     if size < 8:
         raise Malformed("8 bytes of header length", f"a file of {size} bytes")
     length = int.from_bytes(read_at(file, 0, 8), "little")
@@ -232,7 +232,7 @@ def _check_tiling(tensors: dict[str, TensorInfo], start: int, size: int, found: 
         found.add(Malformed(f"data up to the end, byte {size}", f"up to byte {end}", "data"))
 
 
-def _check_note(file: Joined, record: Record | None, pattern: bytes) -> None:
+def _check_note(file: MultipartFile, record: Record | None, pattern: bytes) -> None:
     """A small text record, where there is one, must match the pattern."""
     if record is None:
         return
@@ -299,16 +299,18 @@ class _Findings:
 
 
 @contextmanager
-def _reading(source: Path | str | Joined, format_: str) -> Iterator[tuple[Joined, int, _Findings]]:
+def _reading(
+    source: Path | str | MultipartFile, format_: str
+) -> Iterator[tuple[MultipartFile, int, _Findings]]:
     """Yields a source, its size in bytes and findings, raised at the end if any."""
-    path = Path(source.paths[0] if isinstance(source, Joined) else source)
-    found = _Findings(source.where if isinstance(source, Joined) else str(path))
+    path = Path(source.paths[0] if isinstance(source, MultipartFile) else source)
+    found = _Findings(source.where if isinstance(source, MultipartFile) else str(path))
     title = f"{path.name} cannot be read as {format_}"
     try:
-        if isinstance(source, Joined):
+        if isinstance(source, MultipartFile):
             yield source, source.size, found
         else:
-            with Joined([path]) as file:
+            with MultipartFile([path]) as file:
                 yield file, file.size, found
     except Malformed as error:
         found.add(error)

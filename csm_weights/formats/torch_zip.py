@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.untrusted import Malformed, show
 
 #: Ceiling of the directory, bytes. CSM-1B's is about 15 kB.
@@ -54,7 +54,7 @@ class Record:
     data: int = 0
 
 
-def read_records(file: Joined, size: int) -> dict[str, Record]:
+def read_records(file: MultipartFile, size: int) -> dict[str, Record]:
     """The records of a file of `size` bytes, by their name inside the archive's one folder.
 
     Raises Malformed when the file is not laid out as torch.save lays it out.
@@ -80,7 +80,7 @@ def torch_flags(size: int) -> int:
     return UTF8_FLAG | DESCRIPTOR_FLAG if size else UTF8_FLAG
 
 
-def read_content(file: Joined, record: Record, ceiling: int) -> bytes:
+def read_content(file: MultipartFile, record: Record, ceiling: int) -> bytes:
     """The bytes of a small record, at most `ceiling`, checked against its CRC."""
     if record.size > ceiling:
         raise Malformed(f"at most {ceiling} bytes", f"{record.size}", record.name)
@@ -91,7 +91,7 @@ def read_content(file: Joined, record: Record, ceiling: int) -> bytes:
     return content
 
 
-def read_at(file: Joined, offset: int, size: int) -> bytes:
+def read_at(file: MultipartFile, offset: int, size: int) -> bytes:
     """Exactly `size` bytes from byte `offset`; raises Malformed when the file is shorter."""
     content = file.read(offset, size)
     if len(content) != size:
@@ -130,7 +130,7 @@ def _named(entries: list[Record]) -> dict[str, Record]:
     return records
 
 
-def _find_directory(file: Joined, size: int) -> tuple[int, int, int]:
+def _find_directory(file: MultipartFile, size: int) -> tuple[int, int, int]:
     """Offset, bytes and entry count of the directory, whose end records must end the file."""
     if size < END.size:
         raise Malformed("a zip archive", f"a file of {size} bytes")
@@ -154,7 +154,7 @@ def _find_directory(file: Joined, size: int) -> tuple[int, int, int]:
 
 
 def _read_end64(
-    file: Joined, at: int, locator: tuple[Any, ...], short: tuple[int, int, int]
+    file: MultipartFile, at: int, locator: tuple[Any, ...], short: tuple[int, int, int]
 ) -> tuple[int, int, int]:
     """Start, bytes and count from the zip64 end record at byte `at`; `short` is the old one's."""
     sign, rest, _, _, disk, first, here, count, length, start = END64.unpack(
@@ -225,7 +225,7 @@ def _directory_entry(directory: bytes, at: int) -> tuple[Record, int]:
     return Record(name, crc, size, header), end
 
 
-def _check_local(file: Joined, entry: Record, limit: int) -> tuple[Record, str]:
+def _check_local(file: MultipartFile, entry: Record, limit: int) -> tuple[Record, str]:
     """The record with the place of its data, and the struct code of its descriptor's two sizes.
 
     The local header must agree with the directory, and the data end before byte `limit`.
@@ -254,7 +254,7 @@ def _check_local(file: Joined, entry: Record, limit: int) -> tuple[Record, str]:
     return replace(entry, data=data), "2Q"
 
 
-def _check_descriptor(file: Joined, record: Record, numbers: str, limit: int) -> int:
+def _check_descriptor(file: MultipartFile, record: Record, numbers: str, limit: int) -> int:
     """Where the next record begins: after the descriptor, which must repeat the directory."""
     layout = struct.Struct(f"<4sI{numbers}")
     at = show(record.name)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent, printable
-from csm_weights.formats.architecture import FLAVORS, Architecture, Transformer, parse_config
-from csm_weights.formats.multipart import Joined, find_parts
+from csm_weights.formats.architecture import FLAVORS, CsmConfig, TransformerConfig, parse_config
+from csm_weights.formats.multipart import MultipartFile, find_chunk_files
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import TensorInfo
-from csm_weights.formats.weights_file import Checkpoint, find_weights, missing
+from csm_weights.formats.weights_file import WeightsFile, find_weights, missing
 from csm_weights.untrusted import show
 
 #: Most bytes of an index of shards, or of a config.json, that are read.
@@ -111,7 +111,7 @@ class SideTensor:
 
     name: str
     shape: tuple[int, ...]
-    source: Joined
+    source: MultipartFile
     info: TensorInfo
 
     @property
@@ -149,7 +149,9 @@ def find(path: Path) -> Files:
     if match := _SHARD.fullmatch(path.name):
         return _alone(_shards(path.parent, match))
     whole = path.parent / path.name.rpartition(".part-")[0] if ".part-" in path.name else path
-    if (whole != path or not path.exists()) and (parts := find_parts(path.parent, whole.name)):
+    if (whole != path or not path.exists()) and (
+        parts := find_chunk_files(path.parent, whole.name)
+    ):
         return [parts]
     try:
         return [find_weights(path)]
@@ -224,7 +226,7 @@ def _read_small(path: Path) -> bytes:
 # ---- reading where the tensors lie
 
 
-def read_side(checkpoints: Sequence[Checkpoint], folders: Iterable[Path]) -> Side:
+def read_side(checkpoints: Sequence[WeightsFile], folders: Iterable[Path]) -> Side:
     where = checkpoints[0].source.where
     if more := len(checkpoints) - 1:
         where += f" and {more} more shard{'s' if more > 1 else ''}"
@@ -235,7 +237,7 @@ def read_side(checkpoints: Sequence[Checkpoint], folders: Iterable[Path]) -> Sid
     return Side(view, tensors)
 
 
-def _united(checkpoints: Sequence[Checkpoint], where: str) -> dict[str, SideTensor]:
+def _united(checkpoints: Sequence[WeightsFile], where: str) -> dict[str, SideTensor]:
     tensors: dict[str, SideTensor] = {}
     for checkpoint in checkpoints:
         for name, info in checkpoint.table.tensors.items():
@@ -291,13 +293,13 @@ def _in_our_order(
     return ordered
 
 
-def _config(folder: Path) -> Architecture | None:
+def _config(folder: Path) -> CsmConfig | None:
     path = folder / "config.json"
     return parse_config(_read_small(path), str(path)) if path.is_file() else None
 
 
 def _head_dim(
-    stack: str, tensors: Mapping[str, SideTensor], known: Sequence[Transformer]
+    stack: str, tensors: Mapping[str, SideTensor], known: Sequence[TransformerConfig]
 ) -> int | None:
     """Features of one head: those of the first network that has such projections."""
     shapes = {

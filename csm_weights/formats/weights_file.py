@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Self
 
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent, from_os_error
-from csm_weights.formats.multipart import Joined, find_parts
-from csm_weights.formats.tensor_index import TensorTable, read_checkpoint, read_safetensors
+from csm_weights.formats.multipart import MultipartFile, find_chunk_files
+from csm_weights.formats.tensor_index import TensorIndex, read_checkpoint, read_safetensors
 from csm_weights.untrusted import Malformed
 
 #: The weight files of a folder, in the order in which they are looked for, and
@@ -21,14 +21,14 @@ _ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightsFile:
     """The tensors of one file of weights, and its bytes to read them from.
 
     `format` is the manifest's word: "safetensors" or "torch-zip".
     """
 
-    source: Joined
-    table: TensorTable
+    source: MultipartFile
+    table: TensorIndex
     format: str
 
     def __enter__(self) -> Self:
@@ -38,13 +38,13 @@ class Checkpoint:
         self.source.close()
 
 
-def open_checkpoint(paths: Sequence[Path | str]) -> Checkpoint:
+def open_weights(paths: Sequence[Path | str]) -> WeightsFile:
     """Opens a file, or its parts in order, and reads where each tensor lies.
 
     The format is told by the first bytes. Raises MissingInput, WrongContent.
     """
     try:
-        source = Joined(paths)
+        source = MultipartFile(paths)
     except FileNotFoundError as error:
         raise missing(Path(str(error.filename)), "a file", "no such file") from None
     except OSError as error:
@@ -58,7 +58,7 @@ def open_checkpoint(paths: Sequence[Path | str]) -> Checkpoint:
     except BaseException:
         source.close()
         raise
-    return Checkpoint(source, table, "torch-zip" if is_zip else "safetensors")
+    return WeightsFile(source, table, "torch-zip" if is_zip else "safetensors")
 
 
 def find_weights(path: Path) -> list[Path]:
@@ -76,7 +76,7 @@ def find_weights(path: Path) -> list[Path]:
             return [path / name]
     for name, below in WEIGHT_FILES.items():
         for folder in (path, path / below):
-            if parts := find_parts(folder, name):
+            if parts := find_chunk_files(folder, name):
                 return parts
     raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or parts", "neither")
 

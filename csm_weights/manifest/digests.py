@@ -17,7 +17,9 @@ class Whole:
     git_sha1: str | None = None
 
 
-def whole_findings(artifact: Artifact, edition: Edition, found: Whole, where: str) -> list[Finding]:
+def digest_findings(
+    artifact: Artifact, edition: Edition, found: Whole, where: str
+) -> list[Finding]:
     """What a whole file's digests break of what is pinned: the sha256, the Hub's ids.
 
     The ids are those of the pinned edition; alternatives have none.

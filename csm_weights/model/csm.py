@@ -23,21 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from csm_weights.byte_ranges import Span
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import UsageError, WrongContent
-from csm_weights.formats.architecture import Architecture, Transformer, parse_config
+from csm_weights.formats.architecture import CsmConfig, TransformerConfig, parse_config
 from csm_weights.formats.tensor_index import check_against
-from csm_weights.formats.weights_file import locate, missing, open_checkpoint
+from csm_weights.formats.weights_file import locate, missing, open_weights
 from csm_weights.model.load import load_tensors
 
 #: Picks one code a row from logits (B, V): codes (B,).
-Chooser = Callable[[Tensor], Tensor]
+Sampler = Callable[[Tensor], Tensor]
 
 #: Cosines and sines of the RoPE angles, each (B, 1, S, head_dim / 2).
 Rotation = tuple[Tensor, Tensor]
 
 
-def rope_frequencies(architecture: Architecture, head_dim: int) -> Tensor:
+def rope_frequencies(architecture: CsmConfig, head_dim: int) -> Tensor:
     """Radians a position for each feature pair of a head: float32 (head_dim / 2,).
 
     Llama 3's scaling: pairs that turn once in fewer than old_context / high
@@ -79,7 +79,7 @@ class Embedding(nn.Embedding):
 class KeyValueCache:
     """Keys and values of one attention layer at the positions `[0, length)`."""
 
-    def __init__(self, stack: Transformer, batch: int, positions: int, like: Tensor) -> None:
+    def __init__(self, stack: TransformerConfig, batch: int, positions: int, like: Tensor) -> None:
         shape = (batch, stack.kv_heads, positions, stack.head_dim)
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
@@ -109,7 +109,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with RoPE on interleaved pairs."""
 
-    def __init__(self, stack: Transformer) -> None:
+    def __init__(self, stack: TransformerConfig) -> None:
         super().__init__()
         kv_dim = stack.kv_heads * stack.head_dim
         self.head_dim = stack.head_dim
@@ -135,7 +135,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """The gated feed-forward block of Llama."""
 
-    def __init__(self, stack: Transformer) -> None:
+    def __init__(self, stack: TransformerConfig) -> None:
         super().__init__()
         self.w1 = Linear(stack.dim, stack.ffn, bias=False)
         self.w2 = Linear(stack.ffn, stack.dim, bias=False)
@@ -148,7 +148,7 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Attention and feed-forward, each normed before and added after."""
 
-    def __init__(self, stack: Transformer, eps: float) -> None:
+    def __init__(self, stack: TransformerConfig, eps: float) -> None:
         super().__init__()
         self.attn = Attention(stack)
         self.mlp = FeedForward(stack)
@@ -162,10 +162,10 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
-class Stack(nn.Module):
+class Transformer(nn.Module):
     """A Llama without embeddings and head: features in, normed hidden states out."""
 
-    def __init__(self, stack: Transformer, architecture: Architecture) -> None:
+    def __init__(self, stack: TransformerConfig, architecture: CsmConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             Layer(stack, architecture.norm_eps) for _ in range(stack.layers)
@@ -192,16 +192,16 @@ class Stack(nn.Module):
 
 
 class Model(nn.Module):
-    """A CSM network; the state dict's names are `Architecture.tensor_shapes()`'s.
+    """A CSM network; the state dict's names are `CsmConfig.tensor_shapes()`'s.
 
     `Model(architecture)` has random weights; `Model.from_local` reads a file's.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: CsmConfig) -> None:
         super().__init__()
         a = self.architecture = architecture
-        self.backbone = Stack(a.backbone, a)
-        self.decoder = Stack(a.decoder, a)
+        self.backbone = Transformer(a.backbone, a)
+        self.decoder = Transformer(a.decoder, a)
         self.text_embeddings = Embedding(a.text_vocab, a.backbone.dim)
         self.audio_embeddings = Embedding(a.audio_vocab * a.codebooks, a.backbone.dim)
         self.projection = Linear(a.backbone.dim, a.decoder.dim, bias=False)
@@ -218,8 +218,8 @@ class Model(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.float32,
         *,
-        architecture: Architecture | None = None,
-        digests: Sequence[Span] = (),
+        architecture: CsmConfig | None = None,
+        digests: Sequence[ByteRange] = (),
     ) -> Self:
         """Reads config.json and the weights, and checks every name, dtype and shape.
 
@@ -236,7 +236,7 @@ class Model(nn.Module):
         """
         weights, folder = locate(path)
         architecture = architecture or _read_config(folder, weights[0].parent)
-        with open_checkpoint(weights) as checkpoint:
+        with open_weights(weights) as checkpoint:
             where = checkpoint.source.where
             if findings := check_against(checkpoint.table, architecture, where):
                 name = weights[0].name
@@ -305,7 +305,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def generate_logits(
-        self, tokens: Tensor, mask: Tensor, positions: Tensor, choose: Chooser
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, choose: Sampler
     ) -> tuple[Tensor, Tensor]:
         """As `generate_frame`, with any way to choose: codes (B, K) and logits (B, K, V)."""
         self.check_inputs(tokens, mask, positions)
@@ -336,7 +336,9 @@ class Model(nn.Module):
         columns = torch.cat((self.embed_audio(tokens[..., :-1]), text), dim=-2)
         return (columns * mask[..., None]).sum(dim=-2)
 
-    def new_caches(self, stack: Transformer, batch: int, positions: int) -> list[KeyValueCache]:
+    def new_caches(
+        self, stack: TransformerConfig, batch: int, positions: int
+    ) -> list[KeyValueCache]:
         """Empty caches, one a layer, of the weights' dtype and device."""
         like = self.projection.weight
         return [KeyValueCache(stack, batch, positions, like) for _ in range(stack.layers)]
@@ -371,7 +373,7 @@ class Model(nn.Module):
             )
 
 
-def chooser(temperature: float, topk: int, generator: torch.Generator | None = None) -> Chooser:
+def chooser(temperature: float, topk: int, generator: torch.Generator | None = None) -> Sampler:
     """How to pick a code: the best (temperature 0), or one drawn from the topk best."""
     if temperature < 0 or topk < 1:
         raise UsageError(f"temperature {temperature} is below 0, or topk {topk} below 1")
@@ -396,7 +398,7 @@ def _positions_like(x: Tensor, start: int) -> Tensor:
     return torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[:2])
 
 
-def _read_config(*folders: Path) -> Architecture:
+def _read_config(*folders: Path) -> CsmConfig:
     """The architecture that config.json in the first of some folders describes."""
     for config in (folder / "config.json" for folder in folders):
         if config.is_file():

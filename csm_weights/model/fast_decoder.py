@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm_weights.errors import UsageError
-from csm_weights.formats.architecture import Architecture, Transformer
-from csm_weights.model.csm import Layer, Model, RMSNorm, Stack, chooser, draw
+from csm_weights.formats.architecture import CsmConfig, TransformerConfig
+from csm_weights.model.csm import Layer, Model, RMSNorm, Transformer, chooser, draw
 
 #: Runs of a step before it is captured: libraries set themselves up in them.
 WARM_UPS = 2
 
 
-def weights_per_frame(architecture: Architecture) -> int:
+def weights_per_frame(architecture: CsmConfig) -> int:
     """How many weights one frame has to read at least: those of every product, each time."""
     a = architecture
     shapes = a.tensor_shapes()
@@ -167,7 +167,7 @@ class Decoder:
 class _Steps:
     """A stack that reads a few positions at a time into caches whose shape stays."""
 
-    def __init__(self, stack: Stack, figures: Transformer, positions: int) -> None:
+    def __init__(self, stack: Transformer, figures: TransformerConfig, positions: int) -> None:
         device = stack.norm.scale.device
         angles = torch.outer(torch.arange(positions), stack.frequencies)
         self._turns = torch.polar(torch.ones_like(angles), angles).to(device)
@@ -197,12 +197,12 @@ class _FusedLayer:
     """One layer with q, k and v in one product, and w1 and w3 in another."""
 
     layer: Layer
-    figures: Transformer
+    figures: TransformerConfig
     qkv: tuple[Tensor, ...]
     w13: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, layer: Layer, figures: Transformer) -> _FusedLayer:
+    def of(cls, layer: Layer, figures: TransformerConfig) -> _FusedLayer:
         """A view of a layer: no weight is copied."""
         qkv = (layer.attn.q_proj.weight, layer.attn.k_proj.weight, layer.attn.v_proj.weight)
         w13 = (layer.mlp.w1.weight, layer.mlp.w3.weight)

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csm_weights.byte_ranges import Span
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.concurrency import workers
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.tensor_index import TensorInfo
-from csm_weights.formats.weights_file import Checkpoint
-from csm_weights.model.stream import Lane, blocks, room, stream
+from csm_weights.formats.weights_file import WeightsFile
+from csm_weights.model.stream import BlockConsumer, blocks, room, stream
 
 #: torch's dtype for the dtype words of a TensorTable; CSM's files are all F32.
 DTYPES = {"F32": torch.float32}
@@ -49,7 +49,7 @@ if _MADVISE is not None:
 
 
 @dataclass(frozen=True)
-class Ring:
+class StagingBuffers:
     """The slots that a file streams through: `block` bytes each, `slots` a thread."""
 
     block: int
@@ -62,24 +62,24 @@ class Ring:
         return self.block * self.slots * self.threads
 
 
-def host_ring() -> Ring:
+def host_buffers() -> StagingBuffers:
     """Slots on the way to the CPU's own memory: they stay in the cores' caches."""
-    return Ring(2 << 20, 1, workers())
+    return StagingBuffers(2 << 20, 1, workers())
 
 
-def pinned_ring() -> Ring:
+def pinned_buffers() -> StagingBuffers:
     """Slots on the way to a GPU: 128 MiB of pinned memory at most."""
-    return Ring(8 << 20, 2, min(8, workers()))
+    return StagingBuffers(8 << 20, 2, min(8, workers()))
 
 
 def load_tensors(
-    checkpoint: Checkpoint,
+    checkpoint: WeightsFile,
     device: torch.device,
     dtype: torch.dtype | None,
     *,
     together: Sequence[Sequence[str]] = (),
-    digests: Sequence[Span] = (),
-    ring: Ring | None = None,
+    digests: Sequence[ByteRange] = (),
+    ring: StagingBuffers | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of a checkpoint on `device`, by name, contiguous.
 
@@ -95,7 +95,7 @@ def load_tensors(
     if device.type == "cpu" and not digests and (mapped := _map(checkpoint, dtype)):
         return mapped
     flat = _Flat(checkpoint, device, dtype, together)
-    ring = ring or (host_ring() if device.type == "cpu" else pinned_ring())
+    ring = ring or (host_buffers() if device.type == "cpu" else pinned_buffers())
     spans = digests or _needed(flat.places, max(ring.block, CLAIM))
     threads = torch.get_num_threads()
     try:
@@ -105,7 +105,7 @@ def load_tensors(
     return flat.finished()
 
 
-def _check_tiling(source: Joined, spans: Sequence[Span]) -> None:
+def _check_tiling(source: MultipartFile, spans: Sequence[ByteRange]) -> None:
     """Digests of another file's spans would leave bytes unproven, or tensors unread."""
     ends = [0, *(span.offset + span.size for span in spans)]
     if [span.offset for span in spans] != ends[:-1] or ends[-1] != source.size:
@@ -114,7 +114,7 @@ def _check_tiling(source: Joined, spans: Sequence[Span]) -> None:
         raise WrongContent("the weights are not those that are pinned", [finding])
 
 
-def _map(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Tensor] | None:
+def _map(checkpoint: WeightsFile, dtype: torch.dtype | None) -> dict[str, Tensor] | None:
     """The tensors in a private map of the file; None where they do not lie there as wanted."""
     infos = checkpoint.table.tensors.values()
     if not all(
@@ -156,7 +156,7 @@ class _Flat:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: WeightsFile,
         device: torch.device,
         dtype: torch.dtype | None,
         together: Sequence[Sequence[str]],
@@ -290,10 +290,10 @@ def _populate(target: Tensor) -> None:
     _MADVISE(start, target.data_ptr() + target.nbytes - start, _POPULATE_WRITE)
 
 
-def _needed(places: Sequence[_Place], most: int) -> list[Span]:
+def _needed(places: Sequence[_Place], most: int) -> list[ByteRange]:
     """Spans of at most so many bytes that hold all places, and nothing where no place is."""
     return [
-        Span(start + part.offset, part.size)
+        ByteRange(start + part.offset, part.size)
         for start, end in _runs(places)
         for part in blocks(end - start, most)
     ]
@@ -313,7 +313,7 @@ def _runs(places: Sequence[_Place]) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _lanes(flat: _Flat, device: torch.device, ring: Ring) -> Callable[[], Lane]:
+def _lanes(flat: _Flat, device: torch.device, ring: StagingBuffers) -> Callable[[], BlockConsumer]:
     """What opens a lane to a device in the thread that will use it."""
     if device.type != "cuda":
         return lambda: _HostLane(flat, ring.block, device)
@@ -333,23 +333,23 @@ class _HostLane:
         self._device = device
 
     def slot(self) -> memoryview:
-        """See `Lane`."""
+        """See `BlockConsumer`."""
         return self._room
 
     def take(self, offset: int, size: int) -> None:
-        """See `Lane`."""
+        """See `BlockConsumer`."""
         with self._room[:size] as host:
             self._flat.put(offset, host, self._tensor[:size].to(self._device))
 
     def finish(self) -> None:
-        """See `Lane`."""
+        """See `BlockConsumer`."""
 
 
 class _CudaLane:
     """Pinned slots, copied to the device on a stream of their own while others are filled."""
 
     def __init__(
-        self, flat: _Flat, ring: Ring, device: torch.device, before: torch.cuda.Stream
+        self, flat: _Flat, ring: StagingBuffers, device: torch.device, before: torch.cuda.Stream
     ) -> None:
         self._flat = flat
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -364,13 +364,13 @@ class _CudaLane:
         self._turn = 0
 
     def slot(self) -> memoryview:
-        """See `Lane`: the slot whose copy is the oldest."""
+        """See `BlockConsumer`: the slot whose copy is the oldest."""
         self._turn = (self._turn + 1) % len(self._rooms)
         self._taken[self._turn].synchronize()
         return self._rooms[self._turn]
 
     def take(self, offset: int, size: int) -> None:
-        """See `Lane`: nothing here waits for the device."""
+        """See `BlockConsumer`: nothing here waits for the device."""
         turn = self._turn
         with torch.cuda.stream(self._stream), self._rooms[turn][:size] as host:
             block = self._blocks[turn, :size]
@@ -379,7 +379,7 @@ class _CudaLane:
             self._taken[turn].record(self._stream)
 
     def finish(self) -> None:
-        """See `Lane`."""
+        """See `BlockConsumer`."""
         self._stream.synchronize()
 
 

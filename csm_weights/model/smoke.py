@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-    from csm_weights.formats.architecture import Architecture
+    from csm_weights.formats.architecture import CsmConfig
     from csm_weights.model.csm import Model
 
 #: Seconds of audio in one frame: CSM has 12.5 frames a second.
@@ -211,7 +211,7 @@ def read_golden(path: Path) -> Golden:
     return golden
 
 
-def make_prompt(architecture: Architecture) -> list[int]:
+def make_prompt(architecture: CsmConfig) -> list[int]:
     """Text tokens spread over the vocabulary, always the same for an architecture."""
     vocab = architecture.text_vocab
     return [(1 + index * 7919) % vocab for index in range(PROMPT_TOKENS)]
@@ -372,7 +372,7 @@ def _check_cache(model: Model, prompt: list[int], speech: _Speech, share: float)
     )
 
 
-def _check_codes(architecture: Architecture, speech: _Speech) -> Check:
+def _check_codes(architecture: CsmConfig, speech: _Speech) -> Check:
     low, high = int(speech.codes.min()), int(speech.codes.max())
     last = architecture.audio_vocab - 1
     return Check(

@@ -11,14 +11,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from csm_weights.byte_ranges import Span
-from csm_weights.concurrency import Stopped, run_all, workers
+from csm_weights.byte_ranges import ByteRange
+from csm_weights.concurrency import Cancelled, run_all, workers
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.hashing import sha256
 
 
-class Lane(Protocol):
+class BlockConsumer(Protocol):
     """Where the blocks of one thread go; used by that thread alone."""
 
     def slot(self) -> memoryview:
@@ -36,15 +36,15 @@ def room(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size))
 
 
-def blocks(size: int, block: int) -> list[Span]:
+def blocks(size: int, block: int) -> list[ByteRange]:
     """Spans of `block` bytes that tile `[0, size)`; the last may be shorter."""
-    return [Span(start, min(block, size - start)) for start in range(0, size, block)]
+    return [ByteRange(start, min(block, size - start)) for start in range(0, size, block)]
 
 
 def stream(
-    source: Joined,
-    spans: Sequence[Span],
-    open_lane: Callable[[], Lane],
+    source: MultipartFile,
+    spans: Sequence[ByteRange],
+    open_lane: Callable[[], BlockConsumer],
     threads: int | None = None,
 ) -> None:
     """Sends every span of `source` through lanes, one a thread, a slot's size at a time.
@@ -53,18 +53,18 @@ def stream(
     another digest, where the source ends early, or where it changes meanwhile.
     What was taken by then may be wrong and must not be used.
     """
-    stop = threading.Event()
+    cancel = threading.Event()
     claims = _Claims(spans)
 
     def work() -> None:
         lane = open_lane()
         for span in claims:
-            _send(source, span, lane, stop)
+            _send(source, span, lane, cancel)
         lane.finish()
 
     count = max(1, min(threads or workers(), len(spans)))
     try:
-        run_all([work] * count, stop, waiting=max(0, count - workers()))
+        run_all([work] * count, cancel, waiting=max(0, count - workers()))
     except EOFError as error:
         finding = Finding(Kind.CHANGED, source.where, f"{source.size:,} bytes", str(error))
         raise WrongContent("the weights ended early", [finding]) from None
@@ -72,12 +72,14 @@ def stream(
         raise WrongContent("the weights changed while they were read", changes)
 
 
-def _send(source: Joined, span: Span, lane: Lane, stop: threading.Event) -> None:
+def _send(
+    source: MultipartFile, span: ByteRange, lane: BlockConsumer, cancel: threading.Event
+) -> None:
     digest = sha256() if span.sha256 else None
     offset, end = span.offset, span.offset + span.size
     while offset < end:
-        if stop.is_set():
-            raise Stopped
+        if cancel.is_set():
+            raise Cancelled
         slot = lane.slot()
         with slot[: min(len(slot), end - offset)] as block:
             size = len(block)
@@ -96,11 +98,11 @@ def _send(source: Joined, span: Span, lane: Lane, stop: threading.Event) -> None
 class _Claims:
     """Spans in order, each given to one of the threads that ask."""
 
-    def __init__(self, spans: Sequence[Span]) -> None:
+    def __init__(self, spans: Sequence[ByteRange]) -> None:
         self._spans = iter(spans)
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[Span]:
+    def __iter__(self) -> Iterator[ByteRange]:
         while True:
             with self._lock:
                 span = next(self._spans, None)

@@ -28,14 +28,14 @@ from csm_weights.pipeline.checks import (
     speak_unless_known,
     tidy,
 )
-from csm_weights.pipeline.plan import Goal, Plan, Step, Verb
-from csm_weights.pipeline.request import Outcome, Request, Run, Survey, begin
+from csm_weights.pipeline.plan import Plan, Step, Target, Verb
+from csm_weights.pipeline.request import Outcome, Request, Session, StatusReport, begin
 from csm_weights.progress import Progress
 from csm_weights.store import atomic, install, receipts
 from csm_weights.store.inspect import (
     ArtifactState,
-    Condition,
-    FileLook,
+    FileState,
+    FileStatus,
     State,
     holds_consumed,
     leftovers,
@@ -44,7 +44,7 @@ from csm_weights.store.inspect import (
 from csm_weights.store.lock import NAME, are_real, locked
 from csm_weights.store.receipts import Receipt
 from csm_weights.transfer import consume
-from csm_weights.transfer.assemble import Assembled, Assembly, assemble, write_text
+from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, write_text
 from csm_weights.transfer.local import WholeFile
 from csm_weights.transfer.source import Source, first_of
 from csm_weights.verify import gates
@@ -65,7 +65,7 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
     Without weights among what is chosen there is nothing to smoke-test, and for
     models other than CSM there is no smoke test.
     """
-    outcome = act(request, Goal.BOTH)
+    outcome = act(request, Target.BOTH)
     outcome = replace(outcome, results=gate(outcome.state, rehash=False))
     if error := gate_error(outcome.results):
         return replace(outcome, error=error)
@@ -73,12 +73,12 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
         return outcome
     if not has_smoke_test(outcome.state.manifest):
         with Progress("smoke", 0) as progress:
-            progress.say("there is no smoke test for this model; it is not run")
+            progress.log("there is no smoke test for this model; it is not run")
         return outcome
     return speak_unless_known(outcome, request, require_gpu)
 
 
-def survey(request: Request, goal: Goal = Goal.BOTH, check: bool = False) -> Survey:
+def survey(request: Request, goal: Target = Target.BOTH, check: bool = False) -> StatusReport:
     """What is there and what `goal` would do; with `check`, an error unless all is proven."""
     run = begin(request)
     state = run.look()
@@ -88,16 +88,16 @@ def survey(request: Request, goal: Goal = Goal.BOTH, check: bool = False) -> Sur
         mend = f"inv weights --model {run.manifest.name}"
         unproven = [_unproven(step, mend) for step in plan.steps if step.verb is not Verb.KEEP]
         error = error_for("not everything is proven", [*plan.findings, *plan.notes, *unproven])
-    return Survey(state, plan, _ways_to_get(run) if _is_missing(plan) else "", error)
+    return StatusReport(state, plan, _ways_to_get(run) if _is_missing(plan) else "", error)
 
 
-def rehearse(request: Request, goal: Goal) -> Survey:
+def rehearse(request: Request, goal: Target) -> StatusReport:
     """A dry run: what `act` would do, or the error that it would end with."""
     run = begin(request)
     state = run.look()
     plan = run.plan(state, goal)
     _require(run, plan)
-    return Survey(state, plan)
+    return StatusReport(state, plan)
 
 
 def _unproven(step: Step, mend: str) -> Finding:
@@ -106,7 +106,7 @@ def _unproven(step: Step, mend: str) -> Finding:
     return Finding(kind, step.artifact.path, "a proven file in place", found, mend)
 
 
-def act(request: Request, goal: Goal) -> Outcome:
+def act(request: Request, goal: Target) -> Outcome:
     """Brings the chosen artifacts where `goal` wants them, proven.
 
     Raises the error of what stands in the way; nothing that was good is lost.
@@ -114,10 +114,10 @@ def act(request: Request, goal: Goal) -> Outcome:
     run = begin(request)
     state, plan = _first_look(run, goal)
     _require(run, plan)
-    if plan.is_done and not leftovers(state, goal is Goal.STAGED):
+    if plan.is_done and not leftovers(state, goal is Target.STAGED):
         return Outcome(state, notes=plan.notes)
     acts: list[Step] = []
-    with locked(run.places, goal is not Goal.STAGED):
+    with locked(run.places, goal is not Target.STAGED):
         for number in range(MAX_ROUNDS):
             try:
                 state = run.look()
@@ -130,14 +130,14 @@ def act(request: Request, goal: Goal) -> Outcome:
                     raise
                 continue
             if not taken:
-                if tidy(state, goal is Goal.STAGED):
+                if tidy(state, goal is Target.STAGED):
                     state = run.look()
                 return Outcome(state, tuple(acts), tuple(run.notes))
             acts += taken
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 
 
-def _first_look(run: Run, goal: Goal) -> tuple[State, Plan]:
+def _first_look(run: Session, goal: Target) -> tuple[State, Plan]:
     """A look without the lock, taken anew where a file may have moved while it was taken."""
     for _ in range(LOOKS):
         state = run.look()
@@ -147,12 +147,12 @@ def _first_look(run: Run, goal: Goal) -> tuple[State, Plan]:
     return state, plan
 
 
-def _is_overtaken(run: Run, goal: Goal) -> bool:
+def _is_overtaken(run: Session, goal: Target) -> bool:
     """Whether another run may be the cause of an error: where locks keep nobody out."""
     if are_real(run.places.staging / NAME):
         return False
     time.sleep(PATIENCE)
-    run.refuted.clear()
+    run.known_bad.clear()
     return not run.plan(run.look(), goal).findings
 
 
@@ -179,9 +179,9 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _round(run: Run, plan: Plan) -> tuple[Step, ...]:
+def _round(run: Session, plan: Plan) -> tuple[Step, ...]:
     """Takes the cheapest kind of step there is, and returns the steps taken."""
-    kinds: tuple[tuple[Callable[[Run, Sequence[Step]], None], Verb], ...] = (
+    kinds: tuple[tuple[Callable[[Session, Sequence[Step]], None], Verb], ...] = (
         (_prove, Verb.PROVE),
         (_write, Verb.WRITE),
         (_adopt, Verb.ADOPT),
@@ -197,19 +197,19 @@ def _round(run: Run, plan: Plan) -> tuple[Step, ...]:
     return ()
 
 
-def _prove(run: Run, steps: Sequence[Step]) -> None:
+def _prove(run: Session, steps: Sequence[Step]) -> None:
     """Hashes files that lie where they should; the right ones get their receipt."""
     for step, proven in _proven(run, steps):
         install.record(_folder(step.look, step.artifact), run.receipt(step.artifact, proven))
 
 
-def _proven(run: Run, steps: Sequence[Step]) -> list[tuple[Step, Assembled]]:
+def _proven(run: Session, steps: Sequence[Step]) -> list[tuple[Step, VerifiedFile]]:
     """The steps whose files are right; the other files are refuted."""
     found = prove(run, [(step.artifact, step.look) for step in steps])
     return [(step, proven) for step, proven in zip(steps, found, strict=True) if proven]
 
 
-def _adopt(run: Run, steps: Sequence[Step]) -> None:
+def _adopt(run: Session, steps: Sequence[Step]) -> None:
     """Files of the Hub's cache, once proven, by a link of their own; no byte is copied."""
     for step, proven in _proven(run, steps):
         partial = receipts.partial_path(step.state.staged.path)
@@ -225,37 +225,37 @@ def _adopt(run: Run, steps: Sequence[Step]) -> None:
         _install(run, step.artifact, replace(proven, partial=partial))
 
 
-def _folder(file: FileLook, artifact: Artifact) -> Path:
+def _folder(file: FileStatus, artifact: Artifact) -> Path:
     """The folder below which `artifact.path` is the file."""
     return file.path.parents[len(Path(artifact.path).parts) - 1]
 
 
-def _write(run: Run, steps: Sequence[Step]) -> None:
+def _write(run: Session, steps: Sequence[Step]) -> None:
     for step in steps:
         edition = next(e for e in step.artifact.editions if e.text is not None)
         _install(run, step.artifact, write_text(step.look.path, edition.text or ""))
 
 
-def _consume(run: Run, steps: Sequence[Step]) -> None:
+def _consume(run: Session, steps: Sequence[Step]) -> None:
     """Files whose parts go as they grow, one after the other, once all parts are proven."""
     subjects = [sources.subject(run, step) for step in steps]
     sources.require_punching(subjects)
     _require_locks(run)
     total = sum(p.size for s in subjects for p in s.artifact.pieces if p.offset in s.moved)
     with Progress("checking the parts", total) as progress:
-        proofs = consume.verify(subjects, progress.tick)
+        proofs = consume.verify(subjects, progress.advance)
     wrong = {path: f for proof in proofs for path, f in proof.findings.items()}
     whole = {subject.partial for subject in subjects}
     # What cannot be read may be the only copy, so nothing is fetched over it.
     if stuck := [f for p, f in wrong.items() if p in whole or f.kind is Kind.UNREADABLE]:
         raise error_for(f"{run.manifest.name}: cannot go on", stuck)
-    run.refuted.update(wrong)
+    run.known_bad.update(wrong)
     if not wrong:
         for step, proof in zip(steps, proofs, strict=True):
             _assemble(run, [step], proof.stakes)
 
 
-def _require_locks(run: Run) -> None:
+def _require_locks(run: Session) -> None:
     """Two that consume at once would write holes over the only copy."""
     if not are_real(run.places.staging / NAME):
         words = ("a file system with locks that keep others out", "locks that do nothing")
@@ -265,18 +265,18 @@ def _require_locks(run: Run) -> None:
 
 
 def _assemble(
-    run: Run, steps: Sequence[Step], stakes: Mapping[int, consume.Stake] | None = None
+    run: Session, steps: Sequence[Step], stakes: Mapping[int, consume.Stake] | None = None
 ) -> None:
-    stop = threading.Event()
+    cancel = threading.Event()
     total = sum(s.artifact.size if stakes else s.reads + s.fetches for s in steps)
     verb = "fetching" if any(step.far for step in steps) else "assembling"
     try:
         with (
             Progress(verb, total) as progress,
-            sources.far(run, stop, progress.say) as servers,
+            sources.far(run, cancel, progress.log) as servers,
         ):
             jobs = [_assembly(run, step, servers, stakes or {}) for step in steps]
-            done = assemble(jobs, progress.tick, stop)
+            done = assemble(jobs, progress.advance, cancel)
     except CsmWeightsError as error:
         bad = {finding.where for finding in error.findings}
         # Of what a server did wrong there is no telling which file to leave out.
@@ -291,7 +291,7 @@ def _assemble(
 
 
 def _assembly(
-    run: Run, step: Step, servers: Sequence[Source], stakes: Mapping[int, consume.Stake]
+    run: Session, step: Step, servers: Sequence[Source], stakes: Mapping[int, consume.Stake]
 ) -> Assembly:
     item = step.state
     return Assembly(
@@ -318,11 +318,11 @@ def _names(step: Step) -> set[str]:
     return {*parts, str(receipts.partial_path(step.state.staged.path))}
 
 
-def _install(run: Run, artifact: Artifact, assembled: Assembled) -> None:
+def _install(run: Session, artifact: Artifact, assembled: VerifiedFile) -> None:
     run.install(assembled.partial, run.places.staging, run.receipt(artifact, assembled))
 
 
-def _move(run: Run, steps: Sequence[Step]) -> None:
+def _move(run: Session, steps: Sequence[Step]) -> None:
     for step in steps:
         receipt = _staged_receipt(step)
         try:
@@ -336,7 +336,7 @@ def _move(run: Run, steps: Sequence[Step]) -> None:
             install.forget(run.places.staging, receipt.path)
 
 
-def _copy(run: Run, steps: Sequence[Step]) -> None:
+def _copy(run: Session, steps: Sequence[Step]) -> None:
     """Staged files to another file system: proven as written there, then removed here."""
     jobs = []
     for step in steps:
@@ -345,7 +345,7 @@ def _copy(run: Run, steps: Sequence[Step]) -> None:
         artifact = _as_staged(step.artifact, receipt)
         jobs.append(Assembly(artifact, target, source, step.state.copied))
     with Progress("copying", sum(job.artifact.size for job in jobs)) as progress:
-        done = assemble(jobs, progress.tick)
+        done = assemble(jobs, progress.advance)
     for step, copied in zip(steps, done, strict=True):
         receipt = replace(_staged_receipt(step), fingerprint=copied.fingerprint)
         run.install(copied.partial, run.places.destination, receipt)
@@ -374,7 +374,7 @@ def _staged_receipt(step: Step) -> Receipt:
     return step.look.receipt
 
 
-def _require(run: Run, plan: Plan) -> None:
+def _require(run: Session, plan: Plan) -> None:
     """Raises what stands in the way of a plan, with the ways out of it."""
     if not plan.findings:
         return
@@ -385,7 +385,7 @@ def _require(run: Run, plan: Plan) -> None:
     raise error_for(f"{name}: cannot go on", findings, advice)
 
 
-def _wrong_parts(run: Run, plan: Plan) -> list[Finding]:
+def _wrong_parts(run: Session, plan: Plan) -> list[Finding]:
     """What hashing finds wrong with the other parts of files that cannot be assembled.
 
     A person who has to mend one part is told of all that have to be mended.
@@ -399,7 +399,7 @@ def _wrong_parts(run: Run, plan: Plan) -> list[Finding]:
         if part.finding is None
     ]
     with Progress("checking the other parts", sum(piece.size for piece, _ in pairs)) as progress:
-        return gates.check_parts([(p, part.path) for p, part in pairs], progress.tick)
+        return gates.check_parts([(p, part.path) for p, part in pairs], progress.advance)
 
 
 def _is_missing(plan: Plan) -> bool:
@@ -415,11 +415,11 @@ def _way_around(artifacts: Iterable[Artifact]) -> str:
     return f"No file was placed. To go on without the rest: --only {','.join(by_path)}"
 
 
-def _ways_to_get(run: Run) -> str:
+def _ways_to_get(run: Session) -> str:
     """The ways to get the missing files, in a few lines."""
     manifest, staging = run.manifest, run.manifest.staging
     state = run.look()
-    wanted = [s.artifact for s in state.artifacts if s.placed.condition is not Condition.PROVEN]
+    wanted = [s.artifact for s in state.artifacts if s.placed.condition is not FileState.VERIFIED]
     if not wanted:
         return ""
     artifact = next((a for a in wanted if a.is_weights), wanted[0])
@@ -438,7 +438,7 @@ def _ways_to_get(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _way_to_the_hub(run: Run) -> str:
+def _way_to_the_hub(run: Session) -> str:
     """What has to be done so that the Hub can be asked."""
     problems = [f for f in run.sourcing.problems if f.help]
     first = f"{problems[0].help}, then " if problems else ""

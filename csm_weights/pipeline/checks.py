@@ -22,11 +22,11 @@ from csm_weights.hashing import sha256_of
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.model.smoke import record_golden as write_golden
 from csm_weights.model.smoke import run as run_smoke
-from csm_weights.pipeline.request import Outcome, Request, Run, begin, now
+from csm_weights.pipeline.request import Outcome, Request, Session, begin, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic, receipts
-from csm_weights.store.inspect import Condition, FileLook, State, leftovers
-from csm_weights.transfer.assemble import Assembled
+from csm_weights.store.inspect import FileState, FileStatus, State, leftovers
+from csm_weights.transfer.assemble import VerifiedFile
 from csm_weights.verify import gates
 from csm_weights.verify.sums import parse_sums, render_sums
 
@@ -124,22 +124,22 @@ def _require_smoke_test(manifest: Manifest) -> None:
         raise UsageError(f"there is no smoke test for {manifest.name}; inv verify proves its files")
 
 
-def prove(run: Run, files: Sequence[tuple[Artifact, FileLook]]) -> list[Assembled | None]:
+def prove(run: Session, files: Sequence[tuple[Artifact, FileStatus]]) -> list[VerifiedFile | None]:
     """Hashes files: what is proven of each, or None for one that the run has now refuted."""
     subjects = [subject_of(artifact, look, run.manifest.name) for artifact, look in files]
     with Progress("proving", sum(subject.size or 0 for subject in subjects)) as progress:
-        proofs = gates.prove(subjects, progress.tick)
+        proofs = gates.prove(subjects, progress.advance)
     return [_judged(run, proof) for proof in proofs]
 
 
-def _judged(run: Run, proof: gates.Proof) -> Assembled | None:
+def _judged(run: Session, proof: gates.Proof) -> VerifiedFile | None:
     path = proof.subject.path
     if finding := proof.finding():
-        run.refuted[path], run.good[path] = finding, proof.good
+        run.known_bad[path], run.good[path] = finding, proof.good
         return None
     assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
     whole = (proof.records, proof.fingerprint, proof.git_sha1)
-    return Assembled(path, proof.sha256, *whole)
+    return VerifiedFile(path, proof.sha256, *whole)
 
 
 def tidy(state: State, is_staged: bool) -> bool:
@@ -159,7 +159,7 @@ def gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
     ]
     to_hash = sum(s.size or 0 for s in subjects if not s.finding and (rehash or not s.trusted))
     with Progress("verifying", to_hash) as progress:
-        return tuple(gates.check(subjects, rehash, progress.tick))
+        return tuple(gates.check(subjects, rehash, progress.advance))
 
 
 def gate_error(results: Sequence[gates.GateResult]) -> CsmWeightsError | None:
@@ -168,14 +168,14 @@ def gate_error(results: Sequence[gates.GateResult]) -> CsmWeightsError | None:
     return error_for("the gates are closed", findings) if findings else None
 
 
-def subject_of(artifact: Artifact, file: FileLook, model: str) -> gates.Subject:
+def subject_of(artifact: Artifact, file: FileStatus, model: str) -> gates.Subject:
     """A file as a look found it, to be gated; `model` is for the command that mends it."""
     mend = f"inv weights --model {model}"
     finding = file.finding
-    if file.condition is Condition.ABSENT:
+    if file.condition is FileState.ABSENT:
         size = f"{artifact.size:,} bytes"
         finding = Finding(Kind.MISSING, str(file.path), size, "no such file", mend)
-    trusted = file.condition is Condition.PROVEN
+    trusted = file.condition is FileState.VERIFIED
     return gates.Subject(artifact, file.path, file.size, finding, file.receipt, trusted, mend)
 
 

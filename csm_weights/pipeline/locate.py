@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from csm_weights.byte_ranges import Span
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.config import HubEnvironment
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.formats.architecture import Architecture, parse_config
+from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.weights_file import WEIGHT_FILES
 from csm_weights.hashing import git_sha1, sha256
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply, lock
-from csm_weights.pipeline.plan import Goal
+from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request, begin, find_manifest
 from csm_weights.progress import Progress
-from csm_weights.store.inspect import ArtifactState, Condition, FileLook, State
+from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
 
 #: The published model, as a manifest and as a repository of the Hub.
 MODEL, REPO = "csm-1b", "sesame/csm-1b"
@@ -36,7 +36,7 @@ CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class Obtained:
+class LocalWeights:
     """Weights on this machine: a file, or its parts in order.
 
     `folder` is where the model's other files are, or would be. `architecture`
@@ -47,8 +47,8 @@ class Obtained:
 
     paths: tuple[Path, ...]
     folder: Path
-    architecture: Architecture | None
-    digests: tuple[Span, ...] = ()
+    architecture: CsmConfig | None
+    digests: tuple[ByteRange, ...] = ()
 
     @property
     def is_proven(self) -> bool:
@@ -103,7 +103,7 @@ def _manifests(root: Path) -> list[Path]:
 # ---- where it is
 
 
-def here(request: Request) -> Iterator[Obtained]:
+def here(request: Request) -> Iterator[LocalWeights]:
     """The weights of a model on this machine, the surest first; nothing is hashed.
 
     Proven in place, then in staging; then, to be proven while it is read, what
@@ -114,7 +114,7 @@ def here(request: Request) -> Iterator[Obtained]:
     items = _weights(state)
     files = [(item, item.placed) for item in items] + [(item, item.staged) for item in items]
     for _, look in files:
-        if look.condition is Condition.PROVEN:
+        if look.condition is FileState.VERIFIED:
             yield _obtained(state, (look.path,), ())
     for item in items:
         yield from _unproven(state, item, [item.cached] if item.cached else [])
@@ -124,26 +124,28 @@ def here(request: Request) -> Iterator[Obtained]:
         yield from _unproven(state, item, [look])
 
 
-def _unproven(state: State, item: ArtifactState, looks: Sequence[FileLook]) -> Iterator[Obtained]:
+def _unproven(
+    state: State, item: ArtifactState, looks: Sequence[FileStatus]
+) -> Iterator[LocalWeights]:
     """A file or parts of the right sizes, where there are digests to prove them by."""
-    spans = tuple(Span(p.offset, p.size, p.sha256) for p in item.artifact.tiles)
+    spans = tuple(ByteRange(p.offset, p.size, p.sha256) for p in item.artifact.tiles)
     size = sum(look.size or 0 for look in looks)
-    is_whole = bool(looks) and all(look.condition is Condition.UNPROVEN for look in looks)
+    is_whole = bool(looks) and all(look.condition is FileState.UNVERIFIED for look in looks)
     if is_whole and size == item.artifact.size and all(span.sha256 for span in spans):
         yield _obtained(state, tuple(look.path for look in looks), spans)
 
 
-def _obtained(state: State, paths: tuple[Path, ...], spans: tuple[Span, ...]) -> Obtained:
-    return Obtained(paths, state.places.destination, _architecture(state), spans)
+def _obtained(state: State, paths: tuple[Path, ...], spans: tuple[ByteRange, ...]) -> LocalWeights:
+    return LocalWeights(paths, state.places.destination, _architecture(state), spans)
 
 
-def pass_over(found: Obtained, error: WrongContent) -> None:
+def pass_over(found: LocalWeights, error: WrongContent) -> None:
     """Says on stderr that weights are not right, and that others are taken."""
     with Progress("loading", 0) as progress:
-        progress.say(f"{found.paths[0]} is left alone: {error}")
+        progress.log(f"{found.paths[0]} is left alone: {error}")
 
 
-def fetch(request: Request) -> Obtained:
+def fetch(request: Request) -> LocalWeights:
     """Brings the weights here, from wherever the line gets them; proven and in place.
 
     One format: that of which anything is here, safetensors where that is both or neither.
@@ -153,9 +155,9 @@ def fetch(request: Request) -> Obtained:
     items = _weights(state)
     wanted = next((item for item in items if item.is_here), items[0]).artifact.path
     with Progress("loading", 0) as progress:
-        progress.say(f"{wanted} of {state.manifest.name} is not here, proven: getting it")
+        progress.log(f"{wanted} of {state.manifest.name} is not here, proven: getting it")
     configs = [a.path for a in state.manifest.artifacts if a.path == CONFIG]
-    state = apply.act(_asking(request, (wanted, *configs)), Goal.BOTH).state
+    state = apply.act(_asking(request, (wanted, *configs)), Target.BOTH).state
     file = next(item.placed for item in state.artifacts if item.artifact.path == wanted)
     return _obtained(state, (file.path,), ())
 
@@ -195,7 +197,7 @@ def _is_weights(manifest: Manifest, artifact: Artifact) -> bool:
 # ---- what it is
 
 
-def pinned(root: Path, size: int) -> Obtained | None:
+def pinned(root: Path, size: int) -> LocalWeights | None:
     """What the manifests below `root` say of weights of so many bytes, if anything.
 
     Without paths: the architecture, and the digests of all bytes.
@@ -203,13 +205,13 @@ def pinned(root: Path, size: int) -> Obtained | None:
     for path in _manifests(root):
         manifest = load(path)
         for artifact in manifest.artifacts:
-            spans = tuple(Span(p.offset, p.size, p.sha256) for p in artifact.tiles)
+            spans = tuple(ByteRange(p.offset, p.size, p.sha256) for p in artifact.tiles)
             if artifact.is_weights and artifact.size == size and all(s.sha256 for s in spans):
-                return Obtained((), root, _written(manifest.artifacts), spans)
+                return LocalWeights((), root, _written(manifest.artifacts), spans)
     return None
 
 
-def require_pinned(root: Path, where: Path, size: int) -> Obtained:
+def require_pinned(root: Path, where: Path, size: int) -> LocalWeights:
     """The same; raises UsageError where nothing is pinned for the weights at `where`."""
     if found := pinned(root, size):
         return found
@@ -219,7 +221,7 @@ def require_pinned(root: Path, where: Path, size: int) -> Obtained:
     )
 
 
-def _architecture(state: State) -> Architecture | None:
+def _architecture(state: State) -> CsmConfig | None:
     """The network that a model's manifest, or else a proven config.json of it, describes."""
     if written := _written(state.manifest.artifacts):
         return written
@@ -231,7 +233,7 @@ def _architecture(state: State) -> Architecture | None:
     return None
 
 
-def _written(artifacts: Sequence[Artifact]) -> Architecture | None:
+def _written(artifacts: Sequence[Artifact]) -> CsmConfig | None:
     """The network that an edition of config.json describes whose text is in the manifest."""
     for artifact in artifacts:
         for edition in artifact.editions if artifact.path == CONFIG else ():

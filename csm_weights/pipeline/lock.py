@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csm_weights.concurrency import Tick
+from csm_weights.concurrency import OnProgress
 from csm_weights.config import HubEnvironment
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
-from csm_weights.hashing import Measure, Measured, measure
+from csm_weights.hashing import Digests, HashJob, measure
 from csm_weights.manifest import pin
-from csm_weights.manifest.digests import Whole, whole_findings
+from csm_weights.manifest.digests import Whole, digest_findings
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.render import render
@@ -51,10 +51,10 @@ def lock(request: Request, dry: bool, size: str = "") -> str:
     cuts = _cuts(state, wanted)
     with Progress("hashing", sum(item.placed.size or 0 for item in state.artifacts)) as progress:
         others = [item for item in state.artifacts if item.artifact.path not in cuts]
-        for artifact in _shown(others, manifest.name, progress.tick):
+        for artifact in _shown(others, manifest.name, progress.advance):
             manifest = pin.with_artifact(manifest, artifact)
         items = [item for item in state.artifacts if item.artifact.path in cuts]
-        for artifact in _in_pieces(items, cuts, manifest.name, progress.tick):
+        for artifact in _in_pieces(items, cuts, manifest.name, progress.advance):
             manifest = pin.with_artifact(manifest, artifact)
     difference = _write(Path(manifest.where), manifest, dry)
     return difference or f"{manifest.where} says all that the files show"
@@ -76,9 +76,9 @@ def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def _shown(items: Sequence[ArtifactState], model: str, tick: Tick) -> list[Artifact]:
+def _shown(items: Sequence[ArtifactState], model: str, on_progress: OnProgress) -> list[Artifact]:
     """The entries of files that keep their pieces, with what hashing them shows."""
-    proofs = gates.prove([subject_of(i.artifact, i.placed, model) for i in items], tick)
+    proofs = gates.prove([subject_of(i.artifact, i.placed, model) for i in items], on_progress)
     _require([finding for proof in proofs for finding in proof.findings])
     return [
         pin.locked(pin.recomputed(item.artifact), proof.sha256 or "")
@@ -92,14 +92,14 @@ def _in_pieces(
     items: Sequence[ArtifactState],
     cuts: Mapping[str, list[tuple[int, int]]],
     model: str,
-    tick: Tick,
+    on_progress: OnProgress,
 ) -> list[Artifact]:
     """The entries of files with pieces, taken in the read that proves the whole once more."""
     jobs = [
-        Measure(i.placed.path, i.artifact.size, tuple(cuts[i.artifact.path]), True, True)
+        HashJob(i.placed.path, i.artifact.size, tuple(cuts[i.artifact.path]), True, True)
         for i in items
     ]
-    found = measure(jobs, tick)
+    found = measure(jobs, on_progress)
     pairs = list(zip(items, found, strict=True))
     _require([finding for item, measured in pairs for finding in _wrong(item, measured)])
     return [
@@ -113,9 +113,9 @@ def _in_pieces(
     ]
 
 
-def _wrong(item: ArtifactState, found: Measured) -> list[Finding]:
+def _wrong(item: ArtifactState, found: Digests) -> list[Finding]:
     artifact, whole = item.artifact, Whole(found.whole or "", found.git_sha1)
-    return whole_findings(artifact, artifact.editions[0], whole, str(item.placed.path))
+    return digest_findings(artifact, artifact.editions[0], whole, str(item.placed.path))
 
 
 def _require(findings: Sequence[Finding]) -> None:
@@ -191,15 +191,15 @@ def _listing(repo: str, revision: str, globs: Sequence[str]) -> Listing:
     environment = HubEnvironment.read()
     if problem := environment.problem(repo, gated=False):
         raise error_for(f"{repo}: the Hub may not be asked", [problem])
-    from csm_weights.transfer.hub import Account
+    from csm_weights.transfer.hub import HubCredentials
     from csm_weights.transfer.hub_metadata import list_repo
 
-    account = Account.from_environment(environment)
+    account = HubCredentials.from_environment(environment)
     with Progress("asking the Hub", 0) as progress:
-        listing = list_repo(account, repo, revision or None, globs, progress.say)
+        listing = list_repo(account, repo, revision or None, globs, progress.log)
     with Progress("left out", 0) as progress:
         for finding in listing.left_out:
-            progress.say(finding.line())
+            progress.log(finding.line())
     return listing
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from csm_weights.byte_ranges import Ranges
 from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
-from csm_weights.store.inspect import CONSUMING_ROOM, ArtifactState, Condition, FileLook, State
+from csm_weights.store.inspect import CONSUMING_ROOM, ArtifactState, FileState, FileStatus, State
 
 
-class Goal(enum.Enum):
+class Target(enum.Enum):
     """How far a command goes."""
 
     STAGED = "fetch"
@@ -38,12 +38,12 @@ class Verb(enum.StrEnum):
     COPY = "copy into place"
 
 
-#: The Hub's name among the servers of a `Sourcing`.
+#: The Hub's name among the servers of a `SourcePolicy`.
 HUB = "the Hub"
 
 
 @dataclass(frozen=True)
-class Sourcing:
+class SourcePolicy:
     """Which sources there are besides files in place.
 
     `far` are servers in the order in which they are asked, after everything
@@ -61,10 +61,10 @@ class Sourcing:
 
 
 #: What is on this machine, and nothing else.
-NEAR = Sourcing()
+NEAR = SourcePolicy()
 
 
-class Origin(enum.StrEnum):
+class PieceSource(enum.StrEnum):
     """Where one piece of a file comes from."""
 
     KEPT = "kept"
@@ -81,7 +81,7 @@ class PieceOrigin:
     """Where a piece comes from; `where` is a path, a server, or why there is none."""
 
     piece: Piece
-    origin: Origin
+    origin: PieceSource
     where: str
 
 
@@ -97,7 +97,7 @@ class Step:
 
     verb: Verb
     state: ArtifactState
-    look: FileLook
+    look: FileStatus
     reads: int = 0
     writes: int = 0
     detail: str = ""
@@ -162,7 +162,7 @@ def with_config(manifest: Manifest, chosen: Iterable[Artifact]) -> tuple[Artifac
     )
 
 
-def make_plan(state: State, goal: Goal, sourcing: Sourcing = NEAR) -> Plan:
+def make_plan(state: State, goal: Target, sourcing: SourcePolicy = NEAR) -> Plan:
     """Decides for each artifact how it gets where `goal` wants it."""
     steps: list[Step] = []
     findings: list[Finding] = []
@@ -177,7 +177,7 @@ def make_plan(state: State, goal: Goal, sourcing: Sourcing = NEAR) -> Plan:
         else:
             findings += found
             findings += [look.finding for look in (item.placed, item.staged) if look.finding]
-        if Condition.PROVEN not in (item.placed.condition, item.staged.condition):
+        if FileState.VERIFIED not in (item.placed.condition, item.staged.condition):
             origins[item.artifact.path] = _origins(item, sourcing)
     findings = list(dict.fromkeys(findings)) or _space(steps, state)
     if any(f.kind is Kind.NO_SPACE for f in findings):
@@ -195,22 +195,22 @@ def _replaced(item: ArtifactState, steps: Iterable[Step]) -> list[Finding]:
         looks.append(item.staged)
     far = frozenset[int]().union(*(step.far for step in steps))
     parts = [part for piece, part in _parts(item) if piece.offset in far]
-    looks += [part for part in parts if part.condition is Condition.WRONG]
+    looks += [part for part in parts if part.condition is FileState.INVALID]
     return [look.finding for look in looks if look.finding]
 
 
 def _steps(
-    item: ArtifactState, state: State, goal: Goal, sourcing: Sourcing
+    item: ArtifactState, state: State, goal: Target, sourcing: SourcePolicy
 ) -> Step | list[Finding]:
     """The first step for one artifact, or why there is none, beyond what the looks say."""
     if any(f and f.kind is Kind.IN_THE_WAY for f in (item.placed.finding, item.staged.finding)):
         return []
     for look in (item.placed, item.staged):
-        if look.condition is Condition.PROVEN:
+        if look.condition is FileState.VERIFIED:
             return Step(Verb.KEEP, item, look)
-        if look.condition is Condition.UNPROVEN:
+        if look.condition is FileState.UNVERIFIED:
             return Step(Verb.PROVE, item, look, reads=look.size or 0)
-    if goal is Goal.PLACED:
+    if goal is Target.PLACED:
         return _absent(item, item.staged, f"inv fetch --model {state.manifest.name}")
     if item.stranded:
         return [item.stranded]
@@ -219,9 +219,9 @@ def _steps(
         return Step(Verb.ADOPT, item, cached, reads=item.artifact.size)
     origins = _origins(item, sourcing)
     kinds = {o.origin for o in origins}
-    is_whole = Origin.NOWHERE not in kinds and not (Origin.PART in kinds and item.extras)
+    is_whole = PieceSource.NOWHERE not in kinds and not (PieceSource.PART in kinds and item.extras)
     text = _text_edition(item.artifact)
-    if is_whole and not (text and Origin.FAR in kinds and not sourcing.far_first):
+    if is_whole and not (text and PieceSource.FAR in kinds and not sourcing.far_first):
         is_consuming = _is_consuming(item, state, sourcing) and item.artifact.pieces
         if is_consuming and item.unfit:
             return list(item.unfit)
@@ -232,78 +232,78 @@ def _steps(
     return _blocking(item, origins, sourcing)
 
 
-def _is_consuming(item: ArtifactState, state: State, sourcing: Sourcing) -> bool:
+def _is_consuming(item: ArtifactState, state: State, sourcing: SourcePolicy) -> bool:
     """Whether parts are to go: where that was begun, or is asked for and makes room."""
     makes_room = not item.saves_nothing and not state.shares_blocks
     return bool(item.consumed) or (sourcing.consume and makes_room)
 
 
-def _whole_in_cache(item: ArtifactState) -> FileLook | None:
+def _whole_in_cache(item: ArtifactState) -> FileStatus | None:
     """The file in the Hub's cache, unless hashing has refuted it."""
-    is_good = item.cached and item.cached.condition is Condition.UNPROVEN
+    is_good = item.cached and item.cached.condition is FileState.UNVERIFIED
     return item.cached if is_good else None
 
 
-def _parts(item: ArtifactState) -> list[tuple[Piece, FileLook]]:
+def _parts(item: ArtifactState) -> list[tuple[Piece, FileStatus]]:
     return list(zip(item.artifact.pieces, item.parts, strict=True))
 
 
-def _origins(item: ArtifactState, sourcing: Sourcing) -> tuple[PieceOrigin, ...]:
+def _origins(item: ArtifactState, sourcing: SourcePolicy) -> tuple[PieceOrigin, ...]:
     """Where each piece comes from: what is here and good first, then parts, then servers."""
     kept = {record.offset for record in item.partial}
     parts = {piece.offset: part for piece, part in _parts(item)}
 
-    def origin(piece: Piece) -> tuple[Origin, str]:
+    def origin(piece: Piece) -> tuple[PieceSource, str]:
         part = parts.get(piece.offset)
         damaged = [look for look in (item.placed, item.staged) if piece.offset in look.good]
         cached = item.cached if sourcing.cache else None
         if piece.offset in kept:
-            return Origin.KEPT, str(item.staged.path)
+            return PieceSource.KEPT, str(item.staged.path)
         if part and part.is_consumed:
-            return Origin.CONSUMED, piece.part
+            return PieceSource.CONSUMED, piece.part
         if sourcing.consume and sourcing.parts and part and not part.finding:
-            return Origin.PART, piece.part
+            return PieceSource.PART, piece.part
         if damaged:
-            return Origin.SALVAGED, str(damaged[0].path)
+            return PieceSource.SALVAGED, str(damaged[0].path)
         if sourcing.parts and part and not part.finding:
-            return Origin.PART, piece.part
+            return PieceSource.PART, piece.part
         if cached and (_whole_in_cache(item) or piece.offset in cached.good):
-            return Origin.CACHED, str(cached.path)
+            return PieceSource.CACHED, str(cached.path)
         if sourcing.far:
-            return Origin.FAR, sourcing.far[0]
+            return PieceSource.FAR, sourcing.far[0]
         if sourcing.parts and part and part.finding:
-            return Origin.NOWHERE, f"{piece.part} is {part.finding.kind}"
-        return Origin.NOWHERE, "no source has it"
+            return PieceSource.NOWHERE, f"{piece.part} is {part.finding.kind}"
+        return PieceSource.NOWHERE, "no source has it"
 
     return tuple(PieceOrigin(piece, *origin(piece)) for piece in item.artifact.tiles)
 
 
 def _blocking(
-    item: ArtifactState, origins: Iterable[PieceOrigin], sourcing: Sourcing
+    item: ArtifactState, origins: Iterable[PieceOrigin], sourcing: SourcePolicy
 ) -> list[Finding]:
     """Why a file cannot be assembled: parts that are wrong or too many, or no source."""
     if not sourcing.parts:
         return list(sourcing.problems) or _absent(item, item.placed)
-    nowhere = {o.piece.offset for o in origins if o.origin is Origin.NOWHERE}
+    nowhere = {o.piece.offset for o in origins if o.origin is PieceSource.NOWHERE}
     wrong = [part.finding for piece, part in _parts(item) if piece.offset in nowhere]
-    is_begun = any(part.condition is not Condition.ABSENT for part in item.parts) or item.partial
+    is_begun = any(part.condition is not FileState.ABSENT for part in item.parts) or item.partial
     if is_begun:
         return [*(finding for finding in wrong if finding), *item.extras]
     return _absent(item, item.placed)
 
 
 def _assemble(
-    item: ArtifactState, origins: Sequence[PieceOrigin], state: State, sourcing: Sourcing
+    item: ArtifactState, origins: Sequence[PieceOrigin], state: State, sourcing: SourcePolicy
 ) -> Step:
-    sizes: Counter[Origin] = Counter()
+    sizes: Counter[PieceSource] = Counter()
     for origin in origins:
         sizes[origin.origin] += origin.piece.size
     here = Ranges([(a.offset, a.offset + a.size) for a in item.arrived])
-    far = [o.piece for o in origins if o.origin is Origin.FAR]
+    far = [o.piece for o in origins if o.origin is PieceSource.FAR]
     gaps = [gap for piece in far for gap in here.missing(piece.offset, piece.end)]
     fetches = sum(end - start for start, end in gaps)
-    near, arrived = item.artifact.size - sizes[Origin.FAR], sizes[Origin.FAR] - fetches
-    copied = 0 if state.shares_blocks else near - sizes[Origin.KEPT]
+    near, arrived = item.artifact.size - sizes[PieceSource.FAR], sizes[PieceSource.FAR] - fetches
+    copied = 0 if state.shares_blocks else near - sizes[PieceSource.KEPT]
     return Step(
         Verb.ASSEMBLE,
         item,
@@ -319,10 +319,10 @@ def _assemble(
 def _consume(step: Step, origins: Sequence[PieceOrigin]) -> Step:
     """The step with the parts going: those to be taken, and those of pieces that are kept."""
     item = step.state
-    kept = {o.piece.offset for o in origins if o.origin is Origin.KEPT}
+    kept = {o.piece.offset for o in origins if o.origin is PieceSource.KEPT}
     moved = {c.offset: c.consumed for c in item.consumed}
     here = {piece.offset for piece, part in _parts(item) if part.is_usable}
-    taken = [o.piece for o in origins if o.origin in (Origin.PART, Origin.CONSUMED)]
+    taken = [o.piece for o in origins if o.origin in (PieceSource.PART, PieceSource.CONSUMED)]
     gone = sum(moved.get(piece.offset, 0) for piece in taken)
     going = {piece.offset for piece in taken} | (kept & here)
     return replace(
@@ -336,7 +336,7 @@ def _consume(step: Step, origins: Sequence[PieceOrigin]) -> Step:
     )
 
 
-def _not_consumed(item: ArtifactState, state: State, sourcing: Sourcing) -> str:
+def _not_consumed(item: ArtifactState, state: State, sourcing: SourcePolicy) -> str:
     """Why parts stay though consuming them was asked for, in words."""
     if not sourcing.consume or not item.artifact.pieces or _is_consuming(item, state, sourcing):
         return ""
@@ -348,15 +348,16 @@ def _not_consumed(item: ArtifactState, state: State, sourcing: Sourcing) -> str:
 def _detail(item: ArtifactState, origins: Sequence[PieceOrigin]) -> str:
     """How many pieces come from where, in words."""
     counts = Counter(o.origin for o in origins)
-    far = next((o.where for o in origins if o.origin is Origin.FAR), "")
-    if len(origins) > counts[Origin.FAR] > 0:
-        far += f" ({_count(counts[Origin.FAR], 'piece')})"
+    far = next((o.where for o in origins if o.origin is PieceSource.FAR), "")
+    if len(origins) > counts[PieceSource.FAR] > 0:
+        far += f" ({_count(counts[PieceSource.FAR], 'piece')})"
+    salvaged, consumed = counts[PieceSource.SALVAGED], counts[PieceSource.CONSUMED]
     words = {
-        Origin.SALVAGED: f"{_count(counts[Origin.SALVAGED], 'piece')} of the damaged file",
-        Origin.PART: _count(counts[Origin.PART], "part"),
-        Origin.CONSUMED: f"{_count(counts[Origin.CONSUMED], 'part')} consumed in an earlier run",
-        Origin.CACHED: "the Hub's cache",
-        Origin.FAR: far,
+        PieceSource.SALVAGED: f"{_count(salvaged, 'piece')} of the damaged file",
+        PieceSource.PART: _count(counts[PieceSource.PART], "part"),
+        PieceSource.CONSUMED: f"{_count(consumed, 'part')} consumed in an earlier run",
+        PieceSource.CACHED: "the Hub's cache",
+        PieceSource.FAR: far,
     }
     texts = [word for origin, word in words.items() if counts[origin]]
     detail = f"from {' and '.join(texts)}" if texts else "from nothing new"
@@ -371,17 +372,17 @@ def _text_edition(artifact: Artifact) -> Edition | None:
     return next((e for e in artifact.editions if e.text is not None), None)
 
 
-def _absent(item: ArtifactState, look: FileLook, help_text: str = "") -> list[Finding]:
+def _absent(item: ArtifactState, look: FileStatus, help_text: str = "") -> list[Finding]:
     """That a file is missing, unless something wrong has its name and is told anyway."""
-    if look.condition is not Condition.ABSENT:
+    if look.condition is not FileState.ABSENT:
         return []
     size = f"{item.artifact.size:,} bytes"
     return [Finding(Kind.MISSING, str(look.path), size, "no such file", help_text)]
 
 
-def _then_placed(step: Step, state: State, goal: Goal) -> list[Step]:
+def _then_placed(step: Step, state: State, goal: Target) -> list[Step]:
     """A step, and the move to the destination where one has to follow."""
-    if goal is Goal.STAGED or step.look.path == step.state.placed.path:
+    if goal is Target.STAGED or step.look.path == step.state.placed.path:
         return [step]
     size = step.look.size or step.artifact.size
     if state.same_filesystem and not step.look.is_link:
@@ -421,7 +422,7 @@ def extra(steps: Iterable[Step]) -> int:
 
 
 def _with_consuming(
-    findings: Iterable[Finding], state: State, goal: Goal, sourcing: Sourcing
+    findings: Iterable[Finding], state: State, goal: Target, sourcing: SourcePolicy
 ) -> list[Finding]:
     """The findings; where consuming the parts would do, with the option that does it.
 

@@ -16,18 +16,18 @@ from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
 from csm_weights.pipeline.plan import (
     HUB,
-    Goal,
     Plan,
-    Sourcing,
+    SourcePolicy,
     Step,
+    Target,
     default_selection,
     make_plan,
     with_config,
 )
 from csm_weights.store import atomic, install, receipts
-from csm_weights.store.inspect import Places, State, look
+from csm_weights.store.inspect import Paths, State, look
 from csm_weights.store.receipts import Receipt, SmokeReport
-from csm_weights.transfer.assemble import Assembled
+from csm_weights.transfer.assemble import VerifiedFile
 from csm_weights.verify.gates import GateResult
 from csm_weights.verify.seal import Sealed
 from csm_weights.verify.statement import Attested
@@ -74,7 +74,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Survey:
+class StatusReport:
     """A look at the disk and the plan that follows from it.
 
     `advice` says how to get what is missing.
@@ -106,22 +106,22 @@ class Outcome:
 
 
 @dataclass
-class Run:
+class Session:
     """One run of a command: what was asked, and what it has learnt so far."""
 
     manifest: Manifest
-    places: Places
+    places: Paths
     chosen: tuple[Artifact, ...]
-    sourcing: Sourcing
-    refuted: dict[Path, Finding] = field(default_factory=dict)
+    sourcing: SourcePolicy
+    known_bad: dict[Path, Finding] = field(default_factory=dict)
     good: dict[Path, frozenset[int]] = field(default_factory=dict)
     notes: list[Finding] = field(default_factory=list)
 
     def look(self) -> State:
         """What is on disk of the chosen artifacts, with what this run has refuted."""
-        return look(self.manifest, self.chosen, self.places, self.refuted, self.good)
+        return look(self.manifest, self.chosen, self.places, self.known_bad, self.good)
 
-    def plan(self, state: State, goal: Goal) -> Plan:
+    def plan(self, state: State, goal: Target) -> Plan:
         """How the chosen artifacts get where `goal` wants them, from the sources of this run.
 
         Raises WrongContent where a link would lead what is written out of the folders.
@@ -137,7 +137,7 @@ class Run:
         """Remembers what was wrong and has been mended; each thing once."""
         self.notes += [f for f in dict.fromkeys(findings) if f not in self.notes]
 
-    def receipt(self, artifact: Artifact, proven: Assembled) -> Receipt:
+    def receipt(self, artifact: Artifact, proven: VerifiedFile) -> Receipt:
         """The receipt of a file that has just been proven; size in bytes."""
         return Receipt(
             path=artifact.path,
@@ -155,7 +155,7 @@ class Run:
         """Gives a proven file its final name; what was known of that name is over."""
         install.install(proven, directory, receipt)
         final = directory / receipt.path
-        self.refuted.pop(final, None)
+        self.known_bad.pop(final, None)
         receipts.journal_path(final).unlink(missing_ok=True)
 
 
@@ -176,7 +176,7 @@ def find_manifest(root: Path, model: str) -> Manifest:
     return load(path)
 
 
-def begin(request: Request) -> Run:
+def begin(request: Request) -> Session:
     """The run of a command: its manifest, its folders, and what is chosen.
 
     Raises UsageError for names that do not exist, ManifestInvalid, MissingInput.
@@ -186,16 +186,16 @@ def begin(request: Request) -> Run:
         manifest = replace(manifest, revision=request.revision)
     environment = HubEnvironment.read()
     cache = environment.cache if manifest.repo else None
-    places = Places.of(manifest, request.root, request.dest, cache)
+    places = Paths.of(manifest, request.root, request.dest, cache)
     words = request.only or manifest.default
     chosen = manifest.select(words) if words else ()
     if not chosen:
         chosen = default_selection(look(manifest, manifest.artifacts, places, {}))
     chosen = with_config(manifest, chosen)
-    return Run(manifest, places, chosen, _sourcing(request, manifest, environment))
+    return Session(manifest, places, chosen, _sourcing(request, manifest, environment))
 
 
-def _sourcing(request: Request, manifest: Manifest, environment: HubEnvironment) -> Sourcing:
+def _sourcing(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:
     """Which sources a request allows, and which of them are known to give nothing."""
     word, far, problems = request.source, list(request.urls), []
     if environment.offline and far:
@@ -210,7 +210,7 @@ def _sourcing(request: Request, manifest: Manifest, environment: HubEnvironment)
             far.append(HUB)
     elif word == "hf":
         raise UsageError(f"{manifest.where} names no repository of the Hub")
-    return Sourcing(
+    return SourcePolicy(
         parts=word in ("auto", "chunks"),
         cache=word in ("auto", "hf"),
         far=tuple(far) if word != "chunks" else (),

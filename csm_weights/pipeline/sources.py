@@ -11,16 +11,16 @@ from csm_weights.config import mirror_headers
 from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline.plan import HUB, Step
-from csm_weights.pipeline.request import Run
+from csm_weights.pipeline.request import Session
 from csm_weights.store import block_io
-from csm_weights.store.inspect import Condition
+from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import partial_path
 from csm_weights.transfer.consume import Subject
 from csm_weights.transfer.local import Chunks, Salvage, WholeFile
-from csm_weights.transfer.source import Sink, Source, first_of
+from csm_weights.transfer.source import PieceWriter, Source, first_of
 
 if TYPE_CHECKING:
-    from csm_weights.transfer.http.ranges import Wire
+    from csm_weights.transfer.http.ranges import RangeDownloader
 
 
 class _Later:
@@ -31,13 +31,13 @@ class _Later:
         self._lock = threading.Lock()
         self._source: Source | None = None
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
         with self._lock:
             self._source = self._source or self._make()
         return self._source.deliver(artifact, piece, sink)
 
 
-def near(run: Run, step: Step) -> list[Source]:
+def near(run: Session, step: Step) -> list[Source]:
     """The sources on this machine for one file, in the order of the plan."""
     item, sourcing = step.state, run.sourcing
     sources: list[Source] = [
@@ -48,7 +48,7 @@ def near(run: Run, step: Step) -> list[Source]:
     if sourcing.parts and item.artifact.pieces:
         sources.append(Chunks(run.places.root))
     if sourcing.cache and (cached := item.cached):
-        if cached.condition is Condition.UNPROVEN:
+        if cached.condition is FileState.UNVERIFIED:
             sources.append(WholeFile(cached.path))
         else:
             sources.append(Salvage(cached.path, cached.size or 0, cached.good))
@@ -56,55 +56,59 @@ def near(run: Run, step: Step) -> list[Source]:
 
 
 @contextmanager
-def far(run: Run, stop: threading.Event, say: Callable[[str], None]) -> Iterator[list[Source]]:
+def far(
+    run: Session, cancel: threading.Event, log: Callable[[str], None]
+) -> Iterator[list[Source]]:
     """The servers of a run, in the order of the plan; they hang up at the end.
 
-    `stop` is set when the run is given up; `say` gets a line for each wait.
+    `cancel` is set when the run is given up; `log` gets a line for each wait.
     """
     with ExitStack() as opened:
-        wires = _Wires(opened, stop, say)
+        wires = _Wires(opened, cancel, log)
         yield [_Later(_maker(run, name, wires)) for name in run.sourcing.far]
 
 
 class _Wires:
     """The one wire of a run, made when the first server is asked."""
 
-    def __init__(self, opened: ExitStack, stop: threading.Event, say: Callable[[str], None]):
+    def __init__(self, opened: ExitStack, cancel: threading.Event, log: Callable[[str], None]):
         self._opened = opened
-        self._stop = stop
-        self._say = say
+        self._stop = cancel
+        self._say = log
         self._lock = threading.Lock()
-        self._wire: Wire | None = None
+        self._wire: RangeDownloader | None = None
 
-    def get(self) -> Wire:
+    def get(self) -> RangeDownloader:
         """The wire."""
-        from csm_weights.transfer.http.ranges import Wire
+        from csm_weights.transfer.http.ranges import RangeDownloader
 
         with self._lock:
-            self._wire = self._wire or self._opened.enter_context(Wire(self._stop, self._say))
+            self._wire = self._wire or self._opened.enter_context(
+                RangeDownloader(self._stop, self._say)
+            )
             return self._wire
 
 
-def _maker(run: Run, name: str, wires: _Wires) -> Callable[[], Source]:
+def _maker(run: Session, name: str, wires: _Wires) -> Callable[[], Source]:
     def make() -> Source:
-        from csm_weights.transfer.hub import Account, Hub
+        from csm_weights.transfer.hub import Hub, HubCredentials
         from csm_weights.transfer.mirror import Mirror
 
         manifest = run.manifest
         if name != HUB:
             return Mirror(wires.get(), name, mirror_headers())
         assert manifest.repo and manifest.revision, "the Hub is planned only where it is named"
-        return Hub(wires.get(), Account.from_environment(), manifest.repo, manifest.revision)
+        return Hub(wires.get(), HubCredentials.from_environment(), manifest.repo, manifest.revision)
 
     return make
 
 
-def sources_for(run: Run, step: Step, servers: Sequence[Source]) -> Source:
+def sources_for(run: Session, step: Step, servers: Sequence[Source]) -> Source:
     """All that may hold the pieces of one file."""
     return first_of(*near(run, step), *servers)
 
 
-def subject(run: Run, step: Step) -> Subject:
+def subject(run: Session, step: Step) -> Subject:
     """What is to be consumed for one file, and how much of it may be in the partial already."""
     item = step.state
     kept = {record.offset: record.size for record in item.partial}

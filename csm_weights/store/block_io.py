@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from csm_weights.concurrency import Stopped, Tick
+from csm_weights.concurrency import Cancelled, OnProgress
 from csm_weights.errors import Finding, Kind
 from csm_weights.hashing import Hasher, feed
 from csm_weights.store.atomic import create, let_go_if_linked, write_all, writing
@@ -42,7 +42,7 @@ _PUNCH_HOLE = 0x02 | 0x01
 NOT_PUNCHING = frozenset({"vfat", "msdos", "exfat", "hfsplus", "ntfs", "9p", "iso9660"})
 
 
-class Target:
+class OutputFile:
     """A file of ours that is being written, through the page cache or past it.
 
     Past it (`direct`) a write costs the processor almost nothing, and the
@@ -174,12 +174,12 @@ class Extent:
 
 def copy_hashed(
     source: Extent,
-    target: Target,
+    target: OutputFile,
     offset: int,
     sinks: Sequence[Hasher],
     direct: bool,
-    tick: Tick,
-    stop: threading.Event,
+    on_progress: OnProgress,
+    cancel: threading.Event,
 ) -> None:
     """Puts `source` into `target` at byte `offset` and hashes just what was put there.
 
@@ -192,7 +192,7 @@ def copy_hashed(
     """
     size = source.size
     if clone_range(source.fd, source.offset, target.fd, offset, size):
-        feed(source.fd, source.offset, size, sinks, tick, stop)
+        feed(source.fd, source.offset, size, sinks, on_progress, cancel)
         return
     # Anonymous memory is aligned to pages, which direct writes need.
     with (
@@ -202,8 +202,8 @@ def copy_hashed(
     ):
         done = 0
         while done < size:
-            if stop.is_set():
-                raise Stopped
+            if cancel.is_set():
+                raise Cancelled
             with buffer[: min(STEP, size - done)] as room:
                 count = os.preadv(source.fd, [room], source.offset + done)
             if count == 0:
@@ -215,4 +215,4 @@ def copy_hashed(
                     sink.update(block)
                 written.result()
             done += count
-            tick(count)
+            on_progress(count)

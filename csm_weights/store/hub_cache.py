@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from csm_weights.concurrency import Tick
+from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, Kind, WrongContent, error_for
-from csm_weights.hashing import Hasher, Measure, ShortRead, git_sha1, measure, sha256
+from csm_weights.hashing import Hasher, HashJob, ShortRead, git_sha1, measure, sha256
 from csm_weights.manifest.types import Artifact
 from csm_weights.store import atomic, block_io
 
@@ -146,14 +146,14 @@ def seed(
     revision: str,
     seeds: Sequence[Seed],
     move_main: bool = False,
-    tick: Tick = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> list[Seeded]:
     """Gives proven files to the cache, as the snapshot `revision` of a repository.
 
     By hard link where that can be, else by sharing blocks, else by a copy,
     hashed as it is written; a linked file becomes read-only in both places.
     A blob that is there already stays if its bytes are right. Where
-    `refs/main` names another commit it stays, unless `move_main`. `tick` gets
+    `refs/main` names another commit it stays, unless `move_main`. `on_progress` gets
     the bytes of each file as it is settled. Raises NoSpace before anything is
     copied, WrongContent where something is in the way or a file is no longer
     what its blob's name says; no blob ever has its name before it is whole.
@@ -166,9 +166,11 @@ def seed(
     folders = [blobs, home / "refs", *((snapshot / item.path).parent for item in seeds)]
     _make_folders(cache, folders)
     with _locked(cache, repo):
-        kept = {s.path: file for s in seeds if (file := _kept(s, cache, snapshot, blobs, tick))}
+        kept = {
+            s.path: file for s in seeds if (file := _kept(s, cache, snapshot, blobs, on_progress))
+        }
         lacking = {item.blob: item for item in seeds if item.path not in kept}
-        placed = _place(blobs, list(lacking.values()), tick)
+        placed = _place(blobs, list(lacking.values()), on_progress)
         for item in seeds:
             _point(snapshot, item.path, blobs / item.blob)
             _forget_absence(home / ".no_exist" / revision / item.path)
@@ -207,7 +209,9 @@ def _locked(cache: Path, repo: str) -> Iterator[None]:
         yield
 
 
-def _kept(seed: Seed, cache: Path, snapshot: Path, blobs: Path, tick: Tick) -> Path | None:
+def _kept(
+    seed: Seed, cache: Path, snapshot: Path, blobs: Path, on_progress: OnProgress
+) -> Path | None:
     """The blob that is there already with just these bytes, whatever its name."""
     blob = blobs / seed.blob
     path = blob if os.path.lexists(blob) else snapshot / seed.path
@@ -215,18 +219,18 @@ def _kept(seed: Seed, cache: Path, snapshot: Path, blobs: Path, tick: Tick) -> P
     if file is None or file.stat().st_size != seed.size:
         return None
     if file.samefile(seed.file):
-        tick(seed.size)
+        on_progress(seed.size)
         return file
     try:
-        is_right = _digest(file, seed, tick) == seed.blob
+        is_right = _digest(file, seed, on_progress) == seed.blob
     except (OSError, ShortRead):
         return None
     return file if is_right else None
 
 
-def _digest(file: Path, seed: Seed, tick: Tick) -> str | None:
+def _digest(file: Path, seed: Seed, on_progress: OnProgress) -> str | None:
     """The digest of a file's bytes, of the kind that names the blob."""
-    found = measure([Measure(file, seed.size, whole=True, git=_is_git(seed))], tick)[0]
+    found = measure([HashJob(file, seed.size, whole=True, git=_is_git(seed))], on_progress)[0]
     return found.git_sha1 if _is_git(seed) else found.whole
 
 
@@ -234,7 +238,7 @@ def _is_git(seed: Seed) -> bool:
     return len(seed.blob) == 40
 
 
-def _place(blobs: Path, seeds: Sequence[Seed], tick: Tick) -> dict[str, How]:
+def _place(blobs: Path, seeds: Sequence[Seed], on_progress: OnProgress) -> dict[str, How]:
     """Gives each file its blob; returns how it came, by the blob's name."""
     unfinished = {s.blob: blobs / f"{s.blob}.csm-weights{UNFINISHED}" for s in seeds}
     try:
@@ -242,9 +246,9 @@ def _place(blobs: Path, seeds: Sequence[Seed], tick: Tick) -> dict[str, How]:
         _require_room(blobs, sum(s.size for s in seeds if ways[s.blob] is How.COPIED))
         for item in seeds:
             if ways[item.blob] is How.LINKED:
-                tick(item.size)
+                on_progress(item.size)
             else:
-                _write(item, unfinished[item.blob], tick)
+                _write(item, unfinished[item.blob], on_progress)
         for item in seeds:
             blob = blobs / item.blob
             if os.path.lexists(blob):
@@ -293,14 +297,14 @@ def _require_room(folder: Path, needed: int) -> None:
     raise error_for("the files do not fit into the cache", [finding])
 
 
-def _write(seed: Seed, unfinished: Path, tick: Tick) -> None:
+def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:
     """Writes an unfinished blob and holds what was written against its name."""
     sink: Hasher = git_sha1(seed.size) if _is_git(seed) else sha256()
-    target = block_io.Target(unfinished)
+    target = block_io.OutputFile(unfinished)
     try:
         with seed.file.open("rb") as file:
             whole = block_io.Extent(file.fileno(), 0, seed.size)
-            block_io.copy_hashed(whole, target, 0, [sink], False, tick, threading.Event())
+            block_io.copy_hashed(whole, target, 0, [sink], False, on_progress, threading.Event())
     except (EOFError, ShortRead):
         raise _changed(seed) from None
     finally:

@@ -46,17 +46,17 @@ BLOCK = 4096
 SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
 
 
-class Condition(enum.StrEnum):
+class FileState(enum.StrEnum):
     """What is known of a file without hashing it; the value is the status word."""
 
     ABSENT = "absent"
-    PROVEN = "proven"
-    UNPROVEN = "not proven yet"
-    WRONG = "wrong"
+    VERIFIED = "proven"
+    UNVERIFIED = "not proven yet"
+    INVALID = "wrong"
 
 
 @dataclass(frozen=True)
-class FileLook:
+class FileStatus:
     """One file as it is on disk; `size` is in bytes, None where it is absent.
 
     A symbolic link is looked through, and `is_link` says that it is one. `good`
@@ -65,7 +65,7 @@ class FileLook:
     """
 
     path: Path
-    condition: Condition
+    condition: FileState
     size: int | None = None
     finding: Finding | None = None
     receipt: Receipt | None = None
@@ -97,14 +97,14 @@ class ArtifactState:
     """
 
     artifact: Artifact
-    placed: FileLook
-    staged: FileLook
+    placed: FileStatus
+    staged: FileStatus
     partial: tuple[PieceRecord, ...]
-    parts: tuple[FileLook, ...]
+    parts: tuple[FileStatus, ...]
     extras: tuple[Finding, ...]
     copied: tuple[PieceRecord, ...] = ()
     arrived: tuple[Arrival, ...] = ()
-    cached: FileLook | None = None
+    cached: FileStatus | None = None
     consumed: tuple[Consumed, ...] = ()
     stranded: Finding | None = None
     unfit: tuple[Finding, ...] = ()
@@ -115,12 +115,12 @@ class ArtifactState:
         """Whether anything of the artifact is on this machine, or was."""
         looks = (self.placed, self.staged, *self.parts)
         return bool(self.partial or self.arrived or self.consumed) or any(
-            look.condition is not Condition.ABSENT or look.receipt for look in looks
+            look.condition is not FileState.ABSENT or look.receipt for look in looks
         )
 
 
 @dataclass(frozen=True)
-class Places:
+class Paths:
     """The folders of a run: parts below `root`, then `staging`, then `destination`.
 
     `cache` is the Hub's on this machine, None where it is not to be used.
@@ -138,7 +138,7 @@ class Places:
         root: Path,
         destination: str | None = None,
         cache: Path | None = None,
-    ) -> Places:
+    ) -> Paths:
         """The manifest's folders below `root`; `destination` overrides the last."""
         last = root / Path(destination or manifest.destination).expanduser()
         return cls(root, root / manifest.staging, last, cache)
@@ -149,7 +149,7 @@ class State:
     """What is on disk for the chosen artifacts; sizes in bytes."""
 
     manifest: Manifest
-    places: Places
+    places: Paths
     artifacts: tuple[ArtifactState, ...]
     free_staging: int
     free_destination: int
@@ -162,13 +162,13 @@ class State:
 def look(
     manifest: Manifest,
     artifacts: Sequence[Artifact],
-    places: Places,
-    refuted: Mapping[Path, Finding],
+    places: Paths,
+    known_bad: Mapping[Path, Finding],
     good: Mapping[Path, frozenset[int]] | None = None,
 ) -> State:
     """Looks at the chosen artifacts of a manifest.
 
-    `refuted` holds what hashing has found out earlier in this run: those
+    `known_bad` holds what hashing has found out earlier in this run: those
     files count as wrong whatever their receipts say. `good` has the offsets
     of the pieces that are right in them.
     """
@@ -177,7 +177,7 @@ def look(
         manifest=manifest,
         places=places,
         artifacts=tuple(
-            _look_artifact(a, manifest, places, refuted, good or {}) for a in artifacts
+            _look_artifact(a, manifest, places, known_bad, good or {}) for a in artifacts
         ),
         free_staging=shutil.disk_usage(staging).free,
         free_destination=shutil.disk_usage(destination).free,
@@ -196,19 +196,19 @@ def _links_to(cache: Path | None, staging: Path) -> bool:
 def _look_artifact(
     artifact: Artifact,
     manifest: Manifest,
-    places: Places,
-    refuted: Mapping[Path, Finding],
+    places: Paths,
+    known_bad: Mapping[Path, Finding],
     good: Mapping[Path, frozenset[int]],
 ) -> ArtifactState:
-    def file_look(directory: Path) -> FileLook:
-        look = look_file(directory, artifact, manifest.name, refuted)
+    def file_look(directory: Path) -> FileStatus:
+        look = look_file(directory, artifact, manifest.name, known_bad)
         return replace(look, good=_salvageable(artifact, look, good))
 
     placed, staged = file_look(places.destination), file_look(places.staging)
     consumed, stranded = _consumed(artifact, staged.path)
     stranded = stranded or (None if consumed else _unexplained_hole(artifact, staged.path, places))
     moved = {record.offset: record.consumed for record in consumed}
-    parts = [_look_part(p, places.root, refuted, moved.get(p.offset, 0)) for p in artifact.pieces]
+    parts = [_look_part(p, places.root, known_bad, moved.get(p.offset, 0)) for p in artifact.pieces]
     return ArtifactState(
         artifact=artifact,
         placed=placed,
@@ -216,7 +216,7 @@ def _look_artifact(
         partial=_journaled(artifact, staged.path),
         arrived=_arrived(artifact, staged.path),
         copied=_journaled(artifact, placed.path),
-        cached=_look_cached(artifact, manifest, places, refuted, good),
+        cached=_look_cached(artifact, manifest, places, known_bad, good),
         parts=tuple(parts),
         extras=_extra_parts(artifact, places.root),
         consumed=consumed,
@@ -227,7 +227,7 @@ def _look_artifact(
 
 
 def _salvageable(
-    artifact: Artifact, look: FileLook, good: Mapping[Path, frozenset[int]]
+    artifact: Artifact, look: FileStatus, good: Mapping[Path, frozenset[int]]
 ) -> frozenset[int]:
     """The pieces of a wrong file that are right, or may be in one that was cut short."""
     finding, size = look.finding, look.size or 0
@@ -239,10 +239,10 @@ def _salvageable(
 def _look_cached(
     artifact: Artifact,
     manifest: Manifest,
-    places: Places,
-    refuted: Mapping[Path, Finding],
+    places: Paths,
+    known_bad: Mapping[Path, Finding],
     good: Mapping[Path, frozenset[int]],
-) -> FileLook | None:
+) -> FileStatus | None:
     """The file in the Hub's cache that has the artifact's size, if there is one."""
     if not places.cache or not manifest.repo:
         return None
@@ -253,14 +253,14 @@ def _look_cached(
         return None
     if path is None:
         return None
-    finding = refuted.get(path)
-    condition = Condition.WRONG if finding else Condition.UNPROVEN
-    return FileLook(path, condition, artifact.size, finding, good=good.get(path, frozenset()))
+    finding = known_bad.get(path)
+    condition = FileState.INVALID if finding else FileState.UNVERIFIED
+    return FileStatus(path, condition, artifact.size, finding, good=good.get(path, frozenset()))
 
 
 def look_file(
-    directory: Path, artifact: Artifact, model: str, refuted: Mapping[Path, Finding]
-) -> FileLook:
+    directory: Path, artifact: Artifact, model: str, known_bad: Mapping[Path, Finding]
+) -> FileStatus:
     """One artifact in one folder, judged by its stat and its receipt."""
     path = directory / artifact.path
     receipt = _receipt(directory, artifact)
@@ -270,15 +270,15 @@ def look_file(
         finding = Finding(Kind.IN_THE_WAY, str(path), what, "a folder", "move it away")
     if status is None:
         is_here = finding and finding.kind is not Kind.MISSING
-        condition = Condition.WRONG if is_here else Condition.ABSENT
-        return FileLook(path, condition, None, finding, receipt)
+        condition = FileState.INVALID if is_here else FileState.ABSENT
+        return FileStatus(path, condition, None, finding, receipt)
     size = status.st_size
-    finding = refuted.get(path) or size_finding(path, [e.size for e in artifact.editions], size)
+    finding = known_bad.get(path) or size_finding(path, [e.size for e in artifact.editions], size)
     if finding:
-        return FileLook(path, Condition.WRONG, size, finding, receipt)
+        return FileStatus(path, FileState.INVALID, size, finding, receipt)
     if receipt and _is_current(receipt, artifact, model, status):
-        return FileLook(path, Condition.PROVEN, size, None, receipt, path.is_symlink())
-    return FileLook(path, Condition.UNPROVEN, size, None, receipt, path.is_symlink())
+        return FileStatus(path, FileState.VERIFIED, size, None, receipt, path.is_symlink())
+    return FileStatus(path, FileState.UNVERIFIED, size, None, receipt, path.is_symlink())
 
 
 def _is_current(receipt: Receipt, artifact: Artifact, model: str, status: os.stat_result) -> bool:
@@ -289,15 +289,17 @@ def _is_current(receipt: Receipt, artifact: Artifact, model: str, status: os.sta
     )
 
 
-def _look_part(piece: Piece, root: Path, refuted: Mapping[Path, Finding], moved: int) -> FileLook:
+def _look_part(
+    piece: Piece, root: Path, known_bad: Mapping[Path, Finding], moved: int
+) -> FileStatus:
     """A part, of which `moved` bytes are in the unfinished file; all of them need no part."""
     path = root / piece.part
     status, finding = stat_of(path, piece.part)
-    if moved == piece.size and path not in refuted:
-        return FileLook(path, Condition.WRONG, None, _gone(piece, moved))
+    if moved == piece.size and path not in known_bad:
+        return FileStatus(path, FileState.INVALID, None, _gone(piece, moved))
     if status is None:
         if finding and finding.kind is not Kind.MISSING:
-            return FileLook(path, Condition.WRONG, None, finding)
+            return FileStatus(path, FileState.INVALID, None, finding)
         finding = finding or Finding(
             Kind.MISSING,
             piece.part,
@@ -305,13 +307,13 @@ def _look_part(piece: Piece, root: Path, refuted: Mapping[Path, Finding], moved:
             "no such file",
             "get the part (`git lfs pull`, or copy it there)",
         )
-        return FileLook(path, Condition.ABSENT, None, finding)
-    finding = refuted.get(path) or size_finding(path, [piece.size], status.st_size, piece.part)
+        return FileStatus(path, FileState.ABSENT, None, finding)
+    finding = known_bad.get(path) or size_finding(path, [piece.size], status.st_size, piece.part)
     if finding is None and not os.access(path, os.R_OK):
         finding = unreadable(piece.part, "permission denied")
     finding = finding or (_gone(piece, moved) if moved else None)
-    condition = Condition.WRONG if finding else Condition.UNPROVEN
-    return FileLook(path, condition, status.st_size, finding)
+    condition = FileState.INVALID if finding else FileState.UNVERIFIED
+    return FileStatus(path, condition, status.st_size, finding)
 
 
 def _gone(piece: Piece, moved: int) -> Finding:
@@ -320,7 +322,7 @@ def _gone(piece: Piece, moved: int) -> Finding:
     return Finding(Kind.CONSUMED, piece.part, f"{piece.size:,} bytes", found, help_text)
 
 
-def _saves_nothing(parts: Sequence[FileLook], staging: Path) -> str:
+def _saves_nothing(parts: Sequence[FileStatus], staging: Path) -> str:
     """Why consuming parts makes no room for files in `staging`, or an empty string."""
     folders = {_existing(part.path.parent) for part in parts}
     if any(folder.stat().st_dev != staging.stat().st_dev for folder in folders):
@@ -374,7 +376,7 @@ def unfinished(state: State) -> list[Path]:
 
 def holds_consumed(item: ArtifactState) -> bool:
     """Whether an unfinished file has bytes that are nowhere else: those of consumed parts."""
-    is_whole = Condition.PROVEN in (item.placed.condition, item.staged.condition)
+    is_whole = FileState.VERIFIED in (item.placed.condition, item.staged.condition)
     return bool(item.stranded or item.consumed) and not is_whole
 
 
@@ -390,7 +392,7 @@ def leftovers(state: State, goal_is_staged: bool) -> list[Path]:
 
 def _leftovers(state: State, item: ArtifactState, goal_is_staged: bool) -> Iterator[Path]:
     looks = (item.staged, item.placed)
-    proven = [look for look in looks if look.condition is Condition.PROVEN]
+    proven = [look for look in looks if look.condition is FileState.VERIFIED]
     for look in looks:
         partial, journal = partial_path(look.path), journal_path(look.path)
         if proven and journal.is_file() and not os.path.lexists(partial):
@@ -407,7 +409,7 @@ def _leftovers(state: State, item: ArtifactState, goal_is_staged: bool) -> Itera
             return
         yield item.staged.path
         yield receipt
-    elif item.staged.condition is Condition.ABSENT and receipt.is_file():
+    elif item.staged.condition is FileState.ABSENT and receipt.is_file():
         yield receipt
 
 
@@ -452,7 +454,7 @@ def _consumed(artifact: Artifact, staged: Path) -> tuple[tuple[Consumed, ...], F
     return tuple(sorted(known, key=lambda c: c.offset)), finding
 
 
-def _unexplained_hole(artifact: Artifact, staged: Path, places: Places) -> Finding | None:
+def _unexplained_hole(artifact: Artifact, staged: Path, places: Paths) -> Finding | None:
     """That a part begins with a hole, and no journal tells whether its bytes moved to the partial.
 
     Copied as it is, the hole would go over what may be the only copy.

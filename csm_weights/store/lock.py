@@ -12,7 +12,7 @@ from pathlib import Path
 from csm_weights.manifest.types import RECEIPTS
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
-from csm_weights.store.inspect import Places
+from csm_weights.store.inspect import Paths
 
 if sys.platform != "win32":
     import fcntl
@@ -22,7 +22,7 @@ NAME = ".lock"
 
 
 @contextmanager
-def locked(places: Places, with_destination: bool) -> Iterator[None]:
+def locked(places: Paths, with_destination: bool) -> Iterator[None]:
     """One acting run at a time on one folder; a second one waits.
 
     Other models, and other checkouts, may have the same destination. Folders
@@ -49,7 +49,7 @@ def lock(folder: Path, name: str) -> Iterator[None]:
         held.acquire(timeout=0)
     except Timeout:
         with Progress(f"waiting for another run in {folder}", 0) as progress:
-            progress.say("it holds the lock; this one goes on when it ends")
+            progress.log("it holds the lock; this one goes on when it ends")
             held.acquire()
     try:
         yield

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from csm_weights.manifest.digests import Whole, whole_findings
+from csm_weights.manifest.digests import Whole, digest_findings
 from csm_weights.manifest.types import RECEIPTS, Artifact, Piece
 from csm_weights.untrusted import Fingerprint
 
@@ -92,7 +92,7 @@ class Receipt:
             return False
         whole = Whole(self.sha256, self.git_sha1)
         fitting = (e for e in artifact.editions if e.size == self.size)
-        return any(not whole_findings(artifact, e, whole, self.path) for e in fitting)
+        return any(not digest_findings(artifact, e, whole, self.path) for e in fitting)
 
     def covers_pieces(self, artifact: Artifact) -> bool:
         """Whether `sha256` is the digest of just the pieces that the manifest pins."""

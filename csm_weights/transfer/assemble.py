@@ -17,13 +17,13 @@ from functools import partial as bind
 from pathlib import Path
 from typing import Protocol
 
-from csm_weights.concurrency import Tick, run_all
+from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.hashing import Hasher, feed, git_sha1, sha256
-from csm_weights.manifest.digests import Whole, whole_findings
+from csm_weights.manifest.digests import Whole, digest_findings
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import create, let_go_if_linked, sync, write_all, writing
-from csm_weights.store.block_io import Extent, Target, copy_hashed
+from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.receipts import (
     Arrival,
     Consumed,
@@ -32,8 +32,8 @@ from csm_weights.store.receipts import (
     journal_path,
     partial_path,
 )
-from csm_weights.transfer.reorder import Block, Blocks, Chain, Landing
-from csm_weights.transfer.source import Absent, Broken, Source
+from csm_weights.transfer.reorder import Buffer, BufferPool, Chain, ReorderBuffer
+from csm_weights.transfer.source import NotAvailable, Source, SourceError
 from csm_weights.untrusted import Fingerprint
 
 #: Files that are brought over a network at the same time.
@@ -93,7 +93,7 @@ class Assembly:
 
 
 @dataclass(frozen=True)
-class Assembled:
+class VerifiedFile:
     """A whole partial, each piece proven: its digests, records, and fingerprint.
 
     `notes` say what was wrong with sources for which another one stepped in.
@@ -108,23 +108,23 @@ class Assembled:
 
 
 def assemble(
-    jobs: Sequence[Assembly], tick: Tick, stop: threading.Event | None = None
-) -> list[Assembled]:
+    jobs: Sequence[Assembly], on_progress: OnProgress, cancel: threading.Event | None = None
+) -> list[VerifiedFile]:
     """Assembles all files at once, in parallel over their pieces.
 
     Pieces of one file that come over a network come one after the other, each
     by many lines: so they arrive in the order in which they are hashed.
 
-    `tick` gets bytes as they are proven; `stop` is set when the work is given
+    `on_progress` gets bytes as they are proven; `cancel` is set when the work is given
     up. Every piece is tried before the findings are raised, so one run tells
     all that is wrong; what was proven stays in the partials. Raises
     MissingInput, WrongContent, AccessRefused, NetworkFailed or NoSpace.
     """
-    stop, blocks = stop or threading.Event(), Blocks()
+    cancel, blocks = cancel or threading.Event(), BufferPool()
     findings: dict[Finding, None] = {}
-    done: list[Assembled] = []
+    done: list[VerifiedFile] = []
     for start in range(0, len(jobs), OPEN_FILES):
-        some = _assemble_some(jobs[start : start + OPEN_FILES], tick, stop, blocks)
+        some = _assemble_some(jobs[start : start + OPEN_FILES], on_progress, cancel, blocks)
         findings |= dict.fromkeys(some[0])
         done += some[1]
     if findings:
@@ -133,12 +133,12 @@ def assemble(
 
 
 def _assemble_some(
-    jobs: Sequence[Assembly], tick: Tick, stop: threading.Event, blocks: Blocks
-) -> tuple[list[Finding], list[Assembled]]:
+    jobs: Sequence[Assembly], on_progress: OnProgress, cancel: threading.Event, blocks: BufferPool
+) -> tuple[list[Finding], list[VerifiedFile]]:
     """What is wrong with some of the files, or else the files."""
     partials: list[_Partial] = []
     try:
-        partials.extend(_Partial(job, tick, stop, blocks) for job in jobs)
+        partials.extend(_Partial(job, on_progress, cancel, blocks) for job in jobs)
         lanes = sorted(
             (lane, number)
             for number, partial in enumerate(partials)
@@ -146,7 +146,7 @@ def _assemble_some(
         )
         far = sum(partials[number].is_far(lane) for lane, number in lanes)
         tasks = [bind(partials[number].run_lane, lane) for lane, number in lanes]
-        run_all(tasks, stop, waiting=min(FILES_AT_ONCE, far))
+        run_all(tasks, cancel, waiting=min(FILES_AT_ONCE, far))
         findings = [f for partial in partials for f in partial.all_findings()]
         return findings, [] if findings else [partial.assembled() for partial in partials]
     finally:
@@ -171,13 +171,15 @@ def _lanes(job: Assembly) -> list[tuple[int, ...]]:
 class _Partial:
     """The unfinished file of one job, with its journal and whole-file digest."""
 
-    def __init__(self, job: Assembly, tick: Tick, stop: threading.Event, blocks: Blocks) -> None:
+    def __init__(
+        self, job: Assembly, on_progress: OnProgress, cancel: threading.Event, blocks: BufferPool
+    ) -> None:
         self.job = job
         self.tiles = job.artifact.tiles
         self.blocks = blocks
         self.path = partial_path(job.target)
-        self.tick = tick
-        self.stop = stop
+        self.on_progress = on_progress
+        self.cancel = cancel
         self._lock = threading.Lock()
         self._kept = {record.offset: record for record in job.journaled}
         self._records: dict[int, PieceRecord] = {}
@@ -188,12 +190,12 @@ class _Partial:
         # A journal whose partial has got its name says nothing of the next one.
         is_new = not self.path.exists()
         self._journal = create(journal_path(job.target), os.O_APPEND | (os.O_TRUNC * is_new))
-        self.target = Target(self.path)
+        self.target = OutputFile(self.path)
         with writing(self.path):
             os.ftruncate(self.target.fd, job.artifact.size)
         self._device, self._is_named = os.fstat(self.target.fd).st_dev, False
         starts = [piece.offset for piece in self.tiles] + [job.artifact.size]
-        self._chain = Chain(self.target.fd, starts, stop)
+        self._chain = Chain(self.target.fd, starts, cancel)
 
     def close(self) -> None:
         self.target.close()
@@ -218,13 +220,13 @@ class _Partial:
 
     def run_piece(self, index: int) -> None:
         """Proves piece `index` where it lies, or else has it delivered."""
-        sink = _PieceSink(self, index, self._chain.claim(index))
+        sink = _PieceWriter(self, index, self._chain.claim(index))
         record: PieceRecord | None = None
         try:
             record = self._consume(sink) or self._reprove(sink) or self._deliver(sink)
-        except Absent:
+        except NotAvailable:
             self._findings[index] = (_missing(sink.piece),)
-        except Broken as broken:
+        except SourceError as broken:
             self._findings[index] = broken.findings
         finally:
             sink.close()
@@ -233,13 +235,13 @@ class _Partial:
             self._records[index] = record
             self._git_sha1 = sink.git_sha1
 
-    def _consume(self, sink: _PieceSink) -> PieceRecord | None:
+    def _consume(self, sink: _PieceWriter) -> PieceRecord | None:
         if not self.job.consumer or sink.piece.offset not in self.job.consuming:
             return None
         sink.begin()
         return self._proven(sink, self.job.consumer.consume(sink))
 
-    def _reprove(self, sink: _PieceSink) -> PieceRecord | None:
+    def _reprove(self, sink: _PieceWriter) -> PieceRecord | None:
         record = self._kept.get(sink.piece.offset)
         if record is None:
             return None
@@ -247,18 +249,18 @@ class _Partial:
         sink.take_back(sink.piece.size)
         try:
             sink.prove(str(self.path))
-        except Broken:
+        except SourceError:
             return None
         return record
 
-    def _deliver(self, sink: _PieceSink) -> PieceRecord:
+    def _deliver(self, sink: _PieceWriter) -> PieceRecord:
         piece = sink.piece
         sink.begin()
         sink.arrived = self._arrived(piece)
         place = self.job.source.deliver(self.job.artifact, piece, sink)
         return self._proven(sink, place)
 
-    def _proven(self, sink: _PieceSink, place: str) -> PieceRecord:
+    def _proven(self, sink: _PieceWriter, place: str) -> PieceRecord:
         piece = sink.piece
         sink.prove(place)
         record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
@@ -298,7 +300,7 @@ class _Partial:
         artifact, whole = self.job.artifact, Whole("", self._git_sha1)
         if not findings:
             whole = replace(whole, sha256=self._sha256())
-            findings = whole_findings(artifact, artifact.editions[0], whole, str(self.path))
+            findings = digest_findings(artifact, artifact.editions[0], whole, str(self.path))
         return list(dict.fromkeys(findings))
 
     def _sha256(self) -> str:
@@ -306,15 +308,15 @@ class _Partial:
         assert digest is not None, "every piece is proven, so the chain is complete"
         return digest
 
-    def assembled(self) -> Assembled:
+    def assembled(self) -> VerifiedFile:
         records = tuple(self._records[index] for index in sorted(self._records))
         fingerprint = Fingerprint.of(os.fstat(self.target.fd))
         pieces = records if self.job.artifact.pieces else ()
         notes = tuple(dict.fromkeys(self.notes))
-        return Assembled(self.path, self._sha256(), pieces, fingerprint, self._git_sha1, notes)
+        return VerifiedFile(self.path, self._sha256(), pieces, fingerprint, self._git_sha1, notes)
 
 
-class _PieceSink:
+class _PieceWriter:
     """Writes one piece into the partial and hashes it as it stands there."""
 
     def __init__(self, partial: _Partial, index: int, claimed: Hasher | None) -> None:
@@ -325,7 +327,7 @@ class _PieceSink:
         self._before = claimed
         self._digest = sha256()
         self._git: Hasher | None = None
-        self._landing: Landing | None = None
+        self._landing: ReorderBuffer | None = None
 
     def begin(self) -> None:
         self.close()
@@ -364,27 +366,27 @@ class _PieceSink:
             piece.offset,
             self._sinks(),
             self.whole is not None,
-            partial.tick,
-            partial.stop,
+            partial.on_progress,
+            partial.cancel,
         )
 
     def wanted(self) -> list[tuple[int, int]]:
         return self._blocks_land().wanted()
 
-    def lend(self) -> Block:
+    def lend(self) -> Buffer:
         return self._partial.blocks.lend()
 
-    def put(self, block: Block, offset: int, size: int) -> None:
+    def put(self, block: Buffer, offset: int, size: int) -> None:
         self._blocks_land().put(block, offset, size)
 
-    def _blocks_land(self) -> Landing:
+    def _blocks_land(self) -> ReorderBuffer:
         partial, piece = self._partial, self.piece
         if self._landing is None:
             # A file that broke off has left its bytes in the digests.
             arrived = self.arrived
             self.begin()
             self.arrived = arrived
-            self._landing = Landing(
+            self._landing = ReorderBuffer(
                 partial.target,
                 piece.offset,
                 piece.end,
@@ -392,8 +394,8 @@ class _PieceSink:
                 partial.blocks,
                 self.arrived,
                 self._journal_arrival,
-                partial.tick,
-                partial.stop,
+                partial.on_progress,
+                partial.cancel,
             )
         return self._landing
 
@@ -403,14 +405,16 @@ class _PieceSink:
     def take_back(self, size: int) -> str:
         """Takes the piece's first `size` bytes from where they lie in the partial."""
         partial, fd = self._partial, self._partial.target.fd
-        feed(fd, self.piece.offset, size, self._sinks(), partial.tick, partial.stop)
+        feed(fd, self.piece.offset, size, self._sinks(), partial.on_progress, partial.cancel)
         return self._digest.hexdigest()
 
     def take_step(self, fd: int, start: int, size: int) -> str:
         """Writes a range of the piece; returns the digest of the piece so far."""
         partial, at = self._partial, self.piece.offset + start
         extent, direct = Extent(fd, start, size), self.whole is not None
-        copy_hashed(extent, partial.target, at, self._sinks(), direct, partial.tick, partial.stop)
+        copy_hashed(
+            extent, partial.target, at, self._sinks(), direct, partial.on_progress, partial.cancel
+        )
         return self._digest.hexdigest()
 
     def secure(self, size: int) -> None:
@@ -429,7 +433,7 @@ class _PieceSink:
     def prove(self, where: str) -> None:
         if self._landing and not self._landing.finish():
             short = f"{self.piece.size:,} bytes of the piece at byte {self.piece.offset:,}"
-            raise Broken([Finding(Kind.WRONG_SIZE, where, short, "fewer")])
+            raise SourceError([Finding(Kind.WRONG_SIZE, where, short, "fewer")])
         pinned, found = self.piece.sha256, self._digest.hexdigest()
         what, git = "sha256", self._partial.job.artifact.git_sha1
         if not pinned and git and self.git_sha1:
@@ -437,14 +441,14 @@ class _PieceSink:
         if found != pinned:
             help_text = "its content is damaged or not the published one; get it again"
             finding = Finding(Kind.WRONG_DIGEST, where, f"{what} {pinned}", found, help_text)
-            raise Broken([finding])
+            raise SourceError([finding])
 
 
 def _missing(piece: Piece) -> Finding:
     return Finding(Kind.MISSING, piece.part, f"{piece.size:,} bytes", "in no source")
 
 
-def write_text(target: Path, text: str) -> Assembled:
+def write_text(target: Path, text: str) -> VerifiedFile:
     """The partial of a file whose content is `text`, whole at once."""
     content = text.encode()
     let_go_if_linked(partial_path(target))
@@ -456,4 +460,4 @@ def write_text(target: Path, text: str) -> Assembled:
         fingerprint = Fingerprint.of(os.fstat(fd))
     finally:
         os.close(fd)
-    return Assembled(partial_path(target), digest.hexdigest(), (), fingerprint)
+    return VerifiedFile(partial_path(target), digest.hexdigest(), (), fingerprint)

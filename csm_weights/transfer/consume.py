@@ -17,15 +17,15 @@ from functools import partial as bind
 from pathlib import Path
 from threading import Event
 
-from csm_weights.concurrency import Tick, run_all
+from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind
 from csm_weights.hashing import Hasher, ShortRead, feed, sha256
-from csm_weights.manifest.digests import Whole, whole_findings
+from csm_weights.manifest.digests import Whole, digest_findings
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import sync, writing
 from csm_weights.store.block_io import punch
 from csm_weights.transfer.assemble import Steps
-from csm_weights.transfer.source import Broken
+from csm_weights.transfer.source import SourceError
 from csm_weights.untrusted import Fingerprint
 
 #: Bytes copied before they are freed in the part: what is on the disk twice.
@@ -69,23 +69,23 @@ class Proof:
     findings: Mapping[Path, Finding]
 
 
-def verify(subjects: Sequence[Subject], tick: Tick) -> list[Proof]:
+def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
     """Hashes every part to be consumed, and every whole file that they make up.
 
-    `tick` gets bytes. Nothing is written.
+    `on_progress` gets bytes. Nothing is written.
     """
-    stop = Event()
-    return run_all([bind(_verify, subject, tick, stop) for subject in subjects], stop)
+    cancel = Event()
+    return run_all([bind(_verify, subject, on_progress, cancel) for subject in subjects], cancel)
 
 
-def _verify(subject: Subject, tick: Tick, stop: Event) -> Proof:
+def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
     stakes: dict[int, Stake] = {}
     findings: dict[Path, Finding] = {}
     whole = sha256()
     for piece in subject.artifact.pieces:
         if piece.offset not in subject.moved:
             continue
-        found = _verify_piece(subject, piece, whole, tick, stop)
+        found = _verify_piece(subject, piece, whole, on_progress, cancel)
         if isinstance(found, Finding):
             findings[subject.root / piece.part] = found
         else:
@@ -93,20 +93,20 @@ def _verify(subject: Subject, tick: Tick, stop: Event) -> Proof:
     artifact = subject.artifact
     if len(stakes) == len(artifact.pieces):
         made = Whole(whole.hexdigest())
-        for wrong in whole_findings(artifact, artifact.editions[0], made, str(subject.partial)):
+        for wrong in digest_findings(artifact, artifact.editions[0], made, str(subject.partial)):
             findings[subject.partial] = wrong
     return Proof(stakes, findings)
 
 
 def _verify_piece(
-    subject: Subject, piece: Piece, whole: Hasher, tick: Tick, stop: Event
+    subject: Subject, piece: Piece, whole: Hasher, on_progress: OnProgress, cancel: Event
 ) -> tuple[Stake, Hasher] | Finding:
     """The stake of a piece, and the whole file's digest after it."""
     finding: Finding | None = None
     for moved in subject.moved[piece.offset]:
         both = whole.copy()
         try:
-            stake = _hash(subject, piece, moved, both, tick, stop)
+            stake = _hash(subject, piece, moved, both, on_progress, cancel)
         except (OSError, ShortRead) as error:
             found = getattr(error, "strerror", None) or str(error)
             problem = Finding(
@@ -131,14 +131,19 @@ def _wrong(subject: Subject, piece: Piece, moved: int, stake: Stake) -> Finding:
 
 
 def _hash(
-    subject: Subject, piece: Piece, moved: int, whole: Hasher, tick: Tick, stop: Event
+    subject: Subject,
+    piece: Piece,
+    moved: int,
+    whole: Hasher,
+    on_progress: OnProgress,
+    cancel: Event,
 ) -> Stake:
     """A piece as it lies, in the partial up to byte `moved` and in its part from there."""
     digest = sha256()
     marks: list[tuple[int, str]] = []
     if moved:
         with _open(subject.partial, os.O_RDONLY) as fd:
-            feed(fd, piece.offset, moved, [digest, whole], tick, stop)
+            feed(fd, piece.offset, moved, [digest, whole], on_progress, cancel)
     marks.append((moved, digest.hexdigest()))
     part = subject.root / piece.part
     if moved == piece.size and not part.exists():
@@ -147,7 +152,7 @@ def _hash(
         before = Fingerprint.of(os.fstat(fd))
         for start in range(moved, piece.size, STEP):
             size = min(STEP, piece.size - start)
-            feed(fd, start, size, [digest, whole], tick, stop)
+            feed(fd, start, size, [digest, whole], on_progress, cancel)
             marks.append((start + size, digest.hexdigest()))
         if before != Fingerprint.of(os.fstat(fd)):
             raise OSError(None, "a write meanwhile")
@@ -178,7 +183,7 @@ class Consuming:
         piece = sink.piece
         stake = self._stakes[piece.offset]
         if sink.take_back(stake.moved) != stake.marks[0][1]:
-            raise Broken([_changed(f"the unfinished file, where {piece.part} has moved")])
+            raise SourceError([_changed(f"the unfinished file, where {piece.part} has moved")])
         # Also where nothing has moved: the journal may say of a part that is whole again
         # that it was consumed.
         sink.secure(stake.moved)
@@ -192,7 +197,7 @@ class Consuming:
             finding = Finding(
                 Kind.UNREADABLE, piece.part, "a file to consume", found, "check it and the disk"
             )
-            raise Broken([finding]) from None
+            raise SourceError([finding]) from None
         return piece.part
 
 
@@ -203,10 +208,10 @@ def _move(fd: int, stake: Stake, seen: Fingerprint, sink: Steps) -> None:
     for end, digest in stake.marks:
         if end > at:
             if sink.take_step(fd, at, end - at) != digest:
-                raise Broken([_changed(piece.part)])
+                raise SourceError([_changed(piece.part)])
             sink.secure(end)
         if Fingerprint.of(os.fstat(fd)) != seen:
-            raise Broken([_changed(piece.part)])
+            raise SourceError([_changed(piece.part)])
         if end:
             # From the start: a run that was killed here has left the last hole undone.
             punch(fd, 0, end)

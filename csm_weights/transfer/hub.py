@@ -21,9 +21,9 @@ from csm_weights.config import HubEnvironment, no_token
 from csm_weights.errors import NETWORK, REFUSED, AccessRefused, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.http.client import REDIRECTS
-from csm_weights.transfer.http.ranges import Location, Place, Wire
+from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, ResolvedUrl
 from csm_weights.transfer.http.responses import origin, redirect_target, shown, wrong_answer
-from csm_weights.transfer.source import Broken, Sink
+from csm_weights.transfer.source import PieceWriter, SourceError
 
 #: Seconds for which a signed URL must have been good, or else its refusal is taken as one.
 FRESH = 2.0
@@ -48,7 +48,7 @@ def library() -> ModuleType:
 
 
 @dataclass(frozen=True)
-class Account:
+class HubCredentials:
     """Who asks which Hub. The token is in no representation of this value."""
 
     endpoint: str
@@ -56,7 +56,7 @@ class Account:
     offline: bool = False
 
     @classmethod
-    def from_environment(cls, environment: HubEnvironment | None = None) -> Account:
+    def from_environment(cls, environment: HubEnvironment | None = None) -> HubCredentials:
         """The account that `hf` would use here; see `HubEnvironment`.
 
         Raises AccessRefused where a token is to be had by an exchange that fails.
@@ -91,7 +91,9 @@ class Hub:
     again in this run.
     """
 
-    def __init__(self, wire: Wire, account: Account, repo: str, revision: str) -> None:
+    def __init__(
+        self, wire: RangeDownloader, account: HubCredentials, repo: str, revision: str
+    ) -> None:
         self._wire = wire
         self._account = account
         self._repo = repo
@@ -102,18 +104,20 @@ class Hub:
         #: The URLs, without their queries, where its files are handed out.
         self.reached: set[str] = set()
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
         """See `Source`; the place is repository, commit and path."""
         if self._account.offline:
             where = f"{self._account.endpoint}/{self._repo}"
-            raise Broken([Finding(Kind.OFFLINE, where, "a Hub that may be asked", "offline mode")])
+            raise SourceError(
+                [Finding(Kind.OFFLINE, where, "a Hub that may be asked", "offline mode")]
+            )
         if self._refusal:
-            raise Broken([self._refusal])
+            raise SourceError([self._refusal])
         with self._lock:
             file = self._files.setdefault(artifact.path, _HubFile(self, artifact))
         try:
             self._wire.fetch(file, sink)
-        except Broken as broken:
+        except SourceError as broken:
             first = broken.findings[0]
             if first.kind in REFUSED | NETWORK or first.where == self.page:
                 self._refusal = first
@@ -125,26 +129,26 @@ class Hub:
         """The repository's page."""
         return f"{self._account.endpoint}/{self._repo}"
 
-    def resolve(self, artifact: Artifact) -> Place:
+    def resolve(self, artifact: Artifact) -> ResolvedUrl:
         """Where a file is just now; raises Broken unless it is the file that is pinned."""
         if self._refusal:
-            raise Broken([self._refusal])
+            raise SourceError([self._refusal])
         revision = quote(self._revision, safe="")
         url = f"{self.page}/resolve/{revision}/{quote(artifact.path)}"
         for _ in range(REDIRECTS):
             response = self._wire.ask("HEAD", url, self._account.headers())
             if response.status_code >= 400:
-                raise Broken([self.verdict(response, artifact.path)])
+                raise SourceError([self.verdict(response, artifact.path)])
             target = redirect_target(url, response.headers.get("Location", url))
             if response.status_code == 200 and _is_web_page(response):
                 found = "a web page; is there a login or a captive portal in between?"
                 finding = Finding(Kind.NO_NETWORK, self.page, "an answer of the Hub", found)
-                raise Broken([finding])
+                raise SourceError([finding])
             if "X-Repo-Commit" in response.headers or not response.is_redirect:
                 self._check(artifact, response)
                 is_own = origin(target) == origin(self._account.endpoint)
                 self.reached.add(shown(target))
-                return Place(target, self._account.headers() if is_own else {})
+                return ResolvedUrl(target, self._account.headers() if is_own else {})
             if origin(target) != origin(url):
                 raise wrong_answer(self.page, "a file, or where it is", "a redirect elsewhere")
             url = urljoin(url, target)
@@ -173,7 +177,7 @@ class Hub:
         if size is not None and size != str(artifact.size):
             found = f"{size[:20]} bytes"
             finding = Finding(Kind.WRONG_SIZE, where, f"{artifact.size:,} bytes", found)
-            raise Broken([finding])
+            raise SourceError([finding])
 
     def verdict(self, response: requests.Response, path: str) -> Finding:
         """What a refusal by the Hub itself means."""
@@ -183,7 +187,7 @@ class Hub:
         )
 
 
-class _HubFile(Location):
+class _HubFile(RemoteFile):
     """A file of a repository: resolved once, and again when its signed URL has expired."""
 
     def __init__(self, hub: Hub, artifact: Artifact) -> None:
@@ -191,10 +195,10 @@ class _HubFile(Location):
         self._hub = hub
         self._artifact = artifact
         self._resolving = threading.Lock()
-        self._place: Place | None = None
+        self._place: ResolvedUrl | None = None
         self._resolved_at = 0.0
 
-    def place(self) -> Place:
+    def place(self) -> ResolvedUrl:
         with self._resolving:
             if self._place is None:
                 self._place = self._hub.resolve(self._artifact)
@@ -202,7 +206,7 @@ class _HubFile(Location):
                 self.etag = None
             return self._place
 
-    def refused(self, place: Place, response: requests.Response) -> Finding | None:
+    def refused(self, place: ResolvedUrl, response: requests.Response) -> Finding | None:
         status = response.status_code
         if place.headers:
             return self._hub.verdict(response, self._artifact.path)
@@ -224,7 +228,7 @@ def _is_web_page(response: requests.Response) -> bool:
 def verdict(
     status: int,
     headers: Mapping[str, str],
-    account: Account,
+    account: HubCredentials,
     repo: str,
     revision: str,
     path: str = "",
@@ -259,7 +263,7 @@ def verdict(
     return Finding(Kind.FORBIDDEN, page, "access", said, help_text)
 
 
-def _gated(said: str, message: str, account: Account, repo: str) -> Finding:
+def _gated(said: str, message: str, account: HubCredentials, repo: str) -> Finding:
     """Which of the reasons it is that gated files are not given."""
     page = f"{account.endpoint}/{repo}"
     if not account.token:
@@ -276,6 +280,6 @@ def _gated(said: str, message: str, account: Account, repo: str) -> Finding:
     return Finding(Kind.TERMS, page, "terms that you have accepted", said, f"accept them at {page}")
 
 
-def _changed(where: str, expected: str, found: str) -> Broken:
+def _changed(where: str, expected: str, found: str) -> SourceError:
     help_text = "what the Hub has under this name is not what is pinned; see inv lock --repo"
-    return Broken([Finding(Kind.CHANGED, where, expected, found, help_text)])
+    return SourceError([Finding(Kind.CHANGED, where, expected, found, help_text)])

@@ -31,7 +31,7 @@ from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.pin import group_of
 from csm_weights.manifest.types import MAX_SIZE, Artifact
 from csm_weights.transfer.http.responses import asked_wait, cause
-from csm_weights.transfer.hub import Account, library, verdict
+from csm_weights.transfer.hub import HubCredentials, library, verdict
 
 #: Files of one repository at most: more would make no manifest that can be read.
 MAX_FILES = 20_000
@@ -73,15 +73,15 @@ class Listing:
 
 
 def list_repo(
-    account: Account,
+    account: HubCredentials,
     repo: str,
     revision: str | None,
     globs: Sequence[str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Listing:
     """The files whose paths match one of `globs`, or all, at a commit, branch or tag.
 
-    None is the main branch. `say` gets a line for each wait. Raises the error
+    None is the main branch. `log` gets a line for each wait. Raises the error
     of what the Hub answers: MissingInput, AccessRefused, NetworkFailed;
     WrongContent for an answer that makes no sense or a path that leaves its
     folder; UsageError where no file is left.
@@ -97,7 +97,7 @@ def list_repo(
         entries = api.list_repo_tree(repo, recursive=True, revision=commit)
         return [_plain(entry) for entry in islice(entries, MAX_FILES + 1) if hasattr(entry, "size")]
 
-    told = _patiently(info, say)
+    told = _patiently(info, log)
     commit = asking.commit(told)
     with asking:
         files = _in_time(tree, LISTING)
@@ -239,14 +239,14 @@ def _implied_id(file: File) -> str:
     return file.oid if file.size else _NO_BYTES
 
 
-def _patiently(ask: Callable[[], T], say: Callable[[str], None]) -> T:
+def _patiently(ask: Callable[[], T], log: Callable[[str], None]) -> T:
     """Asks up to three times where the network failed; the client itself does so for pages."""
     for seconds in WAITS:
         try:
             return ask()
         except _Passing as error:
             wait = min(error.seconds or seconds, LONGEST)
-            say(f"{error.findings[0].found}; trying again in {wait:.0f} s")
+            log(f"{error.findings[0].found}; trying again in {wait:.0f} s")
             time.sleep(wait)
     return ask()
 
@@ -276,7 +276,7 @@ class _Passing(NetworkFailed):
 class _Asking:
     """Turns what the client raises within its block into errors of this package."""
 
-    def __init__(self, account: Account, repo: str, revision: str | None) -> None:
+    def __init__(self, account: HubCredentials, repo: str, revision: str | None) -> None:
         self.page = f"{account.endpoint}/{repo}"
         self._account = account
         self._repo = repo

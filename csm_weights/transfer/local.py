@@ -9,7 +9,7 @@ from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.transfer.source import Absent, Broken, Sink
+from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
 from csm_weights.untrusted import Fingerprint
 
 
@@ -19,7 +19,7 @@ class Chunks:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
         """See `Source`; the place is the part's path relative to the root."""
         _deliver(self._root / piece.part, piece.part, piece.size, 0, sink)
         return piece.part
@@ -31,7 +31,7 @@ class WholeFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
         """See `Source`; the place is the file's path."""
         _deliver(self._path, str(self._path), artifact.size, piece.offset, sink)
         return str(self._path)
@@ -45,35 +45,35 @@ class Salvage:
         self._size = size
         self._offsets = frozenset(offsets)
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
         """See `Source`; the place is the file's path."""
         if piece.offset not in self._offsets:
-            raise Absent
+            raise NotAvailable
         _deliver(self._path, str(self._path), self._size, piece.offset, sink)
         return str(self._path)
 
 
-def _deliver(path: Path, where: str, size: int, offset: int, sink: Sink) -> None:
+def _deliver(path: Path, where: str, size: int, offset: int, sink: PieceWriter) -> None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise Absent from None
+        raise NotAvailable from None
     except OSError as error:
-        raise Broken([_unreadable(where, error)]) from None
+        raise SourceError([_unreadable(where, error)]) from None
     try:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode) or before.st_size != size:
             finding = Finding(
                 Kind.WRONG_SIZE, where, f"{size:,} bytes", f"{before.st_size:,} bytes"
             )
-            raise Broken([finding])
+            raise SourceError([finding])
         try:
             sink.take_file(fd, offset)
         except (OSError, EOFError) as error:
-            raise Broken([_unreadable(where, error)]) from None
+            raise SourceError([_unreadable(where, error)]) from None
         if Fingerprint.of(os.fstat(fd)) != Fingerprint.of(before):
             finding = Finding(Kind.CHANGED, where, "a file at rest", "a write during the read")
-            raise Broken([finding])
+            raise SourceError([finding])
     finally:
         os.close(fd)
 

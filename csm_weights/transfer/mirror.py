@@ -12,9 +12,9 @@ from csm_weights.config import MIRROR_HEADERS
 from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.http.client import REDIRECTS
-from csm_weights.transfer.http.ranges import Location, Place, Wire
+from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, ResolvedUrl
 from csm_weights.transfer.http.responses import origin, redirect_target, shown
-from csm_weights.transfer.source import Absent, Broken, Sink
+from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
 
 
 class Mirror:
@@ -24,7 +24,9 @@ class Mirror:
     again in this run.
     """
 
-    def __init__(self, wire: Wire, url: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, wire: RangeDownloader, url: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         self._wire = wire
         self._url = url.rstrip("/")
         self._headers = headers or {}
@@ -35,19 +37,19 @@ class Mirror:
         #: The URLs, without their queries, where it hands files out.
         self.reached: set[str] = set()
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
         """See `Source`; the place is the file's URL."""
         if self._broken:
-            raise Broken([self._broken])
+            raise SourceError([self._broken])
         file = self._find(artifact.path, artifact.size, 0)
         if file is None and artifact.pieces:
             file = self._find(piece.part, piece.size, piece.offset)
         if file is None:
             self._tell_refusal(artifact.path, piece.part)
-            raise Absent
+            raise NotAvailable
         try:
             self._wire.fetch(file, sink)
-        except Broken as broken:
+        except SourceError as broken:
             if broken.findings[0].kind in REFUSED | NETWORK:
                 self._broken = broken.findings[0]
             raise
@@ -58,7 +60,7 @@ class Mirror:
         for path in paths:
             if path in self._forbidden:
                 self._broken = self._forbidden[path]
-                raise Broken([self._broken])
+                raise SourceError([self._broken])
 
     def _find(self, path: str, size: int, offset: int) -> _MirrorFile | None:
         """The file at a path below the URL, or None where the mirror has none.
@@ -77,7 +79,7 @@ class Mirror:
             own = self._headers if origin(url) == origin(start) else {}
             try:
                 response = self._wire.ask("HEAD", url, own)
-            except Broken as broken:
+            except SourceError as broken:
                 self._broken = broken.findings[0]
                 raise
             if not response.is_redirect:
@@ -88,27 +90,27 @@ class Mirror:
             return None
         if status == 401:
             self._broken = _refused(self._url, response)
-            raise Broken([self._broken])
+            raise SourceError([self._broken])
         if status == 403:
             # S3 says so of what it does not have, too: another name may be there.
             self._forbidden[path] = _refused(self._url, response)
             return None
         self.reached.add(shown(url))
         # What a HEAD says else (405, a redirect too many) is left to the GET.
-        return _MirrorFile(Place(start, self._headers), start, size, offset)
+        return _MirrorFile(ResolvedUrl(start, self._headers), start, size, offset)
 
 
-class _MirrorFile(Location):
+class _MirrorFile(RemoteFile):
     """A whole file, or a part, that a mirror has."""
 
-    def __init__(self, place: Place, where: str, size: int, offset: int) -> None:
+    def __init__(self, place: ResolvedUrl, where: str, size: int, offset: int) -> None:
         super().__init__(where, size, offset)
         self._place = place
 
-    def place(self) -> Place:
+    def place(self) -> ResolvedUrl:
         return self._place
 
-    def refused(self, place: Place, response: requests.Response) -> Finding | None:  # noqa: ARG002
+    def refused(self, place: ResolvedUrl, response: requests.Response) -> Finding | None:  # noqa: ARG002
         if response.status_code in (404, 410):
             found = f"{response.status_code} {response.reason}"
             return Finding(Kind.NOT_THERE, self.where, "the file", found)

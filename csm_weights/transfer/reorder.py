@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from csm_weights.byte_ranges import Ranges
-from csm_weights.concurrency import Stopped, Tick
+from csm_weights.concurrency import Cancelled, OnProgress
 from csm_weights.hashing import Hasher, feed, sha256
-from csm_weights.store.block_io import Target
+from csm_weights.store.block_io import OutputFile
 
 
 class Chain:
@@ -23,10 +23,10 @@ class Chain:
     are read again (from the page cache, as a rule) when their turn comes.
     """
 
-    def __init__(self, fd: int, starts: Sequence[int], stop: threading.Event) -> None:
+    def __init__(self, fd: int, starts: Sequence[int], cancel: threading.Event) -> None:
         self._fd = fd
         self._starts = starts
-        self.stop = stop
+        self.cancel = cancel
         self._lock = threading.Lock()
         self._next = 0
         self._state = sha256()
@@ -60,7 +60,7 @@ class Chain:
                     return
                 self._busy = True
             start, end = self._starts[self._next], self._starts[self._next + 1]
-            feed(self._fd, start, end - start, [self._state], lambda _: None, self.stop)
+            feed(self._fd, start, end - start, [self._state], lambda _: None, self.cancel)
             with self._lock:
                 self._next += 1
                 self._busy = False
@@ -83,7 +83,7 @@ READ_BACK = 8 * BLOCK
 MOMENT = 0.1
 
 
-class Block:
+class Buffer:
     """Memory for `BLOCK` bytes, aligned to pages as direct writes need it."""
 
     def __init__(self) -> None:
@@ -91,18 +91,18 @@ class Block:
         self.view = memoryview(self._memory)
 
 
-class Blocks:
+class BufferPool:
     """The blocks of a run, used again and again; at most `held` of them wait in memory."""
 
     def __init__(self, held: int = HELD) -> None:
-        self._free: list[Block] = []
+        self._free: list[Buffer] = []
         self._lock = threading.Lock()
         self._may_hold = held
 
-    def lend(self) -> Block:
+    def lend(self) -> Buffer:
         """A block; there are as many as there are lines, and those that wait."""
         with self._lock:
-            return self._free.pop() if self._free else Block()
+            return self._free.pop() if self._free else Buffer()
 
     def hold(self, always: bool = False) -> bool:
         """Whether one more block waits in memory, past the limit if `always`; see `release`."""
@@ -112,53 +112,53 @@ class Blocks:
             self._may_hold -= 1
             return True
 
-    def release(self, block: Block) -> None:
+    def release(self, block: Buffer) -> None:
         """Takes back a block that waited."""
         with self._lock:
             self._may_hold += 1
             self._free.append(block)
 
-    def give_back(self, block: Block) -> None:
+    def give_back(self, block: Buffer) -> None:
         """Takes back a block that did not wait."""
         with self._lock:
             self._free.append(block)
 
 
-class Landing:
+class ReorderBuffer:
     """The half-open range `[start, end)` of a file whose blocks arrive in any order.
 
     `sinks` are fed with its bytes in order. `arrived` are ranges that an
     earlier run has written; they are read back. `record(offset, size)` is
-    called for each block once it is written; `tick` gets bytes as they
+    called for each block once it is written; `on_progress` gets bytes as they
     arrive, those of an earlier run at once.
     """
 
     def __init__(
         self,
-        target: Target,
+        target: OutputFile,
         start: int,
         end: int,
         sinks: Sequence[Hasher],
-        blocks: Blocks,
+        blocks: BufferPool,
         arrived: Sequence[tuple[int, int]],
         record: Callable[[int, int], None],
-        tick: Tick,
-        stop: threading.Event,
+        on_progress: OnProgress,
+        cancel: threading.Event,
     ) -> None:
         self._target = target
         self._next, self._start, self._end = start, start, end
         self._sinks = sinks
         self._blocks = blocks
         self._record = record
-        self._tick = tick
-        self._stop = stop
+        self._tick = on_progress
+        self._stop = cancel
         self._arrived = Ranges(arrived)
-        self._waiting: dict[int, tuple[Block, int]] = {}
+        self._waiting: dict[int, tuple[Buffer, int]] = {}
         self._changed = threading.Condition()
         self._starved_since: float | None = None
         self._is_over = self._is_closed = False
         if arrived:
-            tick(sum(end - start for start, end in arrived))
+            on_progress(sum(end - start for start, end in arrived))
         self._hasher = ThreadPoolExecutor(1)
         self._others = ThreadPoolExecutor(max(1, len(sinks) - 1))
         self._hashed = self._hasher.submit(self._hash_all)
@@ -174,10 +174,10 @@ class Landing:
         with self._changed:
             return not self._arrived
 
-    def put(self, block: Block, offset: int, size: int) -> None:
+    def put(self, block: Buffer, offset: int, size: int) -> None:
         """Writes a block's first `size` bytes to byte `offset`, and leaves it to be hashed."""
         if self._stop.is_set():
-            raise Stopped
+            raise Cancelled
         if not size:
             self._blocks.give_back(block)
             return
@@ -214,7 +214,7 @@ class Landing:
                     return False
                 self._changed.wait(MOMENT)
             if self._stop.is_set():
-                raise Stopped
+                raise Cancelled
         return True
 
     def finish(self) -> bool:
@@ -249,7 +249,7 @@ class Landing:
                     self._starved_since = self._starved_since or time.monotonic()
                     self._changed.wait(MOMENT)
                     if self._stop.is_set():
-                        raise Stopped
+                        raise Cancelled
                     continue
                 self._starved_since = None
             if here is not None:
@@ -259,7 +259,7 @@ class Landing:
                 feed(fd, self._next, size, self._sinks, lambda _: None, self._stop)
                 self._next = end
 
-    def _hash_block(self, block: Block, size: int) -> None:
+    def _hash_block(self, block: Buffer, size: int) -> None:
         try:
             with block.view[:size] as data:
                 others = [self._others.submit(sink.update, data) for sink in self._sinks[1:]]

@@ -1,6 +1,6 @@
 """Where the bytes of a piece may come from: one narrow interface for all.
 
-A source puts a piece's bytes into a `Sink` and says who it is; it never
+A source puts a piece's bytes into a `PieceWriter` and says who it is; it never
 judges them. The sink knows the digest, so a source cannot vouch for itself.
 Which source is asked next is composition: `first_of(chunks, hub, ...)`.
 """
@@ -12,14 +12,14 @@ from typing import Protocol
 
 from csm_weights.errors import Finding
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.transfer.reorder import Block
+from csm_weights.transfer.reorder import Buffer
 
 
-class Absent(Exception):
+class NotAvailable(Exception):
     """The source does not have this piece; another one may."""
 
 
-class Broken(Exception):
+class SourceError(Exception):
     """The source has the piece, but not the right bytes, or cannot give them."""
 
     def __init__(self, findings: Sequence[Finding]) -> None:
@@ -27,7 +27,7 @@ class Broken(Exception):
         self.findings = tuple(findings)
 
 
-class Sink(Protocol):
+class PieceWriter(Protocol):
     """Takes the bytes of one piece and proves them.
 
     They come as a local file (`take_file`), or in blocks in any order and
@@ -53,10 +53,10 @@ class Sink(Protocol):
     def wanted(self) -> list[tuple[int, int]]:
         """The half-open ranges of the artifact's bytes that are still to be put, in order."""
 
-    def lend(self) -> Block:
+    def lend(self) -> Buffer:
         """An empty block to be filled; it goes back by `put`."""
 
-    def put(self, block: Block, offset: int, size: int) -> None:
+    def put(self, block: Buffer, offset: int, size: int) -> None:
         """Takes the first `size` bytes of a block, which belong at byte `offset`."""
 
     def prove(self, where: str) -> None:
@@ -69,7 +69,7 @@ class Sink(Protocol):
 class Source(Protocol):
     """One place that may hold pieces."""
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
         """Puts the piece into `sink` and returns the place it came from.
 
         Raises Absent when it is not here, Broken when it is and cannot be used.
@@ -80,30 +80,30 @@ class _FirstOf:
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
         findings: list[Finding] = []
         for source in self._sources:
             try:
                 place = _proven(source, artifact, piece, sink)
-            except Absent:
+            except NotAvailable:
                 continue
-            except Broken as broken:
+            except SourceError as broken:
                 findings += broken.findings
             else:
                 sink.note(findings)
                 return place
         if findings:
-            raise Broken(findings)
-        raise Absent
+            raise SourceError(findings)
+        raise NotAvailable
 
 
-def _proven(source: Source, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+def _proven(source: Source, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
     """What one source delivers, proven; a source is blamed only for bytes that are all its own."""
     is_its_own = sink.is_empty
     place = source.deliver(artifact, piece, sink)
     try:
         sink.prove(place)
-    except Broken:
+    except SourceError:
         sink.begin()
         if is_its_own:
             raise

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from csm_weights.concurrency import Tick
+from csm_weights.concurrency import OnProgress
 from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
-from csm_weights.formats.architecture import Architecture, parse_config
+from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.tensor_index import check_against, read_checkpoint, read_safetensors
-from csm_weights.hashing import Measure, Measured, ShortRead, measure, sha256_of
-from csm_weights.manifest.digests import Whole, whole_findings
+from csm_weights.hashing import Digests, HashJob, ShortRead, measure, sha256_of
+from csm_weights.manifest.digests import Whole, digest_findings
 from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.store.receipts import PieceRecord, Receipt
 from csm_weights.untrusted import Fingerprint
@@ -105,15 +105,15 @@ class Proof:
         )
 
 
-def check(subjects: Sequence[Subject], rehash: bool, tick: Tick) -> list[GateResult]:
+def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) -> list[GateResult]:
     """Runs all gates over all files and returns every result, in gate order.
 
     With `rehash` every digest is taken again; otherwise a trusted receipt
-    answers for the file. `tick` gets bytes as they are hashed.
+    answers for the file. `on_progress` gets bytes as they are hashed.
     """
     results = [_present(s) for s in subjects] + [_size(s) for s in subjects]
     results += _structures(subjects)
-    results += _digests(subjects, rehash, tick)
+    results += _digests(subjects, rehash, on_progress)
     return results
 
 
@@ -137,7 +137,7 @@ def _size(subject: Subject) -> GateResult:
 
 
 def _structures(subjects: Sequence[Subject]) -> list[GateResult]:
-    architecture: Architecture | None = None
+    architecture: CsmConfig | None = None
     has_config = any(s.artifact.format == "config" for s in subjects)
     results = []
     configs_first = sorted(subjects, key=lambda s: s.artifact.format != "config")
@@ -150,7 +150,7 @@ def _structures(subjects: Sequence[Subject]) -> list[GateResult]:
     return results
 
 
-def _config_structure(subject: Subject) -> tuple[GateResult, Architecture | None]:
+def _config_structure(subject: Subject) -> tuple[GateResult, CsmConfig | None]:
     expected = "a description of a CSM network"
     if _is_absent(subject):
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present"), None
@@ -167,7 +167,7 @@ def _config_structure(subject: Subject) -> tuple[GateResult, Architecture | None
 
 
 def _weights_structure(
-    subject: Subject, architecture: Architecture | None, has_config: bool
+    subject: Subject, architecture: CsmConfig | None, has_config: bool
 ) -> GateResult:
     expected = "the tensors that config.json implies" if has_config else "a well-formed file"
     if _is_absent(subject):
@@ -187,7 +187,9 @@ def _weights_structure(
     return _result(Gate.STRUCTURE, subject, expected, found, findings)
 
 
-def _digests(subjects: Sequence[Subject], rehash: bool, tick: Tick) -> list[GateResult]:
+def _digests(
+    subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress
+) -> list[GateResult]:
     results: dict[Path, GateResult] = {}
     to_hash = []
     for subject in subjects:
@@ -204,7 +206,7 @@ def _digests(subjects: Sequence[Subject], rehash: bool, tick: Tick) -> list[Gate
             results[subject.path] = replace(result, sha256=subject.receipt.sha256)
         else:
             to_hash.append(subject)
-    for proof in prove(to_hash, tick):
+    for proof in prove(to_hash, on_progress):
         found = "; ".join(f.found for f in proof.findings) or f"sha256 {proof.sha256}"
         subject, findings = proof.subject, proof.findings
         result = _result(Gate.DIGEST, subject, _pinned(subject), found, findings)
@@ -212,11 +214,11 @@ def _digests(subjects: Sequence[Subject], rehash: bool, tick: Tick) -> list[Gate
     return [results[subject.path] for subject in subjects]
 
 
-def check_parts(parts: Sequence[tuple[Piece, Path]], tick: Tick) -> list[Finding]:
+def check_parts(parts: Sequence[tuple[Piece, Path]], on_progress: OnProgress) -> list[Finding]:
     """What hashing finds wrong with part files of the right size, one finding a part."""
     findings = []
-    jobs = [Measure(path, piece.size, ((0, piece.size),)) for piece, path in parts]
-    for (piece, _), found in zip(parts, _measure(jobs, tick), strict=True):
+    jobs = [HashJob(path, piece.size, ((0, piece.size),)) for piece, path in parts]
+    for (piece, _), found in zip(parts, _measure(jobs, on_progress), strict=True):
         if isinstance(found, Finding):
             findings.append(found)
         elif found.ranges[0] != piece.sha256:
@@ -271,7 +273,7 @@ class _Job:
 
     subject: Subject
     attested: str | None = None
-    measure: Measure = field(init=False)
+    measure: HashJob = field(init=False)
 
     def __post_init__(self) -> None:
         subject, artifact = self.subject, self.subject.artifact
@@ -287,7 +289,7 @@ class _Job:
             ranges = ()
         whole = self.attested is None
         git = artifact.is_git_proven
-        self.measure = Measure(subject.path, subject.edition.size, ranges, whole, git)
+        self.measure = HashJob(subject.path, subject.edition.size, ranges, whole, git)
 
 
 def is_attested(receipt: Receipt, artifact: Artifact) -> bool:
@@ -300,7 +302,7 @@ def is_attested(receipt: Receipt, artifact: Artifact) -> bool:
     return pinned and receipt.covers_pieces(artifact) and receipt.proves(artifact)
 
 
-def prove(subjects: Sequence[Subject], tick: Tick) -> list[Proof]:
+def prove(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
     """Hashes files of the right size and compares them with what is pinned.
 
     Every byte is read once, and covered by a sha256 of the manifest: by its
@@ -308,9 +310,9 @@ def prove(subjects: Sequence[Subject], tick: Tick) -> list[Proof]:
     """
     jobs = [_Job(subject) for subject in subjects]
     before = [_fingerprint(subject) for subject in subjects]
-    measured = _measure([job.measure for job in jobs], tick)
+    measured = _measure([job.measure for job in jobs], on_progress)
     return [
-        _judge(job, found, first, tick)
+        _judge(job, found, first, on_progress)
         for job, found, first in zip(jobs, measured, before, strict=True)
     ]
 
@@ -322,11 +324,13 @@ def _fingerprint(subject: Subject) -> Fingerprint | None:
         return None
 
 
-def _judge(job: _Job, found: Measured | Finding, before: Fingerprint | None, tick: Tick) -> Proof:
+def _judge(
+    job: _Job, found: Digests | Finding, before: Fingerprint | None, on_progress: OnProgress
+) -> Proof:
     subject, after = job.subject, _fingerprint(job.subject)
     if isinstance(found, Finding):
         return Proof(subject, None, (found,), after)
-    findings, good = _compare(job, found, tick)
+    findings, good = _compare(job, found, on_progress)
     if before != after or after is None:
         where = str(subject.path)
         findings.append(Finding(Kind.CHANGED, where, "a file at rest", "a write meanwhile"))
@@ -337,32 +341,34 @@ def _judge(job: _Job, found: Measured | Finding, before: Fingerprint | None, tic
     return Proof(subject, whole, tuple(findings), after, records, found.git_sha1, good)
 
 
-def _measure(jobs: Sequence[Measure], tick: Tick) -> list[Measured | Finding]:
+def _measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests | Finding]:
     """What was measured of each file, or why it could not be read to its end."""
     try:
-        return [*measure(jobs, tick)]
+        return [*measure(jobs, on_progress)]
     except (OSError, ShortRead):
-        return [_measure_alone(job, tick) for job in jobs]
+        return [_measure_alone(job, on_progress) for job in jobs]
 
 
-def _measure_alone(job: Measure, tick: Tick) -> Measured | Finding:
+def _measure_alone(job: HashJob, on_progress: OnProgress) -> Digests | Finding:
     try:
-        return measure([job], tick)[0]
+        return measure([job], on_progress)[0]
     except (OSError, ShortRead) as error:
         found = getattr(error, "strerror", None) or str(error)
         return Finding(Kind.UNREADABLE, str(job.path), "a readable file", found, "check the disk")
 
 
-def _compare(job: _Job, found: Measured, tick: Tick) -> tuple[list[Finding], frozenset[int]]:
+def _compare(
+    job: _Job, found: Digests, on_progress: OnProgress
+) -> tuple[list[Finding], frozenset[int]]:
     """What is wrong with a file, and the offsets of the pieces that are right all the same."""
     subject, artifact = job.subject, job.subject.artifact
     if found.ranges and (findings := _bad_pieces(subject, found.ranges)):
         return findings, _good_pieces(artifact, found.ranges)
     whole = Whole(found.whole or job.attested or "", found.git_sha1)
-    findings = whole_findings(artifact, subject.edition, whole, str(subject.path))
+    findings = digest_findings(artifact, subject.edition, whole, str(subject.path))
     is_pinned = subject.edition == artifact.editions[0]
     if findings and is_pinned and artifact.pieces and not found.ranges:
-        digests = _locate(subject, tick)
+        digests = _locate(subject, on_progress)
         return _bad_pieces(subject, digests) or findings, _good_pieces(artifact, digests)
     return findings, frozenset()
 
@@ -372,10 +378,10 @@ def _good_pieces(artifact: Artifact, digests: Sequence[str]) -> frozenset[int]:
     return frozenset(piece.offset for piece, digest in pairs if digest == piece.sha256)
 
 
-def _locate(subject: Subject, tick: Tick) -> tuple[str, ...]:
+def _locate(subject: Subject, on_progress: OnProgress) -> tuple[str, ...]:
     """The piece digests of a file that is known to be wrong somewhere."""
     ranges = tuple((p.offset, p.size) for p in subject.artifact.pieces)
-    return measure([Measure(subject.path, subject.artifact.size, ranges)], tick)[0].ranges
+    return measure([HashJob(subject.path, subject.artifact.size, ranges)], on_progress)[0].ranges
 
 
 def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:

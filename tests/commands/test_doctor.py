@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from csm_weights.commands import doctor, probe
-from csm_weights.commands.doctor import Checkup, Diagnosis, Verdict
+from csm_weights.commands.doctor import CheckResult, DoctorReport, Verdict
 from csm_weights.commands.render import report_hub
 from csm_weights.errors import CsmWeightsError, Kind
 from csm_weights.manifest import parse, render
@@ -95,7 +95,7 @@ class Bench:
     def asked(self) -> Request:
         return Request(self.root, "csm-tiny", **self.request)
 
-    def examine(self, smoke: bool = False) -> Diagnosis:
+    def examine(self, smoke: bool = False) -> DoctorReport:
         return doctor.examine(self.asked(), smoke)
 
     def owner(self, **access: Any) -> None:
@@ -122,9 +122,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """A fresh bench, with a token that the Hub knows and lets in, and little patience."""
     for name in UNSET.split():
         monkeypatch.delenv(name, raising=False)
-    hasty = functools.partial(client.Limits, backoff=0.001)
+    hasty = functools.partial(client.Timeouts, backoff=0.001)
     for module in (client, ranges):
-        monkeypatch.setattr(module, "Limits", hasty)
+        monkeypatch.setattr(module, "Timeouts", hasty)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "manifests").mkdir()
     with HubServer() as hub, contextlib.ExitStack() as closing:
@@ -134,11 +134,11 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
         yield Bench(tmp_path, hub, commit, monkeypatch.setenv, closing)
 
 
-def checks(diagnosis: Diagnosis) -> dict[str, Checkup]:
+def checks(diagnosis: DoctorReport) -> dict[str, CheckResult]:
     return {check.name: check for check in diagnosis.checks}
 
 
-def code(diagnosis: Diagnosis) -> int:
+def code(diagnosis: DoctorReport) -> int:
     return diagnosis.error.exit_code if diagnosis.error else 0
 
 
@@ -151,7 +151,7 @@ def code_of_weights(bench: Bench) -> int:
     return error.exit_code if error else 0
 
 
-def said(diagnosis: Diagnosis) -> str:
+def said(diagnosis: DoctorReport) -> str:
     return report_hub.diagnosis_text(diagnosis)
 
 

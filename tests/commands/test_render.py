@@ -21,7 +21,7 @@ from csm_weights.errors import (
     printable,
 )
 from csm_weights.pipeline import apply, checks
-from csm_weights.pipeline.plan import Goal
+from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Outcome
 from csm_weights.store.receipts import Check, Figures, SmokeReport
 from csm_weights.verify.gates import Gate, GateResult
@@ -306,7 +306,7 @@ def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None
 
 def test_json_of_a_survey_adds_up(toy: Toy) -> None:
     """Steps, bytes and pieces of `status --json` are those of the plan."""
-    survey = apply.survey(toy.request(), Goal.BOTH)
+    survey = apply.survey(toy.request(), Target.BOTH)
     data = read(report.survey_json(survey))
     assert data["bytes_to_read"] == sum(step["reads"] for step in data["steps"])
     assert data["bytes_to_write"] == sum(step["writes"] for step in data["steps"])

@@ -21,7 +21,7 @@ from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
 from csm_weights.store import hub_cache, install
 from csm_weights.store.hub_cache import How
-from csm_weights.store.inspect import Condition
+from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import receipt_path
 from tests.store.test_hub_cache import ask_client, git_sha1, hows, sha256, stamps
 from tests.support.clone import REPOSITORY
@@ -84,9 +84,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = hashing.measure
 
-    def measuring(jobs: Any, tick: Any) -> Any:
+    def measuring(jobs: Any, on_progress: Any) -> Any:
         names.extend(job.path.name for job in jobs)
-        return real(jobs, tick)
+        return real(jobs, on_progress)
 
     monkeypatch.setattr("csm_weights.verify.gates.measure", measuring)
     return names
@@ -335,7 +335,7 @@ def test_a_write_while_seeding_is_found_out(model: Toy, monkeypatch: pytest.Monk
     with pytest.raises(WrongContent):
         seed_cache(model.request())
     state = apply.survey(model.request()).state
-    assert state.artifacts[0].placed.condition is Condition.UNPROVEN
+    assert state.artifacts[0].placed.condition is FileState.UNVERIFIED
 
 
 def test_a_bad_blob_is_mended_once_the_file_is(model: Toy, home: Path) -> None:

@@ -22,7 +22,7 @@ from csm_weights.errors import CsmWeightsError, from_os_error
 from csm_weights.manifest import parse
 from csm_weights.pipeline import apply
 from csm_weights.pipeline import lock as locking
-from csm_weights.pipeline.plan import Goal
+from csm_weights.pipeline.plan import Target
 from csm_weights.store import block_io
 from csm_weights.store.inspect import CONSUMING_ROOM
 from csm_weights.transfer import consume
@@ -146,11 +146,11 @@ class Tripwire:
 
 
 def fetch(toy: Toy) -> None:
-    apply.act(toy.request("b.bin"), Goal.STAGED)
+    apply.act(toy.request("b.bin"), Target.STAGED)
 
 
 def place(toy: Toy) -> None:
-    apply.act(toy.request("b.bin"), Goal.PLACED)
+    apply.act(toy.request("b.bin"), Target.PLACED)
 
 
 def line(toy: Toy) -> None:

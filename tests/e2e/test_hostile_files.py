@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from csm_weights.errors import CsmWeightsError, MissingInput, WrongContent
 from csm_weights.formats import transformers_layout
-from csm_weights.formats.architecture import Architecture, parse_config
+from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.tensor_index import read_checkpoint
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
@@ -257,7 +257,7 @@ def test_any_config_is_read_or_refused(content: bytes) -> None:
     except WrongContent as error:
         assert error.findings
     else:
-        assert isinstance(architecture, Architecture)
+        assert isinstance(architecture, CsmConfig)
         assert len(architecture.tensor_shapes()) < 20_000
 
 

@@ -184,7 +184,7 @@ def test_progress_lines() -> None:
     """A progress line is one line, whatever its label and text hold."""
     stream = io.StringIO()
     with Progress(f"label{SHORT}", 0, stream) as progress:
-        progress.say(EVIL)
+        progress.log(EVIL)
     assert stream.getvalue().count("\n") == 1
     assert stream.getvalue()[:-1].isprintable()
 

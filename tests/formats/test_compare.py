@@ -21,16 +21,16 @@ from csm_weights.commands.render import report_compare
 from csm_weights.errors import Kind, MissingInput, UsageError, WrongContent
 from csm_weights.formats import compare as stage
 from csm_weights.formats import strided
-from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.compare import Comparison, Difference, What
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.transformers_layout import TIED
 from csm_weights.pipeline.request import Request
 from tests.support import hostile
 from tests.support.clone import REPOSITORY, Clone
 from tests.support.oracles import transformers_config, transformers_model
 
-TINY = Architecture(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 Q_PROJ = "backbone.layers.1.attn.q_proj.weight"
 K_PROJ = "decoder.layers.0.attn.k_proj.weight"
 AUDIO = "audio_embeddings.weight"
@@ -355,7 +355,7 @@ def test_a_name_that_is_not_csm_s_is_told(ours: Path, tmp_path: Path) -> None:
 def test_heads_come_from_the_config(tmp_path: Path) -> None:
     """A network of unknown shape is compared by the config.json beside it, not by a guess."""
     stack = FLAVORS["tiny-backbone"]
-    odd = Architecture(
+    odd = CsmConfig(
         type(stack)(layers=1, dim=48, heads=2, kv_heads=1, ffn=40), TINY.decoder, 512, 35, 32
     )
     state = {name: torch.randn(shape) for name, shape in odd.tensor_shapes().items()}
@@ -461,7 +461,7 @@ def test_a_file_that_is_written_to_meanwhile_is_refused(
     shutil.copy(ours, other)
     read = strided.read_elements
 
-    def disturbed(source: Joined, *arguments: Any) -> None:
+    def disturbed(source: MultipartFile, *arguments: Any) -> None:
         read(source, *arguments)
         with other.open("r+b") as file:
             file.write(other.read_bytes()[:1])
@@ -481,7 +481,7 @@ def test_a_file_that_is_cut_meanwhile_is_refused(
     shutil.copy(ours, other)
     read = strided.read_elements
 
-    def cutting(source: Joined, *arguments: Any) -> None:
+    def cutting(source: MultipartFile, *arguments: Any) -> None:
         os.truncate(other, 10_000)
         read(source, *arguments)
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csm_weights.formats.multipart import Joined
+from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import TensorInfo, row_major
 
@@ -36,7 +36,9 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]
     return path, data
 
 
-def read(source: Joined, info: TensorInfo, start: int = 0, count: int | None = None) -> bytes:
+def read(
+    source: MultipartFile, info: TensorInfo, start: int = 0, count: int | None = None
+) -> bytes:
     count = math.prod(info.shape) - start if count is None else count
     room = bytearray(count * info.itemsize)
     read_elements(source, info, start, room)
@@ -72,7 +74,7 @@ def test_any_view_reads_as_torch_has_it(
     typed = data.view(DTYPES[dtype])
     expected = typed.as_strided(shape, stride, 3 * 8 // info.itemsize).contiguous().flatten()
     start, stop = sorted(int(cut * expected.numel()) for cut in cuts)
-    with Joined([path]) as source:
+    with MultipartFile([path]) as source:
         assert expected.numpy().tobytes() == read(source, info)
         part = expected[start:stop].numpy().tobytes()
         assert part == read(source, info, start, stop - start)
@@ -100,7 +102,7 @@ def test_large_views_that_are_far_apart(
     data.numpy().tofile(path)
     expected = data.as_strided(shape, stride).contiguous().flatten().numpy().tobytes()
     info = TensorInfo("t", "I32", shape, 0, stride)
-    with Joined([path]) as source:
+    with MultipartFile([path]) as source:
         assert expected == read(source, info)
         # From the middle of one row to the middle of another.
         assert expected[4 * 555 : -4 * 777] == read(source, info, 555, len(expected) // 4 - 1332)
@@ -116,7 +118,7 @@ def test_memory_is_bounded(stride: tuple[int, int], tmp_path: Path) -> None:
         file.truncate(4 * elements)
     info = TensorInfo("t", "F32", shape, 0, stride)
     room = bytearray(MiB)
-    with Joined([path]) as source:
+    with MultipartFile([path]) as source:
         tracemalloc.start()
         read_elements(source, info, 1000, room)
         _, peak = tracemalloc.get_traced_memory()
@@ -132,7 +134,7 @@ def test_parts_are_read_as_one(noise: tuple[Path, torch.Tensor], tmp_path: Path)
     for part, begin in zip(parts, (0, 5_001, 7_003), strict=True):
         part.write_bytes(content[begin : {0: 5_001, 5_001: 7_003}.get(begin)])
     info = TensorInfo("t", "F32", (40, 60), LEAD, (1, 41))
-    with Joined([path]) as whole, Joined(parts) as joined:
+    with MultipartFile([path]) as whole, MultipartFile(parts) as joined:
         assert read(whole, info) == read(joined, info)
 
 
@@ -143,7 +145,7 @@ def test_only_elements_of_the_tensor_are_read(
     """A range that leaves the tensor is refused."""
     path, _ = noise
     info = TensorInfo("t", "F32", (2, 3), LEAD, (3, 1))
-    with Joined([path]) as source, pytest.raises(ValueError, match="of \\[2, 3\\]"):
+    with MultipartFile([path]) as source, pytest.raises(ValueError, match="of \\[2, 3\\]"):
         read_elements(source, info, start, bytearray(4 * count))
 
 

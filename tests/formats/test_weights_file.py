@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm_weights.errors import Kind, MissingInput, WrongContent
-from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.tensor_index import (
+    TensorIndex,
     TensorInfo,
-    TensorTable,
     check_against,
     read_checkpoint,
     read_safetensors,
@@ -29,7 +29,7 @@ from csm_weights.formats.tensor_index import (
 )
 from tests.support import hostile
 
-TINY = Architecture(
+TINY = CsmConfig(
     FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], text_vocab=512, audio_vocab=35, codebooks=32
 )
 READERS = {"safetensors": read_safetensors, "checkpoint": read_checkpoint}
@@ -415,7 +415,7 @@ def test_not_a_file(reader: Any, tmp_path: Path) -> None:
 # --- against an architecture
 
 
-def _table(**changes: TensorInfo | None) -> TensorTable:
+def _table(**changes: TensorInfo | None) -> TensorIndex:
     shapes = TINY.tensor_shapes()
     tensors = {n: TensorInfo(n, "F32", s, 0, row_major(s)) for n, s in shapes.items()}
     for name, info in changes.items():
@@ -423,7 +423,7 @@ def _table(**changes: TensorInfo | None) -> TensorTable:
             del tensors[name]
         else:
             tensors[name] = info
-    return TensorTable(tensors, 0)
+    return TensorIndex(tensors, 0)
 
 
 def test_architecture_agrees() -> None:
@@ -449,6 +449,6 @@ def test_architecture_differs() -> None:
 
 def test_architecture_of_another_model() -> None:
     """Of very many findings 20 are spelled out, and the rest are counted."""
-    findings = check_against(TensorTable({}, 0), TINY, "model")
+    findings = check_against(TensorIndex({}, 0), TINY, "model")
     assert len(findings) == 21
     assert f"{len(TINY.tensor_shapes()) - 20} more findings" == findings[-1].found

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csm_weights.errors import MissingInput, UsageError, WrongContent
-from csm_weights.formats.architecture import FLAVORS, Architecture, Transformer, parse_config
+from csm_weights.formats.architecture import FLAVORS, CsmConfig, TransformerConfig, parse_config
 from csm_weights.model.csm import KeyValueCache, Model, chooser
 from tests.support.oracles import torchtune_stack, transformers_config, transformers_model
 
-TINY = Architecture(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
-CSM_1B = Architecture(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
+TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+CSM_1B = CsmConfig(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
 TINY_CONFIG = {
     "audio_num_codebooks": 32,
     "audio_vocab_size": 35,
@@ -81,7 +81,7 @@ def directory(tmp_path: Path, model: Model) -> Path:
     return tmp_path
 
 
-def random_model(architecture: Architecture) -> Model:
+def random_model(architecture: CsmConfig) -> Model:
     """A model whose attention is sharp enough that every position matters."""
     torch.manual_seed(1)
     model = Model(architecture).eval().requires_grad_(False)
@@ -260,7 +260,7 @@ def test_cached_stack_matches_torchtunes_cache(model: Model, name: str) -> None:
         assert_close(ours(x[:, start:end], positions, caches), expected)
 
 
-def tuned_copy(ours: torch.nn.Module, stack: Transformer) -> Any:
+def tuned_copy(ours: torch.nn.Module, stack: TransformerConfig) -> Any:
     tuned = torchtune_stack(stack, 2048)
     tuned.load_state_dict(ours.state_dict())
     return tuned

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from csm_weights.errors import UsageError
-from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.weights_file import find_weights
 from csm_weights.model import fast_decoder
 from csm_weights.model.csm import Model, chooser
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
 from tests.model.test_csm import TINY, frames, random_model
 
-CSM_1B = Architecture(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
+CSM_1B = CsmConfig(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
 
 CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny"
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from csm_weights.errors import CsmWeightsError, MissingInput, UsageError, WrongContent
-from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.model import generator as generators
 from csm_weights.model import speech, watermark
 from csm_weights.model.csm import Model
@@ -26,7 +26,7 @@ from csm_weights.model.generator import Generator, Segment
 from csm_weights.model.speech import Mimi, TextTokenizer, find_codec, find_tokenizer
 from csm_weights.model.watermark import resample
 
-TINY = Architecture(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 SMALL = replace(TINY, max_positions=20)
 
 #: The ids of BOS and EOS in the tokenizer of these tests: they follow 256 bytes.

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from csm_weights.byte_ranges import Span
-from csm_weights.formats.weights_file import find_weights, open_checkpoint
+from csm_weights.byte_ranges import ByteRange
+from csm_weights.formats.weights_file import find_weights, open_weights
 from csm_weights.model import smoke
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
-from csm_weights.model.load import Ring, load_tensors
+from csm_weights.model.load import StagingBuffers, load_tensors
 from tests.model.test_csm import TINY
 from tests.model.test_fast_decoder import prompt, reference
 from tests.model.test_smoke import saved, tiny_state
@@ -29,12 +29,14 @@ CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny"
 
 @pytest.mark.parametrize("format_", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ring", [None, Ring(4096, 2, 3), Ring(1 << 20, 1, 1)])
-def test_a_gpu_gets_the_same_tensors(format_: str, dtype: torch.dtype, ring: Ring | None) -> None:
+@pytest.mark.parametrize("ring", [None, StagingBuffers(4096, 2, 3), StagingBuffers(1 << 20, 1, 1)])
+def test_a_gpu_gets_the_same_tensors(
+    format_: str, dtype: torch.dtype, ring: StagingBuffers | None
+) -> None:
     """From parts, in either format, through rings of any shape: bit for bit the CPU's tensors."""
     found = []
     for device in ("cpu", "cuda"):
-        with open_checkpoint(find_weights(CHUNKS / format_)) as checkpoint:
+        with open_weights(find_weights(CHUNKS / format_)) as checkpoint:
             options: Any = {"ring": ring} if device == "cuda" else {}
             found.append(load_tensors(checkpoint, torch.device(device), dtype, **options))
 
@@ -45,9 +47,9 @@ def test_a_gpu_gets_the_same_tensors(format_: str, dtype: torch.dtype, ring: Rin
 def test_a_flipped_byte_is_refused_on_the_way_to_a_gpu(tmp_path: Path) -> None:
     """Digests are held against the bytes that are copied to the device."""
     (tmp_path / "w").write_bytes(b"".join(p.read_bytes() for p in find_weights(CHUNKS / "ckpt")))
-    digests = [Span(0, (tmp_path / "w").stat().st_size, "0" * 64)]
+    digests = [ByteRange(0, (tmp_path / "w").stat().st_size, "0" * 64)]
     with (
-        open_checkpoint([tmp_path / "w"]) as checkpoint,
+        open_weights([tmp_path / "w"]) as checkpoint,
         pytest.raises(Exception, match="not those that are pinned"),
     ):
         load_tensors(checkpoint, torch.device("cuda"), torch.bfloat16, digests=digests)

@@ -21,19 +21,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from csm_weights.byte_ranges import Span
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import MissingInput, WrongContent
-from csm_weights.formats.multipart import Joined, find_parts
-from csm_weights.formats.weights_file import find_weights, open_checkpoint
+from csm_weights.formats.multipart import MultipartFile, find_chunk_files
+from csm_weights.formats.weights_file import find_weights, open_weights
 from csm_weights.model import load
-from csm_weights.model.load import Ring, load_tensors
+from csm_weights.model.load import StagingBuffers, load_tensors
 from csm_weights.model.stream import blocks, stream
 
 CPU = torch.device("cpu")
 CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny" / "safetensors"
 
 #: Slots so small that every tensor is cut, and elements are.
-SMALL = Ring(block=4099, slots=1, threads=3)
+SMALL = StagingBuffers(block=4099, slots=1, threads=3)
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +69,21 @@ def in_parts(path: Path, folder: Path, size: int) -> list[Path]:
     for number, start in enumerate(range(0, len(content), size)):
         suffix = "".join(chr(97 + n) for n in divmod(number, 26))
         (folder / f"{path.name}.part-{suffix}").write_bytes(content[start : start + size])
-    return find_parts(folder, path.name)
+    return find_chunk_files(folder, path.name)
 
 
-def pinned(content: bytes, size: int) -> list[Span]:
+def pinned(content: bytes, size: int) -> list[ByteRange]:
     """Spans of `size` bytes with their digests."""
     return [
-        Span(s.offset, s.size, hashlib.sha256(content[s.offset : s.offset + s.size]).hexdigest())
+        ByteRange(
+            s.offset, s.size, hashlib.sha256(content[s.offset : s.offset + s.size]).hexdigest()
+        )
         for s in blocks(len(content), size)
     ]
 
 
 def loaded(paths: Sequence[Path], dtype: torch.dtype | None = None, **options: Any) -> Any:
-    with open_checkpoint(paths) as checkpoint:
+    with open_weights(paths) as checkpoint:
         return load_tensors(checkpoint, CPU, dtype, **options)
 
 
@@ -142,7 +144,7 @@ def test_no_cut_loses_a_byte(
     parts = in_parts(source, tmp_path_factory.mktemp("cut") / "parts", part)
     digests = pinned(source.read_bytes(), piece) if piece else ()
 
-    found = loaded(parts, torch.bfloat16, digests=digests, ring=Ring(block, 1, threads))
+    found = loaded(parts, torch.bfloat16, digests=digests, ring=StagingBuffers(block, 1, threads))
     assert_same(found, state, torch.bfloat16)
 
 
@@ -209,7 +211,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
     """A write during the read is noticed at its end."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(files["safetensors"].read_bytes())
-    with open_checkpoint([path]) as checkpoint:
+    with open_weights([path]) as checkpoint:
         path.write_bytes(files["safetensors"].read_bytes())
         with pytest.raises(WrongContent, match="changed while"):
             load_tensors(checkpoint, CPU, torch.bfloat16)
@@ -221,7 +223,7 @@ def test_a_file_that_is_cut_while_it_is_loaded_is_refused(
     """A file that becomes shorter gives an error, no zeros."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(files["safetensors"].read_bytes())
-    with open_checkpoint([path]) as checkpoint:
+    with open_weights([path]) as checkpoint:
         with path.open("r+b") as file:
             file.truncate(10_000)
         with pytest.raises(WrongContent, match="ended early"):
@@ -244,7 +246,7 @@ def test_torchs_threads_are_as_before(files: dict[str, Path]) -> None:
     try:
         loaded([files["safetensors"]], torch.bfloat16)
         with pytest.raises(WrongContent):
-            wrong = [Span(0, files["safetensors"].stat().st_size, "0" * 64)]
+            wrong = [ByteRange(0, files["safetensors"].stat().st_size, "0" * 64)]
             loaded([files["safetensors"]], torch.bfloat16, digests=wrong)
         with ThreadPoolExecutor(1) as fresh:
             assert fresh.submit(torch.get_num_threads).result() == 2
@@ -275,7 +277,7 @@ def test_parts_come_in_the_order_of_split(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
 
-    assert [path.name for path in find_parts(tmp_path, "w")] == names[:3]
+    assert [path.name for path in find_chunk_files(tmp_path, "w")] == names[:3]
 
 
 def test_what_is_not_there_is_missing(tmp_path: Path) -> None:
@@ -284,14 +286,14 @@ def test_what_is_not_there_is_missing(tmp_path: Path) -> None:
         with pytest.raises(MissingInput, match=str(path)):
             find_weights(path)
     with pytest.raises(MissingInput, match="gone"):
-        open_checkpoint([tmp_path / "gone.safetensors"])
+        open_weights([tmp_path / "gone.safetensors"])
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     """A folder in the place of a part is refused, and nothing waits for a pipe."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(WrongContent, match="regular file"):
-        open_checkpoint([tmp_path / "pipe"])
+        open_weights([tmp_path / "pipe"])
 
 
 # ---- the ring
@@ -319,7 +321,7 @@ def test_every_byte_passes_once(tmp_path: Path) -> None:
     content = bytes(range(256)) * 40
     (tmp_path / "file").write_bytes(content)
     taken: dict[int, bytes] = {}
-    with Joined([tmp_path / "file"]) as source:
+    with MultipartFile([tmp_path / "file"]) as source:
         stream(source, blocks(source.size, 1000), lambda: Recorder(300, taken), threads=3)
 
     assert taken.pop(-1) == b"..."
@@ -382,8 +384,8 @@ def test_a_pinned_slot_is_filled_again_only_after_its_copy(
     files: dict[str, Path], state: dict[str, Tensor], fake_cuda: list[str]
 ) -> None:
     """Before a slot is given out a second time, the event of its last copy is waited for."""
-    ring = Ring(block=2048, slots=2, threads=1)
-    with open_checkpoint([files["torch-zip"]]) as checkpoint:
+    ring = StagingBuffers(block=2048, slots=2, threads=1)
+    with open_weights([files["torch-zip"]]) as checkpoint:
         flat = load._Flat(checkpoint, CPU, torch.bfloat16, ())
         before: Any = None
         spans = load._needed(flat.places, 2048)
@@ -407,8 +409,8 @@ def test_a_pinned_slot_is_filled_again_only_after_its_copy(
 
 def test_the_pinned_ring_is_within_its_bound() -> None:
     """At most 256 MiB are pinned, whatever the number of cores."""
-    assert load.pinned_ring().nbytes <= 256 << 20
-    assert load.pinned_ring().slots >= 2
+    assert load.pinned_buffers().nbytes <= 256 << 20
+    assert load.pinned_buffers().slots >= 2
 
 
 def test_a_gpu_that_is_too_small_is_told_before_anything_is_read(
@@ -418,7 +420,7 @@ def test_a_gpu_that_is_too_small_is_told_before_anything_is_read(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a small one")
     with (
-        open_checkpoint([files["safetensors"]]) as checkpoint,
+        open_weights([files["safetensors"]]) as checkpoint,
         pytest.raises(torch.OutOfMemoryError, match=r"a small one.*1,000 bytes are free"),
     ):
         load_tensors(checkpoint, torch.device("cuda:0"), torch.bfloat16)
@@ -433,7 +435,10 @@ def test_a_failing_lane_ends_the_others(tmp_path: Path) -> None:
             raise RuntimeError(f"no device for {size} bytes at {offset}")
 
     threads = threading.active_count()
-    with Joined([tmp_path / "file"]) as source, pytest.raises(RuntimeError, match="no device"):
+    with (
+        MultipartFile([tmp_path / "file"]) as source,
+        pytest.raises(RuntimeError, match="no device"),
+    ):
         stream(source, blocks(source.size, 1000), lambda: Failing(300, {}), threads=3)
     assert threading.active_count() == threads
 
@@ -442,9 +447,9 @@ def test_loading_imports_nothing_more_than_torch() -> None:
     """Making an empty network imports none of the hundreds of modules of torch's compiler."""
     code = f"""
 import sys, torch, csm_weights.model.csm
-from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.architecture import FLAVORS, CsmConfig
 before = len(sys.modules)
-tiny = Architecture(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+tiny = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 csm_weights.model.csm.Model.from_local({str(CHUNKS)!r}, architecture=tiny)
 print(len(sys.modules) - before)
 """

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csm_weights.errors import MissingInput, SmokeUnavailable, UsageError, WrongContent
-from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.model import fast_decoder, smoke
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.smoke import record_golden
 from csm_weights.store.receipts import Check, SmokeReport
 
-TINY = Architecture(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 TINY_CONFIG = {
     "audio_num_codebooks": 32,
     "audio_vocab_size": 35,

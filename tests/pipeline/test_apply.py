@@ -20,10 +20,10 @@ from filelock import FileLock
 from csm_weights import hashing
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.pipeline import apply, checks
-from csm_weights.pipeline.plan import Goal, Verb
+from csm_weights.pipeline.plan import Target, Verb
 from csm_weights.pipeline.request import Outcome, Request
 from csm_weights.store import install
-from csm_weights.store.inspect import Condition
+from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import Receipt, journal_path, partial_path, receipt_path
 from tests.support.toy import NOTE, PIECE_SIZE, Toy, flip
 
@@ -107,7 +107,7 @@ def test_assembling_hashes_each_byte_for_its_piece_and_for_the_whole(
     toy: Toy, hashed: Callable[[], int]
 ) -> None:
     """Every byte is fed to its piece's digest and the whole's; the first piece's is shared."""
-    apply.act(toy.request("a.bin", "b.bin"), Goal.STAGED)
+    apply.act(toy.request("a.bin", "b.bin"), Target.STAGED)
     sizes = [a.size for a in toy.manifest.artifacts if a.pieces]
     assert hashed() == sum(2 * size - PIECE_SIZE for size in sizes)
 
@@ -296,7 +296,7 @@ def test_a_file_already_in_place_is_adopted(toy: Toy) -> None:
     toy.placed("b.bin").write_bytes(toy.good("b.bin"))
     outcome = weights(toy, "b.bin")
     assert verbs(outcome) == [Verb.PROVE]
-    assert outcome.state.artifacts[0].placed.condition is Condition.PROVEN
+    assert outcome.state.artifacts[0].placed.condition is FileState.VERIFIED
 
 
 def test_a_wrong_file_in_place_is_reported_and_replaced(toy: Toy) -> None:
@@ -396,16 +396,16 @@ def test_another_accepted_edition_in_place_is_kept(toy: Toy) -> None:
 
 def test_fetch_stops_at_the_staging_folder(toy: Toy) -> None:
     """`fetch` brings files to output/ and `place` takes them from there."""
-    apply.act(toy.request(), Goal.STAGED)
+    apply.act(toy.request(), Target.STAGED)
     assert (toy.staged("a.bin").exists(), toy.placed("a.bin").exists()) == (True, False)
-    apply.act(toy.request(), Goal.PLACED)
+    apply.act(toy.request(), Target.PLACED)
     assert everything_is_placed(toy)
 
 
 def test_place_without_staged_files_says_to_fetch(toy: Toy) -> None:
     """`place` alone does not assemble; it names the command that does."""
     with pytest.raises(MissingInput, match="inv fetch"):
-        apply.act(toy.request(), Goal.PLACED)
+        apply.act(toy.request(), Target.PLACED)
 
 
 @pytest.fixture
@@ -700,11 +700,11 @@ def test_two_checkouts_with_one_destination_take_turns(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     first, second = Toy.make(tmp_path / "one"), Toy.make(tmp_path / "two")
     dest = str(tmp_path / "dest")
-    apply.act(first.request("a.bin", dest=dest), Goal.BOTH)
+    apply.act(first.request("a.bin", dest=dest), Target.BOTH)
     lock = FileLock(tmp_path / "dest" / ".csm-weights" / ".lock")
     with ThreadPoolExecutor(1) as pool:
         with lock:
-            waiting = pool.submit(apply.act, second.request("b.bin", dest=dest), Goal.BOTH)
+            waiting = pool.submit(apply.act, second.request("b.bin", dest=dest), Target.BOTH)
             time.sleep(0.5)
             assert not (tmp_path / "dest" / "b.bin").exists()
         waiting.result(timeout=30)

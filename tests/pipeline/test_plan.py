@@ -17,9 +17,9 @@ from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.plan import (
-    Goal,
     Plan,
     Step,
+    Target,
     Verb,
     default_selection,
     make_plan,
@@ -27,9 +27,9 @@ from csm_weights.pipeline.plan import (
 )
 from csm_weights.store.inspect import (
     ArtifactState,
-    Condition,
-    FileLook,
-    Places,
+    FileState,
+    FileStatus,
+    Paths,
     State,
     filesystem_type,
     look,
@@ -49,11 +49,11 @@ from csm_weights.store.receipts import (
 from csm_weights.untrusted import Fingerprint
 from tests.support.toy import PIECE_SIZE, Toy, flip
 
-PLACES = Places(Path("/root"), Path("/root/staged"), Path("/root/placed"))
+PLACES = Paths(Path("/root"), Path("/root/staged"), Path("/root/placed"))
 SHA = "5" * 64
-PROVEN, UNPROVEN = Condition.PROVEN, Condition.UNPROVEN
-ABSENT, WRONG = Condition.ABSENT, Condition.WRONG
-HERE = (PROVEN, UNPROVEN)
+VERIFIED, UNVERIFIED = FileState.VERIFIED, FileState.UNVERIFIED
+ABSENT, INVALID = FileState.ABSENT, FileState.INVALID
+HERE = (VERIFIED, UNVERIFIED)
 
 
 # ---- generated states
@@ -67,19 +67,19 @@ def receipt_of(path: str, size: int) -> Receipt:
     return Receipt(path, "toy", size, SHA, (), Fingerprint(1, size, 2, 3), "now", "test")
 
 
-def file_look(path: Path, condition: Condition, size: int) -> FileLook:
+def file_look(path: Path, condition: FileState, size: int) -> FileStatus:
     if condition is ABSENT:
-        return FileLook(path, condition)
-    wrong = finding(path) if condition is WRONG else None
-    receipt = receipt_of(path.name, size) if condition is PROVEN else None
-    return FileLook(path, condition, size, wrong, receipt)
+        return FileStatus(path, condition)
+    wrong = finding(path) if condition is INVALID else None
+    receipt = receipt_of(path.name, size) if condition is VERIFIED else None
+    return FileStatus(path, condition, size, wrong, receipt)
 
 
-def part_look(piece: Piece, condition: Condition) -> FileLook:
-    kind = {ABSENT: Kind.MISSING, WRONG: Kind.WRONG_SIZE}.get(condition)
+def part_look(piece: Piece, condition: FileState) -> FileStatus:
+    kind = {ABSENT: Kind.MISSING, INVALID: Kind.WRONG_SIZE}.get(condition)
     path = PLACES.root / piece.part
     size = None if condition is ABSENT else piece.size
-    return FileLook(path, condition, size, finding(piece.part, kind) if kind else None)
+    return FileStatus(path, condition, size, finding(piece.part, kind) if kind else None)
 
 
 @st.composite
@@ -99,9 +99,9 @@ def artifacts(draw: st.DrawFn, name: str) -> Artifact:
 @st.composite
 def artifact_states(draw: st.DrawFn, name: str) -> ArtifactState:
     artifact = draw(artifacts(name))
-    conditions = st.sampled_from(list(Condition))
+    conditions = st.sampled_from(list(FileState))
     kept = [p for p in artifact.pieces if draw(st.booleans())] if draw(st.booleans()) else []
-    parts = st.sampled_from([UNPROVEN, UNPROVEN, UNPROVEN, ABSENT, WRONG])
+    parts = st.sampled_from([UNVERIFIED, UNVERIFIED, UNVERIFIED, ABSENT, INVALID])
     extras = draw(st.integers(0, 5)) == 0 and bool(artifact.pieces)
     return ArtifactState(
         artifact,
@@ -133,11 +133,11 @@ def a_state(*items: ArtifactState, **changes: Any) -> State:
 
 def an_item(
     name: str = "a",
-    placed: Condition = ABSENT,
-    staged: Condition = ABSENT,
+    placed: FileState = ABSENT,
+    staged: FileState = ABSENT,
     kind: str = "opaque",
     pieces: int = 0,
-    part: Condition = UNPROVEN,
+    part: FileState = UNVERIFIED,
 ) -> ArtifactState:
     """An artifact of 10 bytes a piece, with both its files and all its parts as told."""
     tiles = tuple(Piece(f"chunks/{name}-{i}", 10 * i, 10, SHA) for i in range(pieces))
@@ -162,23 +162,23 @@ def steps_of(plan: Plan, item: ArtifactState) -> list[Step]:
 
 # ---- properties of every plan
 
-any_goal = st.sampled_from(Goal)
+any_goal = st.sampled_from(Target)
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def is_settled(item: ArtifactState, goal: Goal) -> bool:
+def is_settled(item: ArtifactState, goal: Target) -> bool:
     """Whether nothing is left to do for an artifact."""
-    return item.placed.condition is PROVEN or (
-        goal is Goal.STAGED and item.placed.condition is not UNPROVEN
-        and item.staged.condition is PROVEN
+    return item.placed.condition is VERIFIED or (
+        goal is Target.STAGED and item.placed.condition is not UNVERIFIED
+        and item.staged.condition is VERIFIED
     )  # fmt: skip
 
 
-def is_reachable(item: ArtifactState, goal: Goal) -> bool:
+def is_reachable(item: ArtifactState, goal: Target) -> bool:
     """Whether the artifact is here, or all that makes it is."""
     if item.placed.condition in HERE or item.staged.condition in HERE:
         return True
-    if goal is Goal.PLACED:
+    if goal is Target.PLACED:
         return False
     if any(edition.text is not None for edition in item.artifact.editions):
         return True
@@ -191,7 +191,7 @@ def is_reachable(item: ArtifactState, goal: Goal) -> bool:
 
 @many
 @given(state=states(), goal=any_goal)
-def test_bytes_to_read_and_write_are_plausible(state: State, goal: Goal) -> None:
+def test_bytes_to_read_and_write_are_plausible(state: State, goal: Target) -> None:
     """No count is negative, and no step handles more than its whole file."""
     for step in make_plan(state, goal).steps:
         most = max(edition.size for edition in step.artifact.editions)
@@ -201,7 +201,7 @@ def test_bytes_to_read_and_write_are_plausible(state: State, goal: Goal) -> None
 
 @many
 @given(state=states(), goal=any_goal)
-def test_what_is_written_is_what_is_not_kept(state: State, goal: Goal) -> None:
+def test_what_is_written_is_what_is_not_kept(state: State, goal: Target) -> None:
     """Journaled pieces and shared blocks are not written again; all bytes are read."""
     for step in make_plan(state, goal).having(Verb.ASSEMBLE):
         kept = sum(record.size for record in step.state.partial)
@@ -211,14 +211,14 @@ def test_what_is_written_is_what_is_not_kept(state: State, goal: Goal) -> None:
 
 @many
 @given(state=states(), goal=any_goal)
-def test_done_means_everything_proven_in_its_place(state: State, goal: Goal) -> None:
+def test_done_means_everything_proven_in_its_place(state: State, goal: Target) -> None:
     """A plan is done if, and only if, every file is proven where the goal wants it."""
     assert make_plan(state, goal).is_done == all(is_settled(i, goal) for i in state.artifacts)
 
 
 @many
 @given(state=states(), goal=any_goal)
-def test_each_artifact_has_steps_or_a_finding(state: State, goal: Goal) -> None:
+def test_each_artifact_has_steps_or_a_finding(state: State, goal: Target) -> None:
     """What can be made has steps; what cannot has none, and the plan says why."""
     plan = make_plan(state, goal)
     for item in state.artifacts:
@@ -230,7 +230,7 @@ def test_each_artifact_has_steps_or_a_finding(state: State, goal: Goal) -> None:
 
 @many
 @given(state=states(), goal=any_goal)
-def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Goal) -> None:
+def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Target) -> None:
     """The last step is about the placed file, or moves it there; fetching moves nothing."""
     plan = make_plan(state, goal)
     door = Verb.MOVE if state.same_filesystem else Verb.COPY
@@ -238,7 +238,7 @@ def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Goal) -> Non
         steps = steps_of(plan, item)
         moves = [step.verb for step in steps if step.verb in (Verb.MOVE, Verb.COPY)]
         in_place = bool(steps) and steps[0].look is item.placed
-        expected = [door] if steps and not in_place and goal is not Goal.STAGED else []
+        expected = [door] if steps and not in_place and goal is not Target.STAGED else []
         assert moves == expected
         assert not moves or steps[-1].verb is door
 
@@ -247,13 +247,13 @@ def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Goal) -> Non
 @given(state=states())
 def test_placing_makes_nothing_new(state: State) -> None:
     """`place` proves and moves what is staged; it neither assembles nor writes."""
-    plan = make_plan(state, Goal.PLACED)
+    plan = make_plan(state, Target.PLACED)
     assert plan.having(Verb.ASSEMBLE, Verb.WRITE) == ()
 
 
 @many
 @given(state=states(), goal=any_goal)
-def test_space_is_counted_before_anything_is_written(state: State, goal: Goal) -> None:
+def test_space_is_counted_before_anything_is_written(state: State, goal: Target) -> None:
     """Too little room is a finding if, and only if, more is to be written than is free."""
     plan = make_plan(state, goal)
     staged = sum(s.writes for s in plan.having(Verb.ASSEMBLE, Verb.WRITE))
@@ -272,11 +272,11 @@ def test_space_is_counted_before_anything_is_written(state: State, goal: Goal) -
 
 @many
 @given(state=states(), goal=any_goal)
-def test_a_wrong_file_that_is_replaced_is_told(state: State, goal: Goal) -> None:
+def test_a_wrong_file_that_is_replaced_is_told(state: State, goal: Target) -> None:
     """Whatever a step replaces because it is wrong is in the plan's notes or findings."""
     plan = make_plan(state, goal)
     for step in plan.having(Verb.MOVE, Verb.COPY):
-        if step.state.placed.condition is WRONG:
+        if step.state.placed.condition is INVALID:
             assert step.state.placed.finding in plan.notes + plan.findings
 
 
@@ -285,13 +285,13 @@ def test_a_wrong_file_that_is_replaced_is_told(state: State, goal: Goal) -> None
 
 def test_a_proven_file_in_place_is_kept() -> None:
     """Nothing is to be done for what is done, whatever its parts look like."""
-    plan = make_plan(a_state(an_item(placed=PROVEN, pieces=2, part=WRONG)), Goal.BOTH)
+    plan = make_plan(a_state(an_item(placed=VERIFIED, pieces=2, part=INVALID)), Target.BOTH)
     assert (verbs(plan), plan.is_done) == ([Verb.KEEP], True)
 
 
 def test_parts_are_assembled_and_moved() -> None:
     """From parts alone a file is assembled, then moved into place."""
-    plan = make_plan(a_state(an_item(pieces=3)), Goal.BOTH)
+    plan = make_plan(a_state(an_item(pieces=3)), Target.BOTH)
     assert [(s.verb, s.reads, s.writes) for s in plan.steps] == [
         (Verb.ASSEMBLE, 30, 30),
         (Verb.MOVE, 0, 0),
@@ -300,7 +300,7 @@ def test_parts_are_assembled_and_moved() -> None:
 
 def test_fetching_stops_before_the_move() -> None:
     """`fetch` ends with the assembled file."""
-    assert verbs(make_plan(a_state(an_item(pieces=3)), Goal.STAGED)) == [Verb.ASSEMBLE]
+    assert verbs(make_plan(a_state(an_item(pieces=3)), Target.STAGED)) == [Verb.ASSEMBLE]
 
 
 def test_a_part_that_is_kept_in_the_partial_may_be_missing() -> None:
@@ -308,22 +308,22 @@ def test_a_part_that_is_kept_in_the_partial_may_be_missing() -> None:
     item = an_item(pieces=3)
     parts = (part_look(item.artifact.pieces[0], ABSENT), *item.parts[1:])
     kept = (PieceRecord(0, 10, SHA, "x"),)
-    plan = make_plan(a_state(replace(item, parts=parts, partial=kept)), Goal.STAGED)
+    plan = make_plan(a_state(replace(item, parts=parts, partial=kept)), Target.STAGED)
     assert [(s.verb, s.reads, s.writes) for s in plan.steps] == [(Verb.ASSEMBLE, 30, 20)]
 
 
 def test_every_bad_part_is_told_at_once() -> None:
     """All parts that stand in the way are findings of one plan."""
-    item = an_item(pieces=3, part=WRONG)
-    plan = make_plan(a_state(item, an_item("b", pieces=2, part=WRONG)), Goal.BOTH)
+    item = an_item(pieces=3, part=INVALID)
+    plan = make_plan(a_state(item, an_item("b", pieces=2, part=INVALID)), Target.BOTH)
     expected = [f"chunks/a-{i}" for i in range(3)] + ["chunks/b-0", "chunks/b-1"]
     assert [f.where for f in plan.findings] == expected
 
 
 def test_one_bad_artifact_does_not_hide_the_others() -> None:
     """What can be done is still planned beside what cannot."""
-    state = a_state(an_item("a", pieces=2, part=WRONG), an_item("b", staged=PROVEN))
-    plan = make_plan(state, Goal.BOTH)
+    state = a_state(an_item("a", pieces=2, part=INVALID), an_item("b", staged=VERIFIED))
+    plan = make_plan(state, Target.BOTH)
     assert ([s.artifact.path for s in plan.steps], plan.is_done) == (["b"], False)
 
 
@@ -331,42 +331,42 @@ def test_a_known_text_stands_in_for_bad_parts() -> None:
     """When no source has the file but its text is known, it is written."""
     item = an_item(pieces=2, part=ABSENT)
     text = replace(item.artifact, alternatives=(Edition(4, SHA, "text"),))
-    plan = make_plan(a_state(replace(item, artifact=text)), Goal.STAGED)
+    plan = make_plan(a_state(replace(item, artifact=text)), Target.STAGED)
     assert [(s.verb, s.writes) for s in plan.steps] == [(Verb.WRITE, 4)]
 
 
 def test_nothing_here_is_one_finding_a_file() -> None:
     """With no part at all, the file is missing, not each of its parts."""
-    plan = make_plan(a_state(an_item(pieces=3, part=ABSENT)), Goal.BOTH)
+    plan = make_plan(a_state(an_item(pieces=3, part=ABSENT)), Target.BOTH)
     assert [f.kind for f in plan.findings] == [Kind.MISSING]
     assert plan.findings[0].where == str(PLACES.destination / "a")
 
 
 def test_a_wrong_file_in_place_is_not_called_absent() -> None:
     """`place` with a wrong file in place and none staged does not say "no such file"."""
-    plan = make_plan(a_state(an_item(placed=WRONG)), Goal.PLACED)
+    plan = make_plan(a_state(an_item(placed=INVALID)), Target.PLACED)
     about = [f for f in plan.findings if f.where == str(PLACES.destination / "a")]
     assert "no such file" not in [f.found for f in about]
 
 
 def test_a_wrong_placed_file_is_noted_when_a_staged_one_replaces_it() -> None:
     """A proven staged file that takes the place of a wrong one does so with a note."""
-    item = an_item(placed=WRONG, staged=PROVEN)
-    plan = make_plan(a_state(item), Goal.PLACED)
+    item = an_item(placed=INVALID, staged=VERIFIED)
+    plan = make_plan(a_state(item), Target.PLACED)
     assert (verbs(plan), plan.notes) == ([Verb.MOVE], (item.placed.finding,))
 
 
 def test_a_copy_is_counted_in_bytes() -> None:
     """Across file systems the staged file is read and written whole."""
-    state = a_state(an_item(staged=PROVEN, pieces=3), same_filesystem=False)
-    plan = make_plan(state, Goal.PLACED)
+    state = a_state(an_item(staged=VERIFIED, pieces=3), same_filesystem=False)
+    plan = make_plan(state, Target.PLACED)
     assert [(s.verb, s.reads, s.writes) for s in plan.steps] == [(Verb.COPY, 30, 30)]
 
 
 def test_shared_blocks_need_no_room() -> None:
     """Where the file system shares blocks, assembling fits on a full disk."""
     state = a_state(an_item(pieces=3), shares_blocks=True, free_staging=0)
-    assert make_plan(state, Goal.STAGED).findings == ()
+    assert make_plan(state, Target.STAGED).findings == ()
 
 
 # ---- the default selection
@@ -376,7 +376,7 @@ def selected(*items: ArtifactState) -> list[str]:
     return [artifact.path for artifact in default_selection(a_state(*items))]
 
 
-def weights_of(name: str, kind: str, part: Condition = ABSENT, **looks: Condition) -> ArtifactState:
+def weights_of(name: str, kind: str, part: FileState = ABSENT, **looks: FileState) -> ArtifactState:
     return an_item(name, kind=kind, pieces=2, part=part, **looks)
 
 
@@ -395,7 +395,7 @@ def test_a_format_that_is_here_is_meant() -> None:
     """Who has parts of one format gets that one, not the first."""
     items = (
         weights_of("m.safetensors", "safetensors"),
-        weights_of("m.pt", "torch-zip", UNPROVEN),
+        weights_of("m.pt", "torch-zip", UNVERIFIED),
         an_item("config.json", kind="config"),
     )
     assert selected(*items) == ["m.pt", "config.json"]
@@ -404,8 +404,8 @@ def test_a_format_that_is_here_is_meant() -> None:
 def test_both_formats_are_meant_when_both_are_here() -> None:
     """Each format of which anything is here is meant, wrong or not."""
     items = (
-        weights_of("m.safetensors", "safetensors", placed=WRONG),
-        weights_of("m.pt", "torch-zip", UNPROVEN),
+        weights_of("m.safetensors", "safetensors", placed=INVALID),
+        weights_of("m.pt", "torch-zip", UNVERIFIED),
     )
     assert selected(*items) == ["m.safetensors", "m.pt"]
 
@@ -415,7 +415,7 @@ def test_what_else_is_here_is_meant_too() -> None:
     items = (
         weights_of("m.safetensors", "safetensors"),
         an_item("a.wav"),
-        an_item("b.wav", placed=UNPROVEN),
+        an_item("b.wav", placed=UNVERIFIED),
     )
     assert selected(*items) == ["m.safetensors", "b.wav"]
 
@@ -444,9 +444,9 @@ def test_weights_bring_their_config() -> None:
 # ---- looking at a real disk
 
 
-def look_at(toy: Toy, refuted: dict[Path, Finding] | None = None) -> dict[str, ArtifactState]:
-    places = Places.of(toy.manifest, toy.root)
-    state = look(toy.manifest, toy.manifest.artifacts, places, refuted or {})
+def look_at(toy: Toy, known_bad: dict[Path, Finding] | None = None) -> dict[str, ArtifactState]:
+    places = Paths.of(toy.manifest, toy.root)
+    state = look(toy.manifest, toy.manifest.artifacts, places, known_bad or {})
     return {item.artifact.path: item for item in state.artifacts}
 
 
@@ -461,21 +461,21 @@ def test_a_fresh_repository_has_parts_only(toy: Toy) -> None:
     """Parts are seen with their sizes; files, partials and receipts are absent."""
     item = look_at(toy)["a.bin"]
     assert (item.placed.condition, item.staged.condition) == (ABSENT, ABSENT)
-    assert [part.condition for part in item.parts] == [UNPROVEN] * 5
+    assert [part.condition for part in item.parts] == [UNVERIFIED] * 5
     assert [part.size for part in item.parts] == [p.size for p in toy.artifact("a.bin").pieces]
     assert (item.partial, item.extras) == ((), ())
 
 
 def test_a_placed_file_is_proven_by_its_receipt(placed: Toy) -> None:
     """An untouched file with a receipt is proven without being read."""
-    assert [i.placed.condition for i in look_at(placed).values()] == [PROVEN] * 3
+    assert [i.placed.condition for i in look_at(placed).values()] == [VERIFIED] * 3
 
 
 def test_looking_again_finds_what_hashing_refuted(placed: Toy) -> None:
     """What was refuted in this run is wrong whatever its receipt says."""
     wrong = finding(placed.placed("a.bin"), Kind.WRONG_DIGEST)
     item = look_at(placed, {placed.placed("a.bin"): wrong})["a.bin"]
-    assert (item.placed.condition, item.placed.finding) == (WRONG, wrong)
+    assert (item.placed.condition, item.placed.finding) == (INVALID, wrong)
 
 
 def edit_receipt(toy: Toy, name: str, **changes: Any) -> None:
@@ -514,7 +514,7 @@ def test_a_receipt_that_does_not_fit_proves_nothing(
 ) -> None:
     """Any figure of a receipt that is not the file's and the manifest's voids it."""
     edit_receipt(placed, name, **changes)
-    assert look_at(placed)[name].placed.condition is UNPROVEN
+    assert look_at(placed)[name].placed.condition is UNVERIFIED
 
 
 @pytest.mark.parametrize("text", ["", "rubbish", "null", "[]", "[" * 9999, "\x00\xff", "9" * 9999])
@@ -522,7 +522,7 @@ def test_a_damaged_receipt_counts_as_absent(placed: Toy, text: str) -> None:
     """A receipt that cannot be understood leaves the file unproven."""
     receipt_path(placed.root / "models/toy", "a.bin").write_text(text)
     look = look_at(placed)["a.bin"].placed
-    assert (look.condition, look.receipt) == (UNPROVEN, None)
+    assert (look.condition, look.receipt) == (UNVERIFIED, None)
 
 
 def test_journal_lines_of_other_pieces_do_not_count(toy: Toy) -> None:
@@ -589,9 +589,9 @@ def test_a_wrong_size_says_what_the_file_is(toy: Toy) -> None:
 def test_the_destination_can_be_overridden(toy: Toy) -> None:
     """An own destination may be relative to the root, or absolute."""
     manifest = toy.manifest
-    assert Places.of(manifest, toy.root).destination == toy.root / "models/toy"
-    assert Places.of(manifest, toy.root, "here").destination == toy.root / "here"
-    assert Places.of(manifest, toy.root, "/else/where").destination == Path("/else/where")
+    assert Paths.of(manifest, toy.root).destination == toy.root / "models/toy"
+    assert Paths.of(manifest, toy.root, "here").destination == toy.root / "here"
+    assert Paths.of(manifest, toy.root, "/else/where").destination == Path("/else/where")
 
 
 @pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="no mountinfo here")
@@ -689,4 +689,4 @@ def test_a_copy_of_a_proven_file_is_not_proven(placed: Toy) -> None:
     flip(file.with_name("copy"))
     os.utime(file.with_name("copy"), ns=(0, file.stat().st_mtime_ns))
     file.with_name("copy").replace(file)
-    assert look_at(placed)["a.bin"].placed.condition is UNPROVEN
+    assert look_at(placed)["a.bin"].placed.condition is UNVERIFIED

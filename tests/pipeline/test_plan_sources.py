@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.pipeline.plan import HUB, Goal, Origin, Plan, Sourcing, Verb, make_plan
-from csm_weights.store.inspect import ArtifactState, Condition, FileLook, State
+from csm_weights.pipeline.plan import HUB, PieceSource, Plan, SourcePolicy, Target, Verb, make_plan
+from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
 from csm_weights.store.receipts import Arrival, PieceRecord
 from tests.pipeline.test_plan import (
     ABSENT,
+    INVALID,
     PLACES,
     SHA,
-    UNPROVEN,
-    WRONG,
+    UNVERIFIED,
     a_state,
     an_item,
     any_goal,
@@ -29,25 +29,27 @@ from tests.pipeline.test_plan import (
     verbs,
 )
 
-AUTO = Sourcing(far=("https://mirror.example", HUB))
-FROM_HUB = Sourcing(parts=False, far=(HUB,), far_first=True)
+AUTO = SourcePolicy(far=("https://mirror.example", HUB))
+FROM_HUB = SourcePolicy(parts=False, far=(HUB,), far_first=True)
 CACHED = Path("/cache/blob")
 
-sourcings = st.sampled_from([Sourcing(), AUTO, FROM_HUB, Sourcing(parts=False, cache=False)])
+sourcings = st.sampled_from(
+    [SourcePolicy(), AUTO, FROM_HUB, SourcePolicy(parts=False, cache=False)]
+)
 
 
-def origins(plan: Plan, path: str = "a") -> list[Origin]:
+def origins(plan: Plan, path: str = "a") -> list[PieceSource]:
     return [o.origin for o in plan.origins[path]]
 
 
-def with_parts(item: ArtifactState, *conditions: Condition) -> ArtifactState:
+def with_parts(item: ArtifactState, *conditions: FileState) -> ArtifactState:
     pairs = zip(item.artifact.pieces, conditions, strict=True)
     return replace(item, parts=tuple(part_look(piece, c) for piece, c in pairs))
 
 
 def damaged(item: ArtifactState, *good: int) -> ArtifactState:
     """The item with a file in place of which only these pieces are right."""
-    wrong = FileLook(item.placed.path, WRONG, item.artifact.size, finding(item.placed.path))
+    wrong = FileStatus(item.placed.path, INVALID, item.artifact.size, finding(item.placed.path))
     return replace(item, placed=replace(wrong, good=frozenset(good)))
 
 
@@ -56,20 +58,20 @@ def damaged(item: ArtifactState, *good: int) -> ArtifactState:
 
 @many
 @given(state=states(), goal=any_goal)
-def test_with_a_server_only_what_is_in_the_way_blocks(state: State, goal: Goal) -> None:
+def test_with_a_server_only_what_is_in_the_way_blocks(state: State, goal: Target) -> None:
     """Where a server has everything, nothing but extra parts, or the goal, stops a file."""
     plan = make_plan(state, goal, AUTO)
     for item in state.artifacts:
-        if goal is not Goal.PLACED and not item.extras:
+        if goal is not Target.PLACED and not item.extras:
             assert steps_of(plan, item)
         if item.artifact.path in plan.origins:
-            assert Origin.NOWHERE not in origins(plan, item.artifact.path)
+            assert PieceSource.NOWHERE not in origins(plan, item.artifact.path)
 
 
 @many
 @given(state=states(), goal=any_goal, sourcing=sourcings)
 def test_what_is_fetched_is_what_nothing_here_has(
-    state: State, goal: Goal, sourcing: Sourcing
+    state: State, goal: Target, sourcing: SourcePolicy
 ) -> None:
     """The bytes to fetch are those of the far pieces, and with the others they make the file."""
     for step in make_plan(state, goal, sourcing).having(Verb.ASSEMBLE):
@@ -81,21 +83,21 @@ def test_what_is_fetched_is_what_nothing_here_has(
 
 @many
 @given(state=states(), goal=any_goal)
-def test_without_parts_no_part_is_used(state: State, goal: Goal) -> None:
+def test_without_parts_no_part_is_used(state: State, goal: Target) -> None:
     """From the Hub alone means that no part is read, though they are all here."""
     for found in make_plan(state, goal, FROM_HUB).origins.values():
-        assert all(o.origin is not Origin.PART for o in found)
+        assert all(o.origin is not PieceSource.PART for o in found)
 
 
 @many
 @given(state=states(), goal=any_goal, sourcing=sourcings)
 def test_every_open_file_has_an_origin_for_each_piece(
-    state: State, goal: Goal, sourcing: Sourcing
+    state: State, goal: Target, sourcing: SourcePolicy
 ) -> None:
     """What is not proven yet has a line for every piece, in file order."""
     plan = make_plan(state, goal, sourcing)
     for item in state.artifacts:
-        if Condition.PROVEN not in (item.placed.condition, item.staged.condition):
+        if FileState.VERIFIED not in (item.placed.condition, item.staged.condition):
             found = plan.origins[item.artifact.path]
             assert tuple(o.piece for o in found) == item.artifact.tiles
 
@@ -105,11 +107,19 @@ def test_every_open_file_has_an_origin_for_each_piece(
 
 def test_the_order_is_kept_salvaged_part_cached_far() -> None:
     """Each piece comes from the nearest that has it."""
-    item = damaged(with_parts(an_item(pieces=5), UNPROVEN, UNPROVEN, UNPROVEN, ABSENT, WRONG), 10)
-    cached = FileLook(CACHED, WRONG, 50, finding(CACHED), good=frozenset({0, 10, 20, 30}))
+    item = damaged(
+        with_parts(an_item(pieces=5), UNVERIFIED, UNVERIFIED, UNVERIFIED, ABSENT, INVALID), 10
+    )
+    cached = FileStatus(CACHED, INVALID, 50, finding(CACHED), good=frozenset({0, 10, 20, 30}))
     kept = (PieceRecord(0, 10, SHA, "x"),)
-    plan = make_plan(a_state(replace(item, cached=cached, partial=kept)), Goal.STAGED, AUTO)
-    expected = [Origin.KEPT, Origin.SALVAGED, Origin.PART, Origin.CACHED, Origin.FAR]
+    plan = make_plan(a_state(replace(item, cached=cached, partial=kept)), Target.STAGED, AUTO)
+    expected = [
+        PieceSource.KEPT,
+        PieceSource.SALVAGED,
+        PieceSource.PART,
+        PieceSource.CACHED,
+        PieceSource.FAR,
+    ]
     assert origins(plan) == expected
     step = plan.steps[0]
     assert (step.reads, step.fetches, step.far) == (40, 10, frozenset({40}))
@@ -119,35 +129,35 @@ def test_the_order_is_kept_salvaged_part_cached_far() -> None:
 
 def test_a_wrong_part_that_is_fetched_instead_is_told() -> None:
     """A part of the wrong size is in the notes when its piece comes from elsewhere."""
-    item = with_parts(an_item(pieces=3), UNPROVEN, WRONG, ABSENT)
-    plan = make_plan(a_state(item), Goal.STAGED, AUTO)
+    item = with_parts(an_item(pieces=3), UNVERIFIED, INVALID, ABSENT)
+    plan = make_plan(a_state(item), Target.STAGED, AUTO)
     assert [note.where for note in plan.notes] == ["chunks/a-1"]
 
 
 def test_what_has_arrived_is_not_counted_again() -> None:
     """Ranges that an earlier run wrote are read back, not fetched."""
     item = replace(an_item(pieces=0), arrived=(Arrival(0, 3, SHA),))
-    step = make_plan(a_state(item), Goal.STAGED, AUTO).steps[0]
+    step = make_plan(a_state(item), Target.STAGED, AUTO).steps[0]
     assert (step.reads, step.fetches, step.writes) == (3, 4, 4)
 
 
 def test_a_file_of_the_cache_is_adopted_where_a_link_will_do() -> None:
     """On one disk it is linked, without a byte written; elsewhere it is assembled from there."""
-    cached = FileLook(CACHED, UNPROVEN, 7)
+    cached = FileStatus(CACHED, UNVERIFIED, 7)
     item = replace(an_item(), cached=cached)
-    linked = make_plan(a_state(item, links_to_cache=True), Goal.BOTH, AUTO)
+    linked = make_plan(a_state(item, links_to_cache=True), Target.BOTH, AUTO)
     assert [(s.verb, s.writes) for s in linked.steps] == [(Verb.ADOPT, 0), (Verb.MOVE, 0)]
-    copied = make_plan(a_state(item), Goal.STAGED, AUTO)
+    copied = make_plan(a_state(item), Target.STAGED, AUTO)
     assert [(s.verb, s.writes, s.fetches) for s in copied.steps] == [(Verb.ASSEMBLE, 7, 0)]
     assert "from the Hub's cache" in copied.steps[0].detail
 
 
 def test_a_cache_that_is_not_asked_for_is_not_used() -> None:
     """From parts or a mirror alone, the Hub's cache does not count."""
-    item = replace(an_item(), cached=FileLook(CACHED, UNPROVEN, 7))
-    only_mirror = Sourcing(parts=False, cache=False, far=("https://mirror.example",))
-    plan = make_plan(a_state(item, links_to_cache=True), Goal.STAGED, only_mirror)
-    assert origins(plan) == [Origin.FAR]
+    item = replace(an_item(), cached=FileStatus(CACHED, UNVERIFIED, 7))
+    only_mirror = SourcePolicy(parts=False, cache=False, far=("https://mirror.example",))
+    plan = make_plan(a_state(item, links_to_cache=True), Target.STAGED, only_mirror)
+    assert origins(plan) == [PieceSource.FAR]
 
 
 def test_a_known_text_is_written_rather_than_fetched() -> None:
@@ -155,15 +165,15 @@ def test_a_known_text_is_written_rather_than_fetched() -> None:
     item = an_item(kind="config")
     edition = replace(item.artifact.editions[0], text="text", size=4)
     item = replace(item, artifact=replace(item.artifact, alternatives=(edition,)))
-    assert verbs(make_plan(a_state(item), Goal.STAGED, AUTO)) == [Verb.WRITE]
-    assert verbs(make_plan(a_state(item), Goal.STAGED, FROM_HUB)) == [Verb.ASSEMBLE]
+    assert verbs(make_plan(a_state(item), Target.STAGED, AUTO)) == [Verb.WRITE]
+    assert verbs(make_plan(a_state(item), Target.STAGED, FROM_HUB)) == [Verb.ASSEMBLE]
 
 
 def test_what_keeps_the_hub_from_being_asked_is_the_finding() -> None:
     """Without a token, and nothing else allowed, that is what stands in the way: once."""
     problem = Finding(Kind.NO_TOKEN, "the page", "a token", "none")
-    sourcing = Sourcing(parts=False, problems=(problem,))
-    plan = make_plan(a_state(an_item("a"), an_item("b", pieces=2)), Goal.STAGED, sourcing)
+    sourcing = SourcePolicy(parts=False, problems=(problem,))
+    plan = make_plan(a_state(an_item("a"), an_item("b", pieces=2)), Target.STAGED, sourcing)
     assert plan.findings == (problem,)
 
 
@@ -171,12 +181,12 @@ def test_parts_too_many_do_not_matter_where_no_part_is_used() -> None:
     """An extra part blocks assembling from parts, and nothing else."""
     extra = (finding("chunks/a-zz", Kind.EXTRA_PART),)
     item = replace(an_item(pieces=2), extras=extra)
-    assert make_plan(a_state(item), Goal.STAGED, AUTO).findings == extra
-    assert make_plan(a_state(item), Goal.STAGED, FROM_HUB).findings == ()
+    assert make_plan(a_state(item), Target.STAGED, AUTO).findings == extra
+    assert make_plan(a_state(item), Target.STAGED, FROM_HUB).findings == ()
 
 
 def test_room_for_a_download_is_counted_before_it_begins() -> None:
     """Bytes to fetch are bytes to write."""
-    plan = make_plan(a_state(an_item(), free_staging=6), Goal.STAGED, FROM_HUB)
+    plan = make_plan(a_state(an_item(), free_staging=6), Target.STAGED, FROM_HUB)
     assert [f.kind for f in plan.findings] == [Kind.NO_SPACE]
     assert plan.findings[0].where == str(PLACES.staging)

@@ -565,7 +565,7 @@ def test_progress_is_told_of_every_byte_once(hub: Hub) -> None:
     """Linked, hashed or copied, each file counts with its size."""
     hub.put(hub.blob(hub.small), content(hub.small.path, SIZE))
     seen: list[int] = []
-    seed(hub.cache, REPO, COMMIT, hub.seeds, tick=seen.append)
+    seed(hub.cache, REPO, COMMIT, hub.seeds, on_progress=seen.append)
     assert sum(seen) == 2 * SIZE
 
 

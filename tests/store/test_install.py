@@ -17,7 +17,7 @@ from csm_weights.pipeline import apply
 from csm_weights.store import install
 from csm_weights.store.atomic import write_whole
 from csm_weights.store.receipts import Receipt, load_receipt, receipt_path
-from csm_weights.transfer.assemble import Assembled, write_text
+from csm_weights.transfer.assemble import VerifiedFile, write_text
 from csm_weights.untrusted import Fingerprint
 from tests.support.toy import Toy
 
@@ -44,7 +44,7 @@ class Hall:
         self.final.write_text(text)
 
 
-def receipt_of(path: str, made: Assembled) -> Receipt:
+def receipt_of(path: str, made: VerifiedFile) -> Receipt:
     return Receipt(path, "toy", len(TEXT), made.sha256, (), made.fingerprint, "now", "test")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from csm_weights.formats.architecture import Architecture, Transformer
+from csm_weights.formats.architecture import CsmConfig, TransformerConfig
 
 #: The scaling of CSM's RoPE as today's config.json states it, which is in other
 #: words than torchtune's: there relative to 1,024 and 16 positions, not to 8,192.
@@ -66,7 +66,7 @@ _LAYER_NAMES = {
 }
 
 
-def transformers_config(architecture: Architecture, **changes: Any) -> Any:
+def transformers_config(architecture: CsmConfig, **changes: Any) -> Any:
     """A CsmConfig that describes `architecture`; `changes` are to its own keys."""
     from transformers import CsmConfig
 
@@ -92,7 +92,7 @@ def transformers_config(architecture: Architecture, **changes: Any) -> Any:
     return CsmConfig(**(settings | changes))
 
 
-def transformers_model(architecture: Architecture, state: Mapping[str, Tensor]) -> Any:
+def transformers_model(architecture: CsmConfig, state: Mapping[str, Tensor]) -> Any:
     """transformers' CSM with the tensors of `state`, strictly: only the codec's may be missing."""
     from transformers import CsmForConditionalGeneration
 
@@ -105,7 +105,7 @@ def transformers_model(architecture: Architecture, state: Mapping[str, Tensor]) 
     return model
 
 
-def torchtune_stack(stack: Transformer, positions: int) -> Any:
+def torchtune_stack(stack: TransformerConfig, positions: int) -> Any:
     """torchtune's Llama 3.2 for one stack, without embeddings and head, as CSM uses it."""
     from torch import nn
     from torchtune.models.llama3_2 import llama3_2
@@ -126,7 +126,7 @@ def torchtune_stack(stack: Transformer, positions: int) -> Any:
     return model.eval()
 
 
-def _stack_config(stack: Transformer, rope: dict[str, Any]) -> dict[str, Any]:
+def _stack_config(stack: TransformerConfig, rope: dict[str, Any]) -> dict[str, Any]:
     return {
         "hidden_size": stack.dim,
         "intermediate_size": stack.ffn,
@@ -137,7 +137,7 @@ def _stack_config(stack: Transformer, rope: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _renamed(architecture: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(architecture: CsmConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stacks = {"backbone": architecture.backbone, "decoder": architecture.decoder}
     renamed = {}
     for name, tensor in state.items():

@@ -65,7 +65,7 @@ def test_a_reader_that_breaks_the_rules_is_noticed(
 def test_a_table_that_leaves_its_file_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An accepted file whose tensors lie outside it ends the fuzzer's run."""
     info = tensor_index.TensorInfo("w", "F32", (2, 3), 1 << 20, (3, 1))
-    table = tensor_index.TensorTable({"w": info}, 8)
+    table = tensor_index.TensorIndex({"w": info}, 8)
     monkeypatch.setattr(targets, "read_safetensors", lambda _: table)
     with pytest.raises(AssertionError):
         targets.safetensors(bytes(8))

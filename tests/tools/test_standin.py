@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 
 from csm_weights.errors import UsageError
-from csm_weights.formats.architecture import FLAVORS, Architecture
+from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.tensor_index import check_against, read_checkpoint, read_safetensors
 from tools.standin.standin import sizes, write_standin
 
-CSM_1B = Architecture(
+CSM_1B = CsmConfig(
     FLAVORS["llama-1B"],
     FLAVORS["llama-100M"],
     text_vocab=128_256,
     audio_vocab=2051,
     codebooks=32,
 )
-TINY = Architecture(
+TINY = CsmConfig(
     FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], text_vocab=512, audio_vocab=35, codebooks=32
 )
 #: Its text embeddings take 20 MiB: many blocks.
-WIDE = Architecture(
+WIDE = CsmConfig(
     FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], text_vocab=81_920, audio_vocab=9, codebooks=2
 )
 SEED = 7
@@ -64,7 +64,7 @@ def test_sizes_of_csm_1b() -> None:
 
 
 @pytest.mark.parametrize("architecture", [TINY, WIDE], ids=["tiny", "wide"])
-def test_sizes_come_true(architecture: Architecture, tmp_path: Path) -> None:
+def test_sizes_come_true(architecture: CsmConfig, tmp_path: Path) -> None:
     """The predicted sizes are those of the files written, and nothing else is left behind."""
     write_standin(architecture, SEED, tmp_path)
     actual = {path.name: path.stat().st_size for path in tmp_path.iterdir()}

@@ -24,9 +24,9 @@ from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, NoS
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store import block_io
 from csm_weights.store.receipts import PieceRecord, journal_path, load_piece, partial_path
-from csm_weights.transfer.assemble import Assembled, Assembly, assemble, write_text
+from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, write_text
 from csm_weights.transfer.local import Chunks, WholeFile
-from csm_weights.transfer.source import Absent, Broken, Sink, Source, first_of
+from csm_weights.transfer.source import NotAvailable, PieceWriter, Source, SourceError, first_of
 from csm_weights.untrusted import Fingerprint
 from tests.support.toy import flip
 
@@ -60,10 +60,10 @@ class Shop:
         source = first_of(*(sources or (Chunks(self.root),)))
         return Assembly(self.artifact, self.target, source, journaled)
 
-    def run(self, *sources: Source, journaled: tuple[PieceRecord, ...] = ()) -> Assembled:
+    def run(self, *sources: Source, journaled: tuple[PieceRecord, ...] = ()) -> VerifiedFile:
         return assemble([self.job(*sources, journaled=journaled)], ignore)[0]
 
-    def is_right(self, made: Assembled) -> bool:
+    def is_right(self, made: VerifiedFile) -> bool:
         data = self.file.read_bytes()
         return (made.partial.read_bytes(), made.sha256) == (data, hashlib.sha256(data).hexdigest())
 
@@ -79,7 +79,7 @@ class Counting:
         self.source = source
         self.asked: list[int] = []
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
         self.asked.append(piece.offset)
         return self.source.deliver(artifact, piece, sink)
 
@@ -87,15 +87,15 @@ class Counting:
 class Nowhere:
     """A source that has nothing."""
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
-        raise Absent
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
+        raise NotAvailable
 
 
 class Refusing:
     """A source that has everything and gives nothing, telling why."""
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
-        raise Broken([Finding(Kind.UNREADABLE, f"refused {piece.offset}", "bytes", "none")])
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
+        raise SourceError([Finding(Kind.UNREADABLE, f"refused {piece.offset}", "bytes", "none")])
 
 
 @pytest.fixture
@@ -309,12 +309,12 @@ def test_a_part_that_is_written_meanwhile_is_told(shop: Shop) -> None:
     """A part that changes during the read does not count, even if its digest fits."""
 
     class Touching(Chunks):
-        def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:
-            touching = cast(Sink, _TouchingSink(sink, shop.part(0)))
+        def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
+            touching = cast(PieceWriter, _TouchingSink(sink, shop.part(0)))
             return super().deliver(artifact, piece, touching)
 
     class _TouchingSink:
-        def __init__(self, sink: Sink, part: Path) -> None:
+        def __init__(self, sink: PieceWriter, part: Path) -> None:
             self.sink, self.part = sink, part
 
         def take_file(self, fd: int, offset: int) -> None:

@@ -21,7 +21,7 @@ from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, UsageError, WrongContent
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.plan import HUB, Goal, Sourcing, Verb, make_plan
+from csm_weights.pipeline.plan import HUB, SourcePolicy, Target, Verb, make_plan
 from csm_weights.pipeline.request import Outcome, Request
 from csm_weights.store import block_io, inspect, receipts
 from csm_weights.store.receipts import PieceRecord, journal_path, partial_path
@@ -49,7 +49,7 @@ def asked(toy: Toy, *only: str, consuming: bool = True) -> Request:
 
 
 def fetch(toy: Toy, *only: str, consuming: bool = True) -> Outcome:
-    return apply.act(asked(toy, *only, consuming=consuming), Goal.STAGED)
+    return apply.act(asked(toy, *only, consuming=consuming), Target.STAGED)
 
 
 def parts_of(toy: Toy, name: str = NAME) -> list[Path]:
@@ -321,7 +321,7 @@ def test_clean_keeps_what_was_consumed(toy: Toy) -> None:
 def test_another_source_does_not_write_over_what_was_consumed(toy: Toy) -> None:
     """A run that asks only a server gets from there just the pieces that were not begun."""
     looked = apply.survey(asked(begun(toy))).state
-    plan = make_plan(looked, Goal.STAGED, Sourcing(parts=False, far=(HUB,)))
+    plan = make_plan(looked, Target.STAGED, SourcePolicy(parts=False, far=(HUB,)))
     (step,) = plan.steps
     assert (step.verb, step.consumes, step.far) == (
         Verb.CONSUME,
@@ -453,7 +453,7 @@ def test_a_disk_that_does_not_read_is_told_and_nothing_is_refuted(
     monkeypatch.setattr(consume, "feed", fail)
     mirror = replace(asked(toy), urls=("http://127.0.0.1:9/nothing",))
     with pytest.raises(WrongContent) as caught:
-        apply.act(mirror, Goal.STAGED)
+        apply.act(mirror, Target.STAGED)
     assert kinds(caught.value) == {Kind.UNREADABLE}
     assert (partial_of(toy).read_bytes(), lost(toy)) == (before, [])
 
@@ -489,7 +489,7 @@ def test_a_missing_part_that_a_damaged_file_has_is_no_obstacle(toy: Toy) -> None
     placed.write_bytes(toy.good(NAME))
     flip(placed, PIECE_SIZE + 5)
     toy.part(NAME, 0).unlink()
-    outcome = apply.act(asked(toy), Goal.BOTH)
+    outcome = apply.act(asked(toy), Target.BOTH)
     assert placed.read_bytes() == toy.good(NAME)
     receipt = outcome.state.artifacts[0].placed.receipt
     assert receipt is not None
@@ -569,7 +569,7 @@ def test_known_file_systems_are_told_in_the_plan(toy: Toy, monkeypatch: pytest.M
     assert "not consumed: vfat cannot free parts of a file" in plan.steps[0].detail
     with_free(monkeypatch, 1000)
     with pytest.raises(NoSpace) as caught:
-        apply.rehearse(asked(toy), Goal.STAGED)
+        apply.rehearse(asked(toy), Target.STAGED)
     assert kinds(caught.value) == {Kind.NO_SPACE, Kind.NOT_CONSUMABLE}
 
 
@@ -582,7 +582,7 @@ def test_parts_on_another_file_system_make_no_room(
     assert "the parts are on another file system" in detail
     with_free(monkeypatch, 1000)
     with pytest.raises(NoSpace) as caught:
-        apply.rehearse(asked(toy), Goal.STAGED)
+        apply.rehearse(asked(toy), Target.STAGED)
     assert kinds(caught.value) == {Kind.NO_SPACE, Kind.NOT_CONSUMABLE}
 
 
@@ -644,12 +644,12 @@ def test_too_little_disk_names_the_way_that_would_do(
     enlarge(toy)
     with_free(monkeypatch, 10**9)
     with pytest.raises(NoSpace) as caught:
-        apply.rehearse(asked(toy, consuming=False), Goal.BOTH)
+        apply.rehearse(asked(toy, consuming=False), Target.BOTH)
     (finding,) = caught.value.findings
     assert finding.kind is Kind.NO_SPACE
     assert f"{24 * 2**30 - 10**9:,} too few" in finding.found
     assert f"--consume needs only {inspect.CONSUMING_ROOM:,} bytes" in finding.help
-    plan = apply.rehearse(asked(toy), Goal.BOTH).plan
+    plan = apply.rehearse(asked(toy), Target.BOTH).plan
     assert [step.verb for step in plan.steps] == [Verb.CONSUME, Verb.MOVE]
 
 
@@ -659,7 +659,7 @@ def test_it_never_starts_without_room_for_its_steps(
     """Less than the room for a step and its records is too little, and is told first."""
     with_free(monkeypatch, inspect.CONSUMING_ROOM - 1)
     with pytest.raises(NoSpace) as caught:
-        apply.act(asked(toy), Goal.STAGED)
+        apply.act(asked(toy), Target.STAGED)
     assert "1 too few" in caught.value.findings[0].found
     assert not partial_of(toy).exists()
 
@@ -671,7 +671,7 @@ def test_the_way_is_not_named_where_it_would_not_do(
     enlarge(toy)
     with_free(monkeypatch, inspect.CONSUMING_ROOM - 1)
     with pytest.raises(NoSpace) as caught:
-        apply.rehearse(asked(toy, consuming=False), Goal.STAGED)
+        apply.rehearse(asked(toy, consuming=False), Target.STAGED)
     assert "--consume" not in caught.value.findings[0].help
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from csm_weights.commands.split import split_file as split
-from csm_weights.concurrency import Stopped
+from csm_weights.concurrency import Cancelled
 from csm_weights.config import HubEnvironment
 from csm_weights.errors import (
     AccessRefused,
@@ -31,12 +31,12 @@ from csm_weights.errors import (
 from csm_weights.hashing import git_sha1
 from csm_weights.manifest.types import Artifact
 from csm_weights.progress import Progress
-from csm_weights.transfer.assemble import Assembled, Assembly, assemble
-from csm_weights.transfer.http.client import Limits
-from csm_weights.transfer.http.ranges import SPAN, Wire
+from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble
+from csm_weights.transfer.http.client import Timeouts
+from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
 from csm_weights.transfer.http.responses import FOREVER, asked_wait, redirect_target
-from csm_weights.transfer.hub import Account, Hub
-from csm_weights.transfer.source import Broken, first_of
+from csm_weights.transfer.hub import Hub, HubCredentials
+from csm_weights.transfer.source import SourceError, first_of
 from tests.support.hub_server import Fault, HubServer
 
 SIZE = 2 * SPAN + 300_007
@@ -46,7 +46,7 @@ REPO = "org/name"
 TOKEN = "hf_good"
 
 #: Patience that ends within a test.
-HASTY = Limits(
+HASTY = Timeouts(
     connect=2, read=1.5, tries=3, connect_tries=1, backoff=0.01, slow_seconds=0.6, longest_wait=5
 )
 
@@ -68,12 +68,12 @@ class Shop:
         repo: str = REPO,
         artifact: Artifact | None = None,
         offline: bool = False,
-    ) -> Assembled:
+    ) -> VerifiedFile:
         """Fetches the file, proven, as it is asked for."""
         stop = threading.Event()
         wanted = artifact or self.artifact
-        with Wire(stop, self.said.append, HASTY) as wire:
-            account = Account(self.hub.endpoint, token, offline)
+        with RangeDownloader(stop, self.said.append, HASTY) as wire:
+            account = HubCredentials(self.hub.endpoint, token, offline)
             source = first_of(Hub(wire, account, repo, revision or self.commit))
             far = frozenset(piece.offset for piece in wanted.tiles)
             job = Assembly(wanted, self.folder / "file", source, far=far)
@@ -91,7 +91,7 @@ class Shop:
         options = dict(fault)
         return self.hub.fault(options.pop("name"), **options)
 
-    def is_right(self, made: Assembled) -> bool:
+    def is_right(self, made: VerifiedFile) -> bool:
         return made.partial.read_bytes() == DATA and made.sha256 == self.artifact.sha256
 
 
@@ -441,7 +441,7 @@ def test_an_entry_in_netrc_changes_nothing(
 
 def test_an_account_shows_no_token() -> None:
     """Its representation has the endpoint only."""
-    assert "hf_secret" not in repr(Account("https://huggingface.co", "hf_secret"))
+    assert "hf_secret" not in repr(HubCredentials("https://huggingface.co", "hf_secret"))
 
 
 def test_a_storage_host_that_redirects_back_gets_no_token_sent(shop: Shop) -> None:
@@ -506,7 +506,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_redirect_inwards_or_to_another_scheme_is_refused(target: str) -> None:
     """From a public host to this machine, this link, this network, or another scheme: no."""
-    with pytest.raises(Broken) as caught:
+    with pytest.raises(SourceError) as caught:
         redirect_target("https://hub.example/file", target)
     finding = caught.value.findings[0]
     assert finding.kind is Kind.REDIRECT
@@ -556,7 +556,10 @@ def test_a_proxy_that_makes_no_sense_is_told_without_its_password(
 ) -> None:
     """Whatever is wrong with the proxy's URL, what is said of it has no credentials."""
     monkeypatch.setenv("http_proxy", proxy)
-    with Wire(threading.Event(), limits=HASTY) as wire, pytest.raises(Broken) as caught:
+    with (
+        RangeDownloader(threading.Event(), limits=HASTY) as wire,
+        pytest.raises(SourceError) as caught,
+    ):
         wire.ask("HEAD", "http://hub.example/x", {})
     finding = caught.value.findings[0]
     assert finding.kind in (Kind.PROXY, Kind.NO_NETWORK)
@@ -572,7 +575,7 @@ def test_a_token_that_cannot_be_exchanged_is_no_traceback(monkeypatch: pytest.Mo
     environment = HubEnvironment.read({"HF_OIDC_RESOURCE": "org"})
     monkeypatch.setattr("huggingface_hub.get_token", fails)
     with pytest.raises(AccessRefused) as caught:
-        Account.from_environment(environment)
+        HubCredentials.from_environment(environment)
     assert "hf_secret" not in str(caught.value)
 
 
@@ -614,9 +617,12 @@ ENDLESS = {
 def test_an_answer_that_never_begins_is_given_up(texts: tuple[bytes, ...]) -> None:
     """However busy a server is with it, headers have to be there in time."""
     limits = replace(HASTY, read=0.5, tries=1)
-    with drip(*texts, seconds=0.05) as url, Wire(threading.Event(), limits=limits) as wire:
+    with (
+        drip(*texts, seconds=0.05) as url,
+        RangeDownloader(threading.Event(), limits=limits) as wire,
+    ):
         started = monotonic()
-        with pytest.raises(Broken) as caught:
+        with pytest.raises(SourceError) as caught:
             wire.ask("HEAD", url, {})
         assert monotonic() - started < 6
     assert caught.value.findings[0].kind is Kind.NO_NETWORK
@@ -626,10 +632,10 @@ def test_a_stop_ends_a_request_that_waits_for_its_answer() -> None:
     """Who is stopped while a server keeps silent is free within a second or so."""
     stop = threading.Event()
     limits = replace(HASTY, read=60)
-    with drip(b"H", seconds=0.05) as url, Wire(stop, limits=limits) as wire:
+    with drip(b"H", seconds=0.05) as url, RangeDownloader(stop, limits=limits) as wire:
         started = monotonic()
         threading.Timer(0.2, stop.set).start()
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             wire.ask("HEAD", url, {})
         assert monotonic() - started < 5
 
@@ -638,8 +644,8 @@ def test_a_broken_handshake_is_not_a_bad_certificate() -> None:
     """A host that hangs up before TLS is there may be asked again, and nobody is told of clocks."""
     with (
         drip(b"nonsense", seconds=0.05) as url,
-        Wire(threading.Event(), limits=HASTY) as wire,
-        pytest.raises(Broken) as caught,
+        RangeDownloader(threading.Event(), limits=HASTY) as wire,
+        pytest.raises(SourceError) as caught,
     ):
         wire.ask("HEAD", url.replace("http:", "https:"), {})
     assert caught.value.findings[0].kind is Kind.NO_NETWORK
@@ -669,14 +675,14 @@ def test_no_notation_of_an_inner_address_is_followed(
     """With a proxy or without, whatever way this machine is written, and no traceback."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(Broken) as caught:
+    with pytest.raises(SourceError) as caught:
         redirect_target("https://hub.example/file", f"https://{host}/x")
     assert caught.value.findings[0].kind is Kind.REDIRECT
 
 
 def test_what_a_server_says_cannot_drive_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Control characters in what is shown of a wait come out as question marks."""
-    Progress("fetching", 0, sys.stderr).say("503 \x1b]0;title\x07")
+    Progress("fetching", 0, sys.stderr).log("503 \x1b]0;title\x07")
     assert capsys.readouterr().err == "fetching: 503 ?]0;title?\n"
 
 

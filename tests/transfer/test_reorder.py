@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from csm_weights import hashing
 from csm_weights.byte_ranges import Ranges
-from csm_weights.concurrency import Stopped
+from csm_weights.concurrency import Cancelled
 from csm_weights.hashing import Hasher, sha256
-from csm_weights.store.block_io import Target
+from csm_weights.store.block_io import OutputFile
 from csm_weights.store.receipts import Arrival, dump, load_arrival
-from csm_weights.transfer.reorder import BLOCK, Blocks, Landing
+from csm_weights.transfer.reorder import BLOCK, BufferPool, ReorderBuffer
 
 START = 4096
 COUNT = 6
@@ -36,15 +36,17 @@ class Strip:
     """A landing of six blocks, from byte 4096 on, and what it recorded."""
 
     def __init__(self, folder: Path, held: int = COUNT, sinks: int = 1) -> None:
-        self.target = Target(folder / "strip")
+        self.target = OutputFile(folder / "strip")
         self.sinks: list[Hasher] = [sha256() for _ in range(sinks)]
-        self.blocks = Blocks(held)
+        self.blocks = BufferPool(held)
         self.recorded: list[tuple[int, int]] = []
         self.stop = threading.Event()
         self.landing = self.land()
 
-    def land(self, arrived: Sequence[tuple[int, int]] = (), tick: Callable[[int], None] = ignore):  # type: ignore[no-untyped-def]
-        return Landing(
+    def land(
+        self, arrived: Sequence[tuple[int, int]] = (), on_progress: Callable[[int], None] = ignore
+    ) -> ReorderBuffer:
+        return ReorderBuffer(
             self.target,
             START,
             START + SIZE,
@@ -52,7 +54,7 @@ class Strip:
             self.blocks,
             arrived,
             lambda offset, size: self.recorded.append((offset, size)),
-            tick,
+            on_progress,
             self.stop,
         )
 
@@ -137,7 +139,7 @@ def test_bytes_are_counted_as_they_arrive(strip: Strip) -> None:
     """The ticks add up to the size of the range, though none can be hashed until the last."""
     counted: list[int] = []
     strip.landing.close()
-    strip.landing = strip.land(tick=counted.append)
+    strip.landing = strip.land(on_progress=counted.append)
     for index in reversed(range(COUNT)):
         strip.put(index)
     assert sum(counted) == SIZE
@@ -180,9 +182,9 @@ def test_a_stop_ends_those_who_put_and_those_who_wait(strip: Strip) -> None:
     """After a stop nothing lands, and waiting for the end ends."""
     strip.put(3)
     strip.stop.set()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         strip.put(4)
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         strip.landing.finish()
 
 

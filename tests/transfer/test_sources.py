@@ -17,13 +17,13 @@ from csm_weights.commands.split import split_file as split
 from csm_weights.errors import Finding, Kind, MissingInput, NetworkFailed, WrongContent
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.receipts import Arrival, load_arrival, load_piece
-from csm_weights.transfer.assemble import Assembled, Assembly, assemble, write_text
-from csm_weights.transfer.http.client import Limits
-from csm_weights.transfer.http.ranges import SPAN, Wire
-from csm_weights.transfer.hub import Account, Hub
+from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, write_text
+from csm_weights.transfer.http.client import Timeouts
+from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
+from csm_weights.transfer.hub import Hub, HubCredentials
 from csm_weights.transfer.local import Chunks, Salvage, WholeFile
 from csm_weights.transfer.mirror import Mirror
-from csm_weights.transfer.source import Broken, Sink, Source, first_of
+from csm_weights.transfer.source import PieceWriter, Source, SourceError, first_of
 from tests.support.hub_server import HubServer
 from tests.support.servers import serving
 from tests.support.toy import flip
@@ -39,7 +39,7 @@ SECOND = PIECE  # the first byte of the second piece
 GONE = {"X-Error-Code": "EntryNotFound"}
 
 #: Patience that ends within a test.
-HASTY = Limits(connect=2, read=2, tries=2, connect_tries=1, backoff=0.0)
+HASTY = Timeouts(connect=2, read=2, tries=2, connect_tries=1, backoff=0.0)
 
 
 def ignore(_: int) -> None:
@@ -98,7 +98,7 @@ def _mirror(root: Path, ranges: bool, parts: bool) -> Iterator[Stall]:
     spoilt, offset = (second, 1000) if parts else (file, SECOND + 1000)
     with (
         serving(root if parts else root / "whole", ranges) as server,
-        Wire(threading.Event(), limits=HASTY) as wire,
+        RangeDownloader(threading.Event(), limits=HASTY) as wire,
     ):
         yield Stall(
             artifact,
@@ -112,14 +112,14 @@ def _mirror(root: Path, ranges: bool, parts: bool) -> Iterator[Stall]:
 @contextlib.contextmanager
 def _hub(root: Path, resolve_cache: bool, lfs: bool) -> Iterator[Stall]:
     artifact, _ = _published(root)
-    with HubServer() as hub, Wire(threading.Event(), limits=HASTY) as wire:
+    with HubServer() as hub, RangeDownloader(threading.Event(), limits=HASTY) as wire:
         hub.resolve_cache = resolve_cache
         hub.add_token("hf_good")
         commit = hub.add_repo("org/name", {NAME: DATA}, gated=True, lfs=lambda *_: lfs)
         host: Literal["hub", "storage"] = "storage" if lfs else "hub"
         yield Stall(
             artifact,
-            Hub(wire, Account(hub.endpoint, "hf_good"), "org/name", commit),
+            Hub(wire, HubCredentials(hub.endpoint, "hf_good"), "org/name", commit),
             lambda: hub.fault("status", match=NAME, code=404, headers=GONE),
             lambda: hub.fault("flip", match=NAME, offset=SECOND + 1000),
             lambda: hub.fault("short", match=NAME, host=host, by=1),
@@ -152,7 +152,7 @@ def stall(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stall]:
         yield stall
 
 
-def run(stall: Stall, out: Path, *others: Source, whole: bool = False) -> Assembled:
+def run(stall: Stall, out: Path, *others: Source, whole: bool = False) -> VerifiedFile:
     """Assembles the file from the source, then from others; as a whole with one digest if asked."""
     artifact = replace(stall.artifact, pieces=()) if whole else stall.artifact
     return assemble([job(artifact, out, first_of(stall.source, *others))], ignore, stall.stop)[0]
@@ -254,11 +254,11 @@ def test_what_was_journaled_and_is_not_so_is_fetched_again(tmp_path: Path) -> No
 
 def test_every_block_that_arrives_is_journaled(tmp_path: Path) -> None:
     """When a server fails midway, what came until then is in the journal, and is right."""
-    with HubServer() as hub, Wire(threading.Event(), limits=HASTY) as wire:
+    with HubServer() as hub, RangeDownloader(threading.Event(), limits=HASTY) as wire:
         commit = hub.add_repo("org/name", {NAME: DATA})
         artifact, _ = _published(tmp_path)
         hub.fault("status", host="storage", code=500, after=2)
-        source = first_of(Hub(wire, Account(hub.endpoint), "org/name", commit))
+        source = first_of(Hub(wire, HubCredentials(hub.endpoint), "org/name", commit))
         with pytest.raises(NetworkFailed):
             assemble([job(artifact, tmp_path / "out", source)], ignore)
         lines = (tmp_path / "out" / "file.partial.journal").read_text().splitlines()
@@ -273,14 +273,14 @@ def test_every_block_that_arrives_is_journaled(tmp_path: Path) -> None:
 class BreakingOff:
     """A disk that gives the first bytes of a part, and then an error."""
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: Sink) -> str:  # noqa: ARG002
+    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
         with tempfile.TemporaryFile() as file:
             file.write(b"x" * 100_000)
             try:
                 sink.take_file(file.fileno(), 0)
             except EOFError:
                 wrong = Finding(Kind.UNREADABLE, "part", "bytes", "an error", "check the disk")
-                raise Broken([wrong]) from None
+                raise SourceError([wrong]) from None
         return "part"
 
 

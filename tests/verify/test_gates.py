@@ -89,7 +89,7 @@ def plain(tmp_path: Path) -> Plain:
 
 def test_a_good_file_passes_every_gate(plain: Plain) -> None:
     """Present, size and digest are OK; an opaque file has no structure to look into."""
-    results = check([plain.subject()], rehash=True, tick=ignore)
+    results = check([plain.subject()], rehash=True, on_progress=ignore)
     path = "model.bin"
     assert verdicts(results) == {
         (Gate.PRESENT, path): True,
@@ -103,7 +103,7 @@ def test_results_come_in_the_order_of_the_gates(plain: Plain, tmp_path: Path) ->
     config = tmp_path / "config.json"
     config.write_text(RECIPE.config)
     entry = Artifact("config.json", "config", "config", len(RECIPE.config), sha256(config))
-    results = check([plain.subject(), subject(entry, config)], rehash=True, tick=ignore)
+    results = check([plain.subject(), subject(entry, config)], rehash=True, on_progress=ignore)
     order = [list(Gate).index(result.gate) for result in results]
     assert order == sorted(order)
     assert {result.gate for result in results} == set(Gate)
@@ -113,14 +113,14 @@ def test_every_byte_is_hashed_once(plain: Plain) -> None:
     """The digest gate of a good file reads it once, with and without a receipt."""
     for file in (plain.subject(), plain.subject(sha256=None), trusted(plain.subject())):
         ticks: list[int] = []
-        check([file], rehash=True, tick=ticks.append)
+        check([file], rehash=True, on_progress=ticks.append)
         assert sum(ticks) == plain.artifact.size
 
 
 def test_a_trusted_receipt_answers_without_hashing(plain: Plain) -> None:
     """Unless asked to rehash, the digest comes from the receipt, and the result says so."""
     ticks: list[int] = []
-    results = check([trusted(plain.subject())], rehash=False, tick=ticks.append)
+    results = check([trusted(plain.subject())], rehash=False, on_progress=ticks.append)
     digest = results[-1]
     assert (digest.ok, digest.sha256, ticks) == (True, plain.artifact.sha256, [])
     assert "receipt" in digest.found
@@ -130,15 +130,15 @@ def test_rehashing_does_not_believe_a_receipt(plain: Plain) -> None:
     """A file that rotted under its old stat is found when it is hashed again."""
     file = trusted(plain.subject())
     flip(plain.path, PIECE + 1)
-    assert check([file], rehash=False, tick=ignore)[-1].ok is True
-    assert check([file], rehash=True, tick=ignore)[-1].ok is False
+    assert check([file], rehash=False, on_progress=ignore)[-1].ok is True
+    assert check([file], rehash=True, on_progress=ignore)[-1].ok is False
 
 
 def test_an_untrusted_receipt_is_not_believed(plain: Plain) -> None:
     """A receipt that no longer fits the stat answers for nothing."""
     file = replace(trusted(plain.subject()), trusted=False)
     flip(plain.path, PIECE + 1)
-    assert check([file], rehash=False, tick=ignore)[-1].ok is False
+    assert check([file], rehash=False, on_progress=ignore)[-1].ok is False
 
 
 @pytest.mark.parametrize("pins", ["sha256", "blob_id", "pieces"])
@@ -150,7 +150,7 @@ def test_a_flipped_byte_is_told_by_its_piece(plain: Plain, pins: str, receipt: b
     file = plain.subject(**changes)
     file = trusted(file) if receipt else file
     flip(plain.path, 2 * PIECE + 5)
-    results = check([file], rehash=True, tick=ignore)
+    results = check([file], rehash=True, on_progress=ignore)
     piece = plain.artifact.pieces[2]
     expected = f"{plain.path} bytes [{piece.offset:,}, {piece.end:,})"
     assert [f.where for f in results[-1].findings] == [expected]
@@ -161,7 +161,7 @@ def test_all_damaged_pieces_are_told(plain: Plain) -> None:
     """Two damaged pieces are two findings."""
     flip(plain.path, 5)
     flip(plain.path, 3 * PIECE + 5)
-    results = check([plain.subject()], rehash=True, tick=ignore)
+    results = check([plain.subject()], rehash=True, on_progress=ignore)
     assert kinds(results, Gate.DIGEST) == [Kind.WRONG_DIGEST] * 2
 
 
@@ -183,7 +183,7 @@ def test_a_file_without_pieces_is_told_as_a_whole(plain: Plain) -> None:
 def test_a_wrong_blob_id_closes_the_gate(plain: Plain) -> None:
     """Right pieces with a whole that is not the Hub's file do not pass."""
     file = plain.subject(sha256=None, blob_id="0" * 40)
-    results = check([file], rehash=True, tick=ignore)
+    results = check([file], rehash=True, on_progress=ignore)
     assert results[-1].ok is False
     assert "blob id" in results[-1].findings[0].expected
 
@@ -191,7 +191,7 @@ def test_a_wrong_blob_id_closes_the_gate(plain: Plain) -> None:
 def test_a_missing_file_closes_the_first_gate_only(plain: Plain) -> None:
     """What cannot be looked at is not run: neither passed nor failed."""
     plain.path.unlink()
-    results = check([plain.subject()], rehash=True, tick=ignore)
+    results = check([plain.subject()], rehash=True, on_progress=ignore)
     path = "model.bin"
     assert verdicts(results) == {
         (Gate.PRESENT, path): False,
@@ -205,7 +205,7 @@ def test_a_file_of_the_wrong_size_is_not_hashed(plain: Plain) -> None:
     """A short file is told by its size, at no cost."""
     os.truncate(plain.path, 10)
     ticks: list[int] = []
-    results = check([plain.subject()], rehash=True, tick=ticks.append)
+    results = check([plain.subject()], rehash=True, on_progress=ticks.append)
     path = "model.bin"
     assert verdicts(results) == {
         (Gate.PRESENT, path): True,
@@ -217,9 +217,9 @@ def test_a_file_of_the_wrong_size_is_not_hashed(plain: Plain) -> None:
 
 def test_every_result_says_what_was_expected_and_found(plain: Plain) -> None:
     """Each gate has both words, whether it passed, failed or could not run."""
-    good = check([plain.subject()], rehash=True, tick=ignore)
+    good = check([plain.subject()], rehash=True, on_progress=ignore)
     plain.path.unlink()
-    bad = check([plain.subject()], rehash=True, tick=ignore)
+    bad = check([plain.subject()], rehash=True, on_progress=ignore)
     assert all(result.expected and result.found for result in [*good, *bad])
 
 
@@ -239,7 +239,7 @@ def test_a_file_that_is_cut_during_the_hashing_is_a_finding(plain: Plain) -> Non
     def cut(_: int) -> None:
         os.truncate(plain.path, 1)
 
-    results = check([plain.subject()], rehash=True, tick=cut)
+    results = check([plain.subject()], rehash=True, on_progress=cut)
     assert (results[-1].ok, Kind.UNREADABLE in kinds(results, Gate.DIGEST)) == (False, True)
 
 
@@ -258,7 +258,7 @@ def test_a_file_that_cannot_be_read_does_not_hide_the_others(
 
     monkeypatch.setattr(os, "open", refuse)
     other = replace(plain.artifact, path="bad.bin")
-    results = check([subject(other, bad), plain.subject()], rehash=True, tick=ignore)
+    results = check([subject(other, bad), plain.subject()], rehash=True, on_progress=ignore)
     digests = {result.path: result for result in results if result.gate is Gate.DIGEST}
     assert {path: result.ok for path, result in digests.items()} == {
         "bad.bin": False,
@@ -276,7 +276,7 @@ def test_a_disk_that_cannot_be_read_is_a_finding(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    results = check([plain.subject()], rehash=True, tick=ignore)
+    results = check([plain.subject()], rehash=True, on_progress=ignore)
     assert kinds(results, Gate.DIGEST) == [Kind.UNREADABLE]
 
 
@@ -307,7 +307,7 @@ def test_another_edition_passes(plain: Plain, pins: str) -> None:
     changes: dict[str, object] = {"alternatives": (edition(OTHER),)}
     changes |= {} if "sha256" in pins else {"sha256": None}
     changes |= {} if "pieces" in pins else {"pieces": ()}
-    results = check([plain.subject(**changes)], rehash=True, tick=ignore)
+    results = check([plain.subject(**changes)], rehash=True, on_progress=ignore)
     assert {r.ok for r in results} == {True}
 
 
@@ -317,7 +317,7 @@ def test_damage_to_another_edition_is_told(plain: Plain, pieces: bool) -> None:
     plain.path.write_bytes(OTHER[::-1])
     changes: dict[str, object] = {"alternatives": (edition(OTHER),)}
     changes |= {} if pieces else {"pieces": ()}
-    results = check([plain.subject(**changes)], rehash=True, tick=ignore)
+    results = check([plain.subject(**changes)], rehash=True, on_progress=ignore)
     assert [f.expected for f in results[-1].findings] == [f"sha256 {edition(OTHER).sha256}"]
 
 
@@ -360,7 +360,7 @@ def structure(results: Sequence[GateResult]) -> dict[str, bool | None]:
 
 def test_a_whole_network_passes(tiny: Path) -> None:
     """Both weight formats have the tensors that config.json implies."""
-    results = check(network(tiny), rehash=True, tick=ignore)
+    results = check(network(tiny), rehash=True, on_progress=ignore)
     assert {result.ok for result in results} == {True}
     assert structure(results) == dict.fromkeys(NAMES, True)
     assert "tensors" in next(r.found for r in results if r.gate is Gate.STRUCTURE)
@@ -384,7 +384,7 @@ def test_a_broken_structure_is_told_though_the_digest_is_pinned(
     """A file whose digest is right but which is no such file closes the structure gate."""
     assert callable(damage)
     damage(copy)
-    results = check(network(copy), rehash=True, tick=ignore)
+    results = check(network(copy), rehash=True, on_progress=ignore)
     assert structure(results) == {**dict.fromkeys(NAMES, True), name: False}
     assert set(kinds(results, Gate.STRUCTURE)) == {Kind.MALFORMED}
 
@@ -393,7 +393,7 @@ def test_weights_of_another_network_are_told(copy: Path) -> None:
     """A config.json of another size does not fit the tensors, in either format."""
     text = RECIPE.config.replace('"text_vocab_size": 512', '"text_vocab_size": 513')
     (copy / "config.json").write_text(text)
-    results = check(network(copy), rehash=True, tick=ignore)
+    results = check(network(copy), rehash=True, on_progress=ignore)
     assert structure(results) == {
         "config.json": True,
         "model.safetensors": False,
@@ -405,7 +405,7 @@ def test_weights_of_another_network_are_told(copy: Path) -> None:
 def test_weights_are_not_judged_by_a_broken_config(copy: Path, text: str) -> None:
     """When config.json cannot be used, the weights' structure is not run, and not OK."""
     (copy / "config.json").write_text(text)
-    results = check(network(copy), rehash=True, tick=ignore)
+    results = check(network(copy), rehash=True, on_progress=ignore)
     assert structure(results) == {
         "config.json": False,
         "model.safetensors": None,
@@ -416,9 +416,13 @@ def test_weights_are_not_judged_by_a_broken_config(copy: Path, text: str) -> Non
 def test_weights_of_a_model_without_a_config_must_be_well_formed(copy: Path) -> None:
     """Where the manifest has no config.json, weights are still read, if not held against it."""
     subjects = network(copy, "model.safetensors")
-    assert structure(check(subjects, rehash=False, tick=ignore)) == {"model.safetensors": True}
+    assert structure(check(subjects, rehash=False, on_progress=ignore)) == {
+        "model.safetensors": True
+    }
     flip(copy / "model.safetensors", 0)
-    assert structure(check(subjects, rehash=False, tick=ignore)) == {"model.safetensors": False}
+    assert structure(check(subjects, rehash=False, on_progress=ignore)) == {
+        "model.safetensors": False
+    }
 
 
 def test_a_missing_config_is_not_run(copy: Path) -> None:
@@ -426,7 +430,7 @@ def test_a_missing_config_is_not_run(copy: Path) -> None:
     subjects = network(copy)
     (copy / "config.json").unlink()
     subjects[-1] = subject(subjects[-1].artifact, copy / "config.json")
-    results = check(subjects, rehash=True, tick=ignore)
+    results = check(subjects, rehash=True, on_progress=ignore)
     assert set(structure(results).values()) == {None}
     assert kinds(results, Gate.PRESENT) == [Kind.MISSING]
 
@@ -435,7 +439,7 @@ def test_a_config_is_read_before_the_weights_whatever_the_order(tiny: Path) -> N
     """The manifest may list config.json last."""
     subjects = network(tiny, "config.json", "model.safetensors")
     for order in (subjects, subjects[::-1]):
-        assert set(structure(check(order, rehash=True, tick=ignore)).values()) == {True}
+        assert set(structure(check(order, rehash=True, on_progress=ignore)).values()) == {True}
 
 
 # ---- SHA256SUMS

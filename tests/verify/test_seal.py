@@ -20,10 +20,10 @@ from csm_weights.commands.render import report
 from csm_weights.commands.seal import seal_placed
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
 from csm_weights.pipeline import apply, checks
-from csm_weights.pipeline.plan import Goal
+from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Outcome
 from csm_weights.store import install
-from csm_weights.store.inspect import Condition
+from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import Receipt, load_receipt, partial_path, receipt_path
 from csm_weights.verify import seal
 from tests.support.clone import Clone
@@ -87,7 +87,7 @@ def test_files_are_read_only_and_stay_proven(toy: Toy) -> None:
     paths = [a.path for a in toy.manifest.artifacts]
     assert [mode(toy.placed(path)) for path in paths] == [0o444] * 3
     assert [s.path for s in outcome.sealed] == paths
-    assert {i.placed.condition for i in outcome.state.artifacts} == {Condition.PROVEN}
+    assert {i.placed.condition for i in outcome.state.artifacts} == {FileState.VERIFIED}
     assert apply.survey(toy.request(), check=True).error is None
 
 
@@ -254,7 +254,7 @@ def test_a_staged_file_replaces_a_sealed_one(toy: Toy) -> None:
     toy.staged("note.txt").write_text("another edition")
     toy.placed("note.txt").unlink()
     request = toy.request("note.txt")
-    outcome = seal_placed(request, apply.act(request, Goal.PLACED))
+    outcome = seal_placed(request, apply.act(request, Target.PLACED))
     assert toy.placed("note.txt").read_text() == "another edition"
     assert (mode(toy.placed("note.txt")), len(outcome.sealed)) == (0o444, 1)
 
@@ -285,7 +285,7 @@ def test_a_kill_between_seal_and_receipt_costs_one_hashing(
     assert mode(toy.placed("a.bin")) == 0o444
     outcome = weights(toy, "a.bin")
     assert [str(step.verb) for step in outcome.acts] == ["prove in place"]
-    assert outcome.state.artifacts[0].placed.condition is Condition.PROVEN
+    assert outcome.state.artifacts[0].placed.condition is FileState.VERIFIED
 
 
 def test_the_commands_seal(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from csm_weights.errors import CsmWeightsError
-from csm_weights.formats.tensor_index import TensorTable, read_checkpoint, read_safetensors
+from csm_weights.formats.tensor_index import TensorIndex, read_checkpoint, read_safetensors
 from csm_weights.manifest import parse, paths, render
 from tests.support import hostile
 
@@ -59,7 +59,7 @@ def checkpoint(data: bytes) -> None:
     _table(read_checkpoint, hostile.checkpoint(data) if is_pickle else data)
 
 
-def _table(read: Callable[[Path], TensorTable], data: bytes) -> None:
+def _table(read: Callable[[Path], TensorIndex], data: bytes) -> None:
     path = Path(_FOLDER.name) / "weights"
     path.write_bytes(data)
     try:

@@ -121,12 +121,12 @@ def standin(root: Path, name: str, dry: bool) -> str:
     artifacts = []
     try:
         with Progress("writing", total) as progress:
-            write_standin(architecture, recipe.seed, folder, progress=progress.tick)
+            write_standin(architecture, recipe.seed, folder, progress=progress.advance)
         with Progress("splitting", total) as progress:
             for file in (folder / "model.safetensors", folder / "ckpt.pt"):
                 chunks = f"chunks/{name}/{pin.group_of(file.name)}"
                 size = recipe.piece_size
-                artifacts.append(split.split_file(file, root, chunks, size, progress.tick))
+                artifacts.append(split.split_file(file, root, chunks, size, progress.advance))
                 file.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

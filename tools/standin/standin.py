@@ -24,7 +24,7 @@ from typing import BinaryIO, Protocol
 
 from csm_weights.errors import UsageError
 from csm_weights.formats import torch_zip
-from csm_weights.formats.architecture import Architecture
+from csm_weights.formats.architecture import CsmConfig
 from csm_weights.formats.torch_zip import FULL16, FULL32
 
 #: The files that can be written, by the name of their format.
@@ -42,7 +42,7 @@ GROUP = 16
 ITEM = 4  # bytes of an F32
 
 
-def sizes(architecture: Architecture) -> dict[str, int]:
+def sizes(architecture: CsmConfig) -> dict[str, int]:
     """Bytes of both stand-in files by file name, without writing them."""
     _, _, safetensors = _safetensors_layout(architecture)
     layout = _checkpoint_layout(architecture, 0)
@@ -50,7 +50,7 @@ def sizes(architecture: Architecture) -> dict[str, int]:
 
 
 def write_standin(
-    architecture: Architecture,
+    architecture: CsmConfig,
     seed: int,
     directory: Path,
     formats: Collection[str] = ("safetensors", "ckpt"),
@@ -97,7 +97,7 @@ class _Writer(Protocol):
 
 def _fill(
     writers: list[_Writer],
-    architecture: Architecture,
+    architecture: CsmConfig,
     seed: int,
     progress: Callable[[int], None],
 ) -> None:
@@ -120,7 +120,7 @@ def _fill(
         writer.finish()
 
 
-def _streams(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def _streams(architecture: CsmConfig) -> dict[str, tuple[int, ...]]:
     """The tensors to make, in the order to make them, with the spare codebook before the head."""
     shapes = architecture.tensor_shapes()
     return {SPARE: shapes[HEAD][1:], **shapes}
@@ -175,7 +175,7 @@ def _words(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 # --- model.safetensors
 
 
-def _safetensors_layout(architecture: Architecture) -> tuple[bytes, dict[str, int], int]:
+def _safetensors_layout(architecture: CsmConfig) -> tuple[bytes, dict[str, int], int]:
     """The header, the byte offset of each tensor, and the size of the file."""
     header, places = {}, {}
     end = 0
@@ -191,7 +191,7 @@ def _safetensors_layout(architecture: Architecture) -> tuple[bytes, dict[str, in
 
 
 class _SafetensorsWriter:
-    def __init__(self, file: BinaryIO, architecture: Architecture, _seed: int) -> None:
+    def __init__(self, file: BinaryIO, architecture: CsmConfig, _seed: int) -> None:
         header, self.offsets, _ = _safetensors_layout(architecture)
         self.file = file
         self.file.write(header)
@@ -338,7 +338,7 @@ class _CheckpointLayout:
         return self.directory + length + len(_archive_end(0, 0, 0))
 
 
-def _checkpoint_layout(architecture: Architecture, seed: int) -> _CheckpointLayout:
+def _checkpoint_layout(architecture: CsmConfig, seed: int) -> _CheckpointLayout:
     """As torch 2.4 and 2.5 wrote it in March 2025, which gives the published size.
 
     They sorted the storages by their number as text (0, 1, 10, 100, ...), and
@@ -371,7 +371,7 @@ def _checkpoint_layout(architecture: Architecture, seed: int) -> _CheckpointLayo
 
 
 class _CheckpointWriter:
-    def __init__(self, file: BinaryIO, architecture: Architecture, seed: int) -> None:
+    def __init__(self, file: BinaryIO, architecture: CsmConfig, seed: int) -> None:
         self.layout = _checkpoint_layout(architecture, seed)
         self.file = file
         self.crcs = dict.fromkeys(self.layout.places, 0)
@@ -397,7 +397,7 @@ class _CheckpointWriter:
         self.file.write(directory + _archive_end(len(entries), len(directory), start))
 
 
-_WRITERS: Mapping[str, Callable[[BinaryIO, Architecture, int], _Writer]] = {
+_WRITERS: Mapping[str, Callable[[BinaryIO, CsmConfig, int], _Writer]] = {
     "safetensors": _SafetensorsWriter,
     "ckpt": _CheckpointWriter,
 }

@@ -121,7 +121,12 @@ def _import_everything() -> None:
     from csm_weights.transfer import reorder
     from csm_weights.transfer.http import ranges
 
-    for name in ("pipeline.apply", "commands.seed_cache", "commands.split", "commands.render.report_hub"):
+    for name in (
+        "pipeline.apply",
+        "commands.seed_cache",
+        "commands.split",
+        "commands.render.report_hub",
+    ):
         importlib.import_module(f"csm_weights.{name}")
     for name in ("filelock", "invoke.main", "requests"):
         importlib.import_module(name)

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from csm_weights.errors import CsmWeightsError, Finding, printable
-from csm_weights.pipeline.plan import Origin, PieceOrigin, Plan, Step, Verb, extra
-from csm_weights.pipeline.request import Outcome, Survey
-from csm_weights.store.inspect import ArtifactState, Condition
+from csm_weights.pipeline.plan import PieceOrigin, PieceSource, Plan, Step, Verb, extra
+from csm_weights.pipeline.request import Outcome, StatusReport
+from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.receipts import SmokeReport
 from csm_weights.verify.gates import Gate, GateResult
 
@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(printable(text.rstrip()) for text in texts)
 
 
-def survey_text(survey: Survey) -> str:
+def survey_text(survey: StatusReport) -> str:
     """What `status` and a dry run show."""
     state, plan = survey.state, survey.plan
     steps: dict[str, list[Step]] = {}
@@ -83,11 +83,11 @@ def _piece_row(origin: PieceOrigin) -> tuple[str, str, str]:
 def _origin_words(origin: PieceOrigin) -> str:
     """Where a piece comes from, as a person and a machine read it."""
     return {
-        Origin.KEPT: "the unfinished file, proven in an earlier run",
-        Origin.SALVAGED: f"the damaged file {origin.where}",
-        Origin.CACHED: f"the Hub's cache {origin.where}",
-        Origin.CONSUMED: f"the unfinished file, and the rest of {origin.where}",
-        Origin.NOWHERE: f"nowhere: {origin.where}",
+        PieceSource.KEPT: "the unfinished file, proven in an earlier run",
+        PieceSource.SALVAGED: f"the damaged file {origin.where}",
+        PieceSource.CACHED: f"the Hub's cache {origin.where}",
+        PieceSource.CONSUMED: f"the unfinished file, and the rest of {origin.where}",
+        PieceSource.NOWHERE: f"nowhere: {origin.where}",
     }.get(origin.origin, origin.where)
 
 
@@ -118,19 +118,19 @@ def outcome_text(outcome: Outcome) -> str:
 
 
 def _file(item: ArtifactState) -> tuple[str, ...]:
-    look = item.placed if item.placed.condition is not Condition.ABSENT else item.staged
+    look = item.placed if item.placed.condition is not FileState.ABSENT else item.staged
     where = str(look.condition)
-    if look is item.staged and look.condition is not Condition.ABSENT:
+    if look is item.staged and look.condition is not FileState.ABSENT:
         where = f"{where}, staged"
-    receipt = look.receipt if look.condition is Condition.PROVEN else None
+    receipt = look.receipt if look.condition is FileState.VERIFIED else None
     size = "-" if look.size is None else f"{look.size:,}"
     digest = receipt.sha256[:SHORT] if receipt else "-"
     return item.artifact.path, size, where, digest, _origin(item, look.condition)
 
 
-def _origin(item: ArtifactState, condition: Condition) -> str:
+def _origin(item: ArtifactState, condition: FileState) -> str:
     receipt = item.placed.receipt or item.staged.receipt
-    if not receipt or condition is not Condition.PROVEN:
+    if not receipt or condition is not FileState.VERIFIED:
         return "-"
     sources = dict.fromkeys(record.source.rpartition("/")[0] for record in receipt.pieces)
     if not receipt.pieces:
@@ -219,7 +219,7 @@ def _finding_blocks(findings: Sequence[Finding], notes: Sequence[Finding]) -> li
     return blocks
 
 
-def survey_json(survey: Survey) -> str:
+def survey_json(survey: StatusReport) -> str:
     """`status --json`: what is there, the steps, the bytes; sizes in bytes."""
     state, plan = survey.state, survey.plan
     return dump(
@@ -296,7 +296,7 @@ def _attested_data(outcome: Outcome) -> dict[str, Any] | None:
 
 
 def _file_data(item: ArtifactState) -> dict[str, Any]:
-    look = item.placed if item.placed.condition is not Condition.ABSENT else item.staged
+    look = item.placed if item.placed.condition is not FileState.ABSENT else item.staged
     return {
         "path": item.artifact.path,
         "file": str(look.path),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from csm_weights.commands.doctor import Checkup, Diagnosis, Verdict
+from csm_weights.commands.doctor import CheckResult, DoctorReport, Verdict
 from csm_weights.commands.render.report import dump, table
 from csm_weights.commands.seed_cache import Seeding
 from csm_weights.errors import Finding, printable
 
 
-def diagnosis_text(diagnosis: Diagnosis) -> str:
+def diagnosis_text(diagnosis: DoctorReport) -> str:
     """Each check with its verdict, what stands in the way, and one verdict."""
     rows = [(check.name, str(check.verdict), check.found) for check in diagnosis.checks]
     blocks = [printable(diagnosis.subject), table(("check", "verdict", "found"), rows)]
@@ -25,7 +25,7 @@ def diagnosis_text(diagnosis: Diagnosis) -> str:
     return "\n\n".join([*blocks, printable(verdict)])
 
 
-def _findings(checks: Iterable[Checkup], is_ok: bool) -> list[Finding]:
+def _findings(checks: Iterable[CheckResult], is_ok: bool) -> list[Finding]:
     """The findings of checks that are, or are not, NOT OK; each once."""
     some = [check for check in checks if (check.verdict is not Verdict.NOT_OK) is is_ok]
     return list(dict.fromkeys(finding for check in some for finding in check.findings))
@@ -36,7 +36,7 @@ def _lines(title: str, findings: Iterable[Finding]) -> list[str]:
     return ["\n".join([title, *lines])] if lines else []
 
 
-def diagnosis_json(diagnosis: Diagnosis) -> str:
+def diagnosis_json(diagnosis: DoctorReport) -> str:
     """`doctor --json`: every check with its findings, and the exit code of `inv weights`."""
     error = diagnosis.error
     return dump(

@@ -15,7 +15,7 @@ from requests.auth import AuthBase
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError
 from urllib3.util import Retry
 
-from csm_weights.concurrency import Stopped
+from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Finding, Kind
 from csm_weights.transfer.http.deadlines import Waits, WatchedAdapter
 from csm_weights.transfer.http.responses import (
@@ -31,7 +31,7 @@ from csm_weights.transfer.http.responses import (
     redirect_target,
     shown,
 )
-from csm_weights.transfer.source import Broken
+from csm_weights.transfer.source import SourceError
 
 #: Redirects that are followed from one request.
 REDIRECTS = 5
@@ -46,11 +46,11 @@ _NO_URL = (
     requests.exceptions.InvalidSchema,
 )
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Limits:
+class Timeouts:
     """How patient a wire is: times in seconds, rates in bytes a second.
 
     A line that gives less than `least_rate` over `slow_seconds` is dropped,
@@ -76,7 +76,7 @@ class _NoAuth(AuthBase):
         return request
 
 
-class Trouble(Exception):
+class TransientError(Exception):
     """Something that may pass, or not: a finding, and how long to wait if the server said so."""
 
     def __init__(self, finding: Finding, seconds: float | None = None, connected: bool = True):
@@ -86,15 +86,15 @@ class Trouble(Exception):
         self.connected = connected
 
 
-class Asker:
+class HttpClient:
     """A session of requests that share connections, and wait together where a server asks so."""
 
     def __init__(
-        self, stop: threading.Event, say: Say, limits: Limits, connections: int = 8
+        self, cancel: threading.Event, log: Log, limits: Timeouts, connections: int = 8
     ) -> None:
         self.limits = limits
-        self.stop = stop
-        self._say = say
+        self.cancel = cancel
+        self._say = log
         self._quiet_until: dict[str, float] = {}
         self._answered: set[str] = set()
         self._waits = Waits()
@@ -114,7 +114,7 @@ class Asker:
 
     def end_waits(self) -> None:
         """Ends requests whose answer does not begin in time, and all when the run is stopped."""
-        self._waits.end(older=0 if self.stop.is_set() else self.limits.read)
+        self._waits.end(older=0 if self.cancel.is_set() else self.limits.read)
 
     def ask(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
         """The answer to a request without a body worth reading, after retries.
@@ -122,12 +122,12 @@ class Asker:
         Redirects and refusals are answers too. Raises Broken when the network
         or the server fails, Stopped.
         """
-        patience = Patience(self)
+        patience = RetryPolicy(self)
         while True:
             try:
                 with self._request(method, url, headers) as response:
                     return response
-            except Trouble as trouble:
+            except TransientError as trouble:
                 patience.wait(trouble, url)
 
     def _request(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
@@ -145,28 +145,28 @@ class Asker:
                 timeout=(limits.connect, limits.read),
             )
         except _NO_URL:
-            raise Broken([bad_url_finding(host)]) from None
+            raise SourceError([bad_url_finding(host)]) from None
         except requests.exceptions.ProxyError as error:
-            raise Broken([proxy_finding(host, cause(error))]) from None
+            raise SourceError([proxy_finding(host, cause(error))]) from None
         except requests.exceptions.SSLError as error:
             if is_about_certificate(error):
-                raise Broken([certificate_finding(host, error)]) from None
-            raise Trouble(no_answer(host, error)) from None
+                raise SourceError([certificate_finding(host, error)]) from None
+            raise TransientError(no_answer(host, error)) from None
         except (requests.exceptions.RequestException, HTTPError, OSError) as error:
             # What the pool gave up before it asked; all else broke off after that.
             connected = not (error.args and isinstance(error.args[0], MaxRetryError))
             connected = connected or host in self._answered
-            raise Trouble(no_answer(host, error), connected=connected) from None
+            raise TransientError(no_answer(host, error), connected=connected) from None
         self._answered.add(host)
         if response.status_code == 407:
             response.close()
-            raise Broken([proxy_finding(host, "407 proxy authentication required")])
+            raise SourceError([proxy_finding(host, "407 proxy authentication required")])
         if response.status_code in _PASSING:
             response.close()
             seconds = asked_wait(response.headers)
             if seconds is not None and seconds <= limits.longest_wait:
                 self._quiet_until[host] = time.monotonic() + seconds
-            raise Trouble(passing_finding(host, response, seconds), seconds)
+            raise TransientError(passing_finding(host, response, seconds), seconds)
         return response
 
     def follow(
@@ -186,11 +186,11 @@ class Asker:
             response.close()
             url = redirect_target(url, response.headers["Location"])
         expected, found = f"at most {REDIRECTS} redirects", "more, in a circle?"
-        raise Broken([Finding(Kind.REDIRECT, shown(first), expected, found)])
+        raise SourceError([Finding(Kind.REDIRECT, shown(first), expected, found)])
 
     def _pause(self, seconds: float) -> None:
-        if self.stop.wait(max(seconds, 0)):
-            raise Stopped
+        if self.cancel.wait(max(seconds, 0)):
+            raise Cancelled
 
     def pause(self, seconds: float, why: Finding) -> None:
         """Waits, and says so where a person would wonder; raises Stopped."""
@@ -199,10 +199,10 @@ class Asker:
         self._pause(seconds)
 
 
-class Patience:
+class RetryPolicy:
     """How often the same request is made again, and how long is waited in between."""
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: HttpClient) -> None:
         limits = asker.limits
         self._asker = asker
         self._slow = limits.slow_lines
@@ -214,17 +214,17 @@ class Patience:
             backoff_max=30,
         )
 
-    def wait(self, trouble: Trouble, url: str) -> None:
+    def wait(self, trouble: TransientError, url: str) -> None:
         """Waits before the next try; raises Broken where there is none, Stopped."""
         finding, seconds = trouble.finding, trouble.seconds
         self._slow -= finding.kind is Kind.TOO_SLOW
         longest = self._asker.limits.longest_wait
         if self._slow <= 0 or (seconds is not None and seconds > longest):
-            raise Broken([finding])
+            raise SourceError([finding])
         error = None if trouble.connected else ConnectTimeoutError()
         try:
             self._retry = self._retry.increment("GET", url, error=error)
         except MaxRetryError:
-            raise Broken([finding]) from None
+            raise SourceError([finding]) from None
         backoff = self._retry.get_backoff_time()
         self._asker.pause(max(seconds or 0, backoff), finding)

@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError
 
-from csm_weights.concurrency import Stopped
+from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Finding, Kind
-from csm_weights.transfer.http.client import Asker, Limits, Patience, Say, Trouble
+from csm_weights.transfer.http.client import HttpClient, Log, RetryPolicy, Timeouts, TransientError
 from csm_weights.transfer.http.responses import cause, describe, wrong_answer
 from csm_weights.transfer.reorder import BLOCK
-from csm_weights.transfer.source import Broken, Sink
+from csm_weights.transfer.source import PieceWriter, SourceError
 
 #: Bytes that one request asks for. A kill loses at most this much a line: 20 MiB in all.
 SPAN = 2 * BLOCK
@@ -50,14 +50,14 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGN
 
 
 @dataclass(frozen=True)
-class Place:
+class ResolvedUrl:
     """Where a file can be had just now; `headers` are for this URL's own origin only."""
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class Location(ABC):
+class RemoteFile(ABC):
     """One file on a server, wherever that has it at the moment.
 
     `where` names it in messages and receipts, without secrets. The file is
@@ -71,14 +71,14 @@ class Location(ABC):
         self.lock = threading.Lock()
         self.has_ranges = True
         self.etag: str | None = None
-        self.stream: _Line | None = None
+        self.stream: _RangeStream | None = None
 
     @abstractmethod
-    def place(self) -> Place:
+    def place(self) -> ResolvedUrl:
         """Where the file is; raises Broken."""
 
     @abstractmethod
-    def refused(self, place: Place, response: requests.Response) -> Finding | None:
+    def refused(self, place: ResolvedUrl, response: requests.Response) -> Finding | None:
         """What a refusal at `place` means, or None where there is another place now."""
 
 
@@ -86,25 +86,25 @@ class _NoRanges(Exception):
     """The server answers a range with the whole file."""
 
 
-class Wire(Asker):
+class RangeDownloader(HttpClient):
     """All transfers of one run: a pool of lines, and one who watches them."""
 
     def __init__(
         self,
-        stop: threading.Event,
-        say: Say = lambda _: None,
-        limits: Limits | None = None,
+        cancel: threading.Event,
+        log: Log = lambda _: None,
+        limits: Timeouts | None = None,
         lines: int = LINES,
     ) -> None:
-        super().__init__(stop, say, limits or Limits(), 2 * lines)
+        super().__init__(cancel, log, limits or Timeouts(), 2 * lines)
         self._pool = ThreadPoolExecutor(lines)
         self._lock = threading.Lock()
-        self._open_lines: set[_Line] = set()
+        self._open_lines: set[_RangeStream] = set()
         self._is_closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
-    def __enter__(self) -> Wire:
+    def __enter__(self) -> RangeDownloader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,7 +113,7 @@ class Wire(Asker):
         self._watcher.join()
         self.hang_up()
 
-    def fetch(self, location: Location, sink: Sink) -> None:
+    def fetch(self, location: RemoteFile, sink: PieceWriter) -> None:
         """Puts what the sink wants of a file into it, by many lines or, without ranges, by one.
 
         Raises Broken; what was put until then stays in the sink.
@@ -126,7 +126,7 @@ class Wire(Asker):
             location.has_ranges = False
         self._read_through(location, sink)
 
-    def _fetch_spans(self, location: Location, sink: Sink) -> None:
+    def _fetch_spans(self, location: RemoteFile, sink: PieceWriter) -> None:
         over = threading.Event()
         spans = [span for wanted in sink.wanted() for span in _spans(*wanted)]
         futures: list[Future[None]] = [
@@ -140,45 +140,45 @@ class Wire(Asker):
             future.cancel()
         wait(futures)
         errors = [e for f in futures if not f.cancelled() and (e := f.exception())]
-        errors.sort(key=lambda error: isinstance(error, Stopped))
+        errors.sort(key=lambda error: isinstance(error, Cancelled))
         if errors:
             raise errors[0]
 
     def _fetch_span(
-        self, location: Location, span: tuple[int, int], sink: Sink, over: threading.Event
+        self, location: RemoteFile, span: tuple[int, int], sink: PieceWriter, over: threading.Event
     ) -> None:
         at, end = span
-        patience = Patience(self)
+        patience = RetryPolicy(self)
         while at < end:
-            if over.is_set() or self.stop.is_set():
-                raise Stopped
+            if over.is_set() or self.cancel.is_set():
+                raise Cancelled
             place = location.place()
-            line: _Line | None = None
+            line: _RangeStream | None = None
             try:
                 with self._line(location, place, at, end, over) as line:
                     line.read_into(sink)
-            except Trouble as trouble:
+            except TransientError as trouble:
                 if line and line.at - at >= PROGRESS and not line.is_too_slow:
-                    patience = Patience(self)
+                    patience = RetryPolicy(self)
                 patience.wait(trouble, place.url)
             finally:
                 at = line.at if line else at
 
     @contextlib.contextmanager
     def _line(
-        self, location: Location, place: Place, at: int, end: int, over: threading.Event
-    ) -> Iterator[_Line]:
+        self, location: RemoteFile, place: ResolvedUrl, at: int, end: int, over: threading.Event
+    ) -> Iterator[_RangeStream]:
         """An open line that will give the bytes `[at, end)` of the artifact."""
         start, stop = at - location.offset, end - location.offset
         response = self.follow(place.url, place.headers, {"Range": f"bytes={start}-{stop - 1}"})
         with contextlib.closing(response):
             self._check_answer(location, place, response, start, stop)
-            line = _Line(response, at, end, self.limits, over)
+            line = _RangeStream(response, at, end, self.limits, over)
             with self._watched(line):
                 yield line
 
     @contextlib.contextmanager
-    def _watched(self, line: _Line) -> Iterator[None]:
+    def _watched(self, line: _RangeStream) -> Iterator[None]:
         line.is_reading(True)
         with self._lock:
             self._open_lines.add(line)
@@ -195,12 +195,12 @@ class Wire(Asker):
                 lines = list(self._open_lines)
             self.end_waits()
             for line in lines:
-                line.check_speed(is_stopped=self.stop.is_set() or line.over.is_set())
+                line.check_speed(is_stopped=self.cancel.is_set() or line.over.is_set())
 
     def _check_answer(
         self,
-        location: Location,
-        place: Place,
+        location: RemoteFile,
+        place: ResolvedUrl,
         response: requests.Response,
         start: int,
         stop: int,
@@ -211,8 +211,8 @@ class Wire(Asker):
             finding = location.refused(place, response)
             if finding is None:
                 expired = Finding(Kind.FORBIDDEN, where, "a URL that is valid", "an expired one")
-                raise Trouble(expired, seconds=0)
-            raise Broken([finding])
+                raise TransientError(expired, seconds=0)
+            raise SourceError([finding])
         if (encoding := headers.get("Content-Encoding", "identity")).lower() != "identity":
             raise wrong_answer(where, "the bytes as they are", f"them encoded as {encoding}")
         if response.status_code == 200:
@@ -235,18 +235,18 @@ class Wire(Asker):
 
     # ---- a file on a server without ranges
 
-    def _read_through(self, location: Location, sink: Sink) -> None:
+    def _read_through(self, location: RemoteFile, sink: PieceWriter) -> None:
         """Reads the file from its start, once for pieces that follow each other."""
         with location.lock:
             for start, end in sink.wanted():
-                at, patience = start, Patience(self)
+                at, patience = start, RetryPolicy(self)
                 while at < end:
                     place = location.place()
                     try:
                         self._stream_to(location, place, at, end, sink)
-                    except Trouble as trouble:
+                    except TransientError as trouble:
                         reached = location.stream.at if location.stream else at
-                        patience = patience if reached - at < PROGRESS else Patience(self)
+                        patience = patience if reached - at < PROGRESS else RetryPolicy(self)
                         at = max(at, min(reached, end))
                         self._hang_up(location)
                         patience.wait(trouble, place.url)
@@ -255,13 +255,15 @@ class Wire(Asker):
             if location.stream and location.stream.at == location.offset + location.size:
                 self._hang_up(location)
 
-    def _stream_to(self, location: Location, place: Place, at: int, end: int, sink: Sink) -> None:
+    def _stream_to(
+        self, location: RemoteFile, place: ResolvedUrl, at: int, end: int, sink: PieceWriter
+    ) -> None:
         if location.stream is None or location.stream.at > at:
             self._hang_up(location)
             response = self.follow(place.url, place.headers)
             self._check_answer(location, place, response, 0, location.size)
-            location.stream = _Line(
-                response, location.offset, location.offset, self.limits, self.stop
+            location.stream = _RangeStream(
+                response, location.offset, location.offset, self.limits, self.cancel
             )
         line = location.stream
         with self._watched(line):
@@ -269,13 +271,13 @@ class Wire(Asker):
             line.end = end
             line.read_into(sink)
 
-    def _hang_up(self, location: Location) -> None:
+    def _hang_up(self, location: RemoteFile) -> None:
         if location.stream:
             location.stream.close()
         location.stream = None
 
 
-class _Line:
+class _RangeStream:
     """The body of one answer: the bytes `[at, end)` of an artifact, `at` moving on."""
 
     def __init__(
@@ -283,7 +285,7 @@ class _Line:
         response: requests.Response,
         at: int,
         end: int,
-        limits: Limits,
+        limits: Timeouts,
         over: threading.Event,
     ) -> None:
         self.at = at
@@ -300,11 +302,11 @@ class _Line:
         """Ends the connection: what is left of the body is not wanted."""
         self._response.close()
 
-    def read_into(self, sink: Sink) -> None:
+    def read_into(self, sink: PieceWriter) -> None:
         """Reads up to `end`, block by block; what came before a failure is put too."""
         while self.at < self.end:
             if self.over.is_set():
-                raise Stopped
+                raise Cancelled
             # Blocks lie on a grid, whatever byte a line goes on from.
             room = min(self.end, (self.at // BLOCK + 1) * BLOCK) - self.at
             block, trouble, size = sink.lend(), None, 0
@@ -312,7 +314,7 @@ class _Line:
                 while size < room:
                     with block.view[size : min(room, size + READ)] as view:
                         size += self._read(view)
-            except Trouble as error:
+            except TransientError as error:
                 trouble = error
             self.is_reading(False)
             sink.put(block, self.at, size)
@@ -326,7 +328,7 @@ class _Line:
         with memoryview(bytearray(READ)) as waste:
             while self.at < at:
                 if self.over.is_set():
-                    raise Stopped
+                    raise Cancelled
                 with waste[: min(READ, at - self.at)] as view:
                     self.at += self._read(view)
 
@@ -335,9 +337,9 @@ class _Line:
         try:
             count: int = self._response.raw.readinto(view)
         except (HTTPError, OSError, ValueError) as error:
-            raise Trouble(self._lost(cause(error))) from None
+            raise TransientError(self._lost(cause(error))) from None
         if not count:
-            raise Trouble(self._lost("the connection was closed"))
+            raise TransientError(self._lost("the connection was closed"))
         self._came += count
         return count
 
@@ -377,7 +379,7 @@ def _spans(start: int, end: int) -> Iterator[tuple[int, int]]:
         start = cut
 
 
-def _check_whole(location: Location, response: requests.Response) -> None:
+def _check_whole(location: RemoteFile, response: requests.Response) -> None:
     """Raises Broken unless an answer without a range can be the whole file."""
     length = response.headers.get("Content-Length")
     if length is not None and length != str(location.size):
@@ -392,11 +394,11 @@ def _check_whole(location: Location, response: requests.Response) -> None:
     _check_etag(location, response.headers.get("ETag"))
 
 
-def _check_etag(location: Location, etag: str | None) -> None:
+def _check_etag(location: RemoteFile, etag: str | None) -> None:
     first, location.etag = location.etag, location.etag or etag
     if first and etag and etag != first:
         help_text = "the file there was replaced meanwhile; run the same command again"
         finding = Finding(
             Kind.CHANGED, location.where, f"the file with ETag {first}", etag, help_text
         )
-        raise Broken([finding])
+        raise SourceError([finding])

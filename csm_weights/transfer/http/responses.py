@@ -17,7 +17,7 @@ from urllib3.exceptions import NameResolutionError
 from urllib3.util import Retry
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.transfer.source import Broken
+from csm_weights.transfer.source import SourceError
 
 #: Addresses that stand for IPv4 ones behind a translator.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -66,7 +66,7 @@ def redirect_target(url: str, location: str) -> str:
         help_text = "if that is meant, name the final URL yourself"
         expected = f"a redirect within {before.scheme} to a public host"
         finding = Finding(Kind.REDIRECT, shown(url), expected, problem, help_text)
-        raise Broken([finding])
+        raise SourceError([finding])
     return target
 
 
@@ -135,9 +135,9 @@ def describe(head: bytes, content_type: str) -> str:
     return "another file"
 
 
-def wrong_answer(where: str, expected: str, found: str) -> Broken:
+def wrong_answer(where: str, expected: str, found: str) -> SourceError:
     """The error for an answer that is about something else than what was asked."""
-    return Broken([Finding(Kind.WRONG_ANSWER, where, expected, found, "ask another source")])
+    return SourceError([Finding(Kind.WRONG_ANSWER, where, expected, found, "ask another source")])
 
 
 def is_about_certificate(error: BaseException) -> bool:
