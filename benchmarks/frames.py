@@ -37,8 +37,8 @@ def seconds_a_frame(step: Callable[[], object], count: int, device: torch.device
 
 def prompt_of(model: Model, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens and mask (1, S, K + 1) of the smoke test's prompt."""
-    words = torch.tensor(make_prompt(model.architecture), device=device)
-    tokens = torch.zeros(1, len(words), model.architecture.codebooks + 1, dtype=torch.long)
+    words = torch.tensor(make_prompt(model.config), device=device)
+    tokens = torch.zeros(1, len(words), model.config.codebooks + 1, dtype=torch.long)
     tokens = tokens.to(device)
     tokens[0, :, -1] = words
     mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -89,7 +89,7 @@ def main() -> None:
     decoder.start(*prompt_of(model, device))
     fast = seconds_a_frame(decoder.step, FAST, device)
     weight = model.text_embeddings.weight
-    size = weights_per_frame(model.architecture) * weight.element_size()
+    size = weights_per_frame(model.config) * weight.element_size()
     roofline = size / memory_rate(weight) / fast
     print(json.dumps({"fast": fast, "eager": slow, "roofline": roofline, "kernels": kernels}))
 

@@ -37,14 +37,14 @@ class Model(plain.Model):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.bfloat16,
         *,
-        architecture: CsmConfig | None = None,
+        config: CsmConfig | None = None,
         digests: Sequence[ByteRange] = (),
         verify: bool = False,
     ) -> Self:
         """Loads a folder, a file of weights, a folder of parts, or a chunk repository.
 
         Either format, told by its content. `dtype` None keeps the file's. The
-        network is `architecture`, else that of config.json; where that is not
+        network is `config`, else that of config.json; where that is not
         to be had, that of the manifest that pins weights of this size. With
         `verify` every byte is held against what a manifest of the checkout
         pins; `digests` gives the spans to be held against instead.
@@ -58,8 +58,8 @@ class Model(plain.Model):
         size = sum(part.stat().st_size for part in paths)
         if verify and not digests:
             digests = locate.require_pinned(root, paths[0], size).digests
-        architecture = architecture or _architecture(folder, root, size)
-        model = super().from_local(paths, device, dtype, architecture=architecture, digests=digests)
+        config = config or _read_config(folder, root, size)
+        model = super().from_local(paths, device, dtype, config=config, digests=digests)
         model.folder = folder
         return model
 
@@ -103,7 +103,7 @@ class Model(plain.Model):
         cls, found: LocalWeights, device: str | torch.device, dtype: torch.dtype | None
     ) -> Self:
         model = super().from_local(
-            found.paths, device, dtype, architecture=found.architecture, digests=found.digests
+            found.paths, device, dtype, config=found.config, digests=found.digests
         )
         model.folder = found.folder
         return model
@@ -121,11 +121,11 @@ def load_csm_1b(
     return Generator(Model._obtain(request, device, dtype))
 
 
-def _architecture(folder: Path, root: Path, size: int) -> CsmConfig | None:
+def _read_config(folder: Path, root: Path, size: int) -> CsmConfig | None:
     """What config.json in a folder says; None where it is not there and nothing is pinned."""
     config = folder / CONFIG
     known = locate.pinned(root, size)
-    fallback = known.architecture if known else None
+    fallback = known.config if known else None
     if not config.is_file():
         return fallback
     try:

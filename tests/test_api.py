@@ -550,9 +550,7 @@ def test_csm_tiny_itself_speaks() -> None:
     golden = json.loads((REPOSITORY / "manifests" / "csm-tiny.golden.json").read_text())
     found = next(locate.here(Request(REPOSITORY, "csm-tiny")))
     path = found.paths[0] if len(found.paths) == 1 else found.paths[0].parent
-    model = Model.from_local(
-        path, dtype=None, architecture=found.architecture, digests=found.digests
-    )
+    model = Model.from_local(path, dtype=None, config=found.config, digests=found.digests)
     frames = Generator(model).generate_frames(
         golden["prompt"], 0, [], 80 * len(golden["frames"]), temperature=0
     )

@@ -130,15 +130,13 @@ def parse_config(text: bytes, where: str) -> CsmConfig:
     if not isinstance(data, dict):
         raise _malformed(where, "a JSON object", type(data).__name__)
     try:
-        architecture = (
-            _from_flavors(data) if "backbone_flavor" in data else _from_transformers(data)
-        )
-        _check(architecture)
+        config = _from_flavors(data) if "backbone_flavor" in data else _from_transformers(data)
+        _check(config)
     except KeyError as error:
         raise _malformed(where, f"the key {error}", "no such key") from None
     except (TypeError, ValueError) as error:
         raise _malformed(where, "the dimensions of a CSM network", str(error)) from None
-    return architecture
+    return config
 
 
 def _from_flavors(data: dict[str, Any]) -> CsmConfig:
@@ -174,18 +172,18 @@ def _stack_from_transformers(data: dict[str, Any]) -> TransformerConfig:
     )
 
 
-def _check(architecture: CsmConfig) -> None:
-    figures = {"text_vocab": architecture.text_vocab, "audio_vocab": architecture.audio_vocab}
-    figures["codebooks"] = architecture.codebooks
-    for name, stack in (("backbone", architecture.backbone), ("decoder", architecture.decoder)):
+def _check(config: CsmConfig) -> None:
+    figures = {"text_vocab": config.text_vocab, "audio_vocab": config.audio_vocab}
+    figures["codebooks"] = config.codebooks
+    for name, stack in (("backbone", config.backbone), ("decoder", config.decoder)):
         figures |= {f"{name}.{key}": value for key, value in vars(stack).items()}
     for key, value in figures.items():
         most = MAX_LAYERS if key.endswith(".layers") else MAX_DIMENSION
         if type(value) is not int or not 0 < value <= most:
             raise ValueError(f"{key} = {value!r}, not an integer from 1 to {most}")
-    if architecture.codebooks < 2:
+    if config.codebooks < 2:
         raise ValueError("fewer than 2 codebooks")
-    for stack in (architecture.backbone, architecture.decoder):
+    for stack in (config.backbone, config.decoder):
         if stack.dim % stack.heads or stack.head_dim % 2 or stack.heads % stack.kv_heads:
             raise ValueError(
                 f"{stack.heads} heads, {stack.kv_heads} kv heads on {stack.dim} features"

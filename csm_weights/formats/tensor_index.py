@@ -96,14 +96,14 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def check_against(table: TensorIndex, architecture: CsmConfig, where: str) -> list[Finding]:
+def check_against(table: TensorIndex, config: CsmConfig, where: str) -> list[Finding]:
     """A finding for every tensor that is missing, not expected, or of another dtype or shape.
 
     Empty when the table holds exactly the F32 tensors of the architecture. At
     most 20 findings are spelled out; one more counts the others.
     """
     found = _Findings(where)
-    expected = architecture.tensor_shapes()
+    expected = config.tensor_shapes()
     for name, shape in expected.items():
         info = table.tensors.get(name)
         if info is None:

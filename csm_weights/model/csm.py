@@ -37,7 +37,7 @@ Sampler = Callable[[Tensor], Tensor]
 Rotation = tuple[Tensor, Tensor]
 
 
-def rope_frequencies(architecture: CsmConfig, head_dim: int) -> Tensor:
+def rope_frequencies(config: CsmConfig, head_dim: int) -> Tensor:
     """Radians a position for each feature pair of a head: float32 (head_dim / 2,).
 
     Llama 3's scaling: pairs that turn once in fewer than old_context / high
@@ -45,11 +45,11 @@ def rope_frequencies(architecture: CsmConfig, head_dim: int) -> Tensor:
     slowed by `rope_factor`, and those between are blended.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    plain = 1.0 / architecture.rope_base**exponents
-    turns = architecture.rope_old_context * plain / (2 * math.pi)
-    low, high = architecture.rope_low_freq_factor, architecture.rope_high_freq_factor
+    plain = 1.0 / config.rope_base**exponents
+    turns = config.rope_old_context * plain / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return plain * (kept + (1 - kept) / architecture.rope_factor)
+    return plain * (kept + (1 - kept) / config.rope_factor)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -165,14 +165,12 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """A Llama without embeddings and head: features in, normed hidden states out."""
 
-    def __init__(self, stack: TransformerConfig, architecture: CsmConfig) -> None:
+    def __init__(self, stack: TransformerConfig, config: CsmConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            Layer(stack, architecture.norm_eps) for _ in range(stack.layers)
-        )
-        self.norm = RMSNorm(stack.dim, architecture.norm_eps)
+        self.layers = nn.ModuleList(Layer(stack, config.norm_eps) for _ in range(stack.layers))
+        self.norm = RMSNorm(stack.dim, config.norm_eps)
         # A plain attribute, not a buffer: a model in bfloat16 keeps float32 angles.
-        self.frequencies = rope_frequencies(architecture, stack.head_dim)
+        self.frequencies = rope_frequencies(config, stack.head_dim)
 
     def forward(
         self, x: Tensor, positions: Tensor, caches: list[KeyValueCache] | None = None
@@ -194,12 +192,12 @@ class Transformer(nn.Module):
 class Model(nn.Module):
     """A CSM network; the state dict's names are `CsmConfig.tensor_shapes()`'s.
 
-    `Model(architecture)` has random weights; `Model.from_local` reads a file's.
+    `Model(config)` has random weights; `Model.from_local` reads a file's.
     """
 
-    def __init__(self, architecture: CsmConfig) -> None:
+    def __init__(self, config: CsmConfig) -> None:
         super().__init__()
-        a = self.architecture = architecture
+        a = self.config = config
         self.backbone = Transformer(a.backbone, a)
         self.decoder = Transformer(a.decoder, a)
         self.text_embeddings = Embedding(a.text_vocab, a.backbone.dim)
@@ -218,14 +216,14 @@ class Model(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.float32,
         *,
-        architecture: CsmConfig | None = None,
+        config: CsmConfig | None = None,
         digests: Sequence[ByteRange] = (),
     ) -> Self:
         """Reads config.json and the weights, and checks every name, dtype and shape.
 
         `path` is a folder with config.json and model.safetensors or ckpt.pt
         (the first is taken where both are), or their parts, or one of these
-        weight files with config.json beside it, or parts in order. `architecture` takes the place
+        weight files with config.json beside it, or parts in order. `config` takes the place
         of config.json. `dtype` None keeps the file's. `digests` are spans that
         tile the file, and are proven as the bytes pass. Without conversion on
         the CPU a file is mapped, not copied; else there is no second copy either.
@@ -235,27 +233,27 @@ class Model(nn.Module):
         config.json describes. No pickle is run.
         """
         weights, folder = locate(path)
-        architecture = architecture or _read_config(folder, weights[0].parent)
+        config = config or _read_config(folder, weights[0].parent)
         with open_weights(weights) as checkpoint:
             where = checkpoint.source.where
-            if findings := check_against(checkpoint.table, architecture, where):
+            if findings := check_against(checkpoint.table, config, where):
                 name = weights[0].name
                 raise WrongContent(f"{name} is not the network of its config.json", findings)
             tensors = load_tensors(
                 checkpoint,
                 torch.device(device),
                 dtype,
-                together=architecture.fused_tensors(),
+                together=config.fused_tensors(),
                 digests=digests,
             )
         with torch.device("meta"):
-            model = cls(architecture)
+            model = cls(config)
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
     def setup_caches(self, batch: int) -> None:
         """Starts a new sequence of `batch` rows; `generate_frame` needs it once before."""
-        a = self.architecture
+        a = self.config
         self._caches = self.new_caches(a.backbone, batch, a.max_positions)
 
     def backbone_hidden(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -313,7 +311,7 @@ class Model(nn.Module):
         last = self.backbone(self.embed_frames(tokens, mask), positions, caches)[:, -1]
         logits = [self.codebook0_head(last)]
         codes = [choose(logits[0])]
-        a = self.architecture
+        a = self.config
         caches = self.new_caches(a.decoder, last.shape[0], a.codebooks)
         inputs = torch.stack((last, self.embed_audio(codes[0][:, None])[:, 0]), dim=1)
         for book in range(1, a.codebooks):
@@ -327,7 +325,7 @@ class Model(nn.Module):
     def embed_audio(self, codes: Tensor, first_book: int = 0) -> Tensor:
         """Embeddings (..., N, D) of codes (..., N) of the codebooks from `first_book` on."""
         books = torch.arange(first_book, first_book + codes.shape[-1], device=codes.device)
-        embedded: Tensor = self.audio_embeddings(codes + books * self.architecture.audio_vocab)
+        embedded: Tensor = self.audio_embeddings(codes + books * self.config.audio_vocab)
         return embedded
 
     def embed_frames(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -356,7 +354,7 @@ class Model(nn.Module):
 
     def check_inputs(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> None:
         """Raises UsageError where shapes do not fit each other, or positions the model."""
-        shape = (*positions.shape, self.architecture.codebooks + 1)
+        shape = (*positions.shape, self.config.codebooks + 1)
         if not (positions.ndim == 2 and tokens.shape == mask.shape == shape and tokens.numel()):
             raise UsageError(
                 f"tokens {tuple(tokens.shape)}, mask {tuple(mask.shape)} and positions "
@@ -366,10 +364,10 @@ class Model(nn.Module):
 
     def check_position(self, position: int) -> None:
         """Raises UsageError where the model has no such position."""
-        if position >= self.architecture.max_positions:
+        if position >= self.config.max_positions:
             raise UsageError(
                 f"Inputs too long: position {position}, "
-                f"while the model has {self.architecture.max_positions}, from 0 on"
+                f"while the model has {self.config.max_positions}, from 0 on"
             )
 
 

@@ -27,9 +27,9 @@ from csm_weights.model.csm import Layer, Model, RMSNorm, Transformer, chooser, d
 WARM_UPS = 2
 
 
-def weights_per_frame(architecture: CsmConfig) -> int:
+def weights_per_frame(config: CsmConfig) -> int:
     """How many weights one frame has to read at least: those of every product, each time."""
-    a = architecture
+    a = config
     shapes = a.tensor_shapes()
 
     def count(prefix: str) -> int:
@@ -48,7 +48,7 @@ class Decoder:
     """
 
     def __init__(self, model: Model, keep_logits: bool = False) -> None:
-        a = model.architecture
+        a = model.config
         like = model.projection.weight
         self._model = model
         self._backbone = _Steps(model.backbone, a.backbone, a.max_positions)
@@ -140,7 +140,7 @@ class Decoder:
         model, last = self._model, self._last
         codes = [self._chosen(0, model.codebook0_head(last), choose)]
         inputs = torch.stack((last, self._embedding(0, codes[0])), dim=1)
-        for book in range(1, model.architecture.codebooks):
+        for book in range(1, model.config.codebooks):
             start = 0 if book == 1 else book
             positions = self._places[start : book + 1]
             caches = [
@@ -159,7 +159,7 @@ class Decoder:
 
     def _embedding(self, book: int, code: Tensor) -> Tensor:
         """The embeddings (1, D) of a code (1,) of a codebook."""
-        vocab = self._model.architecture.audio_vocab
+        vocab = self._model.config.audio_vocab
         of_book = self._model.audio_embeddings.weight[book * vocab : (book + 1) * vocab]
         return F.embedding(code, of_book)
 

@@ -136,7 +136,7 @@ class Generator:
         tokens, mask = self._prompt(text, speaker, context)
         self._check_length(len(tokens), limit)
         frames = list(self._frames(tokens, mask, limit, temperature, topk))
-        none = tokens.new_zeros(0, self._model.architecture.codebooks)
+        none = tokens.new_zeros(0, self._model.config.codebooks)
         return torch.stack(frames) if frames else none
 
     def _frames(
@@ -153,7 +153,7 @@ class Generator:
             yield codes[0]
 
     def _check_length(self, prompt: int, limit: int) -> None:
-        most = self._model.architecture.max_positions
+        most = self._model.config.max_positions
         if prompt + limit >= most:
             raise InputsTooLong(
                 f"Inputs too long: a prompt of {prompt} frames and up to {limit} frames of audio;"
@@ -170,7 +170,7 @@ class Generator:
 
     def _text_frames(self, text: Text, speaker: int) -> Frames:
         ids = self._tokenizer.encode(f"[{speaker}]{text}") if isinstance(text, str) else text
-        vocabulary = self._model.architecture.text_vocab
+        vocabulary = self._model.config.text_vocab
         row = torch.tensor(list(ids), dtype=torch.long, device=self.device)
         _require_below(row, vocabulary, "text tokens")
         tokens, mask = self._empty(len(row))
@@ -194,7 +194,7 @@ class Generator:
         else:
             assert segment.audio is not None
             codes = self._codec.encode(segment.audio.to(self.device))
-        a = self._model.architecture
+        a = self._model.config
         if codes.ndim != 2 or len(codes) != a.codebooks or codes.is_floating_point():
             shape = f"{tuple(codes.shape)}, {codes.dtype}"
             raise UsageError(f"codes are ({a.codebooks}, T), whole numbers; these are {shape}")
@@ -202,7 +202,7 @@ class Generator:
         return codes.to(self.device)
 
     def _empty(self, count: int) -> Frames:
-        shape = (count, self._model.architecture.codebooks + 1)
+        shape = (count, self._model.config.codebooks + 1)
         tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         return tokens, torch.zeros_like(tokens, dtype=torch.bool)
 
@@ -217,7 +217,7 @@ class Generator:
 
     @cached_property
     def _codec(self) -> Codec:
-        codebooks, given = self._model.architecture.codebooks, self._given[1]
+        codebooks, given = self._model.config.codebooks, self._given[1]
         if given is None:
             return find_codec(codebooks, self.device)
         return as_codec(given, codebooks, self.device)

@@ -127,14 +127,14 @@ def run(
     with _computing(place):
         loaded = _load(path, place, word)
         model = loaded.model
-        prompt = make_prompt(model.architecture)
+        prompt = make_prompt(model.config)
         speech = _speak(model, prompt, count)
         factor = 1 / (speech.frames_per_second * FRAME_SECONDS)
         checks = [
             _check_names(model),
             _check_finite(model),
             _check_cache(model, prompt, speech, CACHE_LIMITS[word]),
-            _check_codes(model.architecture, speech),
+            _check_codes(model.config, speech),
             *_check_speed(speech.frames_per_second, factor),
         ]
         figures = _figures(loaded, place, word)
@@ -166,7 +166,7 @@ def _figures(loaded: _Loaded, place: torch.device, dtype: str) -> Figures:
         dtype=dtype,
         loaded_bytes=loaded.nbytes,
         bus_rate=device.bus_rate(place),
-        frame_bytes=weights_per_frame(model.architecture) * weight.element_size(),
+        frame_bytes=weights_per_frame(model.config) * weight.element_size(),
         memory_rate=device.memory_rate(weight),
         peak_host=device.host_peak(),
         peak_device=device.device_peak(place),
@@ -182,7 +182,7 @@ def record_golden(directory: Path, path: Path, frames: int) -> None:
     place = _find_device("cpu", require_gpu=False)
     with _computing(place):
         model = _load(directory, place, "float32").model
-        prompt = make_prompt(model.architecture)
+        prompt = make_prompt(model.config)
         codes = _speak(model, prompt, frames).codes.tolist()
     rows = ",\n    ".join(json.dumps(row) for row in codes)
     path.write_text(
@@ -211,9 +211,9 @@ def read_golden(path: Path) -> Golden:
     return golden
 
 
-def make_prompt(architecture: CsmConfig) -> list[int]:
+def make_prompt(config: CsmConfig) -> list[int]:
     """Text tokens spread over the vocabulary, always the same for an architecture."""
-    vocab = architecture.text_vocab
+    vocab = config.text_vocab
     return [(1 + index * 7919) % vocab for index in range(PROMPT_TOKENS)]
 
 
@@ -303,7 +303,7 @@ def _frames(model: Model, prompt: list[int], codes: torch.Tensor) -> _Inputs:
     """Tokens, mask and positions, of one row, of the prompt followed by codes (T, K)."""
     import torch
 
-    books, text = model.architecture.codebooks, len(prompt)
+    books, text = model.config.codebooks, len(prompt)
     tokens = torch.zeros(1, text + len(codes), books + 1, dtype=torch.long, device=codes.device)
     tokens[0, :text, -1] = torch.tensor(prompt, dtype=torch.long, device=codes.device)
     tokens[0, text:, :-1] = codes
@@ -320,7 +320,7 @@ def _speak(model: Model, prompt: list[int], frames: int) -> _Speech:
     from csm_weights.model.fast_decoder import Decoder
 
     place = model.projection.weight.device
-    none = torch.zeros(0, model.architecture.codebooks, dtype=torch.long, device=place)
+    none = torch.zeros(0, model.config.codebooks, dtype=torch.long, device=place)
     tokens, mask, _ = _frames(model, prompt, none)
     decoder = Decoder(model, keep_logits=True)
     steps = [(decoder.start(tokens, mask, temperature=0), decoder.logits)]
@@ -335,7 +335,7 @@ def _speak(model: Model, prompt: list[int], frames: int) -> _Speech:
 
 
 def _check_names(model: Model) -> Check:
-    expected = model.architecture.tensor_shapes()
+    expected = model.config.tensor_shapes()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = sorted({name for name, _ in expected.items() ^ shapes.items()})
     value = f"{len(shapes)}" + (f", wrong: {', '.join(wrong[:3])}" if wrong else "")
@@ -372,9 +372,9 @@ def _check_cache(model: Model, prompt: list[int], speech: _Speech, share: float)
     )
 
 
-def _check_codes(architecture: CsmConfig, speech: _Speech) -> Check:
+def _check_codes(config: CsmConfig, speech: _Speech) -> Check:
     low, high = int(speech.codes.min()), int(speech.codes.max())
-    last = architecture.audio_vocab - 1
+    last = config.audio_vocab - 1
     return Check(
         f"codes of {len(speech.codes)} frames",
         f"{low} to {high}",

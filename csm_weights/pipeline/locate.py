@@ -39,7 +39,7 @@ CONFIG = "config.json"
 class LocalWeights:
     """Weights on this machine: a file, or its parts in order.
 
-    `folder` is where the model's other files are, or would be. `architecture`
+    `folder` is where the model's other files are, or would be. `config`
     is None where only the config.json beside the weights can tell it.
     `digests` are spans that tile the weights, to be proven while they are
     read; empty for what is proven already.
@@ -47,7 +47,7 @@ class LocalWeights:
 
     paths: tuple[Path, ...]
     folder: Path
-    architecture: CsmConfig | None
+    config: CsmConfig | None
     digests: tuple[ByteRange, ...] = ()
 
     @property
@@ -136,7 +136,7 @@ def _unproven(
 
 
 def _obtained(state: State, paths: tuple[Path, ...], spans: tuple[ByteRange, ...]) -> LocalWeights:
-    return LocalWeights(paths, state.places.destination, _architecture(state), spans)
+    return LocalWeights(paths, state.places.destination, _read_config(state), spans)
 
 
 def pass_over(found: LocalWeights, error: WrongContent) -> None:
@@ -221,7 +221,7 @@ def require_pinned(root: Path, where: Path, size: int) -> LocalWeights:
     )
 
 
-def _architecture(state: State) -> CsmConfig | None:
+def _read_config(state: State) -> CsmConfig | None:
     """The network that a model's manifest, or else a proven config.json of it, describes."""
     if written := _written(state.manifest.artifacts):
         return written

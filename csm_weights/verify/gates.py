@@ -137,16 +137,16 @@ def _size(subject: Subject) -> GateResult:
 
 
 def _structures(subjects: Sequence[Subject]) -> list[GateResult]:
-    architecture: CsmConfig | None = None
+    config: CsmConfig | None = None
     has_config = any(s.artifact.format == "config" for s in subjects)
     results = []
     configs_first = sorted(subjects, key=lambda s: s.artifact.format != "config")
     for subject in configs_first:
         if subject.artifact.format == "config":
-            result, architecture = _config_structure(subject)
+            result, config = _config_structure(subject)
             results.append(result)
         elif subject.artifact.is_weights:
-            results.append(_weights_structure(subject, architecture, has_config))
+            results.append(_weights_structure(subject, config, has_config))
     return results
 
 
@@ -156,32 +156,30 @@ def _config_structure(subject: Subject) -> tuple[GateResult, CsmConfig | None]:
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present"), None
     try:
         with subject.path.open("rb") as file:
-            architecture = parse_config(file.read(MAX_CONFIG), str(subject.path))
+            config = parse_config(file.read(MAX_CONFIG), str(subject.path))
     except OSError as error:
         return _not_run(Gate.STRUCTURE, subject, expected, error.strerror or str(error)), None
     except WrongContent as error:
         return _result(Gate.STRUCTURE, subject, expected, "malformed", error.findings), None
-    count = len(architecture.tensor_shapes())
+    count = len(config.tensor_shapes())
     found = f"a network of {count} tensors"
-    return _result(Gate.STRUCTURE, subject, expected, found, ()), architecture
+    return _result(Gate.STRUCTURE, subject, expected, found, ()), config
 
 
-def _weights_structure(
-    subject: Subject, architecture: CsmConfig | None, has_config: bool
-) -> GateResult:
+def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: bool) -> GateResult:
     expected = "the tensors that config.json implies" if has_config else "a well-formed file"
     if _is_absent(subject):
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present")
-    if has_config and architecture is None:
+    if has_config and config is None:
         return _not_run(Gate.STRUCTURE, subject, expected, "config.json cannot be used")
     read = read_safetensors if subject.artifact.format == "safetensors" else read_checkpoint
     findings: Sequence[Finding] = ()
     try:
         tensors = read(subject.path)
         found = f"{len(tensors.tensors)} tensors"
-        if architecture is not None:
-            findings = check_against(tensors, architecture, str(subject.path))
-            expected = f"{len(architecture.tensor_shapes())} tensors as config.json implies"
+        if config is not None:
+            findings = check_against(tensors, config, str(subject.path))
+            expected = f"{len(config.tensor_shapes())} tensors as config.json implies"
     except CsmWeightsError as error:
         findings, found = error.findings, "malformed"
     return _result(Gate.STRUCTURE, subject, expected, found, findings)

@@ -253,12 +253,12 @@ _LAYERED = json.loads(hostile.config_of_layers())
 def test_any_config_is_read_or_refused(content: bytes) -> None:
     """Any config.json gives a network of sane sizes or wrong content: nothing else."""
     try:
-        architecture = parse_config(content, "config.json")
+        config = parse_config(content, "config.json")
     except WrongContent as error:
         assert error.findings
     else:
-        assert isinstance(architecture, CsmConfig)
-        assert len(architecture.tensor_shapes()) < 20_000
+        assert isinstance(config, CsmConfig)
+        assert len(config.tensor_shapes()) < 20_000
 
 
 _INDEX = {"weight_map": {"a": "m-00001-of-00001.safetensors"}, "metadata": {"total_size": 8}}

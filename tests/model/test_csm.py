@@ -81,10 +81,10 @@ def directory(tmp_path: Path, model: Model) -> Path:
     return tmp_path
 
 
-def random_model(architecture: CsmConfig) -> Model:
+def random_model(config: CsmConfig) -> Model:
     """A model whose attention is sharp enough that every position matters."""
     torch.manual_seed(1)
-    model = Model(architecture).eval().requires_grad_(False)
+    model = Model(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith("scale"):
             parameter.uniform_(0.5, 1.5)

@@ -98,8 +98,8 @@ def test_a_loaded_model_is_fused_and_a_mapped_one_is_right(tmp_path: Path) -> No
     """Loaded into memory, products are fused; mapped, nothing is, and frames are the same."""
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"".join(p.read_bytes() for p in find_weights(CHUNKS / "safetensors")))
-    copied = Model.from_local(weights, dtype=torch.bfloat16, architecture=TINY)
-    mapped = Model.from_local(weights, architecture=TINY)
+    copied = Model.from_local(weights, dtype=torch.bfloat16, config=TINY)
+    mapped = Model.from_local(weights, config=TINY)
     layers = [Decoder(m)._backbone._layers[0] for m in (copied, mapped)]
 
     assert [len(layer.qkv) for layer in layers] == [1, 3]

@@ -56,7 +56,7 @@ def test_a_flipped_byte_is_refused_on_the_way_to_a_gpu(tmp_path: Path) -> None:
 
 
 def on_gpu(dtype: torch.dtype) -> Model:
-    return Model.from_local(CHUNKS / "safetensors", "cuda", dtype, architecture=TINY)
+    return Model.from_local(CHUNKS / "safetensors", "cuda", dtype, config=TINY)
 
 
 def spoken(decoder: Decoder, count: int, **how: Any) -> list[Tensor]:
@@ -68,7 +68,7 @@ def spoken(decoder: Decoder, count: int, **how: Any) -> list[Tensor]:
 def test_graphs_give_the_frames_of_the_reference() -> None:
     """In float32 40 greedy frames out of CUDA graphs are those of the CPU's reference."""
     torch.set_float32_matmul_precision("highest")
-    model = Model.from_local(CHUNKS / "safetensors", architecture=TINY)
+    model = Model.from_local(CHUNKS / "safetensors", config=TINY)
     expected = [codes for codes, _ in reference(model, 40, *prompt(), temperature=0)]
     found = spoken(Decoder(on_gpu(torch.float32)), 40, temperature=0)
 

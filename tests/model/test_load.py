@@ -450,7 +450,7 @@ import sys, torch, csm_weights.model.csm
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 before = len(sys.modules)
 tiny = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
-csm_weights.model.csm.Model.from_local({str(CHUNKS)!r}, architecture=tiny)
+csm_weights.model.csm.Model.from_local({str(CHUNKS)!r}, config=tiny)
 print(len(sys.modules) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -66,21 +66,21 @@ _LAYER_NAMES = {
 }
 
 
-def transformers_config(architecture: CsmConfig, **changes: Any) -> Any:
-    """A CsmConfig that describes `architecture`; `changes` are to its own keys."""
+def transformers_config(config: CsmConfig, **changes: Any) -> Any:
+    """A CsmConfig that describes `config`; `changes` are to its own keys."""
     from transformers import CsmConfig
 
-    decoder = _stack_config(architecture.decoder, DECODER_ROPE) | {
-        "backbone_hidden_size": architecture.backbone.dim,
-        "vocab_size": architecture.audio_vocab,
-        "num_codebooks": architecture.codebooks,
-        "max_position_embeddings": architecture.codebooks + 1,
+    decoder = _stack_config(config.decoder, DECODER_ROPE) | {
+        "backbone_hidden_size": config.backbone.dim,
+        "vocab_size": config.audio_vocab,
+        "num_codebooks": config.codebooks,
+        "max_position_embeddings": config.codebooks + 1,
     }
-    settings = _stack_config(architecture.backbone, BACKBONE_ROPE) | {
-        "text_vocab_size": architecture.text_vocab,
-        "vocab_size": architecture.audio_vocab,
-        "num_codebooks": architecture.codebooks,
-        "max_position_embeddings": architecture.max_positions,
+    settings = _stack_config(config.backbone, BACKBONE_ROPE) | {
+        "text_vocab_size": config.text_vocab,
+        "vocab_size": config.audio_vocab,
+        "num_codebooks": config.codebooks,
+        "max_position_embeddings": config.max_positions,
         "depth_decoder_config": decoder,
         "codec_config": _TINY_CODEC,
         "pad_token_id": None,
@@ -92,12 +92,12 @@ def transformers_config(architecture: CsmConfig, **changes: Any) -> Any:
     return CsmConfig(**(settings | changes))
 
 
-def transformers_model(architecture: CsmConfig, state: Mapping[str, Tensor]) -> Any:
+def transformers_model(config: CsmConfig, state: Mapping[str, Tensor]) -> Any:
     """transformers' CSM with the tensors of `state`, strictly: only the codec's may be missing."""
     from transformers import CsmForConditionalGeneration
 
-    model = CsmForConditionalGeneration(transformers_config(architecture)).eval()
-    renamed = _renamed(architecture, state)
+    model = CsmForConditionalGeneration(transformers_config(config)).eval()
+    renamed = _renamed(config, state)
     renamed["depth_decoder.model.embed_tokens.weight"] = state["audio_embeddings.weight"]
     missing, unexpected = model.load_state_dict(renamed, strict=False)
     assert [name for name in missing if not name.startswith("codec_model.")] == []
@@ -137,8 +137,8 @@ def _stack_config(stack: TransformerConfig, rope: dict[str, Any]) -> dict[str, A
     }
 
 
-def _renamed(architecture: CsmConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    stacks = {"backbone": architecture.backbone, "decoder": architecture.decoder}
+def _renamed(config: CsmConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stacks = {"backbone": config.backbone, "decoder": config.decoder}
     renamed = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"(backbone|decoder)\.(layers\.\d+)\.(.+)", name)

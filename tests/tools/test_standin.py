@@ -63,12 +63,12 @@ def test_sizes_of_csm_1b() -> None:
     assert sizes(CSM_1B) == {SAFETENSORS: 6_211_186_784, CKPT: 6_219_618_714}
 
 
-@pytest.mark.parametrize("architecture", [TINY, WIDE], ids=["tiny", "wide"])
-def test_sizes_come_true(architecture: CsmConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [TINY, WIDE], ids=["tiny", "wide"])
+def test_sizes_come_true(config: CsmConfig, tmp_path: Path) -> None:
     """The predicted sizes are those of the files written, and nothing else is left behind."""
-    write_standin(architecture, SEED, tmp_path)
+    write_standin(config, SEED, tmp_path)
     actual = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert sizes(architecture) == actual
+    assert sizes(config) == actual
 
 
 def test_same_for_ever(tiny: Path) -> None:

@@ -108,8 +108,8 @@ def standin(root: Path, name: str, dry: bool) -> str:
     recipe = recipes.RECIPES.get(name)
     if recipe is None:
         raise UsageError(f"no stand-in called {name!r}; there are {', '.join(recipes.RECIPES)}")
-    architecture = parse_config(recipe.config.encode(), "config.json")
-    total = sum(sizes(architecture).values())
+    config = parse_config(recipe.config.encode(), "config.json")
+    total = sum(sizes(config).values())
     free = shutil.disk_usage(root).free
     if dry:
         return f"would write {total:,} bytes of parts to chunks/{name}/, and as many meanwhile"
@@ -121,7 +121,7 @@ def standin(root: Path, name: str, dry: bool) -> str:
     artifacts = []
     try:
         with Progress("writing", total) as progress:
-            write_standin(architecture, recipe.seed, folder, progress=progress.advance)
+            write_standin(config, recipe.seed, folder, progress=progress.advance)
         with Progress("splitting", total) as progress:
             for file in (folder / "model.safetensors", folder / "ckpt.pt"):
                 chunks = f"chunks/{name}/{pin.group_of(file.name)}"

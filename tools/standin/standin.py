@@ -42,15 +42,15 @@ GROUP = 16
 ITEM = 4  # bytes of an F32
 
 
-def sizes(architecture: CsmConfig) -> dict[str, int]:
+def sizes(config: CsmConfig) -> dict[str, int]:
     """Bytes of both stand-in files by file name, without writing them."""
-    _, _, safetensors = _safetensors_layout(architecture)
-    layout = _checkpoint_layout(architecture, 0)
+    _, _, safetensors = _safetensors_layout(config)
+    layout = _checkpoint_layout(config, 0)
     return {FILE_NAMES["safetensors"]: safetensors, FILE_NAMES["ckpt"]: layout.size}
 
 
 def write_standin(
-    architecture: CsmConfig,
+    config: CsmConfig,
     seed: int,
     directory: Path,
     formats: Collection[str] = ("safetensors", "ckpt"),
@@ -70,8 +70,8 @@ def write_standin(
         writers = []
         for format_ in formats:
             file = stack.enter_context(_named_when_complete(directory / FILE_NAMES[format_]))
-            writers.append(_WRITERS[format_](file, architecture, seed))
-        _fill(writers, architecture, seed, progress or (lambda _: None))
+            writers.append(_WRITERS[format_](file, config, seed))
+        _fill(writers, config, seed, progress or (lambda _: None))
 
 
 @contextmanager
@@ -97,7 +97,7 @@ class _Writer(Protocol):
 
 def _fill(
     writers: list[_Writer],
-    architecture: CsmConfig,
+    config: CsmConfig,
     seed: int,
     progress: Callable[[int], None],
 ) -> None:
@@ -109,7 +109,7 @@ def _fill(
         return sum(writer.write(name, at, block) for writer in writers)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        for name, shape in _streams(architecture).items():
+        for name, shape in _streams(config).items():
             for at, block in noise.blocks(name, shape):
                 pending.append(pool.submit(write, name, at, block))
                 if len(pending) > QUEUE:
@@ -120,9 +120,9 @@ def _fill(
         writer.finish()
 
 
-def _streams(architecture: CsmConfig) -> dict[str, tuple[int, ...]]:
+def _streams(config: CsmConfig) -> dict[str, tuple[int, ...]]:
     """The tensors to make, in the order to make them, with the spare codebook before the head."""
-    shapes = architecture.tensor_shapes()
+    shapes = config.tensor_shapes()
     return {SPARE: shapes[HEAD][1:], **shapes}
 
 
@@ -175,11 +175,11 @@ def _words(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 # --- model.safetensors
 
 
-def _safetensors_layout(architecture: CsmConfig) -> tuple[bytes, dict[str, int], int]:
+def _safetensors_layout(config: CsmConfig) -> tuple[bytes, dict[str, int], int]:
     """The header, the byte offset of each tensor, and the size of the file."""
     header, places = {}, {}
     end = 0
-    for name, shape in architecture.tensor_shapes().items():
+    for name, shape in config.tensor_shapes().items():
         begin, end = end, end + math.prod(shape) * ITEM
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (begin, end)}
         places[name] = begin
@@ -191,8 +191,8 @@ def _safetensors_layout(architecture: CsmConfig) -> tuple[bytes, dict[str, int],
 
 
 class _SafetensorsWriter:
-    def __init__(self, file: BinaryIO, architecture: CsmConfig, _seed: int) -> None:
-        header, self.offsets, _ = _safetensors_layout(architecture)
+    def __init__(self, file: BinaryIO, config: CsmConfig, _seed: int) -> None:
+        header, self.offsets, _ = _safetensors_layout(config)
         self.file = file
         self.file.write(header)
 
@@ -338,13 +338,13 @@ class _CheckpointLayout:
         return self.directory + length + len(_archive_end(0, 0, 0))
 
 
-def _checkpoint_layout(architecture: CsmConfig, seed: int) -> _CheckpointLayout:
+def _checkpoint_layout(config: CsmConfig, seed: int) -> _CheckpointLayout:
     """As torch 2.4 and 2.5 wrote it in March 2025, which gives the published size.
 
     They sorted the storages by their number as text (0, 1, 10, 100, ...), and
     knew neither `.format_version` nor `.storage_alignment`.
     """
-    shapes = architecture.tensor_shapes()
+    shapes = config.tensor_shapes()
     names = sorted(shapes, key=_module_order)
     storages = {f"data/{index}": name for index, name in enumerate(names)}
     # torch identifies the content here; any 40 digits do
@@ -371,8 +371,8 @@ def _checkpoint_layout(architecture: CsmConfig, seed: int) -> _CheckpointLayout:
 
 
 class _CheckpointWriter:
-    def __init__(self, file: BinaryIO, architecture: CsmConfig, seed: int) -> None:
-        self.layout = _checkpoint_layout(architecture, seed)
+    def __init__(self, file: BinaryIO, config: CsmConfig, seed: int) -> None:
+        self.layout = _checkpoint_layout(config, seed)
         self.file = file
         self.crcs = dict.fromkeys(self.layout.places, 0)
 
