@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.hub_server import Answer, Asked, Content, HubServer
+from tests.support.hub import Content, HubServer, Request, Response
 
 #: Bytes of a chunk: the mean that Xet aims for.
 CHUNK = 64 << 10
@@ -51,15 +51,15 @@ class XetHub(HubServer):
                         if chunk := source.read(CHUNK):
                             xorb.write(_header(len(chunk)) + chunk)
 
-    def respond(self, asked: Asked) -> Answer:
+    def respond(self, request: Request) -> Response:
         """The answer to a request: the Hub's, or what Xet adds to it."""
-        if found := _PATH.match(asked.path):
-            return self._reconstruction(asked) if found[1] == self._hash else _answer(404)
-        if asked.path.startswith("/cas/"):
+        if found := _PATH.match(request.path):
+            return self._reconstruction(request) if found[1] == self._hash else _answer(404)
+        if request.path.startswith("/cas/"):
             return _answer(404)
-        if "/xet-read-token/" in asked.path:
+        if "/xet-read-token/" in request.path:
             return _answer(200, headers=self._pass())
-        answer = super().respond(asked)
+        answer = super().respond(request)
         if not self._hash or answer.status != 302 or answer.entry is None:
             return answer
         model, commit = answer.entry.repo, answer.headers["X-Repo-Commit"]
@@ -78,9 +78,9 @@ class XetHub(HubServer):
         """The name, and hash, of a xorb."""
         return hashlib.sha256(f"{self._hash} {number}".encode()).hexdigest()
 
-    def _reconstruction(self, asked: Asked) -> Answer:
+    def _reconstruction(self, request: Request) -> Response:
         """Which chunks of which xorbs hold the bytes that were asked for."""
-        found = _RANGE.fullmatch(asked.headers.get("range", f"bytes=0-{self._size}"))
+        found = _RANGE.fullmatch(request.headers.get("range", f"bytes=0-{self._size}"))
         start, last = map(int, found.groups()) if found else (0, self._size)
         if start >= self._size:
             return _answer(416)
@@ -110,7 +110,7 @@ def _header(length: int) -> bytes:
     return b"\0" + stored + b"\0" + stored
 
 
-def _answer(status: int, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+def _answer(status: int, body: Any = None, headers: dict[str, str] | None = None) -> Response:
     content = Content(json.dumps(body or {}).encode())
     kind = {"Content-Type": "application/json"}
-    return Answer(status, kind | (headers or {}), content, 0, content.size)
+    return Response(status, kind | (headers or {}), content, 0, content.size)

@@ -31,7 +31,7 @@ from csm_weights.pipeline.request import Request
 from csm_weights.transfer import hub_metadata
 from tests.model.test_generator import TINY_CODEC, byte_tokenizer
 from tests.support.clone import REPOSITORY
-from tests.support.hub_server import HubServer
+from tests.support.hub import HubServer
 from tests.support.toy import flip
 
 PARTS = "chunks/csm-tiny"

@@ -35,7 +35,7 @@ from csm_weights.pipeline.request import Request
 from csm_weights.store import hub_cache
 from csm_weights.transfer.http import client, ranges
 from tests.support.clone import INV, REPOSITORY, Clone, Result
-from tests.support.hub_server import HubServer
+from tests.support.hub import HubServer
 from tests.support.servers import serving
 
 REPO = "org/tiny"

@@ -39,7 +39,7 @@ from csm_weights.transfer import hub_metadata
 from csm_weights.transfer.hub_metadata import File, artifact_of, choose
 from csm_weights.untrusted import Fingerprint
 from tests.support.clone import Clone
-from tests.support.hub_server import HubServer
+from tests.support.hub import HubServer
 from tests.support.toy import flip
 
 REPO = "Acme/Any_Model.v2"

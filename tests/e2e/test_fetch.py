@@ -21,7 +21,7 @@ from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.store.receipts import journal_path
 from csm_weights.transfer.reorder import BLOCK
 from tests.support.clone import INV, Clone, Result
-from tests.support.hub_server import HubServer
+from tests.support.hub import HubServer
 from tests.support.servers import FileServer, serving
 from tests.support.toy import flip
 

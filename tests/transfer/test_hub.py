@@ -37,7 +37,7 @@ from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
 from csm_weights.transfer.http.responses import FOREVER, asked_wait, redirect_target
 from csm_weights.transfer.hub import Hub, HubCredentials
 from csm_weights.transfer.source import SourceError, first_of
-from tests.support.hub_server import Fault, HubServer
+from tests.support.hub import Fault, HubServer
 
 SIZE = 2 * SPAN + 300_007
 DATA = random.Random(4).randbytes(SIZE)

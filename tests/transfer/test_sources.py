@@ -24,7 +24,7 @@ from csm_weights.transfer.hub import Hub, HubCredentials
 from csm_weights.transfer.local import Chunks, Salvage, WholeFile
 from csm_weights.transfer.mirror import Mirror
 from csm_weights.transfer.source import PieceWriter, Source, SourceError, first_of
-from tests.support.hub_server import HubServer
+from tests.support.hub import HubServer
 from tests.support.servers import serving
 from tests.support.toy import flip
 

@@ -18,7 +18,7 @@ from csm_weights.store.inspect import FileState, Paths, look
 from csm_weights.store.receipts import journal_path, load_arrival, load_piece, partial_path
 from csm_weights.untrusted import Fingerprint
 from csm_weights.verify.sums import parse_sums
-from tests.support.hub_server import HubServer
+from tests.support.hub import HubServer
 from tests.support.servers import FileServer, serving
 from tests.support.toy import NOTE, PIECE_SIZE, Toy, content, flip
 from tools.torture.calls import Orders

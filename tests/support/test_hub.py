@@ -22,8 +22,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support import hub_server
-from tests.support.hub_server import HubServer
+from tests.support.hub import FAULTS, HubServer
 
 REPO = "org/model"
 BIG = random.Random("big").randbytes(300_001)
@@ -468,12 +467,13 @@ def test_a_connection_is_kept(hub: HubServer) -> None:
 # Faults
 
 
-def test_the_table_has_all_faults() -> None:
-    lines = (hub_server.__doc__ or "").splitlines()
-    first, second, third = (i for i, line in enumerate(lines) if line.startswith("===="))
-    named = [line.split()[0] for line in lines[second + 1 : third]]
-    assert first < second
-    assert named == list(hub_server._EFFECTS)
+def test_every_fault_is_described_and_tried() -> None:
+    """Each fault of the table has a sentence, and a test in this file."""
+    here = Path(__file__).read_text(encoding="utf-8")
+    for name, kind in FAULTS.items():
+        assert kind.name == name
+        assert kind.sentence.endswith("."), name
+        assert f'"{name}"' in here, name
 
 
 def test_a_fault_that_makes_no_sense(hub: HubServer) -> None:
