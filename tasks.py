@@ -152,7 +152,7 @@ def weights(
     with _exit_codes(json):
         request = _request(model, only, dest, source, url, revision, consume)
         if dry:
-            _show_survey(apply.rehearse(request, Target.BOTH), json)
+            _show_survey(apply.plan(request, Target.BOTH), json)
         else:
             done = apply.weights(request, smoke, require_gpu)
             _show_outcome(_sealed(request, done) if seal else done, json)
@@ -195,7 +195,7 @@ def status(
 
     with _exit_codes(json):
         request = _request(model, only, dest, source, url, revision, consume)
-        _show_survey(apply.survey(request, check=check), json)
+        _show_survey(apply.status(request, check=check), json)
 
 
 @task(
@@ -258,9 +258,9 @@ def _act(request: Request, goal: Target, dry: bool, json: bool, seal: bool) -> N
     from csm_weights.pipeline import apply
 
     if dry:
-        _show_survey(apply.rehearse(request, goal), json)
+        _show_survey(apply.plan(request, goal), json)
     else:
-        done = apply.act(request, goal)
+        done = apply.apply(request, goal)
         _show_outcome(_sealed(request, done) if seal else done, json)
 
 

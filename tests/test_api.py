@@ -321,7 +321,7 @@ def test_order_of_preference(root: Path) -> None:
     unproven = [["hf", "blobs"], *parts, ["root", "csm-1b"]]
     assert unproven == sources(root)
 
-    apply.act(Request(root, "csm-1b", ("safetensors",)), Target.BOTH)
+    apply.apply(Request(root, "csm-1b", ("safetensors",)), Target.BOTH)
     assert [["root", "csm-1b"], *unproven] == sources(root)
     assert next(locate.here(Request(root, "csm-1b"))).is_proven
 

@@ -77,7 +77,7 @@ def test_a_status_loads_nothing_heavy() -> None:
 from pathlib import Path
 from csm_weights.commands.render import report
 from csm_weights.pipeline import apply, request
-report.survey_json(apply.survey(request.Request(Path.cwd())))
+report.survey_json(apply.status(request.Request(Path.cwd())))
 """
     assert loaded_by(code) & HEAVY == set()
 

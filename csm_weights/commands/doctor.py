@@ -78,7 +78,7 @@ def examine(request: Request, smoke: bool = True) -> DoctorReport:
 
     Nothing is hashed or written. Raises UsageError, ManifestInvalid.
     """
-    run, survey = begin(request), apply.survey(request)
+    run, survey = begin(request), apply.status(request)
     case = _Case(run, survey, HubEnvironment.read(), probe(run, survey.plan))
     loads = smoke and any(item.artifact.is_weights for item in survey.state.artifacts)
     disk, torch = _disk(case), _torch(loads)
@@ -117,7 +117,7 @@ def _is_in_place(request: Request) -> bool:
     if find_manifest(request.root, request.model).repo != offline_assets.CSM:
         return False
     chosen = Request(request.root, request.model, ("safetensors",), request.dest)
-    return apply.survey(chosen).plan.is_done
+    return apply.status(chosen).plan.is_done
 
 
 def _needed(need: offline_assets.Needed, environment: HubEnvironment) -> CheckResult:

@@ -65,7 +65,7 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
     Without weights among what is chosen there is nothing to smoke-test, and for
     models other than CSM there is no smoke test.
     """
-    outcome = act(request, Target.BOTH)
+    outcome = apply(request, Target.BOTH)
     outcome = replace(outcome, results=gate(outcome.state, rehash=False))
     if error := gate_error(outcome.results):
         return replace(outcome, error=error)
@@ -78,7 +78,7 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
     return speak_unless_known(outcome, request, require_gpu)
 
 
-def survey(request: Request, goal: Target = Target.BOTH, check: bool = False) -> StatusReport:
+def status(request: Request, goal: Target = Target.BOTH, check: bool = False) -> StatusReport:
     """What is there and what `goal` would do; with `check`, an error unless all is proven."""
     run = begin(request)
     state = run.look()
@@ -91,13 +91,13 @@ def survey(request: Request, goal: Target = Target.BOTH, check: bool = False) ->
     return StatusReport(state, plan, _ways_to_get(run) if _is_missing(plan) else "", error)
 
 
-def rehearse(request: Request, goal: Target) -> StatusReport:
-    """A dry run: what `act` would do, or the error that it would end with."""
+def plan(request: Request, goal: Target) -> StatusReport:
+    """A dry run: what `apply` would do, or the error that it would end with."""
     run = begin(request)
     state = run.look()
-    plan = run.plan(state, goal)
-    _require(run, plan)
-    return StatusReport(state, plan)
+    found = run.plan(state, goal)
+    _require(run, found)
+    return StatusReport(state, found)
 
 
 def _unproven(step: Step, mend: str) -> Finding:
@@ -106,7 +106,7 @@ def _unproven(step: Step, mend: str) -> Finding:
     return Finding(kind, step.artifact.path, "a proven file in place", found, mend)
 
 
-def act(request: Request, goal: Target) -> Outcome:
+def apply(request: Request, goal: Target) -> Outcome:
     """Brings the chosen artifacts where `goal` wants them, proven.
 
     Raises the error of what stands in the way; nothing that was good is lost.

@@ -157,7 +157,7 @@ def fetch(request: Request) -> LocalWeights:
     with Progress("loading", 0) as progress:
         progress.log(f"{wanted} of {state.manifest.name} is not here, proven: getting it")
     configs = [a.path for a in state.manifest.artifacts if a.path == CONFIG]
-    state = apply.act(_asking(request, (wanted, *configs)), Target.BOTH).state
+    state = apply.apply(_asking(request, (wanted, *configs)), Target.BOTH).state
     file = next(item.placed for item in state.artifacts if item.artifact.path == wanted)
     return _obtained(state, (file.path,), ())
 

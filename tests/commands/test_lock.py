@@ -681,7 +681,7 @@ def test_proven_files_add_pieces_and_digests(hub: HubServer, root: Path) -> None
     found = entry(root, "small.safetensors")
     assert (found.sha256, found.git_sha1, found.blob_id) == (sha256(small), git_sha1(small), None)
     assert checks.verify(Request(root, NAME)).error is None
-    state = apply.survey(Request(root, NAME), check=True)
+    state = apply.status(Request(root, NAME), check=True)
     assert state.error is None
 
 

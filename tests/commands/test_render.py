@@ -130,7 +130,7 @@ def refusal(toy: Toy) -> CsmWeightsError:
 def test_a_hostile_part_name_cannot_drive_the_terminal(toy: Toy) -> None:
     """An escape sequence in the name of a file that is found is cleaned in every text."""
     toy.part("a.bin", 0).with_name(f"a.bin.part-{ESCAPE}").touch()
-    survey = apply.survey(toy.request())
+    survey = apply.status(toy.request())
     assert "unexpected part" in report.survey_text(survey)
     assert is_clean(report.survey_text(survey))
     assert is_clean(str(refusal(toy)))
@@ -140,7 +140,7 @@ def test_a_line_end_in_a_part_name_cannot_forge_a_line(toy: Toy) -> None:
     """A file name with a line end does not make a line of its own in any text."""
     forged = "OK: in place and proven"
     toy.part("a.bin", 0).with_name(f"a.bin.part-\n{forged}").touch()
-    survey = report.survey_text(apply.survey(toy.request()))
+    survey = report.survey_text(apply.status(toy.request()))
     error = str(refusal(toy))
     lines = [*survey.split("\n"), *error.split("\n")]
     assert [line for line in lines if line.startswith(forged)] == []
@@ -148,7 +148,7 @@ def test_a_line_end_in_a_part_name_cannot_forge_a_line(toy: Toy) -> None:
 
 def test_a_hostile_destination_cannot_drive_the_terminal(toy: Toy) -> None:
     """What a person, or a script, gave as --dest is cleaned too."""
-    survey = apply.survey(toy.request(dest=f"there{ESCAPE}"))
+    survey = apply.status(toy.request(dest=f"there{ESCAPE}"))
     assert is_clean(report.survey_text(survey))
     state = replace(survey.state)
     assert is_clean(report.outcome_text(Outcome(state)))
@@ -202,7 +202,7 @@ def test_a_gate_that_did_not_run_is_not_ok(outcome: Outcome) -> None:
 
 def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
     """The plan has a line for each file and piece, and the sums of bytes."""
-    survey = apply.survey(toy.request())
+    survey = apply.status(toy.request())
     text = report.survey_text(survey)
     reads = sum(step.reads for step in survey.plan.steps)
     writes = sum(step.writes for step in survey.plan.steps)
@@ -214,7 +214,7 @@ def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
 def test_a_survey_says_why_a_part_is_of_no_use(toy: Toy) -> None:
     """A missing part is named where its bytes would come from."""
     toy.part("a.bin", 2).unlink()
-    text = report.survey_text(apply.survey(toy.request()))
+    text = report.survey_text(apply.status(toy.request()))
     assert f"nowhere: {toy.artifact('a.bin').pieces[2].part} is missing" in text
     assert "nothing to take it from" in text
 
@@ -223,7 +223,7 @@ def test_a_survey_says_how_to_get_what_is_missing(toy: Toy) -> None:
     """With nothing here, the ways to get the files are in the text and in the JSON."""
     for piece in toy.artifact("a.bin").pieces:
         (toy.root / piece.part).unlink()
-    survey = apply.survey(toy.request("a.bin"))
+    survey = apply.status(toy.request("a.bin"))
     assert "output/toy/a.bin" in survey.advice
     assert report.survey_text(survey).endswith(survey.advice)
     assert read(report.survey_json(survey))["advice"] == survey.advice
@@ -233,7 +233,7 @@ def test_a_survey_says_what_an_earlier_run_proved(toy: Toy) -> None:
     """Pieces that are kept in the unfinished file are told as such."""
     flip(toy.part("a.bin", 2))
     refusal(toy)
-    text = report.survey_text(apply.survey(toy.request()))
+    text = report.survey_text(apply.status(toy.request()))
     assert text.count("the unfinished file, proven in an earlier run") >= 4
 
 
@@ -252,7 +252,7 @@ def test_reports_are_pure(toy: Toy, outcome: Outcome, capsys: pytest.CaptureFixt
     before = [(p, p.stat().st_mtime_ns) for p in sorted(toy.root.rglob("*"))]
     report.outcome_text(outcome)
     report.outcome_json(outcome)
-    report.survey_text(apply.survey(toy.request()))
+    report.survey_text(apply.status(toy.request()))
     assert capsys.readouterr() == ("", "")
     assert [(p, p.stat().st_mtime_ns) for p in sorted(toy.root.rglob("*"))] == before
 
@@ -306,7 +306,7 @@ def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None
 
 def test_json_of_a_survey_adds_up(toy: Toy) -> None:
     """Steps, bytes and pieces of `status --json` are those of the plan."""
-    survey = apply.survey(toy.request(), Target.BOTH)
+    survey = apply.status(toy.request(), Target.BOTH)
     data = read(report.survey_json(survey))
     assert data["bytes_to_read"] == sum(step["reads"] for step in data["steps"])
     assert data["bytes_to_write"] == sum(step["writes"] for step in data["steps"])
@@ -318,10 +318,10 @@ def test_json_of_a_survey_adds_up(toy: Toy) -> None:
 def test_json_of_a_checked_survey_has_its_exit_code(toy: Toy) -> None:
     """`status --check --json` says 3 while something is missing, and 0 when all is proven."""
     toy.part("a.bin", 0).unlink()
-    missing = apply.survey(toy.request("a.bin"), check=True)
+    missing = apply.status(toy.request("a.bin"), check=True)
     assert read(report.survey_json(missing))["exit_code"] == 3
     apply.weights(toy.request("b.bin"), smoke=False)
-    done = read(report.survey_json(apply.survey(toy.request("b.bin"), check=True)))
+    done = read(report.survey_json(apply.status(toy.request("b.bin"), check=True)))
     assert (done["ok"], done["exit_code"]) == (True, 0)
 
 

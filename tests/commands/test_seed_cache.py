@@ -105,7 +105,7 @@ def names(seeded: Seeding) -> dict[str, str]:
 
 
 def is_proven(toy: Toy) -> bool:
-    return apply.survey(toy.request(), check=True).error is None
+    return apply.status(toy.request(), check=True).error is None
 
 
 def edit(toy: Toy, path: str, change: Callable[[Artifact], Artifact]) -> None:
@@ -160,7 +160,7 @@ def test_another_destination_is_seeded_from_there(model: Toy, home: Path) -> Non
     shutil.rmtree(model.root / "models" / "toy")
     seed_cache(request)
     assert snapshot(home, "a.bin") == model.good("a.bin")
-    assert apply.survey(request, check=True).error is None
+    assert apply.status(request, check=True).error is None
 
 
 def test_the_cache_is_where_the_environment_says(
@@ -334,7 +334,7 @@ def test_a_write_while_seeding_is_found_out(model: Toy, monkeypatch: pytest.Monk
     monkeypatch.setattr(hub_cache, "seed", seed_and_write)
     with pytest.raises(WrongContent):
         seed_cache(model.request())
-    state = apply.survey(model.request()).state
+    state = apply.status(model.request()).state
     assert state.artifacts[0].placed.condition is FileState.UNVERIFIED
 
 

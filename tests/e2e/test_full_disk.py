@@ -146,11 +146,11 @@ class Tripwire:
 
 
 def fetch(toy: Toy) -> None:
-    apply.act(toy.request("b.bin"), Target.STAGED)
+    apply.apply(toy.request("b.bin"), Target.STAGED)
 
 
 def place(toy: Toy) -> None:
-    apply.act(toy.request("b.bin"), Target.PLACED)
+    apply.apply(toy.request("b.bin"), Target.PLACED)
 
 
 def line(toy: Toy) -> None:

@@ -107,7 +107,7 @@ def test_assembling_hashes_each_byte_for_its_piece_and_for_the_whole(
     toy: Toy, hashed: Callable[[], int]
 ) -> None:
     """Every byte is fed to its piece's digest and the whole's; the first piece's is shared."""
-    apply.act(toy.request("a.bin", "b.bin"), Target.STAGED)
+    apply.apply(toy.request("a.bin", "b.bin"), Target.STAGED)
     sizes = [a.size for a in toy.manifest.artifacts if a.pieces]
     assert hashed() == sum(2 * size - PIECE_SIZE for size in sizes)
 
@@ -135,7 +135,7 @@ def test_only_refuses_a_word_that_names_nothing(toy: Toy) -> None:
 def test_unknown_model_names_those_there_are(toy: Toy) -> None:
     """A misspelt --model is a usage error that lists the manifests."""
     with pytest.raises(UsageError, match="toy"):
-        apply.survey(Request(toy.root, "toyy"))
+        apply.status(Request(toy.root, "toyy"))
 
 
 def damage_missing(path: Path) -> None:
@@ -396,16 +396,16 @@ def test_another_accepted_edition_in_place_is_kept(toy: Toy) -> None:
 
 def test_fetch_stops_at_the_staging_folder(toy: Toy) -> None:
     """`fetch` brings files to output/ and `place` takes them from there."""
-    apply.act(toy.request(), Target.STAGED)
+    apply.apply(toy.request(), Target.STAGED)
     assert (toy.staged("a.bin").exists(), toy.placed("a.bin").exists()) == (True, False)
-    apply.act(toy.request(), Target.PLACED)
+    apply.apply(toy.request(), Target.PLACED)
     assert everything_is_placed(toy)
 
 
 def test_place_without_staged_files_says_to_fetch(toy: Toy) -> None:
     """`place` alone does not assemble; it names the command that does."""
     with pytest.raises(MissingInput, match="inv fetch"):
-        apply.act(toy.request(), Target.PLACED)
+        apply.apply(toy.request(), Target.PLACED)
 
 
 @pytest.fixture
@@ -503,16 +503,16 @@ def test_verify_refuses_sums_that_differ(toy: Toy) -> None:
 
 def test_status_check_is_clean_only_when_all_is_proven(toy: Toy) -> None:
     """`status --check` fails before, and passes after, the weights are in place."""
-    before = apply.survey(toy.request(), check=True)
+    before = apply.status(toy.request(), check=True)
     weights(toy)
-    after = apply.survey(toy.request(), check=True)
+    after = apply.status(toy.request(), check=True)
     assert (before.error is None, after.error is None) == (False, True)
 
 
 def test_status_writes_nothing(toy: Toy) -> None:
     """Looking leaves no trace."""
     before = sorted(toy.root.rglob("*"))
-    apply.survey(toy.request())
+    apply.status(toy.request())
     assert sorted(toy.root.rglob("*")) == before
 
 
@@ -656,7 +656,7 @@ def test_an_interrupted_copy_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         weights(toy, "a.bin", dest=str(other_disk))
     monkeypatch.undo()
-    survey = apply.survey(toy.request("a.bin", dest=str(other_disk)))
+    survey = apply.status(toy.request("a.bin", dest=str(other_disk)))
     assert [(s.verb, s.writes) for s in survey.plan.steps] == [(Verb.COPY, 0)]
 
 
@@ -700,11 +700,11 @@ def test_two_checkouts_with_one_destination_take_turns(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     first, second = Toy.make(tmp_path / "one"), Toy.make(tmp_path / "two")
     dest = str(tmp_path / "dest")
-    apply.act(first.request("a.bin", dest=dest), Target.BOTH)
+    apply.apply(first.request("a.bin", dest=dest), Target.BOTH)
     lock = FileLock(tmp_path / "dest" / ".csm-weights" / ".lock")
     with ThreadPoolExecutor(1) as pool:
         with lock:
-            waiting = pool.submit(apply.act, second.request("b.bin", dest=dest), Target.BOTH)
+            waiting = pool.submit(apply.apply, second.request("b.bin", dest=dest), Target.BOTH)
             time.sleep(0.5)
             assert not (tmp_path / "dest" / "b.bin").exists()
         waiting.result(timeout=30)

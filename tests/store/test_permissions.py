@@ -141,7 +141,7 @@ def test_what_is_proven_stays_usable_behind_a_link(toy: Toy) -> None:
     moved = toy.root.parent / f"{toy.root.name}.moved"
     sub.rename(moved)
     sub.symlink_to(moved)
-    assert apply.survey(toy.request(), check=True).error is None
+    assert apply.status(toy.request(), check=True).error is None
 
 
 def test_no_receipt_is_written_through_a_link(toy: Toy) -> None:

@@ -49,7 +49,7 @@ def asked(toy: Toy, *only: str, consuming: bool = True) -> Request:
 
 
 def fetch(toy: Toy, *only: str, consuming: bool = True) -> Outcome:
-    return apply.act(asked(toy, *only, consuming=consuming), Target.STAGED)
+    return apply.apply(asked(toy, *only, consuming=consuming), Target.STAGED)
 
 
 def parts_of(toy: Toy, name: str = NAME) -> list[Path]:
@@ -111,7 +111,7 @@ def test_a_second_run_has_nothing_to_do(toy: Toy) -> None:
     """Once the parts are gone the file in place is all there is, and all that is needed."""
     apply.weights(asked(toy), smoke=False)
     assert apply.weights(asked(toy), smoke=False).acts == ()
-    assert apply.survey(asked(toy, consuming=False), check=True).error is None
+    assert apply.status(asked(toy, consuming=False), check=True).error is None
 
 
 def test_split_brings_the_parts_back(toy: Toy) -> None:
@@ -143,7 +143,7 @@ def test_each_step_frees_what_it_wrote(toy: Toy, monkeypatch: pytest.MonkeyPatch
 
 def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
     """Status with --consume tells the step, and the most disk that it takes besides."""
-    survey = apply.survey(asked(toy))
+    survey = apply.status(asked(toy))
     text = report.survey_text(survey)
     assert f"{Verb.CONSUME} from 3 parts" in text
     assert f"at most {inspect.CONSUMING_ROOM:,} bytes of disk besides" in text
@@ -281,7 +281,7 @@ def test_a_journal_that_outlived_its_file_consumes_nothing(tmp_path: Path) -> No
 
 def test_a_begun_part_is_told_as_consumed(toy: Toy) -> None:
     """Looking, planning and status know a part that is partly gone, and where its bytes are."""
-    survey = apply.survey(asked(begun(toy), consuming=False))
+    survey = apply.status(asked(begun(toy), consuming=False))
     parts = survey.state.artifacts[0].parts
     assert [part.is_consumed for part in parts] == [True, True, False]
     assert [step.verb for step in survey.plan.steps][:1] == [Verb.CONSUME]
@@ -320,7 +320,7 @@ def test_clean_keeps_what_was_consumed(toy: Toy) -> None:
 
 def test_another_source_does_not_write_over_what_was_consumed(toy: Toy) -> None:
     """A run that asks only a server gets from there just the pieces that were not begun."""
-    looked = apply.survey(asked(begun(toy))).state
+    looked = apply.status(asked(begun(toy))).state
     plan = make_plan(looked, Target.STAGED, SourcePolicy(parts=False, far=(HUB,)))
     (step,) = plan.steps
     assert (step.verb, step.consumes, step.far) == (
@@ -453,7 +453,7 @@ def test_a_disk_that_does_not_read_is_told_and_nothing_is_refuted(
     monkeypatch.setattr(consume, "feed", fail)
     mirror = replace(asked(toy), urls=("http://127.0.0.1:9/nothing",))
     with pytest.raises(WrongContent) as caught:
-        apply.act(mirror, Target.STAGED)
+        apply.apply(mirror, Target.STAGED)
     assert kinds(caught.value) == {Kind.UNREADABLE}
     assert (partial_of(toy).read_bytes(), lost(toy)) == (before, [])
 
@@ -489,7 +489,7 @@ def test_a_missing_part_that_a_damaged_file_has_is_no_obstacle(toy: Toy) -> None
     placed.write_bytes(toy.good(NAME))
     flip(placed, PIECE_SIZE + 5)
     toy.part(NAME, 0).unlink()
-    outcome = apply.act(asked(toy), Target.BOTH)
+    outcome = apply.apply(asked(toy), Target.BOTH)
     assert placed.read_bytes() == toy.good(NAME)
     receipt = outcome.state.artifacts[0].placed.receipt
     assert receipt is not None
@@ -564,12 +564,12 @@ def test_a_file_system_that_frees_nothing_says_so(
 def test_known_file_systems_are_told_in_the_plan(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room the parts are copied and stay; without, it is said that they cannot make any."""
     monkeypatch.setattr(inspect, "filesystem_type", lambda _: "vfat")
-    plan = apply.survey(asked(toy)).plan
+    plan = apply.status(asked(toy)).plan
     assert [s.verb for s in plan.steps][:1] == [Verb.ASSEMBLE]
     assert "not consumed: vfat cannot free parts of a file" in plan.steps[0].detail
     with_free(monkeypatch, 1000)
     with pytest.raises(NoSpace) as caught:
-        apply.rehearse(asked(toy), Target.STAGED)
+        apply.plan(asked(toy), Target.STAGED)
     assert kinds(caught.value) == {Kind.NO_SPACE, Kind.NOT_CONSUMABLE}
 
 
@@ -578,11 +578,11 @@ def test_parts_on_another_file_system_make_no_room(
 ) -> None:
     """Where parts and files are on two disks, consuming is pointless, and that is said."""
     (toy.root / "output").symlink_to(other_disk)
-    detail = apply.survey(asked(toy)).plan.steps[0].detail
+    detail = apply.status(asked(toy)).plan.steps[0].detail
     assert "the parts are on another file system" in detail
     with_free(monkeypatch, 1000)
     with pytest.raises(NoSpace) as caught:
-        apply.rehearse(asked(toy), Target.STAGED)
+        apply.plan(asked(toy), Target.STAGED)
     assert kinds(caught.value) == {Kind.NO_SPACE, Kind.NOT_CONSUMABLE}
 
 
@@ -644,12 +644,12 @@ def test_too_little_disk_names_the_way_that_would_do(
     enlarge(toy)
     with_free(monkeypatch, 10**9)
     with pytest.raises(NoSpace) as caught:
-        apply.rehearse(asked(toy, consuming=False), Target.BOTH)
+        apply.plan(asked(toy, consuming=False), Target.BOTH)
     (finding,) = caught.value.findings
     assert finding.kind is Kind.NO_SPACE
     assert f"{24 * 2**30 - 10**9:,} too few" in finding.found
     assert f"--consume needs only {inspect.CONSUMING_ROOM:,} bytes" in finding.help
-    plan = apply.rehearse(asked(toy), Target.BOTH).plan
+    plan = apply.plan(asked(toy), Target.BOTH).plan
     assert [step.verb for step in plan.steps] == [Verb.CONSUME, Verb.MOVE]
 
 
@@ -659,7 +659,7 @@ def test_it_never_starts_without_room_for_its_steps(
     """Less than the room for a step and its records is too little, and is told first."""
     with_free(monkeypatch, inspect.CONSUMING_ROOM - 1)
     with pytest.raises(NoSpace) as caught:
-        apply.act(asked(toy), Target.STAGED)
+        apply.apply(asked(toy), Target.STAGED)
     assert "1 too few" in caught.value.findings[0].found
     assert not partial_of(toy).exists()
 
@@ -671,7 +671,7 @@ def test_the_way_is_not_named_where_it_would_not_do(
     enlarge(toy)
     with_free(monkeypatch, inspect.CONSUMING_ROOM - 1)
     with pytest.raises(NoSpace) as caught:
-        apply.rehearse(asked(toy, consuming=False), Target.STAGED)
+        apply.plan(asked(toy, consuming=False), Target.STAGED)
     assert "--consume" not in caught.value.findings[0].help
 
 

@@ -88,7 +88,7 @@ def test_files_are_read_only_and_stay_proven(toy: Toy) -> None:
     assert [mode(toy.placed(path)) for path in paths] == [0o444] * 3
     assert [s.path for s in outcome.sealed] == paths
     assert {i.placed.condition for i in outcome.state.artifacts} == {FileState.VERIFIED}
-    assert apply.survey(toy.request(), check=True).error is None
+    assert apply.status(toy.request(), check=True).error is None
 
 
 def test_the_result_says_which_was_done(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_what_the_kernel_froze_is_what_is_proven(toy: Toy, monkeypatch: pytest.M
     kernel.before = lambda: flip(toy.placed("a.bin"))
     with pytest.raises(WrongContent, match="while it was being sealed"):
         weights(toy, "a.bin")
-    assert apply.survey(toy.request("a.bin"), check=True).error is not None
+    assert apply.status(toy.request("a.bin"), check=True).error is not None
 
 
 def test_fs_verity_keeps_where_the_pieces_came_from(
@@ -129,7 +129,7 @@ def test_fs_verity_keeps_where_the_pieces_came_from(
     weights(toy, "a.bin")
     sources = [piece.source for piece in receipt_of(toy, "a.bin").pieces]
     assert sources == [piece.part for piece in toy.artifact("a.bin").pieces]
-    assert apply.survey(toy.request("a.bin"), check=True).error is None
+    assert apply.status(toy.request("a.bin"), check=True).error is None
 
 
 def test_sealing_again_does_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_read_only_file_gets_fs_verity(toy: Toy, monkeypatch: pytest.MonkeyPat
     kernel = Kernel(monkeypatch, errno.EACCES)
     assert weights(toy, "a.bin").sealed[0].verity
     assert (len(kernel.asked), mode(toy.placed("a.bin"))) == (2, 0o444)
-    assert apply.survey(toy.request("a.bin"), check=True).error is None
+    assert apply.status(toy.request("a.bin"), check=True).error is None
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_what_a_kernel_with_fs_verity_refuses_is_told(
     (finding,) = caught.value.findings
     assert (finding.kind, finding.where) == (kind, str(toy.placed("a.bin")))
     assert caught.value.exit_code == code
-    assert apply.survey(toy.request("a.bin"), check=True).error is None
+    assert apply.status(toy.request("a.bin"), check=True).error is None
 
 
 def test_another_ones_file_cannot_be_sealed(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_a_staged_file_replaces_a_sealed_one(toy: Toy) -> None:
     toy.staged("note.txt").write_text("another edition")
     toy.placed("note.txt").unlink()
     request = toy.request("note.txt")
-    outcome = seal_placed(request, apply.act(request, Target.PLACED))
+    outcome = seal_placed(request, apply.apply(request, Target.PLACED))
     assert toy.placed("note.txt").read_text() == "another edition"
     assert (mode(toy.placed("note.txt")), len(outcome.sealed)) == (0o444, 1)
 

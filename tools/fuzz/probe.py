@@ -44,7 +44,7 @@ def _compare(root: Path, name: str) -> tuple[int, str]:
 
 
 def _status(root: Path, name: str) -> tuple[int, str]:
-    survey = apply.survey(Request(root, name), check=True)
+    survey = apply.status(Request(root, name), check=True)
     return survey.error.exit_code if survey.error else 0, report.survey_text(survey)
 
 
