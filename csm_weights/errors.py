@@ -14,112 +14,16 @@
     ├── SmokeUnavailable         77   the smoke test could not run
     └── Interrupted             130   Ctrl-C or a termination signal
 
-An error carries `Finding`s: one for each thing that is wrong, so that a
-person mends all of them in one round.
+An error carries `Finding`s, one for each thing that is wrong, so that a person
+can mend all of them in one round. A finding has a kind, the kind a category,
+and the category the error to raise.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-
-class Kind(enum.StrEnum):
-    """What is wrong with one thing; the value is the word a person reads."""
-
-    MISSING = "missing"
-    LFS_POINTER = "git-lfs pointer"
-    WRONG_SIZE = "wrong size"
-    WRONG_DIGEST = "wrong digest"
-    DIFFERENT = "different"
-    MALFORMED = "malformed"
-    ACCESS_PAGE = "access page"
-    EXTRA_PART = "unexpected part"
-    UNREADABLE = "unreadable"
-    CHANGED = "changed while read"
-    IN_THE_WAY = "something in the way"
-    NOT_WRITABLE = "not writable"
-    NO_SPACE = "no space"
-    CONSUMED = "consumed"
-    NOT_CONSUMABLE = "cannot be consumed"
-
-    NOT_THERE = "not there"
-    OFFLINE = "offline mode"
-
-    NO_TOKEN = "no token"
-    UNKNOWN_TOKEN = "token not known"
-    TERMS = "terms not accepted"
-    PENDING = "waiting for approval"
-    REJECTED = "request rejected"
-    SCOPE = "token without the scope"
-    FORBIDDEN = "access refused"
-
-    RATE_LIMITED = "rate limited"
-    SERVER_TROUBLE = "server trouble"
-    NO_NETWORK = "no network"
-    PROXY = "proxy refuses"
-    CERTIFICATE = "certificate refused"
-    TOO_SLOW = "too slow"
-
-    WRONG_ANSWER = "wrong answer"
-    REDIRECT = "redirect refused"
-
-    NOT_INSTALLED = "not installed"
-
-
-#: Kinds that mean "the bytes are not here", as opposed to "here, but wrong".
-NOT_HERE = frozenset({Kind.MISSING, Kind.LFS_POINTER, Kind.NOT_THERE, Kind.OFFLINE})
-
-#: Kinds that mean "someone has them and does not give them to you".
-REFUSED = frozenset(
-    {
-        Kind.NO_TOKEN,
-        Kind.UNKNOWN_TOKEN,
-        Kind.TERMS,
-        Kind.PENDING,
-        Kind.REJECTED,
-        Kind.SCOPE,
-        Kind.FORBIDDEN,
-    }
-)
-
-#: Kinds that mean "it may work another time".
-NETWORK = frozenset(
-    {
-        Kind.RATE_LIMITED,
-        Kind.SERVER_TROUBLE,
-        Kind.NO_NETWORK,
-        Kind.PROXY,
-        Kind.CERTIFICATE,
-        Kind.TOO_SLOW,
-    }
-)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, in the four words a person needs.
-
-    `where` is a path or a manifest key; `help` is the command or act that
-    mends it, or empty.
-    """
-
-    kind: Kind
-    where: str
-    expected: str
-    found: str
-    help: str = ""
-
-    def line(self) -> str:
-        """The finding as one line of text that cannot drive a terminal."""
-        text = f"{self.where}: {self.kind}: expected {self.expected}, found {self.found}"
-        return printable(f"{text} -> {self.help}" if self.help else text)
-
-
-def printable(text: str) -> str:
-    """One line without control characters: a file name may hold line ends and escapes."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class CsmWeightsError(Exception):
@@ -193,38 +97,142 @@ class SmokeUnavailable(CsmWeightsError):
 
 
 class Interrupted(CsmWeightsError):
-    """The run was interrupted; what was proven is kept."""
+    """The run was interrupted; what was verified is kept."""
 
     exit_code = 130
 
 
+class Category(enum.Enum):
+    """The error that findings lead to; of several the one that comes first here."""
+
+    DISK = NoSpace
+    CONTENT = WrongContent
+    ACCESS = AccessRefused
+    NETWORK = NetworkFailed
+    MISSING = MissingInput
+    SMOKE = SmokeUnavailable
+
+    @property
+    def error(self) -> type[CsmWeightsError]:
+        """The class of that error."""
+        found: type[CsmWeightsError] = self.value
+        return found
+
+
+class Kind(enum.StrEnum):
+    """A kind of finding: the word that a person reads, and its category."""
+
+    category: Category
+
+    def __new__(cls, word: str, category: Category) -> Kind:
+        """Make a member that is its word."""
+        kind = str.__new__(cls, word)
+        kind._value_, kind.category = word, category
+        return kind
+
+    MISSING = "missing", Category.MISSING
+    LFS_POINTER = "git-lfs pointer", Category.MISSING
+    NOT_THERE = "not there", Category.MISSING
+    OFFLINE = "offline mode", Category.MISSING
+
+    WRONG_SIZE = "wrong size", Category.CONTENT
+    WRONG_DIGEST = "wrong digest", Category.CONTENT
+    DIFFERENT = "different", Category.CONTENT
+    MALFORMED = "malformed", Category.CONTENT
+    ACCESS_PAGE = "access page", Category.CONTENT
+    EXTRA_PART = "unexpected part", Category.CONTENT
+    UNREADABLE = "unreadable", Category.CONTENT
+    CHANGED = "changed while read", Category.CONTENT
+    IN_THE_WAY = "something in the way", Category.CONTENT
+    CONSUMED = "consumed", Category.CONTENT
+    WRONG_ANSWER = "wrong answer", Category.CONTENT
+    REDIRECT = "redirect refused", Category.CONTENT
+
+    NOT_WRITABLE = "not writable", Category.DISK
+    NO_SPACE = "no space", Category.DISK
+    NOT_CONSUMABLE = "cannot be consumed", Category.DISK
+
+    NO_TOKEN = "no token", Category.ACCESS
+    UNKNOWN_TOKEN = "token not known", Category.ACCESS
+    TERMS = "terms not accepted", Category.ACCESS
+    PENDING = "waiting for approval", Category.ACCESS
+    REJECTED = "request rejected", Category.ACCESS
+    SCOPE = "token without the scope", Category.ACCESS
+    FORBIDDEN = "access refused", Category.ACCESS
+
+    RATE_LIMITED = "rate limited", Category.NETWORK
+    SERVER_TROUBLE = "server trouble", Category.NETWORK
+    NO_NETWORK = "no network", Category.NETWORK
+    PROXY = "proxy refuses", Category.NETWORK
+    CERTIFICATE = "certificate refused", Category.NETWORK
+    TOO_SLOW = "too slow", Category.NETWORK
+
+    NOT_INSTALLED = "not installed", Category.SMOKE
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: where, what was expected, what was found.
+
+    `where` is a path or a manifest key; `help` is the command or act that
+    mends it, or empty.
+    """
+
+    kind: Kind
+    where: str
+    expected: str
+    found: str
+    help: str = ""
+
+    @classmethod
+    def missing(cls, where: object, expected: str | int, help: str = "") -> Finding:
+        """Return that there is no such file; an int as `expected` is its size in bytes."""
+        expected = f"{expected:,} bytes" if isinstance(expected, int) else expected
+        return cls(Kind.MISSING, str(where), expected, "no such file", help)
+
+    @classmethod
+    def unreadable(cls, where: object, error: Exception | str) -> Finding:
+        """Return that a file is there and cannot be read."""
+        found = getattr(error, "strerror", None) or str(error)
+        help = "check its permissions, and the disk"
+        return cls(Kind.UNREADABLE, str(where), "a readable file", found, help)
+
+    @classmethod
+    def changed(cls, where: object, found: str = "a write meanwhile") -> Finding:
+        """Return that a file was written to while it was read, or since it was verified."""
+        help = "stop whatever writes to it, and run the same command again"
+        return cls(Kind.CHANGED, str(where), "a file that nothing writes to", found, help)
+
+    @classmethod
+    def wrong_digest(
+        cls, where: object, expected: str, found: str | None, help: str = ""
+    ) -> Finding:
+        """Return that bytes have another sha256 than the expected one, both in hex."""
+        digests = f"sha256 {expected}", f"sha256 {found}"
+        return cls(Kind.WRONG_DIGEST, str(where), *digests, help)
+
+    def line(self) -> str:
+        """Return the finding as one line of text that cannot drive a terminal."""
+        text = f"{self.where}: {self.kind}: expected {self.expected}, found {self.found}"
+        return printable(f"{text} -> {self.help}" if self.help else text)
+
+
+def printable(text: str) -> str:
+    """Return the text without control characters: names may hold line ends and escapes."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def from_os_error(error: OSError) -> CsmWeightsError:
-    """The error of this package for one of the operating system's that got this far."""
-    found = error.strerror or str(error)
-    where = str(error.filename or "the disk")
-    finding = Finding(
-        Kind.UNREADABLE, where, "a file or folder that can be used", found, "check it"
-    )
+    """Return the error of this package for one of the operating system's that got this far."""
+    found, where = error.strerror or str(error), str(error.filename or "the disk")
+    expected = "a file or folder that can be used"
+    finding = Finding(Kind.UNREADABLE, where, expected, found, "check it")
     return WrongContent("the operating system refused", [finding])
 
 
-def error_for(message: str, findings: Sequence[Finding], advice: str = "") -> CsmWeightsError:
-    """The one error for many findings.
-
-    A disk that takes nothing outweighs wrong content, that outweighs refused
-    access, that outweighs a network that failed, that what is missing, and that
-    a program that only the smoke test needs.
-    """
-    kinds = {f.kind for f in findings}
-    if kinds == {Kind.NOT_INSTALLED}:
-        return SmokeUnavailable(message, findings, advice)
-    kinds.discard(Kind.NOT_INSTALLED)
-    if kinds & {Kind.NO_SPACE, Kind.NOT_WRITABLE, Kind.NOT_CONSUMABLE}:
-        return NoSpace(message, findings, advice)
-    if kinds - NOT_HERE - REFUSED - NETWORK:
-        return WrongContent(message, findings, advice)
-    if kinds & REFUSED:
-        return AccessRefused(message, findings, advice)
-    if kinds & NETWORK:
-        return NetworkFailed(message, findings, advice)
-    return MissingInput(message, findings, advice)
+def error_for(message: str, findings: Iterable[Finding], advice: str = "") -> CsmWeightsError:
+    """Return the one error for many findings: that of the first category among theirs."""
+    findings = tuple(findings)
+    categories = {f.kind.category for f in findings}
+    first = next((c for c in Category if c in categories), Category.MISSING)
+    return first.error(message, findings, advice)

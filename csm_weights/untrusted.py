@@ -88,16 +88,11 @@ def stat_of(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding
             return None, Finding(Kind.MISSING, where, "a file", found, "mend or remove the link")
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return None, None
-        return None, unreadable(where, error.strerror or str(error))
+        return None, Finding.unreadable(where, error)
     if not stat.S_ISREG(status.st_mode):
         found = "a folder" if stat.S_ISDIR(status.st_mode) else "neither file nor folder"
         return None, Finding(Kind.UNREADABLE, where, "a plain file", found, "move it away")
     return status, None
-
-
-def unreadable(where: str, found: str) -> Finding:
-    """That a file is there and cannot be read, and why."""
-    return Finding(Kind.UNREADABLE, where, "a readable file", found, "check its permissions")
 
 
 def size_finding(path: Path, sizes: list[int], size: int, where: str = "") -> Finding | None:
@@ -110,7 +105,7 @@ def size_finding(path: Path, sizes: list[int], size: int, where: str = "") -> Fi
         with path.open("rb") as file:
             head = file.read(PEEK)
     except OSError as error:
-        return unreadable(where, error.strerror or str(error))
+        return Finding.unreadable(where, error)
     found = f"{size:,} bytes"
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         found = f"a pointer of {found} in place of the content"

@@ -146,8 +146,14 @@ def finding(kind: Kind) -> Finding:
         ([Kind.EXTRA_PART], 4),
         ([Kind.NO_SPACE], 7),
         ([Kind.MISSING, Kind.NO_SPACE], 7),
+        ([Kind.WRONG_DIGEST, Kind.NOT_WRITABLE], 7),
+        ([Kind.MISSING, Kind.TERMS, Kind.NO_NETWORK], 5),
+        ([Kind.OFFLINE, Kind.CERTIFICATE], 6),
+        ([Kind.NOT_INSTALLED], 77),
+        ([Kind.NOT_INSTALLED, Kind.MISSING], 3),
+        ([], 3),
     ],
 )
 def test_many_findings_have_one_code(kinds: list[Kind], code: int) -> None:
-    """Wrong content outweighs what is missing, and a full disk stands for itself."""
+    """Of several findings the one of the first category decides the exit code."""
     assert error_for("message", [finding(kind) for kind in kinds]).exit_code == code

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
+from csm_weights.errors import Category, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline.plan import HUB, Plan, Step
 from csm_weights.pipeline.request import Session
@@ -79,7 +79,7 @@ class Server:
         """Asks for pieces; those that do not come from here, and why."""
         self.asked[artifact.path] = None
         for finding in self.findings:
-            if finding.kind in REFUSED | NETWORK:
+            if finding.kind.category in (Category.ACCESS, Category.NETWORK):
                 return list(pieces), [finding]
         # The Hub has whole files, a mirror may have some of their parts.
         trials = pieces[:1] if self.is_hub else pieces
@@ -156,8 +156,10 @@ def probe(run: Session, plan: Plan) -> ProbeResults:
         for step in steps:
             _ask_for(run, step, wire, answers)
     account, hub = answers.account, answers.hub
-    silent = NETWORK | {Kind.UNKNOWN_TOKEN}
-    if account and account.token and hub and not any(f.kind in silent for f in hub.findings):
+    kinds = {finding.kind for finding in hub.findings} if hub else set()
+    is_known = Kind.UNKNOWN_TOKEN not in kinds
+    is_reached = all(kind.category is not Category.NETWORK for kind in kinds)
+    if account and account.token and hub and is_known and is_reached:
         answers.owner = _within(PATIENCE, lambda: _owner(account))
     return answers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.errors import Finding, WrongContent
 from csm_weights.manifest.types import Artifact
 from csm_weights.pipeline.checks import gate_error, prove
 from csm_weights.pipeline.request import Outcome, Request, Session, begin
@@ -37,8 +37,7 @@ def _seal(run: Session, item: ArtifactState) -> Sealed:
     """Seals one file and renews its receipt at once, so that a kill costs one hashing at most."""
     receipt = item.placed.receipt
     if item.placed.condition is not FileState.VERIFIED or receipt is None:
-        found = str(item.placed.condition)
-        finding = Finding(Kind.CHANGED, str(item.placed.path), "a proven file", found)
+        finding = Finding.changed(item.placed.path, str(item.placed.condition))
         raise WrongContent("only proven files are sealed; run the command again", [finding])
     done = seal(run.places.destination, receipt)
     sealed = Fingerprint.of(item.placed.path.stat())
@@ -55,8 +54,6 @@ def _proven_again(run: Session, artifact: Artifact, receipt: Receipt) -> Receipt
     look = next(i.placed for i in run.look().artifacts if i.artifact.path == artifact.path)
     (proven,) = prove(run, [(artifact, look)])
     if proven is None or proven.sha256 != receipt.sha256:
-        found = run.known_bad.get(look.path) or Finding(
-            Kind.CHANGED, str(look.path), "the file that was proven", "another one"
-        )
+        found = run.known_bad.get(look.path) or Finding.changed(look.path)
         raise WrongContent("a file was changed while it was being sealed", [found])
     return replace(receipt, fingerprint=proven.fingerprint, proven_at=time_now())

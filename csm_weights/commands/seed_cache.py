@@ -11,7 +11,6 @@ from csm_weights.config import HubEnvironment
 from csm_weights.errors import (
     CsmWeightsError,
     Finding,
-    Kind,
     NoSpace,
     UsageError,
     WrongContent,
@@ -169,8 +168,7 @@ def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
         return receipt.sha256
     found = measure([HashJob(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
     if found.whole != receipt.sha256 or not found.git_sha1:
-        expected, seen = f"sha256 {receipt.sha256}", f"sha256 {found.whole}"
-        finding = Finding(Kind.CHANGED, str(file), expected, seen, "run the command again")
+        finding = Finding.changed(file, f"sha256 {found.whole}")
         raise WrongContent("a file is no longer the one that was proven", [finding])
     return found.git_sha1
 

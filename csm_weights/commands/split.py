@@ -53,7 +53,7 @@ def split_file(
         ]
         digests = run_all(tasks, cancel)
     except EOFError as error:
-        finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
+        finding = Finding.changed(file, str(error))
         raise WrongContent("the file was cut while it was split", [finding]) from None
     finally:
         os.close(source)
@@ -117,9 +117,7 @@ def _require_same(part: Path, digest: str, unfinished: Path) -> None:
     if part.is_file() and (there := sha256_of(part)) != digest:
         unfinished.unlink(missing_ok=True)
         help_text = "move it away, or choose another --chunks folder"
-        finding = Finding(
-            Kind.WRONG_DIGEST, str(part), f"sha256 {digest}", f"sha256 {there}", help_text
-        )
+        finding = Finding.wrong_digest(part, digest, there, help_text)
         raise WrongContent("a part of another file is in the way", [finding])
 
 

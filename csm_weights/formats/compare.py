@@ -157,8 +157,7 @@ class Sides:
         try:
             found = _search([self._pairs[number] for _, number in jobs], on_progress)
         except EOFError as error:
-            cut = Finding(Kind.CHANGED, str(error), "a file at rest", "one that was cut")
-            raise _changed([cut]) from None
+            raise _changed([Finding.changed(error, "one that was cut")]) from None
         if changes := [finding for source in self._sources for finding in source.changes()]:
             raise _changed(changes)
         differences |= {n: d for (_, n), d in zip(jobs, found, strict=True) if d}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from csm_weights.errors import Finding, Kind
+from csm_weights.errors import Finding
 from csm_weights.untrusted import Fingerprint, Malformed
 
 #: What follows a file's name in the names of its parts, as `split` gives them.
@@ -105,7 +105,7 @@ class MultipartFile:
     def changes(self) -> list[Finding]:
         """A finding for each file that was written to since it was opened."""
         return [
-            Finding(Kind.CHANGED, str(path), "a file at rest", "a write during the read")
+            Finding.changed(path)
             for path, fd, before in zip(self.paths, self._fds, self._prints, strict=True)
             if Fingerprint.of(os.fstat(fd)) != before
         ]

@@ -315,10 +315,8 @@ def _reading(
     except Malformed as error:
         found.add(error)
     except FileNotFoundError:
-        missing = Finding(Kind.MISSING, str(path), "a file", "none")
-        raise error_for(title, [missing]) from None
+        raise error_for(title, [Finding.missing(path, "a file")]) from None
     except OSError as error:
-        unreadable = Finding(Kind.UNREADABLE, str(path), "a readable file", str(error.strerror))
-        raise error_for(title, [unreadable]) from None
+        raise error_for(title, [Finding.unreadable(path, error)]) from None
     if found.count:
         raise error_for(title, found.listed())

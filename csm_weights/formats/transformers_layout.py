@@ -209,9 +209,7 @@ def _check_count(where: Path, count: int) -> None:
 
 def _all_here(paths: list[Path]) -> list[Path]:
     findings = [
-        Finding(Kind.MISSING, str(path), f"one of {len(paths)} shards", "no such file")
-        for path in paths
-        if not path.is_file()
+        Finding.missing(path, f"one of {len(paths)} shards") for path in paths if not path.is_file()
     ]
     if findings:
         raise MissingInput("not all shards are here", findings)

@@ -54,7 +54,7 @@ def load(path: Path) -> Manifest:
         with path.open("rb") as file:
             text = file.read(MAX_TEXT + 1)
     except FileNotFoundError:
-        finding = Finding(Kind.MISSING, str(path), "a manifest", "no such file")
+        finding = Finding.missing(path, "a manifest")
         raise MissingInput(f"no manifest at {path}", [finding]) from None
     return parse(text, str(path))
 

@@ -202,7 +202,7 @@ def read_golden(path: Path) -> Golden:
         if not all(_are_codes(row) for row in (golden.prompt, *golden.frames)):
             raise ValueError("a row that is not a list of whole numbers")
     except FileNotFoundError:
-        finding = Finding(Kind.MISSING, str(path), "golden frames", "no such file")
+        finding = Finding.missing(path, "golden frames")
         raise MissingInput("the golden frames are not here", [finding]) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         found = f"{type(error).__name__}: {error}"[:200]

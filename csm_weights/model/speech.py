@@ -191,7 +191,7 @@ def find_tokenizer(folder: Path | None) -> TextTokenizer:
             return TextTokenizer.from_file(found / TOKENIZER_FILE)
     where = f"{folder / TOKENIZER_FILE if folder else TOKENIZER_FILE}, and the Hub's cache"
     command = f"hf download {TOKENIZER_REPOS[0]} {TOKENIZER_FILE}"
-    finding = Finding(Kind.MISSING, where, "the tokenizer", "no such file", command)
+    finding = Finding.missing(where, "the tokenizer", command)
     advice = (
         "In a checkout, proven and beside the model: inv weights --only tokenizer\n"
         "Without it, give the text as token ids."

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.concurrency import Cancelled, run_all, workers
-from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.errors import Finding, WrongContent
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.hashing import sha256
 
@@ -66,7 +66,7 @@ def stream(
     try:
         run_all([work] * count, cancel, waiting=max(0, count - workers()))
     except EOFError as error:
-        finding = Finding(Kind.CHANGED, source.where, f"{source.size:,} bytes", str(error))
+        finding = Finding.changed(source.where, str(error))
         raise WrongContent("the weights ended early", [finding]) from None
     if changes := source.changes():
         raise WrongContent("the weights changed while they were read", changes)
@@ -90,8 +90,7 @@ def _send(
         offset += size
     if digest and (found := digest.hexdigest()) != span.sha256:
         where = f"{source.where}: bytes [{span.offset:,}, {end:,})"
-        words = (f"sha256 {span.sha256}", f"sha256 {found}", "inv weights")
-        finding = Finding(Kind.WRONG_DIGEST, where, *words)
+        finding = Finding.wrong_digest(where, span.sha256 or "", found, "inv weights")
         raise WrongContent("the weights are not those that are pinned", [finding])
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from csm_weights.errors import NOT_HERE, CsmWeightsError, Finding, Kind, error_for
+from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, error_for
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline import sources
 from csm_weights.pipeline.checks import (
@@ -379,7 +379,7 @@ def _require(run: Session, plan: Plan) -> None:
     if not plan.findings:
         return
     name, findings = run.manifest.name, [*plan.findings, *_wrong_parts(run, plan)]
-    if all(f.kind in NOT_HERE for f in findings):
+    if all(f.kind.category is Category.MISSING for f in findings):
         raise error_for(f"{name}: not all of it is here", findings, _ways_to_get(run))
     advice = _way_around(step.artifact for step in plan.steps)
     raise error_for(f"{name}: cannot go on", findings, advice)
@@ -404,7 +404,8 @@ def _wrong_parts(run: Session, plan: Plan) -> list[Finding]:
 
 def _is_missing(plan: Plan) -> bool:
     """Whether what stands in the way is only that something is not here."""
-    return bool(plan.findings) and all(f.kind in NOT_HERE for f in plan.findings)
+    categories = {finding.kind.category for finding in plan.findings}
+    return categories == {Category.MISSING}
 
 
 def _way_around(artifacts: Iterable[Artifact]) -> str:

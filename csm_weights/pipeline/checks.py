@@ -173,8 +173,7 @@ def subject_of(artifact: Artifact, file: FileStatus, model: str) -> gates.Subjec
     mend = f"inv weights --model {model}"
     finding = file.finding
     if file.condition is FileState.ABSENT:
-        size = f"{artifact.size:,} bytes"
-        finding = Finding(Kind.MISSING, str(file.path), size, "no such file", mend)
+        finding = Finding.missing(file.path, artifact.size, mend)
     trusted = file.condition is FileState.VERIFIED
     return gates.Subject(artifact, file.path, file.size, finding, file.receipt, trusted, mend)
 

@@ -376,8 +376,7 @@ def _absent(item: ArtifactState, look: FileStatus, help_text: str = "") -> list[
     """That a file is missing, unless something wrong has its name and is told anyway."""
     if look.condition is not FileState.ABSENT:
         return []
-    size = f"{item.artifact.size:,} bytes"
-    return [Finding(Kind.MISSING, str(look.path), size, "no such file", help_text)]
+    return [Finding.missing(look.path, item.artifact.size, help_text)]
 
 
 def _then_placed(step: Step, state: State, goal: Target) -> list[Step]:

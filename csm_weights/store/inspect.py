@@ -34,7 +34,7 @@ from csm_weights.store.receipts import (
     receipt_path,
     smoke_path,
 )
-from csm_weights.untrusted import Fingerprint, size_finding, stat_of, unreadable
+from csm_weights.untrusted import Fingerprint, size_finding, stat_of
 
 #: Bytes free that consuming parts begins with: a step of it, and as much for the disk's own books.
 CONSUMING_ROOM = 64 << 20
@@ -300,17 +300,12 @@ def _look_part(
     if status is None:
         if finding and finding.kind is not Kind.MISSING:
             return FileStatus(path, FileState.INVALID, None, finding)
-        finding = finding or Finding(
-            Kind.MISSING,
-            piece.part,
-            f"{piece.size:,} bytes",
-            "no such file",
-            "get the part (`git lfs pull`, or copy it there)",
-        )
+        help_text = "get the part (`git lfs pull`, or copy it there)"
+        finding = finding or Finding.missing(piece.part, piece.size, help_text)
         return FileStatus(path, FileState.ABSENT, None, finding)
     finding = known_bad.get(path) or size_finding(path, [piece.size], status.st_size, piece.part)
     if finding is None and not os.access(path, os.R_OK):
-        finding = unreadable(piece.part, "permission denied")
+        finding = Finding.unreadable(piece.part, "permission denied")
     finding = finding or (_gone(piece, moved) if moved else None)
     condition = FileState.INVALID if finding else FileState.UNVERIFIED
     return FileStatus(path, condition, status.st_size, finding)

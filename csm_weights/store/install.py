@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.errors import Finding, WrongContent
 from csm_weights.store.atomic import make_folder, stay_inside, sync, write_whole, writing
 from csm_weights.store.receipts import Receipt, dump, receipt_path
 from csm_weights.untrusted import Fingerprint
@@ -66,11 +66,5 @@ def forget(directory: Path, path: str) -> None:
 
 
 def _changed(path: Path) -> WrongContent:
-    finding = Finding(
-        Kind.CHANGED,
-        str(path),
-        "the file that was just proven",
-        "a later write",
-        "stop whatever writes to it, and run the command again",
-    )
+    finding = Finding.changed(path)
     return WrongContent(f"{path} was changed while it was being placed", [finding])

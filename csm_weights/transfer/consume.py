@@ -108,10 +108,7 @@ def _verify_piece(
         try:
             stake = _hash(subject, piece, moved, both, on_progress, cancel)
         except (OSError, ShortRead) as error:
-            found = getattr(error, "strerror", None) or str(error)
-            problem = Finding(
-                Kind.UNREADABLE, piece.part, "a readable file", found, "check the disk"
-            )
+            problem = Finding.unreadable(piece.part, error)
         else:
             if stake.marks[-1] == (piece.size, piece.sha256):
                 return stake, both
@@ -183,7 +180,8 @@ class Consuming:
         piece = sink.piece
         stake = self._stakes[piece.offset]
         if sink.take_back(stake.moved) != stake.marks[0][1]:
-            raise SourceError([_changed(f"the unfinished file, where {piece.part} has moved")])
+            where = f"the unfinished file, where {piece.part} has moved"
+            raise SourceError([Finding.changed(where)])
         # Also where nothing has moved: the journal may say of a part that is whole again
         # that it was consumed.
         sink.secure(stake.moved)
@@ -193,11 +191,7 @@ class Consuming:
             with _open(self._root / piece.part, os.O_RDWR) as fd:
                 _move(fd, stake, stake.seen, sink)
         except (OSError, EOFError) as error:
-            found = getattr(error, "strerror", None) or str(error)
-            finding = Finding(
-                Kind.UNREADABLE, piece.part, "a file to consume", found, "check it and the disk"
-            )
-            raise SourceError([finding]) from None
+            raise SourceError([Finding.unreadable(piece.part, error)]) from None
         return piece.part
 
 
@@ -208,19 +202,14 @@ def _move(fd: int, stake: Stake, seen: Fingerprint, sink: Steps) -> None:
     for end, digest in stake.marks:
         if end > at:
             if sink.take_step(fd, at, end - at) != digest:
-                raise SourceError([_changed(piece.part)])
+                raise SourceError([Finding.changed(piece.part)])
             sink.secure(end)
         if Fingerprint.of(os.fstat(fd)) != seen:
-            raise SourceError([_changed(piece.part)])
+            raise SourceError([Finding.changed(piece.part)])
         if end:
             # From the start: a run that was killed here has left the last hole undone.
             punch(fd, 0, end)
         seen, at = Fingerprint.of(os.fstat(fd)), end
-
-
-def _changed(where: str) -> Finding:
-    help_text = "stop whatever writes to it, and run the same command again"
-    return Finding(Kind.CHANGED, where, "the bytes that were just proven", "a write", help_text)
 
 
 def remove_parts(root: Path, partial: Path, pieces: Sequence[Piece]) -> None:

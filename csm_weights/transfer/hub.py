@@ -18,7 +18,7 @@ from urllib.parse import quote, urljoin
 import requests
 
 from csm_weights.config import HubEnvironment, no_token
-from csm_weights.errors import NETWORK, REFUSED, AccessRefused, Finding, Kind
+from csm_weights.errors import AccessRefused, Category, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.http.client import REDIRECTS
 from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, ResolvedUrl
@@ -119,7 +119,8 @@ class Hub:
             self._wire.fetch(file, sink)
         except SourceError as broken:
             first = broken.findings[0]
-            if first.kind in REFUSED | NETWORK or first.where == self.page:
+            is_final = first.kind.category in (Category.ACCESS, Category.NETWORK)
+            if is_final or first.where == self.page:
                 self._refusal = first
             raise
         return file.where

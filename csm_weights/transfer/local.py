@@ -59,7 +59,7 @@ def _deliver(path: Path, where: str, size: int, offset: int, sink: PieceWriter) 
     except FileNotFoundError:
         raise NotAvailable from None
     except OSError as error:
-        raise SourceError([_unreadable(where, error)]) from None
+        raise SourceError([Finding.unreadable(where, error)]) from None
     try:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode) or before.st_size != size:
@@ -70,14 +70,8 @@ def _deliver(path: Path, where: str, size: int, offset: int, sink: PieceWriter) 
         try:
             sink.take_file(fd, offset)
         except (OSError, EOFError) as error:
-            raise SourceError([_unreadable(where, error)]) from None
+            raise SourceError([Finding.unreadable(where, error)]) from None
         if Fingerprint.of(os.fstat(fd)) != Fingerprint.of(before):
-            finding = Finding(Kind.CHANGED, where, "a file at rest", "a write during the read")
-            raise SourceError([finding])
+            raise SourceError([Finding.changed(where)])
     finally:
         os.close(fd)
-
-
-def _unreadable(where: str, error: OSError | EOFError) -> Finding:
-    found = getattr(error, "strerror", None) or str(error)
-    return Finding(Kind.UNREADABLE, where, "a readable file", found, "check it and its permissions")

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import requests
 
 from csm_weights.config import MIRROR_HEADERS
-from csm_weights.errors import NETWORK, REFUSED, Finding, Kind
+from csm_weights.errors import Category, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.http.client import REDIRECTS
 from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, ResolvedUrl
@@ -50,7 +50,7 @@ class Mirror:
         try:
             self._wire.fetch(file, sink)
         except SourceError as broken:
-            if broken.findings[0].kind in REFUSED | NETWORK:
+            if broken.findings[0].kind.category in (Category.ACCESS, Category.NETWORK):
                 self._broken = broken.findings[0]
             raise
         return file.where

@@ -220,9 +220,8 @@ def check_parts(parts: Sequence[tuple[Piece, Path]], on_progress: OnProgress) ->
         if isinstance(found, Finding):
             findings.append(found)
         elif found.ranges[0] != piece.sha256:
-            expected = f"sha256 {piece.sha256}"
             findings.append(
-                Finding(Kind.WRONG_DIGEST, piece.part, expected, found.ranges[0], "get it again")
+                Finding.wrong_digest(piece.part, piece.sha256, found.ranges[0], "get it again")
             )
     return findings
 
@@ -240,7 +239,7 @@ def check_sum(folder: Path, path: str, digest: str, known: str | None) -> GateRe
         return GateResult(Gate.DIGEST, path, False, expected, finding.found, (finding,))
     findings = []
     if known != digest:
-        findings = [Finding(Kind.WRONG_DIGEST, str(file), expected, f"sha256 {known}")]
+        findings = [Finding.wrong_digest(file, digest, known)]
     return GateResult(Gate.DIGEST, path, not findings, expected, f"sha256 {known}", tuple(findings))
 
 
@@ -330,8 +329,7 @@ def _judge(
         return Proof(subject, None, (found,), after)
     findings, good = _compare(job, found, on_progress)
     if before != after or after is None:
-        where = str(subject.path)
-        findings.append(Finding(Kind.CHANGED, where, "a file at rest", "a write meanwhile"))
+        findings.append(Finding.changed(subject.path))
         good = frozenset()
     pieces = subject.artifact.pieces if job.measure.ranges else ()
     records = tuple(PieceRecord(p.offset, p.size, p.sha256, "in place") for p in pieces)
@@ -351,8 +349,7 @@ def _measure_alone(job: HashJob, on_progress: OnProgress) -> Digests | Finding:
     try:
         return measure([job], on_progress)[0]
     except (OSError, ShortRead) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        return Finding(Kind.UNREADABLE, str(job.path), "a readable file", found, "check the disk")
+        return Finding.unreadable(job.path, error)
 
 
 def _compare(
@@ -391,11 +388,10 @@ def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
         found = "none of them: another file of the same size"
         return [Finding(Kind.WRONG_DIGEST, str(subject.path), expected, found, subject.mend)]
     return [
-        Finding(
-            Kind.WRONG_DIGEST,
+        Finding.wrong_digest(
             f"{subject.path} bytes [{piece.offset:,}, {piece.end:,})",
-            f"sha256 {piece.sha256}",
-            f"sha256 {digest}",
+            piece.sha256,
+            digest,
             subject.mend,
         )
         for piece, digest in bad

@@ -154,11 +154,5 @@ def _not_ours(error: OSError, file: Path) -> CsmWeightsError:
 
 
 def _changed(file: Path) -> WrongContent:
-    finding = Finding(
-        Kind.CHANGED,
-        str(file),
-        "the file that was proven, and nobody writing to it",
-        "a later write, or a program that has it open for writing",
-        "stop that program, and run the command again",
-    )
-    return WrongContent("the file could not be sealed", [finding])
+    found = "a later write, or a program that has it open for writing"
+    return WrongContent("the file could not be sealed", [Finding.changed(file, found)])

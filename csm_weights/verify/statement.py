@@ -388,7 +388,7 @@ def differences(
     for name, wanted in attestation.subjects.items():
         expected, is_there = f"sha256 {wanted}, as attested", found.get(name)
         if is_there is None:
-            findings.append(Finding(Kind.MISSING, name, expected, "no such file", "inv weights"))
+            findings.append(Finding.missing(name, expected, "inv weights"))
         elif is_there != wanted:
             help_text = "it is not the file that was attested"
             seen = f"sha256 {is_there}"
