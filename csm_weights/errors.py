@@ -2,8 +2,8 @@
 
 ::
 
-    CsmWeightsError               1   a bug, or a call that makes no sense
-    ├── UsageError                1   an option or name that does not exist
+    CsmWeightsError               1   a bug
+    ├── UsageError                2   an option, name or value that does not exist
     ├── MissingInput              3   an input is not here
     ├── WrongContent              4   size, digest, structure, hostile file
     │   └── ManifestInvalid       4   the manifest itself breaks a rule
@@ -48,6 +48,8 @@ class CsmWeightsError(Exception):
 
 class UsageError(CsmWeightsError):
     """An option, a model name or a value that does not exist."""
+
+    exit_code = 2
 
 
 class MissingInput(CsmWeightsError):

@@ -87,7 +87,7 @@ report.survey_json(apply.status(request.Request(Path.cwd())))
 
 EXIT_CODES = {
     "CsmWeightsError": 1,
-    "UsageError": 1,
+    "UsageError": 2,
     "MissingInput": 3,
     "WrongContent": 4,
     "ManifestInvalid": 4,

@@ -163,7 +163,7 @@ def test_a_gated_repository_from_its_name_to_a_repair_by_piece(
     assert [r.range for r in hub.requests(host="storage")] == ["bytes=200000-299999"]
     assert (placed / ONE).read_bytes() == FILES[ONE]
     smoke = clone.inv("smoke", *model)
-    assert (smoke.returncode, "there is no smoke test" in smoke.stderr) == (1, True)
+    assert (smoke.returncode, "there is no smoke test" in smoke.stderr) == (2, True)
     said = [r.stdout + r.stderr for r in (locked, fetched, pieces, again, repaired, smoke)]
     assert TOKEN not in "".join(said) + (clone.root / known).read_text()
 
@@ -179,11 +179,11 @@ def test_a_gated_repository_from_its_name_to_a_repair_by_piece(
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """What does not go together is told, with exit code 1, before anything is asked."""
+    """What does not go together is told, with exit code 2, before anything is asked."""
     clone = Clone.make(tmp_path / "clone")
     clone.variables.update({"HF_ENDPOINT": "http://127.0.0.1:9"})
     result = clone.inv("lock", *options)
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("--"), result.stderr
 
 

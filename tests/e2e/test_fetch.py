@@ -438,10 +438,10 @@ def test_headers_for_mirrors_come_from_the_environment(desk: Desk, mirror: FileS
         ("--revision=../../x y", "--source=hf"),
     ],
 )
-def test_a_command_line_that_makes_no_sense_exits_1(desk: Desk, arguments: tuple[str, ...]) -> None:
+def test_a_command_line_that_makes_no_sense_exits_2(desk: Desk, arguments: tuple[str, ...]) -> None:
     """Wrong words are told before anything is asked, and secrets are not repeated."""
     result = desk.inv("fetch", *TINY, *arguments)
-    assert (result.returncode, desk.hub.log) == (1, [])
+    assert (result.returncode, desk.hub.log) == (2, [])
     assert "s3cr3t" not in result.stderr and "Traceback" not in result.stderr
 
 
@@ -487,21 +487,21 @@ def test_a_damaged_blob_gives_its_good_pieces(desk: Desk) -> None:
     "endpoint",
     ["huggingface.co", "ftp://host", "http://[::1", "http://h:99999", "https://me:s3cr3t@host"],
 )
-def test_an_endpoint_that_is_none_exits_1(desk: Desk, endpoint: str) -> None:
+def test_an_endpoint_that_is_none_exits_2(desk: Desk, endpoint: str) -> None:
     """HF_ENDPOINT that is no plain URL is told by its name, and a secret in it is not repeated."""
     desk.without_parts()
     result = desk.inv("fetch", *TINY, "--source=hf", HF_ENDPOINT=endpoint)
-    assert (result.returncode, "HF_ENDPOINT" in result.stderr) == (1, True)
+    assert (result.returncode, "HF_ENDPOINT" in result.stderr) == (2, True)
     assert "s3cr3t" not in text_of(result) and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("headers", [": x", "X-Name", "X-Name: \u20ac"])
-def test_headers_that_cannot_be_sent_exit_1(desk: Desk, headers: str) -> None:
+def test_headers_that_cannot_be_sent_exit_2(desk: Desk, headers: str) -> None:
     """What is no header is told by the variable's name."""
     desk.without_parts()
     asks = ("--source=mirror", f"--url={desk.hub.endpoint}", "--only=ckpt")
     result = desk.inv("fetch", *TINY, *asks, CSM_MIRROR_HEADERS=headers)
-    assert (result.returncode, "CSM_MIRROR_HEADERS" in result.stderr) == (1, True)
+    assert (result.returncode, "CSM_MIRROR_HEADERS" in result.stderr) == (2, True)
 
 
 def test_a_home_that_cannot_be_found_is_no_traceback(desk: Desk) -> None:

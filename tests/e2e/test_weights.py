@@ -326,8 +326,8 @@ def terminate(clone: Clone) -> Result:
 
 ENDINGS: list[tuple[int, Callable[[Clone], Result]]] = [
     (0, succeed),
-    (1, name_no_model),
-    (1, name_no_format),
+    (2, name_no_model),
+    (2, name_no_format),
     (3, miss_parts),
     (4, damage_part),
     (4, fail_reading),
@@ -345,8 +345,8 @@ ENDINGS: list[tuple[int, Callable[[Clone], Result]]] = [
 
 
 def test_the_readme_has_every_exit_code() -> None:
-    """The README's table has the codes that are produced here, and no other."""
-    assert set(readme_codes()) == {code for code, _ in ENDINGS}
+    """The README's table has the codes that are produced here, 1 for bugs, and no other."""
+    assert set(readme_codes()) == {1, *(code for code, _ in ENDINGS)}
 
 
 @pytest.mark.parametrize(("code", "end"), ENDINGS, ids=[end.__name__ for _, end in ENDINGS])
@@ -376,7 +376,7 @@ JSON_COMMANDS = [
     (3, ("place", *TINY)),
     (3, ("verify", *TINY)),
     (3, ("smoke", *TINY)),
-    (1, ("fetch", *TINY, "--source", "somewhere")),
+    (2, ("fetch", *TINY, "--source", "somewhere")),
     (3, ("verify", "--sums", "SHA256SUMS")),
 ]
 

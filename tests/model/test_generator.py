@@ -629,4 +629,4 @@ def test_errors_of_the_generator_are_this_packages() -> None:
     error = generators.InputsTooLong("Inputs too long")
 
     assert isinstance(error, CsmWeightsError) and isinstance(error, ValueError)
-    assert error.exit_code == 1
+    assert error.exit_code == 2

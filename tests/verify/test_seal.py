@@ -293,7 +293,7 @@ def test_the_commands_seal(tmp_path: Path) -> None:
     clone = Clone.make(tmp_path / "clone")
     tiny = ("--model", "csm-tiny", "--only", "safetensors")
     refused = clone.inv("fetch", *tiny, "--seal")
-    assert (refused.returncode, "--dest" in refused.stderr) == (1, True)
+    assert (refused.returncode, "--dest" in refused.stderr) == (2, True)
     assert clone.inv("fetch", *tiny).returncode == 0
     for command in (("place", *tiny), ("fetch", *tiny, "--dest", "elsewhere")):
         done = clone.inv(*command, "--seal", "--json")
