@@ -516,8 +516,8 @@ def lock(
     dry: bool = False,
 ) -> None:
     """Write the digests to a manifest that proven local files show, or those the Hub tells."""
+    from csm_weights.commands import lock
     from csm_weights.errors import UsageError
-    from csm_weights.pipeline import lock
 
     with _exit_codes():
         if repo and (dest or size):

@@ -20,12 +20,12 @@ from torch import Tensor
 
 import csm_weights
 from csm_weights import Generator, Model, Segment, load_csm_1b
-from csm_weights.commands import seed_cache
+from csm_weights.commands import lock, seed_cache
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.manifest.parse import load
 from csm_weights.model import csm as plain
 from csm_weights.model.speech import find_codec, find_tokenizer
-from csm_weights.pipeline import apply, locate, lock
+from csm_weights.pipeline import apply, locate
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.transfer import hub_metadata

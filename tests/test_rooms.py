@@ -58,7 +58,7 @@ HEAVY |= {"securesystemslib", "cryptography"}
         "import csm_weights.pipeline.apply, csm_weights.commands.render.report",
         "import csm_weights.commands.split",
         "import csm_weights.commands.doctor, csm_weights.commands.render.report_hub",
-        "import csm_weights.pipeline.lock",
+        "import csm_weights.commands.lock",
         "import csm_weights.commands.attest, csm_weights.commands.seal",
         "import csm_weights.commands.render.report_attest",
         "import csm_weights, csm_weights.pipeline.locate",

@@ -19,17 +19,18 @@ from csm_weights.formats.weights_file import WEIGHT_FILES
 from csm_weights.hashing import git_sha1, sha256
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.pipeline import apply, lock
+from csm_weights.pipeline import apply, repo_manifest
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request, begin, find_manifest
 from csm_weights.progress import Progress
+from csm_weights.store import atomic
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
 
 #: The published model, as a manifest and as a repository of the Hub.
 MODEL, REPO = "csm-1b", "sesame/csm-1b"
 
 #: What is asked of a repository that no manifest here names.
-WANTED = "config.json,model.safetensors,ckpt.pt,tokenizer.json"
+WANTED = ("config.json", "model.safetensors", "ckpt.pt", "tokenizer.json")
 
 #: The file that describes a network.
 CONFIG = "config.json"
@@ -85,7 +86,9 @@ def of_repo(root: Path, repo: str, revision: str | None) -> Request:
             return Request(root, path.stem, revision=revision)
     home = _home(repo, revision)
     if not (known := _manifests(home)):
-        lock.lock_repo(home, repo, revision or "", WANTED, "", dry=False)
+        path = repo_manifest.path_of(home, repo, revision or "")
+        manifest = repo_manifest.from_hub(path, repo, revision or "", WANTED)
+        atomic.write_manifest(path, manifest)
         known = _manifests(home)
     return Request(home, known[0].stem)
 

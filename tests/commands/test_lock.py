@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from csm_weights.commands import lock
 from csm_weights.errors import CsmWeightsError, Kind, UsageError, WrongContent
 from csm_weights.hashing import blob_id
 from csm_weights.manifest.parse import load, parse
@@ -31,7 +32,7 @@ from csm_weights.manifest.pin import (
 )
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Edition, Manifest
-from csm_weights.pipeline import apply, checks, lock
+from csm_weights.pipeline import apply, checks
 from csm_weights.pipeline.request import Request
 from csm_weights.store.atomic import write_manifest
 from csm_weights.store.receipts import dump, load_receipt, receipt_path

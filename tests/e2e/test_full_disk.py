@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
+from csm_weights.commands import lock as locking
 from csm_weights.errors import CsmWeightsError, from_os_error
 from csm_weights.manifest import parse
 from csm_weights.pipeline import apply
-from csm_weights.pipeline import lock as locking
 from csm_weights.pipeline.plan import Target
 from csm_weights.store import block_io
 from csm_weights.store.inspect import CONSUMING_ROOM

@@ -1,0 +1,136 @@
+"""The manifest of any repository of the Hub, made from the Hub's own metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from csm_weights.config import HubEnvironment
+from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
+from csm_weights.manifest import pin
+from csm_weights.manifest.parse import load
+from csm_weights.manifest.paths import path_problem
+from csm_weights.manifest.types import Artifact, Manifest
+from csm_weights.pipeline.request import REVISION
+from csm_weights.progress import Progress
+
+if TYPE_CHECKING:
+    from csm_weights.transfer.hub_metadata import Listing
+
+#: A repository of the Hub; what else it asks of a name, its client says.
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def path_of(root: Path, repo: str, revision: str = "", model: str = "") -> Path:
+    """Return the path of a repository's manifest below `root`; it need not exist.
+
+    `model` is a name in manifests/ or the path of a manifest, "" the
+    repository's name. Raises UsageError for a name that cannot be one.
+    """
+    if not _REPO.fullmatch(repo):
+        raise UsageError(f"--repo {repo!r} is not ORG/NAME; datasets and spaces are not supported")
+    if revision and not REVISION.fullmatch(revision):
+        raise UsageError(f"--revision {revision!r} is not a commit, branch or tag")
+    fitted = re.sub(r"[^a-z0-9._-]", "-", repo.partition("/")[2].lower())[:64].strip("._-")
+    name = model or fitted
+    path = Path(name) if "/" in name or name.endswith(".toml") else None
+    if path is not None and path.suffix != ".toml":
+        raise UsageError(f"--model {name!r}: the path of a manifest ends in .toml")
+    path = path or root / "manifests" / f"{name}.toml"
+    if problem := pin.name_problem(path.stem) or path_problem(path.stem):
+        raise UsageError(f"--model {path.stem!r}: {problem}")
+    return path
+
+
+def from_hub(path: Path, repo: str, revision: str, globs: Sequence[str]) -> Manifest:
+    """Return the manifest that the Hub's metadata give for the files that match `globs`.
+
+    A manifest at `path` keeps what it knows of files that are still the same;
+    nothing is written. `revision` is a commit, branch or tag, "" the main
+    branch. Raises UsageError where the manifest at `path` is of another
+    repository; AccessRefused, NetworkFailed, MissingInput or WrongContent for
+    what the Hub answers.
+    """
+    base = _known(path, repo) or _empty(path, repo)
+    return _manifest(base, _listing(repo, revision, globs))
+
+
+def _known(path: Path, repo: str) -> Manifest | None:
+    """The manifest that is there already; raises UsageError for one of another repository."""
+    if not path.exists():
+        return None
+    known = load(path)
+    if known.repo != repo:
+        of = f"of {known.repo}" if known.repo else "of no repository of the Hub"
+        raise UsageError(f"{path} is {of}; choose another name with --model")
+    return known
+
+
+def _empty(path: Path, repo: str) -> Manifest:
+    """A manifest of a repository's name, without files yet."""
+    words = "Evidence marks: H the Hub's own metadata, A recomputed from a proven file."
+    return Manifest(
+        name=path.stem,
+        description=f"{repo} as the Hub lists it. {words}",
+        staging=f"output/{path.stem}",
+        destination=f"models/{path.stem}",
+        artifacts=(),
+        repo=repo,
+        default=("all",),
+        where=str(path),
+    )
+
+
+def _listing(repo: str, revision: str, globs: Sequence[str]) -> Listing:
+    """What the Hub tells; names that no manifest may have are told on stderr."""
+    environment = HubEnvironment.read()
+    if problem := environment.problem(repo, gated=False):
+        raise error_for(f"{repo}: the Hub may not be asked", [problem])
+    from csm_weights.transfer.hub import HubCredentials
+    from csm_weights.transfer.hub_metadata import list_repo
+
+    account = HubCredentials.from_environment(environment)
+    with Progress("asking the Hub", 0) as progress:
+        listing = list_repo(account, repo, revision or None, globs, progress.log)
+    with Progress("left out", 0) as progress:
+        for finding in listing.left_out:
+            progress.log(finding.line())
+    return listing
+
+
+def _manifest(base: Manifest, listing: Listing) -> Manifest:
+    """The manifest of what the Hub tells, with what `base` knows of the same files."""
+    known = {artifact.path: artifact for artifact in base.artifacts}
+    order = {path: number for number, path in enumerate(known)}
+    artifacts, findings = [], []
+    for told in sorted(listing.artifacts, key=lambda a: order.get(a.path, len(order))):
+        before = known.get(told.path, told)
+        same = pin.is_same(before, told)
+        if base.revision != listing.commit:
+            # At another commit only an id that both know tells that it is the same file.
+            same = same is True
+        elif same is False:
+            findings.append(_contradiction(base.where, before, told))
+        naming = replace(told, group=before.group, format=before.format)
+        artifacts.append(naming if same is False else pin.with_told(before, told))
+    if findings:
+        raise WrongContent(f"commit {listing.commit} is not what it was", findings)
+    words = {"all", *(word for a in artifacts for word in (a.group, a.path))}
+    default = tuple(word for word in base.default if word in words)
+    return replace(
+        base,
+        revision=listing.commit,
+        gated=listing.gated,
+        artifacts=tuple(artifacts),
+        default=default or (("all",) if base.default else ()),
+    )
+
+
+def _contradiction(where: str, known: Artifact, told: Artifact) -> Finding:
+    ids = [a.sha256 or a.blob_id or a.git_sha1 or "pieces" for a in (known, told)]
+    expected, found = (f"{a.size:,} bytes, {i}" for a, i in zip((known, told), ids, strict=True))
+    help_text = "one of the two is not true; move the manifest away to believe the Hub"
+    return Finding(Kind.CHANGED, f"{where}: {known.path}", expected, found, help_text)
