@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ from tests.support.toy import Toy
 
 # Several test processes share the cores; torch would start a thread a core in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A suite that was started by nohup or with `&` ignores SIGINT, and so would every program
+# that a test starts and interrupts: an ignored signal is inherited, a handled one is not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from csm_weights.pipeline.request import Outcome, Request
 from csm_weights.store import install
 from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import Receipt, journal_path, partial_path, receipt_path
+from tests.support.privileges import unprivileged
 from tests.support.toy import NOTE, PIECE_SIZE, Toy, flip
 
 LFS_POINTER = (
@@ -227,11 +228,10 @@ def test_all_wrong_digests_come_at_once(toy: Toy) -> None:
     assert [f.where for f in caught.value.findings] == expected
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_an_unreadable_part_is_told(toy: Toy) -> None:
     """A part without read permission is its own finding."""
     toy.part("a.bin", 1).chmod(0)
-    with pytest.raises(WrongContent) as caught:
+    with unprivileged(), pytest.raises(WrongContent) as caught:
         weights(toy)
     assert [f.kind for f in caught.value.findings] == [Kind.UNREADABLE]
 

@@ -27,7 +27,9 @@ ROOM = 512 << 20
 def main() -> int:
     """Runs what was asked for; exit code 1 if anything went wrong."""
     options = _options()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Neither signal may be ignored: what is started here would ignore it too.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     chosen = [name for name in SHARES if name in options.only.split(",")]
     memory = _memory()
     here, there = (None, memory) if options.disk else (memory, None)

@@ -7,12 +7,10 @@ for writing by `open`) is not seen; no acting command writes so.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import pickle
 import signal
-import struct
 import sys
 import threading
 import time
@@ -21,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from tests.support.privileges import drop_privileges
 
 #: The ioctl of linux/fs.h that shares a range of blocks.
 FICLONERANGE = 0x4020940D
@@ -346,21 +346,11 @@ def _reading(watch: Watch) -> Callable[..., int]:
     return reading
 
 
-def drop_power() -> None:
-    """Takes all capabilities from this process: then permissions hold for root too.
-
-    Source of the numbers: linux/capability.h, version 3.
-    """
-    header = struct.pack("=Ii", 0x20080522, 0)
-    if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)):
-        raise OSError(ctypes.get_errno(), "capset")
-
-
 def install(orders: Orders) -> Watch:
     """Wraps the calls of this process; see `Orders`."""
     watch = Watch(orders)
-    if orders.powerless and os.geteuid() == 0:
-        drop_power()
+    if orders.powerless:
+        drop_privileges()
     setattr(os, "open", _opening(watch))  # noqa: B010
     setattr(os, "preadv", _reading(watch))  # noqa: B010
     for name in ("write", "pwrite", "pwritev"):
