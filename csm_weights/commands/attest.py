@@ -58,7 +58,7 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     secret = _read(Path(key), keys.MAX_KEY, "a private key") if key else None
     if key or make_key:
         keys.require_library()
-    state = begin(request).look()
+    state = begin(request).inspect()
     results = gate(state, rehash=True)
     if error := gate_error(results):
         raise error
@@ -69,7 +69,7 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
         text, signer = _signed(body, new_keys[0].read_bytes(), make_key)
     elif secret is not None:
         text, signer = _signed(body, secret, key, os.environ.get(keys.PASSPHRASE))
-    file = Path(out) if out else state.places.destination / f"{name}.intoto.json"
+    file = Path(out) if out else state.paths.destination / f"{name}.intoto.json"
     atomic.write_whole(file, text)
     return Attesting(name, file, subjects, signer, new_keys)
 
@@ -87,10 +87,10 @@ def _facts(state: State, digests: Mapping[str, str]) -> Facts:
 
 
 def _made(item: ArtifactState, sha256: str) -> Made:
-    is_current = item.placed.condition is FileState.VERIFIED
-    assert item.placed.size is not None, "a file that has passed its gates is there"
+    is_current = item.installed.state is FileState.VERIFIED
+    assert item.installed.size is not None, "a file that has passed its gates is there"
     return Made(
-        item.artifact, item.placed.size, sha256, item.placed.receipt if is_current else None
+        item.artifact, item.installed.size, sha256, item.installed.receipt if is_current else None
     )
 
 
@@ -149,7 +149,7 @@ def verify(
     chosen = [item.artifact.path for item in outcome.state.artifacts]
     held = {n: d for n, d in said.subjects.items() if not request.only or n in chosen}
     found = digests_of(outcome.results)
-    found |= _others(outcome.state.places.destination, [n for n in held if n not in found])
+    found |= _others(outcome.state.paths.destination, [n for n in held if n not in found])
     about = replace(said, subjects=held)
     if findings := statement.differences(about, attestation, found, chosen):
         error = error_for("the attestation is not true of these files", findings)

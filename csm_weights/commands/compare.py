@@ -47,7 +47,7 @@ def _chosen(request: Request, paths: Sequence[Path]) -> tuple[Files, Files]:
 
 def _weights(request: Request) -> list[ArtifactState]:
     """The model's files of weights, safetensors first."""
-    state = begin(replace(request, only=("all",))).look()
+    state = begin(replace(request, only=("all",))).inspect()
     some = [item for item in state.artifacts if item.artifact.is_weights]
     return sorted(some, key=lambda item: item.artifact.format)
 
@@ -61,10 +61,10 @@ def _both(request: Request, items: Sequence[ArtifactState]) -> tuple[Files, File
 
 def _here(item: ArtifactState) -> Files | None:
     """The file in place, or else staged, or in the Hub's cache, or else its parts."""
-    for look in (item.placed, item.staged, item.cached):
-        if look and look.condition in _READABLE:
+    for look in (item.installed, item.staged, item.cached):
+        if look and look.state in _READABLE:
             return [[look.path]]
-    if item.parts and all(part.condition in _READABLE for part in item.parts):
+    if item.parts and all(part.state in _READABLE for part in item.parts):
         return [[part.path for part in item.parts]]
     return None
 
@@ -79,9 +79,9 @@ def _missing(request: Request, items: Iterable[ArtifactState]) -> CsmWeightsErro
     """The error for weights that are not here, or not whole."""
     findings = []
     for item in items:
-        wrong = [look.finding for look in (item.placed, item.staged) if look.finding]
+        wrong = [look.finding for look in (item.installed, item.staged) if look.finding]
         command = f"inv fetch --model {request.model} --only {item.artifact.group}"
         size = f"{item.artifact.size:,} bytes, or all of its parts"
-        absent = Finding(Kind.MISSING, str(item.placed.path), size, "neither", command)
+        absent = Finding(Kind.MISSING, str(item.installed.path), size, "neither", command)
         findings += wrong or [absent]
     return error_for("there is nothing to compare with", findings)

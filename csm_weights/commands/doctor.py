@@ -86,7 +86,7 @@ def examine(request: Request, smoke: bool = True) -> DoctorReport:
     checks = (_plan(case), _parts(case), _cache(case), *network, disk, torch, _gpu(loads))
     name = run.manifest.name
     return DoctorReport(
-        f"{name} -> {survey.state.places.destination}",
+        f"{name} -> {survey.state.paths.destination}",
         checks,
         f"inv weights --model {name}{'' if smoke else ' --no-smoke'} could succeed",
         _error(case, disk, torch),
@@ -312,15 +312,15 @@ def _disk(case: _Case) -> CheckResult:
     """Room and permission for what the plan writes; bytes."""
     state, texts = case.survey.state, []
     for folder, free, verbs in (
-        (state.places.staging, state.free_staging, (Verb.ASSEMBLE, Verb.WRITE)),
-        (state.places.destination, state.free_destination, (Verb.COPY,)),
+        (state.paths.staging, state.free_staging, (Verb.ASSEMBLE, Verb.WRITE)),
+        (state.paths.destination, state.free_destination, (Verb.COPY,)),
     ):
         if steps := case.plan.having(*verbs):
             needed = sum(step.writes for step in steps)
             texts.append(f"{needed:,} bytes to write in {folder}, {free:,} free")
     findings = [f for f in case.plan.findings if f.kind is Kind.NO_SPACE]
     if not case.plan.is_done:
-        folders = (state.places.staging, state.places.destination)
+        folders = (state.paths.staging, state.paths.destination)
         findings += [_closed(folder) for folder in folders if not _is_writable(folder)]
     verdict = Verdict.NOT_OK if findings else Verdict.OK
     return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))

@@ -34,12 +34,12 @@ def lock(request: Request, dry: bool, size: str = "") -> str:
     unless every chosen file is proven.
     """
     wanted = pin.parse_size(size or pin.LOCKED_SIZE)
-    state = begin(request).look()
+    state = begin(request).inspect()
     if error := gate_error(gate(state, rehash=False)):
         raise error
     manifest = state.manifest
     cuts = _cuts(state, wanted)
-    with Progress("hashing", sum(item.placed.size or 0 for item in state.artifacts)) as progress:
+    with Progress("hashing", sum(item.installed.size or 0 for item in state.artifacts)) as progress:
         others = [item for item in state.artifacts if item.artifact.path not in cuts]
         for artifact in _shown(others, manifest.name, progress.advance):
             manifest = pin.with_artifact(manifest, artifact)
@@ -55,7 +55,7 @@ def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
     artifacts = [
         item.artifact
         for item in state.artifacts
-        if not item.artifact.pieces and item.placed.size == item.artifact.size
+        if not item.artifact.pieces and item.installed.size == item.artifact.size
     ]
     piece_size = pin.lock_size([artifact.size for artifact in artifacts], piece_size)
     return {
@@ -68,11 +68,11 @@ def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
 
 def _shown(items: Sequence[ArtifactState], model: str, on_progress: OnProgress) -> list[Artifact]:
     """The entries of files that keep their pieces, with what hashing them shows."""
-    proofs = gates.prove([subject_of(i.artifact, i.placed, model) for i in items], on_progress)
+    proofs = gates.prove([subject_of(i.artifact, i.installed, model) for i in items], on_progress)
     _require([finding for proof in proofs for finding in proof.findings])
     return [
         pin.locked(pin.recomputed(item.artifact), proof.sha256 or "")
-        if item.placed.size == item.artifact.size
+        if item.installed.size == item.artifact.size
         else item.artifact
         for item, proof in zip(items, proofs, strict=True)
     ]
@@ -86,7 +86,7 @@ def _in_pieces(
 ) -> list[Artifact]:
     """The entries of files with pieces, taken in the read that proves the whole once more."""
     jobs = [
-        HashJob(i.placed.path, i.artifact.size, tuple(cuts[i.artifact.path]), True, True)
+        HashJob(i.installed.path, i.artifact.size, tuple(cuts[i.artifact.path]), True, True)
         for i in items
     ]
     found = measure(jobs, on_progress)
@@ -105,7 +105,7 @@ def _in_pieces(
 
 def _wrong(item: ArtifactState, found: Digests) -> list[Finding]:
     artifact, whole = item.artifact, Whole(found.whole or "", found.git_sha1)
-    return digest_findings(artifact, artifact.editions[0], whole, str(item.placed.path))
+    return digest_findings(artifact, artifact.editions[0], whole, str(item.installed.path))
 
 
 def _require(findings: Sequence[Finding]) -> None:

@@ -28,30 +28,30 @@ def seal_placed(request: Request, outcome: Outcome) -> Outcome:
         return outcome
     only = tuple(item.artifact.path for item in outcome.state.artifacts)
     run = begin(replace(request, only=only))
-    with locked(run.places, with_destination=True):
-        sealed = tuple(_seal(run, item) for item in run.look().artifacts)
-    return replace(outcome, state=run.look(), sealed=sealed)
+    with locked(run.paths, with_destination=True):
+        sealed = tuple(_seal(run, item) for item in run.inspect().artifacts)
+    return replace(outcome, state=run.inspect(), sealed=sealed)
 
 
 def _seal(run: Session, item: ArtifactState) -> Sealed:
     """Seals one file and renews its receipt at once, so that a kill costs one hashing at most."""
-    receipt = item.placed.receipt
-    if item.placed.condition is not FileState.VERIFIED or receipt is None:
-        finding = Finding.changed(item.placed.path, str(item.placed.condition))
+    receipt = item.installed.receipt
+    if item.installed.state is not FileState.VERIFIED or receipt is None:
+        finding = Finding.changed(item.installed.path, str(item.installed.state))
         raise WrongContent("only proven files are sealed; run the command again", [finding])
-    done = seal(run.places.destination, receipt)
-    sealed = Fingerprint.of(item.placed.path.stat())
+    done = seal(run.paths.destination, receipt)
+    sealed = Fingerprint.of(item.installed.path.stat())
     if sealed == receipt.fingerprint:
         return done
     if not sealed.same_bytes(receipt.fingerprint):
         receipt = _proven_again(run, item.artifact, receipt)
-    install.record(run.places.destination, receipt)
+    install.record(run.paths.destination, receipt)
     return done
 
 
 def _proven_again(run: Session, artifact: Artifact, receipt: Receipt) -> Receipt:
     """The receipt for what the kernel has just frozen: it has set the time of writing."""
-    look = next(i.placed for i in run.look().artifacts if i.artifact.path == artifact.path)
+    look = next(i.installed for i in run.inspect().artifacts if i.artifact.path == artifact.path)
     (proven,) = prove(run, [(artifact, look)])
     if proven is None or proven.sha256 != receipt.sha256:
         found = run.known_bad.get(look.path) or Finding.changed(look.path)

@@ -61,7 +61,7 @@ def seed_cache(request: Request, move_main: bool = False) -> Seeding:
     """
     run = begin(request)
     repo, revision = _repository(run.manifest)
-    folder = run.places.destination
+    folder = run.paths.destination
     with ExitStack() as stack:
         # A link changes a file's change time, and with it what a receipt is known by.
         with suppress(NoSpace):
@@ -79,7 +79,7 @@ def _seed(run: Session, repo: str, revision: str, move_main: bool) -> Seeding:
     finally:
         unrecorded = _record_again(state)
     with suppress(NoSpace):
-        tidy(run.look(), is_staged=True)
+        tidy(run.inspect(), is_staged=True)
     main = hub_cache.main_of(cache, repo)
     notes += [*_main_notes(revision, main, run.manifest.name), *unrecorded]
     return Seeding(run.manifest, cache, tuple(seeded), main, tuple(notes))
@@ -89,13 +89,13 @@ def rehearse(request: Request, move_main: bool = False) -> Seeding:
     """A dry run of `seed_cache`: what can be said without hashing, and nothing is written."""
     run = begin(request)
     repo, revision = _repository(run.manifest)
-    state, cache = run.look(), _cache()
-    subjects = [subject_of(i.artifact, i.placed, run.manifest.name) for i in state.artifacts]
+    state, cache = run.inspect(), _cache()
+    subjects = [subject_of(i.artifact, i.installed, run.manifest.name) for i in state.artifacts]
     if findings := [s.finding for s in subjects if s.finding]:
         raise error_for("not every file is in place", findings)
     home = hub_cache.repository(cache, repo) / "snapshots" / revision
     notes = [
-        f"{item.artifact.path}: {item.placed.size:,} bytes, {item.placed.condition},"
+        f"{item.artifact.path}: {item.installed.size:,} bytes, {item.installed.state},"
         f" would be {home / item.artifact.path}"
         for item in state.artifacts
     ]
@@ -119,8 +119,8 @@ def _cache() -> Path:
 
 def _proven(run: Session) -> State:
     """The chosen files, every one in place and past its gates; else the error for all."""
-    _prove(run, run.look())
-    state = run.look()
+    _prove(run, run.inspect())
+    state = run.inspect()
     if error := gate_error(gate(state, rehash=False)):
         raise error
     return state
@@ -128,11 +128,11 @@ def _proven(run: Session) -> State:
 
 def _prove(run: Session, state: State) -> None:
     """Hashes the files in place that have no valid receipt; the right ones get theirs."""
-    items = [i for i in state.artifacts if i.placed.condition is FileState.UNVERIFIED]
-    found = prove(run, [(item.artifact, item.placed) for item in items])
+    items = [i for i in state.artifacts if i.installed.state is FileState.UNVERIFIED]
+    found = prove(run, [(item.artifact, item.installed) for item in items])
     for item, proven in zip(items, found, strict=True):
         if proven:
-            install.record(run.places.destination, run.receipt(item.artifact, proven))
+            install.record(run.paths.destination, run.receipt(item.artifact, proven))
 
 
 def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Seed], list[str]]:
@@ -149,14 +149,14 @@ def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Se
                 f"{artifact.path}: an edition that commit {revision} does not have;"
                 " `hf cache verify` will say so"
             )
-        blob = _blob(artifact, receipt, item.placed.path)
-        seeds.append(Seed(artifact.path, item.placed.path, receipt.size, blob))
+        blob = _blob(artifact, receipt, item.installed.path)
+        seeds.append(Seed(artifact.path, item.installed.path, receipt.size, blob))
     return seeds, notes
 
 
 def _receipt_of(item: ArtifactState) -> Receipt:
-    assert item.placed.receipt is not None, "what is proven has a receipt"
-    return item.placed.receipt
+    assert item.installed.receipt is not None, "what is proven has a receipt"
+    return item.installed.receipt
 
 
 def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
@@ -181,10 +181,10 @@ def _record_again(state: State) -> list[str]:
     notes = []
     for item in state.artifacts:
         receipt = _receipt_of(item)
-        if Fingerprint.of(item.placed.path.stat()) == receipt.fingerprint:
+        if Fingerprint.of(item.installed.path.stat()) == receipt.fingerprint:
             continue
         try:
-            install.record(state.places.destination, receipt)
+            install.record(state.paths.destination, receipt)
         except WrongContent:
             raise
         except CsmWeightsError as error:

@@ -81,7 +81,7 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
 def status(request: Request, goal: Target = Target.BOTH, check: bool = False) -> StatusReport:
     """What is there and what `goal` would do; with `check`, an error unless all is proven."""
     run = begin(request)
-    state = run.look()
+    state = run.inspect()
     plan = run.plan(state, goal)
     error = None
     if check and not plan.is_done:
@@ -94,7 +94,7 @@ def status(request: Request, goal: Target = Target.BOTH, check: bool = False) ->
 def plan(request: Request, goal: Target) -> StatusReport:
     """A dry run: what `apply` would do, or the error that it would end with."""
     run = begin(request)
-    state = run.look()
+    state = run.inspect()
     found = run.plan(state, goal)
     _require(run, found)
     return StatusReport(state, found)
@@ -117,10 +117,10 @@ def apply(request: Request, goal: Target) -> Outcome:
     if plan.is_done and not leftovers(state, goal is Target.STAGED):
         return Outcome(state, notes=plan.notes)
     acts: list[Step] = []
-    with locked(run.places, goal is not Target.STAGED):
+    with locked(run.paths, goal is not Target.STAGED):
         for number in range(MAX_ROUNDS):
             try:
-                state = run.look()
+                state = run.inspect()
                 plan = run.plan(state, goal)
                 run.note(plan.notes)
                 _require(run, plan)
@@ -131,7 +131,7 @@ def apply(request: Request, goal: Target) -> Outcome:
                 continue
             if not taken:
                 if tidy(state, goal is Target.STAGED):
-                    state = run.look()
+                    state = run.inspect()
                 return Outcome(state, tuple(acts), tuple(run.notes))
             acts += taken
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
@@ -140,7 +140,7 @@ def apply(request: Request, goal: Target) -> Outcome:
 def _first_look(run: Session, goal: Target) -> tuple[State, Plan]:
     """A look without the lock, taken anew where a file may have moved while it was taken."""
     for _ in range(LOOKS):
-        state = run.look()
+        state = run.inspect()
         plan = run.plan(state, goal)
         if not plan.findings:
             break
@@ -149,20 +149,20 @@ def _first_look(run: Session, goal: Target) -> tuple[State, Plan]:
 
 def _is_overtaken(run: Session, goal: Target) -> bool:
     """Whether another run may be the cause of an error: where locks keep nobody out."""
-    if are_real(run.places.staging / NAME):
+    if are_real(run.paths.staging / NAME):
         return False
     time.sleep(PATIENCE)
     run.known_bad.clear()
-    return not run.plan(run.look(), goal).findings
+    return not run.plan(run.inspect(), goal).findings
 
 
 def clean(request: Request, dry: bool) -> str:
     """Removes what interrupted runs have left unfinished; returns what that was."""
-    state = begin(request).look()
+    state = begin(request).inspect()
     left = unfinished(state)
     held = [item for item in state.artifacts if holds_consumed(item)]
     if left and not dry:
-        with locked(state.places, with_destination=True):
+        with locked(state.paths, with_destination=True):
             for path in left:
                 with atomic.writing(path):
                     shutil.rmtree(path) if _is_folder(path) else path.unlink(missing_ok=True)
@@ -257,10 +257,10 @@ def _consume(run: Session, steps: Sequence[Step]) -> None:
 
 def _require_locks(run: Session) -> None:
     """Two that consume at once would write holes over the only copy."""
-    if not are_real(run.places.staging / NAME):
+    if not are_real(run.paths.staging / NAME):
         words = ("a file system with locks that keep others out", "locks that do nothing")
         help_text = "leave --consume out, or put the checkout on a local disk"
-        finding = Finding(Kind.NOT_CONSUMABLE, str(run.places.staging), *words, help_text)
+        finding = Finding(Kind.NOT_CONSUMABLE, str(run.paths.staging), *words, help_text)
         raise error_for(f"{run.manifest.name}: its parts cannot be consumed there", [finding])
 
 
@@ -286,7 +286,7 @@ def _assemble(
     for step, assembled in zip(steps, done, strict=True):
         run.note(assembled.notes)
         if stakes:
-            consume.remove_parts(run.places.root, assembled.partial, _consumed(step))
+            consume.remove_parts(run.paths.root, assembled.partial, _consumed(step))
         _install(run, step.artifact, assembled)
 
 
@@ -301,7 +301,7 @@ def _assembly(
         item.partial,
         item.arrived,
         step.far,
-        consume.Consuming(run.places.root, stakes),
+        consume.Consuming(run.paths.root, stakes),
         frozenset(stakes),
     )
 
@@ -319,28 +319,28 @@ def _names(step: Step) -> set[str]:
 
 
 def _install(run: Session, artifact: Artifact, assembled: VerifiedFile) -> None:
-    run.install(assembled.partial, run.places.staging, run.receipt(artifact, assembled))
+    run.install(assembled.partial, run.paths.staging, run.receipt(artifact, assembled))
 
 
 def _move(run: Session, steps: Sequence[Step]) -> None:
     for step in steps:
         receipt = _staged_receipt(step)
         try:
-            run.install(step.look.path, run.places.destination, receipt)
+            run.install(step.look.path, run.paths.destination, receipt)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
             # One device, but two mounts of it, as containers have them.
             _copy(run, [step])
         else:
-            install.forget(run.places.staging, receipt.path)
+            install.forget(run.paths.staging, receipt.path)
 
 
 def _copy(run: Session, steps: Sequence[Step]) -> None:
     """Staged files to another file system: proven as written there, then removed here."""
     jobs = []
     for step in steps:
-        receipt, target = _staged_receipt(step), run.places.destination / step.artifact.path
+        receipt, target = _staged_receipt(step), run.paths.destination / step.artifact.path
         source = first_of(WholeFile(step.look.path))
         artifact = _as_staged(step.artifact, receipt)
         jobs.append(Assembly(artifact, target, source, step.state.copied))
@@ -348,11 +348,11 @@ def _copy(run: Session, steps: Sequence[Step]) -> None:
         done = assemble(jobs, progress.advance)
     for step, copied in zip(steps, done, strict=True):
         receipt = replace(_staged_receipt(step), fingerprint=copied.fingerprint)
-        run.install(copied.partial, run.places.destination, receipt)
+        run.install(copied.partial, run.paths.destination, receipt)
         step.look.path.unlink()
         # A file that came back after a power cut should find its receipt.
         atomic.sync(step.look.path.parent)
-        install.forget(run.places.staging, receipt.path)
+        install.forget(run.paths.staging, receipt.path)
 
 
 def _as_staged(artifact: Artifact, receipt: Receipt) -> Artifact:
@@ -393,7 +393,7 @@ def _wrong_parts(run: Session, plan: Plan) -> list[Finding]:
     blocked = {f.where for f in plan.findings}
     pairs = [
         (piece, part)
-        for item in run.look().artifacts
+        for item in run.inspect().artifacts
         if blocked.intersection(p.part for p in item.artifact.pieces)
         for piece, part in zip(item.artifact.pieces, item.parts, strict=True)
         if part.finding is None
@@ -419,8 +419,8 @@ def _way_around(artifacts: Iterable[Artifact]) -> str:
 def _ways_to_get(run: Session) -> str:
     """The ways to get the missing files, in a few lines."""
     manifest, staging = run.manifest, run.manifest.staging
-    state = run.look()
-    wanted = [s.artifact for s in state.artifacts if s.placed.condition is not FileState.VERIFIED]
+    state = run.inspect()
+    wanted = [s.artifact for s in state.artifacts if s.installed.state is not FileState.VERIFIED]
     if not wanted:
         return ""
     artifact = next((a for a in wanted if a.is_weights), wanted[0])

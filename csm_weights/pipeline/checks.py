@@ -44,9 +44,9 @@ def verify(request: Request, sums: str | None = None, write_sums: bool = False) 
     well. With `write_sums`, one is written beside files that passed; nothing
     else is ever written.
     """
-    state = begin(request).look()
+    state = begin(request).inspect()
     results = list(gate(state, rehash=True))
-    folder = state.places.destination
+    folder = state.paths.destination
     if sums:
         results += _gate_sums(results, Path(sums), folder)
     outcome = Outcome(state, results=tuple(results), error=gate_error(results))
@@ -57,7 +57,7 @@ def verify(request: Request, sums: str | None = None, write_sums: bool = False) 
 
 def write_sums_of(outcome: Outcome) -> None:
     """Writes SHA256SUMS beside files that have just passed every gate."""
-    _write_sums(outcome.state.places.destination / SUMS, digests_of(outcome.results))
+    _write_sums(outcome.state.paths.destination / SUMS, digests_of(outcome.results))
 
 
 def digests_of(results: Sequence[gates.GateResult]) -> dict[str, str]:
@@ -94,7 +94,7 @@ def smoke(
     dtype: str | None = None,
 ) -> Outcome:
     """Gates the model that is in place, loads it and lets it speak."""
-    state = begin(request).look()
+    state = begin(request).inspect()
     _require_smoke_test(state.manifest)
     results = gate(state, rehash=False)
     outcome = Outcome(state, results=results, error=gate_error(results))
@@ -105,12 +105,12 @@ def smoke(
 
 def record_golden(request: Request, frames: int) -> Path:
     """Records the golden frames of a model that passes its gates; returns their file."""
-    state = begin(request).look()
+    state = begin(request).inspect()
     _require_smoke_test(state.manifest)
     if error := gate_error(gate(state, rehash=True)):
         raise error
     path = request.root / "manifests" / f"{state.manifest.name}.golden.json"
-    write_golden(state.places.destination, path, frames)
+    write_golden(state.paths.destination, path, frames)
     return path
 
 
@@ -155,7 +155,7 @@ def tidy(state: State, is_staged: bool) -> bool:
 def gate(state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
     """What every gate says of the files in place; see `gates.check`."""
     subjects = [
-        subject_of(item.artifact, item.placed, state.manifest.name) for item in state.artifacts
+        subject_of(item.artifact, item.installed, state.manifest.name) for item in state.artifacts
     ]
     to_hash = sum(s.size or 0 for s in subjects if not s.finding and (rehash or not s.trusted))
     with Progress("verifying", to_hash) as progress:
@@ -172,9 +172,9 @@ def subject_of(artifact: Artifact, file: FileStatus, model: str) -> gates.Subjec
     """A file as a look found it, to be gated; `model` is for the command that mends it."""
     mend = f"inv weights --model {model}"
     finding = file.finding
-    if file.condition is FileState.ABSENT:
+    if file.state is FileState.ABSENT:
         finding = Finding.missing(file.path, artifact.size, mend)
-    trusted = file.condition is FileState.VERIFIED
+    trusted = file.state is FileState.VERIFIED
     return gates.Subject(artifact, file.path, file.size, finding, file.receipt, trusted, mend)
 
 
@@ -205,7 +205,7 @@ def _speak(
     state = outcome.state
     try:
         report = run_smoke(
-            state.places.destination,
+            state.paths.destination,
             device=device,
             require_gpu=require_gpu,
             frames=frames,
@@ -220,7 +220,7 @@ def _speak(
         wrong = ", ".join(check.name for check in report.checks if not check.ok)
         return replace(outcome, smoke=report, error=SmokeFailed(f"NOT OK: {wrong}"))
     try:
-        path = receipts.smoke_path(state.places.destination)
+        path = receipts.smoke_path(state.paths.destination)
         atomic.write_whole(path, receipts.dump(report) + "\n")
     except CsmWeightsError as error:
         # A folder that may only be read can hold a good model all the same.
@@ -243,7 +243,7 @@ def _weights_word(state: State) -> str:
 
 def _binding(request: Request, state: State) -> tuple[tuple[str, str], ...]:
     """What a smoke report holds for: the files, the golden frames, torch, this package."""
-    receipts = [item.placed.receipt for item in state.artifacts]
+    receipts = [item.installed.receipt for item in state.artifacts]
     bound = [(r.path, r.sha256) for r in receipts if r]
     golden = _golden(request, state)
     if golden and golden.is_file():

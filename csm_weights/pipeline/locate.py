@@ -115,9 +115,9 @@ def here(request: Request) -> Iterator[LocalWeights]:
     """
     state = _look(request)
     items = _weights(state)
-    files = [(item, item.placed) for item in items] + [(item, item.staged) for item in items]
+    files = [(item, item.installed) for item in items] + [(item, item.staged) for item in items]
     for _, look in files:
-        if look.condition is FileState.VERIFIED:
+        if look.state is FileState.VERIFIED:
             yield _obtained(state, (look.path,), ())
     for item in items:
         yield from _unproven(state, item, [item.cached] if item.cached else [])
@@ -133,13 +133,13 @@ def _unproven(
     """A file or parts of the right sizes, where there are digests to prove them by."""
     spans = tuple(ByteRange(p.offset, p.size, p.sha256) for p in item.artifact.tiles)
     size = sum(look.size or 0 for look in looks)
-    is_whole = bool(looks) and all(look.condition is FileState.UNVERIFIED for look in looks)
+    is_whole = bool(looks) and all(look.state is FileState.UNVERIFIED for look in looks)
     if is_whole and size == item.artifact.size and all(span.sha256 for span in spans):
         yield _obtained(state, tuple(look.path for look in looks), spans)
 
 
 def _obtained(state: State, paths: tuple[Path, ...], spans: tuple[ByteRange, ...]) -> LocalWeights:
-    return LocalWeights(paths, state.places.destination, _read_config(state), spans)
+    return LocalWeights(paths, state.paths.destination, _read_config(state), spans)
 
 
 def pass_over(found: LocalWeights, error: WrongContent) -> None:
@@ -161,7 +161,7 @@ def fetch(request: Request) -> LocalWeights:
         progress.log(f"{wanted} of {state.manifest.name} is not here, proven: getting it")
     configs = [a.path for a in state.manifest.artifacts if a.path == CONFIG]
     state = apply.apply(_asking(request, (wanted, *configs)), Target.BOTH).state
-    file = next(item.placed for item in state.artifacts if item.artifact.path == wanted)
+    file = next(item.installed for item in state.artifacts if item.artifact.path == wanted)
     return _obtained(state, (file.path,), ())
 
 
@@ -174,7 +174,7 @@ def _look(request: Request) -> State:
         finding = Finding(Kind.NOT_THERE, manifest.repo or manifest.where, expected, "neither")
         raise MissingInput(f"{manifest.name} has no weights that can be loaded", [finding])
     chosen += [a for a in manifest.artifacts if a.path == CONFIG]
-    return begin(_asking(request, tuple(a.path for a in chosen))).look()
+    return begin(_asking(request, tuple(a.path for a in chosen))).inspect()
 
 
 def _asking(request: Request, paths: tuple[str, ...]) -> Request:
@@ -230,7 +230,7 @@ def _read_config(state: State) -> CsmConfig | None:
         return written
     for item in state.artifacts:
         if item.artifact.path == CONFIG:
-            for look in (item.placed, item.staged, item.cached):
+            for look in (item.installed, item.staged, item.cached):
                 if look and (text := _proven_text(item.artifact, look.path)):
                     return parse_config(text, str(look.path))
     return None

@@ -176,8 +176,8 @@ def make_plan(state: State, goal: Target, sourcing: SourcePolicy = NEAR) -> Plan
             notes += _replaced(item, taken)
         else:
             findings += found
-            findings += [look.finding for look in (item.placed, item.staged) if look.finding]
-        if FileState.VERIFIED not in (item.placed.condition, item.staged.condition):
+            findings += [look.finding for look in (item.installed, item.staged) if look.finding]
+        if FileState.VERIFIED not in (item.installed.state, item.staged.state):
             origins[item.artifact.path] = _origins(item, sourcing)
     findings = list(dict.fromkeys(findings)) or _space(steps, state)
     if any(f.kind is Kind.NO_SPACE for f in findings):
@@ -190,12 +190,12 @@ def _replaced(item: ArtifactState, steps: Iterable[Step]) -> list[Finding]:
     verbs = {step.verb for step in steps}
     looks = []
     if verbs & {Verb.MOVE, Verb.COPY}:
-        looks.append(item.placed)
+        looks.append(item.installed)
     if verbs & {Verb.ASSEMBLE, Verb.CONSUME, Verb.WRITE}:
         looks.append(item.staged)
     far = frozenset[int]().union(*(step.far for step in steps))
     parts = [part for piece, part in _parts(item) if piece.offset in far]
-    looks += [part for part in parts if part.condition is FileState.INVALID]
+    looks += [part for part in parts if part.state is FileState.INVALID]
     return [look.finding for look in looks if look.finding]
 
 
@@ -203,12 +203,12 @@ def _steps(
     item: ArtifactState, state: State, goal: Target, sourcing: SourcePolicy
 ) -> Step | list[Finding]:
     """The first step for one artifact, or why there is none, beyond what the looks say."""
-    if any(f and f.kind is Kind.IN_THE_WAY for f in (item.placed.finding, item.staged.finding)):
+    if any(f and f.kind is Kind.IN_THE_WAY for f in (item.installed.finding, item.staged.finding)):
         return []
-    for look in (item.placed, item.staged):
-        if look.condition is FileState.VERIFIED:
+    for look in (item.installed, item.staged):
+        if look.state is FileState.VERIFIED:
             return Step(Verb.KEEP, item, look)
-        if look.condition is FileState.UNVERIFIED:
+        if look.state is FileState.UNVERIFIED:
             return Step(Verb.PROVE, item, look, reads=look.size or 0)
     if goal is Target.PLACED:
         return _absent(item, item.staged, f"inv fetch --model {state.manifest.name}")
@@ -240,7 +240,7 @@ def _is_consuming(item: ArtifactState, state: State, sourcing: SourcePolicy) -> 
 
 def _whole_in_cache(item: ArtifactState) -> FileStatus | None:
     """The file in the Hub's cache, unless hashing has refuted it."""
-    is_good = item.cached and item.cached.condition is FileState.UNVERIFIED
+    is_good = item.cached and item.cached.state is FileState.UNVERIFIED
     return item.cached if is_good else None
 
 
@@ -255,7 +255,7 @@ def _origins(item: ArtifactState, sourcing: SourcePolicy) -> tuple[PieceOrigin, 
 
     def origin(piece: Piece) -> tuple[PieceSource, str]:
         part = parts.get(piece.offset)
-        damaged = [look for look in (item.placed, item.staged) if piece.offset in look.good]
+        damaged = [look for look in (item.installed, item.staged) if piece.offset in look.good]
         cached = item.cached if sourcing.cache else None
         if piece.offset in kept:
             return PieceSource.KEPT, str(item.staged.path)
@@ -283,13 +283,13 @@ def _blocking(
 ) -> list[Finding]:
     """Why a file cannot be assembled: parts that are wrong or too many, or no source."""
     if not sourcing.parts:
-        return list(sourcing.problems) or _absent(item, item.placed)
+        return list(sourcing.problems) or _absent(item, item.installed)
     nowhere = {o.piece.offset for o in origins if o.origin is PieceSource.NOWHERE}
     wrong = [part.finding for piece, part in _parts(item) if piece.offset in nowhere]
-    is_begun = any(part.condition is not FileState.ABSENT for part in item.parts) or item.partial
+    is_begun = any(part.state is not FileState.ABSENT for part in item.parts) or item.partial
     if is_begun:
         return [*(finding for finding in wrong if finding), *item.extras]
-    return _absent(item, item.placed)
+    return _absent(item, item.installed)
 
 
 def _assemble(
@@ -374,14 +374,14 @@ def _text_edition(artifact: Artifact) -> Edition | None:
 
 def _absent(item: ArtifactState, look: FileStatus, help_text: str = "") -> list[Finding]:
     """That a file is missing, unless something wrong has its name and is told anyway."""
-    if look.condition is not FileState.ABSENT:
+    if look.state is not FileState.ABSENT:
         return []
     return [Finding.missing(look.path, item.artifact.size, help_text)]
 
 
 def _then_placed(step: Step, state: State, goal: Target) -> list[Step]:
     """A step, and the move to the destination where one has to follow."""
-    if goal is Target.STAGED or step.look.path == step.state.placed.path:
+    if goal is Target.STAGED or step.look.path == step.state.installed.path:
         return [step]
     size = step.look.size or step.artifact.size
     if state.same_filesystem and not step.look.is_link:
@@ -396,8 +396,8 @@ def _space(steps: Iterable[Step], state: State) -> list[Finding]:
     """Too little room for what will be written, before anything is."""
     findings = []
     for folder, free, verbs in (
-        (state.places.staging, state.free_staging, (Verb.ASSEMBLE, Verb.CONSUME, Verb.WRITE)),
-        (state.places.destination, state.free_destination, (Verb.COPY,)),
+        (state.paths.staging, state.free_staging, (Verb.ASSEMBLE, Verb.CONSUME, Verb.WRITE)),
+        (state.paths.destination, state.free_destination, (Verb.COPY,)),
     ):
         needed = extra([step for step in steps if step.verb in verbs])
         if needed > free:

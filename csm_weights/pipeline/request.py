@@ -25,7 +25,7 @@ from csm_weights.pipeline.plan import (
     with_config,
 )
 from csm_weights.store import atomic, install, receipts
-from csm_weights.store.inspect import Paths, State, look
+from csm_weights.store.inspect import Paths, State, inspect
 from csm_weights.store.receipts import Receipt, SmokeReport
 from csm_weights.transfer.assemble import VerifiedFile
 from csm_weights.verify.gates import GateResult
@@ -110,16 +110,16 @@ class Session:
     """One run of a command: what was asked, and what it has learnt so far."""
 
     manifest: Manifest
-    places: Paths
+    paths: Paths
     chosen: tuple[Artifact, ...]
     sourcing: SourcePolicy
     known_bad: dict[Path, Finding] = field(default_factory=dict)
     good: dict[Path, frozenset[int]] = field(default_factory=dict)
     notes: list[Finding] = field(default_factory=list)
 
-    def look(self) -> State:
+    def inspect(self) -> State:
         """What is on disk of the chosen artifacts, with what this run has refuted."""
-        return look(self.manifest, self.chosen, self.places, self.known_bad, self.good)
+        return inspect(self.manifest, self.chosen, self.paths, self.known_bad, self.good)
 
     def plan(self, state: State, goal: Target) -> Plan:
         """How the chosen artifacts get where `goal` wants them, from the sources of this run.
@@ -128,7 +128,7 @@ class Session:
         """
         made = make_plan(state, goal, self.sourcing)
         if not made.is_done:
-            for base in (self.places.staging, self.places.destination):
+            for base in (self.paths.staging, self.paths.destination):
                 for path in (f"{RECEIPTS}/receipt", *(a.path for a in self.chosen)):
                     atomic.stay_inside((base / path).parent, base)
         return made
@@ -186,13 +186,13 @@ def begin(request: Request) -> Session:
         manifest = replace(manifest, revision=request.revision)
     environment = HubEnvironment.read()
     cache = environment.cache if manifest.repo else None
-    places = Paths.of(manifest, request.root, request.dest, cache)
+    paths = Paths.of(manifest, request.root, request.dest, cache)
     words = request.only or manifest.default
     chosen = manifest.select(words) if words else ()
     if not chosen:
-        chosen = default_selection(look(manifest, manifest.artifacts, places, {}))
+        chosen = default_selection(inspect(manifest, manifest.artifacts, paths, {}))
     chosen = with_config(manifest, chosen)
-    return Session(manifest, places, chosen, _sourcing(request, manifest, environment))
+    return Session(manifest, paths, chosen, _sourcing(request, manifest, environment))
 
 
 def _sourcing(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:

@@ -42,13 +42,13 @@ def near(run: Session, step: Step) -> list[Source]:
     item, sourcing = step.state, run.sourcing
     sources: list[Source] = [
         Salvage(look.path, look.size or 0, look.good)
-        for look in (item.placed, item.staged)
+        for look in (item.installed, item.staged)
         if look.good
     ]
     if sourcing.parts and item.artifact.pieces:
-        sources.append(Chunks(run.places.root))
+        sources.append(Chunks(run.paths.root))
     if sourcing.cache and (cached := item.cached):
-        if cached.condition is FileState.UNVERIFIED:
+        if cached.state is FileState.UNVERIFIED:
             sources.append(WholeFile(cached.path))
         else:
             sources.append(Salvage(cached.path, cached.size or 0, cached.good))
@@ -121,7 +121,7 @@ def subject(run: Session, step: Step) -> Subject:
     return Subject(
         item.artifact,
         partial_path(item.staged.path),
-        run.places.root,
+        run.paths.root,
         {offset: tuple(some) for offset, some in known.items()},
     )
 

@@ -151,7 +151,7 @@ def seed(
     """Gives proven files to the cache, as the snapshot `revision` of a repository.
 
     By hard link where that can be, else by sharing blocks, else by a copy,
-    hashed as it is written; a linked file becomes read-only in both places.
+    hashed as it is written; a linked file becomes read-only in both paths.
     A blob that is there already stays if its bytes are right. Where
     `refs/main` names another commit it stays, unless `move_main`. `on_progress` gets
     the bytes of each file as it is settled. Raises NoSpace before anything is

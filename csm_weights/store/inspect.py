@@ -65,7 +65,7 @@ class FileStatus:
     """
 
     path: Path
-    condition: FileState
+    state: FileState
     size: int | None = None
     finding: Finding | None = None
     receipt: Receipt | None = None
@@ -97,7 +97,7 @@ class ArtifactState:
     """
 
     artifact: Artifact
-    placed: FileStatus
+    installed: FileStatus
     staged: FileStatus
     partial: tuple[PieceRecord, ...]
     parts: tuple[FileStatus, ...]
@@ -113,9 +113,9 @@ class ArtifactState:
     @property
     def is_here(self) -> bool:
         """Whether anything of the artifact is on this machine, or was."""
-        looks = (self.placed, self.staged, *self.parts)
+        looks = (self.installed, self.staged, *self.parts)
         return bool(self.partial or self.arrived or self.consumed) or any(
-            look.condition is not FileState.ABSENT or look.receipt for look in looks
+            look.state is not FileState.ABSENT or look.receipt for look in looks
         )
 
 
@@ -149,7 +149,7 @@ class State:
     """What is on disk for the chosen artifacts; sizes in bytes."""
 
     manifest: Manifest
-    places: Paths
+    paths: Paths
     artifacts: tuple[ArtifactState, ...]
     free_staging: int
     free_destination: int
@@ -159,10 +159,10 @@ class State:
     links_to_cache: bool = False
 
 
-def look(
+def inspect(
     manifest: Manifest,
     artifacts: Sequence[Artifact],
-    places: Paths,
+    paths: Paths,
     known_bad: Mapping[Path, Finding],
     good: Mapping[Path, frozenset[int]] | None = None,
 ) -> State:
@@ -172,19 +172,19 @@ def look(
     files count as wrong whatever their receipts say. `good` has the offsets
     of the pieces that are right in them.
     """
-    staging, destination = _existing(places.staging), _existing(places.destination)
+    staging, destination = _existing(paths.staging), _existing(paths.destination)
     return State(
         manifest=manifest,
-        places=places,
+        paths=paths,
         artifacts=tuple(
-            _look_artifact(a, manifest, places, known_bad, good or {}) for a in artifacts
+            _look_artifact(a, manifest, paths, known_bad, good or {}) for a in artifacts
         ),
         free_staging=shutil.disk_usage(staging).free,
         free_destination=shutil.disk_usage(destination).free,
         same_filesystem=staging.stat().st_dev == destination.stat().st_dev,
-        shares_blocks=_shares_blocks(artifacts, places.root, staging),
-        links_to_cache=_links_to(places.cache, staging),
-        smoke=load_smoke(_read_record(smoke_path(places.destination))),
+        shares_blocks=_shares_blocks(artifacts, paths.root, staging),
+        links_to_cache=_links_to(paths.cache, staging),
+        smoke=load_smoke(_read_record(smoke_path(paths.destination))),
     )
 
 
@@ -196,33 +196,33 @@ def _links_to(cache: Path | None, staging: Path) -> bool:
 def _look_artifact(
     artifact: Artifact,
     manifest: Manifest,
-    places: Paths,
+    paths: Paths,
     known_bad: Mapping[Path, Finding],
     good: Mapping[Path, frozenset[int]],
 ) -> ArtifactState:
     def file_look(directory: Path) -> FileStatus:
-        look = look_file(directory, artifact, manifest.name, known_bad)
+        look = inspect_file(directory, artifact, manifest.name, known_bad)
         return replace(look, good=_salvageable(artifact, look, good))
 
-    placed, staged = file_look(places.destination), file_look(places.staging)
+    installed, staged = file_look(paths.destination), file_look(paths.staging)
     consumed, stranded = _consumed(artifact, staged.path)
-    stranded = stranded or (None if consumed else _unexplained_hole(artifact, staged.path, places))
+    stranded = stranded or (None if consumed else _unexplained_hole(artifact, staged.path, paths))
     moved = {record.offset: record.consumed for record in consumed}
-    parts = [_look_part(p, places.root, known_bad, moved.get(p.offset, 0)) for p in artifact.pieces]
+    parts = [_look_part(p, paths.root, known_bad, moved.get(p.offset, 0)) for p in artifact.pieces]
     return ArtifactState(
         artifact=artifact,
-        placed=placed,
+        installed=installed,
         staged=staged,
         partial=_journaled(artifact, staged.path),
         arrived=_arrived(artifact, staged.path),
-        copied=_journaled(artifact, placed.path),
-        cached=_look_cached(artifact, manifest, places, known_bad, good),
+        copied=_journaled(artifact, installed.path),
+        cached=_look_cached(artifact, manifest, paths, known_bad, good),
         parts=tuple(parts),
-        extras=_extra_parts(artifact, places.root),
+        extras=_extra_parts(artifact, paths.root),
         consumed=consumed,
         stranded=stranded,
-        unfit=tuple(f for p in parts if p.is_usable and (f := unfit(p.path, places.root))),
-        saves_nothing=_saves_nothing(parts, _existing(places.staging)),
+        unfit=tuple(f for p in parts if p.is_usable and (f := unfit(p.path, paths.root))),
+        saves_nothing=_saves_nothing(parts, _existing(paths.staging)),
     )
 
 
@@ -239,15 +239,15 @@ def _salvageable(
 def _look_cached(
     artifact: Artifact,
     manifest: Manifest,
-    places: Paths,
+    paths: Paths,
     known_bad: Mapping[Path, Finding],
     good: Mapping[Path, frozenset[int]],
 ) -> FileStatus | None:
     """The file in the Hub's cache that has the artifact's size, if there is one."""
-    if not places.cache or not manifest.repo:
+    if not paths.cache or not manifest.repo:
         return None
     try:
-        path = hub_cache.find(places.cache, manifest.repo, manifest.revision, artifact)
+        path = hub_cache.find(paths.cache, manifest.repo, manifest.revision, artifact)
     except OSError:
         # A cache that may not be read holds nothing for us.
         return None
@@ -258,7 +258,7 @@ def _look_cached(
     return FileStatus(path, condition, artifact.size, finding, good=good.get(path, frozenset()))
 
 
-def look_file(
+def inspect_file(
     directory: Path, artifact: Artifact, model: str, known_bad: Mapping[Path, Finding]
 ) -> FileStatus:
     """One artifact in one folder, judged by its stat and its receipt."""
@@ -356,7 +356,7 @@ def unfinished(state: State) -> list[Path]:
     """What interrupted runs have left: partials, journals, a stand-in's folder."""
     proven = [item for item in state.artifacts if not holds_consumed(item)]
     files = [item.staged.path for item in proven]
-    files += [item.placed.path for item in state.artifacts]
+    files += [item.installed.path for item in state.artifacts]
     files += [part.path for item in state.artifacts for part in item.parts]
     left = {
         path
@@ -365,13 +365,13 @@ def unfinished(state: State) -> list[Path]:
         for path in file.parent.iterdir()
         if path.name.startswith(file.name) and is_unfinished(path.name)
     }
-    standin = state.places.root / "output" / f"{state.manifest.name}.unfinished"
+    standin = state.paths.root / "output" / f"{state.manifest.name}.unfinished"
     return sorted(left | ({standin} if standin.exists() else set()))
 
 
 def holds_consumed(item: ArtifactState) -> bool:
     """Whether an unfinished file has bytes that are nowhere else: those of consumed parts."""
-    is_whole = FileState.VERIFIED in (item.placed.condition, item.staged.condition)
+    is_whole = FileState.VERIFIED in (item.installed.state, item.staged.state)
     return bool(item.stranded or item.consumed) and not is_whole
 
 
@@ -386,25 +386,25 @@ def leftovers(state: State, goal_is_staged: bool) -> list[Path]:
 
 
 def _leftovers(state: State, item: ArtifactState, goal_is_staged: bool) -> Iterator[Path]:
-    looks = (item.staged, item.placed)
-    proven = [look for look in looks if look.condition is FileState.VERIFIED]
+    looks = (item.staged, item.installed)
+    proven = [look for look in looks if look.state is FileState.VERIFIED]
     for look in looks:
         partial, journal = partial_path(look.path), journal_path(look.path)
         if proven and journal.is_file() and not os.path.lexists(partial):
             yield journal
-    for folder in (state.places.staging, state.places.destination):
+    for folder in (state.paths.staging, state.paths.destination):
         unfinished_receipt = partial_path(receipt_path(folder, item.artifact.path))
         if proven and unfinished_receipt.is_file():
             yield unfinished_receipt
-    if item.placed not in proven or item.placed.path == item.staged.path:
+    if item.installed not in proven or item.installed.path == item.staged.path:
         return
-    receipt = receipt_path(state.places.staging, item.artifact.path)
+    receipt = receipt_path(state.paths.staging, item.artifact.path)
     if item.staged in proven and not goal_is_staged:
-        if item.staged.path.samefile(item.placed.path):
+        if item.staged.path.samefile(item.installed.path):
             return
         yield item.staged.path
         yield receipt
-    elif item.staged.condition is FileState.ABSENT and receipt.is_file():
+    elif item.staged.state is FileState.ABSENT and receipt.is_file():
         yield receipt
 
 
@@ -449,7 +449,7 @@ def _consumed(artifact: Artifact, staged: Path) -> tuple[tuple[Consumed, ...], F
     return tuple(sorted(known, key=lambda c: c.offset)), finding
 
 
-def _unexplained_hole(artifact: Artifact, staged: Path, places: Paths) -> Finding | None:
+def _unexplained_hole(artifact: Artifact, staged: Path, paths: Paths) -> Finding | None:
     """That a part begins with a hole, and no journal tells whether its bytes moved to the partial.
 
     Copied as it is, the hole would go over what may be the only copy.
@@ -458,7 +458,7 @@ def _unexplained_hole(artifact: Artifact, staged: Path, places: Paths) -> Findin
     if not partial.is_file():
         return None
     for piece in artifact.pieces:
-        if _begins_with_hole(places.root / piece.part, piece.size):
+        if _begins_with_hole(paths.root / piece.part, piece.size):
             found = f"none, and {piece.part} begins with a hole"
             help_text = "bring the journal back, or move the unfinished file away and keep it"
             expected = "a journal that tells of consumed parts"

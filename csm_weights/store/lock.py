@@ -22,15 +22,15 @@ NAME = ".lock"
 
 
 @contextmanager
-def locked(places: Paths, with_destination: bool) -> Iterator[None]:
+def locked(paths: Paths, with_destination: bool) -> Iterator[None]:
     """One acting run at a time on one folder; a second one waits.
 
     Other models, and other checkouts, may have the same destination. Folders
     are locked in one order, so that two runs never wait for each other.
     """
-    folders = {places.staging: NAME}
+    folders = {paths.staging: NAME}
     if with_destination:
-        folders.setdefault(places.destination, f"{RECEIPTS}/{NAME}")
+        folders.setdefault(paths.destination, f"{RECEIPTS}/{NAME}")
     with contextlib.ExitStack() as locks:
         for folder in sorted(folders, key=lambda folder: str(folder.resolve())):
             locks.enter_context(lock(folder, folders[folder]))

@@ -74,7 +74,7 @@ def test_a_table_is_aligned() -> None:
 
 
 def test_any_table_is_aligned() -> None:
-    """Whatever the words, they can be read back by the columns' places."""
+    """Whatever the words, they can be read back by the columns' paths."""
     rng = random.Random("table")
     for _ in range(50):
         width = rng.randint(1, 5)

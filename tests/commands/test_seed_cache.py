@@ -335,7 +335,7 @@ def test_a_write_while_seeding_is_found_out(model: Toy, monkeypatch: pytest.Monk
     with pytest.raises(WrongContent):
         seed_cache(model.request())
     state = apply.status(model.request()).state
-    assert state.artifacts[0].placed.condition is FileState.UNVERIFIED
+    assert state.artifacts[0].installed.state is FileState.UNVERIFIED
 
 
 def test_a_bad_blob_is_mended_once_the_file_is(model: Toy, home: Path) -> None:

@@ -116,7 +116,7 @@ def test_assembling_hashes_each_byte_for_its_piece_and_for_the_whole(
 def test_receipt_says_where_each_piece_came_from(toy: Toy) -> None:
     """The receipt of a placed file names the part of every piece."""
     outcome = weights(toy)
-    receipt = outcome.state.artifacts[0].placed.receipt
+    receipt = outcome.state.artifacts[0].installed.receipt
     assert receipt is not None
     assert [r.source for r in receipt.pieces] == [p.part for p in toy.artifact("a.bin").pieces]
 
@@ -296,7 +296,7 @@ def test_a_file_already_in_place_is_adopted(toy: Toy) -> None:
     toy.placed("b.bin").write_bytes(toy.good("b.bin"))
     outcome = weights(toy, "b.bin")
     assert verbs(outcome) == [Verb.PROVE]
-    assert outcome.state.artifacts[0].placed.condition is FileState.VERIFIED
+    assert outcome.state.artifacts[0].installed.state is FileState.VERIFIED
 
 
 def test_a_wrong_file_in_place_is_reported_and_replaced(toy: Toy) -> None:

@@ -32,7 +32,7 @@ from csm_weights.store.inspect import (
     Paths,
     State,
     filesystem_type,
-    look,
+    inspect,
 )
 from csm_weights.store.receipts import (
     PieceRecord,
@@ -105,7 +105,7 @@ def artifact_states(draw: st.DrawFn, name: str) -> ArtifactState:
     extras = draw(st.integers(0, 5)) == 0 and bool(artifact.pieces)
     return ArtifactState(
         artifact,
-        placed=file_look(PLACES.destination / name, draw(conditions), artifact.size),
+        installed=file_look(PLACES.destination / name, draw(conditions), artifact.size),
         staged=file_look(PLACES.staging / name, draw(conditions), artifact.size),
         partial=tuple(PieceRecord(p.offset, p.size, p.sha256, "x") for p in kept),
         parts=tuple(part_look(piece, draw(parts)) for piece in artifact.pieces),
@@ -168,15 +168,15 @@ many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 def is_settled(item: ArtifactState, goal: Target) -> bool:
     """Whether nothing is left to do for an artifact."""
-    return item.placed.condition is VERIFIED or (
-        goal is Target.STAGED and item.placed.condition is not UNVERIFIED
-        and item.staged.condition is VERIFIED
+    return item.installed.state is VERIFIED or (
+        goal is Target.STAGED and item.installed.state is not UNVERIFIED
+        and item.staged.state is VERIFIED
     )  # fmt: skip
 
 
 def is_reachable(item: ArtifactState, goal: Target) -> bool:
     """Whether the artifact is here, or all that makes it is."""
-    if item.placed.condition in HERE or item.staged.condition in HERE:
+    if item.installed.state in HERE or item.staged.state in HERE:
         return True
     if goal is Target.PLACED:
         return False
@@ -237,7 +237,7 @@ def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Target) -> N
     for item in state.artifacts:
         steps = steps_of(plan, item)
         moves = [step.verb for step in steps if step.verb in (Verb.MOVE, Verb.COPY)]
-        in_place = bool(steps) and steps[0].look is item.placed
+        in_place = bool(steps) and steps[0].look is item.installed
         expected = [door] if steps and not in_place and goal is not Target.STAGED else []
         assert moves == expected
         assert not moves or steps[-1].verb is door
@@ -276,8 +276,8 @@ def test_a_wrong_file_that_is_replaced_is_told(state: State, goal: Target) -> No
     """Whatever a step replaces because it is wrong is in the plan's notes or findings."""
     plan = make_plan(state, goal)
     for step in plan.having(Verb.MOVE, Verb.COPY):
-        if step.state.placed.condition is INVALID:
-            assert step.state.placed.finding in plan.notes + plan.findings
+        if step.state.installed.state is INVALID:
+            assert step.state.installed.finding in plan.notes + plan.findings
 
 
 # ---- plans by example
@@ -353,7 +353,7 @@ def test_a_wrong_placed_file_is_noted_when_a_staged_one_replaces_it() -> None:
     """A proven staged file that takes the place of a wrong one does so with a note."""
     item = an_item(placed=INVALID, staged=VERIFIED)
     plan = make_plan(a_state(item), Target.PLACED)
-    assert (verbs(plan), plan.notes) == ([Verb.MOVE], (item.placed.finding,))
+    assert (verbs(plan), plan.notes) == ([Verb.MOVE], (item.installed.finding,))
 
 
 def test_a_copy_is_counted_in_bytes() -> None:
@@ -423,7 +423,7 @@ def test_what_else_is_here_is_meant_too() -> None:
 def test_a_file_that_was_here_is_still_meant() -> None:
     """A receipt without its file keeps the file in the selection, so its loss shows."""
     lost = weights_of("m.pt", "torch-zip")
-    lost = replace(lost, placed=replace(lost.placed, receipt=receipt_of("m.pt", 20)))
+    lost = replace(lost, installed=replace(lost.installed, receipt=receipt_of("m.pt", 20)))
     assert selected(weights_of("m.safetensors", "safetensors"), lost) == ["m.pt"]
 
 
@@ -445,8 +445,8 @@ def test_weights_bring_their_config() -> None:
 
 
 def look_at(toy: Toy, known_bad: dict[Path, Finding] | None = None) -> dict[str, ArtifactState]:
-    places = Paths.of(toy.manifest, toy.root)
-    state = look(toy.manifest, toy.manifest.artifacts, places, known_bad or {})
+    paths = Paths.of(toy.manifest, toy.root)
+    state = inspect(toy.manifest, toy.manifest.artifacts, paths, known_bad or {})
     return {item.artifact.path: item for item in state.artifacts}
 
 
@@ -460,22 +460,22 @@ def placed(toy: Toy) -> Toy:
 def test_a_fresh_repository_has_parts_only(toy: Toy) -> None:
     """Parts are seen with their sizes; files, partials and receipts are absent."""
     item = look_at(toy)["a.bin"]
-    assert (item.placed.condition, item.staged.condition) == (ABSENT, ABSENT)
-    assert [part.condition for part in item.parts] == [UNVERIFIED] * 5
+    assert (item.installed.state, item.staged.state) == (ABSENT, ABSENT)
+    assert [part.state for part in item.parts] == [UNVERIFIED] * 5
     assert [part.size for part in item.parts] == [p.size for p in toy.artifact("a.bin").pieces]
     assert (item.partial, item.extras) == ((), ())
 
 
 def test_a_placed_file_is_proven_by_its_receipt(placed: Toy) -> None:
     """An untouched file with a receipt is proven without being read."""
-    assert [i.placed.condition for i in look_at(placed).values()] == [VERIFIED] * 3
+    assert [i.installed.state for i in look_at(placed).values()] == [VERIFIED] * 3
 
 
 def test_looking_again_finds_what_hashing_refuted(placed: Toy) -> None:
     """What was refuted in this run is wrong whatever its receipt says."""
     wrong = finding(placed.placed("a.bin"), Kind.WRONG_DIGEST)
     item = look_at(placed, {placed.placed("a.bin"): wrong})["a.bin"]
-    assert (item.placed.condition, item.placed.finding) == (INVALID, wrong)
+    assert (item.installed.state, item.installed.finding) == (INVALID, wrong)
 
 
 def edit_receipt(toy: Toy, name: str, **changes: Any) -> None:
@@ -514,15 +514,15 @@ def test_a_receipt_that_does_not_fit_proves_nothing(
 ) -> None:
     """Any figure of a receipt that is not the file's and the manifest's voids it."""
     edit_receipt(placed, name, **changes)
-    assert look_at(placed)[name].placed.condition is UNVERIFIED
+    assert look_at(placed)[name].installed.state is UNVERIFIED
 
 
 @pytest.mark.parametrize("text", ["", "rubbish", "null", "[]", "[" * 9999, "\x00\xff", "9" * 9999])
 def test_a_damaged_receipt_counts_as_absent(placed: Toy, text: str) -> None:
     """A receipt that cannot be understood leaves the file unproven."""
     receipt_path(placed.root / "models/toy", "a.bin").write_text(text)
-    look = look_at(placed)["a.bin"].placed
-    assert (look.condition, look.receipt) == (UNVERIFIED, None)
+    look = look_at(placed)["a.bin"].installed
+    assert (look.state, look.receipt) == (UNVERIFIED, None)
 
 
 def test_journal_lines_of_other_pieces_do_not_count(toy: Toy) -> None:
@@ -689,4 +689,4 @@ def test_a_copy_of_a_proven_file_is_not_proven(placed: Toy) -> None:
     flip(file.with_name("copy"))
     os.utime(file.with_name("copy"), ns=(0, file.stat().st_mtime_ns))
     file.with_name("copy").replace(file)
-    assert look_at(placed)["a.bin"].placed.condition is UNVERIFIED
+    assert look_at(placed)["a.bin"].installed.state is UNVERIFIED

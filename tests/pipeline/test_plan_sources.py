@@ -49,8 +49,10 @@ def with_parts(item: ArtifactState, *conditions: FileState) -> ArtifactState:
 
 def damaged(item: ArtifactState, *good: int) -> ArtifactState:
     """The item with a file in place of which only these pieces are right."""
-    wrong = FileStatus(item.placed.path, INVALID, item.artifact.size, finding(item.placed.path))
-    return replace(item, placed=replace(wrong, good=frozenset(good)))
+    wrong = FileStatus(
+        item.installed.path, INVALID, item.artifact.size, finding(item.installed.path)
+    )
+    return replace(item, installed=replace(wrong, good=frozenset(good)))
 
 
 # ---- properties
@@ -97,7 +99,7 @@ def test_every_open_file_has_an_origin_for_each_piece(
     """What is not proven yet has a line for every piece, in file order."""
     plan = make_plan(state, goal, sourcing)
     for item in state.artifacts:
-        if FileState.VERIFIED not in (item.placed.condition, item.staged.condition):
+        if FileState.VERIFIED not in (item.installed.state, item.staged.state):
             found = plan.origins[item.artifact.path]
             assert tuple(o.piece for o in found) == item.artifact.tiles
 

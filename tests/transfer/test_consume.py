@@ -491,7 +491,7 @@ def test_a_missing_part_that_a_damaged_file_has_is_no_obstacle(toy: Toy) -> None
     toy.part(NAME, 0).unlink()
     outcome = apply.apply(asked(toy), Target.BOTH)
     assert placed.read_bytes() == toy.good(NAME)
-    receipt = outcome.state.artifacts[0].placed.receipt
+    receipt = outcome.state.artifacts[0].installed.receipt
     assert receipt is not None
     assert [r.source for r in receipt.pieces] == [
         str(placed),

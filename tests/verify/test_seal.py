@@ -87,7 +87,7 @@ def test_files_are_read_only_and_stay_proven(toy: Toy) -> None:
     paths = [a.path for a in toy.manifest.artifacts]
     assert [mode(toy.placed(path)) for path in paths] == [0o444] * 3
     assert [s.path for s in outcome.sealed] == paths
-    assert {i.placed.condition for i in outcome.state.artifacts} == {FileState.VERIFIED}
+    assert {i.installed.state for i in outcome.state.artifacts} == {FileState.VERIFIED}
     assert apply.status(toy.request(), check=True).error is None
 
 
@@ -285,7 +285,7 @@ def test_a_kill_between_seal_and_receipt_costs_one_hashing(
     assert mode(toy.placed("a.bin")) == 0o444
     outcome = weights(toy, "a.bin")
     assert [str(step.verb) for step in outcome.acts] == ["prove in place"]
-    assert outcome.state.artifacts[0].placed.condition is FileState.VERIFIED
+    assert outcome.state.artifacts[0].installed.state is FileState.VERIFIED
 
 
 def test_the_commands_seal(tmp_path: Path) -> None:

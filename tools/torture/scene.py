@@ -14,7 +14,7 @@ from pathlib import Path
 
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.pin import suffix
-from csm_weights.store.inspect import FileState, Paths, look
+from csm_weights.store.inspect import FileState, Paths, inspect
 from csm_weights.store.receipts import journal_path, load_arrival, load_piece, partial_path
 from csm_weights.untrusted import Fingerprint
 from csm_weights.verify.sums import parse_sums
@@ -197,10 +197,10 @@ class Scene:
     def proven(self) -> list[Path]:
         """The files that a look takes for proven."""
         manifest = load(self.root / "manifests/toy.toml")
-        places = Paths.of(manifest, self.root, str(self.dest))
-        state = look(manifest, manifest.artifacts, places, {})
-        looks = [file for item in state.artifacts for file in (item.placed, item.staged)]
-        return [file.path for file in looks if file.condition is FileState.VERIFIED]
+        paths = Paths.of(manifest, self.root, str(self.dest))
+        state = inspect(manifest, manifest.artifacts, paths, {})
+        looks = [file for item in state.artifacts for file in (item.installed, item.staged)]
+        return [file.path for file in looks if file.state is FileState.VERIFIED]
 
     def copies(self, name: str) -> list[Path]:
         """The whole and right copies of a file that are here, but for its parts."""

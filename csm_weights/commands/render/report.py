@@ -36,14 +36,14 @@ def survey_text(survey: StatusReport) -> str:
         (
             item.artifact.path,
             f"{item.artifact.size:,}",
-            str(item.placed.condition),
-            str(item.staged.condition),
+            str(item.installed.state),
+            str(item.staged.state),
             _next(steps.get(item.artifact.path, [])),
         )
         for item in state.artifacts
     ]
     blocks = [
-        printable(f"{state.manifest.name} -> {state.places.destination}"),
+        printable(f"{state.manifest.name} -> {state.paths.destination}"),
         table(("file", "bytes", "in place", "staged", "next"), rows),
     ]
     blocks += [
@@ -98,7 +98,7 @@ def _sum(steps: Iterable[Step], name: str) -> int:
 def outcome_text(outcome: Outcome) -> str:
     """What a command did, and the short table of what is proven."""
     state = outcome.state
-    blocks = [printable(f"{state.manifest.name} -> {state.places.destination}")]
+    blocks = [printable(f"{state.manifest.name} -> {state.paths.destination}")]
     if outcome.acts:
         acts = [(step.artifact.path, f"{step.verb} {step.detail}".strip()) for step in outcome.acts]
         blocks.append(table(("file", "done"), acts))
@@ -118,18 +118,18 @@ def outcome_text(outcome: Outcome) -> str:
 
 
 def _file(item: ArtifactState) -> tuple[str, ...]:
-    look = item.placed if item.placed.condition is not FileState.ABSENT else item.staged
-    where = str(look.condition)
-    if look is item.staged and look.condition is not FileState.ABSENT:
+    look = item.installed if item.installed.state is not FileState.ABSENT else item.staged
+    where = str(look.state)
+    if look is item.staged and look.state is not FileState.ABSENT:
         where = f"{where}, staged"
-    receipt = look.receipt if look.condition is FileState.VERIFIED else None
+    receipt = look.receipt if look.state is FileState.VERIFIED else None
     size = "-" if look.size is None else f"{look.size:,}"
     digest = receipt.sha256[:SHORT] if receipt else "-"
-    return item.artifact.path, size, where, digest, _origin(item, look.condition)
+    return item.artifact.path, size, where, digest, _origin(item, look.state)
 
 
 def _origin(item: ArtifactState, condition: FileState) -> str:
-    receipt = item.placed.receipt or item.staged.receipt
+    receipt = item.installed.receipt or item.staged.receipt
     if not receipt or condition is not FileState.VERIFIED:
         return "-"
     sources = dict.fromkeys(record.source.rpartition("/")[0] for record in receipt.pieces)
@@ -226,7 +226,7 @@ def survey_json(survey: StatusReport) -> str:
         model=state.manifest.name,
         ok=plan.is_done,
         exit_code=survey.error.exit_code if survey.error else 0,
-        destination=str(state.places.destination),
+        destination=str(state.paths.destination),
         artifacts=[_artifact_data(item, plan) for item in state.artifacts],
         steps=[_step_data(step) for step in plan.steps],
         bytes_to_read=_sum(plan.steps, "reads"),
@@ -247,8 +247,8 @@ def _artifact_data(item: ArtifactState, plan: Plan) -> dict[str, Any]:
         "path": item.artifact.path,
         "size": item.artifact.size,
         "evidence": dict(item.artifact.evidence),
-        "placed": str(item.placed.condition),
-        "staged": str(item.staged.condition),
+        "placed": str(item.installed.state),
+        "staged": str(item.staged.state),
         "pieces": [
             {"part": p.part, "offset": p.offset, "size": p.size, "from": origins.get(p.offset, "")}
             for p in pieces
@@ -275,7 +275,7 @@ def outcome_json(outcome: Outcome) -> str:
         ok=error is None,
         exit_code=error.exit_code if error else 0,
         message=error.message if error else "",
-        destination=str(state.places.destination),
+        destination=str(state.paths.destination),
         files=[_file_data(item) for item in state.artifacts],
         steps=[_step_data(step) for step in outcome.acts],
         gates=[asdict(result) for result in outcome.results],
@@ -296,12 +296,12 @@ def _attested_data(outcome: Outcome) -> dict[str, Any] | None:
 
 
 def _file_data(item: ArtifactState) -> dict[str, Any]:
-    look = item.placed if item.placed.condition is not FileState.ABSENT else item.staged
+    look = item.installed if item.installed.state is not FileState.ABSENT else item.staged
     return {
         "path": item.artifact.path,
         "file": str(look.path),
         "size": look.size,
-        "state": str(look.condition),
+        "state": str(look.state),
         "receipt": asdict(look.receipt) if look.receipt else None,
     }
 
