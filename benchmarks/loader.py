@@ -54,7 +54,7 @@ def _ours(device: str) -> Callable[[Sequence[str]], object]:
 
         csm_1b = CsmConfig(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
         with open_weights(paths) as checkpoint:
-            is_csm_1b = checkpoint.table.tensors.keys() == csm_1b.tensor_shapes().keys()
+            is_csm_1b = checkpoint.index.tensors.keys() == csm_1b.tensor_shapes().keys()
             together = csm_1b.fused_tensors() if is_csm_1b else ()
             return load_tensors(checkpoint, torch.device(device), torch.bfloat16, together=together)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, error_for
 from csm_weights.formats import compare as stage
 from csm_weights.formats.compare import Comparison
-from csm_weights.formats.transformers_layout import Files, find
+from csm_weights.formats.shards import Files, find
 from csm_weights.pipeline.request import Request, begin
 from csm_weights.progress import Progress
 from csm_weights.store.inspect import ArtifactState, FileState
@@ -19,15 +19,15 @@ _READABLE = (FileState.VERIFIED, FileState.UNVERIFIED)
 
 
 def compare(request: Request, first: Path | None = None, second: Path | None = None) -> Comparison:
-    """Holds two files of weights against each other; see `sides.find` for what a path may be.
+    """Holds two files of weights against each other; see `shards.find` for what a path may be.
 
     Without paths these are the model's two formats, wherever they are here;
     with one, that file and what is here of the model. Raises MissingInput,
     WrongContent where a file cannot be read, and UsageError.
     """
     sides = _chosen(request, [path for path in (first, second) if path])
-    with stage.opened(*sides) as opened, Progress("comparing", opened.nbytes) as progress:
-        return opened.compare(progress.advance)
+    with stage.open_pair(*sides) as pair, Progress("comparing", pair.nbytes) as progress:
+        return pair.compare(progress.advance)
 
 
 def _chosen(request: Request, paths: Sequence[Path]) -> tuple[Files, Files]:

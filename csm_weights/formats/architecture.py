@@ -1,8 +1,7 @@
-"""What a CSM config.json says: dimensions, and the tensors that follow from them.
+"""The network that a CSM config.json describes: dimensions, and the tensors they imply.
 
 Two published editions of the file are read: the 155-byte one of March 2025
-(torchtune flavor names) and today's transformers layout. Both describe the
-same network; nothing here needs torch.
+(torchtune flavor names) and today's transformers layout.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from csm_weights.errors import Finding, Kind, WrongContent
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """One Llama-style stack. `dim` and `ffn` are in features."""
+    """Dimensions of one Llama stack; `dim` and `ffn` count features."""
 
     layers: int
     dim: int
@@ -30,8 +29,7 @@ class TransformerConfig:
         return self.dim // self.heads
 
 
-#: Stacks by the flavor name that config.json gives. The llama ones are the
-#: published CSM-1B; the tiny ones belong to the embedded csm-tiny.
+#: Stacks by their flavor name in config.json: CSM-1B's and csm-tiny's.
 FLAVORS = {
     "llama-1B": TransformerConfig(layers=16, dim=2048, heads=32, kv_heads=8, ffn=8192),
     "llama-100M": TransformerConfig(layers=4, dim=1024, heads=8, kv_heads=2, ffn=8192),
@@ -39,11 +37,9 @@ FLAVORS = {
     "tiny-decoder": TransformerConfig(layers=2, dim=32, heads=4, kv_heads=1, ffn=96),
 }
 
-#: Sanity ceiling of one dimension, so that a hostile config.json cannot ask
-#: for shapes that overflow: the largest real one is the text vocabulary, 128,256.
+#: Ceilings that keep a hostile config.json from asking for shapes that overflow, or for
+#: millions of tensors. CSM-1B's largest dimension is its text vocabulary, 128,256.
 MAX_DIMENSION = 1 << 24
-
-#: Likewise of the layers of a stack, each of which has nine tensors to be listed.
 MAX_LAYERS = 1 << 10
 
 
@@ -51,9 +47,7 @@ MAX_LAYERS = 1 << 10
 class CsmConfig:
     """A CSM network: backbone, depth decoder, vocabularies, RoPE.
 
-    The RoPE figures are torchtune's for Llama 3.2: base 500,000, scaling
-    factor 32, wavelengths scaled beyond 8,192 positions and blended between
-    2,048 and 8,192.
+    The RoPE figures are torchtune's for Llama 3.2.
     """
 
     backbone: TransformerConfig
@@ -70,7 +64,7 @@ class CsmConfig:
     rope_old_context: int = 8192
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor (187 for CSM-1B), sorted by name."""
+        """Return name and shape of every tensor (187 for CSM-1B), sorted by name."""
         backbone, decoder = self.backbone, self.decoder
         shapes: dict[str, tuple[int, ...]] = {
             "text_embeddings.weight": (self.text_vocab, backbone.dim),
@@ -84,7 +78,7 @@ class CsmConfig:
         return dict(sorted(shapes.items()))
 
     def fused_tensors(self) -> list[tuple[str, ...]]:
-        """Names of tensors that one product can use as one: q, k and v, and w1 and w3."""
+        """Return groups of names that one product can use as one: q, k and v, and w1 and w3."""
         layers = [
             f"{name}.layers.{index}"
             for name, stack in (("backbone", self.backbone), ("decoder", self.decoder))
@@ -118,10 +112,10 @@ def _stack_shapes(name: str, stack: TransformerConfig) -> dict[str, tuple[int, .
 
 
 def parse_config(text: bytes, where: str) -> CsmConfig:
-    """Reads the bytes of a config.json.
+    """Read the bytes of a config.json; `where` is its name in findings.
 
-    Raises WrongContent, with `where` as the place, when it is not JSON, not
-    one of the two editions, or describes no possible network.
+    Raises WrongContent when it is not JSON, not one of the two editions, or
+    describes no possible network.
     """
     try:
         data = json.loads(text)
@@ -153,22 +147,21 @@ def _from_flavors(data: dict[str, Any]) -> CsmConfig:
 
 
 def _from_transformers(data: dict[str, Any]) -> CsmConfig:
+    def stack(figures: dict[str, Any]) -> TransformerConfig:
+        return TransformerConfig(
+            layers=figures["num_hidden_layers"],
+            dim=figures["hidden_size"],
+            heads=figures["num_attention_heads"],
+            kv_heads=figures["num_key_value_heads"],
+            ffn=figures["intermediate_size"],
+        )
+
     return CsmConfig(
-        backbone=_stack_from_transformers(data),
-        decoder=_stack_from_transformers(data["depth_decoder_config"]),
+        backbone=stack(data),
+        decoder=stack(data["depth_decoder_config"]),
         text_vocab=data["text_vocab_size"],
         audio_vocab=data["vocab_size"],
         codebooks=data["num_codebooks"],
-    )
-
-
-def _stack_from_transformers(data: dict[str, Any]) -> TransformerConfig:
-    return TransformerConfig(
-        layers=data["num_hidden_layers"],
-        dim=data["hidden_size"],
-        heads=data["num_attention_heads"],
-        kv_heads=data["num_key_value_heads"],
-        ffn=data["intermediate_size"],
     )
 
 

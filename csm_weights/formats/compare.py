@@ -1,4 +1,4 @@
-"""Holds two sides of weights against each other, name by name, bit by bit, streaming."""
+"""Compare two models' weights name by name and bit by bit, streaming."""
 
 from __future__ import annotations
 
@@ -12,34 +12,32 @@ from dataclasses import dataclass
 from csm_weights.concurrency import Cancelled, OnProgress, run_all, workers
 from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.formats.multipart import MultipartFile
+from csm_weights.formats.shards import Files
 from csm_weights.formats.strided import read_elements
 from csm_weights.formats.tensor_index import MAX_FINDINGS
 from csm_weights.formats.transformers_layout import (
     AUDIO,
     TIED,
-    Files,
-    Side,
-    SideTensor,
-    SideView,
+    NamedTensor,
+    NamedTensors,
+    Summary,
     Value,
-    read_side,
+    name_tensors,
 )
 from csm_weights.formats.weights_file import open_weights
 from csm_weights.untrusted import show
 
-#: Bytes of each side that one thread holds against each other at a time: both fit a core's
-#: L2 cache, and this is much more than a call costs.
+#: Bytes of each file that one thread compares at a time: two such blocks fit a core's L2
+#: cache. Tensors that are not in row-major order are read in longer runs.
 BLOCK = 512 << 10
-
-#: The same for tensors that do not lie in row-major order: of those longer runs are read.
 VIEW_BLOCK = 1 << 20
 
-#: Most threads: each needs up to 5 MiB, and the whole process must stay below 100.
+#: Most threads: each needs up to 5 MiB, and the process must stay below 100 MiB.
 MAX_THREADS = 8
 
 
 class What(enum.StrEnum):
-    """In what a tensor differs; the value is the word a person reads."""
+    """Kinds of differences; the value is the word a person reads."""
 
     MISSING = "missing"
     UNKNOWN = "unknown name"
@@ -50,9 +48,10 @@ class What(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that differs, what each side has of it, and for elements where first.
+    """One tensor that differs, and what each model has of it.
 
-    `index` counts from 0 along each dimension of our shape.
+    Where elements differ, `index` is the first that does, from 0 along each
+    dimension of our shape, and `values` are the two elements.
     """
 
     name: str
@@ -70,23 +69,26 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two sides have in common, and in what they differ, by name.
+    """The tensors in which two models differ, sorted by name.
 
     `equal` tensors have the same dtype, shape and bits; `nbytes` is their size.
     """
 
-    first: SideView
-    second: SideView
+    first: Summary
+    second: Summary
     equal: int
     nbytes: int
     differences: tuple[Difference, ...]
 
     @property
     def error(self) -> WrongContent | None:
-        """The error that the differences are, None where there are tensors and all are equal."""
+        """The error for the differences; None where there are tensors and all are equal."""
         if not self.differences:
-            return None if self.equal else WrongContent("neither side has a tensor to compare")
-        findings = [self._finding(d) for d in self.differences[:MAX_FINDINGS]]
+            return None if self.equal else WrongContent("neither file has a tensor to compare")
+        findings = [
+            Finding(Kind.DIFFERENT, one.where, one.first, one.second)
+            for one in self.differences[:MAX_FINDINGS]
+        ]
         if rest := len(self.differences) - len(findings):
             more = f"{rest} more tensors that differ"
             findings.append(Finding(Kind.DIFFERENT, self.second.where, "no other", more))
@@ -95,19 +97,16 @@ class Comparison:
         first = self.differences[0].where
         return WrongContent(f"{words}, the first at {first}; {self.equal} are equal", findings)
 
-    def _finding(self, difference: Difference) -> Finding:
-        return Finding(Kind.DIFFERENT, difference.where, difference.first, difference.second)
-
 
 @dataclass(frozen=True)
 class _Pair:
     name: str
-    first: SideTensor | None
-    second: SideTensor | None
+    first: NamedTensor | None
+    second: NamedTensor | None
     is_unknown: bool = False
 
     def difference(self) -> Difference | None:
-        """In what they differ by what their headers say."""
+        """Compare what the headers say of both."""
         first, second = self.first, self.second
         words = [t.signature if t else "no such tensor" for t in (first, second)]
         if self.is_unknown:
@@ -123,47 +122,45 @@ class _Pair:
         return Difference(self.name, what, words[0], words[1])
 
 
-# ---- reading where the tensors lie
+class WeightsPair:
+    """Two models whose headers have been read, open for comparing."""
 
-
-class Sides:
-    """Two sides whose headers have been read; `nbytes` is what `compare` will read of both."""
-
-    def __init__(self, first: Side, second: Side, sources: Sequence[MultipartFile]) -> None:
+    def __init__(
+        self, first: NamedTensors, second: NamedTensors, sources: Sequence[MultipartFile]
+    ) -> None:
         self._first, self._second, self._sources = first, second, sources
         self._pairs = sorted(_pairs(first, second), key=lambda pair: pair.name)
+        self._differences = {n: d for n, pair in enumerate(self._pairs) if (d := pair.difference())}
+        #: Bytes and number of each pair whose elements are to be compared, large ones first.
+        self._jobs = sorted(
+            (-pair.first.info.nbytes, number)
+            for number, pair in enumerate(self._pairs)
+            if pair.first and number not in self._differences
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that have to be read, on both sides together."""
-        return sum(2 * size for size, _ in self._jobs())
-
-    def _jobs(self) -> list[tuple[int, int]]:
-        """Bytes and number of each pair whose elements are to be compared, large ones first."""
-        sizes = [
-            (pair.first.info.nbytes, number)
-            for number, pair in enumerate(self._pairs)
-            if pair.first and not pair.difference()
-        ]
-        return sorted(sizes, key=lambda job: (-job[0], job[1]))
+        """Bytes that `compare` will read of both models together."""
+        return sum(-2 * size for size, _ in self._jobs)
 
     def compare(self, on_progress: OnProgress) -> Comparison:
-        """Reads both sides and holds them against each other; `on_progress` gets the bytes read.
+        """Read and compare the elements; `on_progress` gets the bytes read.
 
         Raises WrongContent when a file was written to meanwhile.
         """
-        differences = {n: d for n, pair in enumerate(self._pairs) if (d := pair.difference())}
-        jobs = self._jobs()
         try:
-            found = _search([self._pairs[number] for _, number in jobs], on_progress)
+            found = _search([self._pairs[number] for _, number in self._jobs], on_progress)
         except EOFError as error:
             raise _changed([Finding.changed(error, "one that was cut")]) from None
         if changes := [finding for source in self._sources for finding in source.changes()]:
             raise _changed(changes)
-        differences |= {n: d for (_, n), d in zip(jobs, found, strict=True) if d}
-        equal = [size for size, number in jobs if number not in differences]
+        differences = dict(self._differences)
+        differences |= {n: d for (_, n), d in zip(self._jobs, found, strict=True) if d}
+        equal = [-size for size, number in self._jobs if number not in differences]
         ordered = tuple(differences[number] for number in sorted(differences))
-        return Comparison(self._first.view, self._second.view, len(equal), sum(equal), ordered)
+        return Comparison(
+            self._first.summary, self._second.summary, len(equal), sum(equal), ordered
+        )
 
 
 def _changed(findings: Sequence[Finding]) -> WrongContent:
@@ -171,35 +168,32 @@ def _changed(findings: Sequence[Finding]) -> WrongContent:
 
 
 @contextmanager
-def opened(first: Files, second: Files) -> Iterator[Sides]:
-    """Opens two sides and reads their headers. Raises MissingInput, WrongContent."""
+def open_pair(first: Files, second: Files) -> Iterator[WeightsPair]:
+    """Open two models' files and read their headers; raises MissingInput, WrongContent."""
     with ExitStack() as stack:
-        checkpoints = [
+        opened = [
             [stack.enter_context(open_weights(paths)) for paths in files]
             for files in (first, second)
         ]
         folders = [files[0][0].parent for files in (first, second)]
-        sides = read_side(checkpoints[0], folders), read_side(checkpoints[1], folders[::-1])
-        yield Sides(*sides, [c.source for some in checkpoints for c in some])
+        named = name_tensors(opened[0], folders), name_tensors(opened[1], folders[::-1])
+        yield WeightsPair(*named, [file.source for files in opened for file in files])
 
 
-# ---- holding them against each other
-
-
-def _pairs(first: Side, second: Side) -> Iterator[_Pair]:
+def _pairs(first: NamedTensors, second: NamedTensors) -> Iterator[_Pair]:
     for name in {**first.tensors, **second.tensors}:
         yield _Pair(name, first.tensors.get(name), second.tensors.get(name))
     if first.tied:
         yield _Pair(TIED, first.tied, second.tensors.get(AUDIO))
     if second.tied:
         yield _Pair(TIED, first.tensors.get(AUDIO), second.tied)
-    unknown = [{t.name: t for t in side.unknown} for side in (first, second)]
+    unknown = [{t.name: t for t in named.unknown} for named in (first, second)]
     for name in {**unknown[0], **unknown[1]}:
         yield _Pair(name, unknown[0].get(name), unknown[1].get(name), is_unknown=True)
 
 
 def _search(pairs: Sequence[_Pair], on_progress: OnProgress) -> list[Difference | None]:
-    """What each pair differs in, on several threads, in the pairs' order."""
+    """Compare the elements of each pair on several threads; results are in the pairs' order."""
     cancel = threading.Event()
     found: list[Difference | None] = [None] * len(pairs)
     waiting = iter(range(len(pairs)))
@@ -218,48 +212,40 @@ def _search(pairs: Sequence[_Pair], on_progress: OnProgress) -> list[Difference 
 
 
 def _difference(pair: _Pair, on_progress: OnProgress, cancel: threading.Event) -> Difference | None:
+    """Find the first element, in row-major order, whose bits differ."""
     first, second = pair.first, pair.second
     assert first and second, "both have it, for their headers agree"
-    number = _first_different(first, second, on_progress, cancel)
-    if number is None:
-        return None
-    values = first.value(number), second.value(number)
-    words = [str(value) for value in values]
-    index = _index(number, first.shape)
-    return Difference(pair.name, What.ELEMENTS, words[0], words[1], index, values)
-
-
-def _first_different(
-    first: SideTensor, second: SideTensor, on_progress: OnProgress, cancel: threading.Event
-) -> int | None:
-    """The number, in row-major order, of the first element whose bits differ."""
     item, total = first.info.itemsize, math.prod(first.shape)
     step = _step(first, second)
-    rooms = bytearray(), bytearray()
+    buffers = bytearray(), bytearray()
     for start in range(0, total, step):
         if cancel.is_set():
             raise Cancelled
         size = min(step, total - start) * item
-        if len(rooms[0]) != size:
-            rooms = bytearray(size), bytearray(size)
-        for tensor, room in zip((first, second), rooms, strict=True):
-            read_elements(tensor.source, tensor.info, start, room)
-        if rooms[0] != rooms[1]:
-            return start + _bisected(*rooms, item)
+        if len(buffers[0]) != size:
+            buffers = bytearray(size), bytearray(size)
+        for tensor, buffer in zip((first, second), buffers, strict=True):
+            read_elements(tensor.source, tensor.info, start, buffer)
+        if buffers[0] != buffers[1]:
+            number = start + _bisect(*buffers, item)
+            values = first.value(number), second.value(number)
+            index = _index(number, first.shape)
+            words = str(values[0]), str(values[1])
+            return Difference(pair.name, What.ELEMENTS, *words, index, values)
         on_progress(2 * size)
     return None
 
 
-def _step(first: SideTensor, second: SideTensor) -> int:
-    """Elements of a block: whole rows, since parts of them are slow to read from a view."""
+def _step(first: NamedTensor, second: NamedTensor) -> int:
+    """Return the elements of a block: whole rows, for parts of rows are slow to read of a view."""
     are_plain = first.info.contiguous and second.info.contiguous
     most = (BLOCK if are_plain else VIEW_BLOCK) // first.info.itemsize
     row = first.shape[-1] if first.shape else 1
     return most - most % row if 0 < row <= most else most
 
 
-def _bisected(first: bytearray, second: bytearray, item: int) -> int:
-    """The number of the first element in which two blocks differ that do."""
+def _bisect(first: bytearray, second: bytearray, item: int) -> int:
+    """Return the number of the first element in which two different blocks differ."""
     begin, end = 0, len(first) // item
     while end - begin > 1:
         middle = (begin + end) // 2

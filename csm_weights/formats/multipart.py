@@ -1,4 +1,4 @@
-"""Bytes that lie in one file, or in parts that follow one another, read as one."""
+"""One file, or the chunk files of one in order, read as one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Self
 from csm_weights.errors import Finding
 from csm_weights.untrusted import Fingerprint, Malformed
 
-#: What follows a file's name in the names of its parts, as `split` gives them.
+#: What follows a file's name in the names of its chunk files, as `split` gives them.
 _PART = re.compile(r"\.part-[a-z]{2,}")
 
 
 def find_chunk_files(folder: Path, name: str) -> list[Path]:
-    """The parts of the file called `name` in a folder, in order; empty where there are none."""
+    """Find the chunk files of the file called `name` in a folder, in order; empty without any."""
     if not folder.is_dir():
         return []
     found = (
@@ -33,9 +33,9 @@ def find_chunk_files(folder: Path, name: str) -> list[Path]:
 class MultipartFile:
     """The content of one file, or of several in a row, open for reading.
 
-    `size` is in bytes. Reads are by position and may come from many threads.
-    Raises OSError where a file cannot be opened, Malformed where one is not a
-    regular file. Whether parts are missing only their content can tell.
+    Reads are by position and may come from many threads. Raises OSError where
+    a file cannot be opened, Malformed where one is not a regular file. A
+    missing chunk file shows only in the structure of the content.
     """
 
     def __init__(self, paths: Sequence[Path | str]) -> None:
@@ -51,7 +51,7 @@ class MultipartFile:
             raise
 
     def _open(self, path: Path) -> None:
-        # not blocking, for opening a pipe would wait
+        # opening a pipe would wait for a writer
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._fds.append(fd)
         status = os.fstat(fd)
@@ -62,17 +62,17 @@ class MultipartFile:
 
     @property
     def size(self) -> int:
-        """Bytes of all files together, as they were when they were opened."""
+        """Bytes of all files together, when they were opened."""
         return self._starts[-1]
 
     @property
     def where(self) -> str:
-        """The file, or the first part and how many there are, for messages."""
-        more = f" and {len(self.paths) - 1} more parts" if len(self.paths) > 1 else ""
+        """The file, or the first chunk file and how many more there are, for messages."""
+        more = f" and {len(self.paths) - 1} more chunk files" if len(self.paths) > 1 else ""
         return f"{self.paths[0]}{more}"
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills all of `buffer` from byte `offset` on; raises EOFError where the bytes end."""
+        """Fill all of `buffer` from byte `offset` on; raises EOFError where the bytes end."""
         done = 0
         while done < len(buffer):
             index = bisect.bisect_right(self._starts, offset + done) - 1
@@ -87,13 +87,13 @@ class MultipartFile:
             done += count
 
     def read(self, offset: int, size: int) -> bytes:
-        """The half-open range `[offset, offset + size)`, shorter where the bytes end before."""
+        """Read the half-open range `[offset, offset + size)`, shorter where the bytes end."""
         content = bytearray(max(0, min(size, self.size - offset)))
         self.read_into(memoryview(content), offset)
         return bytes(content)
 
     def map(self) -> mmap.mmap | None:
-        """A private map of a single file that holds anything, None for parts.
+        """Map a single file that holds anything privately; None for several.
 
         What is written there does not reach the file; what others write to the
         file while it is mapped may show.
@@ -103,7 +103,7 @@ class MultipartFile:
         return mmap.mmap(self._fds[0], self.size, access=mmap.ACCESS_COPY)
 
     def changes(self) -> list[Finding]:
-        """A finding for each file that was written to since it was opened."""
+        """Return a finding for each file that was written to since it was opened."""
         return [
             Finding.changed(path)
             for path, fd, before in zip(self.paths, self._fds, self._prints, strict=True)
@@ -111,7 +111,7 @@ class MultipartFile:
         ]
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         while self._fds:
             os.close(self._fds.pop())
 
@@ -120,3 +120,11 @@ class MultipartFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_at(file: MultipartFile, offset: int, size: int) -> bytes:
+    """Read exactly `size` bytes from byte `offset`; raises Malformed when the file is shorter."""
+    content = file.read(offset, size)
+    if len(content) != size:
+        raise Malformed(f"{size} bytes at byte {offset}", f"{len(content)}")
+    return content

@@ -1,7 +1,6 @@
-"""The elements of a tensor as bytes in row-major order, however the file has them laid out.
+"""Read the elements of a tensor in row-major order, whatever its strides in the file.
 
-What a read needs besides the room for its result is bounded by that result's
-size, whatever the strides are.
+Besides its result a read needs memory of that result's size at most.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from typing import Literal, NamedTuple
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.tensor_index import TensorInfo, row_major
 
-#: Bytes of a span that cost no more to read than a second call would.
+#: Bytes that cost no more to read than a second call would, and how many may be read for
+#: each byte wanted beyond those.
 _FLOOR = 16 << 10
-
-#: How many bytes may be read for each one that is wanted, beyond the floor.
 _DENSITY = 2
 
-#: memoryview's formats by the bytes of an element: they only have to be moved.
+#: memoryview's formats for moving elements, by their bytes.
 _MOVED: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 #: struct's formats of the dtypes it knows.
@@ -30,11 +28,14 @@ _STRUCT |= {"U64": "Q", "I64": "q", "F16": "e", "F32": "f", "F64": "d"}
 
 
 class _Axis(NamedTuple):
-    """One dimension: how many, how far apart in the file and in the result, in elements."""
+    """One dimension: its size, and the distance of neighbours in the file and in the result.
+
+    All in elements.
+    """
 
     size: int
     step: int
-    place: int
+    out_step: int
 
 
 class _Box(NamedTuple):
@@ -42,34 +43,34 @@ class _Box(NamedTuple):
 
     axes: tuple[_Axis, ...]
     begin: int
-    at: int
+    out: int
 
 
-def read_elements(source: MultipartFile, info: TensorInfo, start: int, room: bytearray) -> None:
-    """Fills `room` with elements of a tensor, from number `start` of its row-major order on.
+def read_elements(source: MultipartFile, info: TensorInfo, start: int, buffer: bytearray) -> None:
+    """Fill a buffer with elements of a tensor, from number `start` of its row-major order on.
 
-    The elements stay as they are stored, little-endian. `room` must be a
-    multiple of their size. Raises EOFError where the file ends before them.
+    The elements stay as they are stored, little-endian. The buffer's size must
+    be a multiple of theirs. Raises EOFError where the file ends before them.
     """
-    count = len(room) // info.itemsize
+    count = len(buffer) // info.itemsize
     if not 0 <= start <= start + count <= math.prod(info.shape):
         raise ValueError(f"elements [{start}, {start + count}) of {list(info.shape)}")
-    with memoryview(room) as view, view.cast(_MOVED[info.itemsize]) as target:
-        reading = _Reading(source, info, view, target)
+    with memoryview(buffer) as view, view.cast(_MOVED[info.itemsize]) as target:
+        reader = _Reader(source, info, view, target)
         for box in _boxes(_merged(info), start, start + count):
-            reading.read(box)
+            reader.read(box)
 
 
-class _Reading:
+class _Reader:
     def __init__(
-        self, source: MultipartFile, info: TensorInfo, room: memoryview, target: memoryview
+        self, source: MultipartFile, info: TensorInfo, buffer: memoryview, target: memoryview
     ) -> None:
         self._source, self._start, self._item = source, info.offset, info.itemsize
-        self._room, self._target = room, target
+        self._buffer, self._target = buffer, target
         self._format = _MOVED[info.itemsize]
 
     def read(self, box: _Box) -> None:
-        """Reads a box in one go if its elements lie densely enough, else in halves."""
+        """Read a box in one go if its elements lie densely enough, else in halves."""
         reach = 1 + sum((axis.size - 1) * axis.step for axis in box.axes)
         wanted = math.prod(axis.size for axis in box.axes)
         if reach * self._item <= max(_FLOOR, _DENSITY * wanted * self._item):
@@ -83,25 +84,25 @@ class _Reading:
             self.read(half)
 
     def _runs(self, box: _Box) -> tuple[_Axis, _Axis] | None:
-        """The box as runs of neighbours, too far from each other to be read together."""
+        """Return the axes of runs of neighbours that are too far apart to be read together."""
         run, apart = sorted(box.axes, key=lambda axis: axis.step)
         return (run, apart) if run.step == 1 and apart.step * self._item > _FLOOR else None
 
     def _take_runs(self, box: _Box, run: _Axis, apart: _Axis) -> None:
-        """What `read` does with each run alone, without its overhead."""
-        room = memoryview(bytearray(run.size * self._item))
-        elements = room.cast(self._format)
-        offset, end = self._start + box.begin * self._item, (run.size - 1) * run.place + 1
-        for at in range(box.at, box.at + apart.size * apart.place, apart.place):
-            self._source.read_into(room, offset)
-            self._target[at : at + end : run.place] = elements
+        """Read each run alone, without the overhead of `read`."""
+        buffer = memoryview(bytearray(run.size * self._item))
+        elements = buffer.cast(self._format)
+        offset, end = self._start + box.begin * self._item, (run.size - 1) * run.out_step + 1
+        for at in range(box.out, box.out + apart.size * apart.out_step, apart.out_step):
+            self._source.read_into(buffer, offset)
+            self._target[at : at + end : run.out_step] = elements
             offset += apart.step * self._item
 
     def _take(self, box: _Box, reach: int) -> None:
         offset = self._start + box.begin * self._item
-        if all(axis.step == axis.place == 1 for axis in box.axes):
-            begin = box.at * self._item
-            with self._room[begin : begin + reach * self._item] as part:
+        if all(axis.step == axis.out_step == 1 for axis in box.axes):
+            begin = box.out * self._item
+            with self._buffer[begin : begin + reach * self._item] as part:
                 self._source.read_into(part, offset)
             return
         span = memoryview(bytearray(reach * self._item))
@@ -109,14 +110,14 @@ class _Reading:
         self._scatter(box, span.cast(self._format))
 
     def _scatter(self, box: _Box, span: memoryview) -> None:
-        """Moves the elements to their places, a run along the longest axis at a time."""
+        """Move the elements to their places, a run along the longest axis at a time."""
         *others, (size, step, place) = sorted(box.axes, key=lambda axis: axis.size)
         ranges = [range(axis.size) for axis in others]
         for index in itertools.product(*ranges):
-            begin, at = 0, box.at
+            begin, at = 0, box.out
             for number, axis in zip(index, others, strict=True):
                 begin += number * axis.step
-                at += number * axis.place
+                at += number * axis.out_step
             run = self._run(span, begin, size, step)
             self._target[at : at + (size - 1) * place + 1 : place] = run
 
@@ -132,18 +133,18 @@ def _reach(axis: _Axis) -> int:
 
 
 def _split(box: _Box, number: int, item: int) -> Iterator[_Box]:
-    """The box in two along one axis, or in single steps where no two can be read together."""
+    """Halve a box along one axis, or cut it into steps where no two can be read together."""
     size, step, place = box.axes[number]
     part = 1 if step * item > _FLOOR else (size + 1) // 2
     before, after = box.axes[:number], box.axes[number + 1 :]
     for index in range(0, size, part):
         count = min(part, size - index)
         own = (_Axis(count, step, place),) if count > 1 else ()
-        yield _Box((*before, *own, *after), box.begin + index * step, box.at + index * place)
+        yield _Box((*before, *own, *after), box.begin + index * step, box.out + index * place)
 
 
 def _merged(info: TensorInfo) -> list[tuple[int, int]]:
-    """Sizes and strides of the tensor's dimensions, outermost first, as few as will do."""
+    """Merge dimensions into as few sizes and strides as will do, outermost first."""
     merged: list[tuple[int, int]] = []
     for size, step in zip(info.shape, info.stride, strict=True):
         if size == 1:
@@ -158,7 +159,7 @@ def _merged(info: TensorInfo) -> list[tuple[int, int]]:
 def _boxes(
     dims: Sequence[tuple[int, int]], start: int, stop: int, begin: int = 0, at: int = 0
 ) -> Iterator[_Box]:
-    """The elements `[start, stop)` of the row-major order as boxes, in that order."""
+    """Cut the elements `[start, stop)` of the row-major order into boxes, in that order."""
     if start >= stop:
         return
     if not dims:
@@ -187,7 +188,7 @@ def _axes(dims: Sequence[tuple[int, int]]) -> tuple[_Axis, ...]:
 
 
 def to_number(dtype: str, element: bytes) -> int | float | complex:
-    """The value of one little-endian element; `dtype` is safetensors' word."""
+    """Return the value of one little-endian element; `dtype` is safetensors' word."""
     if dtype in _STRUCT:
         number: int | float = struct.unpack(f"<{_STRUCT[dtype]}", element)[0]
         return number
@@ -201,7 +202,7 @@ def to_number(dtype: str, element: bytes) -> int | float | complex:
 
 
 def _from_e4m3(bits: int) -> float:
-    """An 8-bit float of 4 bits of exponent, bias 7, and 3 of mantissa, without infinities."""
+    """Return an 8-bit float of 4 bits of exponent, bias 7, 3 of mantissa, without infinities."""
     sign = -1.0 if bits & 0x80 else 1.0
     exponent, mantissa = bits >> 3 & 0xF, bits & 7
     if (exponent, mantissa) == (15, 7):

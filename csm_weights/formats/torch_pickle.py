@@ -1,9 +1,9 @@
-"""The pickle of a torch state dict, interpreted without being able to do anything.
+"""The pickle of a torch state dict, interpreted as data.
 
-A pickle is a program. This machine knows the opcodes that a plain state dict
-of protocol 2 is made of, and eleven storage types and three functions that it
-may name; it calls none of them. Anything else is refused with the name of the
-opcode or global and its byte in the pickle.
+A pickle is a program. This interpreter knows the opcodes of a plain state dict
+of protocol 2, and the names of eleven storage types and three functions; it
+calls none of them. It refuses anything else, with the name of the opcode or
+global and its byte in the pickle.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class View:
 
 @dataclass(frozen=True)
 class StateDict:
-    """What a pickle says: tensors by name, and the keys of all storages it mentions."""
+    """The tensors of a pickle by name, and the keys of all storages that it mentions."""
 
     views: dict[str, View]
     storage_keys: frozenset[str]
@@ -86,10 +86,10 @@ class _Global:
 
 
 def read_state_dict(pickle: bytes) -> StateDict:
-    """Interprets the bytes of a data.pkl.
+    """Interpret the bytes of a data.pkl.
 
-    Raises Malformed, with the byte it stumbled at, when the pickle is not one
-    of a plain state dict: names to tensors, nothing nested.
+    Raises Malformed, with the byte of the opcode, when the pickle is not one of
+    a plain state dict: names to tensors, nothing nested.
     """
     if not pickle.startswith(b"\x80\x02"):
         raise Malformed("pickle protocol 2", f"bytes {show(pickle[:2])}", "data.pkl byte 0")
@@ -106,7 +106,7 @@ def read_state_dict(pickle: bytes) -> StateDict:
 
 
 def _step(machine: _Machine, stream: BytesIO) -> bool:
-    """Runs one opcode; true when it is STOP."""
+    """Run one opcode; return True when it is STOP."""
     code = stream.read(1)
     if not code:
         raise Malformed("STOP", "the end of the pickle")
@@ -144,7 +144,7 @@ def _argument(opcode: pickletools.OpcodeInfo, stream: BytesIO) -> Any:
 
 
 def _read_global(stream: BytesIO) -> _Global:
-    """Two lines, taken as they are: pickletools would undo backslash escapes that pickle keeps."""
+    """Read two lines as they are: pickletools would undo escapes that pickle keeps."""
     module, name = stream.readline(), stream.readline()
     text = f"{module.decode('latin-1').rstrip()} {name.decode('latin-1').rstrip()}"
     if not name.endswith(b"\n") or text not in _GLOBALS:
@@ -251,7 +251,7 @@ def _view(arguments: tuple[Any, ...]) -> View:
 
 
 def _build(machine: _Machine) -> None:
-    """A module's state dict carries `_metadata`, which says nothing about its tensors."""
+    """Drop `_metadata` of a module's state dict, which says nothing about its tensors."""
     state = machine.pop()
     target = machine.pop()
     only_metadata = type(state) is dict and state.keys() == {"_metadata"}
@@ -291,7 +291,7 @@ _ACTIONS: dict[str, Callable[[_Machine], None]] = {
 
 
 def _kind(value: object) -> str:
-    """A value by what it is, never by what it holds."""
+    """Name a value by what it is, never by what it holds."""
     if isinstance(value, _Global):
         return f"global {value.name}"
     names = {View: "a tensor", Storage: "a storage", str: "text", int: "a number"}

@@ -1,21 +1,26 @@
-"""The zip that torch.save writes, read strictly: every byte of the file is accounted for.
+"""The torch-zip format: the zip that torch.save writes, read strictly as data.
 
 A zip has two accounts of itself, the directory at its end and a header before
 each record, and readers differ in which they trust. Here both must agree, the
 records must follow one another from byte 0 to the directory without gap or
 overlap, and nothing may follow the end record. All are stored, none compressed,
-so a file cannot expand. Nothing is extracted.
+so a file cannot expand. Nothing is extracted, and the pickle is never executed.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from csm_weights.formats.multipart import MultipartFile
+from csm_weights.formats.multipart import MultipartFile, read_at
+from csm_weights.formats.tensor_index import ITEM_SIZES, Format, TensorIndex, TensorInfo, reading
+from csm_weights.formats.torch_pickle import MAX_PICKLE, View, read_state_dict
 from csm_weights.untrusted import Malformed, show
 
 #: Ceiling of the directory, bytes. CSM-1B's is about 15 kB.
@@ -43,6 +48,17 @@ _NAME = re.compile(
 )
 
 
+#: Ceiling of a small record, bytes, and what each of them may say.
+MAX_NOTE = 40
+_NOTES = {
+    "version": rb"[0-9]{1,9}\n?",
+    "byteorder": rb"little",
+    ".format_version": rb"[0-9]{1,9}\n?",
+    ".storage_alignment": rb"[0-9]{1,9}\n?",
+    ".data/serialization_id": rb"[0-9]{1,40}",
+}
+
+
 @dataclass(frozen=True)
 class Record:
     """One record: its header begins at byte `header`, its data are `[data, data + size)`."""
@@ -54,8 +70,67 @@ class Record:
     data: int = 0
 
 
+def read_checkpoint(path: Path | str | MultipartFile) -> TensorIndex:
+    """Read the tensors of a torch checkpoint: a zip, whole or in parts, of a plain state dict.
+
+    A tensor that is a view of a larger storage gets the offset and stride of
+    the view. Raises MissingInput when there is no such file, and WrongContent
+    when the file is not laid out as torch.save lays it out, or its pickle does
+    more than name tensors.
+    """
+    tensors = {}
+    with reading(path, "a torch checkpoint") as (file, size, found):
+        records = read_records(file, size)
+        for name, pattern in _NOTES.items():
+            with found.collecting(name):
+                if record := records.get(name):
+                    text = read_content(file, record, MAX_NOTE)
+                    if re.fullmatch(pattern, text) is None:
+                        raise Malformed(f"text like {show(pattern)}", show(text))
+        state = read_state_dict(read_content(file, records["data.pkl"], MAX_PICKLE))
+        for name, view in state.views.items():
+            with found.collecting(show(name)):
+                tensors[name] = _locate(name, view, records)
+        for name in records:
+            if name.startswith("data/") and name[5:] not in state.storage_keys:
+                found.add(Malformed("a storage of some tensor", "nothing refers to it", name))
+    return TensorIndex(tensors, size)
+
+
+FORMAT = Format(
+    name="torch-zip",
+    choice="ckpt",
+    filename="ckpt.pt",
+    suffixes=(".pt",),
+    sniff=lambda head: head.startswith(LOCAL_SIGN),
+    read_index=read_checkpoint,
+)
+
+
+def _locate(name: str, view: View, records: Mapping[str, Record]) -> TensorInfo:
+    """Find a view in the file; it must not leave its storage, nor the storage its record."""
+    storage = view.storage
+    record = records.get(f"data/{storage.key}")
+    if record is None:
+        raise Malformed(f"a record data/{show(storage.key)}", "none")
+    item = ITEM_SIZES[storage.dtype]
+    if storage.elements * item != record.size:
+        expected = f"{storage.elements * item} bytes in {record.name}"
+        raise Malformed(expected, f"{record.size} bytes")
+    elements = math.prod(view.shape)
+    steps = zip(view.shape, view.stride, strict=True)
+    last = view.offset + sum((size - 1) * step for size, step in steps)
+    end = last + 1 if elements else view.offset
+    # more elements than the storage has means repeats: a small file that loads huge
+    if max(end, elements) > storage.elements:
+        found = f"{elements} elements up to element {end}"
+        raise Malformed(f"a view of {storage.elements} elements", found)
+    offset = record.data + view.offset * item
+    return TensorInfo(name, storage.dtype, view.shape, offset, view.stride)
+
+
 def read_records(file: MultipartFile, size: int) -> dict[str, Record]:
-    """The records of a file of `size` bytes, by their name inside the archive's one folder.
+    """Read the records of a file of `size` bytes, by their name inside the archive's one folder.
 
     Raises Malformed when the file is not laid out as torch.save lays it out.
     """
@@ -76,12 +151,12 @@ def read_records(file: MultipartFile, size: int) -> dict[str, Record]:
 
 
 def torch_flags(size: int) -> int:
-    """The general purpose flags of a record of `size` bytes."""
+    """Return the general purpose flags of a record of `size` bytes."""
     return UTF8_FLAG | DESCRIPTOR_FLAG if size else UTF8_FLAG
 
 
 def read_content(file: MultipartFile, record: Record, ceiling: int) -> bytes:
-    """The bytes of a small record, at most `ceiling`, checked against its CRC."""
+    """Read a small record, of at most `ceiling` bytes, and check its CRC."""
     if record.size > ceiling:
         raise Malformed(f"at most {ceiling} bytes", f"{record.size}", record.name)
     content = read_at(file, record.data, record.size)
@@ -91,16 +166,8 @@ def read_content(file: MultipartFile, record: Record, ceiling: int) -> bytes:
     return content
 
 
-def read_at(file: MultipartFile, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes from byte `offset`; raises Malformed when the file is shorter."""
-    content = file.read(offset, size)
-    if len(content) != size:
-        raise Malformed(f"{size} bytes at byte {offset}", f"{len(content)}")
-    return content
-
-
 def extra_fields(extra: bytes, at: str) -> dict[int, bytes]:
-    """The zip64 and padding fields by tag; any other field could hide bytes and is refused."""
+    """Return the zip64 and padding fields by tag; refuse any other, which could hide bytes."""
     fields: dict[int, bytes] = {}
     while extra:
         tag, length = struct.unpack("<2H", extra[:4]) if len(extra) >= 4 else (0, FULL32)
@@ -131,7 +198,7 @@ def _named(entries: list[Record]) -> dict[str, Record]:
 
 
 def _find_directory(file: MultipartFile, size: int) -> tuple[int, int, int]:
-    """Offset, bytes and entry count of the directory, whose end records must end the file."""
+    """Find offset, bytes and entry count of the directory; its end records must end the file."""
     if size < END.size:
         raise Malformed("a zip archive", f"a file of {size} bytes")
     at = size - END.size
@@ -156,7 +223,7 @@ def _find_directory(file: MultipartFile, size: int) -> tuple[int, int, int]:
 def _read_end64(
     file: MultipartFile, at: int, locator: tuple[Any, ...], short: tuple[int, int, int]
 ) -> tuple[int, int, int]:
-    """Start, bytes and count from the zip64 end record at byte `at`; `short` is the old one's."""
+    """Read start, bytes and count in the zip64 end record at byte `at`; check them with `short`."""
     sign, rest, _, _, disk, first, here, count, length, start = END64.unpack(
         read_at(file, at, END64.size)
     )
@@ -173,7 +240,7 @@ def _read_end64(
 
 
 def _read_directory(directory: bytes, count: int) -> list[Record]:
-    entries = []
+    entries: list[Record] = []
     at = 0
     while at < len(directory):
         if len(directory) - at < CENTRAL.size:
@@ -186,26 +253,10 @@ def _read_directory(directory: bytes, count: int) -> list[Record]:
 
 
 def _directory_entry(directory: bytes, at: int) -> tuple[Record, int]:
-    """The entry that begins at byte `at` of the directory, and where the next one does."""
-    (
-        sign,
-        _,
-        _,
-        flags,
-        method,
-        _,
-        _,
-        crc,
-        packed,
-        size,
-        names,
-        extras,
-        comment,
-        disk,
-        _,
-        _,
-        header,
-    ) = CENTRAL.unpack_from(directory, at)
+    """Read the entry at byte `at` of the directory; return it and where the next one begins."""
+    fields = CENTRAL.unpack_from(directory, at)
+    sign, _, _, flags, method, _, _, crc, packed, size = fields[:10]
+    names, extras, comment, disk, _, _, header = fields[10:]
     end = at + CENTRAL.size + names + extras
     raw = directory[at + CENTRAL.size : at + CENTRAL.size + names]
     name = raw.decode("ascii", "backslashreplace")
@@ -226,7 +277,7 @@ def _directory_entry(directory: bytes, at: int) -> tuple[Record, int]:
 
 
 def _check_local(file: MultipartFile, entry: Record, limit: int) -> tuple[Record, str]:
-    """The record with the place of its data, and the struct code of its descriptor's two sizes.
+    """Find the data of a record; return it and the struct code of its descriptor's two sizes.
 
     The local header must agree with the directory, and the data end before byte `limit`.
     """
@@ -255,7 +306,7 @@ def _check_local(file: MultipartFile, entry: Record, limit: int) -> tuple[Record
 
 
 def _check_descriptor(file: MultipartFile, record: Record, numbers: str, limit: int) -> int:
-    """Where the next record begins: after the descriptor, which must repeat the directory."""
+    """Check that the descriptor repeats the directory; return where the next record begins."""
     layout = struct.Struct(f"<4sI{numbers}")
     at = show(record.name)
     if numbers == "2I" and record.size > FULL32:

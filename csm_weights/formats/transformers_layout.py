@@ -1,33 +1,25 @@
-"""One side of a comparison: where each tensor of some weights lies, under our names.
+"""The tensors of some weights under our names, whichever layout they were saved in.
 
-A side is one file, a file in parts, or shards; of either format. One whose
-tensors have transformers' names is read as if it had ours: renamed, and with
-the rows of q and k projections in our order.
+Weights whose tensors have transformers' names are read as if they had ours:
+renamed, and with the rows of q and k projections in our order.
 """
 
 from __future__ import annotations
 
 import enum
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent, printable
+from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.formats.architecture import FLAVORS, CsmConfig, TransformerConfig, parse_config
-from csm_weights.formats.multipart import MultipartFile, find_chunk_files
+from csm_weights.formats.multipart import MultipartFile
+from csm_weights.formats.shards import read_small
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import TensorInfo
-from csm_weights.formats.weights_file import WeightsFile, find_weights, missing
+from csm_weights.formats.weights_file import WeightsFile
 from csm_weights.untrusted import show
-
-#: Most bytes of an index of shards, or of a config.json, that are read.
-MAX_JSON = 1 << 20
-MAX_SHARDS = 200
-
-_SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors", re.DOTALL)
-_INDEX = ".safetensors.index.json"
 
 #: transformers' names of CSM's tensors, and ours. Source: CsmForConditionalGeneration.
 _NAMES = {
@@ -54,7 +46,7 @@ _LAYER_NAMES = {
 _IN_LAYER = re.compile(r"(backbone_model|depth_decoder\.model)\.layers\.([0-9]{1,4})\.(.+)")
 _PERMUTED = re.compile(r"(backbone|decoder)\.layers\.[0-9]+\.attn\.[qk]_proj\.weight")
 
-#: How names begin by which transformers' layout of CSM is known.
+#: How names begin that only transformers' layout of CSM has.
 _SIGNS = ("depth_decoder.", "backbone_model.embed_tokens.embed_audio_tokens.")
 
 AUDIO = "audio_embeddings.weight"
@@ -62,15 +54,12 @@ AUDIO = "audio_embeddings.weight"
 #: What transformers ties to the audio embeddings, and may save as well.
 TIED = "depth_decoder.model.embed_tokens.weight"
 
-#: How the names of tensors begin that are another model's, in the same file.
+#: How the names of the audio codec's tensors begin, another model in the same file.
 CODEC = "codec_model."
-
-#: The files of one side, each in its parts.
-Files = Sequence[Sequence[Path]]
 
 
 class Layout(enum.StrEnum):
-    """Whose names the tensors of a side have."""
+    """Whose names the tensors have."""
 
     OWN = "own"
     TRANSFORMERS = "transformers"
@@ -88,8 +77,8 @@ class Value:
 
 
 @dataclass(frozen=True)
-class SideView:
-    """What one side is: its file, the format of it, whose names it has.
+class Summary:
+    """Facts about some weights: their file, its format, the layout of their names.
 
     `tensors` counts those of the model, `left_out` those of the codec, with their bytes.
     """
@@ -103,8 +92,8 @@ class SideView:
 
 
 @dataclass(frozen=True)
-class SideTensor:
-    """A tensor in our layout: its name and shape, and where its elements are.
+class NamedTensor:
+    """A tensor under our name: its shape in our layout, and where its elements are.
 
     The shape of `info` may be a finer one, of the same elements in the same order.
     """
@@ -116,143 +105,52 @@ class SideTensor:
 
     @property
     def signature(self) -> str:
+        """Dtype and shape in words."""
         return f"{self.info.dtype} {list(self.shape)}"
 
     def value(self, number: int) -> Value:
-        """The element of that number, counted in row-major order."""
+        """Read the element of that number, counted in row-major order."""
         raw = bytearray(self.info.itemsize)
         read_elements(self.source, self.info, number, raw)
         return Value(to_number(self.info.dtype, bytes(raw)), f"0x{raw[::-1].hex()}")
 
 
 @dataclass(frozen=True)
-class Side:
-    view: SideView
-    tensors: Mapping[str, SideTensor]
-    unknown: tuple[SideTensor, ...] = ()
-    tied: SideTensor | None = None
+class NamedTensors:
+    """All tensors of some weights by our names, those that have none, and the tied copy."""
+
+    summary: Summary
+    tensors: Mapping[str, NamedTensor]
+    unknown: tuple[NamedTensor, ...] = ()
+    tied: NamedTensor | None = None
 
 
-# ---- finding the files
+def name_tensors(files: Sequence[WeightsFile], folders: Iterable[Path]) -> NamedTensors:
+    """Name the tensors of a model's files as ours.
 
-
-def find(path: Path) -> Files:
-    """The files that a path means, each in its parts.
-
-    `path` is a file of weights, or what it would be called if it were not in
-    parts; the first part of one; a folder with any of these; a shard, a folder
-    of shards, or their index. Raises MissingInput, with every shard that is
-    not there, WrongContent, and UsageError for a folder of several models.
+    The config.json of one of `folders` gives the sizes of heads that no
+    published network has. Raises WrongContent where two files have one tensor,
+    or the order of rows cannot be known.
     """
-    if path.name.endswith(_INDEX):
-        return _alone(_listed(path))
-    if match := _SHARD.fullmatch(path.name):
-        return _alone(_shards(path.parent, match))
-    whole = path.parent / path.name.rpartition(".part-")[0] if ".part-" in path.name else path
-    if (whole != path or not path.exists()) and (
-        parts := find_chunk_files(path.parent, whole.name)
-    ):
-        return [parts]
-    try:
-        return [find_weights(path)]
-    except MissingInput:
-        if not path.is_dir():
-            raise
-        return _alone(_shards_in(path))
-
-
-def _alone(paths: Iterable[Path]) -> Files:
-    return [[path] for path in paths]
-
-
-def _shards_in(folder: Path) -> list[Path]:
-    matches = [m for path in folder.iterdir() if (m := _SHARD.fullmatch(path.name))]
-    sets = {(m[1], m[3]): m for m in matches}
-    if not sets:
-        raise missing(folder, "weights, or shards NAME-00001-of-0000N.safetensors", "neither")
-    if len(sets) > 1:
-        names = ", ".join(sorted(show(match[0]) for match in sets.values()))
-        raise UsageError(printable(f"{folder} has the shards of several models: {names}"))
-    return _shards(folder, next(iter(sets.values())))
-
-
-def _shards(folder: Path, match: re.Match[str]) -> list[Path]:
-    name, total = match[1], int(match[3])
-    _check_count(folder / match[0], total)
-    return _all_here(
-        [folder / f"{name}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-    )
-
-
-def _listed(index: Path) -> list[Path]:
-    """The shards that an index names: files beside it, and nowhere else."""
-    if not index.is_file():
-        raise missing(index, "an index of shards", "no such file")
-    try:
-        names = set(json.loads(_read_small(index))["weight_map"].values())
-        names_are_plain = all(_SHARD.fullmatch(name) and "/" not in name for name in names)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        names_are_plain = False
-    if not names_are_plain:
-        expected = "a weight_map from tensors to NAME-0000x-of-0000N.safetensors"
-        finding = Finding(Kind.MALFORMED, str(index), expected, "something else")
-        raise WrongContent("the index of the shards cannot be used", [finding])
-    _check_count(index, len(names))
-    return _all_here([index.parent / name for name in sorted(names)])
-
-
-def _check_count(where: Path, count: int) -> None:
-    if not 1 <= count <= MAX_SHARDS:
-        finding = Finding(Kind.MALFORMED, str(where), f"1 to {MAX_SHARDS} shards", str(count))
-        raise WrongContent("these are no shards", [finding])
-
-
-def _all_here(paths: list[Path]) -> list[Path]:
-    findings = [
-        Finding.missing(path, f"one of {len(paths)} shards") for path in paths if not path.is_file()
-    ]
-    if findings:
-        raise MissingInput("not all shards are here", findings)
-    return paths
-
-
-def _read_small(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(MAX_JSON)
-
-
-# ---- reading where the tensors lie
-
-
-def read_side(checkpoints: Sequence[WeightsFile], folders: Iterable[Path]) -> Side:
-    where = checkpoints[0].source.where
-    if more := len(checkpoints) - 1:
+    where = files[0].source.where
+    if more := len(files) - 1:
         where += f" and {more} more shard{'s' if more > 1 else ''}"
-    tensors = _united(checkpoints, where)
-    if any(name.startswith(_SIGNS) for name in tensors):
-        return _from_transformers(tensors, where, checkpoints[0].format, folders)
-    view = SideView(where, checkpoints[0].format, Layout.OWN, len(tensors))
-    return Side(view, tensors)
-
-
-def _united(checkpoints: Sequence[WeightsFile], where: str) -> dict[str, SideTensor]:
-    tensors: dict[str, SideTensor] = {}
-    for checkpoint in checkpoints:
-        for name, info in checkpoint.table.tensors.items():
+    tensors: dict[str, NamedTensor] = {}
+    for file in files:
+        for name, info in file.index.tensors.items():
             if name in tensors:
-                place = f"{checkpoint.source.where}: {show(name)}"
-                finding = Finding(Kind.MALFORMED, place, "each tensor once", "a second one")
+                at = f"{file.source.where}: {show(name)}"
+                finding = Finding(Kind.MALFORMED, at, "each tensor once", "a second one")
                 raise WrongContent(f"the shards of {where} do not fit together", [finding])
-            tensors[name] = SideTensor(name, info.shape, checkpoint.source, info)
-    return tensors
-
-
-# ---- transformers' layout
+            tensors[name] = NamedTensor(name, info.shape, file.source, info)
+    if any(name.startswith(_SIGNS) for name in tensors):
+        return _from_transformers(tensors, where, files[0].format, folders)
+    return NamedTensors(Summary(where, files[0].format, Layout.OWN, len(tensors)), tensors)
 
 
 def _from_transformers(
-    theirs: Mapping[str, SideTensor], where: str, format_: str, folders: Iterable[Path]
-) -> Side:
+    theirs: Mapping[str, NamedTensor], where: str, format_: str, folders: Iterable[Path]
+) -> NamedTensors:
     codec = [t.info.nbytes for name, t in theirs.items() if name.startswith(CODEC)]
     named = {name: t for name, t in theirs.items() if not name.startswith(CODEC)}
     tied = named.pop(TIED, None)
@@ -261,14 +159,14 @@ def _from_transformers(
     if tied and AUDIO not in ours:
         # one name of the two that are tied says it all
         ours[AUDIO], tied = tied, None
-    view = SideView(
+    summary = Summary(
         where, format_, Layout.TRANSFORMERS, len(theirs) - len(codec), len(codec), sum(codec)
     )
-    return Side(view, _in_our_order(ours, where, folders), unknown, tied)
+    return NamedTensors(summary, _in_our_order(ours, where, folders), unknown, tied)
 
 
 def _own_name(theirs: str) -> str | None:
-    """Our name of a tensor of transformers' CSM, None where there is none."""
+    """Return our name of a tensor of transformers' CSM; None where there is none."""
     match = _IN_LAYER.fullmatch(theirs)
     if not match:
         return _NAMES.get(theirs)
@@ -277,8 +175,8 @@ def _own_name(theirs: str) -> str | None:
 
 
 def _in_our_order(
-    tensors: Mapping[str, SideTensor], where: str, folders: Iterable[Path]
-) -> dict[str, SideTensor]:
+    tensors: Mapping[str, NamedTensor], where: str, folders: Iterable[Path]
+) -> dict[str, NamedTensor]:
     configs = [_config(folder) for folder in folders]
     sizes = {}
     for stack in _STACKS.values():
@@ -293,13 +191,13 @@ def _in_our_order(
 
 def _config(folder: Path) -> CsmConfig | None:
     path = folder / "config.json"
-    return parse_config(_read_small(path), str(path)) if path.is_file() else None
+    return parse_config(read_small(path), str(path)) if path.is_file() else None
 
 
 def _head_dim(
-    stack: str, tensors: Mapping[str, SideTensor], known: Sequence[TransformerConfig]
+    stack: str, tensors: Mapping[str, NamedTensor], known: Sequence[TransformerConfig]
 ) -> int | None:
-    """Features of one head: those of the first network that has such projections."""
+    """Return the features of a head of the first network that has such projections."""
     shapes = {
         kind: {t.shape for name, t in tensors.items() if _is_projection(name, stack, kind)}
         for kind in "qk"
@@ -315,8 +213,8 @@ def _is_projection(name: str, stack: str, kind: str) -> bool:
     return name.startswith(f"{stack}.layers.") and name.endswith(f".attn.{kind}_proj.weight")
 
 
-def _interleaved(tensor: SideTensor, head_dim: int | None, where: str) -> SideTensor:
-    """The same rows in torchtune's order: the pairs that RoPE turns side by side.
+def _interleaved(tensor: NamedTensor, head_dim: int | None, where: str) -> NamedTensor:
+    """Return the rows in torchtune's order, with the pairs that RoPE rotates side by side.
 
     transformers has the first halves of all pairs of a head, then the second.
     """

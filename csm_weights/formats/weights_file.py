@@ -1,4 +1,4 @@
-"""A file of weights, found and read as data: in either format, whole or in its parts."""
+"""A file of weights in either format, whole or in chunk files: find it, open it, read its index."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Self
 
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent, from_os_error
+from csm_weights.formats import FORMATS, sniff
 from csm_weights.formats.multipart import MultipartFile, find_chunk_files
-from csm_weights.formats.tensor_index import TensorIndex, read_checkpoint, read_safetensors
+from csm_weights.formats.tensor_index import HEAD, TensorIndex
 from csm_weights.untrusted import Malformed
 
-#: The weight files of a folder, in the order in which they are looked for, and
-#: the folder for the parts of each below it, as the chunk repositories have them.
-WEIGHT_FILES = {"model.safetensors": "chunks/safetensors", "ckpt.pt": "chunks/ckpt"}
-
-#: How a zip begins. A safetensors header of so many bytes is over the reader's ceiling.
-_ZIP = b"PK\x03\x04"
+#: The weight files of a folder, in the order of preference.
+WEIGHT_FILES = tuple(one.filename for one in FORMATS)
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class WeightsFile:
     """
 
     source: MultipartFile
-    table: TensorIndex
+    index: TensorIndex
     format: str
 
     def __enter__(self) -> Self:
@@ -39,7 +36,7 @@ class WeightsFile:
 
 
 def open_weights(paths: Sequence[Path | str]) -> WeightsFile:
-    """Opens a file, or its parts in order, and reads where each tensor lies.
+    """Open a file, or its chunk files in order, and read where each tensor lies.
 
     The format is told by the first bytes. Raises MissingInput, WrongContent.
     """
@@ -53,19 +50,18 @@ def open_weights(paths: Sequence[Path | str]) -> WeightsFile:
         finding = Finding(Kind.MALFORMED, str(paths[0]), error.expected, error.found)
         raise WrongContent("the weights cannot be read", [finding]) from None
     try:
-        is_zip = source.read(0, len(_ZIP)) == _ZIP
-        table = read_checkpoint(source) if is_zip else read_safetensors(source)
+        found = sniff(source.read(0, HEAD))
+        return WeightsFile(source, found.read_index(source), found.name)
     except BaseException:
         source.close()
         raise
-    return WeightsFile(source, table, "torch-zip" if is_zip else "safetensors")
 
 
 def find_weights(path: Path) -> list[Path]:
-    """The file of weights at `path`, or its parts in order.
+    """Find the file of weights at `path`, or its chunk files in order.
 
-    `path` is a file; or a folder with a weight file, or with the parts of
-    one, or with the folders of a chunk repository. Raises MissingInput.
+    `path` is a file; or a folder with a weight file, or with the chunk files
+    of one, or with the folders of a chunk repository. Raises MissingInput.
     """
     if not path.is_dir():
         if path.exists():
@@ -74,15 +70,15 @@ def find_weights(path: Path) -> list[Path]:
     for name in WEIGHT_FILES:
         if (path / name).is_file():
             return [path / name]
-    for name, below in WEIGHT_FILES.items():
-        for folder in (path, path / below):
-            if parts := find_chunk_files(folder, name):
+    for one in FORMATS:
+        for folder in (path, path / "chunks" / one.choice):
+            if parts := find_chunk_files(folder, one.filename):
                 return parts
-    raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or parts", "neither")
+    raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "neither")
 
 
 def locate(path: str | Path | Sequence[Path]) -> tuple[list[Path], Path]:
-    """The files of weights that `find_weights` finds, or as given, and the folder beside them.
+    """Find the files of weights at `path`, or take those given, and name the folder beside them.
 
     That folder, where the model's other files are, is the one given, or else
     that of the first file.
@@ -94,6 +90,6 @@ def locate(path: str | Path | Sequence[Path]) -> tuple[list[Path], Path]:
 
 
 def missing(path: Path, expected: str, found: str) -> MissingInput:
-    """The error for weights that are not there."""
+    """Return the error for weights that are not there."""
     finding = Finding(Kind.MISSING, str(path), expected, found, "inv weights")
     return MissingInput("the model's files are not here", [finding])

@@ -236,7 +236,7 @@ class Model(nn.Module):
         config = config or _read_config(folder, weights[0].parent)
         with open_weights(weights) as checkpoint:
             where = checkpoint.source.where
-            if findings := check_against(checkpoint.table, config, where):
+            if findings := check_against(checkpoint.index, config, where):
                 name = weights[0].name
                 raise WrongContent(f"{name} is not the network of its config.json", findings)
             tensors = load_tensors(

@@ -116,7 +116,7 @@ def _check_tiling(source: MultipartFile, spans: Sequence[ByteRange]) -> None:
 
 def _map(checkpoint: WeightsFile, dtype: torch.dtype | None) -> dict[str, Tensor] | None:
     """The tensors in a private map of the file; None where they do not lie there as wanted."""
-    infos = checkpoint.table.tensors.values()
+    infos = checkpoint.index.tensors.values()
     if not all(
         info.contiguous and info.offset % info.itemsize == 0 and dtype in (None, _dtype(info))
         for info in infos
@@ -165,7 +165,7 @@ class _Flat:
         self._strided: list[tuple[TensorInfo, Tensor]] = []
         self._fragments: dict[tuple[int, int], bytearray] = {}
         self._lock = threading.Lock()
-        table = checkpoint.table.tensors
+        table = checkpoint.index.tensors
         starts, size = _arranged(table.values(), dtype, together)
         memory = _allocate(size, device)
         places = []

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
+from csm_weights.formats import format_named
 from csm_weights.formats.architecture import CsmConfig, parse_config
-from csm_weights.formats.tensor_index import check_against, read_checkpoint, read_safetensors
+from csm_weights.formats.tensor_index import check_against
 from csm_weights.hashing import Digests, HashJob, ShortRead, measure, sha256_of
 from csm_weights.manifest.digests import Whole, digest_findings
 from csm_weights.manifest.types import Artifact, Edition, Piece
@@ -172,10 +173,9 @@ def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: b
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present")
     if has_config and config is None:
         return _not_run(Gate.STRUCTURE, subject, expected, "config.json cannot be used")
-    read = read_safetensors if subject.artifact.format == "safetensors" else read_checkpoint
     findings: Sequence[Finding] = ()
     try:
-        tensors = read(subject.path)
+        tensors = format_named(subject.artifact.format).read_index(subject.path)
         found = f"{len(tensors.tensors)} tensors"
         if config is not None:
             findings = check_against(tensors, config, str(subject.path))

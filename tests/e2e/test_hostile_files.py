@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm_weights.errors import CsmWeightsError, MissingInput, WrongContent
-from csm_weights.formats import transformers_layout
+from csm_weights.formats import shards
 from csm_weights.formats.architecture import CsmConfig, parse_config
-from csm_weights.formats.tensor_index import read_checkpoint
+from csm_weights.formats.torch_zip import read_checkpoint
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.store.receipts import dump, load_arrival, load_piece, load_receipt, load_smoke
@@ -220,7 +220,7 @@ def test_hostile_index_is_refused(name: str, tmp_path: Path) -> None:
     content, reason = hostile.BAD_INDEXES[name]
     path = hostile.written(tmp_path, content, "model.safetensors.index.json")
     with pytest.raises(WrongContent) as caught:
-        transformers_layout.find(path)
+        shards.find(path)
     assert reason in str(caught.value)
 
 
@@ -272,7 +272,7 @@ def test_any_index_names_shards_beside_it(content: bytes, tmp_path_factory: Any)
     path = hostile.written(folder, content, "m.safetensors.index.json")
     hostile.written(folder, b"", "m-00001-of-00001.safetensors")
     try:
-        found = transformers_layout.find(path)
+        found = shards.find(path)
     except (WrongContent, MissingInput) as error:
         assert error.findings
     else:

@@ -125,7 +125,7 @@ def test_a_file_is_compared_with_parts(name: str, tmp_path: Path) -> None:
     comparison = held(parts / "safetensors" / name, checkpoint)
 
     assert (len(TINY.tensor_shapes()), ()) == (comparison.equal, comparison.differences)
-    assert comparison.first.where.endswith("part-aa and 5 more parts")
+    assert comparison.first.where.endswith("part-aa and 5 more chunk files")
 
 
 def test_bits_of_nan_are_bits(compared: Compared) -> None:

@@ -19,14 +19,9 @@ from hypothesis import strategies as st
 
 from csm_weights.errors import Kind, MissingInput, WrongContent
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
-from csm_weights.formats.tensor_index import (
-    TensorIndex,
-    TensorInfo,
-    check_against,
-    read_checkpoint,
-    read_safetensors,
-    row_major,
-)
+from csm_weights.formats.safetensors import read_safetensors
+from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, check_against, row_major
+from csm_weights.formats.torch_zip import read_checkpoint
 from tests.support import hostile
 
 TINY = CsmConfig(

@@ -13,7 +13,9 @@ import pytest
 
 from csm_weights.errors import UsageError
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
-from csm_weights.formats.tensor_index import check_against, read_checkpoint, read_safetensors
+from csm_weights.formats.safetensors import read_safetensors
+from csm_weights.formats.tensor_index import check_against
+from csm_weights.formats.torch_zip import read_checkpoint
 from tools.standin.standin import sizes, write_standin
 
 CSM_1B = CsmConfig(

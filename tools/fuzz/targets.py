@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from csm_weights.errors import CsmWeightsError
-from csm_weights.formats.tensor_index import TensorIndex, read_checkpoint, read_safetensors
+from csm_weights.formats.safetensors import read_safetensors
+from csm_weights.formats.tensor_index import TensorIndex
+from csm_weights.formats.torch_zip import read_checkpoint
 from csm_weights.manifest import parse, paths, render
 from tests.support import hostile
 

@@ -11,7 +11,7 @@ from csm_weights.commands.render.report import dump, table
 from csm_weights.errors import printable
 from csm_weights.formats.compare import Comparison, Difference
 from csm_weights.formats.tensor_index import MAX_FINDINGS
-from csm_weights.formats.transformers_layout import Layout, SideView, Value
+from csm_weights.formats.transformers_layout import Layout, Summary, Value
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -28,12 +28,12 @@ def comparison_text(comparison: Comparison) -> str:
     return "\n\n".join([*blocks, f"OK: {size}, name by name, in dtype, shape and every bit"])
 
 
-def _kind(side: SideView) -> str:
+def _kind(side: Summary) -> str:
     names = ", transformers' names" if side.layout is Layout.TRANSFORMERS else ""
     return f"{side.format}{names}"
 
 
-def _left_out(side: SideView) -> str:
+def _left_out(side: Summary) -> str:
     size = f"{side.left_out:,} tensors of {side.left_out_bytes:,} bytes"
     return f"left out of {side.where}: the codec, {size}"
 
