@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ import pytest
 
 from tools.torture import kills, power, rivals, script, swaps
 from tools.torture.calls import Event
-from tools.torture.checks import Undisturbed, after_stop, undisturbed
+from tools.torture.checks import Undisturbed, after_stop, undisturbed, whole
 from tools.torture.disk import FOLDER, Disk
 from tools.torture.forks import Child, Ended
 from tools.torture.scene import COMMANDS, Bench, Scene, can_consume, commands
@@ -226,16 +227,9 @@ def test_without_locks_no_wrong_byte_gets_a_name(bench: Bench, name: str) -> Non
     assert [t for t in wrong if "wrong bytes" in t or t.startswith("the plain run")] == []
 
 
-def overtaken(
-    bench: Bench, command: str, hold: str, lockless: bool = False, without: str = ""
-) -> tuple[Ended, ...]:
-    """A run that is held while another one does all the work; how both end.
-
-    The folder `without` is removed before.
-    """
+def overtaken(bench: Bench, command: str, hold: str, lockless: bool = False) -> tuple[Ended, ...]:
+    """A run that is held while another one does all the work; how both end."""
     scene = bench.scene(COMMANDS[command])
-    if without:
-        shutil.rmtree(scene.root / without)
     held = scene.home.with_suffix(".held")
     orders = replace(scene.orders, lockless=lockless, one_core=True)
     first = scene.forks.start(
@@ -250,17 +244,33 @@ def _other_run(scene: Scene, lockless: bool) -> Ended:
     return scene.run(replace(scene.orders, lockless=lockless))
 
 
-def test_two_splits_at_once(bench: Bench) -> None:
-    """A split that another one overtakes ends well."""
-    ended = overtaken(bench, "split", "rename *long.bin.part-aa")
-    assert [e.code for e in ended] == [0, 0]
+@pytest.mark.parametrize(
+    ("name", "hold"),
+    [("split", "rename *long.bin.part-aa"), ("seed-cache", "read *models/toy/a.bin")],
+)
+def test_a_second_run_waits_for_the_first(bench: Bench, name: str, hold: str) -> None:
+    """While one run is at work a second one says that it waits; then both end with 0."""
+    before = undisturbed(bench, COMMANDS[name])
+    scene = bench.scene(COMMANDS[name])
+    if name == "seed-cache":  # without receipts there is something to read and to hash
+        shutil.rmtree(scene.root / "models/toy/.csm-weights")
+    held = scene.home.with_suffix(".held")
+    orders = replace(scene.orders, one_core=True, hold=hold, held=str(held))
+    first = scene.forks.start(scene.root, scene.argv, scene.env, orders)
+    ended, second = swaps.let_go(scene, first, held, lambda: _waiting(scene))
+    assert (ended.code, scene.forks.wait(second).code) == (0, 0)
+    assert whole(scene, before) == []
+    bench.drop(scene)
 
 
-def test_two_seedings_at_once(bench: Bench) -> None:
-    """A seeding that another one overtakes while it proves a file ends well."""
-    hold, receipts = "read *models/toy/a.bin", "models/toy/.csm-weights"
-    ended = overtaken(bench, "seed-cache", hold, without=receipts)
-    assert [e.code for e in ended] == [0, 0]
+def _waiting(scene: Scene) -> Child:
+    """Start a second run, and return once it says that it waits for the first."""
+    child = scene.forks.start(scene.root, scene.argv, scene.env, scene.orders)
+    end = time.monotonic() + 20
+    while "waiting for another run" not in child.out.read_text():
+        assert time.monotonic() < end, child.out.read_text()
+        time.sleep(0.002)
+    return child
 
 
 @pytest.mark.parametrize("name", ["fetch (parts)", "place"])
