@@ -15,8 +15,9 @@ from invoke.tasks import task
 
 if TYPE_CHECKING:
     from csm_weights.errors import CsmWeightsError
+    from csm_weights.pipeline.outcome import Outcome, StatusReport
     from csm_weights.pipeline.plan import Target
-    from csm_weights.pipeline.request import Outcome, Request, StatusReport
+    from csm_weights.pipeline.request import Request
 
 ROOT = Path(__file__).resolve().parent
 
@@ -288,9 +289,8 @@ def verify(
     json: bool = False,
 ) -> None:
     """Hash every file in place again and run all gates; offline."""
-    from csm_weights.commands import attest
+    from csm_weights.commands import attest, verify
     from csm_weights.errors import UsageError
-    from csm_weights.pipeline import checks
 
     with _exit_codes(json):
         request = _request(model, only, dest)
@@ -299,7 +299,7 @@ def verify(
         elif key:
             raise UsageError("--key is whose signature --attestation FILE must have")
         else:
-            checked = checks.verify(request, sums or None, write_sums)
+            checked = verify.verify(request, sums or None, write_sums)
         _show_outcome(checked, json)
 
 
@@ -359,14 +359,14 @@ def smoke(
     json: bool = False,
 ) -> None:
     """Load the model that is in place, let it speak, and check it."""
-    from csm_weights.pipeline import checks
+    from csm_weights.commands import smoke
 
     with _exit_codes(json):
         request = _request(model, only, dest)
         if record:
-            _print(str(checks.record_golden(request, frames)))
+            _print(str(smoke.record_golden(request, frames)))
         else:
-            spoken = checks.smoke(request, device or None, require_gpu, frames, dtype or None)
+            spoken = smoke.smoke(request, device or None, require_gpu, frames, dtype or None)
             _show_outcome(spoken, json)
 
 

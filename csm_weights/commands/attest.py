@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from csm_weights.commands.verify import digests_of, write_sums_of
+from csm_weights.commands.verify import verify as verify_files
 from csm_weights.errors import (
     Finding,
     Kind,
@@ -19,9 +21,9 @@ from csm_weights.errors import (
     error_for,
 )
 from csm_weights.hashing import HashJob, measure, sha256_of
-from csm_weights.pipeline.checks import digests_of, gate, gate_error, write_sums_of
-from csm_weights.pipeline.checks import verify as verify_files
-from csm_weights.pipeline.request import Outcome, Request, begin, now
+from csm_weights.pipeline.outcome import Outcome
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import begin, gate_error, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import ArtifactState, FileState, State
@@ -58,8 +60,9 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     secret = _read(Path(key), keys.MAX_KEY, "a private key") if key else None
     if key or make_key:
         keys.require_library()
-    state = begin(request).inspect()
-    results = gate(state, rehash=True)
+    session = begin(request)
+    state = session.inspect()
+    results = session.gate(state, rehash=True)
     if error := gate_error(results):
         raise error
     subjects, name = digests_of(results), state.manifest.name

@@ -10,7 +10,8 @@ from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, error
 from csm_weights.formats import compare as stage
 from csm_weights.formats.compare import Comparison
 from csm_weights.formats.shards import Files, find
-from csm_weights.pipeline.request import Request, begin
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import begin
 from csm_weights.progress import Progress
 from csm_weights.store.inspect import ArtifactState, FileState
 

@@ -24,8 +24,10 @@ from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment
 from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, error_for
 from csm_weights.model import offline_assets
 from csm_weights.pipeline import apply
+from csm_weights.pipeline.outcome import StatusReport
 from csm_weights.pipeline.plan import HUB, Plan, Verb
-from csm_weights.pipeline.request import Request, Session, StatusReport, begin, find_manifest
+from csm_weights.pipeline.request import Request, find_manifest
+from csm_weights.pipeline.session import Session, begin
 from csm_weights.store.inspect import ArtifactState
 
 #: Kinds that are about the token, rather than about what its owner may do.

@@ -18,8 +18,8 @@ from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import repo_manifest
-from csm_weights.pipeline.checks import gate, gate_error, subject_of
-from csm_weights.pipeline.request import Request, begin
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Session, begin, gate_error
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import ArtifactState, State
@@ -34,14 +34,15 @@ def lock(request: Request, dry: bool, size: str = "") -> str:
     unless every chosen file is proven.
     """
     wanted = pin.parse_size(size or pin.LOCKED_SIZE)
-    state = begin(request).inspect()
-    if error := gate_error(gate(state, rehash=False)):
+    session = begin(request)
+    state = session.inspect()
+    if error := gate_error(session.gate(state, rehash=False)):
         raise error
     manifest = state.manifest
     cuts = _cuts(state, wanted)
     with Progress("hashing", sum(item.installed.size or 0 for item in state.artifacts)) as progress:
         others = [item for item in state.artifacts if item.artifact.path not in cuts]
-        for artifact in _shown(others, manifest.name, progress.advance):
+        for artifact in _shown(others, session, progress.advance):
             manifest = pin.with_artifact(manifest, artifact)
         items = [item for item in state.artifacts if item.artifact.path in cuts]
         for artifact in _in_pieces(items, cuts, manifest.name, progress.advance):
@@ -66,9 +67,11 @@ def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def _shown(items: Sequence[ArtifactState], model: str, on_progress: OnProgress) -> list[Artifact]:
+def _shown(
+    items: Sequence[ArtifactState], session: Session, on_progress: OnProgress
+) -> list[Artifact]:
     """The entries of files that keep their pieces, with what hashing them shows."""
-    proofs = gates.prove([subject_of(i.artifact, i.installed, model) for i in items], on_progress)
+    proofs = gates.prove([session.subject(i.artifact, i.installed) for i in items], on_progress)
     _require([finding for proof in proofs for finding in proof.findings])
     return [
         pin.locked(pin.recomputed(item.artifact), proof.sha256 or "")

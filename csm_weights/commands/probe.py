@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from csm_weights.errors import Category, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline.plan import HUB, Plan, Step
-from csm_weights.pipeline.request import Session
+from csm_weights.pipeline.session import Session
 from csm_weights.progress import Progress
 from csm_weights.transfer.reorder import Buffer
 from csm_weights.transfer.source import NotAvailable, SourceError

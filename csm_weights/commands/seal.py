@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from csm_weights.errors import Finding, WrongContent
 from csm_weights.manifest.types import Artifact
-from csm_weights.pipeline.checks import gate_error, prove
-from csm_weights.pipeline.request import Outcome, Request, Session, begin
-from csm_weights.pipeline.request import now as time_now
+from csm_weights.pipeline.outcome import Outcome
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Session, begin, gate_error
+from csm_weights.pipeline.session import now as time_now
 from csm_weights.store import install
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.lock import locked
@@ -20,7 +21,7 @@ from csm_weights.verify.seal import Sealed, seal
 def seal_placed(request: Request, outcome: Outcome) -> Outcome:
     """Seals what a command has placed; a second time there is nothing to do.
 
-    Files whose gates are closed are left as they are. A smoke test that failed
+    Files that failed verification are left as they are. A smoke test that failed
     or could not run changes nothing of that: it says nothing against the bytes.
     Raises WrongContent, or NoSpace where a file cannot be sealed.
     """
@@ -52,7 +53,7 @@ def _seal(run: Session, item: ArtifactState) -> Sealed:
 def _proven_again(run: Session, artifact: Artifact, receipt: Receipt) -> Receipt:
     """The receipt for what the kernel has just frozen: it has set the time of writing."""
     look = next(i.installed for i in run.inspect().artifacts if i.artifact.path == artifact.path)
-    (proven,) = prove(run, [(artifact, look)])
+    (proven,) = run.verify([(artifact, look)])
     if proven is None or proven.sha256 != receipt.sha256:
         found = run.known_bad.get(look.path) or Finding.changed(look.path)
         raise WrongContent("a file was changed while it was being sealed", [found])

@@ -18,8 +18,8 @@ from csm_weights.errors import (
 )
 from csm_weights.hashing import HashJob, measure
 from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
-from csm_weights.pipeline.checks import gate, gate_error, prove, subject_of, tidy
-from csm_weights.pipeline.request import Request, Session, begin
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Session, begin, gate_error
 from csm_weights.progress import Progress
 from csm_weights.store import hub_cache, install
 from csm_weights.store.hub_cache import Seed, Seeded
@@ -79,7 +79,7 @@ def _seed(run: Session, repo: str, revision: str, move_main: bool) -> Seeding:
     finally:
         unrecorded = _record_again(state)
     with suppress(NoSpace):
-        tidy(run.inspect(), is_staged=True)
+        run.remove_leftovers(run.inspect(), is_staged=True)
     main = hub_cache.main_of(cache, repo)
     notes += [*_main_notes(revision, main, run.manifest.name), *unrecorded]
     return Seeding(run.manifest, cache, tuple(seeded), main, tuple(notes))
@@ -90,7 +90,7 @@ def rehearse(request: Request, move_main: bool = False) -> Seeding:
     run = begin(request)
     repo, revision = _repository(run.manifest)
     state, cache = run.inspect(), _cache()
-    subjects = [subject_of(i.artifact, i.installed, run.manifest.name) for i in state.artifacts]
+    subjects = [run.subject(i.artifact, i.installed) for i in state.artifacts]
     if findings := [s.finding for s in subjects if s.finding]:
         raise error_for("not every file is in place", findings)
     home = hub_cache.repository(cache, repo) / "snapshots" / revision
@@ -121,7 +121,7 @@ def _proven(run: Session) -> State:
     """The chosen files, every one in place and past its gates; else the error for all."""
     _prove(run, run.inspect())
     state = run.inspect()
-    if error := gate_error(gate(state, rehash=False)):
+    if error := gate_error(run.gate(state, rehash=False)):
         raise error
     return state
 
@@ -129,7 +129,7 @@ def _proven(run: Session) -> State:
 def _prove(run: Session, state: State) -> None:
     """Hashes the files in place that have no valid receipt; the right ones get theirs."""
     items = [i for i in state.artifacts if i.installed.state is FileState.UNVERIFIED]
-    found = prove(run, [(item.artifact, item.installed) for item in items])
+    found = run.verify([(item.artifact, item.installed) for item in items])
     for item, proven in zip(items, found, strict=True):
         if proven:
             install.record(run.paths.destination, run.receipt(item.artifact, proven))

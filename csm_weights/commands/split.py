@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial as bind
 from pathlib import Path
 
+from csm_weights.commands.verify import SUMS
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.hashing import Hasher, blob_id, feed, sha256, sha256_of
@@ -19,7 +20,6 @@ from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.pin import _FORMATS, group_of, suffix, tiling
 from csm_weights.manifest.render import render_artifact
 from csm_weights.manifest.types import Artifact, Manifest, Piece
-from csm_weights.pipeline.checks import SUMS
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.atomic import sync, writing

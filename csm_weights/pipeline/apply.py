@@ -19,17 +19,11 @@ from pathlib import Path
 
 from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, error_for
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.pipeline import sources
-from csm_weights.pipeline.checks import (
-    gate,
-    gate_error,
-    has_smoke_test,
-    prove,
-    speak_unless_known,
-    tidy,
-)
+from csm_weights.pipeline import smoke_test, sources
+from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import Plan, Step, Target, Verb
-from csm_weights.pipeline.request import Outcome, Request, Session, StatusReport, begin
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Session, begin, gate_error
 from csm_weights.progress import Progress
 from csm_weights.store import atomic, install, receipts
 from csm_weights.store.inspect import (
@@ -65,17 +59,20 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
     Without weights among what is chosen there is nothing to smoke-test, and for
     models other than CSM there is no smoke test.
     """
-    outcome = apply(request, Target.BOTH)
-    outcome = replace(outcome, results=gate(outcome.state, rehash=False))
+    session = begin(request)
+    outcome = _apply(session, Target.BOTH)
+    outcome = replace(outcome, results=session.gate(outcome.state, rehash=False))
     if error := gate_error(outcome.results):
         return replace(outcome, error=error)
     if not smoke or not any(item.artifact.is_weights for item in outcome.state.artifacts):
         return outcome
-    if not has_smoke_test(outcome.state.manifest):
+    if not smoke_test.is_for(session.manifest):
         with Progress("smoke", 0) as progress:
             progress.log("there is no smoke test for this model; it is not run")
         return outcome
-    return speak_unless_known(outcome, request, require_gpu)
+    if known := smoke_test.known_report(outcome.state, require_gpu):
+        return replace(outcome, smoke=known)
+    return smoke_test.run(outcome, require_gpu=require_gpu)
 
 
 def status(request: Request, goal: Target = Target.BOTH, check: bool = False) -> StatusReport:
@@ -111,7 +108,10 @@ def apply(request: Request, goal: Target) -> Outcome:
 
     Raises the error of what stands in the way; nothing that was good is lost.
     """
-    run = begin(request)
+    return _apply(begin(request), goal)
+
+
+def _apply(run: Session, goal: Target) -> Outcome:
     state, plan = _first_look(run, goal)
     _require(run, plan)
     if plan.is_done and not leftovers(state, goal is Target.STAGED):
@@ -130,7 +130,7 @@ def apply(request: Request, goal: Target) -> Outcome:
                     raise
                 continue
             if not taken:
-                if tidy(state, goal is Target.STAGED):
+                if run.remove_leftovers(state, goal is Target.STAGED):
                     state = run.inspect()
                 return Outcome(state, tuple(acts), tuple(run.notes))
             acts += taken
@@ -205,7 +205,7 @@ def _prove(run: Session, steps: Sequence[Step]) -> None:
 
 def _proven(run: Session, steps: Sequence[Step]) -> list[tuple[Step, VerifiedFile]]:
     """The steps whose files are right; the other files are refuted."""
-    found = prove(run, [(step.artifact, step.look) for step in steps])
+    found = run.verify([(step.artifact, step.look) for step in steps])
     return [(step, proven) for step, proven in zip(steps, found, strict=True) if proven]
 
 

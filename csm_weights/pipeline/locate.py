@@ -21,7 +21,8 @@ from csm_weights.manifest.parse import load
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply, repo_manifest
 from csm_weights.pipeline.plan import Target
-from csm_weights.pipeline.request import Request, begin, find_manifest
+from csm_weights.pipeline.request import Request, find_manifest
+from csm_weights.pipeline.session import begin
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State

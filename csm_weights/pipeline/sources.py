@@ -11,7 +11,7 @@ from csm_weights.config import mirror_headers
 from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline.plan import HUB, Step
-from csm_weights.pipeline.request import Session
+from csm_weights.pipeline.session import Session
 from csm_weights.store import block_io
 from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import partial_path

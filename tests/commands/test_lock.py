@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from csm_weights.commands import lock
+from csm_weights.commands import lock, verify
 from csm_weights.errors import CsmWeightsError, Kind, UsageError, WrongContent
 from csm_weights.hashing import blob_id
 from csm_weights.manifest.parse import load, parse
@@ -32,7 +32,7 @@ from csm_weights.manifest.pin import (
 )
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Edition, Manifest
-from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
 from csm_weights.store.atomic import write_manifest
 from csm_weights.store.receipts import dump, load_receipt, receipt_path
@@ -222,7 +222,7 @@ def test_a_public_repository_is_fetched_without_an_account(hub: HubServer, root:
     hub.clear()
     fetch(root)
     assert hub.log == []
-    assert checks.verify(Request(root, NAME)).error is None
+    assert verify.verify(Request(root, NAME)).error is None
 
 
 def test_a_manifest_may_lie_anywhere(hub: HubServer, root: Path) -> None:
@@ -681,7 +681,7 @@ def test_proven_files_add_pieces_and_digests(hub: HubServer, root: Path) -> None
         assert set(artifact.evidence.values()) == {"A"}
     found = entry(root, "small.safetensors")
     assert (found.sha256, found.git_sha1, found.blob_id) == (sha256(small), git_sha1(small), None)
-    assert checks.verify(Request(root, NAME)).error is None
+    assert verify.verify(Request(root, NAME)).error is None
     state = apply.status(Request(root, NAME), check=True)
     assert state.error is None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from csm_weights.commands import verify
 from csm_weights.commands.render import report
 from csm_weights.errors import (
     CsmWeightsError,
@@ -20,9 +21,9 @@ from csm_weights.errors import (
     WrongContent,
     printable,
 )
-from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline import apply
+from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target
-from csm_weights.pipeline.request import Outcome
 from csm_weights.store.receipts import Check, Figures, SmokeReport
 from csm_weights.verify.gates import Gate, GateResult
 from tests.support.toy import Toy, flip
@@ -181,7 +182,7 @@ def test_a_failed_outcome_says_what_is_wrong(toy: Toy) -> None:
     """The finding, the closed gate and NOT OK are in the text of a failed check."""
     apply.weights(toy.request(), smoke=False)
     flip(toy.placed("a.bin"))
-    failed = checks.verify(toy.request())
+    failed = verify.verify(toy.request())
     text = report.outcome_text(failed)
     assert failed.error is not None
     assert failed.error.findings[0].line() in text
@@ -285,7 +286,7 @@ def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
     """The JSON of a failed check has the exit code and every field of each finding."""
     apply.weights(toy.request(), smoke=False)
     flip(toy.placed("a.bin"))
-    failed = checks.verify(toy.request())
+    failed = verify.verify(toy.request())
     data = read(report.outcome_json(failed))
     assert (data["ok"], data["exit_code"]) == (False, 4)
     assert failed.error is not None

@@ -18,10 +18,12 @@ import pytest
 from filelock import FileLock
 
 from csm_weights import hashing
+from csm_weights.commands import verify
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline import apply
+from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target, Verb
-from csm_weights.pipeline.request import Outcome, Request
+from csm_weights.pipeline.request import Request
 from csm_weights.store import install
 from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import Receipt, journal_path, partial_path, receipt_path
@@ -435,7 +437,7 @@ def test_verify_hashes_everything_and_passes(toy: Toy, hashed: Callable[[], int]
     """`verify` reads every placed byte once and finds all gates open."""
     weights(toy)
     hashed()
-    outcome = checks.verify(toy.request())
+    outcome = verify.verify(toy.request())
     assert outcome.error is None
     assert hashed() == sum(len(toy.good(a.path)) for a in toy.manifest.artifacts)
 
@@ -444,7 +446,7 @@ def test_verify_finds_one_flipped_byte_and_says_where(toy: Toy) -> None:
     """A flipped byte closes the digest gate with the byte range of its piece."""
     weights(toy)
     flip(toy.placed("b.bin"), PIECE_SIZE + 3)
-    outcome = checks.verify(toy.request())
+    outcome = verify.verify(toy.request())
     assert outcome.error is not None
     piece = toy.artifact("b.bin").pieces[1]
     expected = f"{toy.placed('b.bin')} bytes [{piece.offset:,}, {piece.end:,})"
@@ -457,7 +459,7 @@ def test_verify_finds_a_flipped_byte_without_receipts(toy: Toy) -> None:
     shutil.rmtree(toy.root / "models/toy/.csm-weights")
     for name in ("a.bin", "b.bin"):
         flip(toy.placed(name), 2 * PIECE_SIZE + 3)
-    outcome = checks.verify(toy.request())
+    outcome = verify.verify(toy.request())
     assert outcome.error is not None
     starts = [f.where.partition("[")[2].partition(",")[0] for f in outcome.error.findings]
     assert len(outcome.error.findings) == 2
@@ -468,7 +470,7 @@ def test_verify_of_a_missing_file_is_a_missing_input(toy: Toy) -> None:
     """A placed file that has gone is exit 3, though nothing else is wrong."""
     weights(toy)
     toy.placed("a.bin").unlink()
-    outcome = checks.verify(toy.request())
+    outcome = verify.verify(toy.request())
     assert outcome.error is not None
     assert outcome.error.exit_code == 3
 
@@ -478,17 +480,17 @@ def test_verify_writes_nothing(toy: Toy) -> None:
     toy.placed("a.bin").parent.mkdir(parents=True)
     toy.placed("a.bin").write_bytes(toy.good("a.bin"))
     before = sorted(toy.root.rglob("*"))
-    checks.verify(toy.request("a.bin"))
+    verify.verify(toy.request("a.bin"))
     assert sorted(toy.root.rglob("*")) == before
 
 
 def test_verify_writes_sums_that_it_accepts(toy: Toy) -> None:
     """--write-sums makes a SHA256SUMS of all files, and --sums holds files against it."""
     weights(toy)
-    assert checks.verify(toy.request(), write_sums=True).error is None
+    assert verify.verify(toy.request(), write_sums=True).error is None
     sums = toy.root / "models/toy/SHA256SUMS"
     assert len(sums.read_text().splitlines()) == 3
-    assert checks.verify(toy.request(), sums=str(sums)).error is None
+    assert verify.verify(toy.request(), sums=str(sums)).error is None
 
 
 def test_verify_refuses_sums_that_differ(toy: Toy) -> None:
@@ -496,7 +498,7 @@ def test_verify_refuses_sums_that_differ(toy: Toy) -> None:
     weights(toy)
     sums = toy.root / "SUMS"
     sums.write_text(f"{'0' * 64}  a.bin\n")
-    outcome = checks.verify(toy.request(), sums=str(sums))
+    outcome = verify.verify(toy.request(), sums=str(sums))
     assert outcome.error is not None
     assert outcome.error.exit_code == 4
 
@@ -593,7 +595,7 @@ def test_a_forged_receipt_condemns_no_good_file(toy: Toy, path: str) -> None:
     """A receipt that tells another digest than the manifest counts as none."""
     weights(toy)
     forge(toy, path, "0" * 64)
-    assert checks.verify(toy.request()).error is None
+    assert verify.verify(toy.request()).error is None
 
 
 def test_a_forged_receipt_vouches_for_nothing(toy: Toy) -> None:
@@ -602,7 +604,7 @@ def test_a_forged_receipt_vouches_for_nothing(toy: Toy) -> None:
     toy.write_manifest(replace(toy.manifest, artifacts=(bare,)))
     weights(toy)
     forge(toy, "b.bin", "0" * 64)
-    checks.verify(toy.request(), write_sums=True)
+    verify.verify(toy.request(), write_sums=True)
     expected = hashlib.sha256(toy.good("b.bin")).hexdigest()
     assert (toy.root / "models/toy/SHA256SUMS").read_text() == f"{expected}  b.bin\n"
 
@@ -672,8 +674,8 @@ def test_an_unfinished_part_is_not_taken_for_one_too_many(toy: Toy) -> None:
 def test_sums_of_other_files_stay(toy: Toy) -> None:
     """--write-sums with --only updates its lines and leaves the others."""
     weights(toy)
-    checks.verify(toy.request(), write_sums=True)
-    checks.verify(toy.request("a.bin"), write_sums=True)
+    verify.verify(toy.request(), write_sums=True)
+    verify.verify(toy.request("a.bin"), write_sums=True)
     assert len((toy.root / "models/toy/SHA256SUMS").read_text().splitlines()) == 3
 
 
@@ -689,7 +691,7 @@ def test_a_file_that_goes_away_during_verify_is_told(
         toy.placed("a.bin").unlink(missing_ok=True)
 
     monkeypatch.setattr("csm_weights.hashing.feed", vanish)
-    outcome = checks.verify(toy.request("a.bin"))
+    outcome = verify.verify(toy.request("a.bin"))
     assert outcome.error is not None
     assert outcome.error.exit_code == 4
 

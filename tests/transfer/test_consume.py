@@ -21,8 +21,9 @@ from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, UsageError, WrongContent
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline import apply
+from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import HUB, SourcePolicy, Target, Verb, make_plan
-from csm_weights.pipeline.request import Outcome, Request
+from csm_weights.pipeline.request import Request
 from csm_weights.store import block_io, inspect, receipts
 from csm_weights.store.receipts import PieceRecord, journal_path, partial_path
 from csm_weights.transfer import consume

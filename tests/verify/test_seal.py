@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from csm_weights.commands import verify
 from csm_weights.commands.render import report
 from csm_weights.commands.seal import seal_placed
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
-from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline import apply
+from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target
-from csm_weights.pipeline.request import Outcome
 from csm_weights.store import install
 from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import Receipt, load_receipt, partial_path, receipt_path
@@ -219,7 +220,7 @@ def test_files_whose_gates_are_closed_are_left_alone(toy: Toy) -> None:
     """An outcome with findings of the gates is passed on as it is."""
     weights_of = apply.weights(toy.request(), smoke=False)
     flip(toy.placed("a.bin"))
-    closed = replace(weights_of, results=checks.verify(toy.request()).results)
+    closed = replace(weights_of, results=verify.verify(toy.request()).results)
     assert seal_placed(toy.request(), closed) is closed
     assert mode(toy.placed("b.bin")) == 0o644
 
@@ -266,7 +267,7 @@ def test_verify_and_clean_work_on_sealed_files(toy: Toy) -> None:
     partial.write_text("unfinished")
     apply.clean(toy.request("all"), dry=False)
     assert not partial.exists()
-    assert checks.verify(toy.request(), write_sums=True).error is None
+    assert verify.verify(toy.request(), write_sums=True).error is None
 
 
 def test_a_kill_between_seal_and_receipt_costs_one_hashing(
@@ -343,7 +344,7 @@ def test_the_kernel_guards_a_sealed_file(disk: Path) -> None:
     path.unlink()
     apply.weights(toy.request(), smoke=False)
     assert path.read_bytes() == toy.good("a.bin")
-    assert checks.verify(toy.request()).error is None
+    assert verify.verify(toy.request()).error is None
 
 
 @pytest.mark.full
@@ -357,7 +358,7 @@ def test_a_block_that_rots_under_fs_verity_is_found(disk: Path) -> None:
     _rot(disk, path)
     with pytest.raises(OSError, match="Input/output error"):
         path.read_bytes()
-    error = checks.verify(toy.request(dest=placed)).error
+    error = verify.verify(toy.request(dest=placed)).error
     assert error is not None and error.exit_code == 4
     path.unlink()
     assert weights(toy, dest=placed).error is None

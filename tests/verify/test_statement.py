@@ -28,7 +28,7 @@ from csm_weights.commands.render import report, report_attest
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.request import Outcome
+from csm_weights.pipeline.outcome import Outcome
 from csm_weights.store.receipts import PieceRecord, Receipt
 from csm_weights.untrusted import Fingerprint
 from csm_weights.verify import keys, statement

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from csm_weights.commands import compare
+from csm_weights.commands import compare, verify
 from csm_weights.commands.render import report
 from csm_weights.errors import CsmWeightsError
-from csm_weights.pipeline import apply, checks
+from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
 
 #: Bytes of address space beyond which the process gets none: a bomb ends it, not the machine.
@@ -33,7 +33,7 @@ SECONDS = 10.0
 
 
 def _verify(root: Path, name: str) -> tuple[int, str]:
-    outcome = checks.verify(Request(root, name))
+    outcome = verify.verify(Request(root, name))
     return outcome.error.exit_code if outcome.error else 0, report.outcome_text(outcome)
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from csm_weights.errors import CsmWeightsError, Finding, printable
+from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import PieceOrigin, PieceSource, Plan, Step, Verb, extra
-from csm_weights.pipeline.request import Outcome, StatusReport
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.receipts import SmokeReport
 from csm_weights.verify.gates import Gate, GateResult

@@ -1,0 +1,45 @@
+"""The results of the pipeline's commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from csm_weights.errors import CsmWeightsError, Finding
+from csm_weights.pipeline.plan import Plan, Step
+from csm_weights.store.inspect import State
+from csm_weights.store.receipts import SmokeReport
+from csm_weights.verify.gates import GateResult
+from csm_weights.verify.seal import Sealed
+from csm_weights.verify.statement import Attested
+
+
+@dataclass(frozen=True)
+class StatusReport:
+    """A look at the disk and the plan that follows from it.
+
+    `advice` says how to get what is missing.
+    """
+
+    state: State
+    plan: Plan
+    advice: str = ""
+    error: CsmWeightsError | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did and what is proven now.
+
+    `acts` are the steps taken, in order. `smoke` is the last smoke report of
+    these very files, perhaps an earlier run's. `sealed` are the files that were
+    sealed, `attested` is what an attestation proved of them.
+    """
+
+    state: State
+    acts: tuple[Step, ...] = ()
+    notes: tuple[Finding, ...] = ()
+    results: tuple[GateResult, ...] = ()
+    smoke: SmokeReport | None = None
+    error: CsmWeightsError | None = None
+    sealed: tuple[Sealed, ...] = ()
+    attested: Attested | None = None

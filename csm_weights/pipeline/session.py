@@ -1,0 +1,178 @@
+"""One run of a command: what was asked, and what it has found out so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from csm_weights.config import HubEnvironment
+from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, error_for
+from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
+from csm_weights.pipeline.plan import (
+    HUB,
+    Plan,
+    SourcePolicy,
+    Target,
+    default_selection,
+    make_plan,
+    with_config,
+)
+from csm_weights.pipeline.request import Request, find_manifest
+from csm_weights.progress import Progress
+from csm_weights.store import atomic, install, receipts
+from csm_weights.store.inspect import FileState, FileStatus, Paths, State, inspect, leftovers
+from csm_weights.store.receipts import Receipt
+from csm_weights.transfer.assemble import VerifiedFile
+from csm_weights.verify import gates
+
+
+@dataclass
+class Session:
+    """One run of a command: what was asked, and what it has learnt so far."""
+
+    manifest: Manifest
+    paths: Paths
+    chosen: tuple[Artifact, ...]
+    sourcing: SourcePolicy
+    known_bad: dict[Path, Finding] = field(default_factory=dict)
+    good: dict[Path, frozenset[int]] = field(default_factory=dict)
+    notes: list[Finding] = field(default_factory=list)
+
+    def inspect(self) -> State:
+        """What is on disk of the chosen artifacts, with what this run has refuted."""
+        return inspect(self.manifest, self.chosen, self.paths, self.known_bad, self.good)
+
+    def plan(self, state: State, goal: Target) -> Plan:
+        """How the chosen artifacts get where `goal` wants them, from the sources of this run.
+
+        Raises WrongContent where a link would lead what is written out of the folders.
+        """
+        made = make_plan(state, goal, self.sourcing)
+        if not made.is_done:
+            for base in (self.paths.staging, self.paths.destination):
+                for path in (f"{RECEIPTS}/receipt", *(a.path for a in self.chosen)):
+                    atomic.stay_inside((base / path).parent, base)
+        return made
+
+    def note(self, findings: Iterable[Finding]) -> None:
+        """Remembers what was wrong and has been mended; each thing once."""
+        self.notes += [f for f in dict.fromkeys(findings) if f not in self.notes]
+
+    def receipt(self, artifact: Artifact, proven: VerifiedFile) -> Receipt:
+        """The receipt of a file that has just been proven; size in bytes."""
+        return Receipt(
+            path=artifact.path,
+            model=self.manifest.name,
+            size=proven.fingerprint.size,
+            sha256=proven.sha256,
+            git_sha1=proven.git_sha1,
+            pieces=proven.records,
+            fingerprint=proven.fingerprint,
+            proven_at=now(),
+            tool=f"csm-weights {version('csm-weights')}",
+        )
+
+    def install(self, proven: Path, directory: Path, receipt: Receipt) -> None:
+        """Gives a proven file its final name; what was known of that name is over."""
+        install.install(proven, directory, receipt)
+        final = directory / receipt.path
+        self.known_bad.pop(final, None)
+        receipts.journal_path(final).unlink(missing_ok=True)
+
+    def subject(self, artifact: Artifact, file: FileStatus) -> gates.Subject:
+        """Return an inspected file as the gates take it."""
+        mend = f"inv weights --model {self.manifest.name}"
+        finding = file.finding
+        if file.state is FileState.ABSENT:
+            finding = Finding.missing(file.path, artifact.size, mend)
+        trusted = file.state is FileState.VERIFIED
+        return gates.Subject(artifact, file.path, file.size, finding, file.receipt, trusted, mend)
+
+    def gate(self, state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
+        """Run every gate over the installed files; see `gates.check`."""
+        subjects = [self.subject(item.artifact, item.installed) for item in state.artifacts]
+        to_hash = sum(s.size or 0 for s in subjects if not s.finding and (rehash or not s.trusted))
+        with Progress("verifying", to_hash) as progress:
+            return tuple(gates.check(subjects, rehash, progress.advance))
+
+    def verify(self, files: Sequence[tuple[Artifact, FileStatus]]) -> list[VerifiedFile | None]:
+        """Hash files; a file that is wrong gives None, and counts as wrong from now on."""
+        subjects = [self.subject(artifact, file) for artifact, file in files]
+        with Progress("verifying", sum(subject.size or 0 for subject in subjects)) as progress:
+            proofs = gates.prove(subjects, progress.advance)
+        return [self._judge(proof) for proof in proofs]
+
+    def _judge(self, proof: gates.Proof) -> VerifiedFile | None:
+        path = proof.subject.path
+        if finding := proof.finding():
+            self.known_bad[path], self.good[path] = finding, proof.good
+            return None
+        assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
+        return VerifiedFile(path, proof.sha256, proof.records, proof.fingerprint, proof.git_sha1)
+
+    def remove_leftovers(self, state: State, is_staged: bool) -> bool:
+        """Remove the leftovers of verified files, each durably; return whether there were any."""
+        left = leftovers(state, is_staged)
+        for path in left:
+            with atomic.writing(path):
+                path.unlink(missing_ok=True)
+            atomic.sync(path.parent)
+        return bool(left)
+
+
+def begin(request: Request) -> Session:
+    """The run of a command: its manifest, its folders, and what is chosen.
+
+    Raises UsageError for names that do not exist, ManifestInvalid, MissingInput.
+    """
+    manifest = find_manifest(request.root, request.model)
+    if request.revision:
+        manifest = replace(manifest, revision=request.revision)
+    environment = HubEnvironment.read()
+    cache = environment.cache if manifest.repo else None
+    paths = Paths.of(manifest, request.root, request.dest, cache)
+    words = request.only or manifest.default
+    chosen = manifest.select(words) if words else ()
+    if not chosen:
+        chosen = default_selection(inspect(manifest, manifest.artifacts, paths, {}))
+    chosen = with_config(manifest, chosen)
+    return Session(manifest, paths, chosen, _sourcing(request, manifest, environment))
+
+
+def _sourcing(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:
+    """Which sources a request allows, and which of them are known to give nothing."""
+    word, far, problems = request.source, list(request.urls), []
+    if environment.offline and far:
+        finding = Finding(Kind.OFFLINE, far[0], "a mirror that may be asked", "HF_HUB_OFFLINE")
+        problems.append(finding)
+        far = []
+    if word in ("auto", "hf") and manifest.repo:
+        problem = environment.problem(manifest.repo, manifest.gated)
+        if problem:
+            problems.append(problem)
+        else:
+            far.append(HUB)
+    elif word == "hf":
+        raise UsageError(f"{manifest.where} names no repository of the Hub")
+    return SourcePolicy(
+        parts=word in ("auto", "chunks"),
+        cache=word in ("auto", "hf"),
+        far=tuple(far) if word != "chunks" else (),
+        problems=tuple(problems),
+        far_first=word == "hf",
+        consume=request.consume,
+    )
+
+
+def gate_error(results: Iterable[gates.GateResult]) -> CsmWeightsError | None:
+    """Return the one error for all that the gates found, each finding once."""
+    findings = dict.fromkeys(f for r in results for f in r.findings)
+    return error_for("verification failed", findings) if findings else None
+
+
+def now() -> str:
+    """The time, ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

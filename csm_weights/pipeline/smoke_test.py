@@ -1,0 +1,108 @@
+"""The smoke test of an installed model, and the report of an earlier one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from csm_weights.errors import CsmWeightsError, SmokeFailed, UsageError
+from csm_weights.hashing import sha256_of
+from csm_weights.manifest.types import Manifest
+from csm_weights.model.smoke import run as run_smoke
+from csm_weights.pipeline.outcome import Outcome
+from csm_weights.pipeline.session import now
+from csm_weights.store import atomic, receipts
+from csm_weights.store.inspect import State
+from csm_weights.store.receipts import SmokeReport
+
+#: Frames that a smoke test generates: 0.64 seconds of audio.
+FRAMES = 8
+
+
+def is_for(manifest: Manifest) -> bool:
+    """Return whether a model is CSM, by the config that describes it: others have no test."""
+    return any(artifact.format == "config" for artifact in manifest.artifacts)
+
+
+def known_report(state: State, require_gpu: bool) -> SmokeReport | None:
+    """Return the good report of an earlier run of these very files, where it still holds.
+
+    A report made on the CPU does not hold where a GPU is required, or may be here.
+    """
+    known = state.smoke
+    if known is None or not known.ok or known.bound_to != _binding(state):
+        return None
+    is_on_gpu = not known.device.startswith("cpu")
+    return known if is_on_gpu or not (require_gpu or _may_have_gpu()) else None
+
+
+def _may_have_gpu() -> bool:
+    """Whether a GPU may be here that an earlier run on the CPU did not have; without torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and Path("/dev/nvidiactl").exists()
+
+
+def run(
+    outcome: Outcome,
+    device: str | None = None,
+    require_gpu: bool = False,
+    frames: int = FRAMES,
+    dtype: str | None = None,
+) -> Outcome:
+    """Load the installed model, generate some frames, and record the report.
+
+    Returns the outcome with the report, or with the error that the test ends in.
+    """
+    state = outcome.state
+    try:
+        report = run_smoke(
+            state.paths.destination,
+            device=device,
+            require_gpu=require_gpu,
+            frames=frames,
+            golden=_golden(state),
+            weights=_weights_word(state),
+            dtype=dtype,
+        )
+    except CsmWeightsError as error:
+        return replace(outcome, error=error)
+    report = replace(report, bound_to=_binding(state), made_at=now())
+    if not report.ok:
+        wrong = ", ".join(check.name for check in report.checks if not check.ok)
+        return replace(outcome, smoke=report, error=SmokeFailed(f"NOT OK: {wrong}"))
+    try:
+        path = receipts.smoke_path(state.paths.destination)
+        atomic.write_whole(path, receipts.dump(report) + "\n")
+    except CsmWeightsError as error:
+        # A folder that may only be read can hold a good model all the same.
+        return replace(outcome, smoke=report, notes=(*outcome.notes, *error.findings))
+    return replace(outcome, smoke=report)
+
+
+def _golden(state: State) -> Path | None:
+    golden = state.manifest.golden
+    return state.paths.root / "manifests" / golden if golden else None
+
+
+def _weights_word(state: State) -> str:
+    """Which of the chosen weight files is loaded: the first of the manifest's order."""
+    chosen = [item.artifact for item in state.artifacts if item.artifact.is_weights]
+    if not chosen:
+        raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
+    return "safetensors" if chosen[0].format == "safetensors" else "ckpt"
+
+
+def _binding(state: State) -> tuple[tuple[str, str], ...]:
+    """What a smoke report holds for: the files, the golden frames, torch, this package."""
+    receipts = [item.installed.receipt for item in state.artifacts]
+    bound = [(r.path, r.sha256) for r in receipts if r]
+    golden = _golden(state)
+    if golden and golden.is_file():
+        bound.append(("golden", sha256_of(golden)))
+    for package in ("torch", "csm-weights"):
+        with contextlib.suppress(PackageNotFoundError):
+            bound.append((package, version(package)))
+    return tuple(bound)
