@@ -27,7 +27,7 @@ from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.transformers_layout import TIED
 from csm_weights.pipeline.request import Request
 from tests.support import hostile
-from tests.support.clone import REPOSITORY, Clone
+from tests.support.clone import REPOSITORY
 from tests.support.oracles import transformers_config, transformers_model
 
 TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
@@ -577,40 +577,7 @@ def test_the_text_of_a_difference_says_where(compared: Compared) -> None:
     assert data["differences"][1]["values"][1] == {"number": "nan", "bits": "0x7fc00000"}
 
 
-# ---- the command
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """A checkout in which torch must not be touched."""
-    clone = Clone.make(tmp_path_factory.mktemp("compare") / "clone")
-    clone.fake("torch", "raise RuntimeError('torch was imported')\n")
-    return clone
-
-
-def test_the_command_compares_without_torch(clone: Clone) -> None:
-    """`inv compare` compares the two formats; results on stdout, exit code 0."""
-    done = clone.inv("compare", "--model", "csm-tiny")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("OK: 52 tensors of 1,186,560 bytes are equal")
-
-
-def test_the_command_takes_files(clone: Clone) -> None:
-    """One file that differs, in JSON and by make: exit code 4, and a result all the same."""
-    state = clone.joined("model.safetensors")
-    other = clone.root / "other.safetensors"
-    other.write_bytes(state[:-4] + b"\0\0\0\0")
-    done = clone.inv("compare", "--model", "csm-tiny", "--file", "other.safetensors", "--json")
-    data = json.loads(done.stdout)
-    assert (done.returncode, data["exit_code"]) == (4, 4)
-    assert [d["name"] for d in data["differences"]] == ["text_embeddings.weight"]
-    assert data["differences"][0]["index"] == [511, 63]
-    made = clone.make_target("compare", "MODEL=csm-tiny", f"FILE={other} {other}")
-    assert (made.returncode, made.stdout.splitlines()[-1][:6]) == (0, "OK: 52")
-    assert clone.inv("compare", "--file", "none.pt").returncode == 3
-    often = clone.inv("compare", *("--file", "other.safetensors") * 3)
-    assert (often.returncode, "at most twice" in often.stderr) == (2, True)
-    assert "Traceback" not in often.stderr
+# ---- memory
 
 
 MEASURED = """

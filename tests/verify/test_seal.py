@@ -27,7 +27,6 @@ from csm_weights.store import install
 from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import Receipt, load_receipt, partial_path, receipt_path
 from csm_weights.verify import seal
-from tests.support.clone import Clone
 from tests.support.toy import Toy, flip
 
 #: What linux/fsverity.h says: the two ioctls, and the argument for SHA-256 and 4,096-byte blocks.
@@ -287,22 +286,6 @@ def test_a_kill_between_seal_and_receipt_costs_one_hashing(
     outcome = weights(toy, "a.bin")
     assert [str(step.verb) for step in outcome.acts] == ["prove in place"]
     assert outcome.state.artifacts[0].installed.state is FileState.VERIFIED
-
-
-def test_the_commands_seal(tmp_path: Path) -> None:
-    """`inv place`, `inv fetch --dest` and `inv weights` take --seal; fetch alone does not."""
-    clone = Clone.make(tmp_path / "clone")
-    tiny = ("--model", "csm-tiny", "--only", "safetensors")
-    refused = clone.inv("fetch", *tiny, "--seal")
-    assert (refused.returncode, "--dest" in refused.stderr) == (2, True)
-    assert clone.inv("fetch", *tiny).returncode == 0
-    for command in (("place", *tiny), ("fetch", *tiny, "--dest", "elsewhere")):
-        done = clone.inv(*command, "--seal", "--json")
-        assert (done.returncode, len(json.loads(done.stdout)["sealed"])) == (0, 2)
-    for folder in ("models/csm-tiny", "elsewhere"):
-        assert mode(clone.root / folder / "model.safetensors") == 0o444
-    again = clone.inv("weights", *tiny, "--no-smoke", "--seal")
-    assert (again.returncode, "read-only" in again.stdout) == (0, True)
 
 
 # ---- a real file system with fs-verity

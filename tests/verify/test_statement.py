@@ -33,7 +33,6 @@ from csm_weights.store.receipts import PieceRecord, Receipt
 from csm_weights.untrusted import Fingerprint
 from csm_weights.verify import keys, statement
 from csm_weights.verify.statement import Facts, Made
-from tests.support.clone import Clone
 from tests.support.toy import Toy, flip
 
 COMMIT = "c0ffee" + "0" * 34
@@ -680,23 +679,3 @@ def test_a_huge_file_is_not_read(desk: Desk) -> None:
         file.truncate(1 << 40)
     error = desk.refusal(key=False, file=path)
     assert (error.exit_code, "1,099,511,627,776 bytes" in str(error)) == (4, True)
-
-
-# ---- the commands
-
-
-def test_the_commands_attest_and_verify(tmp_path: Path) -> None:
-    """`inv attest` signs, `inv verify` checks, and a wrong key ends with exit code 4."""
-    clone = Clone.make(tmp_path / "clone")
-    tiny = ("--model", "csm-tiny")
-    clone.inv("weights", *tiny, "--no-smoke")
-    made = clone.inv("attest", *tiny, "--new-key", "key", "--out", "a.json", "--json")
-    assert (made.returncode, json.loads(made.stdout)["scheme"]) == (0, "ed25519")
-    good = clone.inv("verify", *tiny, "--attestation", "a.json", "--key", "key.pub", "--json")
-    signer = json.loads(good.stdout)["attested"]["signer"]
-    assert (good.returncode, signer["scheme"]) == (0, "ed25519")
-    clone.inv("attest", *tiny, "--new-key", "other", "--out", "b.json")
-    bad = clone.inv("verify", *tiny, "--attestation", "a.json", "--key", "other.pub")
-    assert (bad.returncode, "not signed by this key" in bad.stderr) == (4, True)
-    alone = clone.inv("verify", *tiny, "--key", "key.pub")
-    assert alone.returncode == 2

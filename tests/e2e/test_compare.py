@@ -1,0 +1,42 @@
+"""`inv compare` as a person calls it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.support.clone import Clone
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A checkout in which torch must not be touched."""
+    clone = Clone.make(tmp_path_factory.mktemp("compare") / "clone")
+    clone.fake("torch", "raise RuntimeError('torch was imported')\n")
+    return clone
+
+
+def test_the_command_compares_without_torch(clone: Clone) -> None:
+    """`inv compare` compares the two formats; results on stdout, exit code 0."""
+    done = clone.inv("compare", "--model", "csm-tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith("OK: 52 tensors of 1,186,560 bytes are equal")
+
+
+def test_the_command_takes_files(clone: Clone) -> None:
+    """One file that differs, in JSON and by make: exit code 4, and a result all the same."""
+    state = clone.joined("model.safetensors")
+    other = clone.root / "other.safetensors"
+    other.write_bytes(state[:-4] + b"\0\0\0\0")
+    done = clone.inv("compare", "--model", "csm-tiny", "--file", "other.safetensors", "--json")
+    data = json.loads(done.stdout)
+    assert (done.returncode, data["exit_code"]) == (4, 4)
+    assert [d["name"] for d in data["differences"]] == ["text_embeddings.weight"]
+    assert data["differences"][0]["index"] == [511, 63]
+    made = clone.make_target("compare", "MODEL=csm-tiny", f"FILE={other} {other}")
+    assert (made.returncode, made.stdout.splitlines()[-1][:6]) == (0, "OK: 52")
+    assert clone.inv("compare", "--file", "none.pt").returncode == 3
+    often = clone.inv("compare", *("--file", "other.safetensors") * 3)
+    assert (often.returncode, "at most twice" in often.stderr) == (2, True)
+    assert "Traceback" not in often.stderr
