@@ -55,14 +55,13 @@ HEAVY |= {"securesystemslib", "cryptography"}
 @pytest.mark.parametrize(
     "code",
     [
-        "import csm_weights.pipeline.apply, csm_weights.commands.render.report",
+        "import csm_weights.pipeline.apply, csm_weights.commands.render.json",
         "import csm_weights.commands.split",
-        "import csm_weights.commands.doctor, csm_weights.commands.render.report_hub",
+        "import csm_weights.commands.doctor, csm_weights.commands.render.text",
         "import csm_weights.commands.lock",
         "import csm_weights.commands.attest, csm_weights.commands.seal",
-        "import csm_weights.commands.render.report_attest",
         "import csm_weights, csm_weights.pipeline.locate",
-        "import csm_weights.commands.compare, csm_weights.commands.render.report_compare",
+        "import csm_weights.commands.compare",
         "import tasks",
     ],
 )
@@ -75,9 +74,10 @@ def test_a_status_loads_nothing_heavy() -> None:
     """Looking and planning, with a report of it, loads no torch on the way either."""
     code = """
 from pathlib import Path
-from csm_weights.commands.render import report
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text as as_text
 from csm_weights.pipeline import apply, request
-report.survey_json(apply.status(request.Request(Path.cwd())))
+as_json.render(apply.status(request.Request(Path.cwd())))
 """
     assert loaded_by(code) & HEAVY == set()
 

@@ -23,7 +23,8 @@ import pytest
 
 from csm_weights.commands import doctor, probe
 from csm_weights.commands.doctor import CheckResult, DoctorReport, Verdict
-from csm_weights.commands.render import report_hub
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text as as_text
 from csm_weights.errors import CsmWeightsError, Kind
 from csm_weights.manifest import parse, render
 from csm_weights.model import offline_assets
@@ -149,7 +150,7 @@ def code_of_weights(bench: Bench) -> int:
 
 
 def said(diagnosis: DoctorReport) -> str:
-    return report_hub.diagnosis_text(diagnosis)
+    return as_text.render(diagnosis)
 
 
 # ---- what can stand in the way
@@ -338,7 +339,7 @@ def test_every_obstacle_is_told_by_its_name(
     row = checks(diagnosis)[obstacle.row]
     assert (code(diagnosis), row.verdict) == (obstacle.code, Verdict.NOT_OK)
     assert diagnosis.error.findings[0] in row.findings
-    texts = [report_hub.diagnosis_text(diagnosis), report_hub.diagnosis_json(diagnosis)]
+    texts = [as_text.render(diagnosis), as_json.render(diagnosis)]
     texts += [str(diagnosis.error), repr(diagnosis), *capfd.readouterr()]
     for secret in (TOKEN, "hf_Unbekannt", "S3cret"):
         assert secret not in "\n".join(texts)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from csm_weights.commands import verify
-from csm_weights.commands.render import report
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text as as_text
 from csm_weights.errors import (
     CsmWeightsError,
     Finding,
@@ -70,7 +71,7 @@ def is_clean(text: str) -> bool:
 
 def test_a_table_is_aligned() -> None:
     """Each column starts at the same place in every line, as wide as its widest word."""
-    text = report.table(("file", "bytes"), [("a", "1"), ("longer name", "22")])
+    text = as_text.table(("file", "bytes"), [("a", "1"), ("longer name", "22")])
     assert text == "file         bytes\na            1\nlonger name  22"
 
 
@@ -81,7 +82,7 @@ def test_any_table_is_aligned() -> None:
         width = rng.randint(1, 5)
         words = ["".join(rng.choices(string.ascii_letters, k=rng.randint(1, 9))) for _ in range(99)]
         rows = [words[i * width : (i + 1) * width] for i in range(5)]
-        lines = report.table(rows[0], rows[1:]).split("\n")
+        lines = as_text.table(rows[0], rows[1:]).split("\n")
         starts = [0]
         for i in range(width - 1):
             starts.append(starts[-1] + max(len(row[i]) for row in rows) + 2)
@@ -92,13 +93,13 @@ def test_any_table_is_aligned() -> None:
 
 def test_a_table_has_no_trailing_space() -> None:
     """Lines end with their last word."""
-    text = report.table(("a", ""), [("long word", ""), ("x", "y")])
+    text = as_text.table(("a", ""), [("long word", ""), ("x", "y")])
     assert [line for line in text.split("\n") if line != line.rstrip()] == []
 
 
 def test_a_table_of_nothing_is_its_head() -> None:
     """No rows leave the head."""
-    assert report.table(("a", "b"), []) == "a  b"
+    assert as_text.table(("a", "b"), []) == "a  b"
 
 
 # ---- what a file name may hold
@@ -132,8 +133,8 @@ def test_a_hostile_part_name_cannot_drive_the_terminal(toy: Toy) -> None:
     """An escape sequence in the name of a file that is found is cleaned in every text."""
     toy.part("a.bin", 0).with_name(f"a.bin.part-{ESCAPE}").touch()
     survey = apply.status(toy.request())
-    assert "unexpected part" in report.survey_text(survey)
-    assert is_clean(report.survey_text(survey))
+    assert "unexpected part" in as_text.render(survey)
+    assert is_clean(as_text.render(survey))
     assert is_clean(str(refusal(toy)))
 
 
@@ -141,7 +142,7 @@ def test_a_line_end_in_a_part_name_cannot_forge_a_line(toy: Toy) -> None:
     """A file name with a line end does not make a line of its own in any text."""
     forged = "OK: in place and proven"
     toy.part("a.bin", 0).with_name(f"a.bin.part-\n{forged}").touch()
-    survey = report.survey_text(apply.status(toy.request()))
+    survey = as_text.render(apply.status(toy.request()))
     error = str(refusal(toy))
     lines = [*survey.split("\n"), *error.split("\n")]
     assert [line for line in lines if line.startswith(forged)] == []
@@ -150,9 +151,9 @@ def test_a_line_end_in_a_part_name_cannot_forge_a_line(toy: Toy) -> None:
 def test_a_hostile_destination_cannot_drive_the_terminal(toy: Toy) -> None:
     """What a person, or a script, gave as --dest is cleaned too."""
     survey = apply.status(toy.request(dest=f"there{ESCAPE}"))
-    assert is_clean(report.survey_text(survey))
+    assert is_clean(as_text.render(survey))
     state = replace(survey.state)
-    assert is_clean(report.outcome_text(Outcome(state)))
+    assert is_clean(as_text.render(Outcome(state)))
 
 
 def test_a_hostile_finding_in_an_outcome_is_cleaned(outcome: Outcome) -> None:
@@ -161,7 +162,7 @@ def test_a_hostile_finding_in_an_outcome_is_cleaned(outcome: Outcome) -> None:
     result = GateResult(Gate.SIZE, f"a{ESCAPE}", False, "x", f"found{ESCAPE}", (bad,))
     error = WrongContent(f"message{ESCAPE}", [bad])
     hostile = replace(outcome, notes=(bad,), results=(result,), error=error)
-    assert is_clean(report.outcome_text(hostile))
+    assert is_clean(as_text.render(hostile))
 
 
 # ---- outcomes in words
@@ -169,11 +170,11 @@ def test_a_hostile_finding_in_an_outcome_is_cleaned(outcome: Outcome) -> None:
 
 def test_an_outcome_shows_files_gates_and_verdict(toy: Toy, outcome: Outcome) -> None:
     """Every file has a line with the start of its digest, and the last line is the verdict."""
-    text = report.outcome_text(outcome)
+    text = as_text.render(outcome)
     for artifact in toy.manifest.artifacts:
         assert any(line.startswith(artifact.path) for line in text.split("\n"))
     digest = toy.artifact("a.bin").sha256 or ""
-    assert digest[: report.SHORT] in text
+    assert digest[: as_text.SHORT] in text
     assert "5 pieces, chunks/toy/a.bin" in text
     assert text.split("\n")[-1] == "OK: in place and proven"
 
@@ -183,7 +184,7 @@ def test_a_failed_outcome_says_what_is_wrong(toy: Toy) -> None:
     apply.weights(toy.request(), smoke=False)
     flip(toy.placed("a.bin"))
     failed = verify.verify(toy.request())
-    text = report.outcome_text(failed)
+    text = as_text.render(failed)
     assert failed.error is not None
     assert failed.error.findings[0].line() in text
     assert [line.split()[:3] for line in text.split("\n") if line.startswith("digest")] == [
@@ -195,7 +196,7 @@ def test_a_failed_outcome_says_what_is_wrong(toy: Toy) -> None:
 def test_a_gate_that_did_not_run_is_not_ok(outcome: Outcome) -> None:
     """`not run` is its own verdict: neither OK nor NOT OK."""
     results = (GateResult(Gate.STRUCTURE, "a", None, "x", "not run: no config"),)
-    text = report.outcome_text(replace(outcome, results=results))
+    text = as_text.render(replace(outcome, results=results))
     line = next(line for line in text.split("\n") if line.startswith("structure"))
     assert line.split()[1:3] == ["not", "run"]
     assert "0 of 1 files" in line
@@ -204,7 +205,7 @@ def test_a_gate_that_did_not_run_is_not_ok(outcome: Outcome) -> None:
 def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
     """The plan has a line for each file and piece, and the sums of bytes."""
     survey = apply.status(toy.request())
-    text = report.survey_text(survey)
+    text = as_text.render(survey)
     reads = sum(step.reads for step in survey.plan.steps)
     writes = sum(step.writes for step in survey.plan.steps)
     assert f"to read {reads:,} bytes, to write {writes:,}" in text
@@ -215,7 +216,7 @@ def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
 def test_a_survey_says_why_a_part_is_of_no_use(toy: Toy) -> None:
     """A missing part is named where its bytes would come from."""
     toy.part("a.bin", 2).unlink()
-    text = report.survey_text(apply.status(toy.request()))
+    text = as_text.render(apply.status(toy.request()))
     assert f"nowhere: {toy.artifact('a.bin').pieces[2].part} is missing" in text
     assert "nothing to take it from" in text
 
@@ -226,21 +227,21 @@ def test_a_survey_says_how_to_get_what_is_missing(toy: Toy) -> None:
         (toy.root / piece.part).unlink()
     survey = apply.status(toy.request("a.bin"))
     assert "output/toy/a.bin" in survey.advice
-    assert report.survey_text(survey).endswith(survey.advice)
-    assert read(report.survey_json(survey))["advice"] == survey.advice
+    assert as_text.render(survey).endswith(survey.advice)
+    assert read(as_json.render(survey))["advice"] == survey.advice
 
 
 def test_a_survey_says_what_an_earlier_run_proved(toy: Toy) -> None:
     """Pieces that are kept in the unfinished file are told as such."""
     flip(toy.part("a.bin", 2))
     refusal(toy)
-    text = report.survey_text(apply.status(toy.request()))
+    text = as_text.render(apply.status(toy.request()))
     assert text.count("the unfinished file, proven in an earlier run") >= 4
 
 
 def test_the_smoke_test_has_its_limits_and_verdicts(outcome: Outcome) -> None:
     """Each check has what was found, the limit, and OK or NOT OK."""
-    text = report.outcome_text(replace(outcome, smoke=SMOKE))
+    text = as_text.render(replace(outcome, smoke=SMOKE))
     lines = [line.split() for line in text.split("\n")]
     assert ["finite", "1.0", "all", "OK"] in lines
     assert ["cache", "0.5", "at", "most", "0.1", "NOT", "OK"] in lines
@@ -251,9 +252,9 @@ def test_reports_are_pure(toy: Toy, outcome: Outcome, capsys: pytest.CaptureFixt
     """Making a report prints nothing and changes no file."""
     capsys.readouterr()
     before = [(p, p.stat().st_mtime_ns) for p in sorted(toy.root.rglob("*"))]
-    report.outcome_text(outcome)
-    report.outcome_json(outcome)
-    report.survey_text(apply.status(toy.request()))
+    as_text.render(outcome)
+    as_json.render(outcome)
+    as_text.render(apply.status(toy.request()))
     assert capsys.readouterr() == ("", "")
     assert [(p, p.stat().st_mtime_ns) for p in sorted(toy.root.rglob("*"))] == before
 
@@ -274,7 +275,7 @@ def read(text: str) -> dict[str, Any]:
 
 def test_every_gate_says_what_it_expected_and_found(toy: Toy, outcome: Outcome) -> None:
     """The JSON of an outcome has a result for each gate and file, with both words."""
-    data = read(report.outcome_json(outcome))
+    data = read(as_json.render(outcome))
     places = {(gate["gate"], gate["path"]) for gate in data["gates"]}
     gates = ("present", "size", "digest")
     assert places == {(g, a.path) for g in gates for a in toy.manifest.artifacts}
@@ -287,7 +288,7 @@ def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
     apply.weights(toy.request(), smoke=False)
     flip(toy.placed("a.bin"))
     failed = verify.verify(toy.request())
-    data = read(report.outcome_json(failed))
+    data = read(as_json.render(failed))
     assert (data["ok"], data["exit_code"]) == (False, 4)
     assert failed.error is not None
     (finding,) = failed.error.findings
@@ -297,7 +298,7 @@ def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
 
 def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None:
     """What the table shortens, the JSON has in full, with where each piece came from."""
-    data = read(report.outcome_json(outcome))
+    data = read(as_json.render(outcome))
     entry = next(file for file in data["files"] if file["path"] == "a.bin")
     assert entry["receipt"]["sha256"] == toy.artifact("a.bin").sha256
     sources = [piece["source"] for piece in entry["receipt"]["pieces"]]
@@ -308,7 +309,7 @@ def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None
 def test_json_of_a_survey_adds_up(toy: Toy) -> None:
     """Steps, bytes and pieces of `status --json` are those of the plan."""
     survey = apply.status(toy.request(), Target.BOTH)
-    data = read(report.survey_json(survey))
+    data = read(as_json.render(survey))
     assert data["bytes_to_read"] == sum(step["reads"] for step in data["steps"])
     assert data["bytes_to_write"] == sum(step["writes"] for step in data["steps"])
     assert data["bytes_free"] == survey.state.free_staging
@@ -320,15 +321,15 @@ def test_json_of_a_checked_survey_has_its_exit_code(toy: Toy) -> None:
     """`status --check --json` says 3 while something is missing, and 0 when all is proven."""
     toy.part("a.bin", 0).unlink()
     missing = apply.status(toy.request("a.bin"), check=True)
-    assert read(report.survey_json(missing))["exit_code"] == 3
+    assert read(as_json.render(missing))["exit_code"] == 3
     apply.weights(toy.request("b.bin"), smoke=False)
-    done = read(report.survey_json(apply.status(toy.request("b.bin"), check=True)))
+    done = read(as_json.render(apply.status(toy.request("b.bin"), check=True)))
     assert (done["ok"], done["exit_code"]) == (True, 0)
 
 
 def test_json_of_a_smoke_report_is_whole(outcome: Outcome) -> None:
     """The smoke report is in the JSON with its numbers."""
-    data = read(report.outcome_json(replace(outcome, smoke=SMOKE)))["smoke"]
+    data = read(as_json.render(replace(outcome, smoke=SMOKE)))["smoke"]
     assert (data["device"], data["load_seconds"]) == ("cpu", 0.25)
     assert [check["ok"] for check in data["checks"]] == [True, False]
 
@@ -346,7 +347,7 @@ FINDING = Finding(Kind.NO_SPACE, "a/\udc80\x1b", "10 bytes", "9", "free some dis
 )
 def test_an_error_is_a_result_too(error: CsmWeightsError, code: int) -> None:
     """`--json` has an object also when a command fails, with code, message, findings, advice."""
-    data = read(report.error_json(error))
+    data = read(as_json.render(error))
     assert (data["ok"], data["exit_code"]) == (False, code)
     assert (data["message"], data["advice"]) == (error.message, error.advice)
     assert [set(f) for f in data["findings"]] == [set(vars(FINDING))] * len(error.findings)

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csm_weights.commands.compare import compare
-from csm_weights.commands.render import report_compare
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text as as_text
 from csm_weights.errors import Kind, MissingInput, UsageError, WrongContent
 from csm_weights.formats import compare as stage
 from csm_weights.formats import strided
@@ -549,7 +550,7 @@ def test_what_is_not_here_is_named_with_the_command_that_brings_it(repository: P
 
 def test_the_text_has_a_verdict(ours: Path, shards: list[Path]) -> None:
     """Both sides, what was left out, and OK."""
-    text = report_compare.comparison_text(held(ours, shards[0]))
+    text = as_text.render(held(ours, shards[0]))
     assert "safetensors, transformers' names" in text
     assert "left out of" in text
     assert text.splitlines()[-1].startswith("OK: 53 tensors of ")
@@ -562,14 +563,14 @@ def test_the_text_of_a_difference_says_where(compared: Compared) -> None:
     second["a"][1, 2] = 0.5
     second["b\n\x1b[31m"][0] = float("nan")
     comparison = compared(first, second)
-    text = report_compare.comparison_text(comparison)
+    text = as_text.render(comparison)
 
     assert "a[1, 2]" in text
     assert "0.0 (0x00000000)  0.5 (0x3f000000)" in text
     assert "\x1b" not in text
     assert text.splitlines()[-1] == "NOT OK: 2 tensors differ, the first at a[1, 2]; 0 are equal"
     data = json.loads(
-        report_compare.comparison_json(comparison),
+        as_json.render(comparison),
         parse_constant=lambda word: pytest.fail(f"{word} is not JSON"),
     )
     assert (data["ok"], data["exit_code"], data["differences"][0]["index"]) == (False, 4, [1, 2])
@@ -585,12 +586,13 @@ import sys
 from pathlib import Path
 from csm_weights import concurrency
 from csm_weights.commands import compare as command
-from csm_weights.commands.render import report_compare
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text as as_text
 from csm_weights.formats import compare
 from csm_weights.pipeline import request
 compare.workers = concurrency.workers = lambda: 64
 found = command.compare(request.Request(Path.cwd(), "csm-tiny"), *map(Path, sys.argv[1:]))
-report_compare.comparison_json(found)
+as_json.render(found)
 status = Path("/proc/self/status").read_text()
 peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
 print(found.equal, peak, bool({"torch", "numpy", "safetensors"} & set(sys.modules)))

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from csm_weights.commands.render import report
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text as as_text
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, UsageError, WrongContent
 from csm_weights.manifest.types import Artifact, Piece
@@ -145,10 +146,10 @@ def test_each_step_frees_what_it_wrote(toy: Toy, monkeypatch: pytest.MonkeyPatch
 def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
     """Status with --consume tells the step, and the most disk that it takes besides."""
     survey = apply.status(asked(toy))
-    text = report.survey_text(survey)
+    text = as_text.render(survey)
     assert f"{Verb.CONSUME} from 3 parts" in text
     assert f"at most {inspect.CONSUMING_ROOM:,} bytes of disk besides" in text
-    data = json.loads(report.survey_json(survey))
+    data = json.loads(as_json.render(survey))
     assert data["bytes_to_write"] == data["bytes_freed_meanwhile"] == toy.artifact(NAME).size
 
 
@@ -287,7 +288,7 @@ def test_a_begun_part_is_told_as_consumed(toy: Toy) -> None:
     assert [part.is_consumed for part in parts] == [True, True, False]
     assert [step.verb for step in survey.plan.steps][:1] == [Verb.CONSUME]
     part = toy.artifact(NAME).pieces[1].part
-    assert f"the unfinished file, and the rest of {part}" in report.survey_text(survey)
+    assert f"the unfinished file, and the rest of {part}" in as_text.render(survey)
 
 
 def test_a_plain_run_goes_on_with_a_begun_one(toy: Toy) -> None:

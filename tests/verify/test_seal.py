@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from csm_weights.commands import verify
-from csm_weights.commands.render import report
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text as as_text
 from csm_weights.commands.seal import seal_placed
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
 from csm_weights.pipeline import apply
@@ -97,9 +98,9 @@ def test_the_result_says_which_was_done(toy: Toy, monkeypatch: pytest.MonkeyPatc
     outcome = weights(toy, "a.bin", "b.bin")
     assert [s.verity for s in outcome.sealed] == [False, True]
     assert len(kernel.sealed) == 1
-    text = report.outcome_text(outcome)
+    text = as_text.render(outcome)
     assert "read-only (no fs-verity here)" in text and "read-only, fs-verity" in text
-    assert [s["verity"] for s in json.loads(report.outcome_json(outcome))["sealed"]] == [0, 1]
+    assert [s["verity"] for s in json.loads(as_json.render(outcome))["sealed"]] == [0, 1]
 
 
 def test_the_kernel_is_asked_for_sha256_over_4096_bytes(

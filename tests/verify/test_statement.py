@@ -24,7 +24,8 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from csm_weights.commands import attest
-from csm_weights.commands.render import report, report_attest
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text as as_text
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply
@@ -394,7 +395,7 @@ def test_a_signed_attestation_verifies(desk: Desk) -> None:
     assert outcome.error is None and outcome.attested is not None
     assert outcome.attested.signer == done.signer
     assert set(outcome.attested.subjects) == set(digests(desk.toy))
-    assert "signed by ed25519 key" in report.outcome_text(outcome)
+    assert "signed by ed25519 key" in as_text.render(outcome)
 
 
 def test_an_unsigned_one_says_that_nobody_signed_it(desk: Desk) -> None:
@@ -402,9 +403,9 @@ def test_an_unsigned_one_says_that_nobody_signed_it(desk: Desk) -> None:
     written = desk.attest()
     outcome = desk.verify(key=False)
     assert outcome.error is None
-    assert "NOBODY SIGNED IT" in report.outcome_text(outcome)
-    assert "NOBODY SIGNED IT" in report_attest.attesting_text(written)
-    assert json.loads(report.outcome_json(outcome))["attested"]["signer"] is None
+    assert "NOBODY SIGNED IT" in as_text.render(outcome)
+    assert "NOBODY SIGNED IT" in as_text.render(written)
+    assert json.loads(as_json.render(outcome))["attested"]["signer"] is None
 
 
 def test_without_a_key_no_one_is_said_to_have_signed(desk: Desk) -> None:
@@ -412,7 +413,7 @@ def test_without_a_key_no_one_is_said_to_have_signed(desk: Desk) -> None:
     desk.sign()
     outcome = desk.verify(key=False)
     assert outcome.attested and outcome.attested.signer is None
-    assert "NOT CHECKED" in report.outcome_text(outcome)
+    assert "NOT CHECKED" in as_text.render(outcome)
 
 
 def test_an_unsigned_one_fails_with_a_key(desk: Desk) -> None:

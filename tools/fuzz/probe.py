@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_weights.commands import compare, verify
-from csm_weights.commands.render import report
+from csm_weights.commands.render import text as as_text
 from csm_weights.errors import CsmWeightsError
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
@@ -34,7 +34,7 @@ SECONDS = 10.0
 
 def _verify(root: Path, name: str) -> tuple[int, str]:
     outcome = verify.verify(Request(root, name))
-    return outcome.error.exit_code if outcome.error else 0, report.outcome_text(outcome)
+    return outcome.error.exit_code if outcome.error else 0, as_text.render(outcome)
 
 
 def _compare(root: Path, name: str) -> tuple[int, str]:
@@ -45,7 +45,7 @@ def _compare(root: Path, name: str) -> tuple[int, str]:
 
 def _status(root: Path, name: str) -> tuple[int, str]:
     survey = apply.status(Request(root, name), check=True)
-    return survey.error.exit_code if survey.error else 0, report.survey_text(survey)
+    return survey.error.exit_code if survey.error else 0, as_text.render(survey)
 
 
 ACTS: dict[str, Callable[[Path, str], tuple[int, str]]] = {

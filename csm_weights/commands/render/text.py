@@ -1,18 +1,29 @@
-"""Results as text for a person and JSON for a machine. Pure: prints nothing."""
+"""Results as text for a person. Pure: prints nothing."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from typing import Any
+from functools import singledispatch
 
-from csm_weights.errors import CsmWeightsError, Finding, printable
+from csm_weights.commands.attest import Attesting
+from csm_weights.commands.doctor import CheckResult, DoctorReport, Verdict
+from csm_weights.commands.seed_cache import Seeding
+from csm_weights.errors import Finding, printable
+from csm_weights.formats.compare import Comparison, Difference
+from csm_weights.formats.tensor_index import MAX_FINDINGS
+from csm_weights.formats.transformers_layout import Layout, Summary
 from csm_weights.pipeline.outcome import Outcome, StatusReport
-from csm_weights.pipeline.plan import PieceOrigin, PieceSource, Plan, Step, Verb, extra
+from csm_weights.pipeline.plan import PieceOrigin, PieceSource, Step, Verb, extra
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.receipts import SmokeReport
 from csm_weights.verify.gates import Gate, GateResult
+
+
+@singledispatch
+def render(result: object) -> str:
+    """Return what a task shows of its result on stdout, or of an error on stderr."""
+    return str(result)
+
 
 #: Hex digits of a digest in a table; JSON and SHA256SUMS have them all.
 SHORT = 16
@@ -26,7 +37,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(printable(text.rstrip()) for text in texts)
 
 
-def survey_text(survey: StatusReport) -> str:
+@render.register
+def _survey(survey: StatusReport) -> str:
     """What `status` and a dry run show."""
     state, plan = survey.state, survey.plan
     steps: dict[str, list[Step]] = {}
@@ -95,7 +107,8 @@ def _sum(steps: Iterable[Step], name: str) -> int:
     return sum(getattr(step, name) for step in steps)
 
 
-def outcome_text(outcome: Outcome) -> str:
+@render.register
+def _outcome(outcome: Outcome) -> str:
     """What a command did, and the short table of what is proven."""
     state = outcome.state
     blocks = [printable(f"{state.manifest.name} -> {state.paths.destination}")]
@@ -219,104 +232,96 @@ def _finding_blocks(findings: Sequence[Finding], notes: Sequence[Finding]) -> li
     return blocks
 
 
-def survey_json(survey: StatusReport) -> str:
-    """`status --json`: what is there, the steps, the bytes; sizes in bytes."""
-    state, plan = survey.state, survey.plan
-    return dump(
-        model=state.manifest.name,
-        ok=plan.is_done,
-        exit_code=survey.error.exit_code if survey.error else 0,
-        destination=str(state.paths.destination),
-        artifacts=[_artifact_data(item, plan) for item in state.artifacts],
-        steps=[_step_data(step) for step in plan.steps],
-        bytes_to_read=_sum(plan.steps, "reads"),
-        bytes_to_write=_sum(plan.steps, "writes"),
-        bytes_to_fetch=_sum(plan.steps, "fetches"),
-        bytes_freed_meanwhile=_sum(plan.steps, "frees"),
-        bytes_free=state.free_staging,
-        findings=[asdict(f) for f in (survey.error or plan).findings],
-        notes=[asdict(f) for f in plan.notes],
-        advice=survey.advice,
-    )
+@render.register
+def _attesting(done: Attesting) -> str:
+    """The subjects with their digests, and who vouches for them."""
+    blocks = [printable(f"{done.model} -> {done.file}")]
+    blocks.append(table(("subject", "sha256"), list(done.subjects.items())))
+    if done.new_keys:
+        private, public = done.new_keys
+        blocks.append(printable(f"new key: {private} (keep it secret), {public} (hand it out)"))
+    if done.signer:
+        blocks.append(f"OK: attested, signed by {done.signer.scheme} key {done.signer.keyid[:16]}")
+    else:
+        blocks.append("OK: attested, but NOBODY SIGNED IT: --key or --new-key signs it")
+    return "\n\n".join(blocks)
 
 
-def _artifact_data(item: ArtifactState, plan: Plan) -> dict[str, Any]:
-    pieces = item.artifact.pieces
-    origins = {o.piece.offset: _origin_words(o) for o in plan.origins.get(item.artifact.path, ())}
-    return {
-        "path": item.artifact.path,
-        "size": item.artifact.size,
-        "evidence": dict(item.artifact.evidence),
-        "placed": str(item.installed.state),
-        "staged": str(item.staged.state),
-        "pieces": [
-            {"part": p.part, "offset": p.offset, "size": p.size, "from": origins.get(p.offset, "")}
-            for p in pieces
-        ],
-    }
+@render.register
+def _comparison(comparison: Comparison) -> str:
+    """Both sides, the first differences in the order of names, and one verdict."""
+    sides = [("first", comparison.first), ("second", comparison.second)]
+    rows = [(word, side.where, _kind(side), f"{side.tensors:,}") for word, side in sides]
+    blocks = [table(("", "file", "format", "tensors"), rows)]
+    blocks += [printable(_left_out(side)) for _, side in sides if side.left_out]
+    if comparison.differences:
+        blocks.append(_differences(comparison.differences))
+    size = f"{comparison.equal:,} tensors of {comparison.nbytes:,} bytes are equal"
+    if comparison.error:
+        return "\n\n".join([*blocks, size, printable(f"NOT OK: {comparison.error.message}")])
+    return "\n\n".join([*blocks, f"OK: {size}, name by name, in dtype, shape and every bit"])
 
 
-def _step_data(step: Step) -> dict[str, Any]:
-    return {
-        "path": step.artifact.path,
-        "verb": str(step.verb),
-        "detail": step.detail,
-        "reads": step.reads,
-        "writes": step.writes,
-        "fetches": step.fetches,
-    }
+def _kind(side: Summary) -> str:
+    names = ", transformers' names" if side.layout is Layout.TRANSFORMERS else ""
+    return f"{side.format}{names}"
 
 
-def outcome_json(outcome: Outcome) -> str:
-    """What a command did and what every gate says, expected and found."""
-    state, error = outcome.state, outcome.error
-    return dump(
-        model=state.manifest.name,
-        ok=error is None,
-        exit_code=error.exit_code if error else 0,
-        message=error.message if error else "",
-        destination=str(state.paths.destination),
-        files=[_file_data(item) for item in state.artifacts],
-        steps=[_step_data(step) for step in outcome.acts],
-        gates=[asdict(result) for result in outcome.results],
-        smoke=asdict(outcome.smoke) if outcome.smoke else None,
-        sealed=[asdict(one) for one in outcome.sealed],
-        attested=_attested_data(outcome),
-        findings=[asdict(f) for f in error.findings] if error else [],
-        notes=[asdict(f) for f in outcome.notes],
-    )
+def _left_out(side: Summary) -> str:
+    size = f"{side.left_out:,} tensors of {side.left_out_bytes:,} bytes"
+    return f"left out of {side.where}: the codec, {size}"
 
 
-def _attested_data(outcome: Outcome) -> dict[str, Any] | None:
-    if outcome.attested is None:
-        return None
-    signer = outcome.attested.signer
-    data = asdict(outcome.attested)
-    return data | {"signer": signer._asdict() if signer else None}
+def _differences(differences: Sequence[Difference]) -> str:
+    rows = [(d.where, str(d.what), d.first, d.second) for d in differences[:MAX_FINDINGS]]
+    text = table(("tensor", "differs in", "first", "second"), rows)
+    rest = len(differences) - len(rows)
+    return f"{text}\nand {rest:,} more" if rest else text
 
 
-def _file_data(item: ArtifactState) -> dict[str, Any]:
-    look = item.installed if item.installed.state is not FileState.ABSENT else item.staged
-    return {
-        "path": item.artifact.path,
-        "file": str(look.path),
-        "size": look.size,
-        "state": str(look.state),
-        "receipt": asdict(look.receipt) if look.receipt else None,
-    }
+@render.register
+def _diagnosis(diagnosis: DoctorReport) -> str:
+    """Each check with its verdict, what stands in the way, and one verdict."""
+    rows = [(check.name, str(check.verdict), check.found) for check in diagnosis.checks]
+    blocks = [printable(diagnosis.subject), table(("check", "verdict", "found"), rows)]
+    error = diagnosis.error
+    in_the_way = _findings(diagnosis.checks, is_ok=False)
+    blocks += _lines("what stands in the way:", in_the_way)
+    blocks += _lines("good to know:", _findings(diagnosis.checks, is_ok=True))
+    if error and error.advice:
+        blocks.append("\n".join(printable(line) for line in error.advice.splitlines()))
+    verdict = f"NOT OK: {error.message}" if error else f"OK: {diagnosis.promise}"
+    return "\n\n".join([*blocks, printable(verdict)])
 
 
-def error_json(error: CsmWeightsError) -> str:
-    """An error as the result of a command."""
-    return dump(
-        ok=False,
-        exit_code=error.exit_code,
-        message=error.message,
-        findings=[asdict(f) for f in error.findings],
-        advice=error.advice,
-    )
+def _findings(checks: Iterable[CheckResult], is_ok: bool) -> list[Finding]:
+    """The findings of checks that are, or are not, NOT OK; each once."""
+    some = [check for check in checks if (check.verdict is not Verdict.NOT_OK) is is_ok]
+    return list(dict.fromkeys(finding for check in some for finding in check.findings))
 
 
-def dump(**data: Any) -> str:
-    """A result as JSON, in ASCII."""
-    return json.dumps(data, indent=2, ensure_ascii=True)
+def _lines(title: str, findings: Iterable[Finding]) -> list[str]:
+    lines = [f"  {finding.line()}" for finding in findings]
+    return ["\n".join([title, *lines])] if lines else []
+
+
+@render.register
+def _seeding(seeding: Seeding) -> str:
+    """Where each file is in the Hub's cache and how it came there, and who finds it now."""
+    repo = seeding.manifest.repo
+    blocks = [printable(f"{repo} in {seeding.cache}")]
+    if seeding.files:
+        rows = [(file.path, str(file.how), file.blob.name) for file in seeding.files]
+        blocks.append(table(("file", "how", "blob"), rows))
+    if seeding.notes:
+        blocks.append("\n".join(printable(note) for note in seeding.notes))
+    if seeding.files:
+        blocks.append(printable(f"OK: with HF_HUB_OFFLINE=1, {_call(seeding)} finds it"))
+    return "\n\n".join(blocks)
+
+
+def _call(seeding: Seeding) -> str:
+    """How a program asks for what the cache has now."""
+    repo, revision = seeding.manifest.repo, seeding.manifest.revision
+    is_main = seeding.main == revision
+    return f'from_pretrained("{repo}"{"" if is_main else f", revision={revision!r}"})'

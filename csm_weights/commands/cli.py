@@ -1,0 +1,418 @@
+"""The tasks: their options, help, exit codes and rendering, each written once.
+
+`collection(root)` makes Invoke's collection of them, for tasks.py or for a
+console program (`invoke.Program(namespace=collection(root)).run()`).
+Listing the tasks imports nothing of the package but this and its errors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import Task
+
+from csm_weights import errors
+from csm_weights.errors import CsmWeightsError, UsageError
+
+if TYPE_CHECKING:
+    from csm_weights.pipeline.outcome import Outcome
+    from csm_weights.pipeline.plan import Target
+    from csm_weights.pipeline.request import Request
+
+
+class Option(NamedTuple):
+    """An option that several tasks have; a default of None makes it repeatable."""
+
+    default: str | bool | None
+    help: str
+
+
+OPTIONS = {
+    "model": Option("csm-1b", "a name in manifests/, or the path of a manifest (default csm-1b)"),
+    "only": Option(
+        "", "formats, groups or files, comma-separated: safetensors, ckpt, prompts, all, ..."
+    ),
+    "dest": Option(
+        "", "the folder for the files, instead of the manifest's; relative to the repository"
+    ),
+    "source": Option(
+        "auto", "where pieces come from: auto (parts, mirrors, the Hub), chunks, hf or mirror"
+    ),
+    "url": Option(
+        None, "a mirror: the URL of a folder with the files, or the parts; may be repeated"
+    ),
+    "revision": Option(
+        "", "another commit, branch or tag of the Hub's repository; the digests still decide"
+    ),
+    "consume": Option(
+        False, "remove the parts as their file grows, on a disk without room for both"
+    ),
+    "seal": Option(
+        False,
+        "make the files read-only once they are placed, and turn on fs-verity where there is",
+    ),
+    "dry": Option(False, "show what would be done, and do nothing"),
+    "require_gpu": Option(False, "exit 77 unless the smoke test runs on a GPU"),
+    "json": Option(False, "the result as JSON on stdout, also when it fails"),
+}
+
+#: Options of every task about files that are here, and of those that fetch them.
+FILES = ("model", "only", "dest", "json")
+SOURCES = (*FILES, "source", "url", "revision")
+
+
+class _Function(Protocol):
+    __name__: str
+
+    def __call__(self, *args: Any, **options: Any) -> object: ...
+
+
+def task(*names: str, **helps: str) -> Callable[[_Function], Task[Any]]:
+    """Make a task of a function that returns what is to be shown.
+
+    Args:
+        names: Shared options of the task. Those that the function has no
+            parameter for go into the `Request` that it gets first.
+        helps: Help for the function's own options, or in place of the shared one.
+
+    The function's first parameter is `request`, or else `root`, the folder
+    with manifests/. Its other parameters are options, named and defaulted as
+    they are there. The result is printed as text or JSON; the error that it
+    carries, or that is raised, ends the process with its exit code.
+    """
+
+    def make(function: _Function) -> Task[Any]:
+        first, *own = inspect.signature(function).parameters.values()
+        name = function.__name__.replace("_", "-")
+
+        def body(context: Context, **options: Any) -> None:
+            _refuse_core_options(context, name)
+            as_json = options.pop("json", False)
+            given = {parameter.name: options.pop(parameter.name) for parameter in own}
+            _run(lambda: function(_first(first.name, context, options), **given), as_json)
+
+        shared = [n for n in names if n not in {parameter.name for parameter in own}]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(n, kind, default=OPTIONS[n].default) for n in shared]
+        parameters = [inspect.Parameter("context", kind), *own, *parameters]
+        body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        body.__name__, body.__doc__ = function.__name__, function.__doc__
+        known = {n: OPTIONS[n].help for n in [*shared, *(p.name for p in own)] if n in OPTIONS}
+        iterable = [parameter.name for parameter in parameters if parameter.default is None]
+        return Task(body, name, iterable=iterable, help=known | helps, auto_shortflags=False)
+
+    return make
+
+
+def collection(root: Path, *more: Task[Any]) -> Collection:
+    """Return the tasks below, and `more` of them, for the checkout at `root`."""
+    made = Collection(*(one for one in globals().values() if isinstance(one, Task)), *more)
+    made.configure({"csm_weights": {"root": str(root)}})
+    return made
+
+
+def _first(name: str, context: Context, options: dict[str, Any]) -> object:
+    """Return a function's first argument: the root, or the request that options make."""
+    root = Path(context.config.csm_weights.root)
+    return root if name == "root" else make_request(root, **options)
+
+
+def make_request(
+    root: Path,
+    only: str = "",
+    dest: str = "",
+    url: Sequence[str] | None = None,
+    revision: str = "",
+    **options: Any,
+) -> Request:
+    """Return the request that options make; the others are called as its fields are."""
+    from csm_weights.pipeline.request import Request
+
+    words = tuple(stripped for word in only.split(",") if (stripped := word.strip()))
+    urls, commit = tuple(url or ()), revision or None
+    return Request(root, only=words, dest=dest or None, urls=urls, revision=commit, **options)
+
+
+def _refuse_core_options(context: Context, name: str) -> None:
+    """Raise Exit where Invoke takes an option for its own and the task would ignore it."""
+    words = sys.argv[sys.argv.index(name) + 1 :] if name in sys.argv else []
+    letters = [word for word in words if re.fullmatch(r"-[A-Za-z]\w*", word)]
+    if context.config.run.dry:
+        message = (
+            f"--dry before a task, or of a task that has none, is Invoke's own option and keeps "
+            f"nothing from being written; see inv --help {name}"
+        )
+    elif letters:
+        message = (
+            f"{letters[0]} is no option of {name}: its options are long, see inv --help {name}"
+        )
+    else:
+        return
+    raise Exit(message, code=UsageError.exit_code)
+
+
+def _run(call: Callable[[], object], as_json: bool) -> None:
+    """Show what a call returns or raises; raise Exit with the exit code of its error."""
+    import signal
+
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = call()
+    except CsmWeightsError as error:
+        result = error
+    except OSError as error:
+        result = errors.from_os_error(error)
+    except KeyboardInterrupt:
+        result = errors.Interrupted(
+            "interrupted; what was proven is kept, run the same command again"
+        )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    from csm_weights.commands.render import json, text
+
+    if as_json:
+        _print(json.render(result))
+    elif not isinstance(result, CsmWeightsError):
+        _print(text.render(result))
+    ending = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
+    if ending:
+        raise Exit(text.render(ending), code=ending.exit_code)
+
+
+def _print(text: str) -> None:
+    """Print a result; that a pager or `head` wants no more of it changes no exit code."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---- the tasks
+
+
+@task(
+    *(*SOURCES, "consume", "seal", "dry", "require_gpu"),
+    smoke="--no-smoke leaves the smoke test out, and needs no torch",
+)
+def weights(
+    request: Request,
+    smoke: bool = True,
+    require_gpu: bool = False,
+    seal: bool = False,
+    dry: bool = False,
+) -> object:
+    """Assemble, place, gate and smoke-test a model: the whole line."""
+    from csm_weights.pipeline import apply
+    from csm_weights.pipeline.plan import Target
+
+    if dry:
+        return apply.plan(request, Target.BOTH)
+    return _sealed(request, apply.weights(request, smoke, require_gpu), seal)
+
+
+@task(*SOURCES, "consume", check="exit 3 or 4 unless everything is in place and proven")
+def status(request: Request, check: bool = False) -> object:
+    """Show what is here, what is missing, and what would be done."""
+    from csm_weights.pipeline import apply
+
+    return apply.status(request, check=check)
+
+
+@task(*SOURCES, "consume", "seal", "dry")
+def fetch(request: Request, seal: bool = False, dry: bool = False) -> object:
+    """Bring the files into the staging folder (output/), or into --dest, proven."""
+    from csm_weights.pipeline.plan import Target
+
+    if seal and not request.dest:
+        raise UsageError("--seal is about files in place; with fetch it goes with --dest")
+    return _act(request, Target.BOTH if request.dest else Target.STAGED, seal, dry)
+
+
+@task(*FILES, "seal", "dry")
+def place(request: Request, seal: bool = False, dry: bool = False) -> object:
+    """Move proven files from the staging folder to the destination."""
+    from csm_weights.pipeline.plan import Target
+
+    return _act(request, Target.PLACED, seal, dry)
+
+
+def _act(request: Request, target: Target, seal: bool, dry: bool) -> object:
+    from csm_weights.pipeline import apply
+
+    if dry:
+        return apply.plan(request, target)
+    return _sealed(request, apply.apply(request, target), seal)
+
+
+def _sealed(request: Request, done: Outcome, seal: bool) -> Outcome:
+    if not seal:
+        return done
+    from csm_weights.commands.seal import seal_placed
+
+    return seal_placed(request, done)
+
+
+@task(
+    *FILES,
+    sums="also hold the files against this SHA256SUMS file",
+    write_sums="write SHA256SUMS beside the files, once they are proven",
+    attestation="a file of `inv attest`: check that it is true of the files in place",
+    key="the public key (PEM) that must have signed the attestation",
+)
+def verify(
+    request: Request,
+    sums: str = "",
+    write_sums: bool = False,
+    attestation: str = "",
+    key: str = "",
+) -> object:
+    """Hash every file in place again and run all gates; offline."""
+    from csm_weights.commands import attest, verify
+
+    if attestation:
+        return attest.verify(request, attestation, key, sums or None, write_sums)
+    if key:
+        raise UsageError("--key is whose signature --attestation FILE must have")
+    return verify.verify(request, sums or None, write_sums)
+
+
+@task(
+    *FILES,
+    out="the file to write (default NAME.intoto.json beside the files)",
+    key="sign with this private key, in PEM; a passphrase is read from CSM_KEY_PASSPHRASE",
+    new_key="sign with a new Ed25519 key, kept in this file and, the public one, in FILE.pub",
+)
+def attest(request: Request, out: str = "", key: str = "", new_key: str = "") -> object:
+    """Hash the files in place and write where they come from, as an in-toto statement."""
+    from csm_weights.commands import attest
+
+    return attest.attest_files(request, out, key, new_key)
+
+
+@task(
+    *(*FILES, "require_gpu"),
+    device="torch's word: cpu, cuda, cuda:1; default a GPU if there is one",
+    frames="how many frames of 80 ms to make (default 8)",
+    dtype="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on the CPU",
+    record="record golden frames in manifests/ instead (CPU)",
+)
+def smoke(
+    request: Request,
+    device: str = "",
+    require_gpu: bool = False,
+    frames: int = 8,
+    dtype: str = "",
+    record: bool = False,
+) -> object:
+    """Load the model that is in place, let it speak, and check it."""
+    from csm_weights.commands import smoke
+
+    if record:
+        return str(smoke.record_golden(request, frames))
+    return smoke.smoke(request, device or None, require_gpu, frames, dtype or None)
+
+
+@task(
+    *SOURCES,
+    smoke="--no-smoke asks for no torch, as that of weights",
+    offline="look instead for the repositories that CSM needs to speak offline",
+)
+def doctor(request: Request, smoke: bool = True, offline: bool = False) -> object:
+    """Find out what stands in the way of weights, before anything is fetched."""
+    from csm_weights.commands import doctor
+
+    return doctor.closure(request) if offline else doctor.examine(request, smoke)
+
+
+@task(
+    *(*FILES, "dry"),
+    move_main="let main stand for these files, even where it stands for another commit",
+)
+def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> object:
+    """Give the files in place to the Hub's cache, for other programs."""
+    from csm_weights.commands import seed_cache
+
+    return (seed_cache.rehearse if dry else seed_cache.seed_cache)(request, move_main)
+
+
+@task(
+    *("model", "dest", "json"),
+    file="a file of weights, its parts, shards, or a folder; may be given twice (default: "
+    "the model's two formats, or with one file what is here of the model)",
+)
+def compare(request: Request, file: Sequence[str] | None = None) -> object:
+    """Show that two files of weights hold equal tensors, or which differs first and where."""
+    from csm_weights.commands import compare
+
+    paths = [Path(name) for name in file or ()]
+    if len(paths) > 2:
+        raise UsageError("compare holds two files against each other; --file at most twice")
+    return compare.compare(request, *paths)
+
+
+@task(
+    file="the file to cut into parts",
+    chunks="the folder for the parts, below the repository root",
+    size="bytes of a part: 1073741824, 1GiB, 500MB, ...",
+    manifest="the manifest to write the entry to (made if new); else it is printed",
+)
+def split(
+    root: Path,
+    file: str,
+    chunks: str = "",
+    size: str = "1GiB",
+    manifest: str = "",
+    dry: bool = False,
+) -> object:
+    """Cut any file into parts, with SHA256SUMS and a manifest entry."""
+    from csm_weights.commands import split
+
+    return split.split(root, Path(file), chunks, size, manifest, dry)
+
+
+@task(
+    model="a name in manifests/, or a manifest's path (default csm-1b, or the name in --repo)",
+    repo="ORG/NAME: write the manifest of that repository, from the Hub's own metadata",
+    revision="with --repo: a commit, branch or tag (default main)",
+    only="formats, groups or files, comma-separated; with --repo globs: '*.safetensors,*.json'",
+    size="bytes of the pieces that larger files without pieces get (default 64MiB)",
+    dry="show the difference, and write nothing",
+)
+def lock(
+    root: Path,
+    model: str = "",
+    repo: str = "",
+    revision: str = "",
+    only: str = "",
+    dest: str = "",
+    size: str = "",
+    dry: bool = False,
+) -> object:
+    """Write the digests to a manifest that proven local files show, or those the Hub tells."""
+    from csm_weights.commands import lock
+
+    if repo and (dest or size):
+        raise UsageError("--dest and --size are about files in place; --repo asks the Hub only")
+    if revision and not repo:
+        raise UsageError("--revision goes with --repo")
+    if repo:
+        return lock.lock_repo(root, repo, revision, only, model, dry)
+    return lock.lock(make_request(root, only, dest, model=model or "csm-1b"), dry, size)
+
+
+@task("model", "dest")
+def clean(request: Request, dry: bool = False) -> object:
+    """Remove unfinished files; what is proven, staged or placed stays."""
+    from csm_weights.pipeline import apply
+
+    return apply.clean(replace(request, only=("all",)), dry)
