@@ -32,7 +32,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare split lock \
-	standin clean test lint test-full test-integration test-gpu torture bench \
+	standin clean test lint test-full test-integration test-gpu messages torture bench \
 	bench-download bench-load fuzz scanners
 
 help: ## Show this help
@@ -102,6 +102,9 @@ test-integration: $(VENV)/.test ## Run the tests against nginx and other release
 
 test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
 	@$(VENV)/bin/python -m pytest -m gpu tests
+
+messages: $(VENV)/.test ## Write docs/messages.md anew: every message of the package, to be read
+	@UPDATE_GOLDEN=1 $(VENV)/bin/python -m pytest -q tests/commands/test_messages.py
 
 torture: $(VENV)/.test ## Kill, cut off, race and deceive every command (SEED=1 MINUTES=10)
 	@$(VENV)/bin/python -m tools.torture $(if $(SEED),--seed $(SEED)) \
