@@ -69,14 +69,14 @@ def median(runs: Sequence[Run], what: str = "wall") -> float:
 
 
 def measure_staging(file: Path, runs: int) -> list[Row]:
-    """The whole file through the ring to nowhere, against `cat` to nowhere, by processor time."""
+    """The whole file streamed to nowhere, against `cat` to nowhere, by processor time."""
     cat = f"cat '{file}' > /dev/null"
     found = in_turn(runs, {"cat": lambda: run(cat, ROOT), "ours": lambda: load("stage", [file])})
     ours, peer = (median(found[name], "cpu") for name in ("ours", "cat"))
     grown = max(r.memory for r in found["ours"])
     return [
         Row(
-            "the file through the ring, processor time / `cat FILE > /dev/null`",
+            "the file streamed to nowhere, processor time / `cat FILE > /dev/null`",
             f"{ours:.2f} s",
             f"{peer:.2f} s",
             f"{ours / peer:.2f} times",

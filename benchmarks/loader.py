@@ -15,22 +15,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from csm_weights.formats.multipart import MultipartFile
-from csm_weights.model.stream import blocks, room, stream
+from csm_weights.model.stream import blocks, page_buffer, stream
 
-#: Bytes of a slot of the staging ring, which has one slot a thread.
+#: Bytes of a staging buffer, one a thread.
 STAGING_BLOCK = 1 << 20
 
 
 class _Nowhere:
-    """A lane that only gives room: what reading costs before anything is done with it."""
+    """A consumer that drops its blocks: what reading alone costs."""
 
     def __init__(self) -> None:
-        self._room = room(STAGING_BLOCK)
+        self._buffer = page_buffer(STAGING_BLOCK)
 
-    def slot(self) -> memoryview:
-        return self._room
+    def buffer(self) -> memoryview:
+        return self._buffer
 
-    def take(self, offset: int, size: int) -> None:
+    def consume(self, offset: int, size: int) -> None:
         pass
 
     def finish(self) -> None:
@@ -38,7 +38,7 @@ class _Nowhere:
 
 
 def stage(paths: Sequence[str]) -> object:
-    """The whole file through the ring, to nowhere."""
+    """Stream the whole file to nowhere."""
     with MultipartFile(paths) as source:
         stream(source, blocks(source.size, 64 * STAGING_BLOCK), _Nowhere)
     return None

@@ -24,7 +24,8 @@ from csm_weights.commands import lock, seed_cache
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.manifest.parse import load
 from csm_weights.model import csm as plain
-from csm_weights.model.speech import find_codec, find_tokenizer
+from csm_weights.model.codec import find_codec
+from csm_weights.model.tokenizer import find_tokenizer
 from csm_weights.pipeline import apply, locate
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request

@@ -106,7 +106,7 @@ def _error(case: _Case, disk: CheckResult, torch: CheckResult) -> CsmWeightsErro
 def closure(request: Request) -> DoctorReport:
     """Which of the repositories that CSM needs to speak are in the Hub's cache; offline."""
     environment = HubEnvironment.read()
-    needs = offline_assets.closure(environment.cache, _is_in_place(request))
+    needs = offline_assets.find_assets(environment.cache, _is_in_place(request))
     checks = tuple(_needed(need, environment) for need in needs)
     findings = [finding for check in checks for finding in check.findings]
     error = MissingInput("CSM cannot speak offline yet", findings) if findings else None
@@ -122,7 +122,7 @@ def _is_in_place(request: Request) -> bool:
     return apply.status(chosen).plan.is_done
 
 
-def _needed(need: offline_assets.Needed, environment: HubEnvironment) -> CheckResult:
+def _needed(need: offline_assets.Asset, environment: HubEnvironment) -> CheckResult:
     if need.here:
         return CheckResult(need.repo, Verdict.OK, f"here: {need.purpose}")
     help_text = need.command

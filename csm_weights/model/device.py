@@ -1,4 +1,4 @@
-"""What a device is and how fast its memory and its bus are, measured in a moment.
+"""What a device is, how fast its memory and bus are, and how much memory was used.
 
 torch is imported only when something is asked.
 """
@@ -23,7 +23,7 @@ BUS_SAMPLE = 64 << 20
 #: Most bytes read to measure a memory's rate; far more than caches hold.
 MEMORY_SAMPLE = 512 << 20
 
-#: How often a measurement is made; the best counts, for others only disturb it.
+#: How often a measurement is made; the fastest counts, since others can only be disturbed.
 TRIES = 4
 
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -32,14 +32,14 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Device:
-    """What computes: its name, its driver ("-" for a CPU)."""
+    """Name of a device, and its driver ("-" for a CPU)."""
 
     name: str
     driver: str
 
 
 def describe(device: torch.device) -> Device:
-    """The name and driver of a device."""
+    """Return the name and driver of a device."""
     import torch
 
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def describe(device: torch.device) -> Device:
 
 
 def _first(path: Path, pattern: str) -> str | None:
-    """What the pattern's group first matches in a small text file."""
+    """Return the first match of the pattern's group in a small text file."""
     try:
         match = re.search(pattern, path.read_text(errors="replace"))
     except OSError:
@@ -58,44 +58,44 @@ def _first(path: Path, pattern: str) -> str | None:
 
 
 def bus_rate(device: torch.device) -> float:
-    """Bytes a second from pinned memory to a GPU; 0 for the CPU, which has no such bus."""
+    """Measure bytes a second from pinned memory to a GPU; 0 for the CPU, which has no bus."""
     import torch
 
     if device.type != "cuda":
         return 0.0
     host = torch.empty(BUS_SAMPLE, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)
-    return BUS_SAMPLE / _best(lambda: there.copy_(host, non_blocking=True), device)
+    return BUS_SAMPLE / _fastest(lambda: there.copy_(host, non_blocking=True), device)
 
 
 def memory_rate(tensor: torch.Tensor) -> float:
-    """Bytes a second at which a device reads a tensor; of a small one, out of its caches."""
+    """Measure bytes a second at which a device reads a tensor; a small one is in its caches."""
     flat = tensor.flatten()[: MEMORY_SAMPLE // tensor.element_size()]
-    return flat.nbytes / _best(lambda: flat.sum(), tensor.device)
+    return flat.nbytes / _fastest(lambda: flat.sum(), tensor.device)
 
 
-def _best(act: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of a few runs, the first of which only warms up."""
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of a few runs, the first of which only warms up."""
     times = []
     for _ in range(TRIES + 1):
         synchronize(device)
         start = time.perf_counter()
-        act()
+        run()
         synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a device has done what it was given."""
+    """Wait until a device has done its work."""
     import torch
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def forget_peak(device: torch.device) -> None:
-    """Lets a GPU's peak of memory begin anew."""
+def reset_peak(device: torch.device) -> None:
+    """Start a GPU's peak of memory anew."""
     import torch
 
     if device.type == "cuda":
@@ -103,13 +103,13 @@ def forget_peak(device: torch.device) -> None:
 
 
 def host_peak() -> int:
-    """The most bytes of memory that this process has held so far, mapped files included."""
+    """Return the most bytes of memory that this process has held, mapped files included."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_peak(device: torch.device) -> int:
-    """The most bytes of tensors on a GPU since `forget_peak`; 0 for the CPU."""
+    """Return the most bytes of tensors on a GPU since `reset_peak`; 0 for the CPU."""
     import torch
 
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -1,12 +1,12 @@
-"""Frames of one voice, fast: caches that stay where they are, fused products, CUDA graphs.
+"""Frames of one voice, fast: caches of fixed shape, fused products, CUDA graphs.
 
-What `Model.generate_frame` does readably, this does in two steps whose shapes
-never change: the backbone reads the last frame, then the depth decoder gives
-the codes of the next, all its 31 passes in one. On a GPU each step is one CUDA
-graph, and the host is not asked before the frame is done. On the CPU the same
-steps run as they are.
+`Model.generate_frame` is the readable reference; this does the same in two
+steps whose shapes never change. The backbone reads the last frame, then the
+depth decoder gives the codes of the next, all its K - 1 passes in one. On a
+GPU each step is one CUDA graph, and the host waits only for the whole frame.
+On the CPU the same steps run as they are.
 
-Letters in shapes as in `model`; R rows of queries that share keys and values.
+Letters in shapes as in `csm`; P positions of a cache, S of a step.
 """
 
 from __future__ import annotations
@@ -21,50 +21,56 @@ from torch import Tensor
 
 from csm_weights.errors import UsageError
 from csm_weights.formats.architecture import CsmConfig, TransformerConfig
-from csm_weights.model.csm import Layer, Model, RMSNorm, Transformer, chooser, draw
+from csm_weights.model.csm import (
+    Layer,
+    Model,
+    RMSNorm,
+    Sampler,
+    Transformer,
+    make_sampler,
+    sample_topk,
+)
 
 #: Runs of a step before it is captured: libraries set themselves up in them.
 WARM_UPS = 2
 
 
 def weights_per_frame(config: CsmConfig) -> int:
-    """How many weights one frame has to read at least: those of every product, each time."""
-    a = config
-    shapes = a.tensor_shapes()
+    """Return how many weights one frame has to read at least: those of every product."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in config.tensor_shapes().items()}
 
-    def count(prefix: str) -> int:
-        sizes = (torch.Size(s).numel() for n, s in shapes.items() if n.startswith(prefix))
-        return sum(sizes)
+    def count(*prefixes: str) -> int:
+        return sum(size for name, size in sizes.items() if name.startswith(prefixes))
 
-    depth = count("decoder.") + count("projection.")
-    once = count("backbone.") + count("codebook0_head.") + count("audio_head")
-    return once + (a.codebooks - 1) * depth
+    once = count("backbone.", "codebook0_head.", "audio_head")
+    return once + (config.codebooks - 1) * count("decoder.", "projection.")
 
 
 class Decoder:
-    """Makes the frames of one sequence after the other with a model that stays as it is.
+    """Generates sequences of frames, one after the other, with a model that does not change.
 
     With `keep_logits` the logits of the last frame are kept.
     """
 
     def __init__(self, model: Model, keep_logits: bool = False) -> None:
-        a = model.config
+        c = model.config
         like = model.projection.weight
         self._model = model
-        self._backbone = _Steps(model.backbone, a.backbone, a.max_positions)
-        self._depth = _Steps(model.decoder, a.decoder, a.codebooks)
-        self._caches = model.new_caches(a.backbone, 1, a.max_positions)
-        self._depth_caches = model.new_caches(a.decoder, 1, a.codebooks)
-        self._places = torch.arange(a.max_positions, device=like.device)
-        self._position = self._places.new_zeros(1)
-        self._last = like.new_zeros(1, a.backbone.dim)
-        self._codes = self._places.new_zeros(1, a.codebooks)
+        self._backbone = _FusedTransformer(model.backbone, c.backbone, c.max_positions)
+        self._decoder = _FusedTransformer(model.decoder, c.decoder, c.codebooks)
+        self._caches = model.new_caches(c.backbone, 1, c.max_positions)
+        self._depth_caches = model.new_caches(c.decoder, 1, c.codebooks)
+        self._positions = torch.arange(c.max_positions, device=like.device)
+        # the state that the graphs read and write
+        self._input_pos = self._positions.new_zeros(1)
+        self._last_h = like.new_zeros(1, c.backbone.dim)
+        self._codes = self._positions.new_zeros(1, c.codebooks)
         self._temperature = torch.ones((), device=like.device)
-        self._logits = like.new_zeros(1, a.codebooks, a.audio_vocab) if keep_logits else None
+        self._logits = like.new_zeros(1, c.codebooks, c.audio_vocab) if keep_logits else None
         self._length = 0
-        self._ways: dict[int, Callable[[], None]] = {}
-        self._read = _captured(self._read_frame, like.device)
-        self._make: Callable[[], None] | None = None
+        self._backbone_step = _captured(self._run_backbone, like.device)
+        # topk (0 is greedy) and the step with it; graphs hold memory, so only the last is kept
+        self._depth_step: tuple[int, Callable[[], None]] | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -75,121 +81,115 @@ class Decoder:
 
     @torch.no_grad()
     def start(
-        self, tokens: Tensor, mask: Tensor, temperature: float = 0.9, topk: int = 50
+        self, tokens: Tensor, tokens_mask: Tensor, temperature: float = 0.9, topk: int = 50
     ) -> Tensor:
-        """Begins a new sequence; the codes (1, K) of the first frame after a prompt.
+        """Begin a new sequence; return the codes (1, K) of the first frame after a prompt.
 
-        tokens and mask are (1, S, K + 1), integers and booleans. Temperature 0
-        is greedy; otherwise codes are drawn with torch's generator of the
-        device. Raises UsageError where the prompt does not fit ("Inputs too long").
+        tokens and tokens_mask are (1, S, K + 1), integers and booleans.
+        Temperature 0 is greedy; otherwise codes are drawn with torch's
+        generator of the device. Raises UsageError where the prompt does not
+        fit ("Inputs too long").
         """
-        chooser(temperature, topk)
-        size = tokens.shape[1]
-        positions = self._places[None, :size]
-        self._model.check_position(size - 1)
-        self._model.check_inputs(tokens, mask, positions)
+        make_sampler(temperature, topk)  # checks both
+        S = tokens.shape[1]
+        self._model.check_position(S - 1)
+        self._model.check_inputs(tokens, tokens_mask, self._positions[None, :S])
         for cache in self._caches:
             cache.length = 0
-        inputs = self._model.embed_frames(tokens, mask)
-        self._last.copy_(self._model.backbone(inputs, positions, self._caches)[:, -1])
-        self._position.fill_(size)
-        self._length = size
+        x = self._model.embed_tokens(tokens, tokens_mask)
+        h = self._model.backbone(x, self._positions[None, :S], self._caches)
+        self._last_h.copy_(h[:, -1])
+        self._input_pos.fill_(S)
+        self._length = S
         self._temperature.fill_(temperature)
-        self._make = self._way(topk if temperature else 0)
-        self._make()
+        topk = topk if temperature else 0
+        if self._depth_step is None or self._depth_step[0] != topk:
+
+            def sampler(logits: Tensor) -> Tensor:
+                if not topk:
+                    return logits.argmax(dim=-1)
+                return sample_topk(logits, topk, self._temperature)
+
+            step = _captured(lambda: self._run_depth(sampler), self._last_h.device)
+            self._depth_step = topk, step
+        self._depth_step[1]()
         return self._codes.clone()
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """The codes (1, K) of the next frame.
+        """Return the codes (1, K) of the next frame.
 
         Raises UsageError before `start`, and where the model has no position left.
         """
-        if self._make is None:
+        if self._depth_step is None:
             raise UsageError("there is no sequence to go on with: start one with a prompt")
         self._model.check_position(self._length)
         self._length += 1
-        self._read()
-        self._make()
+        self._backbone_step()
+        self._depth_step[1]()
         return self._codes.clone()
 
-    def _way(self, topk: int) -> Callable[[], None]:
-        """How the depth decoder makes a frame from the topk best codes; 0 is greedy."""
-        if topk not in self._ways:
-
-            def choose(logits: Tensor) -> Tensor:
-                if not topk:
-                    return logits.argmax(dim=-1)
-                return draw(logits, self._temperature, topk)
-
-            make = _captured(lambda: self._make_frame(choose), self._last.device)
-            # graphs hold memory: those of one way are enough for one voice
-            self._ways = {topk: make}
-        return self._ways[topk]
-
-    def _read_frame(self) -> None:
-        """The backbone's step: the last frame's codes to the hidden state behind them."""
+    def _run_backbone(self) -> None:
+        """Read the last frame's codes; write the hidden state after them."""
         x = self._model.embed_audio(self._codes).sum(dim=1, keepdim=True)
-        visible = self._places <= self._position
-        caches = [(cache.keys, cache.values) for cache in self._caches]
-        self._last.copy_(self._backbone.run(x, self._position, caches, visible)[:, -1])
-        self._position.add_(1)
+        attn_mask = self._positions <= self._input_pos
+        caches = [(cache.k, cache.v) for cache in self._caches]
+        self._last_h.copy_(self._backbone(x, self._input_pos, caches, attn_mask)[:, -1])
+        self._input_pos.add_(1)
 
-    def _make_frame(self, choose: Callable[[Tensor], Tensor]) -> None:
-        """The depth decoder's passes: the hidden state to the codes of all codebooks."""
-        model, last = self._model, self._last
-        codes = [self._chosen(0, model.codebook0_head(last), choose)]
-        inputs = torch.stack((last, self._embedding(0, codes[0])), dim=1)
-        for book in range(1, model.config.codebooks):
-            start = 0 if book == 1 else book
-            positions = self._places[start : book + 1]
-            caches = [
-                (c.keys[:, :, : book + 1], c.values[:, :, : book + 1]) for c in self._depth_caches
-            ]
-            visible = self._places[: book + 1] <= positions[:, None] if book == 1 else None
-            x = self._depth.run(model.projection(inputs), positions, caches, visible)
-            codes.append(self._chosen(book, x[:, -1] @ model.audio_head[book - 1], choose))
-            inputs = self._embedding(book, codes[-1])[:, None]
+    def _run_depth(self, sampler: Sampler) -> None:
+        """Read the hidden state; write the codes of all codebooks."""
+        model, last_h = self._model, self._last_h
+        codes = [self._sample(0, model.codebook0_head(last_h), sampler)]
+        x = torch.stack((last_h, self._embed(0, codes[0])), dim=1)
+        for i in range(1, model.config.codebooks):
+            # the first pass has two positions, each later one only its own
+            input_pos = self._positions[0 if i == 1 else i : i + 1]
+            caches = [(c.k[:, :, : i + 1], c.v[:, :, : i + 1]) for c in self._depth_caches]
+            attn_mask = self._positions[: i + 1] <= input_pos[:, None] if i == 1 else None
+            h = self._decoder(model.projection(x), input_pos, caches, attn_mask)
+            codes.append(self._sample(i, h[:, -1] @ model.audio_head[i - 1], sampler))
+            x = self._embed(i, codes[-1])[:, None]
         torch.stack(codes, dim=1, out=self._codes)
 
-    def _chosen(self, book: int, logits: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    def _sample(self, codebook: int, logits: Tensor, sampler: Sampler) -> Tensor:
         if self._logits is not None:
-            self._logits[:, book] = logits
-        return choose(logits)
+            self._logits[:, codebook] = logits
+        return sampler(logits)
 
-    def _embedding(self, book: int, code: Tensor) -> Tensor:
-        """The embeddings (1, D) of a code (1,) of a codebook."""
-        vocab = self._model.config.audio_vocab
-        of_book = self._model.audio_embeddings.weight[book * vocab : (book + 1) * vocab]
-        return F.embedding(code, of_book)
+    def _embed(self, codebook: int, code: Tensor) -> Tensor:
+        """Embed a code (1,) of a codebook: (1, C)."""
+        V = self._model.config.audio_vocab
+        rows = self._model.audio_embeddings.weight[codebook * V : (codebook + 1) * V]
+        return F.embedding(code, rows)
 
 
-class _Steps:
+class _FusedTransformer:
     """A stack that reads a few positions at a time into caches whose shape stays."""
 
-    def __init__(self, stack: Transformer, figures: TransformerConfig, positions: int) -> None:
-        device = stack.norm.scale.device
-        angles = torch.outer(torch.arange(positions), stack.frequencies)
-        self._turns = torch.polar(torch.ones_like(angles), angles).to(device)
-        self._layers = [_FusedLayer.of(cast(Layer, layer), figures) for layer in stack.layers]
+    def __init__(self, stack: Transformer, config: TransformerConfig, positions: int) -> None:
+        angles = torch.outer(torch.arange(positions), stack.freqs)
+        freqs_cis = torch.polar(torch.ones_like(angles), angles)
+        self._freqs_cis = freqs_cis.to(stack.norm.scale.device)
+        self._layers = [_FusedLayer.of(cast(Layer, layer), config) for layer in stack.layers]
         self._norm = stack.norm
 
-    def run(
+    def __call__(
         self,
         x: Tensor,
-        positions: Tensor,
+        input_pos: Tensor,
         caches: Sequence[tuple[Tensor, Tensor]],
-        visible: Tensor | None,
+        attn_mask: Tensor | None,
     ) -> Tensor:
-        """Hidden states of x (1, S, features) at positions (S,), which are stored in the caches.
+        """Return hidden states of x (1, S, C) at input_pos (S,), and store them in the caches.
 
-        caches are keys and values (1, kv heads, P, head_dim) of each layer; visible
-        (S, P), or (P,), says which of them each position sees, None all.
+        Caches are k and v (1, kv heads, P, D) of each layer; attn_mask (S, P),
+        or (P,), says which of them each position sees, None all.
         """
-        turns = self._turns[positions][:, None]
-        for layer, (keys, values) in zip(self._layers, caches, strict=True):
-            x = layer(x, turns, positions, keys, values, visible)
-        return _normed(x, self._norm)
+        freqs_cis = self._freqs_cis[input_pos][:, None]
+        for layer, (k_cache, v_cache) in zip(self._layers, caches, strict=True):
+            x = layer(x, freqs_cis, input_pos, k_cache, v_cache, attn_mask)
+        return _rms_norm(x, self._norm)
 
 
 @dataclass(frozen=True)
@@ -197,62 +197,63 @@ class _FusedLayer:
     """One layer with q, k and v in one product, and w1 and w3 in another."""
 
     layer: Layer
-    figures: TransformerConfig
+    config: TransformerConfig
     qkv: tuple[Tensor, ...]
     w13: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, layer: Layer, figures: TransformerConfig) -> _FusedLayer:
-        """A view of a layer: no weight is copied."""
+    def of(cls, layer: Layer, config: TransformerConfig) -> _FusedLayer:
+        """Make a view of a layer: no weight is copied."""
         qkv = (layer.attn.q_proj.weight, layer.attn.k_proj.weight, layer.attn.v_proj.weight)
         w13 = (layer.mlp.w1.weight, layer.mlp.w3.weight)
-        return cls(layer, figures, _fused(qkv), _fused(w13))
+        return cls(layer, config, _fused(qkv), _fused(w13))
 
     def __call__(
         self,
         x: Tensor,
-        turns: Tensor,
-        positions: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        visible: Tensor | None,
+        freqs_cis: Tensor,
+        input_pos: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        attn_mask: Tensor | None,
     ) -> Tensor:
-        layer, f = self.layer, self.figures
-        size = x.shape[1]
-        heads = _product(_normed(x, layer.sa_norm), self.qkv).view(1, size, -1, f.head_dim)
-        turned = _turned(heads[:, :, : f.heads + f.kv_heads], turns).transpose(1, 2)
-        keys.index_copy_(2, positions, turned[:, f.heads :])
-        values.index_copy_(2, positions, heads[:, :, f.heads + f.kv_heads :].transpose(1, 2))
-        # Heads that share keys become rows of one: no kernel then needs to repeat keys.
-        group = f.heads // f.kv_heads
-        queries = turned[:, : f.heads].reshape(1, f.kv_heads, group * size, f.head_dim)
-        mask = None if visible is None else visible.expand(size, -1).repeat(group, 1)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        mixed = mixed.view(1, f.heads, size, f.head_dim).transpose(1, 2).reshape(1, size, f.dim)
-        x = x + layer.attn.output_proj(mixed)
-        gate, up = _product(_normed(x, layer.mlp_norm), self.w13).chunk(2, dim=-1)
+        layer, H, KV, D = self.layer, self.config.heads, self.config.kv_heads, self.config.head_dim
+        S = x.shape[1]
+        # one product for q, k and v: (1, S, H + 2 KV, D)
+        qkv = _product(_rms_norm(x, layer.sa_norm), self.qkv).view(1, S, -1, D)
+        qk = _apply_rope(qkv[:, :, : H + KV], freqs_cis).transpose(1, 2)
+        k_cache.index_copy_(2, input_pos, qk[:, H:])
+        v_cache.index_copy_(2, input_pos, qkv[:, :, H + KV :].transpose(1, 2))
+        # heads that share keys become rows of one: no kernel then needs to repeat keys
+        q = qk[:, :H].reshape(1, KV, H // KV * S, D)
+        mask = None if attn_mask is None else attn_mask.expand(S, -1).repeat(H // KV, 1)
+        y = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask)
+        y = y.view(1, H, S, D).transpose(1, 2).reshape(1, S, H * D)
+        x = x + layer.attn.output_proj(y)
+        # one product for w1 and w3
+        gate, up = _product(_rms_norm(x, layer.mlp_norm), self.w13).chunk(2, dim=-1)
         return x + layer.mlp.w2(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
-def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
+def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
     normed: Tensor = F.rms_norm(x, norm.scale.shape, norm.scale, norm.eps)
     return normed
 
 
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """As `model.rotate`, with each pair of x (1, S, heads, head_dim) as one complex number."""
+def _apply_rope(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate pairs as `csm.apply_rope`, each pair of x (1, S, heads, D) as one complex number."""
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
 
 
 def _product(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """x times all weights, side by side."""
+    """Multiply x with all weights, side by side."""
     parts = [F.linear(x, weight) for weight in weights]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _fused(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """One weight for several that lie one after the other in memory, else the same ones."""
+    """Return one weight for several that lie one after the other in memory, else the same ones."""
     first = weights[0]
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for weight in weights:
@@ -265,7 +266,7 @@ def _fused(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The step as a CUDA graph, which draws other codes at each replay; on the CPU itself."""
+    """Capture the step as a CUDA graph, which draws anew at each replay; on the CPU return it."""
     if device.type != "cuda":
         return step
     with torch.no_grad(), torch.cuda.device(device):

@@ -1,4 +1,4 @@
-"""Speech from text and what was said before, as Sesame's own generator makes it.
+"""Speech from text and context, as Sesame's own generator makes it.
 
 A prompt is a row of frames, each with a column a codebook and one for text. A
 segment of the context is its text, then its audio, then a frame of zeros; the
@@ -18,16 +18,10 @@ import torch
 from torch import Tensor
 
 from csm_weights.errors import UsageError
+from csm_weights.model.codec import Codec, as_codec, find_codec
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
-from csm_weights.model.speech import (
-    Codec,
-    Tokenizer,
-    as_codec,
-    as_tokenizer,
-    find_codec,
-    find_tokenizer,
-)
+from csm_weights.model.tokenizer import Tokenizer, as_tokenizer, find_tokenizer
 from csm_weights.model.watermark import Watermarker, find_watermarker
 
 #: Milliseconds of audio in one frame: CSM has 12.5 frames a second.
@@ -36,10 +30,10 @@ FRAME_MS = 80
 #: Hz of the audio that CSM speaks and hears.
 SAMPLE_RATE = 24_000
 
-#: Text, or the ids of its tokens, to be taken as they are: with BOS and EOS.
+#: Text, or the ids of its tokens as they are, with BOS and EOS.
 Text = str | Sequence[int]
 
-#: Tokens (S, K + 1), integers, and which of them count (S, K + 1), booleans.
+#: Tokens (S, K + 1), integers, and their mask (S, K + 1), booleans.
 Frames = tuple[Tensor, Tensor]
 
 
@@ -49,9 +43,9 @@ class InputsTooLong(UsageError, ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Something that was said: by whom, which words, and how it sounded.
+    """An utterance: its speaker, its text, and its sound.
 
-    That is either `audio`, 24 kHz mono (samples,), or its `codes` (K, T), which
+    The sound is `audio`, 24 kHz mono (samples,), or its `codes` (K, T), which
     need no codec.
     """
 
@@ -62,12 +56,12 @@ class Segment:
 
 
 class Generator:
-    """Lets a model speak, one text at a time.
+    """Speaks one text at a time with a model.
 
-    `tokenizer` is one of `speech.Tokenizer` or of the tokenizers library,
-    `codec` one of `speech.Codec` or transformers' MimiModel; where None they
-    are looked for, when they are first needed, on this machine alone.
-    `watermarked` says whether the audio made last carries Sesame's watermark.
+    `tokenizer` is a `tokenizer.Tokenizer` or one of the tokenizers library,
+    `codec` a `codec.Codec` or transformers' MimiModel; where None they are
+    found, when first needed, on this machine alone. `watermarked` is True
+    where the audio made last carries Sesame's watermark.
     """
 
     def __init__(self, model: Model, tokenizer: Any = None, codec: Any = None) -> None:
@@ -77,7 +71,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model, on which audio and codes are made."""
+        """The device of the model, which audio and codes are made on."""
         return self._model.projection.weight.device
 
     @property
@@ -95,10 +89,10 @@ class Generator:
         temperature: float = 0.9,
         topk: int = 50,
     ) -> Tensor:
-        """Audio (samples,), float32, of `speaker` saying `text` after `context`.
+        """Return audio (samples,), float32, of `speaker` saying `text` after `context`.
 
         With silentcipher installed it carries Sesame's watermark; its attribute
-        `watermarked`, as the generator's, says whether it does. Otherwise as
+        `watermarked`, as the generator's, is True where it does. Otherwise as
         `generate_frames`; also raises MissingInput without the codec.
         """
         codec, watermarker = self._codec, self._watermarker
@@ -121,7 +115,7 @@ class Generator:
         temperature: float = 0.9,
         topk: int = 50,
     ) -> Tensor:
-        """The codes (T, K) of `speaker` saying `text` after `context`, without a codec.
+        """Return the codes (T, K) of `speaker` saying `text` after `context`, without a codec.
 
         At most `max_audio_length_ms`, in frames of 80 ms; a frame of zeros ends
         it before, and is not among them. Text as token ids needs no tokenizer,
@@ -133,21 +127,21 @@ class Generator:
         does not have.
         """
         limit = int(max_audio_length_ms / FRAME_MS)
-        tokens, mask = self._prompt(text, speaker, context)
+        tokens, tokens_mask = self._prompt(text, speaker, context)
         self._check_length(len(tokens), limit)
-        frames = list(self._frames(tokens, mask, limit, temperature, topk))
+        frames = list(self._frames(tokens, tokens_mask, limit, temperature, topk))
         none = tokens.new_zeros(0, self._model.config.codebooks)
         return torch.stack(frames) if frames else none
 
     def _frames(
-        self, tokens: Tensor, mask: Tensor, limit: int, temperature: float, topk: int
+        self, tokens: Tensor, tokens_mask: Tensor, limit: int, temperature: float, topk: int
     ) -> Iterator[Tensor]:
-        """Frames (K,) until there are `limit` of them or one is all zeros."""
+        """Yield frames (K,) until there are `limit` of them or one is all zeros."""
         for number in range(limit):
             if number:
                 codes = self._decoder.step()
             else:
-                codes = self._decoder.start(tokens[None], mask[None], temperature, topk)
+                codes = self._decoder.start(tokens[None], tokens_mask[None], temperature, topk)
             if not codes.any():
                 return
             yield codes[0]
@@ -163,7 +157,7 @@ class Generator:
     def _prompt(self, text: Text, speaker: int, context: Sequence[Segment]) -> Frames:
         rows: list[Frames] = []
         for segment in context:
-            rows += [self._text_frames(segment.text, segment.speaker), self._heard(segment)]
+            rows += [self._text_frames(segment.text, segment.speaker), self._audio_frames(segment)]
         rows.append(self._text_frames(text, speaker))
         tokens, masks = zip(*rows, strict=True)
         return torch.cat(tokens), torch.cat(masks)
@@ -178,8 +172,8 @@ class Generator:
         mask[:, -1] = True
         return tokens, mask
 
-    def _heard(self, segment: Segment) -> Frames:
-        """What a segment sounded like, and the frame of zeros that ends it."""
+    def _audio_frames(self, segment: Segment) -> Frames:
+        """Return the frames of a segment's sound, and the frame of zeros that ends it."""
         codes = self._codes(segment)
         tokens, mask = self._empty(codes.shape[1] + 1)
         tokens[:-1, :-1] = codes.T
@@ -213,7 +207,8 @@ class Generator:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         given = self._given[0]
-        return find_tokenizer(self._folder) if given is None else as_tokenizer(given)
+        folder: Path | None = getattr(self._model, "folder", None)
+        return find_tokenizer(folder) if given is None else as_tokenizer(given)
 
     @cached_property
     def _codec(self) -> Codec:
@@ -226,14 +221,9 @@ class Generator:
     def _watermarker(self) -> Watermarker | None:
         return find_watermarker(self.device)
 
-    @property
-    def _folder(self) -> Path | None:
-        """Where the model's files lie, as far as the model knows."""
-        return getattr(self._model, "folder", None)
-
 
 def _require_below(values: Tensor, count: int, what: str) -> None:
-    """What is out of range would end a GPU's process, not raise an error."""
+    """Raise UsageError for values out of range, which would end a GPU's process."""
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < count:
         low, high = int(values.min()), int(values.max())
         raise UsageError(f"{what} {low} to {high}; the model has 0 to {count - 1}")

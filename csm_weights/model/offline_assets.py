@@ -1,118 +1,123 @@
-"""The repositories that CSM needs to speak without a network."""
+"""The repositories that CSM needs to speak without a network, in the Hub's cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from csm_weights.store.hub_cache import _resolved, main_of, repository
+from csm_weights.config import HubEnvironment
+from csm_weights.errors import Finding, Kind, MissingInput
+from csm_weights.store.hub_cache import main_of, repository, snapshot_file
 
-#: The repository that files in place can be given to the cache of.
+#: The repository that the model's own files can be seeded into.
 CSM = "sesame/csm-1b"
 
 
 @dataclass(frozen=True)
-class Needed:
-    """A repository that CSM needs to speak offline, for `purpose`.
+class Asset:
+    """A repository that is needed for `purpose`: its files, or folders; sizes in bytes if known.
 
-    `missing` are those of its `files` that an offline client does not find;
-    `command` brings them. `gated`: only to those who accepted its terms.
-    `optional`: Sesame's own generator does without.
+    `gated`: only to those who accepted its terms. `optional`: Sesame's own
+    generator does without. `missing` are those of the files that an offline
+    client does not find; `command` downloads them.
     """
 
     repo: str
     purpose: str
     files: tuple[str, ...]
-    here: bool
-    missing: tuple[str, ...]
-    command: str
-    gated: bool
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A repository with the files (or folders) that are asked of its main; sizes in bytes."""
-
-    repo: str
-    purpose: str
-    files: Mapping[str, int | None]
+    sizes: Mapping[str, int] = field(default_factory=dict)
     gated: bool = False
-    whole: bool = False
     optional: bool = False
+    missing: tuple[str, ...] = ()
+    command: str = ""
+
+    @property
+    def here(self) -> bool:
+        """True where nothing is missing."""
+        return not self.missing
 
 
 #: What Sesame's generator asks the Hub for, and then its libraries moshi and silentcipher.
-_WANTED = (
-    _Wanted(
+ASSETS = (
+    Asset(
         CSM,
         "the model",
-        {"config.json": None, "model.safetensors": 6_211_186_784},
+        ("config.json", "model.safetensors"),
+        {"model.safetensors": 6_211_186_784},
         gated=True,
     ),
-    _Wanted(
+    Asset(
         "meta-llama/Llama-3.2-1B",
         "the text tokenizer of Sesame's own generator; today's sesame/csm-1b carries one itself,"
         " and transformers needs no other",
-        dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")),
+        ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
         gated=True,
     ),
-    _Wanted(
+    Asset(
         "kyutai/moshiko-pytorch-bf16",
         "Mimi, the audio codec of Sesame's own generator",
+        ("tokenizer-e351c8d8-checkpoint125.safetensors",),
         {"tokenizer-e351c8d8-checkpoint125.safetensors": 384_644_900},
     ),
-    _Wanted(
+    Asset(
         "sony/silentcipher",
         "the watermark of Sesame's own generator",
-        {"44_1_khz/73999_iteration": None},
-        whole=True,
+        ("44_1_khz/73999_iteration",),
+        command="hf download sony/silentcipher",
     ),
-    _Wanted(
+    Asset(
         "kyutai/mimi",
         "Mimi again, as the Generator of this package takes it, by transformers",
-        dict.fromkeys(("config.json", "model.safetensors")),
+        ("config.json", "model.safetensors"),
         optional=True,
     ),
 )
 
 
-def closure(cache: Path, in_place: bool = False) -> list[Needed]:
-    """The repositories that CSM needs to speak offline, and which of them are here.
+def find_assets(cache: Path, in_place: bool = False) -> list[Asset]:
+    """Return the repositories that CSM needs to speak offline, with what is missing of each.
 
-    `in_place` says that the model's own files are in place and proven. Judged
-    by presence and, where it is known, by size: nothing is hashed.
+    `in_place` says that the model's own files are installed and verified.
+    Judged by presence and, where it is known, by size: nothing is hashed.
     """
-    return [_needed(cache, wanted, in_place) for wanted in _WANTED]
+    found = []
+    for asset in ASSETS:
+        command = asset.command or " ".join(["hf download", asset.repo, *asset.files])
+        if asset.repo == CSM:
+            seed = "inv seed-cache --only safetensors"
+            command = seed if in_place else f"inv weights --only safetensors && {seed}"
+        missing = tuple(name for name in asset.files if not _is_found(cache, asset, name))
+        found.append(replace(asset, missing=missing, command=command))
+    return found
 
 
-def _needed(cache: Path, wanted: _Wanted, in_place: bool) -> Needed:
-    repo, names = wanted.repo, tuple(wanted.files)
-    missing = tuple(n for n in names if not _is_found(cache, repo, n, wanted.files[n]))
-    command = " ".join(["hf download", repo, *(() if wanted.whole else names)])
-    if repo == CSM:
-        command = "inv seed-cache --only safetensors"
-        command = command if in_place else f"inv weights --only safetensors && {command}"
-    return Needed(
-        repo,
-        wanted.purpose,
-        names,
-        not missing,
-        missing,
-        command,
-        wanted.gated,
-        wanted.optional,
-    )
-
-
-def _is_found(cache: Path, repo: str, path: str, size: int | None) -> bool:
-    """Whether an offline client that asks for main finds a file, or a folder with one."""
-    commit = main_of(cache, repo)
+def _is_found(cache: Path, asset: Asset, name: str) -> bool:
+    """Check that an offline client that asks for main finds a file, or a folder with one."""
+    commit = main_of(cache, asset.repo)
     if commit is None:
         return False
-    folder = repository(cache, repo) / "snapshots" / commit / path
+    folder = repository(cache, asset.repo) / "snapshots" / commit / name
     if folder.is_dir():
-        return any(_resolved(p, cache) for p in folder.iterdir())
-    file = _resolved(folder, cache)
-    return file is not None and size in (None, file.stat().st_size)
+        names = [f"{name}/{path.name}" for path in folder.iterdir()]
+        return any(snapshot_file(cache, asset.repo, commit, inside) for inside in names)
+    file = snapshot_file(cache, asset.repo, commit, name)
+    return file is not None and asset.sizes.get(name) in (None, file.stat().st_size)
+
+
+def snapshots(repo: str, names: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the snapshots of a repository in the cache that have all these files, main's first."""
+    cache = HubEnvironment.read().cache
+    folder = repository(cache, repo) / "snapshots"
+    others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    for commit in dict.fromkeys([main_of(cache, repo), *others]):
+        if commit and all(snapshot_file(cache, repo, commit, name) for name in names):
+            yield folder / commit
+
+
+def not_installed(package: str, purpose: str) -> MissingInput:
+    """Return the error for a package that is needed to speak and is not installed."""
+    command = "pip install -c constraints.txt -e '.[speak]'"
+    words = (f"the package, which {purpose}", "not installed", command)
+    finding = Finding(Kind.NOT_INSTALLED, package, *words)
+    return MissingInput(f"{package} is not installed", [finding])

@@ -17,16 +17,16 @@ from csm_weights.store import hub_cache
 #: Source: Sesame's repository, watermarking.py.
 CSM_KEY = (212, 211, 146, 56, 201)
 
-#: Hz at which the watermark is put in, and silentcipher's word for that model.
+#: Hz at which the watermark is embedded, and silentcipher's word for that model.
 RATE, MODEL = 44_100, "44.1k"
 
 #: Decibels by which the watermark is softer than the audio; Sesame's figure.
 SDR = 36
 
-#: Where silentcipher's weights are, and the folder of those for 44.1 kHz.
+#: The repository of silentcipher's weights, and the folder of those for 44.1 kHz.
 REPO, FOLDER = "sony/silentcipher", "44_1_khz/73999_iteration"
 
-_INSTALL = "pip install git+https://github.com/SesameAILabs/silentcipher brings it"
+_INSTALL = "pip install git+https://github.com/SesameAILabs/silentcipher installs it"
 
 #: Seconds of silence that a resampled signal is given on either side.
 MARGIN = 0.1
@@ -40,25 +40,25 @@ class Watermarker:
 
     @torch.no_grad()
     def mark(self, audio: Tensor, sample_rate: int) -> tuple[Tensor, bool]:
-        """Audio (samples,) of the same rate and length, and whether it carries the watermark.
+        """Return audio (samples,) of the same rate and length, and True where it is watermarked.
 
-        Silence, and nothing at all, can carry none.
+        Silence, and empty audio, can carry no watermark.
         """
         if not audio.any():
             return audio, False
-        raised = resample(audio.float(), sample_rate, RATE)
+        upsampled = resample(audio.float(), sample_rate, RATE)
         key = list(CSM_KEY)
-        marked, *_ = self._model.encode_wav(raised, RATE, key, calc_sdr=False, message_sdr=SDR)
+        marked, *_ = self._model.encode_wav(upsampled, RATE, key, calc_sdr=False, message_sdr=SDR)
         marked = torch.as_tensor(marked, dtype=torch.float32, device=audio.device)
-        lowered = resample(marked, RATE, sample_rate)[: len(audio)]
-        return torch.nn.functional.pad(lowered, (0, len(audio) - len(lowered))), True
+        downsampled = resample(marked, RATE, sample_rate)[: len(audio)]
+        return torch.nn.functional.pad(downsampled, (0, len(audio) - len(downsampled))), True
 
 
 def find_watermarker(device: torch.device) -> Watermarker | None:
-    """silentcipher where it is installed; else None, with a warning.
+    """Load silentcipher where it is installed; else return None, with a warning.
 
     Its weights are taken from the Hub's cache; where they are not there,
-    silentcipher itself gets them, as it does for Sesame's generator.
+    silentcipher downloads them itself, as it does for Sesame's generator.
     """
     try:
         import silentcipher
@@ -69,7 +69,7 @@ def find_watermarker(device: torch.device) -> Watermarker | None:
 
 
 def _paths() -> dict[str, str]:
-    """silentcipher's options for weights that are in the Hub's cache, or none."""
+    """Return silentcipher's options for weights that are in the Hub's cache, or none."""
     cache = HubEnvironment.read().cache
     commit = hub_cache.main_of(cache, REPO)
     settings = f"{FOLDER}/hparams.yaml"
@@ -80,7 +80,7 @@ def _paths() -> dict[str, str]:
 
 
 def resample(audio: Tensor, rate: int, wanted: int) -> Tensor:
-    """Audio (samples,) at `wanted` Hz instead of `rate`, limited to the band that both have.
+    """Resample audio (samples,) from `rate` to `wanted` Hz, limited to the band that both have.
 
     Exact for a signal within that band that begins and ends in silence.
     """

@@ -684,7 +684,7 @@ def test_the_gpu_is_what_nvidia_smi_says(
 # ---- what speaking offline takes
 
 
-def fill(cache: Path, needed: offline_assets.Needed) -> None:
+def fill(cache: Path, needed: offline_assets.Asset) -> None:
     """Puts empty files of the right size where an offline client looks for them."""
     home = hub_cache.repository(cache, needed.repo)
     commit = "a" * 40
@@ -717,7 +717,7 @@ def test_each_repository_that_is_not_here_has_its_command(bench: Bench) -> None:
 def test_what_is_here_is_not_asked_for(bench: Bench) -> None:
     """With one repository missing only that is told; with all of them, speaking is promised."""
     cache = bench.root / "home" / "hub"
-    needs = [need for need in offline_assets.closure(cache) if not need.optional]
+    needs = [need for need in offline_assets.find_assets(cache) if not need.optional]
     mimi, *others = sorted(needs, key=lambda n: "kyutai" not in n.repo)
     for needed in others:
         fill(cache, needed)
@@ -733,7 +733,7 @@ def test_what_is_here_is_not_asked_for(bench: Bench) -> None:
 def test_what_only_our_generator_wants_is_a_note(bench: Bench) -> None:
     """The codec for transformers is named with its command, and its absence is no error."""
     cache = bench.root / "home" / "hub"
-    for needed in offline_assets.closure(cache):
+    for needed in offline_assets.find_assets(cache):
         if not needed.optional:
             fill(cache, needed)
     last = doctor.closure(bench.asked()).checks[-1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csm_weights.errors import MissingInput, UsageError, WrongContent
 from csm_weights.formats.architecture import FLAVORS, CsmConfig, TransformerConfig, parse_config
-from csm_weights.model.csm import KeyValueCache, Model, chooser
+from csm_weights.model.csm import KVCache, Model, make_sampler
 from tests.support.oracles import torchtune_stack, transformers_config, transformers_model
 
 TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
@@ -129,7 +129,7 @@ def greedy(model: Model) -> NextFrame:
 
 def greedy_with_logits(model: Model) -> NextFrame:
     return lambda tokens, mask, positions: model.generate_logits(
-        tokens, mask, positions, chooser(temperature=0, topk=1)
+        tokens, mask, positions, make_sampler(temperature=0, topk=1)
     )
 
 
@@ -252,7 +252,7 @@ def test_cached_stack_matches_torchtunes_cache(model: Model, name: str) -> None:
     tuned.setup_caches(1, torch.float32, decoder_max_seq_len=2048)
     x = torch.randn(1, 2048, stack.dim)
     causal = torch.ones(1, 2048, 2048, dtype=torch.bool).tril()
-    caches = [KeyValueCache(stack, 1, 2048, x) for _ in range(stack.layers)]
+    caches = [KVCache(stack, 1, 2048, x) for _ in range(stack.layers)]
 
     for start, end in [(0, 1990), (1990, 2000), *((p, p + 1) for p in range(2000, 2048))]:
         positions = torch.arange(start, end)[None]
@@ -483,7 +483,7 @@ def test_draws_are_as_frequent_as_they_are_likely() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).repeat(40_000, 1)
     torch.manual_seed(1)
     for temperature in (1.0, 2.0):
-        codes = chooser(temperature, topk=3)(logits)
+        codes = make_sampler(temperature, topk=3)(logits)
         shares = torch.bincount(codes, minlength=5) / len(codes)
         expected = torch.cat(((logits[0, :3] / temperature).softmax(0), torch.zeros(2)))
 

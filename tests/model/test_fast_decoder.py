@@ -13,7 +13,7 @@ from csm_weights.errors import UsageError
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.weights_file import find_weights
 from csm_weights.model import fast_decoder
-from csm_weights.model.csm import Model, chooser
+from csm_weights.model.csm import Model, make_sampler
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
 from tests.model.test_csm import TINY, frames, random_model
 
@@ -39,7 +39,7 @@ def prompt(length: int = 9) -> tuple[Tensor, Tensor]:
 def reference(model: Model, count: int, tokens: Tensor, mask: Tensor, **how: Any) -> list[Any]:
     """Codes and logits of `count` frames, as `generate_logits` gives them."""
     model.setup_caches(1)
-    choose = chooser(how.get("temperature", 0.9), how.get("topk", 50))
+    choose = make_sampler(how.get("temperature", 0.9), how.get("topk", 50))
     found, end = [], 0
     for _ in range(count):
         start, end = end, end + tokens.shape[1]
@@ -86,10 +86,10 @@ def test_a_model_whose_weights_lie_side_by_side_is_used_without_copies(model: Mo
     beside.eval().requires_grad_(False)
     decoder = Decoder(beside, keep_logits=True)
 
-    for layer in (*decoder._backbone._layers, *decoder._depth._layers):
+    for layer in (*decoder._backbone._layers, *decoder._decoder._layers):
         assert [len(layer.qkv), len(layer.w13)] == [1, 1]
         assert layer.qkv[0].untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
-    assert [len(layer.qkv) for layer in Decoder(model)._depth._layers] == [3, 3]
+    assert [len(layer.qkv) for layer in Decoder(model)._decoder._layers] == [3, 3]
     expected = reference(model, 5, *prompt(), temperature=0)
     assert_same_frames(spoken(decoder, 5, *prompt(), temperature=0), expected)
 

@@ -20,10 +20,12 @@ from torch import Tensor
 from csm_weights.errors import CsmWeightsError, MissingInput, UsageError, WrongContent
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.model import generator as generators
-from csm_weights.model import speech, watermark
+from csm_weights.model import tokenizer as tokenizers_
+from csm_weights.model import watermark
+from csm_weights.model.codec import Mimi, find_codec
 from csm_weights.model.csm import Model
 from csm_weights.model.generator import Generator, Segment
-from csm_weights.model.speech import Mimi, TextTokenizer, find_codec, find_tokenizer
+from csm_weights.model.tokenizer import TextTokenizer, find_tokenizer
 from csm_weights.model.watermark import resample
 
 TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
@@ -126,9 +128,10 @@ def byte_tokenizer() -> Tokenizer:
     vocabulary = {character: number for number, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.add_special_tokens([speech.BOS, speech.EOS])
+    tokenizer.add_special_tokens([tokenizers_.BOS, tokenizers_.EOS])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{speech.BOS} {speech.BOS} $A", special_tokens=[(speech.BOS, BOS)]
+        single=f"{tokenizers_.BOS} {tokenizers_.BOS} $A",
+        special_tokens=[(tokenizers_.BOS, BOS)],
     )
     return tokenizer
 

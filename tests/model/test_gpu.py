@@ -27,17 +27,20 @@ pytestmark = [
 CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny"
 
 
+BUFFERS = [None, StagingBuffers(4096, 2, 3), StagingBuffers(1 << 20, 1, 1)]
+
+
 @pytest.mark.parametrize("format_", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ring", [None, StagingBuffers(4096, 2, 3), StagingBuffers(1 << 20, 1, 1)])
+@pytest.mark.parametrize("buffers", BUFFERS)
 def test_a_gpu_gets_the_same_tensors(
-    format_: str, dtype: torch.dtype, ring: StagingBuffers | None
+    format_: str, dtype: torch.dtype, buffers: StagingBuffers | None
 ) -> None:
     """From parts, in either format, through rings of any shape: bit for bit the CPU's tensors."""
     found = []
     for device in ("cpu", "cuda"):
         with open_weights(find_weights(CHUNKS / format_)) as checkpoint:
-            options: Any = {"ring": ring} if device == "cuda" else {}
+            options: Any = {"buffers": buffers} if device == "cuda" else {}
             found.append(load_tensors(checkpoint, torch.device(device), dtype, **options))
 
     for name, tensor in found[0].items():

@@ -32,8 +32,8 @@ from csm_weights.model.stream import blocks, stream
 CPU = torch.device("cpu")
 CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny" / "safetensors"
 
-#: Slots so small that every tensor is cut, and elements are.
-SMALL = StagingBuffers(block=4099, slots=1, threads=3)
+#: Buffers so small that every tensor is cut, and elements are.
+SMALL = StagingBuffers(block=4099, count=1, threads=3)
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +114,11 @@ def test_tensors_are_those_that_were_saved(
     if how == "parts":
         paths = in_parts(paths[0], tmp_path / "parts", 3001)
     if how == "small blocks":
-        options = {"ring": SMALL}
+        options = {"buffers": SMALL}
     if how == "proven":
         options = {"digests": pinned(paths[0].read_bytes(), 8192)}
     if how == "proven in odd pieces":
-        options = {"digests": pinned(paths[0].read_bytes(), 1237), "ring": SMALL}
+        options = {"digests": pinned(paths[0].read_bytes(), 1237), "buffers": SMALL}
 
     assert_same(loaded(paths, dtype, **options), state, dtype)
 
@@ -144,7 +144,9 @@ def test_no_cut_loses_a_byte(
     parts = in_parts(source, tmp_path_factory.mktemp("cut") / "parts", part)
     digests = pinned(source.read_bytes(), piece) if piece else ()
 
-    found = loaded(parts, torch.bfloat16, digests=digests, ring=StagingBuffers(block, 1, threads))
+    found = loaded(
+        parts, torch.bfloat16, digests=digests, buffers=StagingBuffers(block, 1, threads)
+    )
     assert_same(found, state, torch.bfloat16)
 
 
@@ -165,8 +167,10 @@ def test_tensors_may_share_bytes(tmp_path: Path) -> None:
     state = {"all": storage, "few": storage[10:20], "odd": storage[1::2], "end": storage[-7:]}
     torch.save(state, tmp_path / "ckpt.pt")
 
-    for ring in (None, SMALL):
-        assert_same(loaded([tmp_path / "ckpt.pt"], torch.float64, ring=ring), state, torch.float64)
+    for buffers in (None, SMALL):
+        assert_same(
+            loaded([tmp_path / "ckpt.pt"], torch.float64, buffers=buffers), state, torch.float64
+        )
 
 
 def test_tensors_of_a_group_lie_side_by_side(files: dict[str, Path]) -> None:
@@ -208,7 +212,7 @@ def test_digests_of_a_shorter_file_are_refused(files: dict[str, Path]) -> None:
 def test_a_file_that_changes_while_it_is_loaded_is_refused(
     files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A write during the read is noticed at its end."""
+    """A write dubuffers the read is noticed at its end."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(files["safetensors"].read_bytes())
     with open_weights([path]) as checkpoint:
@@ -296,28 +300,28 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         open_weights([tmp_path / "pipe"])
 
 
-# ---- the ring
+# ---- streaming
 
 
 class Recorder:
-    """A lane that keeps what it took."""
+    """A consumer that keeps its blocks."""
 
     def __init__(self, size: int, taken: dict[int, bytes]) -> None:
-        self._room = memoryview(bytearray(size))
+        self._buffer = memoryview(bytearray(size))
         self._taken = taken
 
-    def slot(self) -> memoryview:
-        return self._room
+    def buffer(self) -> memoryview:
+        return self._buffer
 
-    def take(self, offset: int, size: int) -> None:
-        self._taken[offset] = bytes(self._room[:size])
+    def consume(self, offset: int, size: int) -> None:
+        self._taken[offset] = bytes(self._buffer[:size])
 
     def finish(self) -> None:
         self._taken[-1] = self._taken.get(-1, b"") + b"."
 
 
 def test_every_byte_passes_once(tmp_path: Path) -> None:
-    """The blocks of all lanes tile the spans, and each lane is finished."""
+    """The blocks of all consumers tile the ranges, and each consumer is finished."""
     content = bytes(range(256)) * 40
     (tmp_path / "file").write_bytes(content)
     taken: dict[int, bytes] = {}
@@ -329,7 +333,7 @@ def test_every_byte_passes_once(tmp_path: Path) -> None:
     assert max(map(len, taken.values())) == 300
 
 
-# ---- a GPU that is not there: what its lane must wait for, in order
+# ---- a GPU that is not there: the order in which its consumer waits
 
 
 class FakeEvent:
@@ -350,7 +354,7 @@ class FakeEvent:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """torch.cuda, as far as a lane uses it, on the CPU; returns what was asked of it."""
+    """torch.cuda, as far as a consumer uses it, on the CPU; returns the calls."""
     log: list[str] = []
     numbers = itertools.count()
 
@@ -380,16 +384,16 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-def test_a_pinned_slot_is_filled_again_only_after_its_copy(
+def test_a_pinned_buffer_is_filled_again_only_after_its_copy(
     files: dict[str, Path], state: dict[str, Tensor], fake_cuda: list[str]
 ) -> None:
-    """Before a slot is given out a second time, the event of its last copy is waited for."""
-    ring = StagingBuffers(block=2048, slots=2, threads=1)
+    """Before a buffer is filled a second time, the event of its last copy is waited for."""
+    buffers = StagingBuffers(block=2048, count=2, threads=1)
     with open_weights([files["torch-zip"]]) as checkpoint:
-        flat = load._Flat(checkpoint, CPU, torch.bfloat16, ())
+        flat = load._FlatBuffer(checkpoint, CPU, torch.bfloat16, ())
         before: Any = None
-        spans = load._needed(flat.places, 2048)
-        stream(checkpoint.source, spans, lambda: load._CudaLane(flat, ring, CPU, before), 1)
+        spans = load._needed(flat.targets, 2048)
+        stream(checkpoint.source, spans, lambda: load._CudaConsumer(flat, buffers, CPU, before), 1)
         found = flat.finished()
 
     assert_same(found, state, torch.bfloat16)
@@ -407,10 +411,10 @@ def test_a_pinned_slot_is_filled_again_only_after_its_copy(
     assert fake_cuda.count("pinned") == 1
 
 
-def test_the_pinned_ring_is_within_its_bound() -> None:
+def test_pinned_buffers_are_within_their_bound() -> None:
     """At most 256 MiB are pinned, whatever the number of cores."""
     assert load.pinned_buffers().nbytes <= 256 << 20
-    assert load.pinned_buffers().slots >= 2
+    assert load.pinned_buffers().count >= 2
 
 
 def test_a_gpu_that_is_too_small_is_told_before_anything_is_read(
@@ -426,12 +430,12 @@ def test_a_gpu_that_is_too_small_is_told_before_anything_is_read(
         load_tensors(checkpoint, torch.device("cuda:0"), torch.bfloat16)
 
 
-def test_a_failing_lane_ends_the_others(tmp_path: Path) -> None:
+def test_a_failing_consumer_ends_the_others(tmp_path: Path) -> None:
     """An error in one thread is the error of all, and no thread stays behind."""
     (tmp_path / "file").write_bytes(bytes(1 << 20))
 
     class Failing(Recorder):
-        def take(self, offset: int, size: int) -> None:
+        def consume(self, offset: int, size: int) -> None:
             raise RuntimeError(f"no device for {size} bytes at {offset}")
 
     threads = threading.active_count()

@@ -21,7 +21,7 @@ import pytest
 
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
 from csm_weights.manifest.types import Artifact
-from csm_weights.model.offline_assets import closure
+from csm_weights.model.offline_assets import find_assets
 from csm_weights.store import block_io, hub_cache
 from csm_weights.store.hub_cache import How, Seed, Seeded, find, main_of, seed
 from tests.support.clone import REPOSITORY
@@ -625,7 +625,7 @@ def fill(cache: Path, repo: str, sizes: dict[str, int], main: str = OTHER) -> No
 
 def test_an_empty_cache_lacks_all_five(hub: Hub) -> None:
     """Each repository is named with what it is for, and the command that brings it."""
-    needed = closure(hub.cache)
+    needed = find_assets(hub.cache)
     assert [(n.repo, n.here, n.gated) for n in needed] == [
         ("sesame/csm-1b", False, True),
         ("meta-llama/Llama-3.2-1B", False, True),
@@ -648,7 +648,7 @@ def test_a_whole_cache_lacks_nothing(hub: Hub) -> None:
     """With what the five repositories are asked for in the snapshots of main, all are here."""
     for repo, sizes in CLOSURE.items():
         fill(hub.cache, repo, sizes)
-    assert [(n.here, n.missing) for n in closure(hub.cache)] == [(True, ())] * 5
+    assert [(n.here, n.missing) for n in find_assets(hub.cache)] == [(True, ())] * 5
 
 
 def test_a_file_that_is_short_or_not_of_main_is_missing(hub: Hub) -> None:
@@ -656,15 +656,15 @@ def test_a_file_that_is_short_or_not_of_main_is_missing(hub: Hub) -> None:
     fill(hub.cache, "sesame/csm-1b", {"config.json": 155, "model.safetensors": 6_211_186_783})
     name = "tokenizer-e351c8d8-checkpoint125.safetensors"
     fill(hub.cache, "kyutai/moshiko-pytorch-bf16", {name: 384_644_900}, main="0" * 40)
-    missing = {n.repo: n.missing for n in closure(hub.cache)}
+    missing = {n.repo: n.missing for n in find_assets(hub.cache)}
     assert missing["sesame/csm-1b"] == ("model.safetensors",)
     assert missing["kyutai/moshiko-pytorch-bf16"] == (name,)
 
 
 def test_the_models_own_files_come_from_their_place(hub: Hub) -> None:
     """What is in place and proven only has to be seeded; else it has to come there first."""
-    assert closure(hub.cache, in_place=True)[0].command == "inv seed-cache --only safetensors"
-    command = closure(hub.cache)[0].command
+    assert find_assets(hub.cache, in_place=True)[0].command == "inv seed-cache --only safetensors"
+    command = find_assets(hub.cache)[0].command
     assert command == "inv weights --only safetensors && inv seed-cache --only safetensors"
 
 

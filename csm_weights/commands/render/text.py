@@ -198,9 +198,14 @@ def _figures(report: SmokeReport) -> str:
         ("machine", f"{f.machine}{driver}, torch {f.torch}, {f.dtype}"),
         ("loading", loaded),
         ("a frame", f"{1000 / report.frames_per_second:.3g} ms, {share}: {wall}"),
+        ("speed", f"{report.frames_per_second:.3g} frames/s, {_real_time(report)}"),
         ("peak memory", f"host {_gigabytes(f.peak_host)}{device}"),
     ]
     return table(("figure", "measured"), rows)
+
+
+def _real_time(report: SmokeReport) -> str:
+    return f"real-time factor {report.real_time_factor:.3g}, below 1 is faster than real time"
 
 
 def _gigabytes(size: float) -> str:

@@ -1,0 +1,122 @@
+"""Audio to codes and back, with Mimi from files on this machine; nothing here asks a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from csm_weights.config import HubEnvironment
+from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.model.offline_assets import not_installed, snapshots
+
+#: The repository of Mimi for transformers, and the files it consists of.
+CODEC_REPO = "kyutai/mimi"
+CODEC_FILES = ("config.json", "model.safetensors")
+
+
+class Codec(Protocol):
+    """Turns audio into codes and back; `sample_rate` in Hz, `codebooks` K."""
+
+    sample_rate: int
+    codebooks: int
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Return the codes (K, T) of mono audio (samples,)."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return mono audio (samples,) of codes (K, T)."""
+
+
+class Mimi:
+    """transformers' Mimi, for one recording of mono audio at a time, in float32.
+
+    `model` is a MimiModel; `codebooks` is how many of its codebooks are used.
+    Raises WrongContent where it has fewer.
+    """
+
+    def __init__(self, model: Any, codebooks: int = 32, device: str | torch.device = "cpu") -> None:
+        config = model.config
+        self.sample_rate = int(config.sampling_rate)
+        self.codebooks = codebooks
+        self._size = int(config.codebook_size)
+        self._model = model.to(device, torch.float32).eval().requires_grad_(False)
+        if config.num_quantizers < codebooks:
+            words = (f"{codebooks} codebooks, as the model has", f"{config.num_quantizers}")
+            finding = Finding(Kind.MALFORMED, "the codec", *words)
+            raise WrongContent("the codec does not fit the model", [finding])
+
+    @classmethod
+    def from_local(
+        cls, folder: Path | str, codebooks: int = 32, device: str | torch.device = "cpu"
+    ) -> Mimi:
+        """Read config.json and model.safetensors of a folder; no tensor may be missing.
+
+        Raises MissingInput without transformers, WrongContent.
+        """
+        try:
+            from safetensors import SafetensorError
+            from transformers import MimiModel
+        except ImportError:
+            raise not_installed("transformers", "runs the audio codec") from None
+        try:
+            model, report = MimiModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise _bad_codec(folder, str(error)[:300]) from None
+        # transformers fills tensors that a file lacks with random numbers
+        for key in ("missing_keys", "mismatched_keys"):
+            if report.get(key):
+                names = ", ".join(sorted(map(str, report[key]))[:3])
+                raise _bad_codec(folder, f"{key.replace('_', ' ')}: {names}")
+        return cls(model, codebooks, device)
+
+    @torch.no_grad()
+    def encode(self, audio: Tensor) -> Tensor:
+        """Return the codes (K, T) of mono audio (samples,)."""
+        if audio.ndim != 1 or not audio.numel():
+            raise UsageError(f"audio is (samples,), mono; this is {tuple(audio.shape)}")
+        batch = audio.to(self._model.device, torch.float32)[None, None]
+        codes: Tensor = self._model.encode(batch, num_quantizers=self.codebooks).audio_codes
+        return codes[0]
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return mono audio (samples,) of codes (K, T); raises UsageError for unknown codes."""
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self._size:
+            low, high = int(codes.min()), int(codes.max())
+            raise UsageError(f"codes {low} to {high}; the codec has 0 to {self._size - 1}")
+        audio: Tensor = self._model.decode(codes[None].to(self._model.device)).audio_values
+        return audio[0, 0]
+
+
+def _bad_codec(folder: Path | str, found: str) -> WrongContent:
+    words = ("Mimi for transformers, whole", found, f"hf download {CODEC_REPO} --force-download")
+    finding = Finding(Kind.MALFORMED, str(folder), *words)
+    return WrongContent("the codec cannot be used", [finding])
+
+
+def as_codec(given: Any, codebooks: int, device: torch.device) -> Codec:
+    """Wrap transformers' MimiModel; return any other codec as it is."""
+    return cast(Codec, given) if hasattr(given, "sample_rate") else Mimi(given, codebooks, device)
+
+
+def find_codec(codebooks: int, device: torch.device) -> Mimi:
+    """Find Mimi in the Hub's cache; raises MissingInput, with the command, where it is not."""
+    for found in snapshots(CODEC_REPO, CODEC_FILES):
+        return Mimi.from_local(found, codebooks, device)
+    where = f"{CODEC_REPO} in {HubEnvironment.read().cache}"
+    words = (" and ".join(CODEC_FILES), "not both", f"hf download {CODEC_REPO}")
+    finding = Finding(Kind.MISSING, where, *words)
+    advice = (
+        f"In a checkout, and verified: inv lock --repo {CODEC_REPO} && inv weights --model mimi"
+        " && inv seed-cache --model mimi\n"
+        "Without it, generate_frames gives the codes."
+    )
+    raise MissingInput("audio needs the codec Mimi, and it is not here", [finding], advice)

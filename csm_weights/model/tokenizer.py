@@ -1,0 +1,95 @@
+"""Text to tokens, with a tokenizer from files on this machine; nothing here asks a server.
+
+The tokenizer is Llama 3.2's, which today's sesame/csm-1b carries too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
+from csm_weights.model.offline_assets import not_installed, snapshots
+
+if TYPE_CHECKING:
+    import tokenizers
+
+#: The file that holds a tokenizer, and the repositories that have it, in this order.
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_REPOS = ("sesame/csm-1b", "meta-llama/Llama-3.2-1B")
+
+#: The tokens before and after every text.
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+class Tokenizer(Protocol):
+    """Turns text into tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with BOS before them and EOS after."""
+
+
+class TextTokenizer:
+    """A tokenizer of the tokenizers library, with BOS and EOS around every text.
+
+    Raises WrongContent where it has no such tokens.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, where: str = "the tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._bos, self._eos = (_special(tokenizer, token, where) for token in (BOS, EOS))
+
+    @classmethod
+    def from_file(cls, path: Path) -> TextTokenizer:
+        """Read a tokenizer.json; raises MissingInput without the library, WrongContent."""
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError:
+            raise not_installed("tokenizers", "turns text into tokens") from None
+        try:
+            tokenizer = Fast.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            words = ("a tokenizer of the tokenizers library", str(error)[:200])
+            finding = Finding(Kind.MALFORMED, str(path), *words)
+            raise WrongContent("the tokenizer cannot be used", [finding]) from None
+        return cls(tokenizer, str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with BOS before them and EOS after."""
+        # a file's own post-processor adds other tokens from repository to repository
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [self._bos, *ids, self._eos]
+
+
+def _special(tokenizer: tokenizers.Tokenizer, token: str, where: str) -> int:
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        finding = Finding(Kind.MALFORMED, where, f"the token {token} of Llama 3", "no such token")
+        raise WrongContent("the tokenizer is not CSM's", [finding])
+    return int(number)
+
+
+def as_tokenizer(given: Tokenizer | tokenizers.Tokenizer) -> Tokenizer:
+    """Wrap a tokenizer of the tokenizers library; return any other as it is."""
+    is_fast = hasattr(given, "token_to_id") and hasattr(given, "to_str")
+    return TextTokenizer(cast("tokenizers.Tokenizer", given)) if is_fast else cast(Tokenizer, given)
+
+
+def find_tokenizer(folder: Path | None) -> TextTokenizer:
+    """Find the tokenizer beside the model's files in `folder`, or else in the Hub's cache.
+
+    Raises MissingInput, with the command, where there is none.
+    """
+    if folder is not None and (folder / TOKENIZER_FILE).is_file():
+        return TextTokenizer.from_file(folder / TOKENIZER_FILE)
+    for repo in TOKENIZER_REPOS:
+        for found in snapshots(repo, (TOKENIZER_FILE,)):
+            return TextTokenizer.from_file(found / TOKENIZER_FILE)
+    where = f"{folder / TOKENIZER_FILE if folder else TOKENIZER_FILE}, and the Hub's cache"
+    command = f"hf download {TOKENIZER_REPOS[0]} {TOKENIZER_FILE}"
+    finding = Finding.missing(where, "the tokenizer", command)
+    advice = (
+        "In a checkout, verified and beside the model: inv weights --only tokenizer\n"
+        "Without it, give the text as token ids."
+    )
+    raise MissingInput("text needs a tokenizer, and none is here", [finding], advice)
