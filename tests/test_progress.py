@@ -18,7 +18,14 @@ from collections.abc import Callable
 
 import pytest
 
-from csm_weights.progress import LINE_PERCENT, LINE_SECONDS, WORTH_SHOWING, Progress
+from csm_weights.progress import (
+    LINE_PERCENT,
+    LINE_SECONDS,
+    WORTH_SHOWING,
+    Progress,
+    format_size,
+    label_for,
+)
 
 #: Bytes of a piece of work that is worth showing.
 TOTAL = 100 * WORTH_SHOWING
@@ -54,28 +61,37 @@ def run(clock: Clock, seconds: float, steps: int = 100, total: int = TOTAL) -> l
 
 def test_off_a_terminal_there_are_plain_lines(clock: Clock) -> None:
     """A line has the label, percent, bytes, rate and time left, and no control character."""
-    lines = run(clock, 20)
+    first, *lines, last = run(clock, 50)
     assert len(lines) > 2
-    for line in lines[:-1]:
-        assert re.fullmatch(r"hashing: \d+ % of [\d,]+ bytes, [\d,]+ MiB/s, \d+ s left", line)
-    assert lines[-1] == f"hashing: {TOTAL:,} bytes in 20.0 s"
+    for line in lines:
+        assert re.fullmatch(
+            r"hashing: \d+ %, [\d.]+ [KMG]iB of 3.1 GiB, [\d.]+ MiB/s, \d+ s left", line
+        )
+    assert (first, last) == ("hashing: 3.1 GiB", "hashing: 3.1 GiB in 50.0 s")
+
+
+def test_no_time_left_is_told_before_there_is_a_rate(clock: Clock) -> None:
+    """In the first two seconds a line has percent and bytes alone."""
+    lines = run(clock, 15)
+    assert lines[1] == "hashing: 10 %, 320.0 MiB of 3.1 GiB"
+    assert lines[2].endswith(" s left")
 
 
 def test_there_is_a_line_every_ten_percent(clock: Clock) -> None:
     """Work of some seconds has a line each ten percent."""
-    percents = [int(line.split()[1]) for line in run(clock, 50)[:-1]]
+    percents = [int(line.split()[1]) for line in run(clock, 50)[1:-1]]
     assert percents == list(range(LINE_PERCENT, 101, LINE_PERCENT))
 
 
 def test_slow_work_has_a_line_every_ten_seconds(clock: Clock) -> None:
     """Work of many minutes has a line each ten seconds, however little was done."""
     lines = run(clock, 1000, steps=1000)
-    assert len(lines) == 1000 / LINE_SECONDS + 1
+    assert len(lines) == 1000 / LINE_SECONDS + 2
 
 
-def test_quick_work_has_one_line(clock: Clock) -> None:
-    """Work of less than a second says only that it is over."""
-    assert len(run(clock, 0.9)) == 1
+def test_quick_work_has_two_lines(clock: Clock) -> None:
+    """Work of less than a second says only that it begins and that it is over."""
+    assert len(run(clock, 0.9)) == 2
 
 
 def test_small_work_is_not_talked_about(clock: Clock) -> None:
@@ -94,9 +110,8 @@ def test_the_rate_and_the_time_left_are_right(clock: Clock) -> None:
     with Progress("hashing", TOTAL, stream) as shown:
         clock.now += 50
         shown.advance(TOTAL // 2)
-        speed = TOTAL / 100 / 2**20
-        line = f"hashing: 50 % of {TOTAL:,} bytes, {speed:,.0f} MiB/s, 50 s left\n"
-        assert stream.getvalue() == line
+        line = "hashing: 50 %, 1.6 GiB of 3.1 GiB, 32.0 MiB/s, 50 s left\n"
+        assert stream.getvalue().endswith(line)
 
 
 def test_more_than_all_is_a_hundred_percent(clock: Clock) -> None:
@@ -105,7 +120,7 @@ def test_more_than_all_is_a_hundred_percent(clock: Clock) -> None:
     with Progress("hashing", TOTAL, stream) as shown:
         clock.now += 50
         shown.advance(2 * TOTAL)
-    assert stream.getvalue().startswith("hashing: 100 % of ")
+    assert "\nhashing: 100 %, 6.2 GiB of " in stream.getvalue()
     assert ", 0 s left\n" in stream.getvalue()
 
 
@@ -115,7 +130,7 @@ def test_failed_work_does_not_say_that_it_is_over(clock: Clock) -> None:
     with pytest.raises(KeyError), Progress("hashing", TOTAL, stream):
         clock.now += 5
         raise KeyError
-    assert stream.getvalue() == ""
+    assert stream.getvalue() == "hashing: 3.1 GiB\n"
 
 
 def test_it_talks_to_stderr_and_never_to_stdout(
@@ -129,7 +144,7 @@ def test_it_talks_to_stderr_and_never_to_stdout(
     out, err = capsys.readouterr()
     assert out == ""
     assert "hashing: a word\n" in err
-    assert err.count("\n") == 3
+    assert err.count("\n") == 4
 
 
 def test_a_given_stream_is_the_only_one(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +181,7 @@ def test_ticks_from_many_threads_are_all_counted() -> None:
                 thread.join()
     finally:
         sys.setswitchinterval(interval)
-    assert stream.getvalue().startswith("hashing: 40,000 bytes in ")
+    assert stream.getvalue().splitlines()[-1].startswith("hashing: 39.1 KiB in ")
 
 
 class SlowStream(io.StringIO):
@@ -192,7 +207,54 @@ def test_lines_of_many_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> No
         thread.join()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 40
-    assert [line for line in lines if not re.fullmatch(r"hashing: 0 % of .* s left", line)] == []
+    assert [line for line in lines if not re.fullmatch(r"hashing: 0 %, .*", line)] == []
+
+
+def test_small_work_that_takes_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two seconds work of few bytes, or of none, says what it is, once."""
+    monkeypatch.setattr("csm_weights.progress.NAMED_AFTER", 0.05)
+    stream = io.StringIO()
+    with Progress("loading ckpt.pt", 0, stream):
+        time.sleep(0.3)
+    assert stream.getvalue() == "loading ckpt.pt ...\n"
+
+
+class BrokenStream(io.StringIO):
+    """A stream that nobody reads any more."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(text)
+
+
+@pytest.mark.parametrize("stream", [None, BrokenStream()])
+def test_a_closed_stderr_stops_no_work(
+    stream: io.StringIO | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without stderr, or with one that nobody reads, work goes on in silence."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("hashing", TOTAL) as shown:
+        shown.advance(TOTAL)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (6211186784, "5.8 GiB"),
+        (3 << 50, "3,072.0 TiB"),
+    ],
+)
+def test_sizes_have_one_unit_family(count: int, words: str) -> None:
+    """Sizes are told in units of 1024, with one digit after the point."""
+    assert format_size(count) == words
+
+
+def test_a_label_has_the_name_of_the_file() -> None:
+    """One file is named, several are counted."""
+    assert label_for("verifying", ["a.bin"]) == "verifying a.bin"
+    assert label_for("verifying", ["a", "b"]) == "verifying 2 files"
 
 
 # ---- on a terminal
@@ -251,7 +313,7 @@ def test_on_a_terminal_there_is_a_bar(terminal: Terminal) -> None:
     """A terminal has one bar with bytes, rate and percent, redrawn in place; stdout is empty."""
     out, shown = terminal({}, 0.6)
     assert out == ""
-    assert re.search(r"hashing: +\d+%\|.*\| [\d.]+[KMGT]?/[\d.]+G \[.*B/s\]", shown)
+    assert re.search(r"hashing: +\d+%\|.*\| [\d.]+ [KMG]iB of 3\.1 GiB", shown)
     assert "\r" in shown
     assert shown.count("\n") == 1
 
@@ -268,9 +330,9 @@ def test_tqdm_disable_leaves_plain_lines(terminal: Terminal) -> None:
     assert out == ""
     assert "%|" not in shown
     *lines, last = shown.splitlines()
-    assert last.startswith(f"hashing: {TOTAL:,} bytes in ")
-    assert lines
-    assert all(re.match(rf"hashing: \d+ % of {TOTAL:,} bytes, ", line) for line in lines)
+    assert last.startswith("hashing: 3.1 GiB in ")
+    assert len(lines) > 1
+    assert all(re.fullmatch(r"hashing: (\d+ %, .* of )?3.1 GiB", line) for line in lines)
 
 
 def test_a_dumb_stream_needs_no_tqdm() -> None:

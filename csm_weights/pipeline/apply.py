@@ -24,7 +24,7 @@ from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import Plan, Step, Target, Verb
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Session, begin, gate_error
-from csm_weights.progress import Progress
+from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install, receipts
 from csm_weights.store.inspect import (
     ArtifactState,
@@ -272,7 +272,7 @@ def _assemble(
     verb = "fetching" if any(step.far for step in steps) else "assembling"
     try:
         with (
-            Progress(verb, total) as progress,
+            Progress(label_for(verb, [s.artifact.path for s in steps]), total) as progress,
             sources.far(run, cancel, progress.log) as servers,
         ):
             jobs = [_assembly(run, step, servers, stakes or {}) for step in steps]
@@ -344,7 +344,8 @@ def _copy(run: Session, steps: Sequence[Step]) -> None:
         source = first_of(WholeFile(step.look.path))
         artifact = _as_staged(step.artifact, receipt)
         jobs.append(Assembly(artifact, target, source, step.state.copied))
-    with Progress("copying", sum(job.artifact.size for job in jobs)) as progress:
+    label = label_for("copying", [job.artifact.path for job in jobs])
+    with Progress(label, sum(job.artifact.size for job in jobs)) as progress:
         done = assemble(jobs, progress.advance)
     for step, copied in zip(steps, done, strict=True):
         receipt = replace(_staged_receipt(step), fingerprint=copied.fingerprint)

@@ -21,7 +21,7 @@ from csm_weights.pipeline.plan import (
     with_config,
 )
 from csm_weights.pipeline.request import Request, find_manifest
-from csm_weights.progress import Progress
+from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install, receipts
 from csm_weights.store.inspect import FileState, FileStatus, Paths, State, inspect, leftovers
 from csm_weights.store.receipts import Receipt
@@ -94,14 +94,16 @@ class Session:
     def gate(self, state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
         """Run every gate over the installed files; see `gates.check`."""
         subjects = [self.subject(item.artifact, item.installed) for item in state.artifacts]
-        to_hash = sum(s.size or 0 for s in subjects if not s.finding and (rehash or not s.trusted))
-        with Progress("verifying", to_hash) as progress:
+        to_hash = [s for s in subjects if not s.finding and (rehash or not s.trusted)]
+        label = label_for("verifying", [s.artifact.path for s in to_hash or subjects])
+        with Progress(label, sum(s.size or 0 for s in to_hash)) as progress:
             return tuple(gates.check(subjects, rehash, progress.advance))
 
     def verify(self, files: Sequence[tuple[Artifact, FileStatus]]) -> list[VerifiedFile | None]:
         """Hash files; a file that is wrong gives None, and counts as wrong from now on."""
         subjects = [self.subject(artifact, file) for artifact, file in files]
-        with Progress("verifying", sum(subject.size or 0 for subject in subjects)) as progress:
+        label = label_for("verifying", [artifact.path for artifact, _ in files])
+        with Progress(label, sum(subject.size or 0 for subject in subjects)) as progress:
             proofs = gates.prove(subjects, progress.advance)
         return [self._judge(proof) for proof in proofs]
 
