@@ -98,7 +98,7 @@ def test_hostile_weights_are_refused_in_bounds(name: str, tmp_path: Path) -> Non
     results = found["results"]
     assert len(results) == 2 * len(files)
     assert [r["name"] for r in results if r["code"] != 4] == []
-    verified = [r for r in results if r["act"] == "verify"]
+    verified = [r for r in results if r["command"] == "verify"]
     assert [r["name"] for r in verified if files[r["name"]][1] not in r["text"]] == []
     assert [r["name"] for r in results if r["seconds"] > probe.SECONDS] == []
     assert found["grown"] < probe.MEMORY

@@ -576,11 +576,12 @@ def test_a_stall_holds_the_bytes_back(hub: HubServer) -> None:
     parts = urlsplit(signed(hub))
     with socket.create_connection((parts.hostname, parts.port)) as raw:
         raw.sendall(f"GET {parts.path}?{parts.query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        raw.settimeout(0.2)
         got = bytearray()
+        while len(got.partition(b"\r\n\r\n")[2]) < 1000:
+            got += raw.recv(65536)
+        raw.settimeout(0.1)
         with pytest.raises(TimeoutError):
-            while block := raw.recv(65536):
-                got += block
+            raw.recv(1)
     assert bytes(got).partition(b"\r\n\r\n")[2] == BIG[:1000]
     assert hub.requests("storage")[-1].sent == 1000
 
@@ -590,7 +591,7 @@ def test_trickle(hub: HubServer) -> None:
     url = signed(hub)
     began = time.monotonic()
     assert ask(url).body == BIG
-    assert 0.15 < time.monotonic() - began < 2
+    assert time.monotonic() - began > 0.15
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -696,11 +697,11 @@ def test_chunked(hub: HubServer) -> None:
 
 
 def test_expire(hub: HubServer) -> None:
-    hub.fault("expire", seconds=0.15)
-    url = signed(hub)
-    assert ask(url).status == 200
-    time.sleep(0.16)
-    assert ask(url).status == 403
+    lasting = hub.fault("expire", seconds=60)
+    assert ask(signed(hub)).status == 200
+    lasting.clear()
+    hub.fault("expire", seconds=0)
+    assert ask(signed(hub)).status == 403
 
 
 def test_etag_and_commit(hub: HubServer) -> None:

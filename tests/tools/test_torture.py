@@ -1,4 +1,4 @@
-"""A slice of the torture harness: a few kills, power cuts, rivals and swaps of each command."""
+"""A few kills, power cuts, races and swaps of each command, as `make torture` makes them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pathlib import Path
 
 import pytest
 
-from tools.torture import kills, power, rivals, script, swaps
-from tools.torture.calls import Event
-from tools.torture.checks import Undisturbed, after_stop, undisturbed, whole
+from tools.torture import kills, power, races, script, swaps
+from tools.torture.checks import Baseline, baseline, check_after_stop, differences
 from tools.torture.disk import FOLDER, Disk
-from tools.torture.forks import Child, Ended
-from tools.torture.scene import COMMANDS, Bench, Scene, can_consume, commands
-from tools.torture.tally import Clock
+from tools.torture.fork_server import Child
+from tools.torture.sandbox import COMMANDS, Sandbox, Sandboxes, can_consume, commands
+from tools.torture.tally import TimeBox
+from tools.torture.tracing import Event
 
 NAMES = [command.name for command in commands()]
 INV_NAMES = [command.name for command in commands() if not command.is_script]
 
-#: Bytes of memory that are enough for the scenes of several test processes.
+#: Bytes of memory that are enough for the sandboxes of several test processes.
 ROOM = 512 << 20
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    """A bench for all tests of a process: in memory, where an fsync costs nothing, and on disk."""
+def sandboxes() -> Iterator[Sandboxes]:
+    """A factory for all tests of a process, in memory where there is room, and on disk."""
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=_memory()))
     other = Path(tempfile.mkdtemp(prefix="torture-"))
     try:
-        with Bench.open(folder, other) as opened:
+        with Sandboxes.open(folder, other) as opened:
             yield opened
     finally:
         shutil.rmtree(folder)
@@ -47,8 +47,8 @@ def _memory() -> Path | None:
     return memory if has_room else None
 
 
-def at(before: Undisturbed, name: str, pattern: str) -> int:
-    """The number of the first call of that name about a path that fits."""
+def at(before: Baseline, name: str, pattern: str) -> int:
+    """The number of the first call of that name on a path that matches."""
     return next(
         event.number
         for event in before.events
@@ -56,101 +56,109 @@ def at(before: Undisturbed, name: str, pattern: str) -> int:
     )
 
 
-def killed(bench: Bench, command: str, name: str, pattern: str) -> list[str]:
-    """What is wrong once a command was killed right after a call, and run again."""
-    before = undisturbed(bench, COMMANDS[command])
-    scene = bench.scene(COMMANDS[command])
-    orders = replace(scene.orders, at=at(before, name, pattern), when="after", one_core=True)
-    assert scene.run(orders).code == -signal.SIGKILL
-    wrong = after_stop(scene, before)
-    bench.drop(scene)
+def killed(sandboxes: Sandboxes, command: str, name: str, pattern: str) -> list[str]:
+    """What is wrong after a command was killed right after a call, and run again."""
+    before = baseline(sandboxes, COMMANDS[command])
+    sandbox = sandboxes.sandbox(COMMANDS[command])
+    injection = replace(
+        sandbox.injection, at=at(before, name, pattern), when="after", one_core=True
+    )
+    assert sandbox.run(injection).code == -signal.SIGKILL
+    wrong = check_after_stop(sandbox, before)
+    sandboxes.remove(sandbox)
     return wrong
 
 
-# ---- killed anywhere
+# ---- killed at any call
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_killed_command_loses_nothing_and_goes_on(bench: Bench, name: str) -> None:
-    """At calls of chance: no wrong byte, nothing lost or asked for again, a plain run ends it."""
-    tally = kills.deliberate(bench, COMMANDS[name], random.Random(7), Clock.of(30), most=4)
+def test_a_killed_command_loses_nothing_and_goes_on(sandboxes: Sandboxes, name: str) -> None:
+    """Killed at random calls, nothing is wrong, lost or fetched again, and a plain run ends it."""
+    tally = kills.at_calls(sandboxes, COMMANDS[name], random.Random(7), TimeBox.of(30), most=4)
     assert (tally.tries, tally.wrong) == (4, [])
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
-@pytest.mark.parametrize("name", ["fetch (parts)", "fetch (Hub)", "place", "seed-cache", "split"])
-def test_an_interrupted_command_says_so(bench: Bench, name: str, stop: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["fetch (chunks)", "fetch (Hub)", "place", "seed-cache", "split"])
+def test_an_interrupted_command_says_so(
+    sandboxes: Sandboxes, name: str, stop: signal.Signals
+) -> None:
     """Ctrl-C and a termination signal in the middle end with 130, a message and no traceback."""
-    scene = bench.scene(COMMANDS[name])
-    ended = scene.run(replace(scene.orders, at=12, signal=int(stop), one_core=True))
-    bench.drop(scene)
-    assert (ended.code, "interrupted" in ended.said) == (130, True)
-    assert "Traceback" not in ended.said
+    sandbox = sandboxes.sandbox(COMMANDS[name])
+    result = sandbox.run(replace(sandbox.injection, at=12, signal=int(stop), one_core=True))
+    sandboxes.remove(sandbox)
+    assert (result.code, "interrupted" in result.output) == (130, True)
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
-def test_an_interrupted_script_says_so(bench: Bench, stop: signal.Signals) -> None:
+def test_an_interrupted_script_says_so(sandboxes: Sandboxes, stop: signal.Signals) -> None:
     """recombine.sh ends with 130 and leaves no partial."""
-    scene = bench.scene(COMMANDS["recombine.sh"])
-    ended = script.run_script(scene, at=20, stop=int(stop))
-    left = [name for name in scene.listing() if "recombine-partial" in name]
-    bench.drop(scene)
-    assert (ended.code, "interrupted" in ended.said, left) == (130, True, [])
+    sandbox = sandboxes.sandbox(COMMANDS["recombine.sh"])
+    result = script.run_script(sandbox, at=20, stop=int(stop))
+    left = [name for name in sandbox.listing() if "recombine-partial" in name]
+    sandboxes.remove(sandbox)
+    assert (result.code, "interrupted" in result.output, left) == (130, True, [])
 
 
-def test_no_journal_outlives_its_file(bench: Bench) -> None:
-    """Killed just after a file got its name, the plain run tidies the journal away."""
-    assert killed(bench, "fetch (parts)", "rename", "*output/toy/a.bin") == []
+def test_no_journal_outlives_its_file(sandboxes: Sandboxes) -> None:
+    """Killed just after a file got its name, the plain run removes the journal."""
+    assert killed(sandboxes, "fetch (chunks)", "rename", "*output/toy/a.bin") == []
 
 
-def test_no_receipt_outlives_its_file(bench: Bench) -> None:
+def test_no_receipt_outlives_its_file(sandboxes: Sandboxes) -> None:
     """Killed just after a file was moved, the plain run removes the receipt in output/."""
-    assert killed(bench, "place", "rename", "*models/toy/.csm-weights/a.bin.json") == []
+    assert killed(sandboxes, "place", "rename", "*models/toy/.csm-weights/a.bin.json") == []
 
 
-def test_no_second_copy_outlives_a_move_to_another_disk(bench: Bench) -> None:
+def test_no_second_copy_outlives_a_move_to_another_disk(sandboxes: Sandboxes) -> None:
     """Killed just after a copy got its name, the plain run removes the staged file."""
-    assert killed(bench, "place (other disk)", "rename", "*/a.bin") == []
+    assert killed(sandboxes, "place (other disk)", "rename", "*/a.bin") == []
 
 
 @pytest.mark.skipif(not can_consume(), reason="this checkout has no consuming assembly")
-def test_no_probe_outlives_its_run(bench: Bench) -> None:
-    """Killed while it finds out whether the disk takes holes, the plain run tidies up."""
-    assert killed(bench, "fetch --consume", "create", "*/.punch.*") == []
+def test_no_probe_outlives_its_run(sandboxes: Sandboxes) -> None:
+    """Killed while it tries to punch a hole, the plain run removes the file of the trial."""
+    assert killed(sandboxes, "fetch --consume", "create", "*/.punch.*") == []
 
 
 # ---- a power cut
 
 
 @pytest.mark.parametrize("name", INV_NAMES)
-def test_a_power_cut_lets_no_wrong_byte_in(bench: Bench, name: str) -> None:
-    """Of disks that a cut may leave: nothing proven is lost, and a plain run ends it."""
-    tally = power.cuts(bench, COMMANDS[name], random.Random(3), Clock.of(30), most=5)
+def test_a_power_cut_lets_no_wrong_byte_in(sandboxes: Sandboxes, name: str) -> None:
+    """On every disk that a cut may leave nothing verified is lost, and a plain run ends it."""
+    tally = power.cuts(sandboxes, COMMANDS[name], random.Random(3), TimeBox.of(30), most=5)
     assert (tally.tries, tally.wrong) == (5, [])
 
 
 @pytest.mark.parametrize(
     ("name", "lost", "found"),
     [
-        ("fetch (parts)", "fsync */output/toy/a.bin.partial", "counts as proven and holds wrong"),
-        ("fetch (parts)", "fsync */output/toy", "is gone"),
+        (
+            "fetch (chunks)",
+            "fsync */output/toy/a.bin.partial",
+            "counts as verified and holds wrong",
+        ),
+        ("fetch (chunks)", "fsync */output/toy", "is gone"),
         ("fetch --consume", "fdatasync */output/toy/b.bin.partial", "the plain run ends with"),
     ],
     ids=["of the file", "of its folder", "before a hole"],
 )
-def test_a_missing_sync_is_found(bench: Bench, name: str, lost: str, found: str) -> None:
+def test_a_missing_sync_is_found(sandboxes: Sandboxes, name: str, lost: str, found: str) -> None:
     """Without one fsync, disks are found on which a file is wrong, gone, or cannot be finished."""
     if name not in NAMES:
         pytest.skip("this checkout has no consuming assembly")
     command, rng = COMMANDS[name], random.Random(3)
-    tally = power.cuts(bench, command, rng, Clock.of(30), most=16, lost_calls=lost)
+    tally = power.cuts(sandboxes, command, rng, TimeBox.of(30), most=16, lost_calls=lost)
     assert [text for text in tally.wrong if found in text]
 
 
-def test_a_new_folder_is_durable_too(bench: Bench) -> None:
-    """By what POSIX alone promises, a file that was placed is there after a power cut."""
+def test_a_new_folder_is_durable_too(sandboxes: Sandboxes) -> None:
+    """With POSIX's guarantees alone, an installed file survives a power cut."""
     command, rng = COMMANDS["place"], random.Random(3)
-    tally = power.cuts(bench, command, rng, Clock.of(30), most=12, strict=True)
+    tally = power.cuts(sandboxes, command, rng, TimeBox.of(30), most=12, strict=True)
     assert tally.wrong == []
 
 
@@ -161,7 +169,7 @@ def disk(tmp_path: Path) -> Disk:
 
 
 def write(folder: Path, data: bytes) -> list[Event]:
-    """The events of writing a new file, and of giving it the other's name."""
+    """The events of writing a new file and renaming it over the other one."""
     new = str(folder / "new")
     return [
         Event("create", new, inode=-5),
@@ -182,7 +190,7 @@ def leavings(disk: Disk, path: Path) -> set[bytes]:
 
 
 def test_an_unsynced_write_may_be_lost_behind_its_name(tmp_path: Path) -> None:
-    """A rename may be there before the bytes: old, new, empty and zeros are all found."""
+    """A rename may survive without the bytes: old, new, empty and zeros are all found."""
     model = disk(tmp_path)
     for event in write(tmp_path, b"new"):
         model.feed(event)
@@ -190,7 +198,7 @@ def test_an_unsynced_write_may_be_lost_behind_its_name(tmp_path: Path) -> None:
 
 
 def test_synced_bytes_under_an_unsynced_name(tmp_path: Path) -> None:
-    """Once the file is synced, the name stands for all of the old bytes or all of the new."""
+    """Once the file is synced, the name has all of the old bytes or all of the new."""
     model = disk(tmp_path)
     create, data, rename = write(tmp_path, b"new")
     for event in (create, data, Event("fsync", data.path, -5), rename):
@@ -199,7 +207,7 @@ def test_synced_bytes_under_an_unsynced_name(tmp_path: Path) -> None:
 
 
 def test_synced_bytes_under_a_synced_name_stay(tmp_path: Path) -> None:
-    """With the folder synced as well there is one disk that a cut may leave."""
+    """With the folder synced as well, only one disk is possible."""
     model = disk(tmp_path)
     create, data, rename = write(tmp_path, b"new")
     for event in (create, data, Event("fsync", data.path, -5), rename):
@@ -208,64 +216,47 @@ def test_synced_bytes_under_a_synced_name_stay(tmp_path: Path) -> None:
     assert leavings(model, tmp_path / "file") == {b"new"}
 
 
-# ---- rivals
+# ---- races
 
 
-@pytest.mark.parametrize("name", ["fetch (parts)", "fetch (Hub)", "weights (parts)", "place"])
-def test_two_at_once_do_the_work_once(bench: Bench, name: str) -> None:
+@pytest.mark.parametrize("name", ["fetch (chunks)", "fetch (Hub)", "weights (chunks)", "place"])
+def test_two_at_once_do_the_work_once(sandboxes: Sandboxes, name: str) -> None:
     """Two runs in one tree end well, and fetch or write about as much as one."""
-    before = undisturbed(bench, COMMANDS[name])
-    came, wrong = rivals.race(bench, before, 2, False, random.Random(5))
-    assert (came, wrong) == ("exit 0", [])
+    before = baseline(sandboxes, COMMANDS[name])
+    outcome, wrong = races.race(sandboxes, before, 2, False, random.Random(5))
+    assert (outcome, wrong) == ("exit 0", [])
 
 
-@pytest.mark.parametrize("name", ["fetch (parts)", "fetch (Hub)", "weights (parts)"])
-def test_without_locks_no_wrong_byte_gets_a_name(bench: Bench, name: str) -> None:
-    """Where flock does nothing, three runs at once leave right bytes and a tree that goes on."""
-    before = undisturbed(bench, COMMANDS[name])
-    _, wrong = rivals.race(bench, before, 3, True, random.Random(5))
+@pytest.mark.parametrize("name", ["fetch (chunks)", "fetch (Hub)", "weights (chunks)"])
+def test_without_locks_no_wrong_byte_gets_a_name(sandboxes: Sandboxes, name: str) -> None:
+    """Where flock does nothing, three runs at once leave right bytes, and a plain run ends it."""
+    before = baseline(sandboxes, COMMANDS[name])
+    _, wrong = races.race(sandboxes, before, 3, True, random.Random(5))
     assert [t for t in wrong if "wrong bytes" in t or t.startswith("the plain run")] == []
-
-
-def overtaken(bench: Bench, command: str, hold: str, lockless: bool = False) -> tuple[Ended, ...]:
-    """A run that is held while another one does all the work; how both end."""
-    scene = bench.scene(COMMANDS[command])
-    held = scene.home.with_suffix(".held")
-    orders = replace(scene.orders, lockless=lockless, one_core=True)
-    first = scene.forks.start(
-        scene.root, scene.argv, scene.env, replace(orders, hold=hold, held=str(held))
-    )
-    ended = swaps.let_go(scene, first, held, lambda: _other_run(scene, lockless))
-    bench.drop(scene)
-    return ended
-
-
-def _other_run(scene: Scene, lockless: bool) -> Ended:
-    return scene.run(replace(scene.orders, lockless=lockless))
 
 
 @pytest.mark.parametrize(
     ("name", "hold"),
     [("split", "rename *long.bin.part-aa"), ("seed-cache", "read *models/toy/a.bin")],
 )
-def test_a_second_run_waits_for_the_first(bench: Bench, name: str, hold: str) -> None:
+def test_a_second_run_waits_for_the_first(sandboxes: Sandboxes, name: str, hold: str) -> None:
     """While one run is at work a second one says that it waits; then both end with 0."""
-    before = undisturbed(bench, COMMANDS[name])
-    scene = bench.scene(COMMANDS[name])
+    before = baseline(sandboxes, COMMANDS[name])
+    sandbox = sandboxes.sandbox(COMMANDS[name])
     if name == "seed-cache":  # without receipts there is something to read and to hash
-        shutil.rmtree(scene.root / "models/toy/.csm-weights")
-    held = scene.home.with_suffix(".held")
-    orders = replace(scene.orders, one_core=True, hold=hold, held=str(held))
-    first = scene.forks.start(scene.root, scene.argv, scene.env, orders)
-    ended, second = swaps.let_go(scene, first, held, lambda: _waiting(scene))
-    assert (ended.code, scene.forks.wait(second).code) == (0, 0)
-    assert whole(scene, before) == []
-    bench.drop(scene)
+        shutil.rmtree(sandbox.root / "models/toy/.csm-weights")
+    held = sandbox.home.with_suffix(".held")
+    injection = replace(sandbox.injection, one_core=True, hold=hold, held=str(held))
+    first = sandbox.start(injection)
+    result, second = swaps.release(sandbox, first, held, lambda: _waiting(sandbox))
+    assert (result.code, sandbox.wait(second).code) == (0, 0)
+    assert differences(sandbox, before) == []
+    sandboxes.remove(sandbox)
 
 
-def _waiting(scene: Scene) -> Child:
+def _waiting(sandbox: Sandbox) -> Child:
     """Start a second run, and return once it says that it waits for the first."""
-    child = scene.forks.start(scene.root, scene.argv, scene.env, scene.orders)
+    child = sandbox.start()
     end = time.monotonic() + 20
     while "waiting for another run" not in child.out.read_text():
         assert time.monotonic() < end, child.out.read_text()
@@ -273,47 +264,50 @@ def _waiting(scene: Scene) -> Child:
     return child
 
 
-@pytest.mark.parametrize("name", ["fetch (parts)", "place"])
-def test_a_run_overtaken_without_locks_ends_well(bench: Bench, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "hold"),
+    [("fetch (chunks)", "rename *output/toy/a.bin"), ("place", "rename *models/toy/a.bin")],
+)
+def test_a_run_overtaken_without_locks_ends_well(
+    sandboxes: Sandboxes, name: str, hold: str
+) -> None:
     """Where flock does nothing, a run whose work another one has done ends well too."""
-    hold = "rename *models/toy/a.bin" if name == "place" else "rename *output/toy/a.bin"
-    ended = overtaken(bench, name, hold, lockless=True)
-    assert [e.code for e in ended] == [0, 0]
+    sandbox = sandboxes.sandbox(COMMANDS[name])
+    held = sandbox.home.with_suffix(".held")
+    without_locks = replace(sandbox.injection, without_locks=True)
+    first = sandbox.start(replace(without_locks, one_core=True, hold=hold, held=str(held)))
+    results = swaps.release(sandbox, first, held, lambda: sandbox.run(without_locks))
+    assert [result.code for result in results] == [0, 0]
+    sandboxes.remove(sandbox)
 
 
-def test_nothing_is_consumed_where_locks_do_nothing(bench: Bench) -> None:
-    """Two at once would copy holes over the only copy, so not even one is let in: exit 7."""
-    scene = bench.scene(COMMANDS["fetch --consume"])
-    before = scene.listing()
-    ended = scene.run(replace(scene.orders, lockless=True))
-    assert (ended.code, "locks" in ended.said) == (7, True)
-    assert set(before) <= set(scene.listing())
-    assert (scene.run().code, scene.wrong_bytes()) == (0, [])
-    bench.drop(scene)
+def test_nothing_is_consumed_where_locks_do_nothing(sandboxes: Sandboxes) -> None:
+    """Two runs would overwrite the only copy with holes, so not even one is let in: exit 7."""
+    sandbox = sandboxes.sandbox(COMMANDS["fetch --consume"])
+    before = sandbox.listing()
+    result = sandbox.run(replace(sandbox.injection, without_locks=True))
+    assert (result.code, "locks" in result.output) == (7, True)
+    assert set(before) <= set(sandbox.listing())
+    assert (sandbox.run().code, sandbox.wrong_bytes()) == (0, [])
+    sandboxes.remove(sandbox)
 
 
-def _held(scene: Scene, hold: str, name: str, nth: int = 1) -> tuple[Child, Path]:
-    """A run that will be held at a call, and where locks do nothing."""
-    held = scene.home.with_suffix(f".{name}")
-    orders = replace(scene.orders, lockless=True, one_core=True, held=str(held))
-    orders = replace(orders, hold=hold, nth=nth)
-    return scene.forks.start(scene.root, scene.argv, scene.env, orders), held
+# ---- swapped between check and use
 
-
-# ---- swapped between look and act
-
-_LAST = "the proven file is exchanged at the last moment"
+_LAST = "the verified file is exchanged at the last moment"
 
 
 @pytest.mark.parametrize("swap", [s for s in swaps.SWAPS if s.what != _LAST], ids=lambda s: s.what)
-def test_what_is_swapped_is_refused(bench: Bench, swap: swaps.Swap) -> None:
-    """No wrong byte is placed, nothing outside is written to, and a plain run ends it."""
-    _, wrong = swaps.done(bench, swap, undisturbed(bench, COMMANDS[swap.command]))
+def test_what_is_swapped_is_refused(sandboxes: Sandboxes, swap: swaps.Swap) -> None:
+    """No wrong byte is installed, nothing outside is written to, and a plain run ends it."""
+    _, wrong = swaps.done(sandboxes, swap, baseline(sandboxes, COMMANDS[swap.command]))
     assert wrong == []
 
 
-def test_a_file_exchanged_at_the_last_moment_is_not_left_under_its_name(bench: Bench) -> None:
-    """A proven file that is exchanged between the last look and the rename is taken back."""
+def test_a_file_exchanged_at_the_last_moment_is_not_left_under_its_name(
+    sandboxes: Sandboxes,
+) -> None:
+    """A verified file that is exchanged between the last check and the rename is removed again."""
     swap = next(s for s in swaps.SWAPS if s.what == _LAST)
-    _, wrong = swaps.done(bench, swap, undisturbed(bench, COMMANDS[swap.command]))
+    _, wrong = swaps.done(sandboxes, swap, baseline(sandboxes, COMMANDS[swap.command]))
     assert wrong == []

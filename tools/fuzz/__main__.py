@@ -1,7 +1,7 @@
-"""One coverage-guided run: `python -m tools.fuzz TARGET FOLDER [libFuzzer's own options]`.
+"""Run one fuzzer: `python -m tools.fuzz TARGET FOLDER [libFuzzer's own options]`.
 
-FOLDER keeps the corpus between runs. A crash, a hang of ten seconds or a
-gigabyte of memory ends the run with a file that has the bytes.
+FOLDER keeps the corpus between runs. A crash, a hang of ten seconds or a gigabyte of memory
+ends the run, and the input is written to FOLDER.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ import hashlib
 import sys
 from pathlib import Path
 
-import atheris
+try:
+    import atheris
+except ModuleNotFoundError:
+    sys.exit(
+        "atheris is not installed, and is for Linux only."
+        " Run `make fuzz`, or: pip install -c constraints.txt -e '.[fuzz]'"
+    )
 
 with atheris.instrument_imports(include=["csm_weights", "tomllib", "pickletools"]):
     from tools.fuzz.targets import TARGETS, seeds
 
-#: Largest input, bytes: beyond what any rule but the ceilings looks at.
+#: Largest input in bytes: more than any rule needs, apart from the limits on size.
 LARGEST = 1 << 14
 
 
 def main() -> None:
-    """Runs the target that the command line names."""
+    """Fuzz the target that the command line names."""
     name, folder, *options = sys.argv[1:]
     corpus = Path(folder) / name
     corpus.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""Takes hostile files as a user would, in a process of its own that is watched.
+"""Read hostile files as a user would, in a process whose memory and time are watched.
 
-`python -m tools.fuzz.probe FOLDER ACT...` reads `FOLDER/jobs.json`: a list of names,
-each with a manifest in `FOLDER/manifests/`, and for some acts its file in place. It
-prints what came of each as JSON, and by how much its memory grew at most over all
-of them, in bytes.
+`python -m tools.fuzz.probe FOLDER COMMAND...` reads `FOLDER/jobs.json`: a list of names, each
+with a manifest in `FOLDER/manifests/` and, for some commands, its file installed. It prints
+as JSON the outcome of each, and by how many bytes the peak of memory grew over all of them.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from csm_weights.errors import CsmWeightsError
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
 
-#: Bytes of address space beyond which the process gets none: a bomb ends it, not the machine.
+#: Bytes of address space for the process, so that a bomb ends it and not the machine.
 ADDRESS_SPACE = 2 << 30
 
 #: Bytes by which memory may grow over all files of a set.
 MEMORY = 64 << 20
 
-#: Seconds that one file may take; the machine may be busy with other tests.
+#: Seconds of processor time that one file may take, so that a busy machine changes nothing.
 SECONDS = 10.0
 
 
@@ -48,36 +47,36 @@ def _status(root: Path, name: str) -> tuple[int, str]:
     return survey.error.exit_code if survey.error else 0, as_text.render(survey)
 
 
-ACTS: dict[str, Callable[[Path, str], tuple[int, str]]] = {
+COMMANDS: dict[str, Callable[[Path, str], tuple[int, str]]] = {
     "verify": _verify,
     "compare": _compare,
     "status": _status,
 }
 
 
-def _took(act: str, root: Path, name: str) -> dict[str, Any]:
-    started = time.monotonic()
+def _timed(command: str, root: Path, name: str) -> dict[str, Any]:
+    started = time.process_time()
     try:
-        code, text = ACTS[act](root, name)
+        code, text = COMMANDS[command](root, name)
     except CsmWeightsError as error:
         code, text = error.exit_code, str(error)
-    seconds = time.monotonic() - started
-    return {"name": name, "act": act, "code": code, "text": text, "seconds": seconds}
+    seconds = time.process_time() - started
+    return {"name": name, "command": command, "code": code, "text": text, "seconds": seconds}
 
 
 def _peak() -> int:
-    # not ru_maxrss, which begins at what the process that started this one had
+    # ru_maxrss would begin at the peak of the process that started this one.
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def main() -> None:
-    """Does the jobs of the folder that the command line names."""
+    """Run the jobs of the folder that the command line names."""
     root = Path(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     jobs = json.loads((root / "jobs.json").read_text())
     before = _peak()
-    results = [_took(act, root, name) for name in jobs for act in sys.argv[2:]]
+    results = [_timed(command, root, name) for name in jobs for command in sys.argv[2:]]
     sys.stdout.write(json.dumps({"results": results, "grown": _peak() - before}))
 
 

@@ -1,7 +1,7 @@
-"""What a fuzzer may do to each reader: a value or a refusal comes of any bytes, nothing else.
+"""One function for each reader: any bytes are read or refused, and nothing else happens.
 
-Plain functions over bytes, so that tests can replay without a fuzzer what one
-has found. Anything that they raise is a defect.
+The functions take bytes, so that tests can replay without a fuzzer what one has found.
+Anything that they raise is a defect.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support import hostile
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 
-#: Exit codes that a refusal may have: an input is missing, or wrong.
+#: Exit codes of a refusal: an input is missing, or wrong.
 REFUSALS = (3, 4)
 
 #: In memory where there is such a place: a fuzzer writes thousands of files a second.
@@ -28,7 +28,7 @@ _FOLDER = tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None)
 
 
 def _refuse(error: CsmWeightsError) -> None:
-    """Holds a refusal to the rules: its exit code, its findings, text that drives no terminal."""
+    """Check a refusal: its exit code, its findings, and that its text is printable."""
     assert error.exit_code in REFUSALS, repr(error)
     assert error.findings, repr(error)
     lines = str(error).split("\n")
@@ -37,7 +37,7 @@ def _refuse(error: CsmWeightsError) -> None:
 
 
 def manifest(data: bytes) -> None:
-    """Any text: an accepted manifest renders to text that reads back equal."""
+    """Check any text: an accepted manifest renders to text that reads back equal."""
     try:
         read = parse.parse(data, "fuzz.toml")
     except CsmWeightsError as error:
@@ -51,12 +51,12 @@ def manifest(data: bytes) -> None:
 
 
 def safetensors(data: bytes) -> None:
-    """Any file: the tensors of an accepted one tile its data."""
+    """Check any file: the tensors of an accepted one lie inside it."""
     _table(read_safetensors, data)
 
 
 def checkpoint(data: bytes) -> None:
-    """Any file; or, after a byte that no zip begins with, any pickle in a sound zip."""
+    """Check any file; after a byte that no zip begins with, any pickle in a sound zip."""
     is_pickle = data[:1] == b"\x80"
     _table(read_checkpoint, hostile.checkpoint(data) if is_pickle else data)
 
@@ -84,7 +84,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def seeds(name: str) -> Iterable[bytes]:
-    """What the fuzzer begins with: the good, and everything bad that is known."""
+    """Yield the inputs that the fuzzer begins with: good ones, and every bad one that is known."""
     if name == "manifest":
         yield from (path.read_bytes() for path in sorted(MANIFESTS.glob("*.toml")))
         yield from (text for text, _ in hostile.BAD_MANIFESTS.values() if len(text) < 1 << 14)

@@ -13,21 +13,21 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.torture import kills, peers, power, report, rivals, swaps
-from tools.torture.scene import Bench, commands
-from tools.torture.tally import Clock, Tally
+from tools.torture import kills, peers, power, races, report, swaps
+from tools.torture.sandbox import Sandboxes, commands
+from tools.torture.tally import Tally, TimeBox
 
-#: The parts of a run, each with its share of the time.
-SHARES = {"kills": 50, "power": 25, "rivals": 15, "swaps": 4, "peers": 6}
+#: The groups of a run, each with its share of the time.
+SHARES = {"kills": 50, "power": 25, "races": 15, "swaps": 4, "peers": 6}
 
-#: Bytes of memory that are enough for the scenes.
+#: Bytes of memory that are enough for the sandboxes.
 ROOM = 512 << 20
 
 
 def main() -> int:
-    """Runs what was asked for; exit code 1 if anything went wrong."""
+    """Run the groups that were chosen; return 1 if a check failed."""
     options = _options()
-    # Neither signal may be ignored: what is started here would ignore it too.
+    # An ignored signal would be ignored by every program that is started here, too.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
     chosen = [name for name in SHARES if name in options.only.split(",")]
@@ -36,12 +36,12 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory(prefix="torture-", dir=here) as folder,
         tempfile.TemporaryDirectory(prefix="torture-", dir=there) as other,
-        Bench.open(Path(folder), Path(other) / "scenes") as bench,
+        Sandboxes.open(Path(folder), Path(other) / "sandboxes") as sandboxes,
     ):
-        tallies, rows = _run(bench, chosen, options.seed, options.minutes * 60)
+        tallies, rows = _run(sandboxes, chosen, options.seed, options.minutes * 60)
     print(report.summary(tallies))
     if options.write:
-        report.write(_tables(tallies, rows), _how(options))
+        report.write(_tables(tallies, rows), _conditions(options))
     return int(any(tally.wrong for tally in tallies))
 
 
@@ -56,45 +56,45 @@ def _options() -> argparse.Namespace:
 
 
 def _memory() -> Path | None:
-    """A folder in memory with room for the scenes, where an fsync costs nothing."""
+    """Return a folder in memory with room for the sandboxes, where an fsync costs nothing."""
     memory = Path("/dev/shm")
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
     return memory if has_room else None
 
 
 def _run(
-    bench: Bench, chosen: list[str], seed: int, seconds: float
+    sandboxes: Sandboxes, chosen: list[str], seed: int, seconds: float
 ) -> tuple[list[Tally], list[peers.Row]]:
     tallies: list[Tally] = []
     whole, rows = sum(SHARES[name] for name in chosen), list[peers.Row]()
     for name in chosen:
-        clock = Clock.of(seconds * SHARES[name] / whole)
+        box = TimeBox.of(seconds * SHARES[name] / whole)
         rng = random.Random(f"{seed} {name}")
         if name == "peers":
-            rows = list(peers.peers(bench))
+            rows = list(peers.peers(sandboxes))
             continue
-        for tally in _group(bench, name, rng, clock):
+        for tally in _group(sandboxes, name, rng, box):
             print(" | ".join(tally.cells())[:160], file=sys.stderr, flush=True)
             tallies.append(tally)
     return tallies, rows
 
 
-def _group(bench: Bench, name: str, rng: random.Random, clock: Clock) -> Iterator[Tally]:
+def _group(sandboxes: Sandboxes, name: str, rng: random.Random, box: TimeBox) -> Iterator[Tally]:
     if name == "kills":
-        yield from kills.moments(bench, rng, clock.share(0.35))
+        yield from kills.at_random(sandboxes, rng, box.share(0.35))
         left = commands()
         for number, command in enumerate(left):
-            share = clock.share(1 / (len(left) - number))
-            yield kills.deliberate(bench, command, rng, share)
+            share = box.share(1 / (len(left) - number))
+            yield kills.at_calls(sandboxes, command, rng, share)
     elif name == "power":
         left = [command for command in commands() if not command.is_script]
         for number, command in enumerate(left):
-            share = clock.share(1 / (len(left) - number))
-            yield power.cuts(bench, command, rng, share, most=10_000)
-    elif name == "rivals":
-        yield from rivals.rivals(bench, rng, clock)
+            share = box.share(1 / (len(left) - number))
+            yield power.cuts(sandboxes, command, rng, share, most=10_000)
+    elif name == "races":
+        yield from races.races(sandboxes, rng, box)
     else:
-        yield from swaps.swaps(bench, clock)
+        yield from swaps.swaps(sandboxes, box)
 
 
 def _tables(tallies: list[Tally], rows: list[peers.Row]) -> dict[str, str]:
@@ -103,7 +103,7 @@ def _tables(tallies: list[Tally], rows: list[peers.Row]) -> dict[str, str]:
     return tables | ({"peers": report.peer_table(rows)} if rows else {})
 
 
-def _how(options: argparse.Namespace) -> str:
+def _conditions(options: argparse.Namespace) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     where = "on disk" if options.disk else "in memory"
     return (

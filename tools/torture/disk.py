@@ -1,12 +1,12 @@
-"""What a power cut may leave: a model of a disk that forgets what was not made durable.
+"""A model of a disk that loses power: everything that was not made durable may be lost.
 
-A write is durable once its file was synced after it, a change of a folder's
-entries once that folder was. What is not durable may be there, be gone, or
-be there in part, each by itself; a rename may be there before the bytes of
-the file it is about. Two things are taken for granted unless it is `strict`,
-since the journals of ext4, XFS and Btrfs give them: a rename across folders
-is there as a whole or not at all, and the sync of a folder makes it durable that the
-folder was made. POSIX promises neither.
+A write is durable once its file was synced after it; a change of a folder's entries is
+durable once that folder was. What is not durable may survive, be lost, or survive in part,
+each write and entry by itself. A rename may survive although the bytes of the file do not.
+
+Unless the model is `strict`, two guarantees hold that the journals of ext4, XFS and Btrfs
+give and POSIX does not: a rename across folders survives as a whole or not at all, and
+syncing a folder makes the folder itself durable.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.torture.calls import Event
+from tools.torture.tracing import Event
 
-#: What stands for a folder among the values of names.
+#: The value of a name that is a folder.
 FOLDER = -1
 
-#: By a file's inode on the old disk: when it was written, if before all, and its stat on the new.
+#: For a file's inode on the old disk: the time at which it was written (ns) if that was before
+#: the first event, else None; and its stat on the new disk.
 Stats = dict[int, tuple[int | None, os.stat_result]]
 
 #: The value of a name: a file's number, FOLDER, the target of a symbolic link, or nothing.
@@ -30,13 +31,13 @@ Value = int | str | None
 
 @dataclass
 class File:
-    """A file: the bytes that are durable, and what was done since."""
+    """A file: the bytes that are durable, and the events since."""
 
     durable: bytes
     pending: list[Event] = field(default_factory=list)
 
     def surviving(self, rng: random.Random, mode: str) -> bytes:
-        """Bytes that a cut may leave; `mode` is all, none, size (zeros), or some."""
+        """Return bytes that a cut may leave; `mode` is all, none, size (zeros), or some."""
         if mode == "none":
             return self.durable
         whole = self._applied([(event, "kept") for event in self.pending])
@@ -76,7 +77,7 @@ def _put(data: bytearray, offset: int, piece: bytes) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """One entry of a folder that was set; those of one `act` happened at once."""
+    """One entry of a folder that was set; changes of one `act` happened at once."""
 
     act: int
     path: str
@@ -84,12 +85,12 @@ class Change:
 
     @property
     def folder(self) -> str:
-        """The folder whose sync makes it durable."""
+        """Return the folder whose sync makes the change durable."""
         return os.path.dirname(self.path)  # noqa: PTH120
 
 
 class Disk:
-    """A disk that is fed with what a command does; `strict` is said above."""
+    """A disk that is fed the events of a command; see the module for `strict`."""
 
     def __init__(self, tops: tuple[Path, ...], strict: bool = False) -> None:
         self.files: dict[int, File] = {}
@@ -117,7 +118,7 @@ class Disk:
             self.names[str(path)] = number
 
     def feed(self, event: Event) -> None:
-        """Does what an event did."""
+        """Apply an event."""
         self._acts += 1
         if event.name == "create":
             self.inodes[event.inode] = number = len(self.files)
@@ -134,7 +135,7 @@ class Disk:
             self._rename(event)
 
     def _rename(self, event: Event) -> None:
-        """Everything that is done to names."""
+        """Apply an event that changes names."""
         if event.name in ("unlink", "rmdir"):
             self._set(event.path, None)
         elif event.name == "mkdir":
@@ -173,7 +174,7 @@ class Disk:
                 self.pending.remove(change)
 
     def survivors(self, rng: random.Random) -> dict[str, Value]:
-        """The names that a cut may leave."""
+        """Return the names that a cut may leave, with their values."""
         mode = rng.choice(("all", "none", "first", "some"))
         acts = sorted({change.act for change in self.pending})
         if mode in ("all", "none"):
@@ -188,8 +189,11 @@ class Disk:
                 names[change.path] = change.value
         return {path: value for path, value in names.items() if value is not None}
 
-    def leave(self, rng: random.Random, moved: dict[Path, Path]) -> Stats:
-        """Makes what a cut may leave, with the tops of `moved` elsewhere; see `Stats`."""
+    def materialize(self, rng: random.Random, moved: dict[Path, Path]) -> Stats:
+        """Write what a cut may leave to disk, below the folders that `moved` maps the old ones to.
+
+        Return the stat of each file that survived; see `Stats`.
+        """
         contents = {n: f.surviving(rng, _mode(rng)) for n, f in self.files.items()}
         made: dict[int, Path] = {}
         for name, value in sorted(self.survivors(rng).items()):

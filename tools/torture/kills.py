@@ -1,4 +1,4 @@
-"""Commands killed at each of their calls that change the disk, and at any moment."""
+"""Kills: each command stopped at each call that changes the disk, and at random moments."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tools.torture import script
-from tools.torture.checks import Undisturbed, after_stop, undisturbed
-from tools.torture.forks import LIMIT, Ended
-from tools.torture.scene import Bench, Command, Scene, commands
-from tools.torture.tally import Clock, Tally
+from tools.torture.checks import Baseline, baseline, check_after_stop
+from tools.torture.fork_server import LIMIT, Result
+from tools.torture.sandbox import Command, Sandbox, Sandboxes, commands
+from tools.torture.tally import Tally, TimeBox
 
-#: What a child is stopped with.
-STOPS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+#: The signals that stop a child.
+SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
-#: Moments at random, over all commands.
-MOMENTS = 200
+#: Kills at random moments, over all commands.
+RANDOM_KILLS = 200
 
 
-def points(before: Undisturbed, calls: int = 0) -> Iterator[tuple[int, str]]:
-    """Every point of a command: before each call, within each write, and after the last."""
+def kill_points(before: Baseline, tracing: int = 0) -> Iterator[tuple[int, str]]:
+    """Yield every point of a command: before each call, within each write, after the last."""
     named = [(event.number, event.name) for event in before.events]
-    named = named or [(number, "") for number in range(1, calls + 1)]
+    named = named or [(number, "") for number in range(1, tracing + 1)]
     for number, name in named:
         yield number, "before"
         if name == "write":
@@ -33,92 +33,92 @@ def points(before: Undisturbed, calls: int = 0) -> Iterator[tuple[int, str]]:
     yield named[-1][0], "after"
 
 
-def deliberate(
-    bench: Bench, command: Command, rng: random.Random, clock: Clock, most: int = 0
+def at_calls(
+    sandboxes: Sandboxes, command: Command, rng: random.Random, box: TimeBox, most: int = 0
 ) -> Tally:
-    """Kills a command at its points, in an order of chance; `most` of them where that is not 0."""
+    """Stop a command at its points in random order, at most `most` of them where that is not 0."""
     tally = Tally("kills", f"`{command.name}` killed at a call")
-    before = undisturbed(bench, command)
-    where = list(points(before, _calls(bench, command)))
+    before = baseline(sandboxes, command)
+    where = list(kill_points(before, _calls(sandboxes, command)))
     rng.shuffle(where)
     for at, when in where[: most or None]:
-        if clock.is_over:
+        if box.is_over:
             break
-        stop = STOPS[0] if rng.random() < 0.6 else rng.choice(STOPS[1:])
-        scene = bench.scene(command)
-        ended = _stopped_at(scene, at, when, stop)
-        wrong = _ended_wrong(ended, stop) + after_stop(scene, before)
-        tally.add(_word(ended), wrong, f"{signal.Signals(stop).name} {when} call {at}")
-        bench.drop(scene)
+        stop = SIGNALS[0] if rng.random() < 0.6 else rng.choice(SIGNALS[1:])
+        sandbox = sandboxes.sandbox(command)
+        result = _stopped_at(sandbox, at, when, stop)
+        wrong = _ended_wrong(result, stop) + check_after_stop(sandbox, before)
+        tally.add(_outcome(result), wrong, f"{signal.Signals(stop).name} {when} call {at}")
+        sandboxes.remove(sandbox)
     return tally
 
 
-def _calls(bench: Bench, command: Command) -> int:
-    """How many programs a script calls."""
+def _calls(sandboxes: Sandboxes, command: Command) -> int:
+    """Return the number of programs that a script calls."""
     if not command.is_script:
         return 0
-    scene = bench.scene(command)
-    script.run_script(scene)
-    bench.drop(scene)
-    return script.calls(scene)
+    sandbox = sandboxes.sandbox(command)
+    script.run_script(sandbox)
+    sandboxes.remove(sandbox)
+    return script.call_count(sandbox)
 
 
-def _stopped_at(scene: Scene, at: int, when: str, stop: int) -> Ended:
-    if scene.command.is_script:
-        return script.run_script(scene, at, "before" if when == "torn" else when, stop)
-    orders = replace(scene.orders, at=at, when=when, signal=int(stop), one_core=True)
-    return scene.run(orders)
+def _stopped_at(sandbox: Sandbox, at: int, when: str, stop: int) -> Result:
+    if sandbox.command.is_script:
+        return script.run_script(sandbox, at, "before" if when == "torn" else when, stop)
+    injection = replace(sandbox.injection, at=at, when=when, signal=int(stop), one_core=True)
+    return sandbox.run(injection)
 
 
-def moments(
-    bench: Bench, rng: random.Random, clock: Clock, count: int = MOMENTS
+def at_random(
+    sandboxes: Sandboxes, rng: random.Random, box: TimeBox, count: int = RANDOM_KILLS
 ) -> Iterator[Tally]:
-    """Stops commands at moments of chance; the run that follows is killed too, one time in four."""
-    known = [undisturbed(bench, command) for command in commands()]
-    for place, stop in enumerate(STOPS):
+    """Stop commands at random moments; the run that follows is killed one time in four."""
+    known = [baseline(sandboxes, command) for command in commands()]
+    for place, stop in enumerate(SIGNALS):
         tally = Tally("kills", f"{stop.name} at a random moment")
-        box = clock.share(0.5 if place < 2 else 1)
+        own = box.share(0.5 if place < 2 else 1)
         share = count // 2 if stop is signal.SIGKILL else count // 4
         for number in range(share):
-            if box.is_over:
+            if own.is_over:
                 break
             before = known[number % len(known)]
-            scene = bench.scene(before.command)
+            sandbox = sandboxes.sandbox(before.command)
             delays = [rng.uniform(0.15, 1.0) * before.seconds for _ in range(2)]
-            ended = _stopped_after(scene, delays[0], stop)
+            result = _stopped_after(sandbox, delays[0], stop)
             if number % 4 == 0:
-                _stopped_after(scene, delays[1], signal.SIGKILL)
-            wrong = _ended_wrong(ended, stop) + after_stop(scene, before)
-            tally.add(_word(ended), wrong, f"{before.command.name} after {delays[0]:.3f} s")
-            bench.drop(scene)
+                _stopped_after(sandbox, delays[1], signal.SIGKILL)
+            wrong = _ended_wrong(result, stop) + check_after_stop(sandbox, before)
+            tally.add(_outcome(result), wrong, f"{before.command.name} after {delays[0]:.3f} s")
+            sandboxes.remove(sandbox)
         yield tally
 
 
-def _stopped_after(scene: Scene, delay: float, stop: int) -> Ended:
-    if scene.command.is_script:
-        process = script.start_script(scene, 0, "", stop)
+def _stopped_after(sandbox: Sandbox, delay: float, stop: int) -> Result:
+    if sandbox.command.is_script:
+        process = script.start_script(sandbox, 0, "", stop)
         time.sleep(delay)
         if process.poll() is None:
             os.killpg(process.pid, stop)
-        said = process.communicate(timeout=LIMIT)[0]
-        return Ended(process.returncode, said)
-    child = scene.forks.start(scene.root, scene.argv, scene.env, scene.orders)
+        output = process.communicate(timeout=LIMIT)[0]
+        return Result(process.returncode, output)
+    child = sandbox.start()
     time.sleep(delay)
     os.kill(child.pid, stop)
-    return scene.forks.wait(child)
+    return sandbox.wait(child)
 
 
-def _ended_wrong(ended: Ended, stop: int) -> list[str]:
-    """An end that a stop must not have: a hang, a traceback, another exit code."""
+def _ended_wrong(result: Result, stop: int) -> list[str]:
+    """Return what is wrong with an end: a hang, a traceback, another exit code."""
     allowed = {0, -9} if stop == signal.SIGKILL else {0, 130}
-    if ended.code in allowed and "Traceback" not in ended.said:
+    if result.code in allowed and "Traceback" not in result.output:
         return []
-    if ended.code in (1, -int(stop)) and not ended.said.strip():
+    if result.code in (1, -int(stop)) and not result.output.strip():
         return []  # it came before the command had begun
-    return [f"{signal.Signals(stop).name} makes it end with {ended.code}: {ended.said[-300:]}"]
+    return [f"{signal.Signals(stop).name} makes it end with {result.code}: {result.output[-300:]}"]
 
 
-def _word(ended: Ended) -> str:
-    if ended.code == 0:
+def _outcome(result: Result) -> str:
+    if result.code == 0:
         return "ended before"
-    return {130: "exit 130", -9: "killed"}.get(ended.code, f"exit {ended.code}")
+    return {130: "exit 130", -9: "killed"}.get(result.code, f"exit {result.code}")

@@ -15,66 +15,66 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.toy import flip
-from tools.torture.scene import COMMANDS, Bench, Scene, good
+from tools.torture.sandbox import COMMANDS, Sandbox, Sandboxes, good
 
-#: The file that all of them are asked for.
+#: The file that every program fetches.
 NAME = "a.bin"
 
-#: Bytes of the disk that is too small for it.
+#: Bytes of a disk that is too small for it.
 SMALL_DISK = 200 << 10
 
 #: Seconds after which a program is taken to hang.
 LIMIT = 60.0
 
-#: What each program is called, and what of the two ways the file comes it knows.
-PROGRAMS = {"inv fetch": "both", "hf download": "hub", "aria2c": "hub", "cat": "parts"}
+#: The programs, each with the ways it can get the file: from the Hub, from chunk files, or both.
+PROGRAMS = {"inv fetch": "both", "hf download": "hub", "aria2c": "hub", "cat": "chunks"}
 
 
 @dataclass
 class Row:
-    """What came of one fault: by program, its exit code and what it has left."""
+    """The outcome of one fault for each program: its exit code and what it left."""
 
     fault: str
-    came: dict[str, str] = field(default_factory=dict)
+    outcome: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Try:
-    """One program at one fault, in a scene; `out` is where the file is to come."""
+class Attempt:
+    """One program and one fault in a sandbox; `out` is the folder for the file."""
 
     program: str
-    scene: Scene
+    sandbox: Sandbox
     out: Path
 
     @property
     def argv(self) -> list[str]:
-        """The command line."""
+        """Return the command line."""
         commands = Path(sys.prefix) / "bin"
         if self.program == "inv fetch":
-            source = "hf" if self.scene.command.far else "chunks"
+            source = "hf" if self.sandbox.command.remote else "chunks"
             words = ["fetch", "--model", "toy", "--only", NAME, "--source", source]
             return [str(commands / "inv"), *words]
         if self.program == "hf download":
             return [str(commands / "hf"), "download", "org/toy", NAME, "--local-dir", str(self.out)]
         if self.program == "aria2c":
-            url = f"{self.scene.hub.endpoint}/org/toy/resolve/main/{NAME}"
+            url = f"{self.sandbox.hub.endpoint}/org/toy/resolve/main/{NAME}"
             tries = ["--max-tries=3", "--retry-wait=1", "--file-allocation=none", "-q"]
             return ["aria2c", *tries, "-c", "-d", str(self.out), "-o", NAME, url]
-        parts = self.scene.root / "chunks/toy" / NAME
+        parts = self.sandbox.root / "chunks/toy" / NAME
         return ["sh", "-c", f"cat '{parts}'/{NAME}.part-* > '{self.out / NAME}'"]
 
     @property
     def final(self) -> Path:
-        """The name that the file is to have."""
+        """Return the final name of the file."""
         return self.out / NAME
 
     def run(self, kill_at: int = 0) -> int:
-        """Runs the program; killed once the Hub has sent so many bytes, where that is not 0."""
+        """Run the program; kill it once the Hub has sent `kill_at` bytes, where that is not 0."""
         own = {"PATH": os.environ["PATH"], "HF_HUB_DISABLE_XET": "1"}
         process = subprocess.Popen(
             self.argv,
-            cwd=self.scene.root,
-            env=self.scene.env | own,
+            cwd=self.sandbox.root,
+            env=self.sandbox.env | own,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -82,7 +82,7 @@ class Try:
         )
         end = time.monotonic() + LIMIT
         while process.poll() is None:
-            sent = self.scene.hub.bytes_sent("storage")
+            sent = self.sandbox.hub.bytes_sent("storage")
             if time.monotonic() > end or (kill_at and sent >= kill_at):
                 os.killpg(process.pid, signal.SIGKILL)
                 break
@@ -90,7 +90,7 @@ class Try:
         return process.wait()
 
     def left(self) -> str:
-        """What has the final name."""
+        """Describe what has the final name."""
         if not self.final.is_file():
             return "nothing"
         found, right = self.final.read_bytes(), good(NAME)[0]
@@ -99,33 +99,33 @@ class Try:
         return "**wrong bytes**" if len(found) == len(right) else f"**{len(found):,} bytes**"
 
 
-Fault = Callable[[Try, ExitStack], str]
+Fault = Callable[[Attempt, ExitStack], str]
 
 
-def _plain(attempt: Try, _: ExitStack) -> str:
+def _plain(attempt: Attempt, _: ExitStack) -> str:
     return f"exit {attempt.run()}, {attempt.left()}"
 
 
-def _wire(name: str, **options: Any) -> Fault:
-    def strike(attempt: Try, stack: ExitStack) -> str:
-        fault = attempt.scene.hub.fault(name, match=f"*{NAME}*", host="storage", **options)
+def _server_fault(name: str, **options: Any) -> Fault:
+    def apply(attempt: Attempt, stack: ExitStack) -> str:
+        fault = attempt.sandbox.hub.fault(name, match=f"*{NAME}*", host="storage", **options)
         stack.callback(fault.clear)
         return _plain(attempt, stack)
 
-    return strike
+    return apply
 
 
-def _part(change: Callable[[Path], None]) -> Fault:
-    def strike(attempt: Try, stack: ExitStack) -> str:
-        change(attempt.scene.root / f"chunks/toy/{NAME}/{NAME}.part-ac")
+def _chunk_file(change: Callable[[Path], None]) -> Fault:
+    def apply(attempt: Attempt, stack: ExitStack) -> str:
+        change(attempt.sandbox.root / f"chunks/toy/{NAME}/{NAME}.part-ac")
         return _plain(attempt, stack)
 
-    return strike
+    return apply
 
 
-def _killed(attempt: Try, _: ExitStack) -> str:
-    """Killed once half of the file has come; then run again."""
-    hub = attempt.scene.hub
+def _killed(attempt: Attempt, _: ExitStack) -> str:
+    """Kill the program once half of the file has arrived, and run it again."""
+    hub = attempt.sandbox.hub
     fault = hub.fault("trickle", host="storage", rate=150_000, at=0)
     hub.clear()
     attempt.run(kill_at=len(good(NAME)[0]) // 2)
@@ -134,7 +134,7 @@ def _killed(attempt: Try, _: ExitStack) -> str:
     return f"{left} after the kill; then exit {attempt.run()}, {attempt.left()}"
 
 
-def _full(attempt: Try, stack: ExitStack) -> str:
+def _full(attempt: Attempt, stack: ExitStack) -> str:
     attempt.out.mkdir(parents=True, exist_ok=True)
     options = ["-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(attempt.out)]
     if os.geteuid() or subprocess.run(["mount", *options], capture_output=True).returncode:
@@ -143,46 +143,46 @@ def _full(attempt: Try, stack: ExitStack) -> str:
     return _plain(attempt, stack)
 
 
-#: Each fault, and whether it is one of the wire, of the parts, or of both.
+#: Each fault, and whether it applies to the Hub, to chunk files, or to both.
 FAULTS: tuple[tuple[str, str, Fault], ...] = (
     ("none", "both", _plain),
-    ("a byte is flipped on the wire", "hub", _wire("flip", offset=100_000)),
-    ("the line ends after 100,000 bytes, every time", "hub", _wire("cut", at=100_000)),
-    ("the line ends after 100,000 bytes, once", "hub", _wire("cut", at=100_000, times=1)),
+    ("a byte is flipped on the wire", "hub", _server_fault("flip", offset=100_000)),
+    ("the line ends after 100,000 bytes, every time", "hub", _server_fault("cut", at=100_000)),
+    ("the line ends after 100,000 bytes, once", "hub", _server_fault("cut", at=100_000, times=1)),
     ("killed in the middle, and run again", "hub", _killed),
-    ("a byte is flipped in a part", "parts", _part(flip)),
-    ("a part is missing", "parts", _part(Path.unlink)),
-    ("a part is cut short", "parts", _part(lambda path: os.truncate(path, 1000))),
+    ("a byte is flipped in a chunk file", "chunks", _chunk_file(flip)),
+    ("a chunk file is missing", "chunks", _chunk_file(Path.unlink)),
+    ("a chunk file is cut short", "chunks", _chunk_file(lambda path: os.truncate(path, 1000))),
     ("the disk is full", "both", _full),
 )
 
 
-def peers(bench: Bench) -> Iterator[Row]:
-    """Every fault for each program that it applies to; takes twenty seconds."""
+def peers(sandboxes: Sandboxes) -> Iterator[Row]:
+    """Yield a row for each fault; takes about twenty seconds."""
     programs = [name for name in PROGRAMS if name != "aria2c" or shutil.which("aria2c")]
-    for fault, ways, strike in FAULTS:
+    for fault, ways, apply in FAULTS:
         row = Row(fault)
         for program in programs:
             way = _way(PROGRAMS[program], ways)
             if way:
-                row.came[program] = tried(bench, program, way, strike)
+                row.outcome[program] = tried(sandboxes, program, way, apply)
         yield row
 
 
 def _way(program: str, fault: str) -> str:
-    """By which way the file comes to a program at a fault; none where it does not apply."""
+    """Return how the file reaches a program under a fault; '' where the fault does not apply."""
     if "both" in (program, fault):
         other = fault if program == "both" else program
-        return "parts" if other == "both" else other
+        return "chunks" if other == "both" else other
     return program if program == fault else ""
 
 
-def tried(bench: Bench, program: str, way: str, strike: Fault) -> str:
-    """What comes of one fault for one program."""
-    scene = bench.scene(COMMANDS["fetch (Hub)" if way == "hub" else "fetch (parts)"])
-    out = scene.root / ("output/toy" if program == "inv fetch" else "theirs")
+def tried(sandboxes: Sandboxes, program: str, way: str, apply: Fault) -> str:
+    """Return the outcome of one fault for one program."""
+    sandbox = sandboxes.sandbox(COMMANDS["fetch (Hub)" if way == "hub" else "fetch (chunks)"])
+    out = sandbox.root / ("output/toy" if program == "inv fetch" else "theirs")
     if program != "inv fetch":
         out.mkdir()
     with ExitStack() as stack:
-        stack.callback(bench.drop, scene)
-        return strike(Try(program, scene, out), stack)
+        stack.callback(sandboxes.remove, sandbox)
+        return apply(Attempt(program, sandbox, out), stack)

@@ -1,4 +1,4 @@
-"""Commands that end in a power cut: disks that it may leave, and what comes of them."""
+"""Power cuts: the disks that a cut may leave, and what a plain run makes of them."""
 
 from __future__ import annotations
 
@@ -6,90 +6,90 @@ import copy
 import random
 from dataclasses import dataclass, replace
 
-from tools.torture.calls import Event, Record
-from tools.torture.checks import Undisturbed, after_stop, lost, undisturbed
+from tools.torture.checks import Baseline, baseline, check_after_stop, lost
 from tools.torture.disk import Disk
-from tools.torture.scene import Bench, Command, Scene, renew_receipts
-from tools.torture.tally import Clock, Tally
+from tools.torture.sandbox import Command, Sandbox, Sandboxes, renew_receipts
+from tools.torture.tally import Tally, TimeBox
+from tools.torture.tracing import Event, Trace
 
 
 @dataclass(frozen=True)
 class Recorded:
     """A command's events, and the disk before them."""
 
-    scene: Scene
+    sandbox: Sandbox
     before: Disk
     events: tuple[Event, ...]
 
     def disk(self, count: int) -> Disk:
-        """The disk after so many events."""
+        """Return the disk after the first `count` events."""
         disk = copy.deepcopy(self.before)
         for event in self.events[:count]:
             disk.feed(event)
         return disk
 
 
-def record(bench: Bench, command: Command, lost_calls: str, strict: bool) -> Recorded:
-    """Records a command; calls of `lost_calls` are not made, see `Orders.lost`."""
-    scene = bench.scene(command)
-    log = scene.home.with_suffix(".log")
-    orders = replace(scene.orders, log=str(log), lost=lost_calls, one_core=True)
-    before = Disk((scene.home, scene.other), strict)
-    ended = scene.run(orders)
-    assert ended.code == 0, ended.said
-    return Recorded(scene, before, tuple(Record.load(log).events))
+def record(sandboxes: Sandboxes, command: Command, lost_calls: str, strict: bool) -> Recorded:
+    """Record a command; calls that match `lost_calls` are skipped, see `Injection.lost`."""
+    sandbox = sandboxes.sandbox(command)
+    log = sandbox.home.with_suffix(".log")
+    injection = replace(sandbox.injection, log=str(log), lost=lost_calls, one_core=True)
+    before = Disk((sandbox.home, sandbox.other), strict)
+    result = sandbox.run(injection)
+    assert result.code == 0, result.output
+    return Recorded(sandbox, before, tuple(Trace.load(log).events))
 
 
 def cuts(
-    bench: Bench,
+    sandboxes: Sandboxes,
     command: Command,
     rng: random.Random,
-    clock: Clock,
+    box: TimeBox,
     most: int = 40,
     lost_calls: str = "",
     strict: bool = False,
 ) -> Tally:
-    """Cuts the power of a command `most` times, one time in four right after it has ended well."""
-    known = undisturbed(bench, command)
-    recorded = record(bench, command, lost_calls, strict)
+    """Cut the power of a command `most` times, one time in four right after its end."""
+    known = baseline(sandboxes, command)
+    recorded = record(sandboxes, command, lost_calls, strict)
     tally = Tally("power", f"`{command.name}`, power cut" + (" (strict)" if strict else ""))
     last = len(recorded.events)
     for number in range(most):
-        if clock.is_over:
+        if box.is_over:
             break
         at = last if number % 4 == 0 else rng.randint(0, last)
         seed = rng.getrandbits(32)
-        wrong = cut(bench, recorded, known, at, random.Random(seed))
-        came = "after its end" if at == last else "meanwhile"
-        tally.add(came, wrong, f"cut after call {at} of {last}, disk {seed}")
-    bench.drop(recorded.scene)
+        wrong = cut(sandboxes, recorded, known, at, random.Random(seed))
+        outcome = "after its end" if at == last else "meanwhile"
+        tally.add(outcome, wrong, f"cut after call {at} of {last}, disk {seed}")
+    sandboxes.remove(recorded.sandbox)
     return tally
 
 
 def cut(
-    bench: Bench, recorded: Recorded, known: Undisturbed, at: int, rng: random.Random
+    sandboxes: Sandboxes, recorded: Recorded, known: Baseline, at: int, rng: random.Random
 ) -> list[str]:
-    """What is wrong with one disk that a cut after `at` events may leave."""
-    old = recorded.scene
-    scene = bench.blank(old.command)
-    scene.home.mkdir(parents=True)
-    scene.other.mkdir(parents=True)
-    moved = {old.home: scene.home, old.other: scene.other}
-    stats = recorded.disk(at).leave(rng, moved)
+    """Return what is wrong with one disk that a cut after `at` events may leave."""
+    old = recorded.sandbox
+    sandbox = sandboxes.empty(old.command)
+    sandbox.home.mkdir(parents=True)
+    sandbox.other.mkdir(parents=True)
+    moved = {old.home: sandbox.home, old.other: sandbox.other}
+    stats = recorded.disk(at).materialize(rng, moved)
     for home in moved.values():
         renew_receipts(home, stats)
-    scene.damaged = {scene.home / p.relative_to(old.home): d for p, d in old.damaged.items()}
-    wrong = _gone(scene, known) if at == len(recorded.events) else []
-    wrong += after_stop(scene, known, journals=False)
-    bench.drop(scene)
+    sandbox.damaged = {sandbox.home / p.relative_to(old.home): d for p, d in old.damaged.items()}
+    wrong = _gone(sandbox, known) if at == len(recorded.events) else []
+    wrong += check_after_stop(sandbox, known, journals=False)
+    sandboxes.remove(sandbox)
     return wrong
 
 
-def _gone(scene: Scene, known: Undisturbed) -> list[str]:
-    """The files that a command said it had put there, and that the cut has taken."""
-    gone = lost(scene)
-    for path in scene.allowed():
-        top = scene.other if path.is_relative_to(scene.other) else scene.home
+def _gone(sandbox: Sandbox, known: Baseline) -> list[str]:
+    """Return the files that the command had installed and the cut has taken."""
+    gone = lost(sandbox)
+    for path in sandbox.allowed():
+        top = sandbox.other if path.is_relative_to(sandbox.other) else sandbox.home
         if str(path.relative_to(top)) in known.listing and not path.exists():
             gone.append(f"{path} was there when the command ended well, and is gone")
     return gone

@@ -1,4 +1,4 @@
-"""What came out, as text for a terminal and as the tables of docs/reliability.md."""
+"""The outcome, as text for a terminal and as the tables of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tools.torture.tally import Tally
 #: The page with the tables.
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
-#: What must not be, by the words of the checks: the columns of the tables.
+#: The columns of the tables: kinds of failure, and the words by which a check names them.
 KINDS = {
     "wrong bytes": (
         "wrong bytes",
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def kinds(tally: Tally) -> dict[str, int]:
-    """How many things of each kind went wrong."""
+    """Count how many things of each kind went wrong."""
     texts = [wrong.split(": ", 2)[-1] for wrong in tally.wrong]
     return {
         kind: sum(any(word in text for word in words) for text in texts)
@@ -37,35 +37,35 @@ def kinds(tally: Tally) -> dict[str, int]:
 
 
 def table(tallies: Sequence[Tally]) -> str:
-    """The rows of one group, as Markdown."""
+    """Return the rows of one group as Markdown."""
     head = ["what was done", "times", *KINDS, "how it ended"]
     rows = [head, ["---", "---:", *["---:"] * len(KINDS), "---"]]
     for tally in tallies:
-        came = ", ".join(f"{text}: {count:,}" for text, count in tally.out.most_common())
+        outcome = ", ".join(f"{text}: {count:,}" for text, count in tally.out.most_common())
         found = (str(count) if count else "0" for count in kinds(tally).values())
-        rows.append([tally.what, f"{tally.tries:,}", *found, came])
+        rows.append([tally.what, f"{tally.tries:,}", *found, outcome])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def peer_table(rows: Sequence[Row]) -> str:
-    """The rows about other programs, as Markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row.came))
+    """Return the rows about other programs as Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row.outcome))
     lines = [["fault", *names], ["---"] * (len(names) + 1)]
-    lines += [[row.fault, *(row.came.get(name, "-") for name in names)] for row in rows]
+    lines += [[row.fault, *(row.outcome.get(name, "-") for name in names)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(tables: dict[str, str], how: str) -> None:
-    """Puts tables between their marks on the page; `how` says what made them."""
+def write(tables: dict[str, str], conditions: str) -> None:
+    """Put the tables between their marks on the page; `conditions` describes the run."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, content in {**tables, "how": how}.items():
+    for name, content in {**tables, "how": conditions}.items():
         mark = re.compile(rf"(<!-- torture: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = mark.sub(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)  # type: ignore[misc]
     PAGE.write_text(text, encoding="utf-8")
 
 
 def summary(tallies: Sequence[Tally]) -> str:
-    """The end of a run: a line for each row, and what went wrong, once for each kind of thing."""
+    """Return a line for each row, and one example of each kind of failure."""
     lines = [f"{t.group:7} {t.tries:5}  {len(t.wrong):4} wrong  {t.what}" for t in tallies]
     seen: set[str] = set()
     for tally in tallies:

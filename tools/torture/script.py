@@ -9,14 +9,14 @@ import subprocess
 import time
 from pathlib import Path
 
-from tools.torture.forks import LIMIT, Ended
-from tools.torture.scene import Scene
+from tools.torture.fork_server import LIMIT, Result
+from tools.torture.sandbox import Sandbox
 
-#: The programs by which the script changes the disk, or says what is right.
+#: The programs by which the script changes or checks the disk.
 PROGRAMS = ("mkdir", "cat", "sync", "sha256sum", "mv", "rm", "df")
 
-#: Counts its calls in a file, and ends the whole group of processes at one of them.
-_SHIM = """#!/bin/bash
+#: A wrapper that counts calls in a file, and signals the whole process group at one of them.
+_WRAPPER = """#!/bin/bash
 echo >> "$TORTURE_COUNT"
 at=$(wc -l < "$TORTURE_COUNT")
 if [[ $at == "$TORTURE_AT" && $TORTURE_WHEN == before ]]; then kill -"$TORTURE_SIGNAL" 0; fi
@@ -28,24 +28,24 @@ exit $code
 
 
 def run_script(
-    scene: Scene, at: int = 0, when: str = "before", stop: int = signal.SIGKILL
-) -> Ended:
-    """Runs the script; the signal comes at call `at` of a program, from 1."""
-    process = start_script(scene, at, when, stop)
+    sandbox: Sandbox, at: int = 0, when: str = "before", stop: int = signal.SIGKILL
+) -> Result:
+    """Run the script; the signal is sent at call `at` of a program, from 1."""
+    process = start_script(sandbox, at, when, stop)
     began = time.monotonic()
-    said = process.communicate(timeout=LIMIT)[0]
-    return Ended(process.returncode, said, time.monotonic() - began)
+    output = process.communicate(timeout=LIMIT)[0]
+    return Result(process.returncode, output, time.monotonic() - began)
 
 
-def start_script(scene: Scene, at: int, when: str, stop: int) -> subprocess.Popen[str]:
-    """Starts the script in a group of processes of its own."""
-    count = _count(scene)
+def start_script(sandbox: Sandbox, at: int, when: str, stop: int) -> subprocess.Popen[str]:
+    """Start the script in a process group of its own."""
+    count = _count(sandbox)
     count.write_text("")
-    own = {"PATH": f"{_shims(scene)}:{os.environ['PATH']}", "TORTURE_COUNT": str(count)}
+    own = {"PATH": f"{_wrappers(sandbox)}:{os.environ['PATH']}", "TORTURE_COUNT": str(count)}
     own |= {"TORTURE_AT": str(at), "TORTURE_WHEN": when, "TORTURE_SIGNAL": str(int(stop))}
     return subprocess.Popen(
-        scene.argv,
-        cwd=scene.root,
+        sandbox.argv,
+        cwd=sandbox.root,
         env=own,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -55,20 +55,20 @@ def start_script(scene: Scene, at: int, when: str, stop: int) -> subprocess.Pope
     )
 
 
-def calls(scene: Scene) -> int:
-    """How many programs the last run has called."""
-    return _count(scene).read_text().count("\n")
+def call_count(sandbox: Sandbox) -> int:
+    """Return the number of programs that the last run called."""
+    return _count(sandbox).read_text().count("\n")
 
 
-def _count(scene: Scene) -> Path:
-    return scene.home.with_suffix(".count")
+def _count(sandbox: Sandbox) -> Path:
+    return sandbox.home.with_suffix(".count")
 
 
-def _shims(scene: Scene) -> Path:
-    folder = scene.home.parent / "shims"
+def _wrappers(sandbox: Sandbox) -> Path:
+    folder = sandbox.home.parent / "shims"
     if not folder.is_dir():
         folder.mkdir()
         for name in PROGRAMS:
-            (folder / name).write_text(_SHIM.format(real=shutil.which(name)))
+            (folder / name).write_text(_WRAPPER.format(real=shutil.which(name)))
             (folder / name).chmod(0o755)
     return folder

@@ -1,4 +1,4 @@
-"""What somebody else does to a file or folder just between two calls of a command."""
+"""Swaps: another program changes a file or folder between two calls of a command."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import TypeVar
 
 from tests.support.toy import PIECE_SIZE, flip
-from tools.torture.checks import Undisturbed, lost, undisturbed, whole
-from tools.torture.forks import Child, Ended
-from tools.torture.scene import COMMANDS, Bench, Scene
-from tools.torture.tally import Clock, Tally
+from tools.torture.checks import Baseline, baseline, differences, lost
+from tools.torture.fork_server import Child, Result
+from tools.torture.sandbox import COMMANDS, Sandbox, Sandboxes
+from tools.torture.tally import Tally, TimeBox
 
-#: What a file outside of the tree holds, that nobody may write to.
+#: The content of a file outside the tree that no command may write to.
 VICTIM = b"somebody else's"
 
 T = TypeVar("T")
-Act = Callable[[Scene], None]
+Act = Callable[[Sandbox], None]
 
 
 @dataclass(frozen=True)
 class Swap:
-    """`act` is done when `command` is about to do `hold`, see `Orders`; `undo` afterwards.
+    """A change that is made while the command is held at a call.
 
-    `codes` are the exit codes that it may end with. `theirs` is a final name
-    to which somebody else has written, so that wrong bytes there are not ours.
+    `act` is done when `command` is about to make the call `hold` (see `Injection`), `undo`
+    afterwards. `codes` are the exit codes that are allowed. `theirs` is a final name that the
+    other program has written to, so that wrong bytes there are not ours.
     """
 
     what: str
@@ -40,25 +41,25 @@ class Swap:
     nth: int = 1
 
 
-def outside(scene: Scene) -> Path:
-    """A folder outside of the tree, with what an attacker has there."""
-    folder = scene.home.with_suffix(".outside")
+def outside(sandbox: Sandbox) -> Path:
+    """Return a folder outside the tree, with the files of an attacker."""
+    folder = sandbox.home.with_suffix(".outside")
     folder.mkdir(exist_ok=True)
     (folder / "victim").write_bytes(VICTIM)
     return folder
 
 
-def _in_place_of(path: str, make: Callable[[Scene, Path], None]) -> tuple[Act, Act]:
-    """Puts something in the place of a file, and later the file back, or nothing."""
+def _in_place_of(path: str, make: Callable[[Sandbox, Path], None]) -> tuple[Act, Act]:
+    """Put something in the place of a file, and later the file back, or nothing."""
 
-    def act(scene: Scene) -> None:
-        file = scene.root / path
+    def act(sandbox: Sandbox) -> None:
+        file = sandbox.root / path
         if file.exists():
-            file.rename(outside(scene) / "kept")
-        make(scene, file)
+            file.rename(outside(sandbox) / "kept")
+        make(sandbox, file)
 
-    def undo(scene: Scene) -> None:
-        file, kept = scene.root / path, outside(scene) / "kept"
+    def undo(sandbox: Sandbox) -> None:
+        file, kept = sandbox.root / path, outside(sandbox) / "kept"
         file.unlink(missing_ok=True)
         if kept.exists():
             kept.rename(file)
@@ -66,69 +67,70 @@ def _in_place_of(path: str, make: Callable[[Scene, Path], None]) -> tuple[Act, A
     return act, undo
 
 
-def _link_to_victim(scene: Scene, file: Path) -> None:
-    file.symlink_to(outside(scene) / "victim")
+def _link_to_victim(sandbox: Sandbox, file: Path) -> None:
+    file.symlink_to(outside(sandbox) / "victim")
 
 
-def _evil(scene: Scene) -> Path:
-    """The file that was swapped away, with one other byte."""
-    evil = outside(scene) / "evil"
-    evil.write_bytes((outside(scene) / "kept").read_bytes())
+def _evil(sandbox: Sandbox) -> Path:
+    """Return a copy of the file that was swapped away, with one byte changed."""
+    evil = outside(sandbox) / "evil"
+    evil.write_bytes((outside(sandbox) / "kept").read_bytes())
     flip(evil)
     return evil
 
 
-def _link_to_evil(scene: Scene, file: Path) -> None:
-    file.symlink_to(_evil(scene))
+def _link_to_evil(sandbox: Sandbox, file: Path) -> None:
+    file.symlink_to(_evil(sandbox))
 
 
-def _be_evil(scene: Scene, file: Path) -> None:
-    file.write_bytes(_evil(scene).read_bytes())
+def _be_evil(sandbox: Sandbox, file: Path) -> None:
+    file.write_bytes(_evil(sandbox).read_bytes())
 
 
 def _flipped(path: str) -> tuple[Act, Act]:
-    return (lambda scene: flip(scene.root / path),) * 2
+    return (lambda sandbox: flip(sandbox.root / path),) * 2
 
 
 def _cut(path: str) -> tuple[Act, Act]:
-    def cut(scene: Scene) -> None:
-        file = scene.root / path
-        (outside(scene) / "kept").write_bytes(file.read_bytes())
+    def cut(sandbox: Sandbox) -> None:
+        file = sandbox.root / path
+        (outside(sandbox) / "kept").write_bytes(file.read_bytes())
         os.truncate(file, PIECE_SIZE // 2)
 
-    def undo(scene: Scene) -> None:
-        (scene.root / path).write_bytes((outside(scene) / "kept").read_bytes())
+    def undo(sandbox: Sandbox) -> None:
+        (sandbox.root / path).write_bytes((outside(sandbox) / "kept").read_bytes())
 
     return cut, undo
 
 
 def _closed(folder: str, mode: int = 0o555) -> tuple[Act, Act]:
     def set_mode(to: int) -> Act:
-        return lambda scene: (scene.root / folder).chmod(to)
+        return lambda sandbox: (sandbox.root / folder).chmod(to)
 
     return set_mode(mode), set_mode(0o755)
 
 
-_PART = "chunks/toy/a.bin/a.bin.part-ac"
+_CHUNK = "chunks/toy/a.bin/a.bin.part-ac"
 _STAGED = "output/toy/a.bin"
-_FETCH, _PLACE, _CLOSED = "fetch (parts)", "place", (7, 4)
+_FETCH, _PLACE, _CLOSED = "fetch (chunks)", "place", (7, 4)
 
 SWAPS = (
-    Swap("a part is written to before it is read", _FETCH, f"read *{_PART}", *_flipped(_PART)),
-    Swap("a part is written to after its first bytes were read", _FETCH, f"read *{_PART}",
-         *_flipped(_PART), nth=2),
-    Swap("a part is cut while it is read", _FETCH, f"read *{_PART}", *_cut(_PART), nth=2),
-    Swap("a part becomes a link to other bytes", _FETCH, f"open *{_PART}",
-         *_in_place_of(_PART, _link_to_evil)),
+    Swap("a chunk file is written to before it is read", _FETCH, f"read *{_CHUNK}",
+         *_flipped(_CHUNK)),
+    Swap("a chunk file is written to after its first bytes were read", _FETCH, f"read *{_CHUNK}",
+         *_flipped(_CHUNK), nth=2),
+    Swap("a chunk file is cut while it is read", _FETCH, f"read *{_CHUNK}", *_cut(_CHUNK), nth=2),
+    Swap("a chunk file becomes a link to other bytes", _FETCH, f"open *{_CHUNK}",
+         *_in_place_of(_CHUNK, _link_to_evil)),
     Swap("the partial becomes a link out of the tree", _FETCH, f"create *{_STAGED}.partial",
          *_in_place_of(f"{_STAGED}.partial", _link_to_victim)),
     Swap("the journal becomes a link out of the tree", _FETCH, f"create *{_STAGED}.partial.journal",
          *_in_place_of(f"{_STAGED}.partial.journal", _link_to_victim)),
     Swap("a receipt becomes a link out of the tree", _FETCH, "create *a.bin.json.partial",
          *_in_place_of("output/toy/.csm-weights/a.bin.json.partial", _link_to_victim)),
-    Swap("the proven file becomes a link to other bytes", _FETCH, f"fsync *{_STAGED}.partial",
+    Swap("the verified file becomes a link to other bytes", _FETCH, f"fsync *{_STAGED}.partial",
          *_in_place_of(f"{_STAGED}.partial", _link_to_evil)),
-    Swap("the proven file is exchanged at the last moment", _FETCH, f"rename *{_STAGED}",
+    Swap("the verified file is exchanged at the last moment", _FETCH, f"rename *{_STAGED}",
          *_in_place_of(f"{_STAGED}.partial", _be_evil)),
     Swap("a staged file becomes a link to other bytes", _PLACE, f"fsync *{_STAGED}",
          *_in_place_of(_STAGED, _link_to_evil), theirs=_STAGED),
@@ -142,60 +144,55 @@ SWAPS = (
          *_closed("output/toy/.csm-weights"), codes=_CLOSED),
     Swap("the destination loses its permission", _PLACE, "rename *models/toy/b.bin",
          *_closed("models/toy"), codes=_CLOSED),
-    Swap("the folder of parts loses its permission", _FETCH, f"open *{_PART}",
+    Swap("the folder of chunk files loses its permission", _FETCH, f"open *{_CHUNK}",
          *_closed("chunks/toy/a.bin", 0o000), codes=_CLOSED),
 )  # fmt: skip
 
 
-def swaps(bench: Bench, clock: Clock) -> Iterator[Tally]:
-    """Every swap once."""
-    known = {name: undisturbed(bench, COMMANDS[name]) for name in (_FETCH, _PLACE)}
+def swaps(sandboxes: Sandboxes, box: TimeBox) -> Iterator[Tally]:
+    """Make every swap once."""
+    known = {name: baseline(sandboxes, COMMANDS[name]) for name in (_FETCH, _PLACE)}
     for swap in SWAPS:
-        if clock.is_over:
+        if box.is_over:
             return
         tally = Tally("swaps", swap.what)
-        came, wrong = done(bench, swap, known[swap.command])
-        tally.add(came, wrong, swap.command)
+        outcome, wrong = done(sandboxes, swap, known[swap.command])
+        tally.add(outcome, wrong, swap.command)
         yield tally
 
 
-def done(bench: Bench, swap: Swap, before: Undisturbed) -> tuple[str, list[str]]:
-    """Does a swap; how the command ended, and what is wrong then and after a plain run."""
-    scene = bench.scene(COMMANDS[swap.command])
-    victim = outside(scene) / "victim"
-    held = scene.home.with_suffix(".held")
-    orders = replace(scene.orders, hold=swap.hold, nth=swap.nth, held=str(held))
-    child = scene.forks.start(
-        scene.root, scene.argv, scene.env, replace(orders, one_core=True, powerless=True)
-    )
-    ended, _ = let_go(scene, child, held, lambda: swap.act(scene))
-    wrong = [] if ended.code in swap.codes else [f"it ends with {ended.code}: {ended.said[-200:]}"]
+def done(sandboxes: Sandboxes, swap: Swap, before: Baseline) -> tuple[str, list[str]]:
+    """Make a swap; return how the command ended, and what is wrong then and after a plain run."""
+    sandbox = sandboxes.sandbox(COMMANDS[swap.command])
+    victim = outside(sandbox) / "victim"
+    held = sandbox.home.with_suffix(".held")
+    injection = replace(sandbox.injection, hold=swap.hold, nth=swap.nth, held=str(held))
+    child = sandbox.start(replace(injection, one_core=True, unprivileged=True))
+    result, _ = release(sandbox, child, held, lambda: swap.act(sandbox))
+    wrong = []
+    if result.code not in swap.codes:
+        wrong.append(f"it ends with {result.code}: {result.output[-200:]}")
     if victim.read_bytes() != VICTIM:
         wrong.append("a file outside of the tree was written to")
-    theirs = f"{scene.root / swap.theirs} holds"
-    wrong += [w for w in scene.wrong_bytes() if not (swap.theirs and w.startswith(theirs))]
-    swap.undo(scene)
-    wrong += lost(scene) if swap.command == _FETCH else []
-    again = scene.run()
+    theirs = f"{sandbox.root / swap.theirs} holds"
+    wrong += [w for w in sandbox.wrong_bytes() if not (swap.theirs and w.startswith(theirs))]
+    swap.undo(sandbox)
+    wrong += lost(sandbox) if swap.command == _FETCH else []
+    again = sandbox.run()
     if again.code != 0:
-        wrong.append(f"the plain run ends with {again.code}: {again.said[-200:]}")
-    wrong += whole(scene, before)
-    bench.drop(scene)
-    return f"exit {ended.code}", wrong
+        wrong.append(f"the plain run ends with {again.code}: {again.output[-200:]}")
+    wrong += differences(sandbox, before)
+    sandboxes.remove(sandbox)
+    return f"exit {result.code}", wrong
 
 
-def await_held(scene: Scene, child: Child, held: Path) -> None:
-    """Waits until a child is held."""
+def release(sandbox: Sandbox, child: Child, held: Path, act: Callable[[], T]) -> tuple[Result, T]:
+    """Wait until a child is held, act, and release it; return its end and what `act` returned."""
     end = time.monotonic() + 20
     while not held.exists():
         if time.monotonic() > end:
-            raise AssertionError(f"the child is not held: {scene.forks.wait(child, 0).said}")
+            raise AssertionError(f"the child is not held: {sandbox.wait(child, 0).output}")
         time.sleep(0.002)
-
-
-def let_go(scene: Scene, child: Child, held: Path, act: Callable[[], T]) -> tuple[Ended, T]:
-    """Waits until a child is held, acts, and lets it go on; how it ended, and what came of it."""
-    await_held(scene, child, held)
-    done = act()
+    returned = act()
     held.unlink()
-    return scene.forks.wait(child), done
+    return sandbox.wait(child), returned

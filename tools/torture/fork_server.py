@@ -1,8 +1,8 @@
-"""A process of one thread that has imported everything, and forks a child for each command.
+"""A process that has imported everything and forks a child for each command.
 
-So a command costs no start of Python, and is `inv` all the same: the program
-of invoke, with the tasks.py of the folder it runs in. Run as `python -m
-tools.torture.forks`; it takes a JSON line for each order and answers with one.
+A command then costs no start of Python. The child runs Invoke's own program with the
+tasks.py of the folder that it runs in, as `inv` does. `python -m tools.torture.fork_server`
+reads one JSON request a line and answers each with one line.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ from subprocess import PIPE, Popen
 from types import TracebackType
 from typing import Any
 
-from tools.torture.calls import Orders, install
+from tools.torture.tracing import Injection, install
 
-#: Seconds after which a child is taken to hang.
+#: Seconds after which a child counts as hanging.
 LIMIT = 60.0
 
-#: Bytes copied, and bytes of a block of a transfer: small, so that toy files have many.
+#: Bytes of a block that is copied or transferred: small, so that toy files have many.
 SMALL = 16 << 10
 
-#: What children see of the environment.
+#: The environment variables that children inherit.
 _KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR")
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a child ended: its exit code, or minus the signal's number, and what it said."""
+class Result:
+    """The end of a child: its exit code (or minus the signal's number), output and seconds."""
 
     code: int
-    said: str
+    output: str
     seconds: float = 0.0
 
 
 @dataclass
 class Child:
-    """A child that was started; `pid` is its, until `Forks.wait` has returned."""
+    """A running child; `pid` is valid until `ForkServer.wait` has returned."""
 
     pid: int
     out: Path
     began: float = field(default_factory=time.monotonic)
 
 
-class Forks:
-    """The forking process, as a client sees it. `folder` is for what children say."""
+class ForkServer:
+    """The client of the forking process; `folder` is for the output of children."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tools.torture.forks"]
+        command = [sys.executable, "-m", "tools.torture.fork_server"]
         root = Path(__file__).resolve().parents[2]
         self._process = Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=root)
         self.ask({})
 
-    def __enter__(self) -> Forks:
+    def __enter__(self) -> ForkServer:
         return self
 
     def __exit__(
@@ -78,42 +78,42 @@ class Forks:
         self._process.wait(LIMIT)
 
     def ask(self, order: dict[str, Any]) -> Any:
-        """Sends one order, and returns the answer."""
+        """Send one request, and return the answer."""
         with self._lock:
             assert self._process.stdin and self._process.stdout
             print(json.dumps(order), file=self._process.stdin, flush=True)
             return json.loads(self._process.stdout.readline())
 
     def start(
-        self, root: Path, argv: tuple[str, ...], env: dict[str, str], orders: Orders
+        self, root: Path, argv: tuple[str, ...], env: dict[str, str], injection: Injection
     ) -> Child:
-        """Starts `inv` with these arguments in the folder `root`."""
+        """Start `inv` with these arguments in the folder `root`."""
         self._count += 1
         out = self._folder / f"said-{self._count}"
         out.touch()  # the child may be killed before it could
         order = {"argv": argv, "cwd": str(root), "env": env, "out": str(out)}
-        pid = self.ask(order | {"orders": asdict(orders)})
+        pid = self.ask(order | {"orders": asdict(injection)})
         return Child(pid, out)
 
-    def wait(self, child: Child, limit: float = LIMIT) -> Ended:
-        """Waits for a child; one that hangs is killed, and its code is -99."""
+    def wait(self, child: Child, limit: float = LIMIT) -> Result:
+        """Wait for a child; after `limit` seconds it is killed, and its code is -99."""
         code = self.ask({"wait": child.pid, "limit": limit})
-        said = child.out.read_text(errors="replace")
+        output = child.out.read_text(errors="replace")
         child.out.unlink()
-        return Ended(code, said, time.monotonic() - child.began)
+        return Result(code, output, time.monotonic() - child.began)
 
     def run(
         self,
         root: Path,
         argv: tuple[str, ...],
         env: dict[str, str],
-        orders: Orders | None = None,
-    ) -> Ended:
-        """Runs `inv` to its end."""
-        return self.wait(self.start(root, argv, env, orders or Orders()))
+        injection: Injection | None = None,
+    ) -> Result:
+        """Run `inv` to its end."""
+        return self.wait(self.start(root, argv, env, injection or Injection()))
 
 
-# ---- the other side
+# ---- the forking process
 
 
 def _import_everything() -> None:
@@ -188,18 +188,18 @@ def _run(order: dict[str, Any]) -> int:
     fd = os.open(order["out"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0), os.dup2(fd, 1), os.dup2(fd, 2)
-    orders = Orders(**order["orders"])
-    if orders.one_core:
+    injection = Injection(**order["orders"])
+    if injection.one_core:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    watch = install(orders) if orders.roots else None
+    tracer = install(injection) if injection.roots else None
     try:
         program.run(["inv", *order["argv"]])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     finally:
         sys.stdout.flush()
-        if watch:
-            watch.dump()
+        if tracer:
+            tracer.dump()
     return 0
 
 
