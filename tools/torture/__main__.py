@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools.torture import kills, peers, power, races, report, swaps
-from tools.torture.sandbox import Sandboxes, commands
+from tools.torture.sandbox import COMMANDS, Sandboxes
 from tools.torture.tally import Tally, TimeBox
 
 #: The groups of a run, each with its share of the time.
@@ -82,12 +82,12 @@ def _run(
 def _group(sandboxes: Sandboxes, name: str, rng: random.Random, box: TimeBox) -> Iterator[Tally]:
     if name == "kills":
         yield from kills.at_random(sandboxes, rng, box.share(0.35))
-        left = commands()
+        left = list(COMMANDS.values())
         for number, command in enumerate(left):
             share = box.share(1 / (len(left) - number))
             yield kills.at_calls(sandboxes, command, rng, share)
     elif name == "power":
-        left = [command for command in commands() if not command.is_script]
+        left = [command for command in COMMANDS.values() if not command.is_script]
         for number, command in enumerate(left):
             share = box.share(1 / (len(left) - number))
             yield power.cuts(sandboxes, command, rng, share, most=10_000)

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from subprocess import PIPE, Popen
 from types import TracebackType
 from typing import Any
 
+import csm_weights
 from tools.torture.tracing import Injection, install
 
 #: Seconds after which a child counts as hanging.
@@ -117,24 +119,23 @@ class ForkServer:
 
 
 def _import_everything() -> None:
-    from csm_weights.store import block_io
-    from csm_weights.transfer import reorder
-    from csm_weights.transfer.http import ranges
-
-    for name in (
-        "pipeline.apply",
-        "commands.seed_cache",
-        "commands.split",
-        "commands.render.report_hub",
-    ):
-        importlib.import_module(f"csm_weights.{name}")
+    """Import the package but for the room that imports torch, and make its blocks small."""
+    for module in pkgutil.walk_packages(csm_weights.__path__, "csm_weights."):
+        if not module.name.startswith(("csm_weights.model", "csm_weights.api")):
+            importlib.import_module(module.name)
     for name in ("filelock", "invoke.main", "requests"):
         importlib.import_module(name)
-    block_io.STEP = reorder.BLOCK = SMALL
-    setattr(ranges, "BLOCK", SMALL)  # noqa: B010
-    if consume := sys.modules.get("csm_weights.transfer.consume"):
-        setattr(consume, "STEP", SMALL)  # noqa: B010
-    reorder.READ_BACK, ranges.SPAN = 8 * SMALL, 2 * SMALL
+    _set_sizes("store.block_io", STEP=SMALL)
+    _set_sizes("transfer.reorder", BLOCK=SMALL, READ_BACK=8 * SMALL)
+    _set_sizes("transfer.http.ranges", BLOCK=SMALL, SPAN=2 * SMALL)
+    _set_sizes("transfer.consume", STEP=SMALL)
+
+
+def _set_sizes(name: str, **sizes: int) -> None:
+    module = sys.modules[f"csm_weights.{name}"]
+    for constant, size in sizes.items():
+        assert hasattr(module, constant), f"{name} has no {constant} any more"
+        setattr(module, constant, size)
 
 
 def _serve() -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from tools.torture import script
 from tools.torture.checks import Baseline, baseline, check_after_stop
 from tools.torture.fork_server import LIMIT, Result
-from tools.torture.sandbox import Command, Sandbox, Sandboxes, commands
+from tools.torture.sandbox import COMMANDS, Command, Sandbox, Sandboxes
 from tools.torture.tally import Tally, TimeBox
 
 #: The signals that stop a child.
@@ -74,7 +74,7 @@ def at_random(
     sandboxes: Sandboxes, rng: random.Random, box: TimeBox, count: int = RANDOM_KILLS
 ) -> Iterator[Tally]:
     """Stop commands at random moments; the run that follows is killed one time in four."""
-    known = [baseline(sandboxes, command) for command in commands()]
+    known = [baseline(sandboxes, command) for command in COMMANDS.values()]
     for place, stop in enumerate(SIGNALS):
         tally = Tally("kills", f"{stop.name} at a random moment")
         own = box.share(0.5 if place < 2 else 1)

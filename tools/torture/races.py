@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tools.torture.checks import Baseline, baseline, differences
 from tools.torture.fork_server import Result
-from tools.torture.sandbox import WEIGHTS, Command, Sandbox, Sandboxes, commands, total
+from tools.torture.sandbox import COMMANDS, WEIGHTS, Command, Sandbox, Sandboxes, total
 from tools.torture.tally import Tally, TimeBox
 from tools.torture.tracing import Trace
 
@@ -21,7 +21,7 @@ def races(
     sandboxes: Sandboxes, rng: random.Random, box: TimeBox, rounds: int = 4
 ) -> Iterator[Tally]:
     """Race every command with itself, `rounds` times with two runs and with eight."""
-    known = [baseline(sandboxes, command) for command in commands() if not command.is_script]
+    known = [baseline(sandboxes, command) for command in COMMANDS.values() if not command.is_script]
     kinds = [(count, without_locks) for without_locks in (False, True) for count in (2, 8)]
     for place, (count, without_locks) in enumerate(kinds):
         conditions = "where locks do nothing" if without_locks else "with locks"

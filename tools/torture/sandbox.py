@@ -85,16 +85,6 @@ COMMANDS = {
 }
 
 
-def can_consume() -> bool:
-    """Return whether this checkout has `--consume`."""
-    return "consume" in (REPOSITORY / "tasks.py").read_text()
-
-
-def commands() -> list[Command]:
-    """Return the commands that this checkout has."""
-    return [c for c in COMMANDS.values() if can_consume() or not c.consumes]
-
-
 @dataclass
 class Sandbox:
     """A command's repository at `home/tree`, the Hub's cache beside it; `other` is another disk."""
