@@ -413,6 +413,6 @@ def lock(
 @task("model", "dest")
 def clean(request: Request, dry: bool = False) -> object:
     """Remove unfinished files; what is proven, staged or placed stays."""
-    from csm_weights.pipeline import apply
+    from csm_weights.commands import clean as cleaning
 
-    return apply.clean(replace(request, only=("all",)), dry)
+    return cleaning.clean(replace(request, only=("all",)), dry)

@@ -25,10 +25,11 @@ from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, err
 from csm_weights.model import offline_assets
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.outcome import StatusReport
-from csm_weights.pipeline.plan import HUB, Plan, Verb
+from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.pipeline.session import Session, begin
 from csm_weights.store.inspect import ArtifactState
+from csm_weights.transfer.policy import HUB
 
 #: Kinds that are about the token, rather than about what its owner may do.
 OF_THE_TOKEN = frozenset({Kind.NO_TOKEN, Kind.UNKNOWN_TOKEN, Kind.SCOPE})
@@ -168,7 +169,7 @@ class _Case:
     def problems(self, *kinds: Kind, of_hub: bool = True) -> list[Finding]:
         """Why the Hub, or else the mirrors, are not among the servers of this run."""
         page = self.environment.page(self.run.manifest.repo or "")
-        problems = self.run.sourcing.problems
+        problems = self.run.policy.problems
         return [f for f in problems if f.kind in kinds and (f.where == page) is of_hub]
 
 
@@ -178,9 +179,10 @@ def _plan(case: _Case) -> CheckResult:
         return CheckResult(
             "plan", Verdict.OK, f"nothing to do: {len(items)} files in place and proven"
         )
-    planned = {step.artifact.path for step in plan.steps}
+    planned = {step.artifact.path for step in plan.actions}
     fetches, reads, writes = (
-        sum(getattr(step, name) for step in plan.steps) for name in ("fetches", "reads", "writes")
+        sum(getattr(action, f"bytes_{name}") for action in plan.actions)
+        for name in ("fetched", "read", "written")
     )
     over_network = f"to fetch {fetches:,} bytes, " if fetches else ""
     found = f"{len(planned)} of {len(items)} files can be had"
@@ -190,7 +192,7 @@ def _plan(case: _Case) -> CheckResult:
 
 def _parts(case: _Case) -> CheckResult:
     items = [item for item in case.survey.state.artifacts if item.artifact.pieces]
-    if not case.run.sourcing.parts:
+    if not case.run.policy.chunks:
         return CheckResult("parts", Verdict.NOT_ASKED, "the source named takes none")
     if not items:
         return CheckResult("parts", Verdict.NOT_ASKED, "the manifest names none")
@@ -218,7 +220,7 @@ def _cache(case: _Case) -> CheckResult:
     cache, repo = case.environment.cache, case.run.manifest.repo
     if not repo:
         return CheckResult("Hub cache", Verdict.NOT_ASKED, _NO_REPOSITORY)
-    if not case.run.sourcing.cache:
+    if not case.run.policy.cache:
         return CheckResult("Hub cache", Verdict.NOT_ASKED, "the source named does without")
     held = [item.artifact.path for item in case.survey.state.artifacts if item.cached]
     if not held:
@@ -268,7 +270,7 @@ def _mirrors(case: _Case) -> CheckResult:
     mirrors = case.answers.mirrors
     if not mirrors:
         problems = case.problems(Kind.OFFLINE, of_hub=False)
-        names_some = problems or any(name != HUB for name in case.run.sourcing.far)
+        names_some = problems or any(name != HUB for name in case.run.policy.remote)
         found = _ELSEWHERE if names_some else "none was named"
         return case.unasked("mirrors", found, problems)
     found = "; ".join(f"{_given(m)} from {m.url}{_kinds(m.findings)}" for m in mirrors)
@@ -313,12 +315,11 @@ def _proxy_for(url: str) -> str:
 def _disk(case: _Case) -> CheckResult:
     """Room and permission for what the plan writes; bytes."""
     state, texts = case.survey.state, []
-    for folder, free, verbs in (
-        (state.paths.staging, state.free_staging, (Verb.ASSEMBLE, Verb.WRITE)),
-        (state.paths.destination, state.free_destination, (Verb.COPY,)),
+    for name, folder, free in (
+        ("staging", state.paths.staging, state.free_staging),
+        ("destination", state.paths.destination, state.free_destination),
     ):
-        if steps := case.plan.having(*verbs):
-            needed = sum(step.writes for step in steps)
+        if needed := case.plan.room(name):
             texts.append(f"{needed:,} bytes to write in {folder}, {free:,} free")
     findings = [f for f in case.plan.findings if f.kind is Kind.NO_SPACE]
     if not case.plan.is_done:

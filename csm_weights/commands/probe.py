@@ -15,9 +15,11 @@ from urllib.parse import urlsplit
 
 from csm_weights.errors import Category, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.pipeline.plan import HUB, Plan, Step
+from csm_weights.pipeline.actions import Assemble
+from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.session import Session
 from csm_weights.progress import Progress
+from csm_weights.transfer.policy import HUB
 from csm_weights.transfer.reorder import Buffer
 from csm_weights.transfer.source import NotAvailable, SourceError
 
@@ -149,7 +151,7 @@ class ProbeResults:
 def probe(run: Session, plan: Plan) -> ProbeResults:
     """Asks the servers of a plan, in its order, for what is planned to come from them."""
     answers = ProbeResults()
-    steps = [step for step in plan.steps if step.far]
+    steps = [step for step in plan.having(Assemble) if step.remote]
     if not steps:
         return answers
     with _wire() as wire:
@@ -179,10 +181,10 @@ def _wire() -> Iterator[RangeDownloader]:
             cancel.set()
 
 
-def _ask_for(run: Session, step: Step, wire: RangeDownloader, answers: ProbeResults) -> None:
-    left = [piece for piece in step.artifact.tiles if piece.offset in step.far]
+def _ask_for(run: Session, step: Assemble, wire: RangeDownloader, answers: ProbeResults) -> None:
+    left = [piece for piece in step.artifact.tiles if piece.offset in step.remote]
     met: list[Finding] = []
-    for name in run.sourcing.far:
+    for name in run.policy.remote:
         if not left:
             return
         if name not in answers.servers:

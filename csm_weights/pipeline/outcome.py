@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from csm_weights.errors import CsmWeightsError, Finding
-from csm_weights.pipeline.plan import Plan, Step
+from csm_weights.pipeline.actions import Action
+from csm_weights.pipeline.plan import Plan
 from csm_weights.store.inspect import State
 from csm_weights.store.receipts import SmokeReport
 from csm_weights.verify.gates import GateResult
@@ -15,7 +16,7 @@ from csm_weights.verify.statement import Attested
 
 @dataclass(frozen=True)
 class StatusReport:
-    """A look at the disk and the plan that follows from it.
+    """The state of the disk, and the plan that follows from it.
 
     `advice` says how to get what is missing.
     """
@@ -28,15 +29,15 @@ class StatusReport:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did and what is proven now.
+    """What a command did, and what is verified now.
 
-    `acts` are the steps taken, in order. `smoke` is the last smoke report of
+    `actions` are those taken, in order. `smoke` is the last smoke report of
     these very files, perhaps an earlier run's. `sealed` are the files that were
-    sealed, `attested` is what an attestation proved of them.
+    sealed, `attested` is what an attestation says of them.
     """
 
     state: State
-    acts: tuple[Step, ...] = ()
+    actions: tuple[Action, ...] = ()
     notes: tuple[Finding, ...] = ()
     results: tuple[GateResult, ...] = ()
     smoke: SmokeReport | None = None

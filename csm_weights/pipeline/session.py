@@ -12,9 +12,7 @@ from csm_weights.config import HubEnvironment
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, error_for
 from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
 from csm_weights.pipeline.plan import (
-    HUB,
     Plan,
-    SourcePolicy,
     Target,
     default_selection,
     make_plan,
@@ -26,6 +24,7 @@ from csm_weights.store import atomic, install, receipts
 from csm_weights.store.inspect import FileState, FileStatus, Paths, State, inspect, leftovers
 from csm_weights.store.receipts import Receipt
 from csm_weights.transfer.assemble import VerifiedFile
+from csm_weights.transfer.policy import HUB, SourcePolicy
 from csm_weights.verify import gates
 
 
@@ -36,33 +35,33 @@ class Session:
     manifest: Manifest
     paths: Paths
     chosen: tuple[Artifact, ...]
-    sourcing: SourcePolicy
+    policy: SourcePolicy
     known_bad: dict[Path, Finding] = field(default_factory=dict)
     good: dict[Path, frozenset[int]] = field(default_factory=dict)
     notes: list[Finding] = field(default_factory=list)
 
     def inspect(self) -> State:
-        """What is on disk of the chosen artifacts, with what this run has refuted."""
+        """Inspect what is on disk of the chosen artifacts; what was found wrong stays wrong."""
         return inspect(self.manifest, self.chosen, self.paths, self.known_bad, self.good)
 
-    def plan(self, state: State, goal: Target) -> Plan:
-        """How the chosen artifacts get where `goal` wants them, from the sources of this run.
+    def plan(self, target: Target) -> Plan:
+        """Inspect the disk, and plan how the chosen artifacts get where `target` wants them.
 
         Raises WrongContent where a link would lead what is written out of the folders.
         """
-        made = make_plan(state, goal, self.sourcing)
-        if not made.is_done:
+        plan = make_plan(self.inspect(), target, self.policy)
+        if not plan.is_done:
             for base in (self.paths.staging, self.paths.destination):
                 for path in (f"{RECEIPTS}/receipt", *(a.path for a in self.chosen)):
                     atomic.stay_inside((base / path).parent, base)
-        return made
+        return plan
 
     def note(self, findings: Iterable[Finding]) -> None:
-        """Remembers what was wrong and has been mended; each thing once."""
+        """Remember what was wrong and has been mended; each thing once."""
         self.notes += [f for f in dict.fromkeys(findings) if f not in self.notes]
 
     def receipt(self, artifact: Artifact, proven: VerifiedFile) -> Receipt:
-        """The receipt of a file that has just been proven; size in bytes."""
+        """Return the receipt of a file that has just been verified."""
         return Receipt(
             path=artifact.path,
             model=self.manifest.name,
@@ -76,11 +75,15 @@ class Session:
         )
 
     def install(self, proven: Path, directory: Path, receipt: Receipt) -> None:
-        """Gives a proven file its final name; what was known of that name is over."""
+        """Give a verified file its final name, and forget what was wrong under it."""
         install.install(proven, directory, receipt)
         final = directory / receipt.path
         self.known_bad.pop(final, None)
         receipts.journal_path(final).unlink(missing_ok=True)
+
+    def install_staged(self, artifact: Artifact, verified: VerifiedFile) -> None:
+        """Give a verified partial its name in the staging folder."""
+        self.install(verified.partial, self.paths.staging, self.receipt(artifact, verified))
 
     def subject(self, artifact: Artifact, file: FileStatus) -> gates.Subject:
         """Return an inspected file as the gates take it."""
@@ -126,7 +129,7 @@ class Session:
 
 
 def begin(request: Request) -> Session:
-    """The run of a command: its manifest, its folders, and what is chosen.
+    """Begin the run of a command: read the manifest, find the folders, choose the artifacts.
 
     Raises UsageError for names that do not exist, ManifestInvalid, MissingInput.
     """
@@ -141,30 +144,30 @@ def begin(request: Request) -> Session:
     if not chosen:
         chosen = default_selection(inspect(manifest, manifest.artifacts, paths, {}))
     chosen = with_config(manifest, chosen)
-    return Session(manifest, paths, chosen, _sourcing(request, manifest, environment))
+    return Session(manifest, paths, chosen, _policy(request, manifest, environment))
 
 
-def _sourcing(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:
-    """Which sources a request allows, and which of them are known to give nothing."""
-    word, far, problems = request.source, list(request.urls), []
-    if environment.offline and far:
-        finding = Finding(Kind.OFFLINE, far[0], "a mirror that may be asked", "HF_HUB_OFFLINE")
-        problems.append(finding)
-        far = []
+def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:
+    """Return which sources a request allows, and why others are not asked."""
+    word, remote, problems = request.source, list(request.urls), []
+    if environment.offline and remote:
+        expected = "a mirror that may be asked"
+        problems.append(Finding(Kind.OFFLINE, remote[0], expected, "HF_HUB_OFFLINE"))
+        remote = []
     if word in ("auto", "hf") and manifest.repo:
         problem = environment.problem(manifest.repo, manifest.gated)
         if problem:
             problems.append(problem)
         else:
-            far.append(HUB)
+            remote.append(HUB)
     elif word == "hf":
         raise UsageError(f"{manifest.where} names no repository of the Hub")
     return SourcePolicy(
-        parts=word in ("auto", "chunks"),
+        chunks=word in ("auto", "chunks"),
         cache=word in ("auto", "hf"),
-        far=tuple(far) if word != "chunks" else (),
+        remote=tuple(remote) if word != "chunks" else (),
         problems=tuple(problems),
-        far_first=word == "hf",
+        remote_first=word == "hf",
         consume=request.consume,
     )
 
@@ -176,5 +179,5 @@ def gate_error(results: Iterable[gates.GateResult]) -> CsmWeightsError | None:
 
 
 def now() -> str:
-    """The time, ISO 8601 in UTC, to the second."""
+    """Return the time, ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -6,13 +6,17 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from csm_weights.manifest.types import RECEIPTS
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import Paths
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 if sys.platform != "win32":
     import fcntl
@@ -23,7 +27,7 @@ NAME = ".lock"
 
 @contextmanager
 def locked(paths: Paths, with_destination: bool) -> Iterator[None]:
-    """One acting run at a time on one folder; a second one waits.
+    """Let one run at a time act on one folder; a second one waits.
 
     Other models, and other checkouts, may have the same destination. Folders
     are locked in one order, so that two runs never wait for each other.
@@ -39,26 +43,40 @@ def locked(paths: Paths, with_destination: bool) -> Iterator[None]:
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """Holds the lock called `name` in a folder; says so when it has to wait for it."""
-    from filelock import FileLock, Timeout
+    """Hold the lock called `name` in a folder; say so when another run has it.
+
+    Where the file system's own locks keep nobody out, a marker file beside it
+    does; that of a run on this machine that was killed is taken over.
+    """
+    from filelock import FileLock, SoftFileLock
 
     path = folder / name
     os.close(atomic.create(path))
-    held = FileLock(path)
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        with Progress(f"waiting for another run in {folder}", 0) as progress:
-            progress.log("it holds the lock; this one goes on when it ends")
-            held.acquire()
-    try:
+    with contextlib.ExitStack() as held:
+        held.enter_context(_acquired(FileLock(path), "this one goes on when it ends"))
+        if not are_real(path):
+            marker = path.with_name(f"{path.name}.held")
+            hint = (
+                f"this one goes on when it ends; if there is none on any machine, remove {marker}"
+            )
+            held.enter_context(_acquired(SoftFileLock(marker), hint))
         yield
-    finally:
-        held.release()
+
+
+def _acquired(lock: BaseFileLock, hint: str) -> AbstractContextManager[object]:
+    """Acquire a lock, and log it where another run has it; leaving the context releases it."""
+    from filelock import Timeout
+
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        with Progress(f"waiting for another run in {Path(lock.lock_file).parent}", 0) as progress:
+            progress.log(f"it holds the lock; {hint}")
+            return lock.acquire()
 
 
 def are_real(path: Path) -> bool:
-    """Whether a lock that this run holds, at `path`, would keep another one out.
+    """Return whether a lock that this run holds, at `path`, would keep another one out.
 
     On some network file systems every flock succeeds.
     """

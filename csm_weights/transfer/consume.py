@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial as bind
@@ -18,12 +18,14 @@ from pathlib import Path
 from threading import Event
 
 from csm_weights.concurrency import OnProgress, run_all
-from csm_weights.errors import Finding, Kind
+from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.hashing import Hasher, ShortRead, feed, sha256
 from csm_weights.manifest.digests import Whole, digest_findings
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import sync, writing
-from csm_weights.store.block_io import punch
+from csm_weights.store.block_io import can_punch, punch
+from csm_weights.store.inspect import ArtifactState
+from csm_weights.store.receipts import partial_path
 from csm_weights.transfer.assemble import Steps
 from csm_weights.transfer.source import SourceError
 from csm_weights.untrusted import Fingerprint
@@ -44,6 +46,15 @@ class Subject:
     partial: Path
     root: Path
     moved: Mapping[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, item: ArtifactState, offsets: Iterable[int], root: Path) -> Subject:
+        """Return what is to be consumed of an artifact, by the offsets of its pieces."""
+        kept = {record.offset: record.size for record in item.partial}
+        gone = {record.offset: record.consumed for record in item.consumed}
+        moved = {o: {kept.get(o, 0), gone.get(o, 0), 0} for o in offsets}
+        known = {offset: tuple(sorted(sizes, reverse=True)) for offset, sizes in moved.items()}
+        return cls(item.artifact, partial_path(item.staged.path), root, known)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,29 @@ class Proof:
 
     stakes: Mapping[int, Stake]
     findings: Mapping[Path, Finding]
+
+
+def require_punching(subjects: Sequence[Subject]) -> None:
+    """Raise NoSpace where a folder of chunk files is on a file system that frees nothing."""
+    folders = {
+        (subject.root / piece.part).parent
+        for subject in subjects
+        for piece in subject.artifact.pieces
+        if piece.offset in subject.moved
+    }
+    findings = [
+        Finding(
+            Kind.NOT_CONSUMABLE,
+            str(folder),
+            "a file system that frees parts of a file",
+            "one that does not",
+            "leave --consume out, and have room for the whole file",
+        )
+        for folder in sorted(folders)
+        if folder.is_dir() and not can_punch(folder)
+    ]
+    if findings:
+        raise error_for("the chunk files cannot be consumed; none was touched", findings)
 
 
 def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
@@ -212,7 +246,7 @@ def _move(fd: int, stake: Stake, seen: Fingerprint, sink: Steps) -> None:
         seen, at = Fingerprint.of(os.fstat(fd)), end
 
 
-def remove_parts(root: Path, partial: Path, pieces: Sequence[Piece]) -> None:
+def remove_chunk_files(root: Path, partial: Path, pieces: Sequence[Piece]) -> None:
     """Removes parts whose pieces are all in a partial that has been proven.
 
     Before the file gets its name, so that while a part of zeros has a part's

@@ -19,7 +19,7 @@ import requests
 
 from csm_weights.config import HubEnvironment, no_token
 from csm_weights.errors import AccessRefused, Category, Finding, Kind
-from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.transfer.http.client import REDIRECTS
 from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, ResolvedUrl
 from csm_weights.transfer.http.responses import origin, redirect_target, shown, wrong_answer
@@ -284,3 +284,10 @@ def _gated(said: str, message: str, account: HubCredentials, repo: str) -> Findi
 def _changed(where: str, expected: str, found: str) -> SourceError:
     help_text = "what the Hub has under this name is not what is pinned; see inv lock --repo"
     return SourceError([Finding(Kind.CHANGED, where, expected, found, help_text)])
+
+
+def open_source(_: str, manifest: Manifest, downloader: RangeDownloader) -> Hub:
+    """Return the Hub's repository that a manifest names, as a source."""
+    assert manifest.repo and manifest.revision, "the Hub is planned only where it is named"
+    account = HubCredentials.from_environment()
+    return Hub(downloader, account, manifest.repo, manifest.revision)

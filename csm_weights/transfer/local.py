@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
@@ -13,43 +12,29 @@ from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
 from csm_weights.untrusted import Fingerprint
 
 
-class Chunks:
-    """The parts of a chunked repository: one file a piece, below `root`."""
+class ChunkFiles:
+    """The chunk files of a repository: one file a piece, below `root`."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
-        """See `Source`; the place is the part's path relative to the root."""
+        """See `Source`; the place is the chunk file's path relative to the root."""
         _deliver(self._root / piece.part, piece.part, piece.size, 0, sink)
         return piece.part
 
 
 class WholeFile:
-    """A copy of the whole artifact at `path`, such as a staged one on another disk."""
+    """A copy of the artifact at `path`; a damaged one may have another `size` in bytes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int | None = None) -> None:
         self._path = path
+        self._size = size
 
     def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
         """See `Source`; the place is the file's path."""
-        _deliver(self._path, str(self._path), artifact.size, piece.offset, sink)
-        return str(self._path)
-
-
-class Salvage:
-    """A damaged copy at `path`, `size` bytes long: only the pieces at `offsets` are taken."""
-
-    def __init__(self, path: Path, size: int, offsets: Iterable[int]) -> None:
-        self._path = path
-        self._size = size
-        self._offsets = frozenset(offsets)
-
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
-        """See `Source`; the place is the file's path."""
-        if piece.offset not in self._offsets:
-            raise NotAvailable
-        _deliver(self._path, str(self._path), self._size, piece.offset, sink)
+        size = artifact.size if self._size is None else self._size
+        _deliver(self._path, str(self._path), size, piece.offset, sink)
         return str(self._path)
 
 

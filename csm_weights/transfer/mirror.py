@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 import requests
 
-from csm_weights.config import MIRROR_HEADERS
+from csm_weights.config import MIRROR_HEADERS, mirror_headers
 from csm_weights.errors import Category, Finding, Kind
-from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.transfer.http.client import REDIRECTS
 from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, ResolvedUrl
 from csm_weights.transfer.http.responses import origin, redirect_target, shown
@@ -122,3 +122,8 @@ def _refused(where: str, response: requests.Response) -> Finding:
     help_text = f"if it wants credentials, put them as a header into {MIRROR_HEADERS}"
     kind = Kind.FORBIDDEN if response.status_code in (401, 403) else Kind.WRONG_ANSWER
     return Finding(kind, where, "the file", found, help_text)
+
+
+def open_source(url: str, _: Manifest, downloader: RangeDownloader) -> Mirror:
+    """Return the mirror at a URL as a source."""
+    return Mirror(downloader, url, mirror_headers())

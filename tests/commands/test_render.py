@@ -24,7 +24,6 @@ from csm_weights.errors import (
 )
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.outcome import Outcome
-from csm_weights.pipeline.plan import Target
 from csm_weights.store.receipts import Check, Figures, SmokeReport
 from csm_weights.verify.gates import Gate, GateResult
 from tests.support.toy import Toy, flip
@@ -206,11 +205,11 @@ def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
     """The plan has a line for each file and piece, and the sums of bytes."""
     survey = apply.status(toy.request())
     text = as_text.render(survey)
-    reads = sum(step.reads for step in survey.plan.steps)
-    writes = sum(step.writes for step in survey.plan.steps)
+    reads = sum(step.bytes_read for step in survey.plan.actions)
+    writes = sum(step.bytes_written for step in survey.plan.actions)
     assert f"to read {reads:,} bytes, to write {writes:,}" in text
     assert all(piece.part in text for piece in toy.artifact("a.bin").pieces)
-    assert "assemble from 5 parts, then move into place" in text
+    assert "assemble from 5 chunk files, then move into place" in text
 
 
 def test_a_survey_says_why_a_part_is_of_no_use(toy: Toy) -> None:
@@ -308,7 +307,7 @@ def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None
 
 def test_json_of_a_survey_adds_up(toy: Toy) -> None:
     """Steps, bytes and pieces of `status --json` are those of the plan."""
-    survey = apply.status(toy.request(), Target.BOTH)
+    survey = apply.status(toy.request())
     data = read(as_json.render(survey))
     assert data["bytes_to_read"] == sum(step["reads"] for step in data["steps"])
     assert data["bytes_to_write"] == sum(step["writes"] for step in data["steps"])

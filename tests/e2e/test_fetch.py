@@ -468,7 +468,7 @@ def test_the_hubs_cache_is_used_by_link(desk: Desk) -> None:
     assert (result.returncode, desk.hub.log) == (0, [])
     placed = desk.clone.placed / "model.safetensors"
     assert placed.samefile(blob)
-    assert "take from the Hub's cache" in result.stdout
+    assert "link from the Hub's cache" in result.stdout
 
 
 def test_a_damaged_blob_gives_its_good_pieces(desk: Desk) -> None:

@@ -226,7 +226,7 @@ def test_the_whole_line_at_full_size(roomy: Clone) -> None:
     made, _ = measured(roomy, "standin")
     status = roomy.inv("status", *standin)
     assert status.returncode == 0
-    assert status.stdout.count("assemble from 6 parts") == 2
+    assert status.stdout.count("assemble from 6 chunk files") == 2
     held, said = measured(roomy, "weights", *standin, "--no-smoke")
     assert "OK: in place and proven" in said
     assert max(made, held) <= MEMORY

@@ -19,10 +19,12 @@ from filelock import FileLock
 
 from csm_weights import hashing
 from csm_weights.commands import verify
+from csm_weights.commands.clean import clean
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.pipeline import apply
+from csm_weights.pipeline.actions import Action, Copy, Move, Verify
 from csm_weights.pipeline.outcome import Outcome
-from csm_weights.pipeline.plan import Target, Verb
+from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.store import install
 from csm_weights.store.inspect import FileState
@@ -43,8 +45,8 @@ def weights(toy: Toy, *only: str, dest: str | None = None) -> Outcome:
     return apply.weights(toy.request(*only, dest=dest), smoke=False)
 
 
-def verbs(outcome: Outcome) -> list[Verb]:
-    return [step.verb for step in outcome.acts]
+def verbs(outcome: Outcome) -> list[type[Action]]:
+    return [type(step) for step in outcome.actions]
 
 
 def everything_is_placed(toy: Toy) -> bool:
@@ -288,7 +290,7 @@ def test_a_concatenated_file_is_adopted_not_copied(toy: Toy) -> None:
     toy.staged("a.bin").write_bytes(toy.good("a.bin"))
     inode = toy.staged("a.bin").stat().st_ino
     outcome = weights(toy, "a.bin")
-    assert verbs(outcome) == [Verb.PROVE, Verb.MOVE]
+    assert verbs(outcome) == [Verify, Move]
     assert toy.placed("a.bin").stat().st_ino == inode
 
 
@@ -297,7 +299,7 @@ def test_a_file_already_in_place_is_adopted(toy: Toy) -> None:
     toy.placed("b.bin").parent.mkdir(parents=True)
     toy.placed("b.bin").write_bytes(toy.good("b.bin"))
     outcome = weights(toy, "b.bin")
-    assert verbs(outcome) == [Verb.PROVE]
+    assert verbs(outcome) == [Verify]
     assert outcome.state.artifacts[0].installed.state is FileState.VERIFIED
 
 
@@ -349,7 +351,7 @@ def test_a_damaged_receipt_only_costs_time(toy: Toy, text: str) -> None:
     """A receipt that cannot be understood counts as none: the file is proven again."""
     weights(toy)
     receipt_path(toy.root / "models/toy", "a.bin").write_text(text)
-    assert verbs(weights(toy)) == [Verb.PROVE]
+    assert verbs(weights(toy)) == [Verify]
 
 
 def test_a_receipt_of_another_manifest_does_not_count(toy: Toy) -> None:
@@ -392,7 +394,7 @@ def test_another_accepted_edition_in_place_is_kept(toy: Toy) -> None:
     """Any edition that the manifest accepts is good as it is."""
     toy.placed("note.txt").parent.mkdir(parents=True)
     toy.placed("note.txt").write_text("another edition")
-    assert verbs(weights(toy, "note.txt")) == [Verb.PROVE]
+    assert verbs(weights(toy, "note.txt")) == [Verify]
     assert toy.placed("note.txt").read_text() == "another edition"
 
 
@@ -425,7 +427,7 @@ def other_disk(tmp_path: Path) -> Iterator[Path]:
 def test_another_file_system_gets_a_verified_copy(toy: Toy, other_disk: Path) -> None:
     """Across file systems files are copied, proven as written, and the staged ones removed."""
     outcome = weights(toy, dest=str(other_disk))
-    assert Verb.COPY in verbs(outcome)
+    assert Copy in verbs(outcome)
     assert {p.name: p.read_bytes() for p in other_disk.iterdir() if p.is_file()} == {
         a.path: toy.good(a.path) for a in toy.manifest.artifacts
     }
@@ -537,7 +539,7 @@ def test_clean_removes_unfinished_files_only(toy: Toy) -> None:
     with pytest.raises(WrongContent):
         weights(toy, "b.bin")
     assert partial_path(toy.staged("b.bin")).exists()
-    apply.clean(toy.request("all"), dry=False)
+    clean(toy.request("all"), dry=False)
     assert not partial_path(toy.staged("b.bin")).exists()
     assert toy.placed("a.bin").exists()
 
@@ -659,7 +661,7 @@ def test_an_interrupted_copy_goes_on_where_it_stopped(
         weights(toy, "a.bin", dest=str(other_disk))
     monkeypatch.undo()
     survey = apply.status(toy.request("a.bin", dest=str(other_disk)))
-    assert [(s.verb, s.writes) for s in survey.plan.steps] == [(Verb.COPY, 0)]
+    assert [(type(s), s.bytes_written) for s in survey.plan.actions] == [(Copy, 0)]
 
 
 def test_an_unfinished_part_is_not_taken_for_one_too_many(toy: Toy) -> None:
@@ -667,7 +669,7 @@ def test_an_unfinished_part_is_not_taken_for_one_too_many(toy: Toy) -> None:
     left = toy.part("a.bin", 1).with_name(toy.part("a.bin", 1).name + ".partial")
     left.write_bytes(b"half")
     weights(toy)
-    apply.clean(toy.request("all"), dry=False)
+    clean(toy.request("all"), dry=False)
     assert not left.exists()
 
 

@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.plan import (
-    Plan,
-    Step,
-    Target,
-    Verb,
-    default_selection,
-    make_plan,
-    with_config,
-)
+from csm_weights.pipeline.actions import Action, Assemble, Copy, Keep, Move, WriteText
+from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan, with_config
 from csm_weights.store.inspect import (
     ArtifactState,
     FileState,
@@ -152,12 +145,12 @@ def an_item(
     )
 
 
-def verbs(plan: Plan) -> list[Verb]:
-    return [step.verb for step in plan.steps]
+def verbs(plan: Plan) -> list[type[Action]]:
+    return [type(step) for step in plan.actions]
 
 
-def steps_of(plan: Plan, item: ArtifactState) -> list[Step]:
-    return [step for step in plan.steps if step.artifact.path == item.artifact.path]
+def steps_of(plan: Plan, item: ArtifactState) -> list[Action]:
+    return [step for step in plan.actions if step.artifact.path == item.artifact.path]
 
 
 # ---- properties of every plan
@@ -193,20 +186,20 @@ def is_reachable(item: ArtifactState, goal: Target) -> bool:
 @given(state=states(), goal=any_goal)
 def test_bytes_to_read_and_write_are_plausible(state: State, goal: Target) -> None:
     """No count is negative, and no step handles more than its whole file."""
-    for step in make_plan(state, goal).steps:
+    for step in make_plan(state, goal).actions:
         most = max(edition.size for edition in step.artifact.editions)
-        assert 0 <= step.reads <= most
-        assert 0 <= step.writes <= most
+        assert 0 <= step.bytes_read <= most
+        assert 0 <= step.bytes_written <= most
 
 
 @many
 @given(state=states(), goal=any_goal)
 def test_what_is_written_is_what_is_not_kept(state: State, goal: Target) -> None:
     """Journaled pieces and shared blocks are not written again; all bytes are read."""
-    for step in make_plan(state, goal).having(Verb.ASSEMBLE):
-        kept = sum(record.size for record in step.state.partial)
+    for step in make_plan(state, goal).having(Assemble):
+        kept = sum(record.size for record in step.item.partial)
         expected = 0 if state.shares_blocks else step.artifact.size - kept
-        assert (step.reads, step.writes) == (step.artifact.size, expected)
+        assert (step.bytes_read, step.bytes_written) == (step.artifact.size, expected)
 
 
 @many
@@ -233,14 +226,14 @@ def test_each_artifact_has_steps_or_a_finding(state: State, goal: Target) -> Non
 def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Target) -> None:
     """The last step is about the placed file, or moves it there; fetching moves nothing."""
     plan = make_plan(state, goal)
-    door = Verb.MOVE if state.same_filesystem else Verb.COPY
+    door = Move if state.same_filesystem else Copy
     for item in state.artifacts:
         steps = steps_of(plan, item)
-        moves = [step.verb for step in steps if step.verb in (Verb.MOVE, Verb.COPY)]
-        in_place = bool(steps) and steps[0].look is item.installed
+        moves = [type(step) for step in steps if type(step) in (Move, Copy)]
+        in_place = bool(steps) and steps[0].file is item.installed
         expected = [door] if steps and not in_place and goal is not Target.STAGED else []
         assert moves == expected
-        assert not moves or steps[-1].verb is door
+        assert not moves or type(steps[-1]) is door
 
 
 @many
@@ -248,7 +241,7 @@ def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Target) -> N
 def test_placing_makes_nothing_new(state: State) -> None:
     """`place` proves and moves what is staged; it neither assembles nor writes."""
     plan = make_plan(state, Target.PLACED)
-    assert plan.having(Verb.ASSEMBLE, Verb.WRITE) == ()
+    assert plan.having(Assemble, WriteText) == ()
 
 
 @many
@@ -256,8 +249,8 @@ def test_placing_makes_nothing_new(state: State) -> None:
 def test_space_is_counted_before_anything_is_written(state: State, goal: Target) -> None:
     """Too little room is a finding if, and only if, more is to be written than is free."""
     plan = make_plan(state, goal)
-    staged = sum(s.writes for s in plan.having(Verb.ASSEMBLE, Verb.WRITE))
-    copied = sum(s.writes for s in plan.having(Verb.COPY))
+    staged = sum(s.bytes_written for s in plan.having(Assemble, WriteText))
+    copied = sum(s.bytes_written for s in plan.having(Copy))
     expected = [
         str(folder)
         for folder, needed, free in (
@@ -275,9 +268,9 @@ def test_space_is_counted_before_anything_is_written(state: State, goal: Target)
 def test_a_wrong_file_that_is_replaced_is_told(state: State, goal: Target) -> None:
     """Whatever a step replaces because it is wrong is in the plan's notes or findings."""
     plan = make_plan(state, goal)
-    for step in plan.having(Verb.MOVE, Verb.COPY):
-        if step.state.installed.state is INVALID:
-            assert step.state.installed.finding in plan.notes + plan.findings
+    for step in plan.having(Move, Copy):
+        if step.item.installed.state is INVALID:
+            assert step.item.installed.finding in plan.notes + plan.findings
 
 
 # ---- plans by example
@@ -286,21 +279,21 @@ def test_a_wrong_file_that_is_replaced_is_told(state: State, goal: Target) -> No
 def test_a_proven_file_in_place_is_kept() -> None:
     """Nothing is to be done for what is done, whatever its parts look like."""
     plan = make_plan(a_state(an_item(placed=VERIFIED, pieces=2, part=INVALID)), Target.BOTH)
-    assert (verbs(plan), plan.is_done) == ([Verb.KEEP], True)
+    assert (verbs(plan), plan.is_done) == ([Keep], True)
 
 
 def test_parts_are_assembled_and_moved() -> None:
     """From parts alone a file is assembled, then moved into place."""
     plan = make_plan(a_state(an_item(pieces=3)), Target.BOTH)
-    assert [(s.verb, s.reads, s.writes) for s in plan.steps] == [
-        (Verb.ASSEMBLE, 30, 30),
-        (Verb.MOVE, 0, 0),
+    assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [
+        (Assemble, 30, 30),
+        (Move, 0, 0),
     ]
 
 
 def test_fetching_stops_before_the_move() -> None:
     """`fetch` ends with the assembled file."""
-    assert verbs(make_plan(a_state(an_item(pieces=3)), Target.STAGED)) == [Verb.ASSEMBLE]
+    assert verbs(make_plan(a_state(an_item(pieces=3)), Target.STAGED)) == [Assemble]
 
 
 def test_a_part_that_is_kept_in_the_partial_may_be_missing() -> None:
@@ -309,7 +302,7 @@ def test_a_part_that_is_kept_in_the_partial_may_be_missing() -> None:
     parts = (part_look(item.artifact.pieces[0], ABSENT), *item.parts[1:])
     kept = (PieceRecord(0, 10, SHA, "x"),)
     plan = make_plan(a_state(replace(item, parts=parts, partial=kept)), Target.STAGED)
-    assert [(s.verb, s.reads, s.writes) for s in plan.steps] == [(Verb.ASSEMBLE, 30, 20)]
+    assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [(Assemble, 30, 20)]
 
 
 def test_every_bad_part_is_told_at_once() -> None:
@@ -324,7 +317,7 @@ def test_one_bad_artifact_does_not_hide_the_others() -> None:
     """What can be done is still planned beside what cannot."""
     state = a_state(an_item("a", pieces=2, part=INVALID), an_item("b", staged=VERIFIED))
     plan = make_plan(state, Target.BOTH)
-    assert ([s.artifact.path for s in plan.steps], plan.is_done) == (["b"], False)
+    assert ([s.artifact.path for s in plan.actions], plan.is_done) == (["b"], False)
 
 
 def test_a_known_text_stands_in_for_bad_parts() -> None:
@@ -332,7 +325,7 @@ def test_a_known_text_stands_in_for_bad_parts() -> None:
     item = an_item(pieces=2, part=ABSENT)
     text = replace(item.artifact, alternatives=(Edition(4, SHA, "text"),))
     plan = make_plan(a_state(replace(item, artifact=text)), Target.STAGED)
-    assert [(s.verb, s.writes) for s in plan.steps] == [(Verb.WRITE, 4)]
+    assert [(type(s), s.bytes_written) for s in plan.actions] == [(WriteText, 4)]
 
 
 def test_nothing_here_is_one_finding_a_file() -> None:
@@ -353,14 +346,14 @@ def test_a_wrong_placed_file_is_noted_when_a_staged_one_replaces_it() -> None:
     """A proven staged file that takes the place of a wrong one does so with a note."""
     item = an_item(placed=INVALID, staged=VERIFIED)
     plan = make_plan(a_state(item), Target.PLACED)
-    assert (verbs(plan), plan.notes) == ([Verb.MOVE], (item.installed.finding,))
+    assert (verbs(plan), plan.notes) == ([Move], (item.installed.finding,))
 
 
 def test_a_copy_is_counted_in_bytes() -> None:
     """Across file systems the staged file is read and written whole."""
     state = a_state(an_item(staged=VERIFIED, pieces=3), same_filesystem=False)
     plan = make_plan(state, Target.PLACED)
-    assert [(s.verb, s.reads, s.writes) for s in plan.steps] == [(Verb.COPY, 30, 30)]
+    assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [(Copy, 30, 30)]
 
 
 def test_shared_blocks_need_no_room() -> None:

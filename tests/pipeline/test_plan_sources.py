@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.pipeline.plan import HUB, PieceSource, Plan, SourcePolicy, Target, Verb, make_plan
+from csm_weights.pipeline.actions import Assemble, LinkFromCache, Move, WriteText
+from csm_weights.pipeline.plan import Plan, Target, make_plan
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
 from csm_weights.store.receipts import Arrival, PieceRecord
+from csm_weights.transfer.policy import HUB, PieceSource, SourcePolicy
 from tests.pipeline.test_plan import (
     ABSENT,
     INVALID,
@@ -29,17 +31,17 @@ from tests.pipeline.test_plan import (
     verbs,
 )
 
-AUTO = SourcePolicy(far=("https://mirror.example", HUB))
-FROM_HUB = SourcePolicy(parts=False, far=(HUB,), far_first=True)
+AUTO = SourcePolicy(remote=("https://mirror.example", HUB))
+FROM_HUB = SourcePolicy(chunks=False, remote=(HUB,), remote_first=True)
 CACHED = Path("/cache/blob")
 
 sourcings = st.sampled_from(
-    [SourcePolicy(), AUTO, FROM_HUB, SourcePolicy(parts=False, cache=False)]
+    [SourcePolicy(), AUTO, FROM_HUB, SourcePolicy(chunks=False, cache=False)]
 )
 
 
 def origins(plan: Plan, path: str = "a") -> list[PieceSource]:
-    return [o.origin for o in plan.origins[path]]
+    return [o.source for o in plan.origins[path]]
 
 
 def with_parts(item: ArtifactState, *conditions: FileState) -> ArtifactState:
@@ -76,11 +78,11 @@ def test_what_is_fetched_is_what_nothing_here_has(
     state: State, goal: Target, sourcing: SourcePolicy
 ) -> None:
     """The bytes to fetch are those of the far pieces, and with the others they make the file."""
-    for step in make_plan(state, goal, sourcing).having(Verb.ASSEMBLE):
-        far = [p for p in step.artifact.tiles if p.offset in step.far]
-        assert step.fetches == sum(p.size for p in far)
-        assert step.reads + step.fetches == step.artifact.size
-        assert 0 <= step.writes <= step.artifact.size
+    for step in make_plan(state, goal, sourcing).having(Assemble):
+        far = [p for p in step.artifact.tiles if p.offset in step.remote]
+        assert step.bytes_fetched == sum(p.size for p in far)
+        assert step.bytes_read + step.bytes_fetched == step.artifact.size
+        assert 0 <= step.bytes_written <= step.artifact.size
 
 
 @many
@@ -88,7 +90,7 @@ def test_what_is_fetched_is_what_nothing_here_has(
 def test_without_parts_no_part_is_used(state: State, goal: Target) -> None:
     """From the Hub alone means that no part is read, though they are all here."""
     for found in make_plan(state, goal, FROM_HUB).origins.values():
-        assert all(o.origin is not PieceSource.PART for o in found)
+        assert all(o.source is not PieceSource.CHUNK for o in found)
 
 
 @many
@@ -118,14 +120,19 @@ def test_the_order_is_kept_salvaged_part_cached_far() -> None:
     expected = [
         PieceSource.KEPT,
         PieceSource.SALVAGED,
-        PieceSource.PART,
+        PieceSource.CHUNK,
         PieceSource.CACHED,
-        PieceSource.FAR,
+        PieceSource.REMOTE,
     ]
     assert origins(plan) == expected
-    step = plan.steps[0]
-    assert (step.reads, step.fetches, step.far) == (40, 10, frozenset({40}))
-    for words in ("1 piece of the damaged file", "1 part ", "the Hub's cache", "mirror.example"):
+    (step,) = plan.having(Assemble)
+    assert (step.bytes_read, step.bytes_fetched, step.remote) == (40, 10, frozenset({40}))
+    for words in (
+        "1 piece of the damaged file",
+        "1 chunk file ",
+        "the Hub's cache",
+        "mirror.example",
+    ):
         assert words in f"{step.detail} "
 
 
@@ -139,8 +146,8 @@ def test_a_wrong_part_that_is_fetched_instead_is_told() -> None:
 def test_what_has_arrived_is_not_counted_again() -> None:
     """Ranges that an earlier run wrote are read back, not fetched."""
     item = replace(an_item(pieces=0), arrived=(Arrival(0, 3, SHA),))
-    step = make_plan(a_state(item), Target.STAGED, AUTO).steps[0]
-    assert (step.reads, step.fetches, step.writes) == (3, 4, 4)
+    step = make_plan(a_state(item), Target.STAGED, AUTO).actions[0]
+    assert (step.bytes_read, step.bytes_fetched, step.bytes_written) == (3, 4, 4)
 
 
 def test_a_file_of_the_cache_is_adopted_where_a_link_will_do() -> None:
@@ -148,18 +155,20 @@ def test_a_file_of_the_cache_is_adopted_where_a_link_will_do() -> None:
     cached = FileStatus(CACHED, UNVERIFIED, 7)
     item = replace(an_item(), cached=cached)
     linked = make_plan(a_state(item, links_to_cache=True), Target.BOTH, AUTO)
-    assert [(s.verb, s.writes) for s in linked.steps] == [(Verb.ADOPT, 0), (Verb.MOVE, 0)]
+    assert [(type(s), s.bytes_written) for s in linked.actions] == [(LinkFromCache, 0), (Move, 0)]
     copied = make_plan(a_state(item), Target.STAGED, AUTO)
-    assert [(s.verb, s.writes, s.fetches) for s in copied.steps] == [(Verb.ASSEMBLE, 7, 0)]
-    assert "from the Hub's cache" in copied.steps[0].detail
+    assert [(type(s), s.bytes_written, s.bytes_fetched) for s in copied.actions] == [
+        (Assemble, 7, 0)
+    ]
+    assert "from the Hub's cache" in copied.actions[0].detail
 
 
 def test_a_cache_that_is_not_asked_for_is_not_used() -> None:
     """From parts or a mirror alone, the Hub's cache does not count."""
     item = replace(an_item(), cached=FileStatus(CACHED, UNVERIFIED, 7))
-    only_mirror = SourcePolicy(parts=False, cache=False, far=("https://mirror.example",))
+    only_mirror = SourcePolicy(chunks=False, cache=False, remote=("https://mirror.example",))
     plan = make_plan(a_state(item, links_to_cache=True), Target.STAGED, only_mirror)
-    assert origins(plan) == [PieceSource.FAR]
+    assert origins(plan) == [PieceSource.REMOTE]
 
 
 def test_a_known_text_is_written_rather_than_fetched() -> None:
@@ -167,14 +176,14 @@ def test_a_known_text_is_written_rather_than_fetched() -> None:
     item = an_item(kind="config")
     edition = replace(item.artifact.editions[0], text="text", size=4)
     item = replace(item, artifact=replace(item.artifact, alternatives=(edition,)))
-    assert verbs(make_plan(a_state(item), Target.STAGED, AUTO)) == [Verb.WRITE]
-    assert verbs(make_plan(a_state(item), Target.STAGED, FROM_HUB)) == [Verb.ASSEMBLE]
+    assert verbs(make_plan(a_state(item), Target.STAGED, AUTO)) == [WriteText]
+    assert verbs(make_plan(a_state(item), Target.STAGED, FROM_HUB)) == [Assemble]
 
 
 def test_what_keeps_the_hub_from_being_asked_is_the_finding() -> None:
     """Without a token, and nothing else allowed, that is what stands in the way: once."""
     problem = Finding(Kind.NO_TOKEN, "the page", "a token", "none")
-    sourcing = SourcePolicy(parts=False, problems=(problem,))
+    sourcing = SourcePolicy(chunks=False, problems=(problem,))
     plan = make_plan(a_state(an_item("a"), an_item("b", pieces=2)), Target.STAGED, sourcing)
     assert plan.findings == (problem,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -251,9 +252,9 @@ def test_a_second_run_waits_for_the_first(sandboxes: Sandboxes, name: str, hold:
     sandboxes.remove(sandbox)
 
 
-def _waiting(sandbox: Sandbox) -> Child:
+def _waiting(sandbox: Sandbox, without_locks: bool = False) -> Child:
     """Start a second run, and return once it says that it waits for the first."""
-    child = sandbox.start()
+    child = sandbox.start(replace(sandbox.injection, without_locks=without_locks))
     end = time.monotonic() + 20
     while "waiting for another run" not in child.out.read_text():
         assert time.monotonic() < end, child.out.read_text()
@@ -265,17 +266,36 @@ def _waiting(sandbox: Sandbox) -> Child:
     ("name", "hold"),
     [("fetch (chunks)", "rename *output/toy/a.bin"), ("place", "rename *models/toy/a.bin")],
 )
-def test_a_run_overtaken_without_locks_ends_well(
+def test_a_second_run_waits_where_locks_do_nothing(
     sandboxes: Sandboxes, name: str, hold: str
 ) -> None:
-    """Where flock does nothing, a run whose work another one has done ends well too."""
+    """Where flock does nothing, a marker file makes the second run wait; then both end with 0."""
     sandbox = sandboxes.sandbox(COMMANDS[name])
-    held = sandbox.home.with_suffix(".held")
-    without_locks = replace(sandbox.injection, without_locks=True)
-    first = sandbox.start(replace(without_locks, one_core=True, hold=hold, held=str(held)))
-    results = swaps.release(sandbox, first, held, lambda: sandbox.run(without_locks))
-    assert [result.code for result in results] == [0, 0]
+    first, held = _held_without_locks(sandbox, hold)
+    waiting = lambda: _waiting(sandbox, without_locks=True)  # noqa: E731
+    result, second = swaps.release(sandbox, first, held, waiting)
+    assert (result.code, sandbox.wait(second).code) == (0, 0)
+    assert sandbox.wrong_bytes() == []
     sandboxes.remove(sandbox)
+
+
+def test_the_marker_of_a_killed_run_is_taken_over(sandboxes: Sandboxes) -> None:
+    """Where flock does nothing, a run that was killed keeps nobody out."""
+    sandbox = sandboxes.sandbox(COMMANDS["fetch (chunks)"])
+    first, held = _held_without_locks(sandbox, "rename *output/toy/a.bin")
+    swaps.release(sandbox, first, held, lambda: os.kill(first.pid, signal.SIGKILL))
+    marker = sandbox.root / "output/toy/.lock.held"
+    assert marker.exists()
+    assert sandbox.run(replace(sandbox.injection, without_locks=True)).code == 0
+    assert not marker.exists()
+    sandboxes.remove(sandbox)
+
+
+def _held_without_locks(sandbox: Sandbox, hold: str) -> tuple[Child, Path]:
+    """Start a run where locks do nothing that is held at a call; return it and what holds it."""
+    held = sandbox.home.with_suffix(".held")
+    without_locks = replace(sandbox.injection, without_locks=True, one_core=True)
+    return sandbox.start(replace(without_locks, hold=hold, held=str(held))), held
 
 
 def test_nothing_is_consumed_where_locks_do_nothing(sandboxes: Sandboxes) -> None:

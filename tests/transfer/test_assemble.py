@@ -25,7 +25,7 @@ from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store import block_io
 from csm_weights.store.receipts import PieceRecord, journal_path, load_piece, partial_path
 from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, write_text
-from csm_weights.transfer.local import Chunks, WholeFile
+from csm_weights.transfer.local import ChunkFiles, WholeFile
 from csm_weights.transfer.source import NotAvailable, PieceWriter, Source, SourceError, first_of
 from csm_weights.untrusted import Fingerprint
 from tests.support.toy import flip
@@ -57,7 +57,7 @@ class Shop:
 
     def job(self, *sources: Source, journaled: tuple[PieceRecord, ...] = ()) -> Assembly:
         """A job from the sources, or from the parts where none is given."""
-        source = first_of(*(sources or (Chunks(self.root),)))
+        source = first_of(*(sources or (ChunkFiles(self.root),)))
         return Assembly(self.artifact, self.target, source, journaled)
 
     def run(self, *sources: Source, journaled: tuple[PieceRecord, ...] = ()) -> VerifiedFile:
@@ -228,7 +228,7 @@ def test_a_part_that_changes_while_its_blocks_are_shared_is_refused(
 def test_kept_pieces_are_not_asked_for_again(shop: Shop) -> None:
     """Journaled pieces are proven where they lie; only the rest is delivered."""
     first = shop.run()
-    source = Counting(Chunks(shop.root))
+    source = Counting(ChunkFiles(shop.root))
     made = shop.run(source, journaled=first.records[1:3])
     assert shop.is_right(made)
     assert sorted(source.asked) == [0, 3 * PIECE]
@@ -238,7 +238,7 @@ def test_a_kept_piece_that_rotted_is_delivered_again(shop: Shop) -> None:
     """The journal's word is not believed: a piece that is wrong now is replaced."""
     first = shop.run()
     flip(shop.partial, 2 * PIECE + 5)
-    source = Counting(Chunks(shop.root))
+    source = Counting(ChunkFiles(shop.root))
     made = shop.run(source, journaled=first.records)
     assert shop.is_right(made)
     assert source.asked == [2 * PIECE]
@@ -308,7 +308,7 @@ def test_a_part_of_the_wrong_size_is_told(shop: Shop) -> None:
 def test_a_part_that_is_written_meanwhile_is_told(shop: Shop) -> None:
     """A part that changes during the read does not count, even if its digest fits."""
 
-    class Touching(Chunks):
+    class Touching(ChunkFiles):
         def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
             touching = cast(PieceWriter, _TouchingSink(sink, shop.part(0)))
             return super().deliver(artifact, piece, touching)
@@ -367,7 +367,7 @@ def test_the_blob_id_stands_in_for_the_whole_digest(shop: Shop) -> None:
 def test_the_next_source_is_asked_when_one_has_nothing(shop: Shop) -> None:
     """Absent pieces are taken from the source that has them."""
     shop.part(1).unlink()
-    made = shop.run(Nowhere(), Chunks(shop.root), WholeFile(shop.file))
+    made = shop.run(Nowhere(), ChunkFiles(shop.root), WholeFile(shop.file))
     assert shop.is_right(made)
     assert [r.source for r in made.records].index(str(shop.file)) == 1
 
@@ -376,7 +376,7 @@ def test_the_next_source_is_asked_when_one_has_nothing(shop: Shop) -> None:
 def test_a_broken_piece_is_taken_from_the_next_source(shop: Shop, index: int) -> None:
     """Bytes that one source got wrong leave no trace in what the next one delivers."""
     flip(shop.part(index))
-    made = shop.run(Chunks(shop.root), WholeFile(shop.file))
+    made = shop.run(ChunkFiles(shop.root), WholeFile(shop.file))
     assert shop.is_right(made)
     assert made.records[index].source == str(shop.file)
 
@@ -385,7 +385,7 @@ def test_what_every_source_said_is_told(shop: Shop) -> None:
     """When all sources fail on a piece, each one's finding is there."""
     flip(shop.part(0))
     with pytest.raises(WrongContent) as caught:
-        shop.run(Refusing(), Nowhere(), Chunks(shop.root), WholeFile(shop.root / "gone"))
+        shop.run(Refusing(), Nowhere(), ChunkFiles(shop.root), WholeFile(shop.root / "gone"))
     about_first = [f.where for f in caught.value.findings]
     assert about_first == ["refused 0", shop.artifact.pieces[0].part]
 
@@ -395,7 +395,7 @@ def test_a_source_is_never_believed(shop: Shop) -> None:
     flip(shop.part(1))
     artifact = replace(shop.artifact, sha256=None, blob_id=None)
     with pytest.raises(WrongContent):
-        assemble([Assembly(artifact, shop.target, Chunks(shop.root))], ignore)
+        assemble([Assembly(artifact, shop.target, ChunkFiles(shop.root))], ignore)
 
 
 # ---- the disk

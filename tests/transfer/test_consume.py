@@ -16,18 +16,21 @@ from typing import Any
 
 import pytest
 
+from csm_weights.commands.clean import clean
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, UsageError, WrongContent
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline import apply
+from csm_weights.pipeline.actions import Assemble, Consume, Move
 from csm_weights.pipeline.outcome import Outcome
-from csm_weights.pipeline.plan import HUB, SourcePolicy, Target, Verb, make_plan
+from csm_weights.pipeline.plan import Target, make_plan
 from csm_weights.pipeline.request import Request
 from csm_weights.store import block_io, inspect, receipts
 from csm_weights.store.receipts import PieceRecord, journal_path, partial_path
 from csm_weights.transfer import consume
+from csm_weights.transfer.policy import HUB, SourcePolicy
 from tests.e2e.test_full_disk import Act, Tripwire, exit_code
 from tests.support.toy import PIECE_SIZE, Toy, flip
 
@@ -103,7 +106,7 @@ def test_parts_go_and_the_file_is_right(toy: Toy) -> None:
     """Both files come into place whole, proven, and no part is left."""
     outcome = apply.weights(asked(toy, "a.bin", NAME), smoke=False)
     assert outcome.error is None
-    assert [s.artifact.path for s in outcome.acts if s.verb is Verb.CONSUME] == ["a.bin", NAME]
+    assert [s.artifact.path for s in outcome.actions if type(s) is Consume] == ["a.bin", NAME]
     for name in ("a.bin", NAME):
         assert toy.placed(name).read_bytes() == toy.good(name)
         assert [part for part in parts_of(toy, name) if part.exists()] == []
@@ -112,7 +115,7 @@ def test_parts_go_and_the_file_is_right(toy: Toy) -> None:
 def test_a_second_run_has_nothing_to_do(toy: Toy) -> None:
     """Once the parts are gone the file in place is all there is, and all that is needed."""
     apply.weights(asked(toy), smoke=False)
-    assert apply.weights(asked(toy), smoke=False).acts == ()
+    assert apply.weights(asked(toy), smoke=False).actions == ()
     assert apply.status(asked(toy, consuming=False), check=True).error is None
 
 
@@ -147,7 +150,7 @@ def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
     """Status with --consume tells the step, and the most disk that it takes besides."""
     survey = apply.status(asked(toy))
     text = as_text.render(survey)
-    assert f"{Verb.CONSUME} from 3 parts" in text
+    assert f"{Consume.verb} from 3 chunk files" in text
     assert f"at most {inspect.CONSUMING_ROOM:,} bytes of disk besides" in text
     data = json.loads(as_json.render(survey))
     assert data["bytes_to_write"] == data["bytes_freed_meanwhile"] == toy.artifact(NAME).size
@@ -286,7 +289,7 @@ def test_a_begun_part_is_told_as_consumed(toy: Toy) -> None:
     survey = apply.status(asked(begun(toy), consuming=False))
     parts = survey.state.artifacts[0].parts
     assert [part.is_consumed for part in parts] == [True, True, False]
-    assert [step.verb for step in survey.plan.steps][:1] == [Verb.CONSUME]
+    assert [type(step) for step in survey.plan.actions][:1] == [Consume]
     part = toy.artifact(NAME).pieces[1].part
     assert f"the unfinished file, and the rest of {part}" in as_text.render(survey)
 
@@ -295,24 +298,25 @@ def test_a_plain_run_goes_on_with_a_begun_one(toy: Toy) -> None:
     """Whoever leaves --consume out the second time still gets the file."""
     outcome = fetch(begun(toy), consuming=False)
     assert is_finished(toy)
-    assert [step.verb for step in outcome.acts] == [Verb.CONSUME]
+    assert [type(step) for step in outcome.actions] == [Consume]
 
 
 def test_recombine_takes_no_begun_part(toy: Toy) -> None:
-    """The script without Python writes nothing, and names the command that goes on."""
+    """The script without Python says that a part was consumed, and writes nothing."""
     begun(toy)
     shutil.copy(REPOSITORY / "recombine.sh", toy.root)
-    command = ["bash", "recombine.sh", "--model", "toy", "b.bin"]
+    command = ["bash", "recombine.sh", "--model", "toy", "b"]
     done = subprocess.run(command, cwd=toy.root, capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
-    told = [line for line in done.stderr.splitlines() if "make weights MODEL=toy" in line]
+    told = [line for line in done.stderr.splitlines() if ": consumed: " in line]
     assert [toy.artifact(NAME).pieces[i].part in line for i, line in enumerate(told)] == [True] * 2
+    assert "wrong digest" not in done.stderr
     assert lost(toy) == []
 
 
 def test_clean_keeps_what_was_consumed(toy: Toy) -> None:
     """Clean leaves the only copy of consumed bytes, and says so."""
-    told = apply.clean(asked(begun(toy)), dry=False)
+    told = clean(asked(begun(toy)), dry=False)
     assert str(partial_of(toy)) in told
     assert "kept" in told
     fetch(toy)
@@ -322,10 +326,10 @@ def test_clean_keeps_what_was_consumed(toy: Toy) -> None:
 def test_another_source_does_not_write_over_what_was_consumed(toy: Toy) -> None:
     """A run that asks only a server gets from there just the pieces that were not begun."""
     looked = apply.status(asked(begun(toy))).state
-    plan = make_plan(looked, Target.STAGED, SourcePolicy(parts=False, far=(HUB,)))
-    (step,) = plan.steps
-    assert (step.verb, step.consumes, step.far) == (
-        Verb.CONSUME,
+    plan = make_plan(looked, Target.STAGED, SourcePolicy(chunks=False, remote=(HUB,)))
+    (step,) = plan.having(Consume)
+    assert (plan.actions, step.consumed, step.remote) == (
+        (step,),
         frozenset({0, PIECE_SIZE}),
         frozenset({2 * PIECE_SIZE}),
     )
@@ -558,7 +562,7 @@ def test_a_file_system_that_frees_nothing_says_so(
         fetch(toy)
     assert kinds(caught.value) == {Kind.NOT_CONSUMABLE}
     names = [path.name for path in toy.part(NAME, 0).parent.iterdir()]
-    assert sorted(names) == ["SHA256SUMS", *sorted(part.name for part in parts_of(toy))]
+    assert sorted(names) == sorted(part.name for part in parts_of(toy))
     assert not partial_of(toy).exists()
 
 
@@ -566,8 +570,8 @@ def test_known_file_systems_are_told_in_the_plan(toy: Toy, monkeypatch: pytest.M
     """With room the parts are copied and stay; without, it is said that they cannot make any."""
     monkeypatch.setattr(inspect, "filesystem_type", lambda _: "vfat")
     plan = apply.status(asked(toy)).plan
-    assert [s.verb for s in plan.steps][:1] == [Verb.ASSEMBLE]
-    assert "not consumed: vfat cannot free parts of a file" in plan.steps[0].detail
+    assert [type(s) for s in plan.actions][:1] == [Assemble]
+    assert "not consumed: vfat cannot free parts of a file" in plan.actions[0].detail
     with_free(monkeypatch, 1000)
     with pytest.raises(NoSpace) as caught:
         apply.plan(asked(toy), Target.STAGED)
@@ -579,7 +583,7 @@ def test_parts_on_another_file_system_make_no_room(
 ) -> None:
     """Where parts and files are on two disks, consuming is pointless, and that is said."""
     (toy.root / "output").symlink_to(other_disk)
-    detail = apply.status(asked(toy)).plan.steps[0].detail
+    detail = apply.status(asked(toy)).plan.actions[0].detail
     assert "the parts are on another file system" in detail
     with_free(monkeypatch, 1000)
     with pytest.raises(NoSpace) as caught:
@@ -605,7 +609,7 @@ def test_where_blocks_are_shared_there_is_nothing_to_consume(
     """On XFS and Btrfs a copy takes no room anyway; the parts stay, and it is said why."""
     monkeypatch.setattr(inspect, "_shares_blocks", lambda *_: True)
     outcome = fetch(toy)
-    assert "there is nothing to consume" in outcome.acts[0].detail
+    assert "there is nothing to consume" in outcome.actions[0].detail
     assert all(part.exists() for part in parts_of(toy))
 
 
@@ -651,7 +655,7 @@ def test_too_little_disk_names_the_way_that_would_do(
     assert f"{24 * 2**30 - 10**9:,} too few" in finding.found
     assert f"--consume needs only {inspect.CONSUMING_ROOM:,} bytes" in finding.help
     plan = apply.plan(asked(toy), Target.BOTH).plan
-    assert [step.verb for step in plan.steps] == [Verb.CONSUME, Verb.MOVE]
+    assert [type(step) for step in plan.actions] == [Consume, Move]
 
 
 def test_it_never_starts_without_room_for_its_steps(

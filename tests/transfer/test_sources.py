@@ -21,8 +21,9 @@ from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, writ
 from csm_weights.transfer.http.client import Timeouts
 from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
 from csm_weights.transfer.hub import Hub, HubCredentials
-from csm_weights.transfer.local import Chunks, Salvage, WholeFile
+from csm_weights.transfer.local import ChunkFiles, WholeFile
 from csm_weights.transfer.mirror import Mirror
+from csm_weights.transfer.policy import Candidate, PieceSource
 from csm_weights.transfer.source import PieceWriter, Source, SourceError, first_of
 from tests.support.hub import HubServer
 from tests.support.servers import serving
@@ -82,10 +83,12 @@ def _local(root: Path, kind: str) -> Stall:
     second = root / artifact.pieces[1].part
     if kind == "parts":
         return Stall(
-            artifact, Chunks(root), second.unlink, lambda: flip(second), lambda: _cut(second)
+            artifact, ChunkFiles(root), second.unlink, lambda: flip(second), lambda: _cut(second)
         )
-    offsets = [piece.offset for piece in artifact.pieces]
-    source = WholeFile(file) if kind == "whole file" else Salvage(file, SIZE, offsets)
+    source: Source = WholeFile(file)
+    if kind == "damaged file":
+        pieces = dict.fromkeys((piece.offset for piece in artifact.pieces), str(file))
+        source = Candidate(PieceSource.SALVAGED, pieces, WholeFile(file, SIZE))
     return Stall(
         artifact, source, file.unlink, lambda: flip(file, SECOND + 1000), lambda: _cut(file)
     )

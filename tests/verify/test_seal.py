@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from csm_weights.commands import verify
+from csm_weights.commands.clean import clean
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.commands.seal import seal_placed
@@ -149,7 +150,7 @@ def test_what_is_in_place_already_can_be_sealed(toy: Toy) -> None:
     apply.weights(toy.request(), smoke=False)
     inode = toy.placed("a.bin").stat().st_ino
     outcome = weights(toy)
-    assert (outcome.acts, mode(toy.placed("a.bin"))) == ((), 0o444)
+    assert (outcome.actions, mode(toy.placed("a.bin"))) == ((), 0o444)
     assert toy.placed("a.bin").stat().st_ino == inode
 
 
@@ -237,7 +238,7 @@ def test_a_sealed_file_that_became_wrong_is_repaired(toy: Toy) -> None:
     path.chmod(0o444)
     outcome = weights(toy)
     assert (path.read_bytes(), mode(path)) == (toy.good("a.bin"), 0o444)
-    assert outcome.error is None and outcome.acts
+    assert outcome.error is None and outcome.actions
 
 
 def test_a_repair_without_seal_leaves_an_ordinary_file(toy: Toy) -> None:
@@ -265,7 +266,7 @@ def test_verify_and_clean_work_on_sealed_files(toy: Toy) -> None:
     weights(toy)
     partial = partial_path(toy.placed("a.bin"))
     partial.write_text("unfinished")
-    apply.clean(toy.request("all"), dry=False)
+    clean(toy.request("all"), dry=False)
     assert not partial.exists()
     assert verify.verify(toy.request(), write_sums=True).error is None
 
@@ -285,7 +286,7 @@ def test_a_kill_between_seal_and_receipt_costs_one_hashing(
             weights(toy, "a.bin")
     assert mode(toy.placed("a.bin")) == 0o444
     outcome = weights(toy, "a.bin")
-    assert [str(step.verb) for step in outcome.acts] == ["prove in place"]
+    assert [action.verb for action in outcome.actions] == ["verify in place"]
     assert outcome.state.artifacts[0].installed.state is FileState.VERIFIED
 
 

@@ -15,8 +15,9 @@ from csm_weights.commands.seed_cache import Seeding
 from csm_weights.errors import CsmWeightsError
 from csm_weights.formats.compare import Comparison, Difference
 from csm_weights.formats.transformers_layout import Value
+from csm_weights.pipeline.actions import Action
 from csm_weights.pipeline.outcome import Outcome, StatusReport
-from csm_weights.pipeline.plan import Plan, Step
+from csm_weights.pipeline.plan import Plan
 from csm_weights.store.inspect import ArtifactState, FileState
 
 
@@ -36,11 +37,11 @@ def _survey(survey: StatusReport) -> str:
         exit_code=survey.error.exit_code if survey.error else 0,
         destination=str(state.paths.destination),
         artifacts=[_artifact_data(item, plan) for item in state.artifacts],
-        steps=[_step_data(step) for step in plan.steps],
-        bytes_to_read=_sum(plan.steps, "reads"),
-        bytes_to_write=_sum(plan.steps, "writes"),
-        bytes_to_fetch=_sum(plan.steps, "fetches"),
-        bytes_freed_meanwhile=_sum(plan.steps, "frees"),
+        steps=[_step_data(step) for step in plan.actions],
+        bytes_to_read=_sum(plan.actions, "bytes_read"),
+        bytes_to_write=_sum(plan.actions, "bytes_written"),
+        bytes_to_fetch=_sum(plan.actions, "bytes_fetched"),
+        bytes_freed_meanwhile=_sum(plan.actions, "bytes_freed"),
         bytes_free=state.free_staging,
         findings=[asdict(f) for f in (survey.error or plan).findings],
         notes=[asdict(f) for f in plan.notes],
@@ -64,14 +65,14 @@ def _artifact_data(item: ArtifactState, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _step_data(step: Step) -> dict[str, Any]:
+def _step_data(step: Action) -> dict[str, Any]:
     return {
         "path": step.artifact.path,
         "verb": str(step.verb),
         "detail": step.detail,
-        "reads": step.reads,
-        "writes": step.writes,
-        "fetches": step.fetches,
+        "reads": step.bytes_read,
+        "writes": step.bytes_written,
+        "fetches": step.bytes_fetched,
     }
 
 
@@ -86,7 +87,7 @@ def _outcome(outcome: Outcome) -> str:
         message=error.message if error else "",
         destination=str(state.paths.destination),
         files=[_file_data(item) for item in state.artifacts],
-        steps=[_step_data(step) for step in outcome.acts],
+        steps=[_step_data(step) for step in outcome.actions],
         gates=[asdict(result) for result in outcome.results],
         smoke=asdict(outcome.smoke) if outcome.smoke else None,
         sealed=[asdict(one) for one in outcome.sealed],

@@ -12,10 +12,12 @@ from csm_weights.errors import Finding, printable
 from csm_weights.formats.compare import Comparison, Difference
 from csm_weights.formats.tensor_index import MAX_FINDINGS
 from csm_weights.formats.transformers_layout import Layout, Summary
+from csm_weights.pipeline.actions import Action, Consume
 from csm_weights.pipeline.outcome import Outcome, StatusReport
-from csm_weights.pipeline.plan import PieceOrigin, PieceSource, Step, Verb, extra
+from csm_weights.pipeline.plan import room
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.receipts import SmokeReport
+from csm_weights.transfer.policy import PieceOrigin, PieceSource
 from csm_weights.verify.gates import Gate, GateResult
 
 
@@ -41,8 +43,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _survey(survey: StatusReport) -> str:
     """What `status` and a dry run show."""
     state, plan = survey.state, survey.plan
-    steps: dict[str, list[Step]] = {}
-    for step in plan.steps:
+    steps: dict[str, list[Action]] = {}
+    for step in plan.actions:
         steps.setdefault(step.artifact.path, []).append(step)
     rows = [
         (
@@ -63,17 +65,19 @@ def _survey(survey: StatusReport) -> str:
         for path, origins in plan.origins.items()
         if len(origins) > 1
     ]
-    reads, writes, fetches = (_sum(plan.steps, name) for name in ("reads", "writes", "fetches"))
+    reads, writes, fetches = (
+        _sum(plan.actions, f"bytes_{name}") for name in ("read", "written", "fetched")
+    )
     over_network = f"to fetch {fetches:,} bytes, " if fetches else ""
     blocks.append(
         f"{over_network}to read {reads:,} bytes, to write {writes:,}, free {state.free_staging:,}"
     )
-    if consuming := plan.having(Verb.CONSUME):
+    if consuming := plan.having(Consume):
         paths = ", ".join(step.artifact.path for step in consuming)
         blocks.append(
             printable(
-                f"consuming: the parts of {paths} go as it grows, and need at most"
-                f" {extra(consuming):,} bytes of disk besides; inv split brings them back"
+                f"consuming: the chunk files of {paths} go as it grows, and need at most"
+                f" {room(consuming):,} bytes of disk besides; inv split brings them back"
             )
         )
     blocks += _finding_blocks(plan.findings, plan.notes)
@@ -82,7 +86,7 @@ def _survey(survey: StatusReport) -> str:
     return "\n\n".join(blocks)
 
 
-def _next(steps: Sequence[Step]) -> str:
+def _next(steps: Sequence[Action]) -> str:
     words = [f"{s.verb} {s.detail}".rstrip() for s in steps]
     return ", then ".join(words) or "nothing to take it from"
 
@@ -100,10 +104,10 @@ def _origin_words(origin: PieceOrigin) -> str:
         PieceSource.CACHED: f"the Hub's cache {origin.where}",
         PieceSource.CONSUMED: f"the unfinished file, and the rest of {origin.where}",
         PieceSource.NOWHERE: f"nowhere: {origin.where}",
-    }.get(origin.origin, origin.where)
+    }.get(origin.source, origin.where)
 
 
-def _sum(steps: Iterable[Step], name: str) -> int:
+def _sum(steps: Iterable[Action], name: str) -> int:
     return sum(getattr(step, name) for step in steps)
 
 
@@ -112,8 +116,8 @@ def _outcome(outcome: Outcome) -> str:
     """What a command did, and the short table of what is proven."""
     state = outcome.state
     blocks = [printable(f"{state.manifest.name} -> {state.paths.destination}")]
-    if outcome.acts:
-        acts = [(step.artifact.path, f"{step.verb} {step.detail}".strip()) for step in outcome.acts]
+    if outcome.actions:
+        acts = [(a.artifact.path, f"{a.verb} {a.detail}".strip()) for a in outcome.actions]
         blocks.append(table(("file", "done"), acts))
     blocks.append(table(("file", "bytes", "state", "sha256", "from"), map(_file, state.artifacts)))
     if outcome.sealed:

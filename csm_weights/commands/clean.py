@@ -1,0 +1,43 @@
+"""Clean: remove what interrupted runs have left unfinished."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+from csm_weights.commands.split import SPLIT_LOCK
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Session, begin
+from csm_weights.store import atomic
+from csm_weights.store.inspect import holds_consumed, unfinished
+from csm_weights.store.lock import lock, locked
+from csm_weights.store.receipts import partial_path
+
+
+def clean(request: Request, dry: bool) -> str:
+    """Remove partials, journals and the like; return what that was, one path a line.
+
+    What is removed is decided once no other run is at work. The unfinished
+    file that has the bytes of consumed chunk files stays: it is the only copy.
+    """
+    session = begin(request)
+    left, kept = _find(session)
+    if left and not dry:
+        with ExitStack() as locks:
+            locks.enter_context(lock(session.paths.root / "output", SPLIT_LOCK))
+            locks.enter_context(locked(session.paths, with_destination=True))
+            left, kept = _find(session)
+            for path in left:
+                with atomic.writing(path):
+                    is_folder = path.is_dir() and not path.is_symlink()
+                    shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
+    return "\n".join([*map(str, left), *kept]) or "nothing unfinished"
+
+
+def _find(session: Session) -> tuple[list[Path], list[str]]:
+    """Return what may be removed, and in words what is kept."""
+    state = session.inspect()
+    held = [partial_path(i.staged.path) for i in state.artifacts if holds_consumed(i)]
+    why = "it has the bytes of consumed chunk files; inv weights goes on with it"
+    return unfinished(state), [f"kept: {partial}: {why}" for partial in held]

@@ -1,0 +1,481 @@
+"""Actions: what can be done with one artifact, what it costs in bytes, and how it is done.
+
+A further kind of action is one class here, its place in `ORDER`, and the
+branch of `plan.py` that chooses it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+
+from csm_weights.byte_ranges import Ranges
+from csm_weights.errors import CsmWeightsError, Finding, Kind, error_for
+from csm_weights.manifest.types import Artifact, Edition, Piece
+from csm_weights.pipeline.advice import way_around
+from csm_weights.progress import Progress, label_for
+from csm_weights.store import atomic, install
+from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
+from csm_weights.store.lock import NAME, are_real
+from csm_weights.store.receipts import Receipt, partial_path
+from csm_weights.transfer import consume
+from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, write_text
+from csm_weights.transfer.local import WholeFile
+from csm_weights.transfer.policy import PieceOrigin, PieceSource, RemoteSources, SourcePolicy
+
+if TYPE_CHECKING:
+    from csm_weights.pipeline.session import Session
+
+ActionT = TypeVar("ActionT", bound="Action")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One act on one artifact; `file` is the one that is read, or the staged one that results.
+
+    `verb` and `detail` are the words for a person. `writes_to` is the folder
+    that gets the bytes: the name of a field of `Paths`, or empty.
+    """
+
+    item: ArtifactState
+    file: FileStatus
+
+    verb: ClassVar[str]
+    writes_to: ClassVar[str] = ""
+
+    @property
+    def artifact(self) -> Artifact:
+        """The artifact that is acted on."""
+        return self.item.artifact
+
+    @property
+    def detail(self) -> str:
+        """Where the bytes come from, in words, or empty."""
+        return ""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disks of this machine."""
+        return 0
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written to the disk of `writes_to`."""
+        return 0
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes fetched from remote sources."""
+        return 0
+
+    @property
+    def bytes_freed(self) -> int:
+        """Bytes given back to the disk of `writes_to` while they are written there."""
+        return 0
+
+    @property
+    def replaced(self) -> list[FileStatus]:
+        """Files that others take the place of."""
+        files = {"staging": [self.item.staged], "destination": [self.item.installed]}
+        return files.get(self.writes_to, [])
+
+    @classmethod
+    def apply(cls, actions: Sequence[Self], session: Session) -> None:
+        """Take actions of this kind, on all their files at once.
+
+        Raises the error of what stands in the way; what is done by then is kept.
+        """
+        raise NotImplementedError
+
+
+class Keep(Action):
+    """Leave a verified file where it is."""
+
+    verb = "keep"
+
+
+class Verify(Action):
+    """Hash a file that lies where it should; a right one gets its receipt."""
+
+    verb = "verify in place"
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the file."""
+        return self.file.size or 0
+
+    @classmethod
+    def apply(cls, actions: Sequence[Self], session: Session) -> None:
+        """See `Action`; a wrong file is planned around from now on."""
+        for action, verified in _verified(actions, session):
+            depth = action.artifact.path.count("/")
+            receipt = session.receipt(action.artifact, verified)
+            install.record(action.file.path.parents[depth], receipt)
+
+
+class WriteText(Action):
+    """Write a small file whose text the manifest has."""
+
+    verb, writes_to = "write", "staging"
+
+    @property
+    def edition(self) -> Edition:
+        """The edition whose text is written."""
+        edition = text_edition(self.artifact)
+        assert edition, "only a file whose text is known is written"
+        return edition
+
+    @property
+    def detail(self) -> str:
+        """Where the bytes come from."""
+        return "from its known text"
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the text."""
+        return self.edition.size
+
+    @classmethod
+    def apply(cls, actions: Sequence[Self], session: Session) -> None:
+        """See `Action`."""
+        for action in actions:
+            made = write_text(action.file.path, action.edition.text or "")
+            session.install_staged(action.artifact, made)
+
+
+class LinkFromCache(Action):
+    """Verify a file of the Hub's cache and give it a second name in staging."""
+
+    verb = "link from the Hub's cache"
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the file."""
+        return self.artifact.size
+
+    @classmethod
+    def apply(cls, actions: Sequence[Self], session: Session) -> None:
+        """See `Action`; where the file system makes no links, the file is copied."""
+        for action, verified in _verified(actions, session):
+            partial = partial_path(action.item.staged.path)
+            with atomic.writing(partial):
+                atomic.make_folder(partial.parent)
+                partial.unlink(missing_ok=True)
+            try:
+                os.link(verified.partial, partial)
+            except OSError:
+                # A file system, or a setting, without hard links.
+                origins = session.policy.origins(action.item, session.paths.root)
+                copy = Assemble(action.item, action.item.staged, origins, session.policy)
+                Assemble.apply([copy], session)
+                continue
+            session.install_staged(action.artifact, replace(verified, partial=partial))
+
+
+@dataclass(frozen=True)
+class Assemble(Action):
+    """Put a file together in staging, each piece from where `origins` say.
+
+    `remark` says why chunk files stay though `policy` lets them go.
+    """
+
+    origins: tuple[PieceOrigin, ...]
+    policy: SourcePolicy
+    shares_blocks: bool = False
+    remark: str = ""
+
+    verb, writes_to = "assemble", "staging"
+
+    def pieces_from(self, *kinds: PieceSource) -> list[Piece]:
+        """Return the pieces that come from places of these kinds."""
+        return [origin.piece for origin in self.origins if origin.source in kinds]
+
+    def size_from(self, *kinds: PieceSource) -> int:
+        """Return the bytes that come from places of these kinds."""
+        return sum(piece.size for piece in self.pieces_from(*kinds))
+
+    @property
+    def remote(self) -> frozenset[int]:
+        """Offsets of the pieces that come from remote sources."""
+        return frozenset(piece.offset for piece in self.pieces_from(PieceSource.REMOTE))
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes of remote pieces that no earlier run has written."""
+        here = Ranges([(a.offset, a.offset + a.size) for a in self.item.arrived])
+        remote = self.pieces_from(PieceSource.REMOTE)
+        gaps = [gap for piece in remote for gap in here.missing(piece.offset, piece.end)]
+        return sum(end - start for start, end in gaps)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disks of this machine."""
+        return self.artifact.size - self.bytes_fetched
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written to staging: none for shared blocks."""
+        there = self.size_from(PieceSource.KEPT, PieceSource.REMOTE)
+        return self.bytes_fetched + (0 if self.shares_blocks else self.artifact.size - there)
+
+    @property
+    def replaced(self) -> list[FileStatus]:
+        """Files that others take the place of, such as wrong chunk files."""
+        parts = zip(self.origins, self.item.parts, strict=False)
+        kinds = (PieceSource.CACHED, PieceSource.REMOTE)
+        wrong = [p for o, p in parts if o.source in kinds and p.state is FileState.INVALID]
+        return [*super().replaced, *wrong]
+
+    @property
+    def detail(self) -> str:
+        """How many pieces come from where."""
+        counts = {kind: len(self.pieces_from(kind)) for kind in PieceSource}
+        remote = next((o.where for o in self.origins if o.source is PieceSource.REMOTE), "")
+        if len(self.origins) > counts[PieceSource.REMOTE] > 0:
+            remote += f" ({_count(counts[PieceSource.REMOTE], 'piece')})"
+        consumed = _count(counts[PieceSource.CONSUMED], "chunk file")
+        words = {
+            PieceSource.SALVAGED: f"{_count(counts[PieceSource.SALVAGED], 'piece')} of the"
+            " damaged file",
+            PieceSource.CHUNK: _count(counts[PieceSource.CHUNK], "chunk file"),
+            PieceSource.CONSUMED: f"{consumed} consumed in an earlier run",
+            PieceSource.CACHED: "the Hub's cache",
+            PieceSource.REMOTE: remote,
+        }
+        texts = [text for kind, text in words.items() if counts[kind]]
+        kept = len(self.item.partial)
+        detail = f"from {' and '.join(texts)}" if texts else "from nothing new"
+        return detail + (f", {_count(kept, 'piece')} kept" if kept else "") + self.remark
+
+    @classmethod
+    def apply(cls, actions: Sequence[Self], session: Session) -> None:
+        """See `Action`."""
+        _assemble(actions, session, {})
+
+
+class Consume(Assemble):
+    """Put a file together in staging while its chunk files go."""
+
+    verb = "assemble, consuming its chunk files,"
+
+    @property
+    def consumed(self) -> frozenset[int]:
+        """Offsets of the pieces whose chunk files go: those moved, and those of kept pieces."""
+        moved = self.pieces_from(PieceSource.CHUNK, PieceSource.CONSUMED)
+        parts = zip(self.origins, self.item.parts, strict=True)
+        kept = [o.piece for o, p in parts if o.source is PieceSource.KEPT and p.is_usable]
+        return frozenset(piece.offset for piece in (*moved, *kept))
+
+    @property
+    def _moved_before(self) -> int:
+        """Bytes that an earlier run has moved out of chunk files."""
+        moved = self.pieces_from(PieceSource.CHUNK, PieceSource.CONSUMED)
+        offsets = {piece.offset for piece in moved}
+        return sum(c.consumed for c in self.item.consumed if c.offset in offsets)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read: each chunk file is hashed before it goes, and read again as it is copied."""
+        pieces = (o.piece for o in self.origins if o.piece.offset in self.consumed)
+        return super().bytes_read + sum(piece.size for piece in pieces)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written to staging."""
+        return max(0, super().bytes_written - self._moved_before)
+
+    @property
+    def bytes_freed(self) -> int:
+        """Bytes of chunk files that are given back while the file grows."""
+        return self.size_from(PieceSource.CHUNK, PieceSource.CONSUMED) - self._moved_before
+
+    @classmethod
+    def apply(cls, actions: Sequence[Self], session: Session) -> None:
+        """See `Action`: one file after the other, once all their chunk files are verified."""
+        root = session.paths.root
+        subjects = [consume.Subject.of(a.item, a.consumed, root) for a in actions]
+        consume.require_punching(subjects)
+        _require_locks(session)
+        total = sum(p.size for s in subjects for p in s.artifact.pieces if p.offset in s.moved)
+        with Progress("verifying the chunk files", total) as progress:
+            proofs = consume.verify(subjects, progress.advance)
+        wrong = {path: f for proof in proofs for path, f in proof.findings.items()}
+        whole = {subject.partial for subject in subjects}
+        # What cannot be read may be the only copy, so nothing is fetched over it.
+        if stuck := [f for p, f in wrong.items() if p in whole or f.kind is Kind.UNREADABLE]:
+            raise error_for(f"{session.manifest.name}: cannot go on", stuck)
+        session.known_bad.update(wrong)
+        if not wrong:
+            for action, proof in zip(actions, proofs, strict=True):
+                _assemble([action], session, proof.stakes)
+
+
+class Move(Action):
+    """Rename a staged file to its place in the destination, on one file system."""
+
+    verb, writes_to = "move into place", "destination"
+
+    @classmethod
+    def apply(cls, actions: Sequence[Self], session: Session) -> None:
+        """See `Action`; between two mounts of one device, as containers have them, copy."""
+        for action in actions:
+            receipt = _receipt(action)
+            try:
+                session.install(action.file.path, session.paths.destination, receipt)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                Copy.apply([Copy(action.item, action.file)], session)
+            else:
+                install.forget(session.paths.staging, receipt.path)
+
+
+class Copy(Action):
+    """Copy a staged file to the destination on another file system; the staged one goes."""
+
+    verb, writes_to = "copy into place", "destination"
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the staged file."""
+        return self.file.size or self.artifact.size
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that no earlier run has copied."""
+        return self.bytes_read - sum(record.size for record in self.item.copied)
+
+    @classmethod
+    def apply(cls, actions: Sequence[Self], session: Session) -> None:
+        """See `Action`: each is verified as written there, and then removed here."""
+        staging, destination = session.paths.staging, session.paths.destination
+        jobs = [
+            Assembly(
+                _as_staged(action.artifact, _receipt(action)),
+                destination / action.artifact.path,
+                WholeFile(action.file.path),
+                action.item.copied,
+            )
+            for action in actions
+        ]
+        label = label_for("copying", [job.artifact.path for job in jobs])
+        with Progress(label, sum(job.artifact.size for job in jobs)) as progress:
+            done = assemble(jobs, progress.advance)
+        for action, copied in zip(actions, done, strict=True):
+            receipt = replace(_receipt(action), fingerprint=copied.fingerprint)
+            session.install(copied.partial, destination, receipt)
+            action.file.path.unlink()
+            # A file that came back after a power cut should find its receipt.
+            atomic.sync(action.file.path.parent)
+            install.forget(staging, receipt.path)
+
+
+#: The kinds of actions, cheapest first: what one finds out may change what is left to do.
+ORDER: tuple[type[Action], ...] = (
+    Verify,
+    WriteText,
+    LinkFromCache,
+    Assemble,
+    Consume,
+    Move,
+    Copy,
+)
+
+
+def apply_all(actions: Sequence[Action], session: Session) -> None:
+    """Apply actions of one kind, on all their files at once."""
+    type(actions[0]).apply(actions, session)
+
+
+def text_edition(artifact: Artifact) -> Edition | None:
+    """Return the edition of a file whose text the manifest has, if there is one."""
+    return next((e for e in artifact.editions if e.text is not None), None)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _verified(actions: Sequence[ActionT], session: Session) -> list[tuple[ActionT, VerifiedFile]]:
+    """Hash the files of actions; return those that are right, and their actions."""
+    found = session.verify([(action.artifact, action.file) for action in actions])
+    return [(action, file) for action, file in zip(actions, found, strict=True) if file]
+
+
+def _receipt(action: Action) -> Receipt:
+    assert action.file.receipt is not None, "only what has a receipt is moved"
+    return action.file.receipt
+
+
+def _as_staged(artifact: Artifact, receipt: Receipt) -> Artifact:
+    """Return the artifact as it was verified in staging, in the pieces of that time."""
+    pieces = tuple(Piece(r.source, r.offset, r.size, r.sha256) for r in receipt.pieces)
+    pieces = pieces or (Piece(receipt.path, 0, receipt.size, receipt.sha256),)
+    # The Hub blob id is that of the pinned edition; another one may have been accepted.
+    blob_id = artifact.blob_id if receipt.size == artifact.size else None
+    return replace(
+        artifact, size=receipt.size, sha256=receipt.sha256, blob_id=blob_id, pieces=pieces
+    )
+
+
+def _require_locks(session: Session) -> None:
+    """Raise NoSpace where locks do nothing: two that consume at once would destroy bytes."""
+    folder = session.paths.staging
+    if not are_real(folder / NAME):
+        words = ("a file system with locks that keep others out", "locks that do nothing")
+        help_text = "leave --consume out, or put the checkout on a local disk"
+        finding = Finding(Kind.NOT_CONSUMABLE, str(folder), *words, help_text)
+        name = session.manifest.name
+        raise error_for(f"{name}: its chunk files cannot be consumed there", [finding])
+
+
+def _assemble(
+    actions: Sequence[Assemble], session: Session, stakes: Mapping[int, consume.Stake]
+) -> None:
+    """Assemble files and install them in staging; `stakes` are pieces that are consumed."""
+    paths, cancel = session.paths, threading.Event()
+    verb = "fetching" if any(action.remote for action in actions) else "assembling"
+    label = label_for(verb, [action.artifact.path for action in actions])
+    names = session.policy.remote
+    try:
+        with (
+            Progress(label, sum(action.artifact.size for action in actions)) as progress,
+            RemoteSources(names, session.manifest, cancel, progress.log) as remote,
+        ):
+            jobs = [
+                Assembly(
+                    action.artifact,
+                    action.item.staged.path,
+                    action.policy.source(action.item, paths.root, remote),
+                    action.item.partial,
+                    action.item.arrived,
+                    action.remote,
+                    consume.Consuming(paths.root, stakes),
+                    frozenset(stakes),
+                )
+                for action in actions
+            ]
+            done = assemble(jobs, progress.advance, cancel)
+    except CsmWeightsError as error:
+        bad = {finding.where for finding in error.findings}
+        # A finding about a remote source does not say which file to leave out.
+        if bad <= set[str]().union(*map(_local_names, actions)):
+            error.advice = way_around(a.artifact for a in actions if not bad & _local_names(a))
+        raise
+    for action, assembled in zip(actions, done, strict=True):
+        session.note(assembled.notes)
+        # A chunk file that was begun and found wrong goes as well: it is full of holes.
+        begun = {record.offset for record in action.item.consumed}
+        if gone := [p for p in action.artifact.pieces if p.offset in begun | stakes.keys()]:
+            consume.remove_chunk_files(paths.root, assembled.partial, gone)
+        session.install_staged(action.artifact, assembled)
+
+
+def _local_names(action: Action) -> set[str]:
+    """Return what findings about the assembling of a file name: chunk files, the partial."""
+    parts = {piece.part for piece in action.artifact.pieces}
+    return {*parts, str(partial_path(action.item.staged.path))}

@@ -1,0 +1,231 @@
+"""Source policy: where each piece of a file comes from, decided in one place.
+
+The plan shows the order of `SourcePolicy.candidates`, and the transfer asks in
+it. A further remote source is a module of this package with `open_source`, and
+the scheme of its URLs in `REMOTE`.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial as bind
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from csm_weights.errors import Finding
+from csm_weights.manifest.types import Artifact, Manifest, Piece
+from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
+from csm_weights.transfer.local import ChunkFiles, WholeFile
+from csm_weights.transfer.source import NotAvailable, PieceWriter, Source, SourceError, first_of
+
+if TYPE_CHECKING:
+    from csm_weights.transfer.http.ranges import RangeDownloader
+
+#: The Hub's name among the remote sources of a `SourcePolicy`; the others are named by their URL.
+HUB = "the Hub"
+
+#: The module of each kind of remote source, by the scheme of its URL; imported when it is asked.
+REMOTE = {HUB: "hub", "http": "mirror", "https": "mirror"}
+
+
+class PieceSource(enum.StrEnum):
+    """The kinds of places that a piece comes from."""
+
+    KEPT = "kept"
+    CONSUMED = "consumed"
+    SALVAGED = "salvaged"
+    CHUNK = "chunk"
+    CACHED = "cached"
+    REMOTE = "remote"
+    NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True)
+class PieceOrigin:
+    """Where a piece comes from; `where` is a path, a remote source, or why there is none."""
+
+    piece: Piece
+    source: PieceSource
+    where: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place on this machine that has pieces: `pieces` names it by the offset of each.
+
+    `source` reads them; it is None for what lies in the unfinished file already.
+    """
+
+    kind: PieceSource
+    pieces: dict[int, str]
+    source: Source | None = None
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+        """See `Source`: only the pieces that it is known to have are taken from it."""
+        if self.source is None or piece.offset not in self.pieces:
+            raise NotAvailable
+        return self.source.deliver(artifact, piece, writer)
+
+
+@dataclass(frozen=True)
+class SourcePolicy:
+    """Which sources there are besides installed and staged files.
+
+    `remote` are asked in this order, after everything on this machine;
+    `problems` say why others are not among them. `remote_first` prefers a
+    remote file to one whose text the manifest has. `consume` allows chunk
+    files to go as their file grows, where that makes room.
+    """
+
+    chunks: bool = True
+    cache: bool = True
+    remote: tuple[str, ...] = ()
+    problems: tuple[Finding, ...] = ()
+    remote_first: bool = False
+    consume: bool = False
+
+    def candidates(self, item: ArtifactState, root: Path) -> list[Candidate]:
+        """Return the places on this machine with pieces of an artifact, in the order of asking.
+
+        `root` is the folder that the paths of chunk files are relative to.
+        """
+        artifact, parts = item.artifact, list(zip(item.artifact.pieces, item.parts, strict=True))
+        kept = dict.fromkeys((r.offset for r in item.partial), str(item.staged.path))
+        consumed = {piece.offset: piece.part for piece, part in parts if part.is_consumed}
+        ready = FileState.UNVERIFIED
+        here = {piece.offset: piece.part for piece, part in parts if part.state is ready}
+        chunks = Candidate(PieceSource.CHUNK, here if self.chunks else {}, ChunkFiles(root))
+        damaged = [
+            _of_copy(PieceSource.SALVAGED, file, file.good)
+            for file in (item.installed, item.staged)
+        ]
+        found = [
+            Candidate(PieceSource.KEPT, kept),
+            Candidate(PieceSource.CONSUMED, consumed),
+            # A chunk file that may go makes room; a damaged file is copied from as it is.
+            *([chunks, *damaged] if self.consume else [*damaged, chunks]),
+        ]
+        if self.cache and (cached := item.cached):
+            is_whole = cached.state is FileState.UNVERIFIED
+            offsets = (tile.offset for tile in artifact.tiles) if is_whole else cached.good
+            found.append(_of_copy(PieceSource.CACHED, cached, offsets))
+        return found
+
+    def origins(self, item: ArtifactState, root: Path) -> tuple[PieceOrigin, ...]:
+        """Return where each piece of an artifact comes from: the first candidate that has it."""
+        candidates = self.candidates(item, root)
+        return tuple(
+            next(
+                (
+                    PieceOrigin(piece, candidate.kind, candidate.pieces[piece.offset])
+                    for candidate in candidates
+                    if piece.offset in candidate.pieces
+                ),
+                self._elsewhere(item, piece),
+            )
+            for piece in item.artifact.tiles
+        )
+
+    def _elsewhere(self, item: ArtifactState, piece: Piece) -> PieceOrigin:
+        """Return where a piece comes from that is not on this machine."""
+        if self.remote:
+            return PieceOrigin(piece, PieceSource.REMOTE, self.remote[0])
+        pairs = zip(item.artifact.pieces, item.parts, strict=True)
+        wrong = [p.finding.kind for own, p in pairs if own == piece and p.finding]
+        why = f"{piece.part} is {wrong[0]}" if self.chunks and wrong else "no source has it"
+        return PieceOrigin(piece, PieceSource.NOWHERE, why)
+
+    def source(self, item: ArtifactState, root: Path, remote: Sequence[Source]) -> Source:
+        """Return the source that asks all candidates and then `remote`, in order.
+
+        Where none has a piece, it raises what is known to be wrong with the chunk file.
+        """
+        pairs = zip(item.artifact.pieces, item.parts, strict=True)
+        wrong = {p.offset: part.finding for p, part in pairs if part.state is FileState.INVALID}
+        last = [_KnownBad(wrong)] if self.chunks else []
+        return first_of(*self.candidates(item, root), *remote, *last)
+
+
+#: What is on this machine, and nothing else.
+LOCAL = SourcePolicy()
+
+
+def _of_copy(kind: PieceSource, file: FileStatus, offsets: Iterable[int]) -> Candidate:
+    pieces = dict.fromkeys(offsets, str(file.path))
+    return Candidate(kind, pieces, WholeFile(file.path, file.size))
+
+
+class _KnownBad:
+    """What is wrong with chunk files, by the offsets of their pieces."""
+
+    def __init__(self, findings: Mapping[int, Finding | None]) -> None:
+        self._findings = findings
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
+        if finding := self._findings.get(piece.offset):
+            raise SourceError([finding])
+        raise NotAvailable
+
+
+class RemoteSources:
+    """The remote sources of a run, which share one downloader; each is opened when first asked.
+
+    `cancel` is set when the run is given up; `log` gets a line for each wait.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        manifest: Manifest,
+        cancel: threading.Event,
+        log: Callable[[str], None],
+    ) -> None:
+        self._names = tuple(names)
+        self._manifest = manifest
+        self._cancel = cancel
+        self._log = log
+        self._lock = threading.Lock()
+        self._closing = ExitStack()
+        self._downloader: RangeDownloader | None = None
+        self._opened: dict[str, Source] = {}
+
+    def __enter__(self) -> Sequence[Source]:
+        return [_Later(bind(self._open, name)) for name in self._names]
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def _open(self, name: str) -> Source:
+        from csm_weights.transfer.http.ranges import RangeDownloader
+
+        with self._lock:
+            if self._downloader is None:
+                downloader = RangeDownloader(self._cancel, self._log)
+                self._downloader = self._closing.enter_context(downloader)
+            if name not in self._opened:
+                self._opened[name] = open_remote(name, self._manifest, self._downloader)
+            return self._opened[name]
+
+
+def open_remote(name: str, manifest: Manifest, downloader: RangeDownloader) -> Source:
+    """Return the remote source of a name: `HUB`, or a URL with a scheme of `REMOTE`."""
+    kind = REMOTE[HUB if name == HUB else urlsplit(name).scheme]
+    module = importlib.import_module(f"csm_weights.transfer.{kind}")
+    source: Source = module.open_source(name, manifest, downloader)
+    return source
+
+
+class _Later:
+    """A source that is opened when it is first asked: most runs ask no server."""
+
+    def __init__(self, open_source: Callable[[], Source]) -> None:
+        self._open = open_source
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+        return self._open().deliver(artifact, piece, writer)
