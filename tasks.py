@@ -10,9 +10,9 @@ from csm_weights.commands.cli import collection, task
 @task(name="which stand-in: csm-1b-standin (12.4 GB) or csm-tiny")
 def standin(root: Path, name: str = "csm-1b-standin", dry: bool = False) -> object:
     """Write a stand-in of CSM-1B with random weights, its parts and manifest."""
-    from tools.standin import recipes
+    from tools.standin import make_standin
 
-    return recipes.standin(root, name, dry)
+    return make_standin(root, name, dry)
 
 
 namespace = collection(Path(__file__).resolve().parent, standin)

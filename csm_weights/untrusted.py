@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind
+from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,28 @@ def stat_of(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding
         found = "a folder" if stat.S_ISDIR(status.st_mode) else "neither file nor folder"
         return None, Finding(Kind.UNREADABLE, where, "a plain file", found, "move it away")
     return status, None
+
+
+def read_file(path: Path, limit: int, what: str) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes; `what` it is, for messages.
+
+    Raises MissingInput where there is none, WrongContent for a larger file, a
+    folder, a pipe or a device. A pipe that nobody writes to does not block.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        finding = Finding(Kind.MISSING, str(path), what, error.strerror or str(error))
+        raise MissingInput(f"{what} is needed", [finding]) from None
+    with open(fd, "rb") as file:  # noqa: PTH123 - the descriptor is open
+        is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        data = file.read(limit + 1) if is_regular else b""
+    if not is_regular or len(data) > limit:
+        expected = f"{what}, a regular file of at most {limit:,} bytes"
+        found = "more" if is_regular else "a folder, a pipe or a device"
+        finding = Finding(Kind.MALFORMED, str(path), expected, found)
+        raise WrongContent(f"{what} cannot be read", [finding])
+    return data
 
 
 def size_finding(path: Path, sizes: list[int], size: int, where: str = "") -> Finding | None:

@@ -10,14 +10,12 @@ from dataclasses import replace
 from functools import partial as bind
 from pathlib import Path
 
-from csm_weights.commands.verify import SUMS
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.hashing import Hasher, blob_id, feed, sha256, sha256_of
+from csm_weights.hashing import blob_id, feed, sha256, sha256_of
 from csm_weights.manifest import pin
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.paths import path_problem
-from csm_weights.manifest.pin import _FORMATS, group_of, suffix, tiling
 from csm_weights.manifest.render import render_artifact
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.progress import Progress
@@ -26,44 +24,114 @@ from csm_weights.store.atomic import sync, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.lock import are_real, lock
 from csm_weights.transfer.reorder import Chain
-from csm_weights.verify.sums import render_sums
+from csm_weights.untrusted import read_file
+from csm_weights.verify.sums import SUMS, render_chunk_list
+
+#: Name of the lock in output/ that one split holds at a time.
+SPLIT_LOCK = ".split.lock"
+
+#: Largest SHA256SUMS that is extended, in bytes.
+MAX_SUMS = 16 << 20
+
+
+def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bool) -> str:
+    """Cut `file` into chunk files below `root`; return its manifest entry, or what was written.
+
+    `size` is that of a chunk file: bytes, or with a unit (MiB, GB, ...). With
+    `manifest`, a path, the entry is written there.
+    """
+    if not file.is_file():
+        found = "not a regular file" if file.exists() else "no such file"
+        finding = Finding(Kind.MISSING, str(file), "a file to split", found)
+        raise MissingInput("there is nothing to split", [finding])
+    folder = chunks or f"chunks/{file.stem}"
+    for option, path in (("--file", file.name), ("--chunks", folder)):
+        if problem := path_problem(path):
+            raise UsageError(f"{option} {path!r}: {problem}")
+    piece_size, total = pin.parse_size(size), file.stat().st_size
+    count = len(pin.tiling(total, piece_size))
+    if dry:
+        return f"would write {count} chunk files of at most {piece_size:,} bytes to {folder}/"
+    current = _manifest_to_extend(Path(manifest)) if manifest else None
+    locks = root / "output"
+    with lock(locks, SPLIT_LOCK), Progress("splitting", total) as progress:
+        if are_real(locks / SPLIT_LOCK):
+            remove_unfinished(root / folder, file.name)
+        artifact = split_file(file, root, folder, piece_size, progress.advance)
+        write_chunk_list(root, artifact)
+    if current is None:
+        return "\n".join(["[[artifact]]", *render_artifact(artifact)])
+    atomic.write_manifest(Path(manifest), pin.with_artifact(current, artifact))
+    return f"{count} chunk files in {folder}/, entry in {manifest}"
+
+
+def _manifest_to_extend(path: Path) -> Manifest:
+    """Return the manifest at `path`, or an empty one of that name."""
+    if path.exists():
+        return load(path)
+    if problem := pin.name_problem(path.stem):
+        raise UsageError(f"--manifest {path}: {problem}")
+    return Manifest(path.stem, f"output/{path.stem}", f"models/{path.stem}", (), where=str(path))
+
+
+def remove_unfinished(folder: Path, name: str) -> None:
+    """Remove the partial chunk files that killed splits of the file `name` have left."""
+    for left in folder.glob(f"{glob.escape(name)}.part-*.partial"):
+        with writing(left):
+            left.unlink(missing_ok=True)
+
+
+def write_chunk_list(root: Path, artifact: Artifact) -> None:
+    """Write the chunk files of an artifact to the SHA256SUMS beside them.
+
+    Lines about other files stay.
+    """
+    path = (root / artifact.pieces[0].part).with_name(SUMS)
+    known = read_file(path, MAX_SUMS, "a SHA256SUMS file") if os.path.lexists(path) else b""
+    try:
+        atomic.write_whole(path, render_chunk_list(artifact, known.decode()))
+    except UnicodeDecodeError:
+        finding = Finding(Kind.MALFORMED, str(path), "text in UTF-8", "other bytes", "move it away")
+        raise WrongContent("the list of the chunk files cannot be extended", [finding]) from None
 
 
 def split_file(
     file: Path, root: Path, folder: str, piece_size: int, on_progress: OnProgress
 ) -> Artifact:
-    """Writes the parts of `file` to `root/folder`, hashed as written, and returns its entry.
+    """Write the chunk files of `file` to `root/folder`, and return its manifest entry.
 
-    The artifact's path is the file's name; its parts are `NAME.part-aa` and
-    so on. A part appears under its name when it is whole. An existing part
-    that differs is not overwritten: WrongContent. `on_progress` gets bytes.
+    The artifact's path is the file's name; its chunk files are `NAME.part-aa`
+    and so on, each hashed as it is written and named when it is complete.
+    `on_progress` gets bytes. Raises WrongContent where another file has the
+    name of a chunk file, which is not overwritten.
     """
     size = file.stat().st_size
-    ranges = tiling(size, piece_size)
+    ranges = pin.tiling(size, piece_size)
     pieces = tuple(
-        Piece(f"{folder}/{file.name}.part-{suffix(i)}", *r, sha256="") for i, r in enumerate(ranges)
+        Piece(f"{folder}/{file.name}.part-{pin.suffix(i)}", *r, sha256="")
+        for i, r in enumerate(ranges)
     )
     source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         cancel = threading.Event()
         chain = Chain(source, [*(offset for offset, _ in ranges), size], cancel)
         tasks = [
-            bind(_write_part, source, root, pieces, i, chain, on_progress)
+            bind(_write_chunk_file, source, root, pieces, i, chain, on_progress)
             for i in range(len(pieces))
         ]
         digests = run_all(tasks, cancel)
     except EOFError as error:
-        finding = Finding.changed(file, str(error))
+        finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
         raise WrongContent("the file was cut while it was split", [finding]) from None
     finally:
         os.close(source)
-    # Before anything tells of the parts, their names have to be durable.
+    # The names of the chunk files have to be durable before a list mentions them.
     sync(root / folder)
     whole = chain.hexdigest() or ""
     return Artifact(
         path=file.name,
-        group=group_of(file.name),
-        format=_FORMATS.get(file.suffix, "opaque"),
+        group=pin.group_of(file.name),
+        format=pin.format_of(file.name),
         size=size,
         sha256=whole,
         blob_id=blob_id(whole, size),
@@ -72,7 +140,7 @@ def split_file(
     )
 
 
-def _write_part(
+def _write_chunk_file(
     source: int,
     root: Path,
     pieces: Sequence[Piece],
@@ -80,95 +148,32 @@ def _write_part(
     chain: Chain,
     on_progress: OnProgress,
 ) -> str:
-    """Copies one range of `source` to its part and returns the sha256 of what was written."""
+    """Copy one piece of `source` to its chunk file; return the sha256 of what was written."""
     piece = pieces[index]
-    part = root / piece.part
+    chunk_file = root / piece.part
     digest, claimed = sha256(), chain.claim(index)
     sinks = [digest, claimed] if claimed else [digest]
-    is_there = part.is_file() and part.stat().st_size == piece.size
-    # Where locks do nothing another run may write the same part.
-    unfinished = part.with_name(f"{part.name}.{os.getpid()}.partial")
+    is_there = chunk_file.is_file() and chunk_file.stat().st_size == piece.size
+    # Where locks do nothing another run may write the same chunk file.
+    unfinished = chunk_file.with_name(f"{chunk_file.name}.{os.getpid()}.partial")
     if is_there:
         feed(source, piece.offset, piece.size, sinks, on_progress, chain.cancel)
     else:
-        _copy_part(Extent(source, piece.offset, piece.size), unfinished, sinks, chain, on_progress)
+        target = OutputFile(unfinished, os.O_TRUNC)
+        try:
+            extent = Extent(source, piece.offset, piece.size)
+            copy_hashed(extent, target, 0, sinks, True, on_progress, chain.cancel)
+            with writing(unfinished):
+                os.fsync(target.fd)
+        finally:
+            target.close()
     chain.finish(index, claimed, proven=True)
-    _require_same(part, digest.hexdigest(), unfinished)
-    if not is_there:
-        with writing(part):
-            unfinished.replace(part)
-    return digest.hexdigest()
-
-
-def _copy_part(
-    extent: Extent, unfinished: Path, sinks: Sequence[Hasher], chain: Chain, on_progress: OnProgress
-) -> None:
-    target = OutputFile(unfinished, os.O_TRUNC)
-    try:
-        copy_hashed(extent, target, 0, sinks, True, on_progress, chain.cancel)
-        with writing(unfinished):
-            os.fsync(target.fd)
-    finally:
-        target.close()
-
-
-def _require_same(part: Path, digest: str, unfinished: Path) -> None:
-    """A part that is there already must be the one that belongs there."""
-    if part.is_file() and (there := sha256_of(part)) != digest:
+    if chunk_file.is_file() and (found := sha256_of(chunk_file)) != digest.hexdigest():
         unfinished.unlink(missing_ok=True)
         help_text = "move it away, or choose another --chunks folder"
-        finding = Finding.wrong_digest(part, digest, there, help_text)
-        raise WrongContent("a part of another file is in the way", [finding])
-
-
-def remove_unfinished(folder: Path, name: str) -> None:
-    """Removes what splits of the file called `name` have left that were killed."""
-    if folder.is_dir():
-        for left in folder.glob(f"{glob.escape(name)}.part-*.partial"):
-            with writing(left):
-                left.unlink(missing_ok=True)
-
-
-#: The name of the lock in output/ that one split holds at a time.
-SPLIT_LOCK = ".split.lock"
-
-
-def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bool) -> str:
-    """Cuts `file` into parts below `root` and returns its manifest entry, or what was written.
-
-    `size` is in bytes, or with a unit: MiB, GB, ... With `manifest`, a path,
-    the entry is written there.
-    """
-    if not file.is_file():
-        found = "not a plain file" if file.exists() else "no such file"
-        finding = Finding(Kind.MISSING, str(file), "a file to split", found)
-        raise MissingInput("there is nothing to split", [finding])
-    folder = chunks or f"chunks/{file.stem}"
-    if problem := path_problem(folder):
-        raise UsageError(f"--chunks {folder!r}: {problem}")
-    piece_size, total = pin.parse_size(size), file.stat().st_size
-    ranges = pin.tiling(total, piece_size)
-    if dry:
-        return f"would write {len(ranges)} parts of at most {piece_size:,} bytes to {folder}/"
-    path = Path(manifest)
-    current = _manifest_to_extend(path) if manifest else None
-    locks = root / "output"
-    with lock(locks, SPLIT_LOCK), Progress("splitting", total) as progress:
-        if are_real(locks / SPLIT_LOCK):
-            remove_unfinished(root / folder, file.name)
-        artifact = split_file(file, root, folder, piece_size, progress.advance)
-        sums = {Path(p.part).name: p.sha256 for p in artifact.pieces}
-        atomic.write_whole(root / folder / SUMS, render_sums(sums))
-    if current is None:
-        return "\n".join(["[[artifact]]", *render_artifact(artifact)])
-    atomic.write_manifest(path, pin.with_artifact(current, artifact))
-    return f"{len(ranges)} parts in {folder}/, entry in {path}"
-
-
-def _manifest_to_extend(path: Path) -> Manifest:
-    """The manifest at `path`, or an empty one of that name."""
-    if path.exists():
-        return load(path)
-    if problem := pin.name_problem(path.stem):
-        raise UsageError(f"--manifest {path}: {problem}")
-    return Manifest(path.stem, f"output/{path.stem}", f"models/{path.stem}", (), where=str(path))
+        finding = Finding.wrong_digest(chunk_file, digest.hexdigest(), found, help_text)
+        raise WrongContent("a chunk file of another file is in the way", [finding])
+    if not is_there:
+        with writing(chunk_file):
+            unfinished.replace(chunk_file)
+    return digest.hexdigest()

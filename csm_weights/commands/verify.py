@@ -11,10 +11,7 @@ from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import begin, gate_error
 from csm_weights.store import atomic
 from csm_weights.verify import gates
-from csm_weights.verify.sums import parse_sums, render_sums
-
-#: Name of the digest list beside placed files.
-SUMS = "SHA256SUMS"
+from csm_weights.verify.sums import SUMS, parse_sums, render_sums
 
 
 def verify(request: Request, sums: str | None = None, write_sums: bool = False) -> Outcome:

@@ -18,8 +18,12 @@ LOCKED_SIZE = "64MiB"
 #: Pieces of one manifest at most, so that its text stays below what `parse` takes.
 MAX_PIECES = 10_000
 
-#: File name endings and the format they stand for; all else is opaque.
-_FORMATS = {".safetensors": "safetensors", ".pt": "torch-zip"}
+#: File name endings that stand for a format and a group.
+_KNOWN = {
+    ".safetensors": ("safetensors", "safetensors"),
+    ".pt": ("torch-zip", "ckpt"),
+    ".json": ("opaque", "config"),
+}
 
 
 def suffix(index: int) -> str:
@@ -28,11 +32,16 @@ def suffix(index: int) -> str:
     return letters[index // 26] + letters[index % 26]
 
 
+def format_of(name: str) -> str:
+    """Return the format of a file by its name: opaque unless the ending says more."""
+    return _KNOWN.get(Path(name).suffix, ("opaque",))[0]
+
+
 def group_of(name: str) -> str:
-    """A word for --only: the known format's, else the file's stem."""
-    known = {".safetensors": "safetensors", ".pt": "ckpt", ".json": "config"}
-    word = re.sub(r"[^a-z0-9._-]", "-", Path(name).stem.lower()).lstrip("._-")[:64]
-    return known.get(Path(name).suffix) or word or "file"
+    """Return a word for --only: that of the known ending, else the file's stem."""
+    if known := _KNOWN.get(Path(name).suffix):
+        return known[1]
+    return re.sub(r"[^a-z0-9._-]", "-", Path(name).stem.lower()).lstrip("._-")[:64] or "file"
 
 
 def parse_size(text: str) -> int:

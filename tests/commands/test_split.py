@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from csm_weights.commands.split import split as split_command
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import Kind, UsageError, WrongContent
 from csm_weights.formats.architecture import parse_config
@@ -203,6 +205,70 @@ def test_split_and_assemble_is_the_identity(size: int, count: int) -> None:
         (made,) = assemble([job], ignore)
         assert made.partial.read_bytes() == file.read_bytes()
         assert made.sha256 == artifact.sha256
+
+
+# ---- the command
+
+
+def run(root: Path, file: Path, **options: str) -> str:
+    """Split as `inv split` does, into chunks/all/ by default."""
+    asked = {"chunks": "chunks/all", "size": "300", "manifest": ""} | options
+    return split_command(root, file, dry=False, **asked)
+
+
+def test_a_second_split_keeps_the_lines_of_the_first(tmp_path: Path) -> None:
+    """SHA256SUMS lists the chunk files of all files that were split into its folder, once."""
+    first, second = file_with(tmp_path, 1000, "a.bin"), file_with(tmp_path, 700, "b.bin")
+    for file in (first, second, first):
+        run(tmp_path, file)
+    listed = (tmp_path / "chunks/all/SHA256SUMS").read_text()
+    parts = parts_of(tmp_path / "chunks/all").keys() - {"SHA256SUMS"}
+    assert sorted(parse_sums(listed, "")) == sorted(parts)
+    for file in (first, second):
+        whole = hashlib.sha256(file.read_bytes()).hexdigest()
+        size = file.stat().st_size
+        about = f"# {file.name}: {size} bytes, sha256 {whole}, Hub blob id {blob_id(whole, size)}"
+        assert listed.splitlines().count(about) == 1
+
+
+def test_another_size_of_chunk_files_replaces_the_lines(tmp_path: Path) -> None:
+    """The list names the chunk files of the last split of a file, and no others of it."""
+    file = file_with(tmp_path, 1000, "a.bin")
+    run(tmp_path, file)
+    shutil.rmtree(tmp_path / "chunks/all", ignore_errors=False)
+    run(tmp_path, file, size="600")
+    assert len(parse_sums((tmp_path / "chunks/all/SHA256SUMS").read_text(), "")) == 2
+
+
+def test_lines_that_someone_else_wrote_stay(tmp_path: Path) -> None:
+    """Comments and digests of other files are kept to the letter."""
+    file = file_with(tmp_path, 1000, "a.bin")
+    (tmp_path / "chunks/all").mkdir(parents=True)
+    mine = f"# mine\n{'0' * 64} *a.bin.partial\n{'1' * 64}  other.part-aa\n"
+    (tmp_path / "chunks/all/SHA256SUMS").write_text(mine)
+    run(tmp_path, file)
+    assert (tmp_path / "chunks/all/SHA256SUMS").read_text().startswith(mine + "# a.bin: ")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None], ids=["no text", "fifo"])
+def test_a_list_that_cannot_be_extended_is_left_alone(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    """Other bytes, or a pipe, under the name of the list are an error, and stay."""
+    file, path = file_with(tmp_path, 1000, "a.bin"), tmp_path / "chunks/all/SHA256SUMS"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content) if content else os.mkfifo(path)
+    with pytest.raises(WrongContent):
+        run(tmp_path, file)
+    assert path.is_fifo() if content is None else path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["a:b.bin", "a\x1bb.bin", "a.partial", "a ", "a\\b"])
+def test_a_name_that_no_manifest_takes_is_refused(name: str, tmp_path: Path) -> None:
+    """A file with such a name is misuse, and no chunk file is written."""
+    with pytest.raises(UsageError, match="--file"):
+        run(tmp_path, file_with(tmp_path, 10, name))
+    assert not (tmp_path / "chunks").exists()
 
 
 # ---- SHA256SUMS

@@ -452,14 +452,16 @@ def test_standin_writes_the_committed_parts_and_manifest_again(clone: Clone) -> 
     """csm-tiny can be made again from nothing, to the byte."""
     manifest = clone.root / "manifests" / "csm-tiny.toml"
     committed = clone.root / "chunks" / "csm-tiny"
-    expected = {p.relative_to(committed): p.read_bytes() for p in committed.rglob("*.part-*")}
+    expected = {
+        p.relative_to(committed): p.read_bytes() for p in committed.rglob("*") if p.is_file()
+    }
     text = manifest.read_bytes()
     shutil.rmtree(committed)
     manifest.unlink()
     result = clone.inv("standin", "--name", "csm-tiny")
     assert result.returncode == 0, result.stderr
     made = {p.relative_to(committed): p.read_bytes() for p in committed.rglob("*") if p.is_file()}
-    assert len(expected) == 12
+    assert len(expected) == 12 + 2  # and two lists
     assert made == expected
     assert manifest.read_bytes() == text
 
@@ -489,7 +491,7 @@ def test_split_makes_the_parts_that_split_makes(clone: Clone) -> None:
     sums = made.pop("SHA256SUMS").decode().splitlines()
     assert len(expected) == 28
     assert made == expected
-    assert sums == [
+    assert [line for line in sums if not line.startswith("#")] == [
         f"{hashlib.sha256(expected[name]).hexdigest()}  {name}" for name in sorted(expected)
     ]
 

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csm_weights.commands.split import split_file as split
+from csm_weights.commands.split import split_file, write_chunk_list
 from csm_weights.manifest import parse, render
 from csm_weights.manifest.types import Artifact, Edition, Manifest
 from csm_weights.pipeline.request import Request
@@ -38,6 +38,8 @@ class Toy:
     def make(cls, root: Path) -> Toy:
         a, b = (_split(root, name, count) for name, count in (("a.bin", 5), ("b.bin", 3)))
         b = replace(b, sha256=None)
+        for artifact in (a, b):
+            write_chunk_list(root, artifact)
         manifest = Manifest("toy", "output/toy", "models/toy", (a, b, _note()))
         toy = cls(root, manifest)
         toy.write_manifest(manifest)
@@ -78,7 +80,7 @@ class Toy:
 def _split(root: Path, name: str, count: int) -> Artifact:
     file = root / name
     file.write_bytes(content(name, PIECE_SIZE * count - 12_345))
-    artifact = split(file, root, f"chunks/toy/{name}", PIECE_SIZE, lambda _: None)
+    artifact = split_file(file, root, f"chunks/toy/{name}", PIECE_SIZE, lambda _: None)
     file.unlink()
     return artifact
 

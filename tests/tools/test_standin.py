@@ -16,7 +16,7 @@ from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.safetensors import read_safetensors
 from csm_weights.formats.tensor_index import check_against
 from csm_weights.formats.torch_zip import read_checkpoint
-from tools.standin.standin import sizes, write_standin
+from tools.standin.write import sizes, write_standin
 
 CSM_1B = CsmConfig(
     FLAVORS["llama-1B"],

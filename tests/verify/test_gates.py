@@ -22,7 +22,7 @@ from csm_weights.untrusted import Fingerprint
 from csm_weights.verify.gates import Gate, GateResult, Subject, check, check_sum, prove
 from tests.support.toy import flip
 from tools.standin.recipes import RECIPES
-from tools.standin.standin import write_standin
+from tools.standin.write import write_standin
 
 RECIPE = RECIPES["csm-tiny"]
 PIECE = 300_000

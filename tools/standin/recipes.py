@@ -1,29 +1,19 @@
-"""What each stand-in is made of, and its manifest."""
+"""The stand-ins that can be made, and their manifests."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from csm_weights.commands import split
-from csm_weights.errors import Finding, Kind, UsageError, error_for
-from csm_weights.formats.architecture import parse_config
 from csm_weights.hashing import sha256
-from csm_weights.manifest import pin
 from csm_weights.manifest.pin import PIECE_SIZE
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.progress import Progress
-from csm_weights.store import atomic
-from tools.standin import recipes
-from tools.standin.standin import sizes, write_standin
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a stand-in is made of: the text of its config.json and a seed.
+    """The ingredients of a stand-in: the text of its config.json and a seed.
 
     `piece_size` is in bytes.
     """
@@ -36,7 +26,7 @@ class Recipe:
 
 
 def _config(text_vocab: int, audio_vocab: int, backbone: str, decoder: str) -> str:
-    """A config.json as the edition of March 2025 writes it."""
+    """Return a config.json as the edition of March 2025 writes it."""
     data = {
         "audio_num_codebooks": 32,
         "audio_vocab_size": audio_vocab,
@@ -47,7 +37,7 @@ def _config(text_vocab: int, audio_vocab: int, backbone: str, decoder: str) -> s
     return json.dumps(data, indent=2, sort_keys=True)
 
 
-#: The stand-ins there are. csm-tiny is committed, parts and all.
+#: All stand-ins. csm-tiny is committed, chunk files and all.
 RECIPES = {
     "csm-1b-standin": Recipe(
         description="Names, shapes and byte counts of CSM-1B, random values: for rehearsals.",
@@ -66,7 +56,7 @@ RECIPES = {
 
 
 def standin_manifest(name: str, recipe: Recipe, artifacts: Sequence[Artifact]) -> Manifest:
-    """The manifest of a stand-in, with its own places, apart from the real model's.
+    """Return the manifest of a stand-in, with folders of its own, apart from the real model's.
 
     As with CSM-1B, ckpt.pt is pinned by its pieces and Hub blob id alone.
     """
@@ -98,38 +88,3 @@ def standin_manifest(name: str, recipe: Recipe, artifacts: Sequence[Artifact]) -
 def _without_sha256(artifact: Artifact) -> Artifact:
     marks = {name: mark for name, mark in artifact.evidence.items() if name != "sha256"}
     return replace(artifact, sha256=None, evidence=marks)
-
-
-def standin(root: Path, name: str, dry: bool) -> str:
-    """Writes the parts and the manifest of a stand-in; returns what is there now.
-
-    The files are made whole below output/ first, so twice their size is needed.
-    """
-    recipe = recipes.RECIPES.get(name)
-    if recipe is None:
-        raise UsageError(f"no stand-in called {name!r}; there are {', '.join(recipes.RECIPES)}")
-    config = parse_config(recipe.config.encode(), "config.json")
-    total = sum(sizes(config).values())
-    free = shutil.disk_usage(root).free
-    if dry:
-        return f"would write {total:,} bytes of parts to chunks/{name}/, and as many meanwhile"
-    if free < 2 * total:
-        finding = Finding(Kind.NO_SPACE, str(root), f"{2 * total:,} bytes free", f"{free:,}")
-        raise error_for("a stand-in needs room for its files and for their parts", [finding])
-    folder = root / "output" / f"{name}.unfinished"
-    folder.mkdir(parents=True, exist_ok=True)
-    artifacts = []
-    try:
-        with Progress("writing", total) as progress:
-            write_standin(config, recipe.seed, folder, progress=progress.advance)
-        with Progress("splitting", total) as progress:
-            for file in (folder / "model.safetensors", folder / "ckpt.pt"):
-                chunks = f"chunks/{name}/{pin.group_of(file.name)}"
-                size = recipe.piece_size
-                artifacts.append(split.split_file(file, root, chunks, size, progress.advance))
-                file.unlink()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    path = root / "manifests" / f"{name}.toml"
-    atomic.write_manifest(path, recipes.standin_manifest(name, recipe, artifacts))
-    return f"{total:,} bytes in chunks/{name}/; now run inv weights --model {name}"

@@ -13,7 +13,7 @@ from tools.torture.fork_server import LIMIT, Result
 from tools.torture.sandbox import Sandbox
 
 #: The programs by which the script changes or checks the disk.
-PROGRAMS = ("mkdir", "cat", "sync", "sha256sum", "mv", "rm", "df")
+PROGRAMS = ("mkdir", "cat", "sync", "sha256sum", "mv", "rm")
 
 #: A wrapper that counts calls in a file, and signals the whole process group at one of them.
 _WRAPPER = """#!/bin/bash
