@@ -146,7 +146,7 @@ class Kind(enum.StrEnum):
     UNREADABLE = "unreadable", Category.CONTENT
     CHANGED = "changed while read", Category.CONTENT
     IN_THE_WAY = "something in the way", Category.CONTENT
-    CONSUMED = "consumed", Category.CONTENT
+    STRANDED = "cannot be continued", Category.CONTENT
     WRONG_ANSWER = "wrong answer", Category.CONTENT
     REDIRECT = "redirect refused", Category.CONTENT
 

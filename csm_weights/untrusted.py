@@ -1,38 +1,21 @@
-"""Files and text that anyone may have written: what they are, and how to show them."""
+"""Text that anyone may have written: check it, show it, read records from it."""
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
-from dataclasses import dataclass
-from pathlib import Path
+import contextlib
+import functools
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
 
-from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
+R = TypeVar("R")
 
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """The stat fields by which an untouched file is known without reading it.
-
-    `size` is in bytes, the times in nanoseconds. The change time cannot be
-    set back by a program, so an edit that restores `mtime_ns` still shows.
-    The device number is left out: it differs from boot to boot on some disks.
-    """
-
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Fingerprint:
-        """The fingerprint of a stat result."""
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-    def same_bytes(self, other: Fingerprint) -> bool:
-        """Equal but for the change time, which a rename sets."""
-        return (self.inode, self.size, self.mtime_ns) == (other.inode, other.size, other.mtime_ns)
+#: The version that is written into every record.
+SCHEMA = 1
 
 
 class Malformed(Exception):
@@ -44,7 +27,7 @@ class Malformed(Exception):
 
 
 def show(value: object) -> str:
-    """A value from a file on one line of at most 80 ASCII characters; containers by type only."""
+    """Return a value of a file in at most 80 ASCII characters, of a container only its type."""
     if not isinstance(value, str | bytes | int | float | None):
         return f"a {type(value).__name__}"
     if isinstance(value, int) and value.bit_length() > 128:
@@ -56,7 +39,7 @@ def show(value: object) -> str:
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a str that UTF-8 can write: JSON and pickles may hold lone surrogates."""
+    """Check for a str that UTF-8 can write: JSON and pickles may hold lone surrogates."""
     if type(value) is not str:
         return False
     try:
@@ -67,79 +50,59 @@ def is_text(value: object) -> bool:
 
 
 def are_sizes(values: object) -> bool:
-    """Whether it is a list or tuple of whole numbers a file can hold: from 0 to 2^63 - 1."""
+    """Check for a list or tuple of whole numbers that a file can hold: from 0 to 2^63 - 1."""
     if not isinstance(values, list | tuple):
         return False
     return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
-#: Bytes read of a file that has the wrong size, to say what it is.
-PEEK = 256
+def dump_record(record: Any, names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return a dataclass as JSON on one line; `names` are fields with another name there."""
+    data = {names.get(name, name): value for name, value in asdict(record).items()}
+    return json.dumps({"schema": SCHEMA, **data}, sort_keys=True)
 
 
-def stat_of(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding | None]:
-    """The stat of a regular file; a finding where something else is in its place."""
-    where = where or str(path)
-    try:
-        status = path.stat()
-    except OSError as error:
-        if path.is_symlink():
-            found = "a symbolic link that leads to no file"
-            return None, Finding(Kind.MISSING, where, "a file", found, "mend or remove the link")
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return None, None
-        return None, Finding.unreadable(where, error)
-    if not stat.S_ISREG(status.st_mode):
-        found = "a folder" if stat.S_ISDIR(status.st_mode) else "neither file nor folder"
-        return None, Finding(Kind.UNREADABLE, where, "a plain file", found, "move it away")
-    return status, None
+def parse_record(
+    text: str, *kinds: type[R], names: Mapping[str, str] = MappingProxyType({})
+) -> R | None:
+    """Return the record in `text`, of the first of these dataclasses that it fits, or None.
 
-
-def read_file(path: Path, limit: int, what: str) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes; `what` it is, for messages.
-
-    Raises MissingInput where there is none, WrongContent for a larger file, a
-    folder, a pipe or a device. A pipe that nobody writes to does not block.
+    It fits where every field is there with just the annotated type, and nothing
+    else is. `names` are fields with another name in the text.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        finding = Finding(Kind.MISSING, str(path), what, error.strerror or str(error))
-        raise MissingInput(f"{what} is needed", [finding]) from None
-    with open(fd, "rb") as file:  # noqa: PTH123 - the descriptor is open
-        is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        data = file.read(limit + 1) if is_regular else b""
-    if not is_regular or len(data) > limit:
-        expected = f"{what}, a regular file of at most {limit:,} bytes"
-        found = "more" if is_regular else "a folder, a pipe or a device"
-        finding = Finding(Kind.MALFORMED, str(path), expected, found)
-        raise WrongContent(f"{what} cannot be read", [finding])
-    return data
-
-
-def size_finding(path: Path, sizes: list[int], size: int, where: str = "") -> Finding | None:
-    """What a file of the wrong size is: a pointer, a refusal, or just wrong."""
-    if size in sizes:
+        data = json.loads(text)
+        if data.pop("schema") != SCHEMA:
+            return None
+        data |= {name: data.pop(written) for name, written in names.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    where = where or str(path)
-    expected = " or ".join(f"{s:,}" for s in sizes) + " bytes"
-    try:
-        with path.open("rb") as file:
-            head = file.read(PEEK)
-    except OSError as error:
-        return Finding.unreadable(where, error)
-    found = f"{size:,} bytes"
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        found = f"a pointer of {found} in place of the content"
-        return Finding(Kind.LFS_POINTER, where, expected, found, "git lfs pull")
-    if head.startswith(b"Access to model ") and b" is restricted" in head:
-        found = f"the Hub's refusal saved as a file ({found})"
-        return Finding(
-            Kind.ACCESS_PAGE,
-            where,
-            expected,
-            found,
-            "delete it; accept the model's terms on the Hub and download it with a token",
-        )
-    what = "get it again" if size else "it is empty; get it again"
-    return Finding(Kind.WRONG_SIZE, where, expected, found, what)
+    for kind in kinds:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            record: R = _build(kind, data)
+            return record
+    return None
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """Return JSON data as the annotated type; raises TypeError or KeyError where it is another."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        fields = _field_types(kind)
+        return kind(**{name: _build(fields[name], field) for name, field in value.items()})
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        if type(value) is not list:
+            raise TypeError(f"expected a list, found {show(value)}")
+        if inner[-1] is Ellipsis:
+            return tuple(_build(inner[0], item) for item in value)
+        return tuple(_build(*pair) for pair in zip(inner, value, strict=True))
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _build(typing.get_args(kind)[0], value)
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind}, found {show(value)}")
+    return value
+
+
+@functools.cache
+def _field_types(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)

@@ -10,9 +10,9 @@ from csm_weights.commands.split import SPLIT_LOCK
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Session, begin
 from csm_weights.store import atomic
-from csm_weights.store.inspect import holds_consumed, unfinished
+from csm_weights.store.journal import partial_path
+from csm_weights.store.leftovers import holds_consumed, unfinished
 from csm_weights.store.lock import lock, locked
-from csm_weights.store.receipts import partial_path
 
 
 def clean(request: Request, dry: bool) -> str:

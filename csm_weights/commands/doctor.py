@@ -210,7 +210,7 @@ def _bad_parts(item: ArtifactState) -> list[Finding]:
 
 def _count(item: ArtifactState) -> str:
     """How many parts of a file are here, and what is wrong with others."""
-    good = sum(part.finding is None for part in item.parts)
+    good = sum(part.is_usable for part in item.parts)
     wrong = [f.kind for f in _bad_parts(item) if f.kind is not Kind.MISSING]
     text = f"{item.artifact.path} {good} of {len(item.parts)}"
     return f"{text} ({', '.join(dict.fromkeys(wrong))})" if wrong else text

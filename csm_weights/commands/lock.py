@@ -13,7 +13,7 @@ from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, error_for
 from csm_weights.hashing import Digests, HashJob, measure
 from csm_weights.manifest import pin
-from csm_weights.manifest.digests import Whole, digest_findings
+from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
@@ -107,8 +107,8 @@ def _in_pieces(
 
 
 def _wrong(item: ArtifactState, found: Digests) -> list[Finding]:
-    artifact, whole = item.artifact, Whole(found.whole or "", found.git_sha1)
-    return digest_findings(artifact, artifact.editions[0], whole, str(item.installed.path))
+    artifact, digests = item.artifact, (found.whole or "", found.git_sha1)
+    return digest_findings(artifact, artifact.editions[0], *digests, item.installed.path)
 
 
 def _require(findings: Sequence[Finding]) -> None:

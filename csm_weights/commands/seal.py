@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from csm_weights.errors import Finding, WrongContent
+from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
@@ -14,7 +15,6 @@ from csm_weights.store import install
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.lock import locked
 from csm_weights.store.receipts import Receipt
-from csm_weights.untrusted import Fingerprint
 from csm_weights.verify.seal import Sealed, seal
 
 
@@ -57,4 +57,4 @@ def _proven_again(run: Session, artifact: Artifact, receipt: Receipt) -> Receipt
     if proven is None or proven.sha256 != receipt.sha256:
         found = run.known_bad.get(look.path) or Finding.changed(look.path)
         raise WrongContent("a file was changed while it was being sealed", [found])
-    return replace(receipt, fingerprint=proven.fingerprint, proven_at=time_now())
+    return replace(receipt, fingerprint=proven.fingerprint, verified_at=time_now())

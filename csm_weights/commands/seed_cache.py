@@ -16,6 +16,7 @@ from csm_weights.errors import (
     WrongContent,
     error_for,
 )
+from csm_weights.files import Fingerprint
 from csm_weights.hashing import HashJob, measure
 from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
 from csm_weights.pipeline.request import Request
@@ -27,7 +28,6 @@ from csm_weights.store.inspect import ArtifactState, FileState, State
 from csm_weights.store.lock import NAME as LOCK
 from csm_weights.store.lock import lock
 from csm_weights.store.receipts import Receipt
-from csm_weights.untrusted import Fingerprint
 
 #: A commit, as it names a snapshot; a branch or tag names none.
 REVISION = re.compile(r"[0-9a-f]{40}")

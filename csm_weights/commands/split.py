@@ -12,6 +12,7 @@ from pathlib import Path
 
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.files import read_file
 from csm_weights.hashing import blob_id, feed, sha256, sha256_of
 from csm_weights.manifest import pin
 from csm_weights.manifest.parse import load
@@ -24,7 +25,6 @@ from csm_weights.store.atomic import sync, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.lock import are_real, lock
 from csm_weights.transfer.reorder import Chain
-from csm_weights.untrusted import read_file
 from csm_weights.verify.sums import SUMS, render_chunk_list
 
 #: Name of the lock in output/ that one split holds at a time.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Self
 
 from csm_weights.errors import Finding
-from csm_weights.untrusted import Fingerprint, Malformed
+from csm_weights.files import Fingerprint
+from csm_weights.untrusted import Malformed
 
 #: What follows a file's name in the names of its chunk files, as `split` gives them.
 _PART = re.compile(r"\.part-[a-z]{2,}")

@@ -29,7 +29,7 @@ from csm_weights.errors import (
 )
 from csm_weights.formats import FORMATS
 from csm_weights.model import device as devices
-from csm_weights.store.receipts import Check, Figures, SmokeReport
+from csm_weights.model.smoke_report import Check, Figures, SmokeReport
 
 if TYPE_CHECKING:
     import torch

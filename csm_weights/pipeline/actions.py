@@ -20,10 +20,11 @@ from csm_weights.pipeline.advice import way_around
 from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
+from csm_weights.store.journal import partial_path
 from csm_weights.store.lock import NAME, are_real
-from csm_weights.store.receipts import Receipt, partial_path
+from csm_weights.store.receipts import Receipt, VerifiedFile
 from csm_weights.transfer import consume
-from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, write_text
+from csm_weights.transfer.assemble import Assembly, assemble, write_text
 from csm_weights.transfer.local import WholeFile
 from csm_weights.transfer.policy import PieceOrigin, PieceSource, RemoteSources, SourcePolicy
 
@@ -166,14 +167,14 @@ class LinkFromCache(Action):
                 atomic.make_folder(partial.parent)
                 partial.unlink(missing_ok=True)
             try:
-                os.link(verified.partial, partial)
+                os.link(verified.path, partial)
             except OSError:
                 # A file system, or a setting, without hard links.
                 origins = session.policy.origins(action.item, session.paths.root)
                 copy = Assemble(action.item, action.item.staged, origins, session.policy)
                 Assemble.apply([copy], session)
                 continue
-            session.install_staged(action.artifact, replace(verified, partial=partial))
+            session.install_staged(action.artifact, replace(verified, path=partial))
 
 
 @dataclass(frozen=True)
@@ -367,7 +368,7 @@ class Copy(Action):
             done = assemble(jobs, progress.advance)
         for action, copied in zip(actions, done, strict=True):
             receipt = replace(_receipt(action), fingerprint=copied.fingerprint)
-            session.install(copied.partial, destination, receipt)
+            session.install(copied.path, destination, receipt)
             action.file.path.unlink()
             # A file that came back after a power cut should find its receipt.
             atomic.sync(action.file.path.parent)
@@ -471,7 +472,7 @@ def _assemble(
         # A chunk file that was begun and found wrong goes as well: it is full of holes.
         begun = {record.offset for record in action.item.consumed}
         if gone := [p for p in action.artifact.pieces if p.offset in begun | stakes.keys()]:
-            consume.remove_chunk_files(paths.root, assembled.partial, gone)
+            consume.remove_chunk_files(paths.root, assembled.path, gone)
         session.install_staged(action.artifact, assembled)
 
 

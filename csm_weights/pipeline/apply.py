@@ -19,7 +19,8 @@ from csm_weights.pipeline.plan import Plan, Target
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Session, begin, gate_error
 from csm_weights.progress import Progress
-from csm_weights.store.inspect import FileState, leftovers
+from csm_weights.store.inspect import FileState
+from csm_weights.store.leftovers import leftovers
 from csm_weights.store.lock import locked
 from csm_weights.verify import gates
 

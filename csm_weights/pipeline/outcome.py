@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from csm_weights.errors import CsmWeightsError, Finding
+from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action
 from csm_weights.pipeline.plan import Plan
 from csm_weights.store.inspect import State
-from csm_weights.store.receipts import SmokeReport
 from csm_weights.verify.gates import GateResult
 from csm_weights.verify.seal import Sealed
 from csm_weights.verify.statement import Attested

@@ -26,7 +26,8 @@ from csm_weights.pipeline.actions import (
     WriteText,
     text_edition,
 )
-from csm_weights.store.inspect import CONSUMING_ROOM, ArtifactState, FileState, FileStatus, State
+from csm_weights.store.consumed import CONSUMING_ROOM
+from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
 from csm_weights.transfer.policy import LOCAL, PieceOrigin, PieceSource, SourcePolicy
 
 

@@ -20,10 +20,10 @@ from csm_weights.pipeline.plan import (
 )
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.progress import Progress, label_for
-from csm_weights.store import atomic, install, receipts
-from csm_weights.store.inspect import FileState, FileStatus, Paths, State, inspect, leftovers
-from csm_weights.store.receipts import Receipt
-from csm_weights.transfer.assemble import VerifiedFile
+from csm_weights.store import atomic, install, journal
+from csm_weights.store.inspect import FileState, FileStatus, Paths, State, inspect
+from csm_weights.store.leftovers import leftovers
+from csm_weights.store.receipts import Receipt, VerifiedFile
 from csm_weights.transfer.policy import HUB, SourcePolicy
 from csm_weights.verify import gates
 
@@ -62,28 +62,19 @@ class Session:
 
     def receipt(self, artifact: Artifact, proven: VerifiedFile) -> Receipt:
         """Return the receipt of a file that has just been verified."""
-        return Receipt(
-            path=artifact.path,
-            model=self.manifest.name,
-            size=proven.fingerprint.size,
-            sha256=proven.sha256,
-            git_sha1=proven.git_sha1,
-            pieces=proven.records,
-            fingerprint=proven.fingerprint,
-            proven_at=now(),
-            tool=f"csm-weights {version('csm-weights')}",
-        )
+        tool = f"csm-weights {version('csm-weights')}"
+        return Receipt.of(proven, artifact.path, self.manifest.name, now(), tool)
 
     def install(self, proven: Path, directory: Path, receipt: Receipt) -> None:
         """Give a verified file its final name, and forget what was wrong under it."""
         install.install(proven, directory, receipt)
         final = directory / receipt.path
         self.known_bad.pop(final, None)
-        receipts.journal_path(final).unlink(missing_ok=True)
+        journal.journal_path(final).unlink(missing_ok=True)
 
     def install_staged(self, artifact: Artifact, verified: VerifiedFile) -> None:
         """Give a verified partial its name in the staging folder."""
-        self.install(verified.partial, self.paths.staging, self.receipt(artifact, verified))
+        self.install(verified.path, self.paths.staging, self.receipt(artifact, verified))
 
     def subject(self, artifact: Artifact, file: FileStatus) -> gates.Subject:
         """Return an inspected file as the gates take it."""

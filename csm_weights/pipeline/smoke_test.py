@@ -11,12 +11,14 @@ from pathlib import Path
 from csm_weights.errors import CsmWeightsError, SmokeFailed, UsageError
 from csm_weights.hashing import sha256_of
 from csm_weights.manifest.types import Manifest
+from csm_weights.model import smoke_report
 from csm_weights.model.smoke import run as run_smoke
+from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.session import now
-from csm_weights.store import atomic, receipts
+from csm_weights.store import atomic
 from csm_weights.store.inspect import State
-from csm_weights.store.receipts import SmokeReport
+from csm_weights.untrusted import dump_record
 
 #: Frames that a smoke test generates: 0.64 seconds of audio.
 FRAMES = 8
@@ -32,7 +34,7 @@ def known_report(state: State, require_gpu: bool) -> SmokeReport | None:
 
     A report made on the CPU does not hold where a GPU is required, or may be here.
     """
-    known = state.smoke
+    known = smoke_report.read_report(state.paths.destination)
     if known is None or not known.ok or known.bound_to != _binding(state):
         return None
     is_on_gpu = not known.device.startswith("cpu")
@@ -74,8 +76,8 @@ def run(
         wrong = ", ".join(check.name for check in report.checks if not check.ok)
         return replace(outcome, smoke=report, error=SmokeFailed(f"NOT OK: {wrong}"))
     try:
-        path = receipts.smoke_path(state.paths.destination)
-        atomic.write_whole(path, receipts.dump(report) + "\n")
+        path = smoke_report.report_path(state.paths.destination)
+        atomic.write_whole(path, dump_record(report) + "\n")
     except CsmWeightsError as error:
         # A folder that may only be read can hold a good model all the same.
         return replace(outcome, smoke=report, notes=(*outcome.notes, *error.findings))

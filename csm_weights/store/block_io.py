@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.concurrency import Cancelled, OnProgress
-from csm_weights.errors import Finding, Kind
 from csm_weights.hashing import Hasher, feed
 from csm_weights.store.atomic import create, let_go_if_linked, write_all, writing
 
@@ -144,23 +143,6 @@ def can_punch(folder: Path) -> bool:
     finally:
         os.close(fd)
         probe.unlink(missing_ok=True)
-
-
-def unfit(part: Path, root: Path) -> Finding | None:
-    """Why a part that is here cannot be consumed, by what stat tells."""
-    try:
-        links = part.lstat().st_nlink
-    except FileNotFoundError:
-        return None
-    found = "a symbolic link" if part.is_symlink() else ""
-    found = found or (f"{links} hard links to it" if links > 1 else "")
-    if not (os.access(part, os.W_OK) and os.access(part.parent, os.W_OK)):
-        found = found or "no permission to write"
-    if not found:
-        return None
-    where, expected = part.relative_to(root).as_posix(), "a plain file of its own that may go"
-    help_text = "leave --consume out, or make it such a file"
-    return Finding(Kind.NOT_CONSUMABLE, where, expected, found, help_text)
 
 
 @dataclass(frozen=True)

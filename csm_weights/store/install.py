@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, WrongContent
+from csm_weights.files import Fingerprint
 from csm_weights.store.atomic import make_folder, stay_inside, sync, write_whole, writing
-from csm_weights.store.receipts import Receipt, dump, receipt_path
-from csm_weights.untrusted import Fingerprint
+from csm_weights.store.receipts import Receipt, dump_receipt, receipt_path
 
 
 def install(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
@@ -56,7 +56,7 @@ def record(directory: Path, receipt: Receipt) -> Receipt:
         raise _changed(final)
     written = replace(receipt, fingerprint=now)
     stay_inside(receipt_path(directory, receipt.path).parent, directory)
-    write_whole(receipt_path(directory, receipt.path), dump(written) + "\n")
+    write_whole(receipt_path(directory, receipt.path), dump_receipt(written) + "\n")
     return written
 
 

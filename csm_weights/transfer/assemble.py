@@ -12,29 +12,24 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
 from typing import Protocol
 
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, error_for
+from csm_weights.files import Fingerprint
 from csm_weights.hashing import Hasher, feed, git_sha1, sha256
-from csm_weights.manifest.digests import Whole, digest_findings
+from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import create, let_go_if_linked, sync, write_all, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
-from csm_weights.store.receipts import (
-    Arrival,
-    Consumed,
-    PieceRecord,
-    dump,
-    journal_path,
-    partial_path,
-)
+from csm_weights.store.journal import Arrival, Consumed, PieceRecord, journal_path, partial_path
+from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer.reorder import Buffer, BufferPool, Chain, ReorderBuffer
 from csm_weights.transfer.source import NotAvailable, Source, SourceError
-from csm_weights.untrusted import Fingerprint
+from csm_weights.untrusted import dump_record
 
 #: Files that are brought over a network at the same time.
 FILES_AT_ONCE = 8
@@ -90,21 +85,6 @@ class Assembly:
     far: frozenset[int] = frozenset()
     consumer: Consumer | None = None
     consuming: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class VerifiedFile:
-    """A whole partial, each piece proven: its digests, records, and fingerprint.
-
-    `notes` say what was wrong with sources for which another one stepped in.
-    """
-
-    partial: Path
-    sha256: str
-    records: tuple[PieceRecord, ...]
-    fingerprint: Fingerprint
-    git_sha1: str | None = None
-    notes: tuple[Finding, ...] = ()
 
 
 def assemble(
@@ -292,15 +272,14 @@ class _Partial:
         """Writes a line of the journal."""
         with self._lock:
             # A line may follow one that a crash has torn, so it brings its own start.
-            write_all(self._journal, f"\n{dump(record)}\n".encode(), self.path)
+            write_all(self._journal, f"\n{dump_record(record)}\n".encode(), self.path)
 
     def all_findings(self) -> list[Finding]:
         """What is wrong with the pieces, or, if nothing, with the whole; each thing once."""
         findings = [f for index in sorted(self._findings) for f in self._findings[index]]
-        artifact, whole = self.job.artifact, Whole("", self._git_sha1)
         if not findings:
-            whole = replace(whole, sha256=self._sha256())
-            findings = digest_findings(artifact, artifact.editions[0], whole, str(self.path))
+            artifact, digests = self.job.artifact, (self._sha256(), self._git_sha1)
+            findings = digest_findings(artifact, artifact.editions[0], *digests, self.path)
         return list(dict.fromkeys(findings))
 
     def _sha256(self) -> str:

@@ -19,16 +19,16 @@ from threading import Event
 
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, error_for
+from csm_weights.files import Fingerprint
 from csm_weights.hashing import Hasher, ShortRead, feed, sha256
-from csm_weights.manifest.digests import Whole, digest_findings
+from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import sync, writing
 from csm_weights.store.block_io import can_punch, punch
 from csm_weights.store.inspect import ArtifactState
-from csm_weights.store.receipts import partial_path
+from csm_weights.store.journal import partial_path
 from csm_weights.transfer.assemble import Steps
 from csm_weights.transfer.source import SourceError
-from csm_weights.untrusted import Fingerprint
 
 #: Bytes copied before they are freed in the part: what is on the disk twice.
 STEP = 32 << 20
@@ -126,8 +126,8 @@ def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
             stakes[piece.offset], whole = found
     artifact = subject.artifact
     if len(stakes) == len(artifact.pieces):
-        made = Whole(whole.hexdigest())
-        for wrong in digest_findings(artifact, artifact.editions[0], made, str(subject.partial)):
+        made = (whole.hexdigest(), None, subject.partial)
+        for wrong in digest_findings(artifact, artifact.editions[0], *made):
             findings[subject.partial] = wrong
     return Proof(stakes, findings)
 

@@ -7,9 +7,9 @@ import stat
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
+from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
-from csm_weights.untrusted import Fingerprint
 
 
 class ChunkFiles:

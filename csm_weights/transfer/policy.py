@@ -97,7 +97,9 @@ class SourcePolicy:
         """
         artifact, parts = item.artifact, list(zip(item.artifact.pieces, item.parts, strict=True))
         kept = dict.fromkeys((r.offset for r in item.partial), str(item.staged.path))
-        consumed = {piece.offset: piece.part for piece, part in parts if part.is_consumed}
+        consumed = {
+            piece.offset: piece.part for piece, part in parts if part.state is FileState.CONSUMED
+        }
         ready = FileState.UNVERIFIED
         here = {piece.offset: piece.part for piece, part in parts if part.state is ready}
         chunks = Candidate(PieceSource.CHUNK, here if self.chunks else {}, ChunkFiles(root))

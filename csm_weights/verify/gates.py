@@ -13,14 +13,15 @@ from pathlib import Path
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
+from csm_weights.files import Fingerprint
 from csm_weights.formats import format_named
 from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.tensor_index import check_against
 from csm_weights.hashing import Digests, HashJob, ShortRead, measure, sha256_of
-from csm_weights.manifest.digests import Whole, digest_findings
+from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.types import Artifact, Edition, Piece
-from csm_weights.store.receipts import PieceRecord, Receipt
-from csm_weights.untrusted import Fingerprint
+from csm_weights.store.journal import PieceRecord
+from csm_weights.store.receipts import Receipt
 
 #: A config.json is a few kilobytes; more than this is not one.
 MAX_CONFIG = 1 << 20
@@ -198,7 +199,7 @@ def _digests(
             )
         elif subject.trusted and subject.receipt and not rehash:
             found = (
-                f"sha256 {subject.receipt.sha256}, by its receipt of {subject.receipt.proven_at}"
+                f"sha256 {subject.receipt.sha256}, by its receipt of {subject.receipt.verified_at}"
             )
             result = _result(Gate.DIGEST, subject, expected, found, ())
             results[subject.path] = replace(result, sha256=subject.receipt.sha256)
@@ -296,7 +297,7 @@ def is_attested(receipt: Receipt, artifact: Artifact) -> bool:
     whole too: then a forged receipt can say nothing but the truth.
     """
     pinned = artifact.sha256 is not None or artifact.blob_id is not None
-    return pinned and receipt.covers_pieces(artifact) and receipt.proves(artifact)
+    return pinned and receipt.covers_pieces(artifact) and receipt.fits(artifact)
 
 
 def prove(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
@@ -359,8 +360,8 @@ def _compare(
     subject, artifact = job.subject, job.subject.artifact
     if found.ranges and (findings := _bad_pieces(subject, found.ranges)):
         return findings, _good_pieces(artifact, found.ranges)
-    whole = Whole(found.whole or job.attested or "", found.git_sha1)
-    findings = digest_findings(artifact, subject.edition, whole, str(subject.path))
+    whole = found.whole or job.attested or ""
+    findings = digest_findings(artifact, subject.edition, whole, found.git_sha1, subject.path)
     is_pinned = subject.edition == artifact.editions[0]
     if findings and is_pinned and artifact.pieces and not found.ranges:
         digests = _locate(subject, on_progress)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, WrongContent, from_os_error
+from csm_weights.files import Fingerprint
 from csm_weights.store.atomic import writing
 from csm_weights.store.receipts import Receipt
-from csm_weights.untrusted import Fingerprint
 
 if sys.platform == "linux":
     import fcntl

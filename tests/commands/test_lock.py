@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from csm_weights.commands import lock, verify
 from csm_weights.errors import CsmWeightsError, Kind, UsageError, WrongContent
+from csm_weights.files import Fingerprint
 from csm_weights.hashing import blob_id
 from csm_weights.manifest.parse import load, parse
 from csm_weights.manifest.paths import path_problem
@@ -35,10 +36,9 @@ from csm_weights.manifest.types import Artifact, Edition, Manifest
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
 from csm_weights.store.atomic import write_manifest
-from csm_weights.store.receipts import dump, load_receipt, receipt_path
+from csm_weights.store.receipts import dump_receipt, load_receipt, receipt_path
 from csm_weights.transfer import hub_metadata
 from csm_weights.transfer.hub_metadata import File, artifact_of, choose
-from csm_weights.untrusted import Fingerprint
 from tests.support.hub import HubServer
 from tests.support.toy import flip
 
@@ -630,7 +630,7 @@ def test_a_file_that_its_receipt_calls_good_is_hashed_all_the_same(
     receipt = load_receipt(path.read_text())
     assert receipt is not None
     forged = replace(receipt, fingerprint=Fingerprint.of((folder / ONE).stat()))
-    path.write_text(dump(forged))
+    path.write_text(dump_receipt(forged))
     before = manifest(root)
     for size in ("100000", "1GiB"):
         with pytest.raises(WrongContent) as caught:

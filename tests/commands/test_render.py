@@ -22,9 +22,9 @@ from csm_weights.errors import (
     WrongContent,
     printable,
 )
+from csm_weights.model.smoke_report import Check, Figures, SmokeReport
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.outcome import Outcome
-from csm_weights.store.receipts import Check, Figures, SmokeReport
 from csm_weights.verify.gates import Gate, GateResult
 from tests.support.toy import Toy, flip
 

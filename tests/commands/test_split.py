@@ -203,7 +203,7 @@ def test_split_and_assemble_is_the_identity(size: int, count: int) -> None:
         artifact = split(file, root, "chunks", -(-size // count), ignore)
         job = Assembly(artifact, root / "out" / "model.bin", first_of(ChunkFiles(root)))
         (made,) = assemble([job], ignore)
-        assert made.partial.read_bytes() == file.read_bytes()
+        assert made.path.read_bytes() == file.read_bytes()
         assert made.sha256 == artifact.sha256
 
 

@@ -18,7 +18,7 @@ import pytest
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.store.receipts import journal_path
+from csm_weights.store.journal import journal_path
 from csm_weights.transfer.reorder import BLOCK
 from tests.support.clone import INV, Clone, Result
 from tests.support.hub import HubServer

@@ -24,7 +24,7 @@ from csm_weights.manifest import parse
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.plan import Target
 from csm_weights.store import block_io
-from csm_weights.store.inspect import CONSUMING_ROOM
+from csm_weights.store.consumed import CONSUMING_ROOM
 from csm_weights.transfer import consume
 from tests.support.clone import Clone
 from tests.support.toy import Toy

@@ -23,7 +23,10 @@ from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.torch_zip import read_checkpoint
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.store.receipts import dump, load_arrival, load_piece, load_receipt, load_smoke
+from csm_weights.model.smoke_report import load_report
+from csm_weights.store.journal import parse_line
+from csm_weights.store.receipts import dump_receipt, load_receipt
+from csm_weights.untrusted import dump_record
 from tests.support import hostile
 from tests.support.clone import Clone
 from tools.fuzz import probe
@@ -305,11 +308,11 @@ _SMOKE = {
     "bound_to": [["a", "b"]],
     "made_at": "now",
 }
-RECORDS: dict[str, tuple[Callable[[str], Any], dict[str, Any]]] = {
-    "receipt": (load_receipt, _RECEIPT),
-    "piece": (load_piece, _PIECE),
-    "arrival": (load_arrival, _ARRIVAL),
-    "smoke": (load_smoke, _SMOKE),
+RECORDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str], dict[str, Any]]] = {
+    "receipt": (load_receipt, dump_receipt, _RECEIPT),
+    "piece": (parse_line, dump_record, _PIECE),
+    "arrival": (parse_line, dump_record, _ARRIVAL),
+    "smoke": (load_report, dump_record, _SMOKE),
 }
 
 
@@ -318,7 +321,7 @@ RECORDS: dict[str, tuple[Callable[[str], Any], dict[str, Any]]] = {
 @given(data=st.data())
 def test_any_record_is_understood_or_absent(kind: str, data: st.DataObject) -> None:
     """Any text in a receipt's or journal's place is a record that writes back equal, or none."""
-    load, good = RECORDS[kind]
+    load, dump, good = RECORDS[kind]
     content = data.draw(_mutated(good, *good, *_PRINT))
     record = load(content.decode("latin-1"))
     assert record is None or load(dump(record)) == record

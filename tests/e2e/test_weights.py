@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from csm_weights.store.receipts import journal_path, partial_path
+from csm_weights.store.journal import journal_path, partial_path
 from tests.support.clone import INV, REPOSITORY, Clone, Result
 
 TINY = ("--model", "csm-tiny")

@@ -20,7 +20,7 @@ from csm_weights.model import fast_decoder, smoke
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.smoke import record_golden
-from csm_weights.store.receipts import Check, SmokeReport
+from csm_weights.model.smoke_report import Check, SmokeReport
 
 TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 TINY_CONFIG = {

@@ -28,7 +28,8 @@ from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.store import install
 from csm_weights.store.inspect import FileState
-from csm_weights.store.receipts import Receipt, journal_path, partial_path, receipt_path
+from csm_weights.store.journal import journal_path, partial_path
+from csm_weights.store.receipts import Receipt, receipt_path
 from tests.support.privileges import unprivileged
 from tests.support.toy import NOTE, PIECE_SIZE, Toy, flip
 

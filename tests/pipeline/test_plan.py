@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csm_weights.errors import Finding, Kind
+from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
+from csm_weights.model.smoke_report import load_report, report_path
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.actions import Action, Assemble, Copy, Keep, Move, WriteText
 from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan, with_config
@@ -27,19 +29,9 @@ from csm_weights.store.inspect import (
     filesystem_type,
     inspect,
 )
-from csm_weights.store.receipts import (
-    PieceRecord,
-    Receipt,
-    dump,
-    journal_path,
-    load_piece,
-    load_receipt,
-    load_smoke,
-    partial_path,
-    receipt_path,
-    smoke_path,
-)
-from csm_weights.untrusted import Fingerprint
+from csm_weights.store.journal import PieceRecord, journal_path, parse_line, partial_path
+from csm_weights.store.receipts import Receipt, dump_receipt, load_receipt, receipt_path
+from csm_weights.untrusted import dump_record
 from tests.support.toy import PIECE_SIZE, Toy, flip
 
 PLACES = Paths(Path("/root"), Path("/root/staged"), Path("/root/placed"))
@@ -92,7 +84,7 @@ def artifacts(draw: st.DrawFn, name: str) -> Artifact:
 @st.composite
 def artifact_states(draw: st.DrawFn, name: str) -> ArtifactState:
     artifact = draw(artifacts(name))
-    conditions = st.sampled_from(list(FileState))
+    conditions = st.sampled_from([ABSENT, VERIFIED, UNVERIFIED, INVALID])
     kept = [p for p in artifact.pieces if draw(st.booleans())] if draw(st.booleans()) else []
     parts = st.sampled_from([UNVERIFIED, UNVERIFIED, UNVERIFIED, ABSENT, INVALID])
     extras = draw(st.integers(0, 5)) == 0 and bool(artifact.pieces)
@@ -113,14 +105,13 @@ def states(draw: st.DrawFn) -> State:
     free = st.one_of(st.just(1 << 60), st.integers(0, 1 << 41))
     return State(
         manifest, PLACES, items, draw(free), draw(free), draw(st.booleans()), draw(st.booleans()),
-        smoke=None,
     )  # fmt: skip
 
 
 def a_state(*items: ArtifactState, **changes: Any) -> State:
     """A state with plenty of room on one file system, but for the changes."""
     manifest = Manifest("toy", "staged", "placed", tuple(i.artifact for i in items))
-    state = State(manifest, PLACES, items, 1 << 60, 1 << 60, True, False, None)
+    state = State(manifest, PLACES, items, 1 << 60, 1 << 60, True, False)
     return replace(state, **changes)
 
 
@@ -530,7 +521,7 @@ def test_journal_lines_of_other_pieces_do_not_count(toy: Toy) -> None:
     partial = partial_path(toy.staged("a.bin"))
     partial.parent.mkdir(parents=True)
     partial.touch()
-    lines = [dump(r) for r in (*stale, *good)] + [dump(good[0])[:-5]]
+    lines = [dump_record(r) for r in (*stale, *good)] + [dump_record(good[0])[:-5]]
     journal_path(toy.staged("a.bin")).write_text("\n".join(lines))
     assert [r.offset for r in look_at(toy)["a.bin"].partial] == [a[1].offset, a[3].offset]
 
@@ -540,7 +531,7 @@ def test_a_journal_without_its_partial_does_not_count(toy: Toy) -> None:
     piece = toy.artifact("a.bin").pieces[0]
     journal = journal_path(toy.staged("a.bin"))
     journal.parent.mkdir(parents=True)
-    journal.write_text(dump(PieceRecord(piece.offset, piece.size, piece.sha256, "x")) + "\n")
+    journal.write_text(dump_record(PieceRecord(piece.offset, piece.size, piece.sha256, "x")) + "\n")
     assert look_at(toy)["a.bin"].partial == ()
 
 
@@ -621,7 +612,7 @@ def has_types(record: Any, example: Any) -> bool:
 @given(key=st.sampled_from(sorted(asdict(PIECE))), value=trees)
 def test_a_journal_line_of_other_types_counts_as_absent(key: str, value: object) -> None:
     """A line is understood with the right types in it, or not at all."""
-    record = load_piece(json.dumps({"schema": 1, **asdict(PIECE), key: value}))
+    record = parse_line(json.dumps({"schema": 1, **asdict(PIECE), key: value}))
     assert record is None or has_types(record, PIECE)
 
 
@@ -637,7 +628,7 @@ def test_a_receipt_of_other_types_counts_as_absent(key: str, value: object) -> N
 @given(text=st.text() | trees.map(json.dumps))
 def test_no_text_crashes_the_reader_of_records(text: str) -> None:
     """Whatever a record's file holds, reading it gives a record or nothing."""
-    assert (load_receipt(text), load_piece(text), load_smoke(text)) == (None, None, None)
+    assert (load_receipt(text), parse_line(text), load_report(text)) == (None, None, None)
 
 
 @pytest.mark.parametrize("value", [[], {}, None, "0", 0.5, True])
@@ -655,13 +646,13 @@ def test_a_journal_of_odd_values_only_costs_time(toy: Toy, value: object) -> Non
 def test_no_receipt_is_kept_where_the_smoke_report_is(path: str) -> None:
     """A file may be called as it likes without its receipt meeting the smoke report."""
     folder = Path("/placed")
-    assert receipt_path(folder, path) != smoke_path(folder)
+    assert receipt_path(folder, path) != report_path(folder)
 
 
 def test_records_read_back_as_written() -> None:
     """Dumping and loading are inverse."""
-    assert load_piece(dump(PIECE)) == PIECE
-    assert load_receipt(dump(RECEIPT)) == RECEIPT
+    assert parse_line(dump_record(PIECE)) == PIECE
+    assert load_receipt(dump_receipt(RECEIPT)) == RECEIPT
 
 
 def test_a_fingerprint_survives_a_rename_but_not_an_edit(tmp_path: Path) -> None:

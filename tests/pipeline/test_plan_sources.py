@@ -12,7 +12,7 @@ from csm_weights.errors import Finding, Kind
 from csm_weights.pipeline.actions import Assemble, LinkFromCache, Move, WriteText
 from csm_weights.pipeline.plan import Plan, Target, make_plan
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
-from csm_weights.store.receipts import Arrival, PieceRecord
+from csm_weights.store.journal import Arrival, PieceRecord
 from csm_weights.transfer.policy import HUB, PieceSource, SourcePolicy
 from tests.pipeline.test_plan import (
     ABSENT,

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from csm_weights.errors import CsmWeightsError, Kind, WrongContent
+from csm_weights.files import Fingerprint
 from csm_weights.pipeline import apply
 from csm_weights.store import install
 from csm_weights.store.atomic import write_whole
-from csm_weights.store.receipts import Receipt, load_receipt, receipt_path
-from csm_weights.transfer.assemble import VerifiedFile, write_text
-from csm_weights.untrusted import Fingerprint
+from csm_weights.store.receipts import Receipt, VerifiedFile, load_receipt, receipt_path
+from csm_weights.transfer.assemble import write_text
 from tests.support.toy import Toy
 
 TEXT = "proven\n"
@@ -29,7 +29,7 @@ class Hall:
 
     def __init__(self, root: Path, path: str = "sub/model.bin") -> None:
         made = write_text(root / "staging" / path, TEXT)
-        self.proven = made.partial
+        self.proven = made.path
         self.folder = root / "placed"
         self.final = self.folder / path
         self.record = receipt_path(self.folder, path)

@@ -18,7 +18,8 @@ from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
 from csm_weights.manifest.types import RECEIPTS
 from csm_weights.pipeline import apply
 from csm_weights.store import atomic, install
-from csm_weights.store.receipts import Receipt, journal_path, partial_path
+from csm_weights.store.journal import journal_path, partial_path
+from csm_weights.store.receipts import Receipt
 from csm_weights.transfer.assemble import write_text
 from tests.support.privileges import unprivileged
 from tests.support.toy import Toy
@@ -164,11 +165,11 @@ def test_the_one_door_leads_nowhere_else(toy: Toy) -> None:
     receipt = Receipt("sub/n", "toy", 4, made.sha256, (), made.fingerprint, "now", "test")
     outside = lead_out(toy, toy.root / "models/toy/sub")
     with pytest.raises(WrongContent, match="through a link"):
-        install.install(made.partial, toy.root / "models/toy", receipt)
+        install.install(made.path, toy.root / "models/toy", receipt)
     (toy.root / "models/toy/sub").unlink()
     (toy.root / "models/toy" / RECEIPTS).symlink_to(outside)
     with pytest.raises(WrongContent, match="through a link"):
-        install.install(made.partial, toy.root / "models/toy", receipt)
+        install.install(made.path, toy.root / "models/toy", receipt)
     assert list(outside.iterdir()) == []
 
 

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, NoSpace, WrongContent
+from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store import block_io
-from csm_weights.store.receipts import PieceRecord, journal_path, load_piece, partial_path
-from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, write_text
+from csm_weights.store.journal import PieceRecord, journal_path, parse_line, partial_path
+from csm_weights.store.receipts import VerifiedFile
+from csm_weights.transfer.assemble import Assembly, assemble, write_text
 from csm_weights.transfer.local import ChunkFiles, WholeFile
 from csm_weights.transfer.source import NotAvailable, PieceWriter, Source, SourceError, first_of
-from csm_weights.untrusted import Fingerprint
 from tests.support.toy import flip
 
 #: Bytes of a piece: more than a block of hashing, and not a multiple of one.
@@ -65,11 +66,11 @@ class Shop:
 
     def is_right(self, made: VerifiedFile) -> bool:
         data = self.file.read_bytes()
-        return (made.partial.read_bytes(), made.sha256) == (data, hashlib.sha256(data).hexdigest())
+        return (made.path.read_bytes(), made.sha256) == (data, hashlib.sha256(data).hexdigest())
 
     def journaled(self) -> tuple[PieceRecord, ...]:
-        records = [load_piece(line) for line in self.journal.read_text().splitlines()]
-        return tuple(record for record in records if record)
+        records = [parse_line(line) for line in self.journal.read_text().splitlines()]
+        return tuple(record for record in records if isinstance(record, PieceRecord))
 
 
 class Counting:
@@ -111,8 +112,8 @@ def test_the_file_is_its_pieces(shop: Shop) -> None:
     """Bytes, digest, records and fingerprint are those of the whole file."""
     made = shop.run()
     assert shop.is_right(made)
-    assert [r.source for r in made.records] == [p.part for p in shop.artifact.pieces]
-    assert all(r.is_of(p) for r, p in zip(made.records, shop.artifact.pieces, strict=True))
+    assert [r.source for r in made.pieces] == [p.part for p in shop.artifact.pieces]
+    assert all(r.is_of(p) for r, p in zip(made.pieces, shop.artifact.pieces, strict=True))
     assert made.fingerprint == Fingerprint.of(shop.partial.stat())
 
 
@@ -125,7 +126,7 @@ def test_the_final_name_is_not_given(shop: Shop) -> None:
 def test_the_journal_has_a_line_for_each_piece(shop: Shop) -> None:
     """What was proven is on disk before the run ends."""
     made = shop.run()
-    assert sorted(shop.journaled(), key=lambda r: r.offset) == list(made.records)
+    assert sorted(shop.journaled(), key=lambda r: r.offset) == list(made.pieces)
 
 
 def test_every_byte_is_counted_once(shop: Shop) -> None:
@@ -148,7 +149,7 @@ def test_a_whole_copy_is_a_source(shop: Shop) -> None:
     """Pieces can be taken out of a copy of the whole artifact."""
     made = shop.run(WholeFile(shop.file))
     assert shop.is_right(made)
-    assert {r.source for r in made.records} == {str(shop.file)}
+    assert {r.source for r in made.pieces} == {str(shop.file)}
 
 
 @pytest.mark.parametrize(("size", "piece"), [(3 << 20, 1 << 20), (11_000_001, 5_300_003)])
@@ -229,7 +230,7 @@ def test_kept_pieces_are_not_asked_for_again(shop: Shop) -> None:
     """Journaled pieces are proven where they lie; only the rest is delivered."""
     first = shop.run()
     source = Counting(ChunkFiles(shop.root))
-    made = shop.run(source, journaled=first.records[1:3])
+    made = shop.run(source, journaled=first.pieces[1:3])
     assert shop.is_right(made)
     assert sorted(source.asked) == [0, 3 * PIECE]
 
@@ -239,7 +240,7 @@ def test_a_kept_piece_that_rotted_is_delivered_again(shop: Shop) -> None:
     first = shop.run()
     flip(shop.partial, 2 * PIECE + 5)
     source = Counting(ChunkFiles(shop.root))
-    made = shop.run(source, journaled=first.records)
+    made = shop.run(source, journaled=first.pieces)
     assert shop.is_right(made)
     assert source.asked == [2 * PIECE]
 
@@ -261,7 +262,7 @@ def test_any_partial_leads_to_the_right_file(
             flip(shop.partial, shop.artifact.pieces[index].offset + 7)
         if cut is not None:
             os.truncate(shop.partial, cut)
-        assert shop.is_right(shop.run(journaled=tuple(first.records[i] for i in sorted(kept))))
+        assert shop.is_right(shop.run(journaled=tuple(first.pieces[i] for i in sorted(kept))))
 
 
 # ---- bad pieces
@@ -369,7 +370,7 @@ def test_the_next_source_is_asked_when_one_has_nothing(shop: Shop) -> None:
     shop.part(1).unlink()
     made = shop.run(Nowhere(), ChunkFiles(shop.root), WholeFile(shop.file))
     assert shop.is_right(made)
-    assert [r.source for r in made.records].index(str(shop.file)) == 1
+    assert [r.source for r in made.pieces].index(str(shop.file)) == 1
 
 
 @pytest.mark.parametrize("index", range(COUNT))
@@ -378,7 +379,7 @@ def test_a_broken_piece_is_taken_from_the_next_source(shop: Shop, index: int) ->
     flip(shop.part(index))
     made = shop.run(ChunkFiles(shop.root), WholeFile(shop.file))
     assert shop.is_right(made)
-    assert made.records[index].source == str(shop.file)
+    assert made.pieces[index].source == str(shop.file)
 
 
 def test_what_every_source_said_is_told(shop: Shop) -> None:
@@ -480,13 +481,13 @@ def test_a_known_text_is_written_whole(tmp_path: Path) -> None:
     """The partial holds just the text in UTF-8, with its digest and fingerprint."""
     made = write_text(tmp_path / "new" / "note.txt", "été\n")
     content = "été\n".encode()
-    assert made.partial.read_bytes() == content
+    assert made.path.read_bytes() == content
     assert made.sha256 == hashlib.sha256(content).hexdigest()
-    assert made.fingerprint == Fingerprint.of(made.partial.stat())
-    assert (made.records, made.partial.name) == ((), "note.txt.partial")
+    assert made.fingerprint == Fingerprint.of(made.path.stat())
+    assert (made.pieces, made.path.name) == ((), "note.txt.partial")
 
 
 def test_a_longer_leftover_is_cut(tmp_path: Path) -> None:
     """What an earlier run left under the partial's name does not stick out."""
     partial_path(tmp_path / "note.txt").write_text("a much longer leftover")
-    assert write_text(tmp_path / "note.txt", "short").partial.read_text() == "short"
+    assert write_text(tmp_path / "note.txt", "short").path.read_text() == "short"

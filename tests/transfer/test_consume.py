@@ -27,10 +27,20 @@ from csm_weights.pipeline.actions import Assemble, Consume, Move
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target, make_plan
 from csm_weights.pipeline.request import Request
-from csm_weights.store import block_io, inspect, receipts
-from csm_weights.store.receipts import PieceRecord, journal_path, partial_path
+from csm_weights.store import block_io, inspect
+from csm_weights.store.consumed import CONSUMING_ROOM
+from csm_weights.store.inspect import FileState
+from csm_weights.store.journal import (
+    Arrival,
+    Consumed,
+    PieceRecord,
+    journal_path,
+    parse_line,
+    partial_path,
+)
 from csm_weights.transfer import consume
 from csm_weights.transfer.policy import HUB, SourcePolicy
+from csm_weights.untrusted import dump_record
 from tests.e2e.test_full_disk import Act, Tripwire, exit_code
 from tests.support.toy import PIECE_SIZE, Toy, flip
 
@@ -67,9 +77,9 @@ def partial_of(toy: Toy, name: str = NAME) -> Path:
 
 def moved(toy: Toy, name: str = NAME) -> dict[int, int]:
     """What the journal says of each piece, by offset: bytes that are in the partial."""
-    journal = journal_path(toy.staged(name))
-    lines = journal.read_text(errors="replace").splitlines() if journal.exists() else []
-    found = [record for line in lines if (record := receipts.load_consumed(line))]
+    path = journal_path(toy.staged(name))
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    found = [r for r in map(parse_line, lines) if isinstance(r, Consumed)]
     return {record.offset: record.consumed for record in found}
 
 
@@ -151,7 +161,7 @@ def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
     survey = apply.status(asked(toy))
     text = as_text.render(survey)
     assert f"{Consume.verb} from 3 chunk files" in text
-    assert f"at most {inspect.CONSUMING_ROOM:,} bytes of disk besides" in text
+    assert f"at most {CONSUMING_ROOM:,} bytes of disk besides" in text
     data = json.loads(as_json.render(survey))
     assert data["bytes_to_write"] == data["bytes_freed_meanwhile"] == toy.artifact(NAME).size
 
@@ -288,7 +298,9 @@ def test_a_begun_part_is_told_as_consumed(toy: Toy) -> None:
     """Looking, planning and status know a part that is partly gone, and where its bytes are."""
     survey = apply.status(asked(begun(toy), consuming=False))
     parts = survey.state.artifacts[0].parts
-    assert [part.is_consumed for part in parts] == [True, True, False]
+    consumed, unverified = FileState.CONSUMED, FileState.UNVERIFIED
+    assert [part.state for part in parts] == [consumed, consumed, unverified]
+    assert [part.finding for part in parts] == [None] * 3
     assert [type(step) for step in survey.plan.actions][:1] == [Consume]
     part = toy.artifact(NAME).pieces[1].part
     assert f"the unfinished file, and the rest of {part}" in as_text.render(survey)
@@ -345,7 +357,7 @@ def test_a_manifest_that_changed_meanwhile_touches_nothing(toy: Toy) -> None:
     toy.write_manifest(replace(old, artifacts=(a, replace(b, pieces=pieces), note)))
     with pytest.raises(WrongContent) as caught:
         fetch(toy)
-    assert Kind.CONSUMED in kinds(caught.value)
+    assert Kind.STRANDED in kinds(caught.value)
     assert partial_of(toy).read_bytes() == before
     toy.write_manifest(old)
     fetch(toy)
@@ -583,7 +595,7 @@ def test_parts_on_another_file_system_make_no_room(
     """Where parts and files are on two disks, consuming is pointless, and that is said."""
     (toy.root / "output").symlink_to(other_disk)
     detail = apply.status(asked(toy)).plan.actions[0].detail
-    assert "the parts are on another file system" in detail
+    assert "the chunk files are on another file system" in detail
     with_free(monkeypatch, 1000)
     with pytest.raises(NoSpace) as caught:
         apply.plan(asked(toy), Target.STAGED)
@@ -606,7 +618,8 @@ def test_where_blocks_are_shared_there_is_nothing_to_consume(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On XFS and Btrfs a copy takes no room anyway; the parts stay, and it is said why."""
-    monkeypatch.setattr(inspect, "_shares_blocks", lambda *_: True)
+    monkeypatch.setattr(inspect, "filesystem_type", lambda _: "xfs")
+    monkeypatch.setattr(inspect, "BLOCK", 1)
     outcome = fetch(toy)
     assert "there is nothing to consume" in outcome.actions[0].detail
     assert all(part.exists() for part in parts_of(toy))
@@ -652,7 +665,7 @@ def test_too_little_disk_names_the_way_that_would_do(
     (finding,) = caught.value.findings
     assert finding.kind is Kind.NO_SPACE
     assert f"{24 * 2**30 - 10**9:,} too few" in finding.found
-    assert f"--consume needs only {inspect.CONSUMING_ROOM:,} bytes" in finding.help
+    assert f"--consume needs only {CONSUMING_ROOM:,} bytes" in finding.help
     plan = apply.plan(asked(toy), Target.BOTH).plan
     assert [type(step) for step in plan.actions] == [Consume, Move]
 
@@ -661,7 +674,7 @@ def test_it_never_starts_without_room_for_its_steps(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Less than the room for a step and its records is too little, and is told first."""
-    with_free(monkeypatch, inspect.CONSUMING_ROOM - 1)
+    with_free(monkeypatch, CONSUMING_ROOM - 1)
     with pytest.raises(NoSpace) as caught:
         apply.apply(asked(toy), Target.STAGED)
     assert "1 too few" in caught.value.findings[0].found
@@ -673,7 +686,7 @@ def test_the_way_is_not_named_where_it_would_not_do(
 ) -> None:
     """A linked part, or no room even for a step: --consume is not offered."""
     enlarge(toy)
-    with_free(monkeypatch, inspect.CONSUMING_ROOM - 1)
+    with_free(monkeypatch, CONSUMING_ROOM - 1)
     with pytest.raises(NoSpace) as caught:
         apply.plan(asked(toy, consuming=False), Target.STAGED)
     assert "--consume" not in caught.value.findings[0].help
@@ -683,7 +696,7 @@ def test_the_room_it_asks_for_covers_a_step_of_full_size() -> None:
     """What must be free before it starts is more than a step, and less than 128 MiB."""
     source = Path(consume.__file__).read_text()
     assert "STEP = 32 << 20" in source
-    assert 2 * (32 << 20) <= inspect.CONSUMING_ROOM <= 128 << 20
+    assert 2 * (32 << 20) <= CONSUMING_ROOM <= 128 << 20
 
 
 # ---- the journal's lines
@@ -691,18 +704,15 @@ def test_the_room_it_asks_for_covers_a_step_of_full_size() -> None:
 
 def test_a_line_about_consuming_is_read_as_nothing_else() -> None:
     """Such a line is neither a proven piece nor an arrival, and those are not such lines."""
-    line = receipts.dump(receipts.Consumed(5, 7, "ab"))
-    assert receipts.load_consumed(line) == receipts.Consumed(5, 7, "ab")
-    assert (receipts.load_piece(line), receipts.load_arrival(line)) == (None, None)
-    others = (PieceRecord(0, 1, "ab", "x"), receipts.Arrival(0, 1, "ab"))
-    assert [receipts.load_consumed(receipts.dump(other)) for other in others] == [None, None]
+    for record in (Consumed(5, 7, "ab"), PieceRecord(0, 1, "ab", "x"), Arrival(0, 1, "ab")):
+        assert parse_line(dump_record(record)) == record
 
 
 @pytest.mark.parametrize("change", [{"consumed": -1}, {"offset": -1}, {"consumed": "7"}, {"x": 1}])
 def test_an_odd_line_about_consuming_counts_as_absent(change: dict[str, Any]) -> None:
     """A line with other fields, types or values is not believed."""
     data = {"schema": 1, "offset": 0, "consumed": 7, "piece": "ab"} | change
-    assert receipts.load_consumed(json.dumps(data)) is None
+    assert parse_line(json.dumps(data)) is None
 
 
 def test_punching_frees_blocks_and_keeps_the_size(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from csm_weights.errors import (
 from csm_weights.hashing import git_sha1
 from csm_weights.manifest.types import Artifact
 from csm_weights.progress import Progress
-from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble
+from csm_weights.store.receipts import VerifiedFile
+from csm_weights.transfer.assemble import Assembly, assemble
 from csm_weights.transfer.http.client import Timeouts
 from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
 from csm_weights.transfer.http.responses import FOREVER, asked_wait, redirect_target
@@ -92,7 +93,7 @@ class Shop:
         return self.hub.fault(options.pop("name"), **options)
 
     def is_right(self, made: VerifiedFile) -> bool:
-        return made.partial.read_bytes() == DATA and made.sha256 == self.artifact.sha256
+        return made.path.read_bytes() == DATA and made.sha256 == self.artifact.sha256
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ def test_a_file_in_git_needs_no_more_than_two_requests(shop: Shop) -> None:
     digest.update(memoryview(content))
     small = Artifact("small.txt", "small", "opaque", len(content), git_sha1=digest.hexdigest())
     made = shop.fetch(artifact=small)
-    assert made.partial.read_bytes() == content
+    assert made.path.read_bytes() == content
     assert made.git_sha1 == digest.hexdigest()
     assert [r.method for r in shop.hub.log] == ["HEAD", "GET"]
 

@@ -16,8 +16,9 @@ import pytest
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import Finding, Kind, MissingInput, NetworkFailed, WrongContent
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.store.receipts import Arrival, load_arrival, load_piece
-from csm_weights.transfer.assemble import Assembly, VerifiedFile, assemble, write_text
+from csm_weights.store.journal import Arrival, PieceRecord, parse_line
+from csm_weights.store.receipts import VerifiedFile
+from csm_weights.transfer.assemble import Assembly, assemble, write_text
 from csm_weights.transfer.http.client import Timeouts
 from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
 from csm_weights.transfer.hub import Hub, HubCredentials
@@ -171,7 +172,7 @@ def job(
 def test_the_bytes_are_the_files(stall: Stall, tmp_path: Path) -> None:
     """Every byte is delivered and proven."""
     made = run(stall, tmp_path / "out")
-    assert made.partial.read_bytes() == DATA
+    assert made.path.read_bytes() == DATA
     assert made.sha256 == stall.artifact.sha256
     assert made.notes == ()
 
@@ -181,8 +182,8 @@ def test_one_digest_for_the_whole_file_will_do(name: str, tmp_path: Path) -> Non
     """Where no pieces are pinned the file is proven as a whole."""
     with STALLS[name](tmp_path) as stall:
         made = run(stall, tmp_path / "out", whole=True)
-        assert (made.partial.read_bytes(), made.sha256) == (DATA, stall.artifact.sha256)
-        assert made.records == ()
+        assert (made.path.read_bytes(), made.sha256) == (DATA, stall.artifact.sha256)
+        assert made.pieces == ()
 
 
 def test_what_is_not_there_is_missing(stall: Stall, tmp_path: Path) -> None:
@@ -200,7 +201,8 @@ def test_wrong_bytes_are_refused_and_named(stall: Stall, tmp_path: Path) -> None
     assert [f.kind for f in caught.value.findings] == [Kind.WRONG_DIGEST]
     assert caught.value.findings[0].where != ""
     lines = (tmp_path / "out" / "file.partial.journal").read_text().splitlines()
-    assert [r.offset for line in lines if (r := load_piece(line))] == [0]
+    records = [r for r in map(parse_line, lines) if isinstance(r, PieceRecord)]
+    assert [record.offset for record in records] == [0]
 
 
 def test_a_file_that_is_too_short_is_refused(stall: Stall, tmp_path: Path) -> None:
@@ -216,17 +218,17 @@ def test_another_source_steps_in_and_the_first_is_named(stall: Stall, tmp_path: 
     good, _ = _published(tmp_path / "good")
     stall.damage()
     made = run(stall, tmp_path / "out", WholeFile(tmp_path / "good" / "whole" / NAME))
-    assert made.partial.read_bytes() == DATA
+    assert made.path.read_bytes() == DATA
     assert [note.kind for note in made.notes] == [Kind.WRONG_DIGEST]
-    assert made.records[1].source == str(tmp_path / "good" / "whole" / NAME)
-    assert made.records[0].source != made.records[1].source
-    assert good.pieces[0].sha256 == made.records[0].sha256
+    assert made.pieces[1].source == str(tmp_path / "good" / "whole" / NAME)
+    assert made.pieces[0].source != made.pieces[1].source
+    assert good.pieces[0].sha256 == made.pieces[0].sha256
 
 
 def test_places_tell_no_secrets(stall: Stall, tmp_path: Path) -> None:
     """What is recorded of where a piece came from has no token and no signature in it."""
     made = run(stall, tmp_path / "out")
-    text = " ".join(record.source for record in made.records)
+    text = " ".join(record.source for record in made.pieces)
     assert "hf_good" not in text
     assert "?" not in text and "@" not in text
 
@@ -242,7 +244,7 @@ def test_what_has_arrived_is_not_asked_for_again(tmp_path: Path, whole: bool) ->
         partial.write_bytes(bytes(here[0]) + DATA[here[0] : here[1]])
         arrival = Arrival(here[0], here[1] - here[0], artifact.tiles[0].sha256)
         made = assemble([job(artifact, tmp_path / "out", stall.source, (arrival,))], ignore)[0]
-        assert made.partial.read_bytes() == DATA
+        assert made.path.read_bytes() == DATA
         assert stall.fetched and stall.fetched() == SIZE - (here[1] - here[0])
 
 
@@ -252,7 +254,7 @@ def test_what_was_journaled_and_is_not_so_is_fetched_again(tmp_path: Path) -> No
         arrival = Arrival(0, 2_000_000, stall.artifact.pieces[0].sha256)
         again = job(stall.artifact, tmp_path / "out", first_of(stall.source), (arrival,))
         made = assemble([again], ignore)[0]
-        assert (made.partial.read_bytes(), made.notes) == (DATA, ())
+        assert (made.path.read_bytes(), made.notes) == (DATA, ())
 
 
 def test_every_block_that_arrives_is_journaled(tmp_path: Path) -> None:
@@ -265,7 +267,7 @@ def test_every_block_that_arrives_is_journaled(tmp_path: Path) -> None:
         with pytest.raises(NetworkFailed):
             assemble([job(artifact, tmp_path / "out", source)], ignore)
         lines = (tmp_path / "out" / "file.partial.journal").read_text().splitlines()
-        arrivals = [a for line in lines if (a := load_arrival(line))]
+        arrivals = [a for a in map(parse_line, lines) if isinstance(a, Arrival)]
         written = (tmp_path / "out" / "file.partial").read_bytes()
         assert arrivals
         for a in arrivals:
@@ -293,7 +295,7 @@ def test_a_server_goes_on_where_a_disk_breaks_off(name: str, tmp_path: Path) -> 
     with STALLS[name](tmp_path) as stall:
         source = first_of(BreakingOff(), stall.source)
         made = assemble([job(stall.artifact, tmp_path / "out", source)], ignore)[0]
-        assert made.partial.read_bytes() == DATA
+        assert made.path.read_bytes() == DATA
         assert {note.kind for note in made.notes} == {Kind.UNREADABLE}
 
 
@@ -306,7 +308,7 @@ def test_a_partial_that_is_the_caches_blob_is_not_written_to(tmp_path: Path) -> 
     partial.hardlink_to(blob)
     with STALLS["parts"](tmp_path) as stall:
         made = run(stall, tmp_path / "out")
-    assert (made.partial.read_bytes(), blob.read_bytes()) == (DATA, b"another model")
+    assert (made.path.read_bytes(), blob.read_bytes()) == (DATA, b"another model")
     partial.unlink()
     partial.hardlink_to(blob)
     write_text(tmp_path / "out" / "file", "a text")

@@ -14,11 +14,12 @@ import pytest
 
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import Finding, Kind
+from csm_weights.files import Fingerprint
 from csm_weights.formats.architecture import parse_config
 from csm_weights.hashing import blob_id
 from csm_weights.manifest.types import Artifact, Edition, Piece
-from csm_weights.store.receipts import PieceRecord, Receipt
-from csm_weights.untrusted import Fingerprint
+from csm_weights.store.journal import PieceRecord
+from csm_weights.store.receipts import Receipt
 from csm_weights.verify.gates import Gate, GateResult, Subject, check, check_sum, prove
 from tests.support.toy import flip
 from tools.standin.recipes import RECIPES
@@ -482,7 +483,7 @@ def test_a_receipt_proves_what_the_manifest_pins(plain: Plain, receipt: Receipt)
     """By the whole digest, by blob id and pieces, or by pieces alone."""
     by_blob_id = replace(plain.artifact, sha256=None)
     by_pieces = replace(by_blob_id, blob_id=None)
-    assert [receipt.proves(a) for a in (plain.artifact, by_blob_id, by_pieces)] == [True] * 3
+    assert [receipt.fits(a) for a in (plain.artifact, by_blob_id, by_pieces)] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -500,14 +501,14 @@ def test_a_receipt_does_not_prove_another_manifest(
     plain: Plain, receipt: Receipt, changes: dict[str, object]
 ) -> None:
     """When the manifest pins anything else, the receipt proves nothing."""
-    assert not receipt.proves(replace(plain.artifact, **changes))  # type: ignore[arg-type]
+    assert not receipt.fits(replace(plain.artifact, **changes))  # type: ignore[arg-type]
 
 
 def test_a_receipt_of_another_edition_proves_it(plain: Plain, receipt: Receipt) -> None:
     """A receipt is held against the edition of its size; blob ids are the pinned one's."""
     other = edition(OTHER)
     artifact = replace(plain.artifact, alternatives=(other,))
-    assert receipt.proves(artifact)
-    assert replace(receipt, size=other.size, sha256=str(other.sha256)).proves(artifact)
-    assert not replace(receipt, size=other.size).proves(artifact)
+    assert receipt.fits(artifact)
+    assert replace(receipt, size=other.size, sha256=str(other.sha256)).fits(artifact)
+    assert not replace(receipt, size=other.size).fits(artifact)
     assert blob_id(receipt.sha256, receipt.size) == plain.artifact.blob_id

@@ -27,7 +27,8 @@ from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target
 from csm_weights.store import install
 from csm_weights.store.inspect import FileState
-from csm_weights.store.receipts import Receipt, load_receipt, partial_path, receipt_path
+from csm_weights.store.journal import partial_path
+from csm_weights.store.receipts import Receipt, load_receipt, receipt_path
 from csm_weights.verify import seal
 from tests.support.toy import Toy, flip
 

@@ -27,11 +27,12 @@ from csm_weights.commands import attest
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.outcome import Outcome
-from csm_weights.store.receipts import PieceRecord, Receipt
-from csm_weights.untrusted import Fingerprint
+from csm_weights.store.journal import PieceRecord
+from csm_weights.store.receipts import Receipt
 from csm_weights.verify import keys, statement
 from csm_weights.verify.statement import Facts, Made
 from tests.support.toy import Toy, flip

@@ -12,11 +12,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from csm_weights.files import Fingerprint
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.pin import suffix
 from csm_weights.store.inspect import FileState, Paths, inspect
-from csm_weights.store.receipts import journal_path, load_arrival, load_piece, partial_path
-from csm_weights.untrusted import Fingerprint
+from csm_weights.store.journal import Arrival, PieceRecord, journal_path, parse_line, partial_path
 from csm_weights.verify.sums import parse_sums
 from tests.support.hub import HubServer
 from tests.support.servers import FileServer, serving
@@ -236,9 +236,10 @@ class Sandbox:
         if not partial_path(staged).is_file() or not journal_path(staged).is_file():
             return set()
         lines = journal_path(staged).read_text(errors="replace").splitlines()
-        pieces = [record for line in lines if (record := load_piece(line))]
+        records = list(map(parse_line, lines))
+        pieces = [record for record in records if isinstance(record, PieceRecord)]
         ranges = {(p.offset, p.offset + p.size) for p in pieces}
-        arrivals = [a for line in lines if (a := load_arrival(line))]
+        arrivals = [record for record in records if isinstance(record, Arrival)]
         return ranges | {
             (a.offset, a.offset + a.size)
             for a in arrivals

@@ -12,11 +12,11 @@ from csm_weights.errors import Finding, printable
 from csm_weights.formats.compare import Comparison, Difference
 from csm_weights.formats.tensor_index import MAX_FINDINGS
 from csm_weights.formats.transformers_layout import Layout, Summary
+from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action, Consume
 from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import room
 from csm_weights.store.inspect import ArtifactState, FileState
-from csm_weights.store.receipts import SmokeReport
 from csm_weights.transfer.policy import PieceOrigin, PieceSource
 from csm_weights.verify.gates import Gate, GateResult
 

@@ -1,0 +1,98 @@
+"""The report of a smoke test, and where the last one is kept; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from csm_weights.files import read_bounded
+from csm_weights.manifest.types import RECEIPTS
+from csm_weights.untrusted import parse_record
+
+#: Most bytes read of a report: it has about two thousand.
+MAX_REPORT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must be true of a loaded model: what was found, and what is allowed."""
+
+    name: str
+    value: str
+    limit: str
+    ok: bool
+
+    @property
+    def verdict(self) -> str:
+        """The word that a person reads."""
+        return "OK" if self.ok else "NOT OK"
+
+    def line(self) -> str:
+        """Return the check as one line of text."""
+        return f"{self.name}: {self.value} (limit: {self.limit}) {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a smoke test measured beside its checks, and on what.
+
+    Sizes are in bytes, rates in bytes a second; 0 is "not measured": a mapped
+    file is not read when it is loaded, and the CPU has no bus. `frame_bytes` are
+    the weights that a frame has to read. `driver` is "-" for the CPU.
+    """
+
+    machine: str
+    driver: str
+    torch: str
+    dtype: str
+    loaded_bytes: int
+    bus_rate: float
+    frame_bytes: int
+    memory_rate: float
+    peak_host: int
+    peak_device: int
+
+
+@dataclass(frozen=True)
+class SmokeReport:
+    """All checks of one loaded model, and the files it was loaded from.
+
+    `real_time_factor` is seconds of computing for a second of audio: below 1
+    is faster than real time. `load_seconds` is from opening the file to all
+    tensors on the device. `bound_to` says what it holds for: pairs of name
+    and digest or version, of the files, the golden frames, torch, this
+    package. `made_at` is ISO 8601 in UTC.
+    """
+
+    device: str
+    checks: tuple[Check, ...]
+    frames_per_second: float
+    real_time_factor: float
+    load_seconds: float
+    figures: Figures
+    bound_to: tuple[tuple[str, str], ...] = ()
+    made_at: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """True where there were checks, and every one is OK."""
+        return bool(self.checks) and all(check.ok for check in self.checks)
+
+
+def report_path(directory: Path) -> Path:
+    """Return where the last report of the model in `directory` is kept."""
+    return directory / RECEIPTS / "smoke-report"  # receipts end in .json, so none has this name
+
+
+def load_report(text: str) -> SmokeReport | None:
+    """Return the report in `text`, or None where it cannot be understood."""
+    return parse_record(text, SmokeReport)
+
+
+def read_report(directory: Path) -> SmokeReport | None:
+    """Return the last report of the model in `directory`, or None where none can be read."""
+    try:
+        text = read_bounded(report_path(directory), MAX_REPORT)
+    except OSError:
+        return None
+    return load_report(text.decode(errors="replace"))

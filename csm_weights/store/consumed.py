@@ -1,0 +1,78 @@
+"""Chunk files whose bytes have moved to an unfinished file, or may move there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from csm_weights.errors import Finding, Kind
+from csm_weights.files import open_regular
+from csm_weights.manifest.types import Artifact
+from csm_weights.store.journal import Journal, partial_path
+
+#: Bytes free that consuming begins with: a step of it, and as much for the disk's own books.
+CONSUMING_ROOM = 64 << 20
+
+#: Bytes of a file system block, at most: only ranges that begin at one can be shared.
+BLOCK = 4096
+
+
+def why_stranded(artifact: Artifact, staged: Path, journal: Journal, root: Path) -> Finding | None:
+    """Return why the unfinished form of `staged` cannot be continued, if so.
+
+    It may hold the only copy of bytes that were moved out of chunk files below `root`.
+    """
+    partial = partial_path(staged)
+    found, expected = "", "the bytes of its consumed chunk files, and no others"
+    if journal.foreign:
+        found = f"chunk files that {artifact.path} no longer has"
+    elif journal.consumed:
+        found = "more hard links to it" if partial.lstat().st_nlink > 1 else ""
+    elif partial.is_file():
+        # Copied as it is, the hole would go over what may be the only copy.
+        holes = (p.part for p in artifact.pieces if _begins_with_hole(root / p.part, p.size))
+        if hole := next(holes, None):
+            found = f"no journal, and {hole} begins with a hole"
+    if not found:
+        return None
+    mend = "bring the journal back, or move the unfinished file away and keep it"
+    return Finding(Kind.STRANDED, str(partial), expected, found, mend)
+
+
+def _begins_with_hole(path: Path, size: int) -> bool:
+    """Check whether the first block of a file of that size was given back to the disk."""
+    if not hasattr(os, "SEEK_HOLE") or size < BLOCK:
+        return False
+    try:
+        status = path.stat()
+        # By far the most chunk files are told by their stat alone; 512 is the unit of st_blocks.
+        if status.st_size != size or status.st_blocks * 512 >= size:
+            return False
+        fd = open_regular(path)
+    except OSError:
+        return False
+    try:
+        return os.lseek(fd, 0, os.SEEK_HOLE) == 0
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def why_unfit(chunk: Path, where: str) -> Finding | None:
+    """Return why a chunk file that is here cannot be consumed, by what its stat says."""
+    try:
+        links = chunk.lstat().st_nlink
+    except FileNotFoundError:
+        return None
+    found = ""
+    if chunk.is_symlink():
+        found = "a symbolic link"
+    elif links > 1:
+        found = f"{links} hard links to it"
+    elif not (os.access(chunk, os.W_OK) and os.access(chunk.parent, os.W_OK)):
+        found = "no permission to write"
+    if not found:
+        return None
+    expected, mend = "a plain file of its own that may go", "leave --consume out, or make it one"
+    return Finding(Kind.NOT_CONSUMABLE, where, expected, found, mend)

@@ -1,0 +1,146 @@
+"""The journal beside an unfinished file: which of its bytes an earlier run has written.
+
+A journal is a hint that saves work. Lines that cannot be understood, or that
+are about other pieces than the manifest's, are left out, and the bytes that the
+others name are hashed again before they count.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from csm_weights.files import read_bounded
+from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.untrusted import parse_record
+
+#: Most bytes read of a journal: it has a few hundred a piece.
+MAX_JOURNAL = 64 << 20
+
+
+@dataclass(frozen=True)
+class PieceRecord:
+    """One verified piece: the half-open range, its sha256, where it came from."""
+
+    offset: int
+    size: int
+    sha256: str
+    source: str
+
+    def is_of(self, piece: Piece) -> bool:
+        """Compare range and digest with those of a piece."""
+        return (self.offset, self.size, self.sha256) == (piece.offset, piece.size, piece.sha256)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A range of an unfinished file that was written and is not verified yet.
+
+    `piece` is the sha256 that the piece must have to which it belongs.
+    """
+
+    offset: int
+    size: int
+    piece: str
+
+    def __post_init__(self) -> None:
+        if self.offset < 0 or self.size < 1:
+            raise ValueError("a range of no bytes, or before the first one")
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """How much of a piece has moved from its chunk file to the unfinished file.
+
+    It is durable there. The piece begins at byte `offset` of the file and has the sha256 `piece`;
+    its first `consumed` bytes count, and the chunk file need not have them any
+    more. Of several about one piece the last holds.
+    """
+
+    offset: int
+    consumed: int
+    piece: str
+
+    def __post_init__(self) -> None:
+        if self.offset < 0 or self.consumed < 0:
+            raise ValueError("fewer than no bytes, or before the first one")
+
+
+Record = PieceRecord | Arrival | Consumed
+
+_RECORDS: tuple[type[Any], ...] = (PieceRecord, Arrival, Consumed)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What a journal says of the pieces that a manifest has today.
+
+    `pieces` are those that were verified, `arrived` written ranges of others.
+    `consumed` is the last line about each piece that was moved out of its
+    chunk file, `foreign` those about pieces that are not the artifact's.
+    """
+
+    pieces: tuple[PieceRecord, ...] = ()
+    arrived: tuple[Arrival, ...] = ()
+    consumed: tuple[Consumed, ...] = ()
+    foreign: tuple[Consumed, ...] = ()
+
+
+def partial_path(file: Path) -> Path:
+    """Return the unfinished form of `file`, in the same folder."""
+    return file.with_name(file.name + ".partial")
+
+
+def journal_path(file: Path) -> Path:
+    """Return the journal of the unfinished form of `file`."""
+    return file.with_name(file.name + ".partial.journal")
+
+
+def is_unfinished(name: str) -> bool:
+    """Check whether a name is that of an unfinished file, ours or recombine.sh's."""
+    return name.endswith((".partial", ".journal")) or ".recombine-partial" in name
+
+
+def parse_line(line: str) -> Record | None:
+    """Return the record on a line of a journal, or None where it cannot be understood."""
+    record: Record | None = parse_record(line, *_RECORDS)
+    return record
+
+
+def read_journal(file: Path, artifact: Artifact) -> Journal:
+    """Read the journal of the unfinished form of `file`; empty where either is missing."""
+    if not partial_path(file).is_file():
+        return Journal()
+    try:
+        text = read_bounded(journal_path(file), MAX_JOURNAL).decode(errors="replace")
+    except OSError:
+        return Journal()
+    return select(filter(None, map(parse_line, text.splitlines())), artifact)
+
+
+def select(records: Iterable[Record], artifact: Artifact) -> Journal:
+    """Return the records that are about pieces of an artifact."""
+    tiles, starts = artifact.tiles, [piece.offset for piece in artifact.tiles]
+    pieces: dict[int, PieceRecord] = {}
+    arrived: list[tuple[int, Arrival]] = []
+    moved: dict[tuple[int, str], Consumed] = {}
+    for record in records:
+        piece = tiles[max(0, bisect_right(starts, record.offset) - 1)]
+        if isinstance(record, Consumed):
+            moved[record.offset, record.piece] = record
+        elif isinstance(record, PieceRecord):
+            if record.is_of(piece):
+                pieces[record.offset] = record
+        elif record.piece == piece.sha256 and record.offset + record.size <= piece.end:
+            arrived.append((piece.offset, record))
+    sizes = {(piece.offset, piece.sha256): piece.size for piece in artifact.pieces}
+    consumed = [c for key, c in moved.items() if 0 < c.consumed <= sizes.get(key, 0)]
+    return Journal(
+        tuple(pieces[offset] for offset in sorted(pieces)),
+        tuple(arrival for offset, arrival in arrived if offset not in pieces),
+        tuple(sorted(consumed, key=lambda c: c.offset)),
+        tuple(c for key, c in moved.items() if c.consumed and key not in sizes),
+    )
