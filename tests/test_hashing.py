@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import WrongContent
 from csm_weights.hashing import BLOCK, HashJob, ShortRead, blob_id, feed, measure, sha256
-from csm_weights.transfer.reorder import Chain
+from csm_weights.transfer.reorder import InOrderDigest
 
 #: Bytes of the file that ranges are taken from: three blocks, and not whole.
 SIZE = 2 * BLOCK + 12_345
@@ -195,7 +195,7 @@ def test_an_interrupt_stops_the_tasks() -> None:
     assert told == [True]
 
 
-# ---- Chain
+# ---- InOrderDigest
 
 
 def starts_of(tiles: list[tuple[int, int]]) -> list[int]:
@@ -205,7 +205,7 @@ def starts_of(tiles: list[tuple[int, int]]) -> list[int]:
 class Worker:
     """One piece's worker, in the two steps that may interleave with others."""
 
-    def __init__(self, chain: Chain, fd: int, index: int, tile: tuple[int, int]) -> None:
+    def __init__(self, chain: InOrderDigest, fd: int, index: int, tile: tuple[int, int]) -> None:
         self.chain, self.fd, self.index, self.tile = chain, fd, index, tile
         self.began = False
 
@@ -226,7 +226,7 @@ def test_chain_is_the_whole_digest_in_any_order(
     fd: int, tiles: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     """However the beginnings and ends of pieces interleave, the whole digest is right."""
-    chain = Chain(fd, starts_of(tiles), threading.Event())
+    chain = InOrderDigest(fd, starts_of(tiles), threading.Event())
     workers = [Worker(chain, fd, i, tile) for i, tile in enumerate(tiles)]
     for index in data.draw(st.permutations([*range(len(tiles))] * 2)):
         assert chain.hexdigest() is None
@@ -240,7 +240,7 @@ def test_chain_has_no_digest_while_a_piece_is_unproven(
     fd: int, tiles: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     """One piece that was not proven leaves the whole without a digest."""
-    chain = Chain(fd, starts_of(tiles), threading.Event())
+    chain = InOrderDigest(fd, starts_of(tiles), threading.Event())
     workers = [Worker(chain, fd, i, tile) for i, tile in enumerate(tiles)]
     bad = data.draw(st.integers(0, len(tiles) - 1))
     for index in data.draw(st.permutations([*range(len(tiles))] * 2)):
@@ -255,13 +255,13 @@ def test_chain_is_right_under_threads(
 ) -> None:
     """Real threads that take pieces in any order end with the whole digest."""
     stop = threading.Event()
-    chain = Chain(fd, starts_of(tiles), stop)
+    chain = InOrderDigest(fd, starts_of(tiles), stop)
 
     def work(index: int) -> None:
         claimed = chain.claim(index)
         if claimed:
             feed(fd, *tiles[index], [claimed], ignore, stop)
-        chain.finish(index, claimed, proven=True)
+        chain.finish(index, claimed, verified=True)
 
     indices = list(range(len(tiles)))
     order.shuffle(indices)
@@ -271,12 +271,12 @@ def test_chain_is_right_under_threads(
 
 def test_pieces_in_order_are_claimed(fd: int) -> None:
     """Pieces that come in file order feed the chain themselves, so nothing is read twice."""
-    chain = Chain(fd, [0, 10, 20, SIZE], threading.Event())
+    chain = InOrderDigest(fd, [0, 10, 20, SIZE], threading.Event())
     for index, tile in enumerate([(0, 10), (10, 10), (20, SIZE - 20)]):
         claimed = chain.claim(index)
         assert claimed is not None
         feed(fd, *tile, [claimed], ignore)
-        chain.finish(index, claimed, proven=True)
+        chain.finish(index, claimed, verified=True)
     assert chain.hexdigest() == digest(DATA)
 
 

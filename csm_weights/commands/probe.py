@@ -40,27 +40,27 @@ class _FirstByte:
     def __init__(self, piece: Piece) -> None:
         self._at = piece.offset
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Nothing was taken."""
 
-    def take_file(self, fd: int, offset: int) -> None:
+    def copy_from(self, fd: int, offset: int) -> None:
         """Nothing is wanted of a local file."""
 
     def wanted(self) -> list[tuple[int, int]]:
         """The one byte."""
         return [(self._at, self._at + 1)]
 
-    def lend(self) -> Buffer:
+    def acquire_buffer(self) -> Buffer:
         """A block for it."""
         return Buffer()
 
-    def put(self, block: Buffer, offset: int, size: int) -> None:
+    def write(self, block: Buffer, offset: int, size: int) -> None:
         """It came, which is all that was asked."""
 
-    def prove(self, where: str) -> None:
+    def verify(self, where: str) -> None:
         """One byte has no digest."""
 
-    def note(self, findings: Sequence[Finding]) -> None:
+    def add_notes(self, findings: Sequence[Finding]) -> None:
         """Nothing to remember."""
 
 

@@ -24,7 +24,7 @@ from csm_weights.store import atomic
 from csm_weights.store.atomic import sync, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.lock import are_real, lock
-from csm_weights.transfer.reorder import Chain
+from csm_weights.transfer.reorder import InOrderDigest
 from csm_weights.verify.sums import SUMS, render_chunk_list
 
 #: Name of the lock in output/ that one split holds at a time.
@@ -114,7 +114,7 @@ def split_file(
     source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         cancel = threading.Event()
-        chain = Chain(source, [*(offset for offset, _ in ranges), size], cancel)
+        chain = InOrderDigest(source, [*(offset for offset, _ in ranges), size], cancel)
         tasks = [
             bind(_write_chunk_file, source, root, pieces, i, chain, on_progress)
             for i in range(len(pieces))
@@ -145,7 +145,7 @@ def _write_chunk_file(
     root: Path,
     pieces: Sequence[Piece],
     index: int,
-    chain: Chain,
+    chain: InOrderDigest,
     on_progress: OnProgress,
 ) -> str:
     """Copy one piece of `source` to its chunk file; return the sha256 of what was written."""
@@ -167,7 +167,7 @@ def _write_chunk_file(
                 os.fsync(target.fd)
         finally:
             target.close()
-    chain.finish(index, claimed, proven=True)
+    chain.finish(index, claimed, verified=True)
     if chunk_file.is_file() and (found := sha256_of(chunk_file)) != digest.hexdigest():
         unfinished.unlink(missing_ok=True)
         help_text = "move it away, or choose another --chunks folder"

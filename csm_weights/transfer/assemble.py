@@ -27,7 +27,7 @@ from csm_weights.store.atomic import create, let_go_if_linked, sync, write_all, 
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.journal import Arrival, Consumed, PieceRecord, journal_path, partial_path
 from csm_weights.store.receipts import VerifiedFile
-from csm_weights.transfer.reorder import Buffer, BufferPool, Chain, ReorderBuffer
+from csm_weights.transfer.reorder import Buffer, BufferPool, InOrderDigest, ReorderBuffer
 from csm_weights.transfer.source import NotAvailable, Source, SourceError
 from csm_weights.untrusted import dump_record
 
@@ -44,13 +44,13 @@ class Steps(Protocol):
 
     piece: Piece
 
-    def take_back(self, size: int) -> str:
+    def rehash(self, size: int) -> str:
         """Takes the piece's first `size` bytes from where they lie in the unfinished file.
 
-        Returns the hex sha256 of what was taken so far, as `take_step` does.
+        Returns the hex sha256 of what was taken so far, as `copy_step` does.
         """
 
-    def take_step(self, fd: int, start: int, size: int) -> str:
+    def copy_step(self, fd: int, start: int, size: int) -> str:
         """Takes the bytes `[start, start + size)` of the piece, from just there in `fd`.
 
         Raises OSError or EOFError where `fd` cannot be read that far.
@@ -63,7 +63,7 @@ class Steps(Protocol):
 class Consumer(Protocol):
     """Moves pieces out of their parts."""
 
-    def consume(self, sink: Steps) -> str:
+    def consume(self, writer: Steps) -> str:
         """Moves one piece into the sink and returns the place it came from; raises Broken."""
 
 
@@ -100,11 +100,11 @@ def assemble(
     all that is wrong; what was proven stays in the partials. Raises
     MissingInput, WrongContent, AccessRefused, NetworkFailed or NoSpace.
     """
-    cancel, blocks = cancel or threading.Event(), BufferPool()
+    cancel, buffers = cancel or threading.Event(), BufferPool()
     findings: dict[Finding, None] = {}
     done: list[VerifiedFile] = []
     for start in range(0, len(jobs), OPEN_FILES):
-        some = _assemble_some(jobs[start : start + OPEN_FILES], on_progress, cancel, blocks)
+        some = _assemble_some(jobs[start : start + OPEN_FILES], on_progress, cancel, buffers)
         findings |= dict.fromkeys(some[0])
         done += some[1]
     if findings:
@@ -113,12 +113,12 @@ def assemble(
 
 
 def _assemble_some(
-    jobs: Sequence[Assembly], on_progress: OnProgress, cancel: threading.Event, blocks: BufferPool
+    jobs: Sequence[Assembly], on_progress: OnProgress, cancel: threading.Event, buffers: BufferPool
 ) -> tuple[list[Finding], list[VerifiedFile]]:
     """What is wrong with some of the files, or else the files."""
     partials: list[_Partial] = []
     try:
-        partials.extend(_Partial(job, on_progress, cancel, blocks) for job in jobs)
+        partials.extend(_Partial(job, on_progress, cancel, buffers) for job in jobs)
         lanes = sorted(
             (lane, number)
             for number, partial in enumerate(partials)
@@ -152,11 +152,11 @@ class _Partial:
     """The unfinished file of one job, with its journal and whole-file digest."""
 
     def __init__(
-        self, job: Assembly, on_progress: OnProgress, cancel: threading.Event, blocks: BufferPool
+        self, job: Assembly, on_progress: OnProgress, cancel: threading.Event, buffers: BufferPool
     ) -> None:
         self.job = job
         self.tiles = job.artifact.tiles
-        self.blocks = blocks
+        self.buffers = buffers
         self.path = partial_path(job.target)
         self.on_progress = on_progress
         self.cancel = cancel
@@ -175,7 +175,7 @@ class _Partial:
             os.ftruncate(self.target.fd, job.artifact.size)
         self._device, self._is_named = os.fstat(self.target.fd).st_dev, False
         starts = [piece.offset for piece in self.tiles] + [job.artifact.size]
-        self._chain = Chain(self.target.fd, starts, cancel)
+        self._whole = InOrderDigest(self.target.fd, starts, cancel)
 
     def close(self) -> None:
         self.target.close()
@@ -200,49 +200,49 @@ class _Partial:
 
     def run_piece(self, index: int) -> None:
         """Proves piece `index` where it lies, or else has it delivered."""
-        sink = _PieceWriter(self, index, self._chain.claim(index))
+        writer = _PieceWriter(self, index, self._whole.claim(index))
         record: PieceRecord | None = None
         try:
-            record = self._consume(sink) or self._reprove(sink) or self._deliver(sink)
+            record = self._consume(writer) or self._reverify(writer) or self._deliver(writer)
         except NotAvailable:
-            self._findings[index] = (_missing(sink.piece),)
+            self._findings[index] = (_missing(writer.piece),)
         except SourceError as broken:
             self._findings[index] = broken.findings
         finally:
-            sink.close()
-        self._chain.finish(index, sink.whole, proven=record is not None)
+            writer.close()
+        self._whole.finish(index, writer.whole, verified=record is not None)
         if record:
             self._records[index] = record
-            self._git_sha1 = sink.git_sha1
+            self._git_sha1 = writer.git_sha1
 
-    def _consume(self, sink: _PieceWriter) -> PieceRecord | None:
-        if not self.job.consumer or sink.piece.offset not in self.job.consuming:
+    def _consume(self, writer: _PieceWriter) -> PieceRecord | None:
+        if not self.job.consumer or writer.piece.offset not in self.job.consuming:
             return None
-        sink.begin()
-        return self._proven(sink, self.job.consumer.consume(sink))
+        writer.reset()
+        return self._verified(writer, self.job.consumer.consume(writer))
 
-    def _reprove(self, sink: _PieceWriter) -> PieceRecord | None:
-        record = self._kept.get(sink.piece.offset)
+    def _reverify(self, writer: _PieceWriter) -> PieceRecord | None:
+        record = self._kept.get(writer.piece.offset)
         if record is None:
             return None
-        sink.begin()
-        sink.take_back(sink.piece.size)
+        writer.reset()
+        writer.rehash(writer.piece.size)
         try:
-            sink.prove(str(self.path))
+            writer.verify(str(self.path))
         except SourceError:
             return None
         return record
 
-    def _deliver(self, sink: _PieceWriter) -> PieceRecord:
-        piece = sink.piece
-        sink.begin()
-        sink.arrived = self._arrived(piece)
-        place = self.job.source.deliver(self.job.artifact, piece, sink)
-        return self._proven(sink, place)
+    def _deliver(self, writer: _PieceWriter) -> PieceRecord:
+        piece = writer.piece
+        writer.reset()
+        writer.arrived = self._arrived(piece)
+        place = self.job.source.deliver(self.job.artifact, piece, writer)
+        return self._verified(writer, place)
 
-    def _proven(self, sink: _PieceWriter, place: str) -> PieceRecord:
-        piece = sink.piece
-        sink.prove(place)
+    def _verified(self, writer: _PieceWriter, place: str) -> PieceRecord:
+        piece = writer.piece
+        writer.verify(place)
         record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
         self.journal(record)
         return record
@@ -283,7 +283,7 @@ class _Partial:
         return list(dict.fromkeys(findings))
 
     def _sha256(self) -> str:
-        digest = self._chain.hexdigest()
+        digest = self._whole.hexdigest()
         assert digest is not None, "every piece is proven, so the chain is complete"
         return digest
 
@@ -306,9 +306,9 @@ class _PieceWriter:
         self._before = claimed
         self._digest = sha256()
         self._git: Hasher | None = None
-        self._landing: ReorderBuffer | None = None
+        self._arriving: ReorderBuffer | None = None
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         self.close()
         self.arrived = ()
         self._digest = sha256()
@@ -321,21 +321,21 @@ class _PieceWriter:
 
     def close(self) -> None:
         """Ends what goes on in the background."""
-        if self._landing:
-            self._landing.close()
-        self._landing = None
+        if self._arriving:
+            self._arriving.close()
+        self._arriving = None
 
     @property
     def is_empty(self) -> bool:
-        return not self.arrived and (self._landing is None or self._landing.is_empty)
+        return not self.arrived and (self._arriving is None or self._arriving.is_empty)
 
     @property
     def git_sha1(self) -> str | None:
         """The git blob id of what was taken, where that is what proves it."""
         return self._git.hexdigest() if self._git else None
 
-    def take_file(self, fd: int, offset: int) -> None:
-        self.begin()
+    def copy_from(self, fd: int, offset: int) -> None:
+        self.reset()
         partial, piece = self._partial, self.piece
         # A piece that runs ahead of the whole digest is read again for it, so
         # it stays in the page cache; nobody needs the others there.
@@ -350,44 +350,44 @@ class _PieceWriter:
         )
 
     def wanted(self) -> list[tuple[int, int]]:
-        return self._blocks_land().wanted()
+        return self._reorder().wanted()
 
-    def lend(self) -> Buffer:
-        return self._partial.blocks.lend()
+    def acquire_buffer(self) -> Buffer:
+        return self._partial.buffers.acquire()
 
-    def put(self, block: Buffer, offset: int, size: int) -> None:
-        self._blocks_land().put(block, offset, size)
+    def write(self, buffer: Buffer, offset: int, size: int) -> None:
+        self._reorder().write(buffer, offset, size)
 
-    def _blocks_land(self) -> ReorderBuffer:
+    def _reorder(self) -> ReorderBuffer:
         partial, piece = self._partial, self.piece
-        if self._landing is None:
+        if self._arriving is None:
             # A file that broke off has left its bytes in the digests.
             arrived = self.arrived
-            self.begin()
+            self.reset()
             self.arrived = arrived
-            self._landing = ReorderBuffer(
+            self._arriving = ReorderBuffer(
                 partial.target,
                 piece.offset,
                 piece.end,
                 self._sinks(),
-                partial.blocks,
+                partial.buffers,
                 self.arrived,
                 self._journal_arrival,
                 partial.on_progress,
                 partial.cancel,
             )
-        return self._landing
+        return self._arriving
 
     def _journal_arrival(self, offset: int, size: int) -> None:
         self._partial.journal(Arrival(offset, size, self.piece.sha256))
 
-    def take_back(self, size: int) -> str:
+    def rehash(self, size: int) -> str:
         """Takes the piece's first `size` bytes from where they lie in the partial."""
         partial, fd = self._partial, self._partial.target.fd
         feed(fd, self.piece.offset, size, self._sinks(), partial.on_progress, partial.cancel)
         return self._digest.hexdigest()
 
-    def take_step(self, fd: int, start: int, size: int) -> str:
+    def copy_step(self, fd: int, start: int, size: int) -> str:
         """Writes a range of the piece; returns the digest of the piece so far."""
         partial, at = self._partial, self.piece.offset + start
         extent, direct = Extent(fd, start, size), self.whole is not None
@@ -406,11 +406,11 @@ class _PieceWriter:
             sinks.append(self.whole)
         return [sink for sink in sinks if sink is not None]
 
-    def note(self, findings: Sequence[Finding]) -> None:
+    def add_notes(self, findings: Sequence[Finding]) -> None:
         self._partial.notes += findings
 
-    def prove(self, where: str) -> None:
-        if self._landing and not self._landing.finish():
+    def verify(self, where: str) -> None:
+        if self._arriving and not self._arriving.finish():
             short = f"{self.piece.size:,} bytes of the piece at byte {self.piece.offset:,}"
             raise SourceError([Finding(Kind.WRONG_SIZE, where, short, "fewer")])
         pinned, found = self.piece.sha256, self._digest.hexdigest()

@@ -209,35 +209,35 @@ class Consuming:
         self._root = root
         self._stakes = stakes
 
-    def consume(self, sink: Steps) -> str:
+    def consume(self, writer: Steps) -> str:
         """See `Consumer`; the place is the part's path relative to the root."""
-        piece = sink.piece
+        piece = writer.piece
         stake = self._stakes[piece.offset]
-        if sink.take_back(stake.moved) != stake.marks[0][1]:
+        if writer.rehash(stake.moved) != stake.marks[0][1]:
             where = f"the unfinished file, where {piece.part} has moved"
             raise SourceError([Finding.changed(where)])
         # Also where nothing has moved: the journal may say of a part that is whole again
         # that it was consumed.
-        sink.secure(stake.moved)
+        writer.secure(stake.moved)
         if stake.seen is None:
             return piece.part
         try:
             with _open(self._root / piece.part, os.O_RDWR) as fd:
-                _move(fd, stake, stake.seen, sink)
+                _move(fd, stake, stake.seen, writer)
         except (OSError, EOFError) as error:
             raise SourceError([Finding.unreadable(piece.part, error)]) from None
         return piece.part
 
 
-def _move(fd: int, stake: Stake, seen: Fingerprint, sink: Steps) -> None:
+def _move(fd: int, stake: Stake, seen: Fingerprint, writer: Steps) -> None:
     """Moves what is left of a part, step by step."""
     piece = stake.piece
     at = stake.moved
     for end, digest in stake.marks:
         if end > at:
-            if sink.take_step(fd, at, end - at) != digest:
+            if writer.copy_step(fd, at, end - at) != digest:
                 raise SourceError([Finding.changed(piece.part)])
-            sink.secure(end)
+            writer.secure(end)
         if Fingerprint.of(os.fstat(fd)) != seen:
             raise SourceError([Finding.changed(piece.part)])
         if end:

@@ -1,4 +1,4 @@
-"""Sources on this machine's disks: the chunk files, or a whole copy of the artifact."""
+"""Sources on this machine's disks: chunk files, and copies of the whole artifact."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ChunkFiles:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
         """See `Source`; the place is the chunk file's path relative to the root."""
-        _deliver(self._root / piece.part, piece.part, piece.size, 0, sink)
+        _deliver(self._root / piece.part, piece.part, piece.size, 0, writer)
         return piece.part
 
 
@@ -31,14 +31,15 @@ class WholeFile:
         self._path = path
         self._size = size
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         """See `Source`; the place is the file's path."""
         size = artifact.size if self._size is None else self._size
-        _deliver(self._path, str(self._path), size, piece.offset, sink)
+        _deliver(self._path, str(self._path), size, piece.offset, writer)
         return str(self._path)
 
 
-def _deliver(path: Path, where: str, size: int, offset: int, sink: PieceWriter) -> None:
+def _deliver(path: Path, where: str, size: int, offset: int, writer: PieceWriter) -> None:
+    """Write a piece from byte `offset` of a regular file of `size` bytes."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -48,15 +49,12 @@ def _deliver(path: Path, where: str, size: int, offset: int, sink: PieceWriter) 
     try:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode) or before.st_size != size:
-            finding = Finding(
-                Kind.WRONG_SIZE, where, f"{size:,} bytes", f"{before.st_size:,} bytes"
-            )
-            raise SourceError([finding])
-        try:
-            sink.take_file(fd, offset)
-        except (OSError, EOFError) as error:
-            raise SourceError([Finding.unreadable(where, error)]) from None
+            sizes = (f"{size:,} bytes", f"{before.st_size:,} bytes")
+            raise SourceError([Finding(Kind.WRONG_SIZE, where, *sizes)])
+        writer.copy_from(fd, offset)
         if Fingerprint.of(os.fstat(fd)) != Fingerprint.of(before):
             raise SourceError([Finding.changed(where)])
+    except (OSError, EOFError) as error:
+        raise SourceError([Finding.unreadable(where, error)]) from None
     finally:
         os.close(fd)

@@ -14,13 +14,13 @@ from csm_weights.hashing import Hasher, feed, sha256
 from csm_weights.store.block_io import OutputFile
 
 
-class Chain:
-    """A whole-file digest that grows in file order while pieces finish in any.
+class InOrderDigest:
+    """A whole-file digest that grows in file order while pieces finish in any order.
 
     `starts` are the first bytes of the pieces and, last, the file's size. A
-    worker that begins just the piece the chain waits for may `claim` it and
-    feed both digests from one read; pieces that finish ahead of the chain
-    are read again (from the page cache, as a rule) when their turn comes.
+    worker that begins the piece whose turn it is may `claim` the digest and
+    feed it and its own from one read; pieces that finish earlier are read again
+    (from the page cache, as a rule) when their turn comes.
     """
 
     def __init__(self, fd: int, starts: Sequence[int], cancel: threading.Event) -> None:
@@ -34,26 +34,26 @@ class Chain:
         self._finished: set[int] = set()
 
     def claim(self, index: int) -> Hasher | None:
-        """The digest to feed with piece `index`, if it is that piece's turn."""
+        """Return the digest to feed with piece `index`, if it is that piece's turn."""
         with self._lock:
             if self._busy or index != self._next:
                 return None
             self._busy = True
             return self._state.copy()
 
-    def finish(self, index: int, claimed: Hasher | None, proven: bool) -> None:
-        """Reports piece `index` done; a claimed digest counts only if it was proven."""
+    def finish(self, index: int, claimed: Hasher | None, verified: bool) -> None:
+        """Report piece `index` done; a claimed digest counts only if the piece was verified."""
         with self._lock:
             if claimed is not None:
                 self._busy = False
-                if proven:
+                if verified:
                     self._state, self._next = claimed, index + 1
-            elif proven:
+            elif verified:
                 self._finished.add(index)
         self._catch_up()
 
     def _catch_up(self) -> None:
-        """Reads what finished ahead of the chain; one worker at a time does so."""
+        """Read the finished pieces whose turn has come; one worker at a time does so."""
         while True:
             with self._lock:
                 if self._busy or self._next not in self._finished:
@@ -66,20 +66,20 @@ class Chain:
                 self._busy = False
 
     def hexdigest(self) -> str | None:
-        """The digest of the whole, or None while a piece is unproven."""
+        """Return the digest of the whole, or None while a piece is not verified."""
         return self._state.hexdigest() if self._next == len(self._starts) - 1 else None
 
 
-#: Bytes of a block: what is lost of each line when a run is killed.
+#: Bytes of a buffer: what each stream loses when a run is killed.
 BLOCK = 2 << 20
 
-#: Blocks that may wait in memory for their turn, over all files: 48 MiB.
+#: Buffers that may wait in memory for their turn, over all files: 48 MiB.
 HELD = 24
 
-#: Bytes read back at a time, before the hashing looks whether it is still wanted.
+#: Bytes read back at a time, before the hashing checks whether it was cancelled.
 READ_BACK = 8 * BLOCK
 
-#: Seconds after which a thread that waits looks whether the run was stopped.
+#: Seconds after which a thread that waits checks whether the run was cancelled.
 MOMENT = 0.1
 
 
@@ -92,36 +92,31 @@ class Buffer:
 
 
 class BufferPool:
-    """The blocks of a run, used again and again; at most `held` of them wait in memory."""
+    """The buffers of a run, used again and again; at most `held` of them wait in memory."""
 
     def __init__(self, held: int = HELD) -> None:
         self._free: list[Buffer] = []
         self._lock = threading.Lock()
-        self._may_hold = held
+        self._room = held
 
-    def lend(self) -> Buffer:
-        """A block; there are as many as there are lines, and those that wait."""
+    def acquire(self) -> Buffer:
+        """Return a buffer; there are as many as there are streams, and those that wait."""
         with self._lock:
             return self._free.pop() if self._free else Buffer()
 
-    def hold(self, always: bool = False) -> bool:
-        """Whether one more block waits in memory, past the limit if `always`; see `release`."""
+    def reserve(self, always: bool = False) -> bool:
+        """Return whether one more buffer may wait in memory, past the limit if `always`."""
         with self._lock:
-            if self._may_hold <= 0 and not always:
+            if self._room <= 0 and not always:
                 return False
-            self._may_hold -= 1
+            self._room -= 1
             return True
 
-    def release(self, block: Buffer) -> None:
-        """Takes back a block that waited."""
+    def release(self, buffer: Buffer, reserved: bool = False) -> None:
+        """Take back a buffer, and the room that was `reserved` for it."""
         with self._lock:
-            self._may_hold += 1
-            self._free.append(block)
-
-    def give_back(self, block: Buffer) -> None:
-        """Takes back a block that did not wait."""
-        with self._lock:
-            self._free.append(block)
+            self._room += reserved
+            self._free.append(buffer)
 
 
 class ReorderBuffer:
@@ -139,7 +134,7 @@ class ReorderBuffer:
         start: int,
         end: int,
         sinks: Sequence[Hasher],
-        blocks: BufferPool,
+        buffers: BufferPool,
         arrived: Sequence[tuple[int, int]],
         record: Callable[[int, int], None],
         on_progress: OnProgress,
@@ -148,10 +143,10 @@ class ReorderBuffer:
         self._target = target
         self._next, self._start, self._end = start, start, end
         self._sinks = sinks
-        self._blocks = blocks
+        self._buffers = buffers
         self._record = record
-        self._tick = on_progress
-        self._stop = cancel
+        self._on_progress = on_progress
+        self._cancel = cancel
         self._arrived = Ranges(arrived)
         self._waiting: dict[int, tuple[Buffer, int]] = {}
         self._changed = threading.Condition()
@@ -164,7 +159,7 @@ class ReorderBuffer:
         self._hashed = self._hasher.submit(self._hash_all)
 
     def wanted(self) -> list[tuple[int, int]]:
-        """The ranges that have not arrived."""
+        """Return the ranges that have not arrived."""
         with self._changed:
             return self._arrived.missing(self._start, self._end)
 
@@ -174,51 +169,54 @@ class ReorderBuffer:
         with self._changed:
             return not self._arrived
 
-    def put(self, block: Buffer, offset: int, size: int) -> None:
-        """Writes a block's first `size` bytes to byte `offset`, and leaves it to be hashed."""
-        if self._stop.is_set():
+    def write(self, buffer: Buffer, offset: int, size: int) -> None:
+        """Write a buffer's first `size` bytes to byte `offset`, and leave it to be hashed.
+
+        Raises Cancelled, or ValueError where bytes of it have arrived already.
+        """
+        if self._cancel.is_set():
             raise Cancelled
         if not size:
-            self._blocks.give_back(block)
+            self._buffers.release(buffer)
             return
         if self._hashed.done():
-            self._hashed.result()  # raises what the hashing died of
+            self._hashed.result()  # raises what ended the hashing
         with self._changed:
             if self._arrived.missing(offset, offset + size) != [(offset, offset + size)]:
                 raise ValueError(f"bytes [{offset}, {offset + size}) have arrived already")
-        with block.view[:size] as data:
+        with buffer.view[:size] as data:
             self._target.write(data, offset, direct=True)
         self._record(offset, size)
-        self._tick(size)
+        self._on_progress(size)
         may_wait = self._may_wait(offset)
         with self._changed:
             if may_wait:
-                self._waiting[offset] = block, size
+                self._waiting[offset] = buffer, size
             else:
-                self._blocks.give_back(block)
+                self._buffers.release(buffer)
             self._arrived.add(offset, offset + size)
             self._changed.notify_all()
 
     def _may_wait(self, offset: int) -> bool:
-        """Whether a block waits in memory; the one whose turn it is always does.
+        """Return whether a block waits in memory; the one whose turn it is always does.
 
-        While the hashing goes on, a line waits for room rather than running
-        further ahead; when the hashing has waited a moment for another line,
+        While the hashing goes on, a stream waits for room rather than running
+        further ahead; when the hashing has waited a moment for another stream,
         it does not.
         """
-        while not self._blocks.hold(always=offset == self._next):
+        while not self._buffers.reserve(always=offset == self._next):
             with self._changed:
                 since = self._starved_since
                 is_starved = since is not None and time.monotonic() - since > MOMENT
                 if is_starved or self._hashed.done():
                     return False
                 self._changed.wait(MOMENT)
-            if self._stop.is_set():
+            if self._cancel.is_set():
                 raise Cancelled
         return True
 
     def finish(self) -> bool:
-        """Waits until what arrived is hashed, once nothing more is put; whether that is all."""
+        """Wait until what arrived is hashed, once nothing more comes; return whether it is all."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
@@ -226,14 +224,14 @@ class ReorderBuffer:
         return self._next == self._end
 
     def close(self) -> None:
-        """Ends the hashing where it is, and lets go of the blocks that wait."""
+        """End the hashing where it is, and release the buffers that wait."""
         with self._changed:
             self._is_over = self._is_closed = True
             self._changed.notify_all()
         self._hasher.shutdown()
         self._others.shutdown()
-        for block, _ in self._waiting.values():
-            self._blocks.release(block)
+        for buffer, _ in self._waiting.values():
+            self._buffers.release(buffer, reserved=True)
         self._waiting.clear()
 
     def _hash_all(self) -> None:
@@ -248,7 +246,7 @@ class ReorderBuffer:
                         return
                     self._starved_since = self._starved_since or time.monotonic()
                     self._changed.wait(MOMENT)
-                    if self._stop.is_set():
+                    if self._cancel.is_set():
                         raise Cancelled
                     continue
                 self._starved_since = None
@@ -256,18 +254,18 @@ class ReorderBuffer:
                 self._hash_block(*here)
             else:
                 fd, size = self._target.fd, end - self._next
-                feed(fd, self._next, size, self._sinks, lambda _: None, self._stop)
+                feed(fd, self._next, size, self._sinks, lambda _: None, self._cancel)
                 self._next = end
 
-    def _hash_block(self, block: Buffer, size: int) -> None:
+    def _hash_block(self, buffer: Buffer, size: int) -> None:
         try:
-            with block.view[:size] as data:
+            with buffer.view[:size] as data:
                 others = [self._others.submit(sink.update, data) for sink in self._sinks[1:]]
                 self._sinks[0].update(data)
                 for other in others:
                     other.result()
         finally:
-            self._blocks.release(block)
+            self._buffers.release(buffer, reserved=True)
         with self._changed:
             self._next += size
             self._changed.notify_all()

@@ -1,8 +1,7 @@
-"""Where the bytes of a piece may come from: one narrow interface for all.
+"""Sources: the narrow protocol by which the bytes of a piece are delivered.
 
-A source puts a piece's bytes into a `PieceWriter` and says who it is; it never
-judges them. The sink knows the digest, so a source cannot vouch for itself.
-Which source is asked next is composition: `first_of(chunks, hub, ...)`.
+A source writes a piece's bytes into a `PieceWriter` and returns where they came
+from; the writer verifies them, so no source vouches for itself.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from csm_weights.transfer.reorder import Buffer
 
 
 class NotAvailable(Exception):
-    """The source does not have this piece; another one may."""
+    """A source does not have a piece; another one may."""
 
 
 class SourceError(Exception):
-    """The source has the piece, but not the right bytes, or cannot give them."""
+    """A source has a piece, but with wrong bytes, or cannot deliver it."""
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         super().__init__("; ".join(f.line() for f in findings))
@@ -28,51 +27,51 @@ class SourceError(Exception):
 
 
 class PieceWriter(Protocol):
-    """Takes the bytes of one piece and proves them.
+    """The unfinished file, as the source of one piece sees it.
 
-    They come as a local file (`take_file`), or in blocks in any order and
-    from several threads (`wanted`, `lend`, `put`). What was put stays when a
-    source breaks off: the next one is asked for the rest.
+    Bytes come from a local file (`copy_from`), or in buffers, in any order and
+    from several threads (`wanted`, `acquire_buffer`, `write`). What was written
+    stays when a source fails: the next one is asked for the rest.
     """
 
-    def begin(self) -> None:
-        """Forgets what was taken."""
+    def reset(self) -> None:
+        """Forget what was written."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was taken yet, in this run or in one before."""
+        """Whether nothing was written yet, in this run or in one before."""
 
-    def take_file(self, fd: int, offset: int) -> None:
-        """Takes the piece from the local file `fd`, where it begins at byte `offset`.
+    def copy_from(self, fd: int, offset: int) -> None:
+        """Copy the piece from the local file `fd`, where it begins at byte `offset`.
 
-        The caller makes sure that the file did not change meanwhile.
-
-        Raises OSError or EOFError when the file cannot be read that far.
+        The caller makes sure that the file did not change meanwhile. Raises
+        OSError or EOFError where it cannot be read that far.
         """
 
     def wanted(self) -> list[tuple[int, int]]:
-        """The half-open ranges of the artifact's bytes that are still to be put, in order."""
+        """Return the half-open ranges of the artifact's bytes that are still to be written."""
 
-    def lend(self) -> Buffer:
-        """An empty block to be filled; it goes back by `put`."""
+    def acquire_buffer(self) -> Buffer:
+        """Return an empty buffer; it goes back by `write`."""
 
-    def put(self, block: Buffer, offset: int, size: int) -> None:
-        """Takes the first `size` bytes of a block, which belong at byte `offset`."""
+    def write(self, buffer: Buffer, offset: int, size: int) -> None:
+        """Write the first `size` bytes of a buffer to byte `offset` of the artifact."""
 
-    def prove(self, where: str) -> None:
-        """Raises Broken, naming `where`, unless the bytes taken have the digest."""
+    def verify(self, where: str) -> None:
+        """Raise SourceError, naming `where`, unless the bytes written have the digest."""
 
-    def note(self, findings: Sequence[Finding]) -> None:
-        """Remembers what was wrong with sources, though another one delivered."""
+    def add_notes(self, findings: Sequence[Finding]) -> None:
+        """Keep what was wrong with sources for which another one stepped in."""
 
 
 class Source(Protocol):
-    """One place that may hold pieces."""
+    """One place that may have pieces."""
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
-        """Puts the piece into `sink` and returns the place it came from.
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+        """Write the piece, and return the place it came from: a path or URL without secrets.
 
-        Raises Absent when it is not here, Broken when it is and cannot be used.
+        Raises NotAvailable where it is not here, SourceError where it is and
+        cannot be used.
         """
 
 
@@ -80,40 +79,41 @@ class _FirstOf:
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         findings: list[Finding] = []
         for source in self._sources:
             try:
-                place = _proven(source, artifact, piece, sink)
+                place = _deliver_verified(source, artifact, piece, writer)
             except NotAvailable:
                 continue
-            except SourceError as broken:
-                findings += broken.findings
+            except SourceError as error:
+                findings += error.findings
             else:
-                sink.note(findings)
+                writer.add_notes(findings)
                 return place
         if findings:
             raise SourceError(findings)
         raise NotAvailable
 
 
-def _proven(source: Source, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
-    """What one source delivers, proven; a source is blamed only for bytes that are all its own."""
-    is_its_own = sink.is_empty
-    place = source.deliver(artifact, piece, sink)
+def _deliver_verified(source: Source, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+    """Deliver a piece and verify it; wrong bytes that are not all the source's get a second try."""
+    is_its_own = writer.is_empty
+    place = source.deliver(artifact, piece, writer)
     try:
-        sink.prove(place)
+        writer.verify(place)
     except SourceError:
-        sink.begin()
+        writer.reset()
         if is_its_own:
             raise
-        return _proven(source, artifact, piece, sink)
+        return _deliver_verified(source, artifact, piece, writer)
     return place
 
 
 def first_of(*sources: Source) -> Source:
-    """A source that asks each in turn until one delivers proven bytes.
+    """Return a source that asks each in turn until one delivers the right bytes.
 
-    Raises Broken with every source's finding, or Absent when none has it.
+    It raises SourceError with every source's finding, or NotAvailable where none
+    has the piece.
     """
     return _FirstOf(sources)

@@ -80,22 +80,22 @@ class Counting:
         self.source = source
         self.asked: list[int] = []
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         self.asked.append(piece.offset)
-        return self.source.deliver(artifact, piece, sink)
+        return self.source.deliver(artifact, piece, writer)
 
 
 class Nowhere:
     """A source that has nothing."""
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
         raise NotAvailable
 
 
 class Refusing:
     """A source that has everything and gives nothing, telling why."""
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
         raise SourceError([Finding(Kind.UNREADABLE, f"refused {piece.offset}", "bytes", "none")])
 
 
@@ -310,16 +310,16 @@ def test_a_part_that_is_written_meanwhile_is_told(shop: Shop) -> None:
     """A part that changes during the read does not count, even if its digest fits."""
 
     class Touching(ChunkFiles):
-        def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:
-            touching = cast(PieceWriter, _TouchingSink(sink, shop.part(0)))
+        def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+            touching = cast(PieceWriter, _TouchingWriter(writer, shop.part(0)))
             return super().deliver(artifact, piece, touching)
 
-    class _TouchingSink:
-        def __init__(self, sink: PieceWriter, part: Path) -> None:
-            self.sink, self.part = sink, part
+    class _TouchingWriter:
+        def __init__(self, writer: PieceWriter, part: Path) -> None:
+            self.writer, self.part = writer, part
 
-        def take_file(self, fd: int, offset: int) -> None:
-            self.sink.take_file(fd, offset)
+        def copy_from(self, fd: int, offset: int) -> None:
+            self.writer.copy_from(fd, offset)
             os.utime(self.part, ns=(1, 1))
 
     with pytest.raises(WrongContent) as caught:

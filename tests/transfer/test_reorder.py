@@ -63,9 +63,9 @@ class Strip:
     def put(self, index: int) -> None:
         """Puts one of the six blocks."""
         data = DATA[index * BLOCK : (index + 1) * BLOCK]
-        block = self.blocks.lend()
+        block = self.blocks.acquire()
         block.view[: len(data)] = data
-        self.landing.put(block, START + index * BLOCK, len(data))
+        self.landing.write(block, START + index * BLOCK, len(data))
 
     def digests(self) -> set[str]:
         return {sink.hexdigest() for sink in self.sinks}
@@ -127,12 +127,12 @@ def test_what_an_earlier_run_wrote_is_read_back(strip: Strip) -> None:
     strip.target.write(memoryview(DATA[: 2 * BLOCK + 5]), START, direct=False)
     strip.landing.close()
     strip.landing = strip.land([(START, START + 2 * BLOCK + 5)])
-    block = strip.blocks.lend()
+    block = strip.blocks.acquire()
     rest = DATA[2 * BLOCK + 5 : 3 * BLOCK]
     block.view[: len(rest)] = rest
     for index in (5, 4, 3):
         strip.put(index)
-    strip.landing.put(block, START + 2 * BLOCK + 5, len(rest))
+    strip.landing.write(block, START + 2 * BLOCK + 5, len(rest))
     assert strip.landing.finish()
     assert strip.digests() == RIGHT
 
@@ -151,9 +151,9 @@ def test_blocks_are_used_again(strip: Strip) -> None:
     """In order, six blocks need no more memory than two."""
     lent = set()
     for index in range(COUNT):
-        block = strip.blocks.lend()
+        block = strip.blocks.acquire()
         lent.add(id(block))
-        strip.blocks.give_back(block)
+        strip.blocks.release(block)
         strip.put(index)
         while strip.landing._next < START + index * BLOCK:
             pass
@@ -246,7 +246,7 @@ def test_blocks_go_back_when_a_landing_is_given_up(tmp_path: Path) -> None:
     for index in (2, 3, 4):
         strip.put(index)
     strip.landing.close()
-    assert [strip.blocks.hold() for _ in range(4)] == [True, True, True, False]
+    assert [strip.blocks.reserve() for _ in range(4)] == [True, True, True, False]
 
 
 def test_who_puts_hears_that_the_hashing_has_died(tmp_path: Path) -> None:

@@ -278,11 +278,11 @@ def test_every_block_that_arrives_is_journaled(tmp_path: Path) -> None:
 class BreakingOff:
     """A disk that gives the first bytes of a part, and then an error."""
 
-    def deliver(self, artifact: Artifact, piece: Piece, sink: PieceWriter) -> str:  # noqa: ARG002
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
         with tempfile.TemporaryFile() as file:
             file.write(b"x" * 100_000)
             try:
-                sink.take_file(file.fileno(), 0)
+                writer.copy_from(file.fileno(), 0)
             except EOFError:
                 wrong = Finding(Kind.UNREADABLE, "part", "bytes", "an error", "check the disk")
                 raise SourceError([wrong]) from None

@@ -309,7 +309,7 @@ class _RangeStream:
                 raise Cancelled
             # Blocks lie on a grid, whatever byte a line goes on from.
             room = min(self.end, (self.at // BLOCK + 1) * BLOCK) - self.at
-            block, trouble, size = sink.lend(), None, 0
+            block, trouble, size = sink.acquire_buffer(), None, 0
             try:
                 while size < room:
                     with block.view[size : min(room, size + READ)] as view:
@@ -317,7 +317,7 @@ class _RangeStream:
             except TransientError as error:
                 trouble = error
             self.is_reading(False)
-            sink.put(block, self.at, size)
+            sink.write(block, self.at, size)
             self.is_reading(True)
             self.at += size
             if trouble:
