@@ -1,0 +1,5 @@
+"""The pictures of the documentation, drawn from text in the repository, without other programs.
+
+`python -m tools.pictures` draws docs/architecture.svg from the layers in pyproject.toml, the
+first line of each room's docstring and the list in docs/architecture.md.
+"""
