@@ -66,7 +66,9 @@ check_file() { # FILE INDEX: whether it is what the list says; sets found
   [[ ${wholes[$2]:-$found} == "$found" && ${blobs[$2]:-$pointer} == "$pointer" ]]
 }
 
-model=csm-1b format=''
+model=csm-1b format='' partial=''
+trap 'if [[ -f $partial ]]; then rm -f "$partial"; fi' EXIT
+trap 'say "recombine.sh: interrupted; what was there before is as it was"; exit 130' INT TERM HUP
 while (($#)); do
   case $1 in
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
@@ -93,9 +95,7 @@ fi
 for ((i = 0; i < ${#chunks[@]}; i++)); do check_chunk "${chunks[i]}" "${sums[i]}"; done
 ((code == 0)) || die "$code" "nothing was written; see above"
 
-partial='' starts+=("${#chunks[@]}")
-trap 'if [[ -f $partial ]]; then rm -f "$partial"; fi' EXIT
-trap 'say "recombine.sh: interrupted; what was there before is as it was"; exit 130' INT TERM HUP
+starts+=("${#chunks[@]}")
 for ((n = 0; n < ${#files[@]}; n++)); do
   final=$output/${files[n]##*/}
   if [[ -f $final ]] && check_file "$final" "$n"; then
