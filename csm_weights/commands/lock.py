@@ -23,6 +23,7 @@ from csm_weights.pipeline.session import Session, begin, gate_error
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import ArtifactState, State
+from csm_weights.store.receipts import VerifiedFile
 from csm_weights.verify import gates
 
 
@@ -71,13 +72,13 @@ def _shown(
     items: Sequence[ArtifactState], session: Session, on_progress: OnProgress
 ) -> list[Artifact]:
     """The entries of files that keep their pieces, with what hashing them shows."""
-    proofs = gates.prove([session.subject(i.artifact, i.installed) for i in items], on_progress)
-    _require([finding for proof in proofs for finding in proof.findings])
+    found = gates.verify([session.subject(i.artifact, i.installed) for i in items], on_progress)
+    _require([f for file in found if isinstance(file, gates.Rejected) for f in file.findings])
     return [
-        pin.locked(pin.recomputed(item.artifact), proof.sha256 or "")
-        if item.installed.size == item.artifact.size
+        pin.locked(pin.recomputed(item.artifact), file.sha256)
+        if isinstance(file, VerifiedFile) and file.size == item.artifact.size
         else item.artifact
-        for item, proof in zip(items, proofs, strict=True)
+        for item, file in zip(items, found, strict=True)
     ]
 
 

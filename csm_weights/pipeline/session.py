@@ -21,7 +21,7 @@ from csm_weights.pipeline.plan import (
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install, journal
-from csm_weights.store.inspect import FileState, FileStatus, Paths, State, inspect
+from csm_weights.store.inspect import FileStatus, Paths, State, inspect
 from csm_weights.store.leftovers import leftovers
 from csm_weights.store.receipts import Receipt, VerifiedFile
 from csm_weights.transfer.policy import HUB, SourcePolicy
@@ -78,36 +78,26 @@ class Session:
 
     def subject(self, artifact: Artifact, file: FileStatus) -> gates.Subject:
         """Return an inspected file as the gates take it."""
-        mend = f"inv weights --model {self.manifest.name}"
-        finding = file.finding
-        if file.state is FileState.ABSENT:
-            finding = Finding.missing(file.path, artifact.size, mend)
-        trusted = file.state is FileState.VERIFIED
-        return gates.Subject(artifact, file.path, file.size, finding, file.receipt, trusted, mend)
+        return gates.Subject(artifact, file, f"inv weights --model {self.manifest.name}")
 
     def gate(self, state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
         """Run every gate over the installed files; see `gates.check`."""
         subjects = [self.subject(item.artifact, item.installed) for item in state.artifacts]
-        to_hash = [s for s in subjects if not s.finding and (rehash or not s.trusted)]
+        to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
         label = label_for("verifying", [s.artifact.path for s in to_hash or subjects])
-        with Progress(label, sum(s.size or 0 for s in to_hash)) as progress:
+        with Progress(label, sum(s.file.size or 0 for s in to_hash)) as progress:
             return tuple(gates.check(subjects, rehash, progress.advance))
 
     def verify(self, files: Sequence[tuple[Artifact, FileStatus]]) -> list[VerifiedFile | None]:
         """Hash files; a file that is wrong gives None, and counts as wrong from now on."""
         subjects = [self.subject(artifact, file) for artifact, file in files]
         label = label_for("verifying", [artifact.path for artifact, _ in files])
-        with Progress(label, sum(subject.size or 0 for subject in subjects)) as progress:
-            proofs = gates.prove(subjects, progress.advance)
-        return [self._judge(proof) for proof in proofs]
-
-    def _judge(self, proof: gates.Proof) -> VerifiedFile | None:
-        path = proof.subject.path
-        if finding := proof.finding():
-            self.known_bad[path], self.good[path] = finding, proof.good
-            return None
-        assert proof.sha256 and proof.fingerprint, "a proof without findings is whole"
-        return VerifiedFile(path, proof.sha256, proof.records, proof.fingerprint, proof.git_sha1)
+        with Progress(label, sum(file.size or 0 for _, file in files)) as progress:
+            found = gates.verify(subjects, progress.advance)
+        for file in found:
+            if isinstance(file, gates.Rejected):
+                self.known_bad[file.path], self.good[file.path] = file.finding(), file.good
+        return [file if isinstance(file, VerifiedFile) else None for file in found]
 
     def remove_leftovers(self, state: State, is_staged: bool) -> bool:
         """Remove the leftovers of verified files, each durably; return whether there were any."""

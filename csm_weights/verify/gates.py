@@ -1,32 +1,33 @@
-"""The gates: present, exact size, structure, digest; all findings, never a repair.
+"""The gates: present, exact size, structure, digest.
 
-A gate that cannot say anything because a cheaper one failed is reported as
-not run, which is not a pass.
+They yield every finding and repair nothing. A gate that cannot run because a
+cheaper one failed is reported as not run, which is not a pass.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
-from csm_weights.files import Fingerprint
+from csm_weights.files import Fingerprint, read_bounded
 from csm_weights.formats import format_named
 from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.tensor_index import check_against
 from csm_weights.hashing import Digests, HashJob, ShortRead, measure, sha256_of
 from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.types import Artifact, Edition, Piece
+from csm_weights.store.inspect import FileState, FileStatus
 from csm_weights.store.journal import PieceRecord
-from csm_weights.store.receipts import Receipt
+from csm_weights.store.receipts import Receipt, VerifiedFile
 
-#: A config.json is a few kilobytes; more than this is not one.
+#: Most bytes read of a config.json: it has a few thousand.
 MAX_CONFIG = 1 << 20
 
-#: Findings that say that there is no file to look into.
+#: Kinds of findings that say that there is no file to look into.
 _NOT_PRESENT = frozenset({Kind.MISSING, Kind.UNREADABLE})
 
 
@@ -41,33 +42,46 @@ class Gate(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Subject:
-    """One file to be gated.
-
-    `finding` is what a look at its stat found wrong. `trusted` says that its
-    receipt still fits its stat, so that its digest need not be taken again.
-    `mend` is the command that puts the right file in its place.
-    """
+    """An inspected file to be gated; `mend` is the command that gets the right one."""
 
     artifact: Artifact
-    path: Path
-    size: int | None
-    finding: Finding | None = None
-    receipt: Receipt | None = None
-    trusted: bool = False
+    file: FileStatus
     mend: str = "inv weights"
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.file.path
+
+    @property
+    def finding(self) -> Finding | None:
+        """What inspecting the file found wrong, or that it is absent."""
+        if self.file.state is FileState.ABSENT:
+            return Finding.missing(self.path, self.artifact.size, self.mend)
+        return self.file.finding
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """The receipt, where it still fits the file's stat: the digest is known by it."""
+        return self.file.receipt if self.file.state is FileState.VERIFIED else None
 
     @property
     def edition(self) -> Edition:
         """The accepted edition that has this file's size, or the pinned one."""
         editions = self.artifact.editions
-        return next((e for e in editions if e.size == self.size), editions[0])
+        return next((e for e in editions if e.size == self.file.size), editions[0])
+
+    @property
+    def is_pinned(self) -> bool:
+        """True for the edition that the manifest pins, False for an alternative."""
+        return self.edition == self.artifact.editions[0]
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """What one gate says of one file; `ok` is None where it could not run.
+    """The result of one gate for one file; `ok` is None where it could not run.
 
-    `sha256` is the whole file's, where the digest gate came to know it.
+    `sha256` is the whole file's, where the digest gate passed.
     """
 
     gate: Gate
@@ -80,38 +94,31 @@ class GateResult:
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What hashing a file found: its whole sha256 where known, or what is wrong.
+class Rejected:
+    """A file that hashing has found wrong.
 
-    `fingerprint` is the file's stat while it was hashed, None where it has gone.
-    `good` are the offsets of the pieces that are right in a file that is not.
+    `good` are the offsets of the pieces that are right all the same.
     """
 
-    subject: Subject
-    sha256: str | None
+    path: Path
     findings: tuple[Finding, ...]
-    fingerprint: Fingerprint | None
-    records: tuple[PieceRecord, ...] = ()
-    git_sha1: str | None = None
     good: frozenset[int] = frozenset()
 
-    def finding(self) -> Finding | None:
-        """What is wrong, in one finding: several wrong pieces are told as ranges of one file."""
-        path = str(self.subject.path)
-        if len(self.findings) < 2 or all(f.where == path for f in self.findings):
-            return self.findings[0] if self.findings else None
+    def finding(self) -> Finding:
+        """Return all that is wrong in one finding: wrong pieces as ranges of the file."""
+        first, path = self.findings[0], str(self.path)
+        if len(self.findings) == 1 or all(f.where == path for f in self.findings):
+            return first
         ranges = "; ".join(f.where.removeprefix(path).strip() for f in self.findings)
-        first = self.findings[0]
-        return Finding(
-            first.kind, path, "the sha256 of every piece", f"others at {ranges}", first.help
-        )
+        expected, found = "the sha256 of every piece", f"others at {ranges}"
+        return Finding(first.kind, path, expected, found, first.help)
 
 
 def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) -> list[GateResult]:
-    """Runs all gates over all files and returns every result, in gate order.
+    """Run all gates over all files and return every result, in gate order.
 
-    With `rehash` every digest is taken again; otherwise a trusted receipt
-    answers for the file. `on_progress` gets bytes as they are hashed.
+    With `rehash` every digest is taken again; otherwise a receipt that fits the
+    file's stat answers for it. `on_progress` gets bytes as they are hashed.
     """
     results = [_present(s) for s in subjects] + [_size(s) for s in subjects]
     results += _structures(subjects)
@@ -130,12 +137,12 @@ def _is_absent(subject: Subject) -> bool:
 
 
 def _size(subject: Subject) -> GateResult:
-    sizes = " or ".join(f"{e.size:,}" for e in subject.artifact.editions)
+    expected = " or ".join(f"{e.size:,}" for e in subject.artifact.editions) + " bytes"
     if _is_absent(subject):
-        return _not_run(Gate.SIZE, subject, f"{sizes} bytes", "the file is not present")
+        return _not_run(Gate.SIZE, subject, expected, "the file is not present")
     finding = subject.finding
-    found = finding.found if finding else f"{subject.size:,} bytes"
-    return _result(Gate.SIZE, subject, f"{sizes} bytes", found, [finding] if finding else [])
+    found = finding.found if finding else f"{subject.file.size:,} bytes"
+    return _result(Gate.SIZE, subject, expected, found, [finding] if finding else [])
 
 
 def _structures(subjects: Sequence[Subject]) -> list[GateResult]:
@@ -157,14 +164,12 @@ def _config_structure(subject: Subject) -> tuple[GateResult, CsmConfig | None]:
     if _is_absent(subject):
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present"), None
     try:
-        with subject.path.open("rb") as file:
-            config = parse_config(file.read(MAX_CONFIG), str(subject.path))
+        config = parse_config(read_bounded(subject.path, MAX_CONFIG), str(subject.path))
     except OSError as error:
         return _not_run(Gate.STRUCTURE, subject, expected, error.strerror or str(error)), None
     except WrongContent as error:
         return _result(Gate.STRUCTURE, subject, expected, "malformed", error.findings), None
-    count = len(config.tensor_shapes())
-    found = f"a network of {count} tensors"
+    found = f"a network of {len(config.tensor_shapes())} tensors"
     return _result(Gate.STRUCTURE, subject, expected, found, ()), config
 
 
@@ -189,59 +194,27 @@ def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: b
 def _digests(
     subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress
 ) -> list[GateResult]:
-    results: dict[Path, GateResult] = {}
-    to_hash = []
-    for subject in subjects:
-        expected = _pinned(subject)
-        if subject.finding:
-            results[subject.path] = _not_run(
-                Gate.DIGEST, subject, expected, "the file is not present or has the wrong size"
-            )
-        elif subject.trusted and subject.receipt and not rehash:
-            found = (
-                f"sha256 {subject.receipt.sha256}, by its receipt of {subject.receipt.verified_at}"
-            )
-            result = _result(Gate.DIGEST, subject, expected, found, ())
-            results[subject.path] = replace(result, sha256=subject.receipt.sha256)
-        else:
-            to_hash.append(subject)
-    for proof in prove(to_hash, on_progress):
-        found = "; ".join(f.found for f in proof.findings) or f"sha256 {proof.sha256}"
-        subject, findings = proof.subject, proof.findings
-        result = _result(Gate.DIGEST, subject, _pinned(subject), found, findings)
-        results[subject.path] = replace(result, sha256=None if findings else proof.sha256)
-    return [results[subject.path] for subject in subjects]
+    to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
+    hashed = {file.path: file for file in verify(to_hash, on_progress)}
+    return [_digest(subject, hashed.get(subject.path)) for subject in subjects]
 
 
-def check_parts(parts: Sequence[tuple[Piece, Path]], on_progress: OnProgress) -> list[Finding]:
-    """What hashing finds wrong with part files of the right size, one finding a part."""
-    findings = []
-    jobs = [HashJob(path, piece.size, ((0, piece.size),)) for piece, path in parts]
-    for (piece, _), found in zip(parts, _measure(jobs, on_progress), strict=True):
-        if isinstance(found, Finding):
-            findings.append(found)
-        elif found.ranges[0] != piece.sha256:
-            findings.append(
-                Finding.wrong_digest(piece.part, piece.sha256, found.ranges[0], "get it again")
-            )
-    return findings
-
-
-def check_sum(folder: Path, path: str, digest: str, known: str | None) -> GateResult:
-    """The digest gate for one line of a SHA256SUMS file, relative to `folder`.
-
-    `known` is the file's sha256 where it has just been taken.
-    """
-    file, expected = folder / path, f"sha256 {digest}"
-    try:
-        known = known or sha256_of(file)
-    except OSError as error:
-        finding = Finding(Kind.MISSING, str(file), expected, error.strerror or str(error))
-        return GateResult(Gate.DIGEST, path, False, expected, finding.found, (finding,))
-    findings = []
-    if known != digest:
-        findings = [Finding.wrong_digest(file, digest, known)]
-    return GateResult(Gate.DIGEST, path, not findings, expected, f"sha256 {known}", tuple(findings))
+def _digest(subject: Subject, hashed: VerifiedFile | Rejected | None) -> GateResult:
+    """Return the result of the digest gate, by the receipt where the file was not hashed."""
+    expected, sha256 = _pinned(subject), None
+    if isinstance(hashed, Rejected):
+        found = "; ".join(f.found for f in hashed.findings)
+        return _result(Gate.DIGEST, subject, expected, found, hashed.findings)
+    if hashed:
+        sha256 = hashed.sha256
+        found = f"sha256 {sha256}"
+    elif subject.receipt:
+        sha256 = subject.receipt.sha256
+        found = f"sha256 {sha256}, by its receipt of {subject.receipt.verified_at}"
+    else:
+        why = "the file is not present or has the wrong size"
+        return _not_run(Gate.DIGEST, subject, expected, why)
+    return GateResult(Gate.DIGEST, subject.artifact.path, True, expected, found, (), sha256)
 
 
 def _pinned(subject: Subject) -> str:
@@ -265,81 +238,103 @@ def _not_run(gate: Gate, subject: Subject, expected: str, why: str) -> GateResul
     return GateResult(gate, subject.artifact.path, None, expected, f"not run: {why}")
 
 
-@dataclass
-class _Job:
-    """How one file is proven: which ranges, whether the whole, and what is attested."""
-
-    subject: Subject
-    attested: str | None = None
-    measure: HashJob = field(init=False)
-
-    def __post_init__(self) -> None:
-        subject, artifact = self.subject, self.subject.artifact
-        receipt = subject.receipt
-        ranges = tuple((p.offset, p.size) for p in artifact.pieces)
-        if self.subject.edition != artifact.editions[0]:
-            ranges = ()
-        elif receipt and is_attested(receipt, artifact):
-            # That these pieces make up this whole is arithmetic, not a claim about
-            # the disk: the pieces prove the bytes, on all cores.
-            self.attested = receipt.sha256
-        elif artifact.sha256 is not None:
-            ranges = ()
-        whole = self.attested is None
-        git = artifact.is_git_proven
-        self.measure = HashJob(subject.path, subject.edition.size, ranges, whole, git)
+def check_parts(chunks: Sequence[tuple[Piece, Path]], on_progress: OnProgress) -> list[Finding]:
+    """Hash chunk files of the right size and return a finding for each wrong one."""
+    jobs = [HashJob(path, piece.size, ((0, piece.size),)) for piece, path in chunks]
+    findings = []
+    for (piece, _), found in zip(chunks, _measure(jobs, on_progress), strict=True):
+        if isinstance(found, Finding):
+            findings.append(found)
+        elif found.ranges[0] != piece.sha256:
+            mend = "get it again"
+            findings.append(Finding.wrong_digest(piece.part, piece.sha256, found.ranges[0], mend))
+    return findings
 
 
-def is_attested(receipt: Receipt, artifact: Artifact) -> bool:
-    """Whether a receipt's whole digest may stand for hashing the whole once more.
+def check_sum(folder: Path, path: str, digest: str, known: str | None) -> GateResult:
+    """Return the result of the digest gate for one line of a SHA256SUMS file.
 
-    Only where it belongs to just the pinned pieces and the manifest pins the
-    whole too: then a forged receipt can say nothing but the truth.
+    `path` is relative to `folder`; `known` is its sha256 where it has just been taken.
     """
-    pinned = artifact.sha256 is not None or artifact.blob_id is not None
-    return pinned and receipt.covers_pieces(artifact) and receipt.fits(artifact)
+    file, expected = folder / path, f"sha256 {digest}"
+    try:
+        known = known or sha256_of(file)
+    except OSError as error:
+        finding = Finding(Kind.MISSING, str(file), expected, error.strerror or str(error))
+        return GateResult(Gate.DIGEST, path, False, expected, finding.found, (finding,))
+    findings = () if known == digest else (Finding.wrong_digest(file, digest, known),)
+    return GateResult(Gate.DIGEST, path, not findings, expected, f"sha256 {known}", findings)
 
 
-def prove(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
-    """Hashes files of the right size and compares them with what is pinned.
+def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[VerifiedFile | Rejected]:
+    """Hash files of the right size and compare them with what is pinned.
 
     Every byte is read once, and covered by a sha256 of the manifest: by its
-    piece's, or by the whole file's. Damage is told piece by piece.
+    piece's, or by the whole file's. Damage is reported piece by piece.
     """
-    jobs = [_Job(subject) for subject in subjects]
-    before = [_fingerprint(subject) for subject in subjects]
-    measured = _measure([job.measure for job in jobs], on_progress)
+    jobs = [_hash_job(subject) for subject in subjects]
+    before = [_fingerprint(subject.path) for subject in subjects]
+    measured = _measure(jobs, on_progress)
     return [
-        _judge(job, found, first, on_progress)
-        for job, found, first in zip(jobs, measured, before, strict=True)
+        _judge(subject, found, first, on_progress)
+        for subject, found, first in zip(subjects, measured, before, strict=True)
     ]
 
 
-def _fingerprint(subject: Subject) -> Fingerprint | None:
+def _hash_job(subject: Subject) -> HashJob:
+    """Return what to hash: the pieces, on all cores, or the whole file, or both."""
+    artifact, attested = subject.artifact, _attested(subject)
+    ranges = tuple((p.offset, p.size) for p in artifact.pieces)
+    if not subject.is_pinned or (artifact.sha256 is not None and not attested):
+        ranges = ()
+    whole, git = attested is None, artifact.is_git_proven
+    return HashJob(subject.path, subject.edition.size, ranges, whole, git)
+
+
+def _attested(subject: Subject) -> str | None:
+    """Return the whole sha256 that a receipt attests, where it may stand for hashing the whole.
+
+    Only where it belongs to just the pinned pieces and the manifest pins the
+    whole too: then a forged receipt can say nothing but the truth. That these
+    pieces make up this whole is arithmetic, not a claim about the disk.
+    """
+    receipt, artifact = subject.file.receipt, subject.artifact
+    pins_whole = artifact.sha256 is not None or artifact.blob_id is not None
+    if not (receipt and subject.is_pinned and pins_whole):
+        return None
+    is_right = receipt.covers_pieces(artifact) and receipt.fits(artifact)
+    return receipt.sha256 if is_right else None
+
+
+def _fingerprint(path: Path) -> Fingerprint | None:
     try:
-        return Fingerprint.of(subject.path.stat())
+        return Fingerprint.of(path.stat())
     except OSError:
         return None
 
 
 def _judge(
-    job: _Job, found: Digests | Finding, before: Fingerprint | None, on_progress: OnProgress
-) -> Proof:
-    subject, after = job.subject, _fingerprint(job.subject)
+    subject: Subject,
+    found: Digests | Finding,
+    before: Fingerprint | None,
+    on_progress: OnProgress,
+) -> VerifiedFile | Rejected:
+    path, after = subject.path, _fingerprint(subject.path)
     if isinstance(found, Finding):
-        return Proof(subject, None, (found,), after)
-    findings, good = _compare(job, found, on_progress)
-    if before != after or after is None:
-        findings.append(Finding.changed(subject.path))
-        good = frozenset()
-    pieces = subject.artifact.pieces if job.measure.ranges else ()
+        return Rejected(path, (found,))
+    whole = found.whole or _attested(subject) or ""
+    findings, good = _compare(subject, found, whole, on_progress)
+    if after is None or before != after:
+        return Rejected(path, (*findings, Finding.changed(path)))
+    if findings:
+        return Rejected(path, tuple(findings), good)
+    pieces = subject.artifact.pieces if found.ranges else ()
     records = tuple(PieceRecord(p.offset, p.size, p.sha256, "in place") for p in pieces)
-    whole = found.whole or job.attested
-    return Proof(subject, whole, tuple(findings), after, records, found.git_sha1, good)
+    return VerifiedFile(path, whole, records, after, found.git_sha1)
 
 
 def _measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests | Finding]:
-    """What was measured of each file, or why it could not be read to its end."""
+    """Return the digests of each file, or why it could not be read to its end."""
     try:
         return [*measure(jobs, on_progress)]
     except (OSError, ShortRead):
@@ -354,46 +349,35 @@ def _measure_alone(job: HashJob, on_progress: OnProgress) -> Digests | Finding:
 
 
 def _compare(
-    job: _Job, found: Digests, on_progress: OnProgress
+    subject: Subject, found: Digests, whole: str, on_progress: OnProgress
 ) -> tuple[list[Finding], frozenset[int]]:
-    """What is wrong with a file, and the offsets of the pieces that are right all the same."""
-    subject, artifact = job.subject, job.subject.artifact
-    if found.ranges and (findings := _bad_pieces(subject, found.ranges)):
-        return findings, _good_pieces(artifact, found.ranges)
-    whole = found.whole or job.attested or ""
-    findings = digest_findings(artifact, subject.edition, whole, found.git_sha1, subject.path)
-    is_pinned = subject.edition == artifact.editions[0]
-    if findings and is_pinned and artifact.pieces and not found.ranges:
-        digests = _locate(subject, on_progress)
-        return _bad_pieces(subject, digests) or findings, _good_pieces(artifact, digests)
-    return findings, frozenset()
-
-
-def _good_pieces(artifact: Artifact, digests: Sequence[str]) -> frozenset[int]:
+    """Return what is wrong with a file, and the offsets of pieces that are right all the same."""
+    artifact, digests = subject.artifact, found.ranges
+    findings = [] if not digests else _bad_pieces(subject, digests)
+    if not findings:
+        edition = subject.edition
+        findings = digest_findings(artifact, edition, whole, found.git_sha1, subject.path)
+        if not findings or digests or not (subject.is_pinned and artifact.pieces):
+            return findings, frozenset()
+        # The whole is wrong: hash the pieces to say where.
+        ranges = tuple((p.offset, p.size) for p in artifact.pieces)
+        digests = measure([HashJob(subject.path, artifact.size, ranges)], on_progress)[0].ranges
+        findings = _bad_pieces(subject, digests) or findings
     pairs = zip(artifact.pieces, digests, strict=True)
-    return frozenset(piece.offset for piece, digest in pairs if digest == piece.sha256)
-
-
-def _locate(subject: Subject, on_progress: OnProgress) -> tuple[str, ...]:
-    """The piece digests of a file that is known to be wrong somewhere."""
-    ranges = tuple((p.offset, p.size) for p in subject.artifact.pieces)
-    return measure([HashJob(subject.path, subject.artifact.size, ranges)], on_progress)[0].ranges
+    return findings, frozenset(p.offset for p, digest in pairs if digest == p.sha256)
 
 
 def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
-    """A finding for each wrong piece, or one for a file of which no piece is right."""
-    pieces = subject.artifact.pieces
+    """Return a finding for each wrong piece, or one for a file of which no piece is right."""
+    pieces, path = subject.artifact.pieces, subject.path
     bad = [(p, d) for p, d in zip(pieces, digests, strict=True) if d != p.sha256]
     if len(bad) == len(pieces) > 1:
         expected = f"the sha256 of {len(pieces)} pieces"
         found = "none of them: another file of the same size"
-        return [Finding(Kind.WRONG_DIGEST, str(subject.path), expected, found, subject.mend)]
+        return [Finding(Kind.WRONG_DIGEST, str(path), expected, found, subject.mend)]
     return [
         Finding.wrong_digest(
-            f"{subject.path} bytes [{piece.offset:,}, {piece.end:,})",
-            piece.sha256,
-            digest,
-            subject.mend,
+            f"{path} bytes [{piece.offset:,}, {piece.end:,})", piece.sha256, digest, subject.mend
         )
         for piece, digest in bad
     ]

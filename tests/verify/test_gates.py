@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from csm_weights.files import Fingerprint
 from csm_weights.formats.architecture import parse_config
 from csm_weights.hashing import blob_id
 from csm_weights.manifest.types import Artifact, Edition, Piece
+from csm_weights.store.inspect import FileState, FileStatus
 from csm_weights.store.journal import PieceRecord
-from csm_weights.store.receipts import Receipt
-from csm_weights.verify.gates import Gate, GateResult, Subject, check, check_sum, prove
+from csm_weights.store.receipts import Receipt, VerifiedFile
+from csm_weights.verify.gates import Gate, GateResult, Rejected, Subject, check, check_sum, verify
 from tests.support.toy import flip
 from tools.standin.recipes import RECIPES
 from tools.standin.write import write_standin
@@ -38,14 +39,15 @@ def sha256(path: Path) -> str:
 
 
 def subject(artifact: Artifact, path: Path, finding: Finding | None = None) -> Subject:
-    """A file as a look at its size would see it."""
+    """A file as inspecting its size would see it."""
     if not path.exists():
-        finding = Finding(Kind.MISSING, str(path), "a file", "no such file")
-        return Subject(artifact, path, None, finding)
-    size = path.stat().st_size
+        return Subject(artifact, FileStatus(path, FileState.ABSENT))
+    size, state = path.stat().st_size, FileState.UNVERIFIED
     if size not in [e.size for e in artifact.editions]:
         finding = Finding(Kind.WRONG_SIZE, str(path), f"{artifact.size}", f"{size}")
-    return Subject(artifact, path, size, finding)
+    if finding:
+        state = FileState.INVALID
+    return Subject(artifact, FileStatus(path, state, size, finding))
 
 
 def trusted(plain: Subject) -> Subject:
@@ -54,7 +56,14 @@ def trusted(plain: Subject) -> Subject:
     pieces = tuple(PieceRecord(p.offset, p.size, p.sha256, "x") for p in plain.artifact.pieces)
     digest = sha256(plain.path)
     receipt = Receipt(plain.artifact.path, "toy", now.size, digest, pieces, now, "then", "test")
-    return replace(plain, receipt=receipt, trusted=True)
+    return replace(plain, file=replace(plain.file, receipt=receipt, state=FileState.VERIFIED))
+
+
+def rejected(file: Subject, on_progress: Callable[[int], None] = ignore) -> Rejected:
+    """What hashing a wrong file finds."""
+    (found,) = verify([file], on_progress)
+    assert isinstance(found, Rejected)
+    return found
 
 
 def verdicts(results: Sequence[GateResult]) -> dict[tuple[Gate, str], bool | None]:
@@ -137,7 +146,8 @@ def test_rehashing_does_not_believe_a_receipt(plain: Plain) -> None:
 
 def test_an_untrusted_receipt_is_not_believed(plain: Plain) -> None:
     """A receipt that no longer fits the stat answers for nothing."""
-    file = replace(trusted(plain.subject()), trusted=False)
+    file = trusted(plain.subject())
+    file = replace(file, file=replace(file.file, state=FileState.UNVERIFIED))
     flip(plain.path, PIECE + 1)
     assert check([file], rehash=False, on_progress=ignore)[-1].ok is False
 
@@ -170,15 +180,15 @@ def test_another_file_of_the_same_size_is_one_finding(plain: Plain) -> None:
     """A file of which no piece is right is told as a whole, not piece by piece."""
     plain.path.write_bytes(bytes(plain.artifact.size))
     for file in (plain.subject(), plain.subject(sha256=None)):
-        (proof,) = prove([file], ignore)
-        assert [(f.kind, f.where) for f in proof.findings] == [(Kind.WRONG_DIGEST, str(plain.path))]
+        found = [(f.kind, f.where) for f in rejected(file).findings]
+        assert found == [(Kind.WRONG_DIGEST, str(plain.path))]
 
 
 def test_a_file_without_pieces_is_told_as_a_whole(plain: Plain) -> None:
     """Where the manifest has no pieces, the finding is about the file."""
     flip(plain.path, 5)
-    (proof,) = prove([plain.subject(pieces=(), blob_id=None)], ignore)
-    assert [f.where for f in proof.findings] == [str(plain.path)]
+    file = plain.subject(pieces=(), blob_id=None)
+    assert [f.where for f in rejected(file).findings] == [str(plain.path)]
 
 
 def test_a_wrong_blob_id_closes_the_gate(plain: Plain) -> None:
@@ -200,6 +210,14 @@ def test_a_missing_file_closes_the_first_gate_only(plain: Plain) -> None:
         (Gate.DIGEST, path): None,
     }
     assert all("not run" in r.found for r in results if r.ok is None)
+
+
+def test_an_unreadable_file_does_not_pass_the_first_gate(plain: Plain) -> None:
+    """A file that may not be read is not present, and the gates after it are not run."""
+    wrong = subject(plain.artifact, plain.path, Finding.unreadable(plain.path, "denied"))
+    results = check([wrong], rehash=True, on_progress=ignore)
+    assert [result.ok for result in results] == [False, None, None]
+    assert kinds(results, Gate.PRESENT) == [Kind.UNREADABLE]
 
 
 def test_a_file_of_the_wrong_size_is_not_hashed(plain: Plain) -> None:
@@ -230,8 +248,7 @@ def test_a_write_during_the_hashing_is_told(plain: Plain) -> None:
     def touch(_: int) -> None:
         os.utime(plain.path, ns=(1, 1))
 
-    (proof,) = prove([plain.subject()], touch)
-    assert [f.kind for f in proof.findings] == [Kind.CHANGED]
+    assert [f.kind for f in rejected(plain.subject(), touch).findings] == [Kind.CHANGED]
 
 
 def test_a_file_that_is_cut_during_the_hashing_is_a_finding(plain: Plain) -> None:
@@ -281,13 +298,15 @@ def test_a_disk_that_cannot_be_read_is_a_finding(
     assert kinds(results, Gate.DIGEST) == [Kind.UNREADABLE]
 
 
-def test_the_proof_of_a_file_names_its_pieces(plain: Plain) -> None:
+def test_a_verified_file_names_its_pieces(plain: Plain) -> None:
     """A file that its pieces pin is recorded by them; one that the whole pins, by that."""
-    by_pieces, by_whole = prove([plain.subject(sha256=None), plain.subject()], ignore)
-    assert [(r.offset, r.sha256) for r in by_pieces.records] == [
+    by_pieces, by_whole = verify([plain.subject(sha256=None), plain.subject()], ignore)
+    assert isinstance(by_pieces, VerifiedFile)
+    assert isinstance(by_whole, VerifiedFile)
+    assert [(r.offset, r.sha256) for r in by_pieces.pieces] == [
         (p.offset, p.sha256) for p in plain.artifact.pieces
     ]
-    assert (by_whole.records, by_pieces.sha256) == ((), by_whole.sha256)
+    assert (by_whole.pieces, by_pieces.sha256) == ((), by_whole.sha256)
     assert by_whole.fingerprint == Fingerprint.of(plain.path.stat())
 
 
