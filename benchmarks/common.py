@@ -1,4 +1,4 @@
-"""What all measurements share: running commands, comparing runs, tables, the report."""
+"""Parts that all measurements share: running commands, comparing runs, tables, the report."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
     python -m benchmarks.download --only kill,repair                     # some of it
 
 All of them get the same file from the same server on this machine, in turn and
-from nothing, and share its cores with the server. Ours is proven and durable at
+from nothing, and share its cores with the server. Ours is verified and durable at
 the end; of the others none hashes anything, and their bytes are in the page
 cache. Results go to stdout as Markdown, and with --write into
 docs/performance.md.
@@ -40,8 +40,8 @@ from benchmarks.common import (
     table,
     write_report,
 )
-from benchmarks.far import DELAY, LOSS, Unavailable, far_away
 from benchmarks.site import REPO, Site
+from benchmarks.wan import DELAY, LOSS, Unavailable, emulated_wan
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 
@@ -51,12 +51,12 @@ MIB = 1 << 20
 #: Bytes of model.safetensors of CSM-1B.
 FULL = 6_211_186_784
 
-#: Bytes of the file that comes from far away.
-FAR = 32 * MIB
+#: Bytes of the file that comes over the emulated WAN.
+WAN = 32 * MIB
 
 #: Bytes of a piece, where the manifest has some; and how many where one is bad.
 PIECE = GIB
-PARTS = 12
+CHUNK_FILES = 12
 
 NAME = "model.safetensors"
 WHOLE, PIECES, TWELVE, THREE = "whole", "pieces", "twelve", "three"
@@ -70,7 +70,7 @@ KILLED = {WHOLE: KINDS[WHOLE], THREE: "digests of three pieces"}
 #: What has to be installed.
 TOOLS = ("nginx", "curl", "aria2c")
 
-CASES = ("download", "repair", "kill", "far")
+CASES = ("download", "repair", "kill", "wan")
 
 
 class Bench:
@@ -84,7 +84,12 @@ class Bench:
         self._home = folder / "home"
         self._by_others = folder / "by-others"
         copy_line(self._tree)
-        sizes = {WHOLE: 0, PIECES: PIECE, TWELVE: -(-self.size // PARTS), THREE: -(-self.size // 3)}
+        sizes = {
+            WHOLE: 0,
+            PIECES: PIECE,
+            TWELVE: -(-self.size // CHUNK_FILES),
+            THREE: -(-self.size // 3),
+        }
         for kind, size in sizes.items():
             self._manifest(kind).write_text(render(_manifest(site, size)))
 
@@ -140,15 +145,15 @@ class Bench:
         for file in self.site.served.parent.iterdir():
             subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
 
-    def write_parts(self) -> None:
-        """Cuts the file into twelve parts, one of which has a wrong byte."""
-        for number, piece in enumerate(_pieces(self.site.served, -(-self.size // PARTS))):
+    def write_chunk_files(self) -> None:
+        """Cut the file into twelve chunk files, one of which has a wrong byte."""
+        for number, piece in enumerate(_pieces(self.site.served, -(-self.size // CHUNK_FILES))):
             part = self._tree / piece.part
             part.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 for block in _blocks(self.site.served, piece):
                     file.write(block)
-                if number == PARTS // 2:
+                if number == CHUNK_FILES // 2:
                     file.seek(piece.size // 2)
                     file.write(bytes(16))
 
@@ -242,14 +247,14 @@ def measure_download(bench: Bench, runs: int) -> list[Row]:
 
 
 def measure_repair(bench: Bench) -> list[Row]:
-    """Twelve parts of which one is bad: only that is fetched."""
-    bench.write_parts()
+    """Measure that of twelve chunk files, one of them bad, only that piece is fetched."""
+    bench.write_chunk_files()
     before = bench.site.all_sent()
     bench.ours(TWELVE, source="auto")
     fetched = bench.site.all_sent() - before
-    piece = -(-bench.size // PARTS)
+    piece = -(-bench.size // CHUNK_FILES)
     shutil.rmtree(bench.tree / "chunks")
-    what = f"1 bad part of {PARTS}: bytes fetched / its bytes"
+    what = f"1 bad chunk file of {CHUNK_FILES}: bytes fetched / its bytes"
     times = f"{fetched / piece:.4f} times"
     return [Row(what, f"{fetched:,}", f"{piece:,}", times, "just that piece")]
 
@@ -288,18 +293,18 @@ def _kill_at(bench: Bench, kind: str, sent: int) -> None:
         process.wait()
 
 
-def measure_far(folder: Path, runs: int) -> list[Row]:
-    """A smaller file from a server that is far away."""
-    served = write_served(folder / "far", FAR)
-    what = f"{_size(FAR)}, {DELAY * 1000:.0f} ms and {LOSS:.0%} loss"
+def measure_wan(folder: Path, runs: int) -> list[Row]:
+    """Measure a smaller file from a server behind an emulated WAN."""
+    served = write_served(folder / "wan", WAN)
+    what = f"{_size(WAN)}, {DELAY * 1000:.0f} ms and {LOSS:.0%} loss"
     try:
-        with far_away() as far, Site(folder / "far-site", served, far.address) as site:
-            bench = Bench(folder, site, far.prefix)
+        with emulated_wan() as wan, Site(folder / "wan-site", served, wan.address) as site:
+            bench = Bench(folder, site, wan.prefix)
             sides = (lambda: bench.ours(WHOLE), bench.hf, bench.aria2c)
             ours, hf, aria2c = in_turn(runs, *sides)
     except Unavailable as reason:
         return [Row(what, "not measured", "", str(reason), "")]
-    what += f" ({far.how})"
+    what += f" ({wan.how})"
     return [
         _row(f"{what} / `hf download`, HTTP", ours, hf, "below 1"),
         _row(f"{what} / `aria2c -x8 -s8`", ours, aria2c, ""),
@@ -341,8 +346,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
     if options.full:
         with made_bench(folder, FULL) as bench:
             rows += measure_download(bench, 1)
-    if "far" in options.only:
-        rows += measure_far(folder, options.runs)
+    if "wan" in options.only:
+        rows += measure_wan(folder, options.runs)
     return rows
 
 

@@ -44,7 +44,7 @@ SAMPLE = 1 << 30
 
 
 class Tree:
-    """A folder with the parts and the pipeline, where runs are made."""
+    """A folder with the chunk files and the pipeline, where runs are made."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ class Tree:
         self.warm(self.chunks)
 
     def assemble(self) -> Run:
-        """Ours: both files from parts, every byte proven, durable, with receipts."""
+        """Ours: both files from chunk files, every byte verified, durable, with receipts."""
         self.clear()
         return self.inv("fetch")
 
@@ -95,7 +95,7 @@ class Tree:
         return run(" && ".join(commands), self.folder)
 
     def write_sums(self) -> None:
-        """SHA256SUMS of both files, from files that are in place and proven."""
+        """SHA256SUMS of both files, from installed and verified files."""
         names = "model.safetensors ckpt.pt"
         run(f"cd {self.placed} && sha256sum {names} > {self.folder}/SHA256SUMS", self.folder)
 
@@ -129,14 +129,14 @@ def measure_verify(tree: Tree, runs: int) -> list[Row]:
 
 
 def measure_assemble(tree: Tree, runs: int, where: str) -> list[Row]:
-    """Assembling and proving against cat, with and without sha256sum."""
+    """Measure assembling and verifying against cat, with and without sha256sum."""
     ours, checked, bare = in_turn(
         runs, tree.assemble, lambda: tree.cat(check=True), lambda: tree.cat(check=False)
     )
     before = _without_output(tree)
     tree.assemble()
     extra = tree.disk_used() - before
-    what = f"assemble + prove, {where}"
+    what = f"assemble + verify, {where}"
     rows = [
         _row(f"{what} / `cat` + `sha256sum -c`", ours, checked, "at least 4 times faster"),
         Row(
@@ -150,7 +150,7 @@ def measure_assemble(tree: Tree, runs: int, where: str) -> list[Row]:
         _memory_row(what, ours),
     ]
     if median(bare) < INSTANT:
-        rows[1] = replace(rows[1], ratio="`cat` shares the blocks too, and proves nothing")
+        rows[1] = replace(rows[1], ratio="`cat` shares the blocks too, and verifies nothing")
     return rows
 
 

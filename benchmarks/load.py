@@ -1,4 +1,4 @@
-"""Measures loading, and on a GPU speaking, on the full-size stand-in of CSM-1B.
+"""Measures loading, and on a GPU generating, on the full-size stand-in of CSM-1B.
 
     make bench-load                              # needs 38 GB of disk; a GPU for its part
     python -m benchmarks.load --runs 3 --write   # the same, and puts the figures into docs/
@@ -89,10 +89,10 @@ def measure_staging(file: Path, runs: int) -> list[Row]:
 def measure_loading(
     file: Path, parts: Sequence[Path], checkpoint: Path, runs: int, device: str
 ) -> tuple[list[Row], dict[str, float]]:
-    """F32 to bfloat16 on a device: ours from file, parts and checkpoint, and the libraries'."""
+    """F32 to bfloat16 on a device: ours from file, chunk files and ckpt.pt, and the libraries'."""
     sides = {
         "ours": lambda: load(f"ours {device}", [file]),
-        "ours, from parts": lambda: load(f"ours {device}", parts),
+        "ours, from chunk files": lambda: load(f"ours {device}", parts),
         "ours, from ckpt.pt": lambda: load(f"ours {device}", [checkpoint]),
         "safetensors load_file": lambda: load(f"load_file {device}", [file]),
         "safetensors safe_open": lambda: load(f"safe_open {device}", [file]),
@@ -114,7 +114,7 @@ def measure_loading(
         )
         for name, of in peers.items()
     ]
-    for name in ("ours, from parts", "ours, from ckpt.pt"):
+    for name in ("ours, from chunk files", "ours, from ckpt.pt"):
         taken = median(found[name])
         rows.append(
             Row(
@@ -122,7 +122,7 @@ def measure_loading(
                 f"{taken:.2f} s",
                 f"{ours:.2f} s",
                 f"{taken / ours:.2f} times its time",
-                "at most 1.05" if "parts" in name else "",
+                "at most 1.05" if "chunk files" in name else "",
             )
         )
     goal = GPU_GOAL if device == "cuda" else ""

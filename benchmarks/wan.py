@@ -1,7 +1,7 @@
-"""A line to somewhere far away: a network namespace behind a delay that loses packets.
+"""An emulated WAN: a network namespace behind a link that delays packets and loses some.
 
-By `tc netem` where the kernel has it; else packets go through a process that
-keeps each for as long and drops as many (`python -m benchmarks.far`, over TUN).
+`tc netem` does it where the kernel has it. Otherwise a process relays packets over TUN
+devices, delays each and drops some (`python -m benchmarks.wan`).
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 
 
 class Unavailable(Exception):
-    """Why such a line cannot be had here."""
+    """An emulated WAN cannot be had here; the message says why."""
 
 
 @dataclass(frozen=True)
-class Far:
+class Wan:
     """The namespace: `prefix` runs a command in it, `address` is this side as seen from there."""
 
     address: str
@@ -53,8 +53,8 @@ class Far:
 
 
 @contextmanager
-def far_away() -> Iterator[Far]:
-    """Makes the namespace and the line to it, and removes both; raises Unavailable."""
+def emulated_wan() -> Iterator[Wan]:
+    """Make the namespace and its link, and remove both; raises Unavailable."""
     if os.geteuid() or not shutil.which("ip"):
         raise Unavailable("needs root and iproute2")
     # One that a killed run has left is in the way.
@@ -70,10 +70,10 @@ def far_away() -> Iterator[Far]:
             _ip(*where, "address", "add", f"{address}/30", "dev", device)
             _ip(*where, "link", "set", device, "txqueuelen", str(QUEUE), "up")
         _ip("-n", NAMESPACE, "link", "set", "lo", "up")
-        # What most servers do, whatever this machine does: the sender is on this side.
+        # The sender is on this side, and most servers use cubic.
         route = ("route", "replace", f"{THERE_AT}/32", "dev", HERE, "congctl", "cubic")
         _ip(*route)
-        yield Far(HERE_AT, ("ip", "netns", "exec", NAMESPACE), how)
+        yield Wan(HERE_AT, ("ip", "netns", "exec", NAMESPACE), how)
 
 
 def _ip(*words: str) -> None:
@@ -81,7 +81,7 @@ def _ip(*words: str) -> None:
 
 
 def _has_netem() -> bool:
-    """Joins both sides by a pair of devices with netem, or leaves nothing behind."""
+    """Join both sides by a pair of devices with netem, or leave nothing behind."""
     _ip("link", "add", HERE, "gso_max_segs", "1", "type", "veth", "peer", "name", THERE)
     _ip("link", "set", THERE, "netns", NAMESPACE)
     netem = f"netem delay {DELAY * 1000:.0f}ms loss {LOSS:.0%} limit {QUEUE}"
@@ -94,10 +94,10 @@ def _has_netem() -> bool:
 
 @contextmanager
 def _relay() -> Iterator[None]:
-    """Joins both sides by a process that has a device on each."""
+    """Join both sides by a process that has a device on each."""
     if not Path("/dev/net/tun").exists():
         raise Unavailable("this kernel has neither netem nor TUN")
-    command = [sys.executable, "-m", "benchmarks.far"]
+    command = [sys.executable, "-m", "benchmarks.wan"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -117,7 +117,7 @@ def _open_tun(name: str) -> int:
 
 
 def _carry(here: int, there: int) -> None:
-    """Hands packets over for ever: late, and not all, from here to there; at once in return."""
+    """Relay packets for ever: from here to there late and not all, in return at once."""
     late: deque[tuple[float, bytes]] = deque()
     poll = select.poll()
     for fd in (here, there):
@@ -147,7 +147,7 @@ def _pass_on(fd: int, packet: bytes) -> None:
 
 
 def main() -> None:
-    """Makes both devices, says so, and carries packets until it is ended."""
+    """Make both devices, print "ready", and relay packets until the process is ended."""
     here, there = _open_tun(HERE), _open_tun(THERE)
     print("ready", flush=True)
     _carry(here, there)
