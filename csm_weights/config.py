@@ -1,4 +1,4 @@
-"""What the environment says of the Hub, read without importing any of its libraries.
+"""Settings from the environment and the command line, read without importing any library.
 
 The names and their defaults are huggingface_hub's own (its constants.py), so
 that what works for `hf` works here.
@@ -6,6 +6,7 @@ that what works for `hf` works here.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,13 +22,13 @@ MIRROR_HEADERS = "CSM_MIRROR_HEADERS"
 
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
-#: Variables that hold a token; the second is huggingface_hub's former name.
-_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+#: Variables that hold a token or get one by an exchange; the last is a former name.
+_TOKENS = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True)
 class HubEnvironment:
-    """Where the Hub is, whether it may be asked, and what is here of it.
+    """The Hub's address, whether it may be asked, and its cache on this machine.
 
     `cache` is the folder of `models--org--name` folders. `token_from` says
     where a token was found, by the name of a variable or file; it is empty
@@ -41,35 +42,33 @@ class HubEnvironment:
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> HubEnvironment:
-        """What these variables say, by default the process's own."""
+        """Return the settings in these variables, by default the process's own."""
         values = os.environ if environ is None else environ
-        home = _home(values)
+
+        def first(*names: str, default: str = "") -> str:
+            return next(filter(None, map(values.get, names)), default)
+
+        caches = first("XDG_CACHE_HOME", default="~/.cache")
+        home = _folder(first("HF_HOME", default=f"{caches}/huggingface"))
         return cls(
-            endpoint=(values.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/"),
-            offline=(
-                values.get("HF_HUB_OFFLINE") or values.get("TRANSFORMERS_OFFLINE") or ""
-            ).upper()
-            in _TRUE,
-            cache=_folder(
-                values.get("HF_HUB_CACHE")
-                or values.get("HUGGINGFACE_HUB_CACHE")
-                or str(home / "hub")
-            ),
+            endpoint=first("HF_ENDPOINT", default=PUBLIC_ENDPOINT).rstrip("/"),
+            offline=first("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE").upper() in _TRUE,
+            cache=_folder(first("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=f"{home}/hub")),
             token_from=_token_from(values, home),
         )
 
     def page(self, repo: str) -> str:
-        """The page of a repository, for a person to visit."""
+        """Return the page of a repository, for a person to visit."""
         return f"{self.endpoint}/{repo}"
 
     def problem(self, repo: str, gated: bool) -> Finding | None:
-        """Why the Hub need not be asked, as far as that is known without asking.
+        """Return why the Hub need not be asked, as far as that is known without asking.
 
         Raises UsageError where HF_ENDPOINT is not the URL of a Hub.
         """
         if self.offline:
-            help_text = "unset HF_HUB_OFFLINE, or bring the files here"
-            expected = "a Hub that may be asked"
+            help_text = "unset HF_HUB_OFFLINE, or copy the files to this machine"
+            expected = "permission to ask the Hub"
             return Finding(Kind.OFFLINE, self.page(repo), expected, "HF_HUB_OFFLINE", help_text)
         if not _is_plain_url(self.endpoint):
             expected = "an http:// or https:// URL without credentials or a query"
@@ -78,16 +77,9 @@ class HubEnvironment:
 
 
 def no_token(page: str, found: str = "none") -> Finding:
-    """That the Hub gives the files of a repository only to those who show a token."""
+    """Describe a repository whose files the Hub gives only to those who show a token."""
     help_text = f"accept the terms at {page}, then run hf auth login, or set HF_TOKEN"
     return Finding(Kind.NO_TOKEN, page, "a token", found, help_text)
-
-
-def _home(values: Mapping[str, str]) -> Path:
-    if home := values.get("HF_HOME"):
-        return _folder(home)
-    caches = values.get("XDG_CACHE_HOME") or "~/.cache"
-    return _folder(caches) / "huggingface"
 
 
 def _folder(text: str) -> Path:
@@ -96,9 +88,7 @@ def _folder(text: str) -> Path:
 
 
 def _token_from(values: Mapping[str, str], home: Path) -> str:
-    """The name of what holds a token, as huggingface_hub looks for it."""
-    if values.get("HF_OIDC_RESOURCE"):
-        return "HF_OIDC_RESOURCE"
+    """Return the name of what holds a token, in the order of huggingface_hub, or ""."""
     for name in _TOKENS:
         if values.get(name, "").strip():
             return name
@@ -110,10 +100,21 @@ def _token_from(values: Mapping[str, str], home: Path) -> str:
     return str(path) if has_token else ""
 
 
-def check_mirror(url: str) -> None:
-    """Raises UsageError unless a mirror's URL is plain HTTP(S), without secrets in it.
+def parse_patience(text: str) -> float | None:
+    """Return the seconds that --patience names, or None for ""; raise UsageError."""
+    try:
+        seconds = float(text or 1)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"--patience {text!r} is not a number of seconds")
+    return seconds if text else None
 
-    Those belong into the environment, since an argument is for all to see.
+
+def check_mirror(url: str) -> None:
+    """Raise UsageError unless a mirror's URL is plain HTTP(S), without secrets in it.
+
+    Those belong into the environment: other users of a machine can read arguments.
     """
     if "@" in url or "?" in url:
         raise UsageError(f"--url with credentials or a query: put secrets into {MIRROR_HEADERS}")
@@ -122,7 +123,7 @@ def check_mirror(url: str) -> None:
 
 
 def _is_plain_url(url: str) -> bool:
-    """Whether a URL is one of HTTP(S) with a host, and nothing in it that may be a secret."""
+    """Return whether a URL is one of HTTP(S) with a host, and nothing in it that may be secret."""
     try:
         parts, port = urlsplit(url), urlsplit(url).port
     except ValueError:
@@ -131,16 +132,3 @@ def _is_plain_url(url: str) -> bool:
     is_named = bool(host) and not any(c.isspace() for c in host) and port != 0
     extras = parts.username or parts.password or parts.query or parts.fragment
     return parts.scheme in ("http", "https") and is_named and not extras
-
-
-def mirror_headers(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The headers that mirrors get, from the environment; raises UsageError."""
-    text = (os.environ if environ is None else environ).get(MIRROR_HEADERS, "")
-    headers = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        name, colon, value = line.partition(":")
-        is_sent = name.strip().isascii() and value.strip().isascii() and value.strip().isprintable()
-        if not colon or not name.strip() or not is_sent:
-            raise UsageError(f"{MIRROR_HEADERS}: a line is not NAME: VALUE")
-        headers[name.strip()] = value.strip()
-    return headers

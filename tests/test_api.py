@@ -29,7 +29,6 @@ from csm_weights.model.tokenizer import find_tokenizer
 from csm_weights.pipeline import apply, locate
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
-from csm_weights.transfer import hub_metadata
 from tests.model.test_generator import TINY_CODEC, byte_tokenizer
 from tests.support.clone import REPOSITORY
 from tests.support.hub import HubServer
@@ -71,7 +70,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub_metadata, "WAITS", (0.0, 0.0))
     root = tmp_path / "root"
     write_manifest(root)
     monkeypatch.setattr(locate, "checkout", lambda: root)

@@ -57,6 +57,9 @@ OPTIONS = {
     "consume": Option(
         False, "remove the parts as their file grows, on a disk without room for both"
     ),
+    "patience": Option(
+        "", "seconds that a server may give nothing before the run gives up (default 60)"
+    ),
     "seal": Option(
         False,
         "make the files read-only once they are placed, and turn on fs-verity where there is",
@@ -133,14 +136,23 @@ def make_request(
     dest: str = "",
     url: Sequence[str] | None = None,
     revision: str = "",
+    patience: str = "",
     **options: Any,
 ) -> Request:
     """Return the request that options make; the others are called as its fields are."""
+    from csm_weights.config import parse_patience
     from csm_weights.pipeline.request import Request
 
     words = tuple(stripped for word in only.split(",") if (stripped := word.strip()))
-    urls, commit = tuple(url or ()), revision or None
-    return Request(root, only=words, dest=dest or None, urls=urls, revision=commit, **options)
+    return Request(
+        root,
+        only=words,
+        dest=dest or None,
+        urls=tuple(url or ()),
+        revision=revision or None,
+        patience=parse_patience(patience),
+        **options,
+    )
 
 
 def _refuse_core_options(context: Context, name: str) -> None:
@@ -201,7 +213,7 @@ def _print(text: str) -> None:
 
 
 @task(
-    *(*SOURCES, "consume", "seal", "dry", "require_gpu"),
+    *(*SOURCES, "consume", "patience", "seal", "dry", "require_gpu"),
     smoke="--no-smoke leaves the smoke test out, and needs no torch",
 )
 def weights(
@@ -228,7 +240,7 @@ def status(request: Request, check: bool = False) -> object:
     return apply.status(request, check=check)
 
 
-@task(*SOURCES, "consume", "seal", "dry")
+@task(*SOURCES, "consume", "patience", "seal", "dry")
 def fetch(request: Request, seal: bool = False, dry: bool = False) -> object:
     """Bring the files into the staging folder (output/), or into --dest, proven."""
     from csm_weights.pipeline.plan import Target
@@ -323,7 +335,7 @@ def smoke(
 
 
 @task(
-    *SOURCES,
+    *(*SOURCES, "consume"),
     smoke="--no-smoke asks for no torch, as that of weights",
     offline="look instead for the repositories that CSM needs to speak offline",
 )
@@ -396,17 +408,20 @@ def lock(
     only: str = "",
     dest: str = "",
     size: str = "",
+    patience: str = "",
     dry: bool = False,
 ) -> object:
     """Write the digests to a manifest that proven local files show, or those the Hub tells."""
     from csm_weights.commands import lock
+    from csm_weights.config import parse_patience
 
     if repo and (dest or size):
         raise UsageError("--dest and --size are about files in place; --repo asks the Hub only")
-    if revision and not repo:
-        raise UsageError("--revision goes with --repo")
+    if (revision or patience) and not repo:
+        raise UsageError("--revision and --patience go with --repo")
     if repo:
-        return lock.lock_repo(root, repo, revision, only, model, dry)
+        seconds = parse_patience(patience)
+        return lock.lock_repo(root, repo, revision, only, model, dry, seconds)
     return lock.lock(make_request(root, only, dest, model=model or "csm-1b"), dry, size)
 
 

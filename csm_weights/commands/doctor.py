@@ -1,8 +1,6 @@
 """What stands in the way of `inv weights`, found out before anything is fetched or written.
 
-Servers are asked only where the plan would ask them, by the same sources over
-the same wire, for the first byte of each file: what that meets, the whole file
-would meet too.
+Servers are asked only where the plan would ask them; see `probe`.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ _NO_REPOSITORY = "the manifest names no repository of the Hub"
 
 
 class Verdict(enum.StrEnum):
-    """What a check comes to; the value is the word a person reads."""
+    """The result of a check; the value is the word a person reads."""
 
     OK = "OK"
     NOT_OK = "NOT OK"
@@ -55,7 +53,7 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that was looked at; its findings stand in the way where it is NOT OK."""
+    """One thing that was checked; its findings stand in the way where it is NOT OK."""
 
     name: str
     verdict: Verdict
@@ -77,37 +75,35 @@ class DoctorReport:
 
 
 def examine(request: Request, smoke: bool = True) -> DoctorReport:
-    """Whether `inv weights` could do what is asked, and what stands in its way.
+    """Check whether `inv weights` could do what is asked, and what stands in its way.
 
     Nothing is hashed or written. Raises UsageError, ManifestInvalid.
     """
-    run, survey = begin(request), apply.status(request)
-    case = _Case(run, survey, HubEnvironment.read(), probe(run, survey.plan))
-    loads = smoke and any(item.artifact.is_weights for item in survey.state.artifacts)
+    session = begin(request)
+    status = apply.status_of(session)
+    case = _Case(session, status, HubEnvironment.read(), probe(session, status.plan))
+    loads = smoke and any(item.artifact.is_weights for item in status.state.artifacts)
     disk, torch = _disk(case), _torch(loads)
     network = (_token(case), _access(case), _mirrors(case), _hosts(case), _proxy(case))
-    checks = (_plan(case), _parts(case), _cache(case), *network, disk, torch, _gpu(loads))
-    name = run.manifest.name
+    checks = (_plan(case), _chunk_files(case), _cache(case), *network, disk, torch, _gpu(loads))
+    # inv weights ends with the first of these that it meets.
+    hurdles = (case.plan.findings, disk.findings, tuple(case.results.blocking), torch.findings)
+    findings = next(filter(None, hurdles), ())
+    name = session.manifest.name
+    message = f"{name}: inv weights would not succeed"
+    options = f"{' --consume' * request.consume}{'' if smoke else ' --no-smoke'}"
     return DoctorReport(
-        f"{name} -> {survey.state.paths.destination}",
+        f"{name} -> {status.state.paths.destination}",
         checks,
-        f"inv weights --model {name}{'' if smoke else ' --no-smoke'} could succeed",
-        _error(case, disk, torch),
+        f"inv weights --model {name}{options} could succeed",
+        error_for(message, findings, status.advice) if findings else None,
     )
 
 
-def _error(case: _Case, disk: CheckResult, torch: CheckResult) -> CsmWeightsError | None:
-    """The error that `inv weights` would end with: that of the first thing it stumbles over."""
-    hurdles = (case.plan.findings, disk.findings, tuple(case.answers.blocking), torch.findings)
-    first = next(filter(None, hurdles), ())
-    message = f"{case.run.manifest.name}: inv weights would not succeed"
-    return error_for(message, first, case.survey.advice) if first else None
-
-
 def closure(request: Request) -> DoctorReport:
-    """Which of the repositories that CSM needs to speak are in the Hub's cache; offline."""
+    """Check which repositories that CSM needs to speak are in the Hub's cache; offline."""
     environment = HubEnvironment.read()
-    needs = offline_assets.find_assets(environment.cache, _is_in_place(request))
+    needs = offline_assets.find_assets(environment.cache, _is_installed(request))
     checks = tuple(_needed(need, environment) for need in needs)
     findings = [finding for check in checks for finding in check.findings]
     error = MissingInput("CSM cannot speak offline yet", findings) if findings else None
@@ -115,8 +111,8 @@ def closure(request: Request) -> DoctorReport:
     return DoctorReport(subject, checks, "CSM can speak with HF_HUB_OFFLINE=1", error)
 
 
-def _is_in_place(request: Request) -> bool:
-    """Whether CSM's own files are in place and proven, to be given to the cache."""
+def _is_installed(request: Request) -> bool:
+    """Return whether CSM's own files are installed and verified, to be given to the cache."""
     if find_manifest(request.root, request.model).repo != offline_assets.CSM:
         return False
     chosen = Request(request.root, request.model, ("safetensors",), request.dest)
@@ -143,43 +139,42 @@ def _needed(need: offline_assets.Asset, environment: HubEnvironment) -> CheckRes
 class _Case:
     """All that the checks are made of."""
 
-    run: Session
-    survey: StatusReport
+    session: Session
+    status: StatusReport
     environment: HubEnvironment
-    answers: ProbeResults
+    results: ProbeResults
 
     @property
     def plan(self) -> Plan:
         """What `inv weights` would do."""
-        return self.survey.plan
+        return self.status.plan
 
     def judge(self, name: str, found: str, findings: Iterable[Finding] = ()) -> CheckResult:
-        """A check with these findings: NOT OK where one of them stands in the way."""
+        """Return a check with these findings: NOT OK where one of them stands in the way."""
         some = tuple(findings)
-        in_the_way = {*self.answers.blocking, *self.plan.findings}
+        in_the_way = {*self.results.blocking, *self.plan.findings}
         verdict = Verdict.NOT_OK if in_the_way.intersection(some) else Verdict.NOTE
         return CheckResult(name, verdict if some else Verdict.OK, found, some)
 
     def unasked(self, name: str, found: str, problems: Sequence[Finding]) -> CheckResult:
-        """A check of what is not asked: NOT OK where a problem keeps help from coming."""
+        """Return a check of servers that are not asked: NOT OK where a problem keeps help away."""
         if problems and self.plan.findings:
             return CheckResult(name, Verdict.NOT_OK, str(problems[0].kind), tuple(problems))
         return CheckResult(name, Verdict.NOT_ASKED, found)
 
-    def problems(self, *kinds: Kind, of_hub: bool = True) -> list[Finding]:
-        """Why the Hub, or else the mirrors, are not among the servers of this run."""
-        page = self.environment.page(self.run.manifest.repo or "")
-        problems = self.run.policy.problems
-        return [f for f in problems if f.kind in kinds and (f.where == page) is of_hub]
+    def problems(self, kind: Kind, of_hub: bool = True) -> list[Finding]:
+        """Return why the Hub, or else the mirrors, are not among the servers of this run."""
+        page = self.environment.page(self.session.manifest.repo or "")
+        problems = self.session.policy.problems
+        return [f for f in problems if f.kind is kind and (f.where == page) is of_hub]
 
 
 def _plan(case: _Case) -> CheckResult:
-    plan, items = case.plan, case.survey.state.artifacts
+    plan, items = case.plan, case.status.state.artifacts
     if plan.is_done:
-        return CheckResult(
-            "plan", Verdict.OK, f"nothing to do: {len(items)} files in place and proven"
-        )
-    planned = {step.artifact.path for step in plan.actions}
+        found = f"nothing to do: {len(items)} files installed and verified"
+        return CheckResult("plan", Verdict.OK, found)
+    planned = {action.artifact.path for action in plan.actions}
     fetches, reads, writes = (
         sum(getattr(action, f"bytes_{name}") for action in plan.actions)
         for name in ("fetched", "read", "written")
@@ -190,62 +185,64 @@ def _plan(case: _Case) -> CheckResult:
     return case.judge("plan", found, plan.findings)
 
 
-def _parts(case: _Case) -> CheckResult:
-    items = [item for item in case.survey.state.artifacts if item.artifact.pieces]
-    if not case.run.policy.chunks:
+def _chunk_files(case: _Case) -> CheckResult:
+    items = [item for item in case.status.state.artifacts if item.artifact.pieces]
+    if not case.session.policy.chunks:
         return CheckResult("parts", Verdict.NOT_ASKED, "the source named takes none")
     if not items:
         return CheckResult("parts", Verdict.NOT_ASKED, "the manifest names none")
-    bad = [finding for item in items for finding in _bad_parts(item)]
-    if not bad:
-        return CheckResult("parts", Verdict.OK, "; ".join(map(_count, items)))
-    is_blocked = any(finding in case.plan.findings for finding in bad)
-    verdict = Verdict.NOT_OK if is_blocked else Verdict.NOTE
+    bad = [finding for item in items for finding in _bad_chunk_files(item)]
+    verdict = Verdict.NOTE if bad else Verdict.OK
+    if set(bad).intersection(case.plan.findings):
+        verdict = Verdict.NOT_OK
     return CheckResult("parts", verdict, "; ".join(map(_count, items)))
 
 
-def _bad_parts(item: ArtifactState) -> list[Finding]:
+def _bad_chunk_files(item: ArtifactState) -> list[Finding]:
     return [*(part.finding for part in item.parts if part.finding), *item.extras]
 
 
 def _count(item: ArtifactState) -> str:
-    """How many parts of a file are here, and what is wrong with others."""
+    """Return how many chunk files of a file are here, and what is wrong with others."""
     good = sum(part.is_usable for part in item.parts)
-    wrong = [f.kind for f in _bad_parts(item) if f.kind is not Kind.MISSING]
+    wrong = [f.kind for f in _bad_chunk_files(item) if f.kind is not Kind.MISSING]
     text = f"{item.artifact.path} {good} of {len(item.parts)}"
     return f"{text} ({', '.join(dict.fromkeys(wrong))})" if wrong else text
 
 
 def _cache(case: _Case) -> CheckResult:
-    cache, repo = case.environment.cache, case.run.manifest.repo
+    cache, repo = case.environment.cache, case.session.manifest.repo
     if not repo:
         return CheckResult("Hub cache", Verdict.NOT_ASKED, _NO_REPOSITORY)
-    if not case.run.policy.cache:
+    if not case.session.policy.cache:
         return CheckResult("Hub cache", Verdict.NOT_ASKED, "the source named does without")
-    held = [item.artifact.path for item in case.survey.state.artifacts if item.cached]
+    held = [item.artifact.path for item in case.status.state.artifacts if item.cached]
     if not held:
         return CheckResult("Hub cache", Verdict.NOTE, f"nothing of {repo} in {cache}")
     return CheckResult("Hub cache", Verdict.OK, f"{', '.join(held)} in {cache}")
 
 
 def _token(case: _Case) -> CheckResult:
-    holder, hub = case.environment.token_from or "none", case.answers.hub
-    if not case.run.manifest.repo:
+    holder, hub = case.environment.token_from, case.results.hub
+    if not case.session.manifest.repo:
         return CheckResult("token", Verdict.NOT_ASKED, _NO_REPOSITORY)
     if hub is None:
-        problems = case.problems(Kind.NO_TOKEN)
-        check = case.unasked("token", f"{holder}; {_ELSEWHERE}", problems)
-        is_none = check.verdict is Verdict.NOT_ASKED and not case.environment.token_from
+        check = case.unasked(
+            "token", f"{holder or 'none'}; {_ELSEWHERE}", case.problems(Kind.NO_TOKEN)
+        )
+        is_none = check.verdict is Verdict.NOT_ASKED and not holder
         return CheckResult("token", Verdict.NOTE, check.found) if is_none else check
     blamed = [finding for finding in hub.findings if finding.kind in OF_THE_TOKEN]
-    if not case.environment.token_from and not blamed:
+    if blamed:
+        return case.judge("token", f"{holder or 'none'}: {blamed[0].kind}", blamed)
+    if not holder:
         return CheckResult("token", Verdict.NOTE, "none, and none is needed")
-    found = f"{holder}, {case.answers.owner or 'whose was not told'}"
-    return case.judge("token", f"{holder}: {blamed[0].kind}" if blamed else found, blamed)
+    owner = case.results.owner or "the Hub did not report whose"
+    return case.judge("token", f"{holder}, {owner}")
 
 
 def _access(case: _Case) -> CheckResult:
-    manifest, hub = case.run.manifest, case.answers.hub
+    manifest, hub = case.session.manifest, case.results.hub
     if not manifest.repo:
         return CheckResult("access", Verdict.NOT_ASKED, _NO_REPOSITORY)
     if hub is None:
@@ -267,54 +264,51 @@ def _kinds(findings: Iterable[Finding]) -> str:
 
 
 def _mirrors(case: _Case) -> CheckResult:
-    mirrors = case.answers.mirrors
+    mirrors = case.results.mirrors
     if not mirrors:
         problems = case.problems(Kind.OFFLINE, of_hub=False)
-        names_some = problems or any(name != HUB for name in case.run.policy.remote)
-        found = _ELSEWHERE if names_some else "none was named"
-        return case.unasked("mirrors", found, problems)
+        is_named = problems or any(name != HUB for name in case.session.policy.remote)
+        return case.unasked("mirrors", _ELSEWHERE if is_named else "none was named", problems)
     found = "; ".join(f"{_given(m)} from {m.url}{_kinds(m.findings)}" for m in mirrors)
     return case.judge("mirrors", found, [f for m in mirrors for f in m.findings])
 
 
 def _hosts(case: _Case) -> CheckResult:
-    hosts = case.answers.hosts
+    hosts, endpoint = case.results.hosts, case.environment.endpoint
     if not hosts:
         return CheckResult("hosts", Verdict.NOT_ASKED, "none: nothing comes over the network")
-    account, found = case.answers.account, ", ".join(hosts)
-    findings = [f for f in case.answers.findings if f.kind in OF_THE_WAY]
-    check = case.judge("hosts", found, findings)
-    if not account or not account.token or account.endpoint == PUBLIC_ENDPOINT:
+    findings = [f for f in case.results.findings if f.kind in OF_THE_WAY]
+    check = case.judge("hosts", ", ".join(hosts), findings)
+    is_sent = case.results.hub and case.environment.token_from
+    if not is_sent or endpoint == PUBLIC_ENDPOINT:
         return check
-    clear = " in the clear" if account.endpoint.startswith("http:") else ""
-    found += f"; HF_ENDPOINT: the token goes{clear} to {urlsplit(account.endpoint).netloc}"
+    clear = " in the clear" if endpoint.startswith("http:") else ""
+    found = f"{check.found}; HF_ENDPOINT: the token goes{clear} to {urlsplit(endpoint).netloc}"
     verdict = check.verdict if findings else Verdict.NOTE
     return CheckResult("hosts", verdict, found, check.findings)
 
 
 def _proxy(case: _Case) -> CheckResult:
-    hosts = case.answers.hosts
-    if not hosts:
+    if not case.results.hosts:
         return CheckResult("proxy", Verdict.NOT_ASKED, "none: nothing comes over the network")
-    ways = {host: _proxy_for(url) for host, url in hosts.items()}
+    ways = {host: _proxy_for(url) for host, url in case.results.hosts.items()}
     texts = [f"{host} {f'by {way}' if way else 'directly'}" for host, way in ways.items()]
-    findings = [f for f in case.answers.findings if f.kind is Kind.PROXY]
+    findings = [f for f in case.results.findings if f.kind is Kind.PROXY]
     return case.judge("proxy", ", ".join(texts) if any(ways.values()) else "none", findings)
 
 
 def _proxy_for(url: str) -> str:
-    """The proxy that requests would take, without the credentials in its URL."""
-    from requests.utils import get_environ_proxies, select_proxy
+    """Return the proxy for a URL without the credentials in it, or an empty string."""
+    from csm_weights.transfer.http.environment import proxy_for
 
-    proxy = select_proxy(url, get_environ_proxies(url)) or ""
-    scheme, colon, rest = proxy.rpartition("://")
+    scheme, colon, rest = proxy_for(url).rpartition("://")
     credentials, _, address = rest.rpartition("@")
     return f"{scheme}{colon}{'***@' if credentials else ''}{address}"
 
 
 def _disk(case: _Case) -> CheckResult:
-    """Room and permission for what the plan writes; bytes."""
-    state, texts = case.survey.state, []
+    """Check the room, in bytes, and the permission for what the plan writes."""
+    state, texts = case.status.state, []
     for name, folder, free in (
         ("staging", state.paths.staging, state.free_staging),
         ("destination", state.paths.destination, state.free_destination),
@@ -324,25 +318,26 @@ def _disk(case: _Case) -> CheckResult:
     findings = [f for f in case.plan.findings if f.kind is Kind.NO_SPACE]
     if not case.plan.is_done:
         folders = (state.paths.staging, state.paths.destination)
-        findings += [_closed(folder) for folder in folders if not _is_writable(folder)]
+        findings += [_not_writable(folder) for folder in folders if not _is_writable(folder)]
     verdict = Verdict.NOT_OK if findings else Verdict.OK
     return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether a folder, or the nearest one above it that is there, takes new files."""
+    """Return whether a folder, or the nearest one above it that exists, takes new files."""
     nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     return os.access(nearest, os.W_OK | os.X_OK)
 
 
-def _closed(folder: Path) -> Finding:
+def _not_writable(folder: Path) -> Finding:
     help_text = "check its permissions, or choose another --dest"
-    return Finding(Kind.NOT_WRITABLE, str(folder), "a place to write", "no permission", help_text)
+    words = ("a folder that takes new files", "no permission", help_text)
+    return Finding(Kind.NOT_WRITABLE, str(folder), *words)
 
 
 def _torch(loads: bool) -> CheckResult:
     if not loads:
-        return CheckResult("torch", Verdict.NOT_ASKED, "no smoke test is to be made")
+        return CheckResult("torch", Verdict.NOT_ASKED, "no smoke test is to run")
     with contextlib.suppress(PackageNotFoundError):
         if importlib.util.find_spec("torch"):
             return CheckResult("torch", Verdict.OK, version("torch"))
@@ -356,10 +351,10 @@ def _torch(loads: bool) -> CheckResult:
 
 
 def _gpu(loads: bool) -> CheckResult:
-    """What graphics cards there are, without torch; none is no obstacle."""
+    """Name the graphics cards without importing torch; having none is not an error."""
     on_cpu = "the smoke test runs on the CPU"
     if not loads:
-        return CheckResult("GPU", Verdict.NOT_ASKED, "no smoke test is to be made")
+        return CheckResult("GPU", Verdict.NOT_ASKED, "no smoke test is to run")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return CheckResult("GPU", Verdict.NOTE, f"hidden by CUDA_VISIBLE_DEVICES: {on_cpu}")
     if cards := _cards():
@@ -370,7 +365,7 @@ def _gpu(loads: bool) -> CheckResult:
 
 
 def _cards() -> str:
-    """Names and memory of the cards, as nvidia-smi has them; "" where it has none."""
+    """Return names and memory of the cards as nvidia-smi has them, or an empty string."""
     program = shutil.which("nvidia-smi")
     if not program:
         return ""

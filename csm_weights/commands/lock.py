@@ -117,20 +117,29 @@ def _require(findings: Sequence[Finding]) -> None:
         raise error_for("nothing is locked to files that are not right", findings)
 
 
-def lock_repo(root: Path, repo: str, revision: str, only: str, model: str, dry: bool) -> str:
+def lock_repo(
+    root: Path,
+    repo: str,
+    revision: str,
+    only: str,
+    model: str,
+    dry: bool,
+    patience: float | None = None,
+) -> str:
     """Write the manifest of any repository of the Hub, from the Hub's own metadata.
 
     `revision` is a commit, branch or tag, "" the main branch; `only` are
     globs, comma-separated. `model` is a name in manifests/ or the path of a
     manifest, "" the repository's name. One that is there already keeps what
-    it knows of files that are still the same. Returns what is new. Raises
+    it knows of files that are still the same. `patience` is how many seconds
+    the Hub may give nothing. Returns what is new. Raises
     UsageError, also for a manifest of another repository; AccessRefused,
     NetworkFailed, MissingInput or WrongContent for what the Hub answers.
     """
     path = repo_manifest.path_of(root, repo, revision, model)
     is_known = path.exists()
     globs = [glob for word in only.split(",") if (glob := word.strip())]
-    manifest = repo_manifest.from_hub(path, repo, revision, globs)
+    manifest = repo_manifest.from_hub(path, repo, revision, globs, patience)
     difference = _write(path, manifest, dry)
     if is_known:
         return difference or f"{path} says all that the Hub tells"

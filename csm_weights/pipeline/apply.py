@@ -36,7 +36,11 @@ def status(request: Request, check: bool = False) -> StatusReport:
 
     With `check` the report has an error unless everything is verified and in place.
     """
-    session = begin(request)
+    return status_of(begin(request), check)
+
+
+def status_of(session: Session, check: bool = False) -> StatusReport:
+    """Return the status of a session; see `status`."""
     plan = session.plan(Target.BOTH)
     error = _unfinished(plan) if check and not plan.is_done else None
     advice = ways_to_get(plan.state, session.policy) if _is_missing(plan.findings) else ""

@@ -20,8 +20,8 @@ from csm_weights.progress import Progress
 if TYPE_CHECKING:
     from csm_weights.transfer.hub_metadata import Listing
 
-#: A repository of the Hub; what else it asks of a name, its client says.
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+#: The name of a repository of the Hub.
+_REPO = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def path_of(root: Path, repo: str, revision: str = "", model: str = "") -> Path:
@@ -45,17 +45,20 @@ def path_of(root: Path, repo: str, revision: str = "", model: str = "") -> Path:
     return path
 
 
-def from_hub(path: Path, repo: str, revision: str, globs: Sequence[str]) -> Manifest:
+def from_hub(
+    path: Path, repo: str, revision: str, globs: Sequence[str], patience: float | None = None
+) -> Manifest:
     """Return the manifest that the Hub's metadata give for the files that match `globs`.
 
     A manifest at `path` keeps what it knows of files that are still the same;
     nothing is written. `revision` is a commit, branch or tag, "" the main
-    branch. Raises UsageError where the manifest at `path` is of another
-    repository; AccessRefused, NetworkFailed, MissingInput or WrongContent for
-    what the Hub answers.
+    branch; `patience` is how many seconds it may give nothing. Raises
+    UsageError where the manifest at `path` is of another repository;
+    AccessRefused, NetworkFailed, MissingInput or WrongContent for what the
+    Hub answers.
     """
     base = _known(path, repo) or _empty(path, repo)
-    return _manifest(base, _listing(repo, revision, globs))
+    return _manifest(base, _listing(repo, revision, globs, patience))
 
 
 def _known(path: Path, repo: str) -> Manifest | None:
@@ -84,17 +87,17 @@ def _empty(path: Path, repo: str) -> Manifest:
     )
 
 
-def _listing(repo: str, revision: str, globs: Sequence[str]) -> Listing:
+def _listing(repo: str, revision: str, globs: Sequence[str], patience: float | None) -> Listing:
     """What the Hub tells; names that no manifest may have are told on stderr."""
     environment = HubEnvironment.read()
     if problem := environment.problem(repo, gated=False):
         raise error_for(f"{repo}: the Hub may not be asked", [problem])
-    from csm_weights.transfer.hub import HubCredentials
+    from csm_weights.transfer.http.auth import HubCredentials
     from csm_weights.transfer.hub_metadata import list_repo
 
-    account = HubCredentials.from_environment(environment)
+    credentials = HubCredentials.from_environment(environment)
     with Progress("asking the Hub", 0) as progress:
-        listing = list_repo(account, repo, revision or None, globs, progress.log)
+        listing = list_repo(credentials, repo, revision or None, globs, progress.log, patience)
     with Progress("left out", 0) as progress:
         for finding in listing.left_out:
             progress.log(finding.line())

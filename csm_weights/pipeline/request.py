@@ -26,7 +26,8 @@ class Request:
     `only` are words that `Manifest.select` knows; none means the default
     selection. `dest` overrides the manifest's destination, `revision` its
     commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
-    are mirrors. `consume` lets parts go as their file grows.
+    are mirrors. `consume` lets parts go as their file grows. `patience` is how
+    many seconds a server may give nothing.
     """
 
     root: Path
@@ -37,6 +38,7 @@ class Request:
     urls: tuple[str, ...] = ()
     revision: str | None = None
     consume: bool = False
+    patience: float | None = None
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:

@@ -39,6 +39,7 @@ class Session:
     known_bad: dict[Path, Finding] = field(default_factory=dict)
     good: dict[Path, frozenset[int]] = field(default_factory=dict)
     notes: list[Finding] = field(default_factory=list)
+    patience: float | None = None
 
     def inspect(self) -> State:
         """Inspect what is on disk of the chosen artifacts; what was found wrong stays wrong."""
@@ -125,7 +126,8 @@ def begin(request: Request) -> Session:
     if not chosen:
         chosen = default_selection(inspect(manifest, manifest.artifacts, paths, {}))
     chosen = with_config(manifest, chosen)
-    return Session(manifest, paths, chosen, _policy(request, manifest, environment))
+    policy = _policy(request, manifest, environment)
+    return Session(manifest, paths, chosen, policy, patience=request.patience)
 
 
 def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:

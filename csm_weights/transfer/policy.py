@@ -12,7 +12,7 @@ import importlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial as bind
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -178,7 +178,9 @@ class _KnownBad:
 class RemoteSources:
     """The remote sources of a run, which share one downloader; each is opened when first asked.
 
-    `cancel` is set when the run is given up; `log` gets a line for each wait.
+    `cancel` is set when the run is given up; `log` gets a line for each outage,
+    which may last `patience` seconds. `limits` are other limits of the client
+    than the usual ones, by their names in `Timeouts`.
     """
 
     def __init__(
@@ -187,28 +189,34 @@ class RemoteSources:
         manifest: Manifest,
         cancel: threading.Event,
         log: Callable[[str], None],
+        patience: float | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
         self._names = tuple(names)
         self._manifest = manifest
         self._cancel = cancel
         self._log = log
+        self._patience = patience
+        self._limits = limits or {}
         self._lock = threading.Lock()
         self._closing = ExitStack()
         self._downloader: RangeDownloader | None = None
         self._opened: dict[str, Source] = {}
 
-    def __enter__(self) -> Sequence[Source]:
-        return [_Later(bind(self._open, name)) for name in self._names]
+    def __enter__(self) -> Sequence[LazySource]:
+        return [LazySource(name, bind(self._open, name)) for name in self._names]
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
     def _open(self, name: str) -> Source:
+        from csm_weights.transfer.http.client import Timeouts
         from csm_weights.transfer.http.ranges import RangeDownloader
 
         with self._lock:
             if self._downloader is None:
-                downloader = RangeDownloader(self._cancel, self._log)
+                timeouts = replace(Timeouts.with_patience(self._patience), **self._limits)
+                downloader = RangeDownloader(self._cancel, self._log, timeouts)
                 self._downloader = self._closing.enter_context(downloader)
             if name not in self._opened:
                 self._opened[name] = open_remote(name, self._manifest, self._downloader)
@@ -223,11 +231,12 @@ def open_remote(name: str, manifest: Manifest, downloader: RangeDownloader) -> S
     return source
 
 
-class _Later:
+class LazySource:
     """A source that is opened when it is first asked: most runs ask no server."""
 
-    def __init__(self, open_source: Callable[[], Source]) -> None:
-        self._open = open_source
+    def __init__(self, name: str, open_source: Callable[[], Source]) -> None:
+        self.name = name
+        self.open = open_source
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
-        return self._open().deliver(artifact, piece, writer)
+        return self.open().deliver(artifact, piece, writer)

@@ -7,21 +7,16 @@ import functools
 import importlib.util
 import os
 import shutil
-import socket
-import ssl
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from csm_weights.commands import doctor, probe
+from csm_weights.commands import doctor
 from csm_weights.commands.doctor import CheckResult, DoctorReport, Verdict
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
@@ -31,9 +26,16 @@ from csm_weights.model import offline_assets
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
 from csm_weights.store import hub_cache
-from csm_weights.transfer.http import client, ranges
 from tests.support.clone import REPOSITORY
 from tests.support.hub import HubServer
+from tests.support.network import (
+    VARIABLES,
+    be_hasty,
+    certificate,
+    closed_port,
+    refusing_proxy,
+    tls_front,
+)
 from tests.support.servers import serving
 
 REPO = "org/tiny"
@@ -51,14 +53,6 @@ class Refused(socket.socket):
 socket.socket = socket.SocketType = Refused
 socket.create_connection = socket.getaddrinfo = lambda *a, **o: Refused()
 """
-
-#: What the environment of a developer may say that these tests must not see.
-UNSET = (
-    "HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH HF_ENDPOINT HF_HUB_CACHE HF_HUB_OFFLINE"
-    " HF_OIDC_RESOURCE TRANSFORMERS_OFFLINE HUGGINGFACE_HUB_CACHE CSM_MIRROR_HEADERS NO_PROXY"
-    " no_proxy HTTP_PROXY http_proxy HTTPS_PROXY https_proxy ALL_PROXY all_proxy"
-    " CUDA_VISIBLE_DEVICES"
-)
 
 
 def write_manifest(root: Path, commit: str, gated: bool = True) -> None:
@@ -118,11 +112,9 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """A fresh bench, with a token that the Hub knows and lets in, and little patience."""
-    for name in UNSET.split():
+    for name in (*VARIABLES, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    hasty = functools.partial(client.Timeouts, backoff=0.001)
-    for module in (client, ranges):
-        monkeypatch.setattr(module, "Timeouts", hasty)
+    be_hasty(monkeypatch)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "manifests").mkdir()
     with HubServer() as hub, contextlib.ExitStack() as closing:
@@ -156,52 +148,22 @@ def said(diagnosis: DoctorReport) -> str:
 # ---- what can stand in the way
 
 
-class _Closed(BaseHTTPRequestHandler):
-    """A proxy that lets nothing through."""
-
-    status = 407
-
-    def do_CONNECT(self) -> None:
-        self.send_error(self.status)
-
-    def log_message(self, *_: object) -> None:
-        """Says nothing."""
-
-
 def proxy(bench: Bench, status: int) -> None:
-    """All HTTPS goes by a proxy that refuses with that status."""
-    handler = type("Proxy", (_Closed,), {"status": status})
-    server = bench.closing.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    bench.closing.callback(server.shutdown)
-    bench.setenv("HTTPS_PROXY", f"http://me:S3cret@127.0.0.1:{server.server_port}")
+    """All HTTPS goes through a proxy that refuses with that status."""
+    address = bench.closing.enter_context(refusing_proxy(status))
+    bench.setenv("HTTPS_PROXY", f"http://me:S3cret@{address}")
     bench.setenv("HF_ENDPOINT", "https://hub.invalid")
 
 
 def self_signed(bench: Bench) -> None:
     """The Hub shows a certificate that it has made itself."""
-    openssl = shutil.which("openssl")
-    if not openssl:
-        pytest.skip("openssl makes the certificate, and is not here")
-    key, cert = bench.root / "key.pem", bench.root / "cert.pem"
-    command: list[str | Path] = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
-    command += ["-days", "2", "-subj", "/CN=localhost", "-keyout", key, "-out", cert]
-    subprocess.run(command, check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    server = bench.closing.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), _Closed))
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    bench.closing.callback(server.shutdown)
-    bench.setenv("HF_ENDPOINT", f"https://127.0.0.1:{server.server_port}")
+    front = tls_front(bench.hub.endpoint, *certificate(bench.root / "tls"))
+    bench.setenv("HF_ENDPOINT", bench.closing.enter_context(front))
 
 
 def nobody(bench: Bench) -> None:
     """No one listens at the endpoint."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        bench.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    bench.setenv("HF_ENDPOINT", f"http://{closed_port()}")
 
 
 def another_file(bench: Bench) -> None:
@@ -515,18 +477,15 @@ def test_a_token_in_a_file_is_found(bench: Bench) -> None:
     assert checks(bench.examine())["token"].found == f"{path}; nothing comes from there"
 
 
-def test_an_account_that_is_never_told_is_not_waited_for(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_account_that_is_never_told_is_not_waited_for(bench: Bench) -> None:
     """Where the answer about the account does not end, the rest is told all the same."""
-    monkeypatch.setattr(probe, "PATIENCE", 0.2)
     bench.owner()
     fault = bench.hub.fault("stall", "/api/whoami-v2", at=0, seconds=60)
     start = time.monotonic()
     diagnosis = bench.examine()
     assert time.monotonic() - start < 5
     fault.clear()
-    assert checks(diagnosis)["token"].found == "HF_TOKEN, whose was not told"
+    assert checks(diagnosis)["token"].found == "HF_TOKEN, the Hub did not report whose"
     assert code(diagnosis) == 0
 
 

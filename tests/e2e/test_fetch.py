@@ -255,7 +255,8 @@ def test_a_refusal_says_what_helps(
 ) -> None:
     """One line with the page or the command that helps, once, and the exit code of its kind."""
     desk.without_parts()
-    result = desk.inv("fetch", *TINY, "--only=safetensors", "--source=hf", **variables)
+    asks = ("--only=safetensors", "--source=hf", "--patience=5")
+    result = desk.inv("fetch", *TINY, *asks, **variables)
     assert result.returncode == code
     assert result.stderr.count("->") <= 2
     assert help_text in result.stderr
@@ -298,7 +299,9 @@ def test_the_token_is_written_nowhere(desk: Desk) -> None:
     desk.without_parts()
     said = text_of(desk.inv("weights", *TINY, "--source=hf", "--no-smoke"))
     desk.hub.fault("status", host="storage", code=403)
-    said += text_of(desk.inv("fetch", *TINY, "--only=ckpt", "--source=hf", "--json"))
+    said += text_of(
+        desk.inv("fetch", *TINY, "--only=ckpt", "--source=hf", "--json", "--patience=1")
+    )
     files = [p for p in desk.folder.rglob("*") if p.is_file() and not p.is_symlink()]
     guilty = [p for p in files if TOKEN.encode() in p.read_bytes()]
     signed = [

@@ -1,230 +1,375 @@
-"""Asking over HTTP(S): one session, no secrets where they do not belong, patience with limits."""
+"""One way to ask: TLS, proxies, redirects, timeouts and retries for every request of a run."""
 
 from __future__ import annotations
 
+import json
 import logging
+import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from urllib.parse import urlsplit
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar
 
 import requests
-from requests.auth import AuthBase
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError
-from urllib3.util import Retry
+from urllib3.exceptions import HTTPError, MaxRetryError
 
 from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Finding, Kind
-from csm_weights.transfer.http.deadlines import Waits, WatchedAdapter
+from csm_weights.transfer.http.auth import OriginAuth
+from csm_weights.transfer.http.deadlines import MOMENT, Deadline, Watchdog, WatchedAdapter
+from csm_weights.transfer.http.environment import trust_context
 from csm_weights.transfer.http.responses import (
-    asked_wait,
-    bad_url_finding,
-    cause,
-    certificate_finding,
-    is_about_certificate,
-    no_answer,
-    origin,
-    passing_finding,
+    busy_finding,
+    cause_of,
+    classify_error,
+    foreign_redirect,
+    host_of,
+    is_busy,
+    is_upgrade,
+    lost_finding,
+    portal_finding,
     proxy_finding,
+    redact,
     redirect_target,
-    shown,
+    requested_wait,
+    wrong_answer,
 )
 from csm_weights.transfer.source import SourceError
 
 #: Redirects that are followed from one request.
 REDIRECTS = 5
 
-#: Answers after which the same request may succeed.
-_PASSING = {408, 425, 429, 500, 502, 503, 504}
+#: Seconds between two tries at most, unless the server asks for more.
+LONGEST_BACKOFF = 30.0
 
-#: What requests says of URLs, a proxy's included; its messages repeat them, credentials and all.
-_NO_URL = (
-    requests.exceptions.InvalidURL,
-    requests.exceptions.MissingSchema,
-    requests.exceptions.InvalidSchema,
-)
+#: Bytes of a JSON answer at most.
+MAX_JSON = 64 << 20
 
 Log = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How patient a wire is: times in seconds, rates in bytes a second.
+    """The limits of a client; times in seconds, rates in bytes a second.
 
-    A line that gives less than `least_rate` over `slow_seconds` is dropped,
-    at most `slow_lines` times for one span. A server may ask for waits up to
-    `longest_wait`. `tries` are the requests in a row that may bring nothing.
+    A host that gives nothing is asked again for `patience`, and one that has
+    not answered yet for a tenth of that: its name may be misspelt. It may ask
+    for waits that end within `longest_wait`. A stream that gives less than
+    `least_rate` over `slow_seconds` is ended.
     """
 
     connect: float = 10.0
     read: float = 30.0
-    tries: int = 5
-    connect_tries: int = 2
+    patience: float = 60.0
     backoff: float = 0.5
     longest_wait: float = 300.0
-    least_rate: int = 1024
+    least_rate: float = 1024
     slow_seconds: float = 20.0
-    slow_lines: int = 2
 
-
-class _NoAuth(AuthBase):
-    """Keeps requests from taking credentials from .netrc: ours are in headers, or nowhere."""
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        return request
+    @classmethod
+    def with_patience(cls, seconds: float | None) -> Timeouts:
+        """Return the usual limits with another patience; None is the usual one."""
+        if seconds is None:
+            return cls()
+        return cls(patience=seconds, longest_wait=max(seconds, cls.longest_wait))
 
 
 class TransientError(Exception):
-    """Something that may pass, or not: a finding, and how long to wait if the server said so."""
+    """A failure that may pass.
 
-    def __init__(self, finding: Finding, seconds: float | None = None, connected: bool = True):
+    `seconds` is how long the server asks to wait, if it does; 0 means that
+    another try may be made at once. `is_doubtful` marks an answer that makes
+    no sense: it gets one more try, not the whole patience.
+    """
+
+    def __init__(
+        self,
+        finding: Finding,
+        seconds: float | None = None,
+        is_first_contact: bool = False,
+        is_doubtful: bool = False,
+    ) -> None:
         super().__init__(finding.line())
         self.finding = finding
         self.seconds = seconds
-        self.connected = connected
+        self.is_first_contact = is_first_contact
+        self.is_doubtful = is_doubtful
+
+
+@dataclass
+class Outage:
+    """A time in which nothing came from a host, to any of the streams that asked it."""
+
+    since: float
+    until: float
+    is_logged: bool = False
+    verdict: Finding | None = None
+
+
+#: A host, and whether it is asked for bodies rather than for answers about files.
+_Host = tuple[str, bool]
 
 
 class HttpClient:
-    """A session of requests that share connections, and wait together where a server asks so."""
+    """A session of requests that share connections, credentials by origin, and one retry policy.
+
+    Errors of the network are raised as SourceError once retrying has failed.
+    Setting `cancel` ends whatever is waited for with Cancelled.
+    """
 
     def __init__(
-        self, cancel: threading.Event, log: Log, limits: Timeouts, connections: int = 8
+        self,
+        cancel: threading.Event,
+        log: Log = lambda _: None,
+        timeouts: Timeouts | None = None,
+        connections: int = 8,
     ) -> None:
-        self.limits = limits
         self.cancel = cancel
-        self._say = log
+        self.log = log
+        self.timeouts = timeouts or Timeouts()
+        self.lock = threading.Lock()
+        self.outages: dict[_Host, Outage] = {}
+        self.progress: dict[_Host, float] = {}
+        self.watchdog = Watchdog(cancel)
         self._quiet_until: dict[str, float] = {}
         self._answered: set[str] = set()
-        self._waits = Waits()
         self._session = requests.Session()
-        self._session.auth = _NoAuth()
         self._session.headers["User-Agent"] = f"csm-weights/{version('csm-weights')}"
         self._session.headers["Accept-Encoding"] = "identity"
         for scheme in ("http://", "https://"):
-            adapter = WatchedAdapter(self._waits, pool_maxsize=connections, max_retries=0)
-            self._session.mount(scheme, adapter)
-        # Signed URLs are secrets for as long as they live, and its warnings have them too.
+            options = (self.watchdog, self.timeouts.read, trust_context(), connections)
+            self._session.mount(scheme, WatchedAdapter(*options))
+        # Signed URLs are secrets for as long as they live, and urllib3's warnings have them.
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
-    def hang_up(self) -> None:
-        """Closes all connections."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.watchdog.close()
         self._session.close()
 
-    def end_waits(self) -> None:
-        """Ends requests whose answer does not begin in time, and all when the run is stopped."""
-        self._waits.end(older=0 if self.cancel.is_set() else self.limits.read)
+    def head(
+        self,
+        url: str,
+        auth: OriginAuth,
+        is_final: Callable[[requests.Response], bool] = lambda _: False,
+        is_own_host_only: bool = False,
+    ) -> requests.Response:
+        """Return the answer to a HEAD, after redirects and retries; refusals are answers too.
 
-    def ask(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
-        """The answer to a request without a body worth reading, after retries.
-
-        Redirects and refusals are answers too. Raises Broken when the network
-        or the server fails, Stopped.
+        See `follow` for the options. Raises SourceError, Cancelled.
         """
-        patience = RetryPolicy(self)
-        while True:
-            try:
-                with self._request(method, url, headers) as response:
-                    return response
-            except TransientError as trouble:
-                patience.wait(trouble, url)
 
-    def _request(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
-        """One try; raises Trouble where there is no answer, or one that may pass."""
-        host = urlsplit(url).netloc.rpartition("@")[2]
-        self._pause(self._quiet_until.get(host, 0.0) - time.monotonic())
-        limits = self.limits
+        def ask() -> requests.Response:
+            with self.follow("HEAD", url, auth, None, is_final, is_own_host_only) as response:
+                return response
+
+        return self._repeat(url, ask)
+
+    def get_json(self, url: str, auth: OriginAuth) -> tuple[requests.Response, Any]:
+        """Return an answer and the JSON in it, or None where it is a refusal; after retries.
+
+        Only this URL's own host is believed. Raises SourceError, Cancelled.
+        """
+
+        def ask() -> tuple[requests.Response, Any]:
+            with self.follow("GET", url, auth, is_own_host_only=True) as response:
+                if response.status_code >= 400:
+                    return response, None
+                body = self._read_body(response)
+            try:
+                return response, json.loads(body)
+            except ValueError:
+                if "html" in response.headers.get("Content-Type", "") or body[:1] == b"<":
+                    raise SourceError([portal_finding(redact(url))]) from None
+                raise SourceError([wrong_answer(redact(url), "JSON", "another text")]) from None
+
+        return self._repeat(url, ask)
+
+    def _read_body(self, response: requests.Response) -> bytes:
+        """Return the whole body, which has to come within the read timeout."""
+        body, host = bytearray(), host_of(response.url)
+        deadline = Deadline(response.raw.shutdown, self.timeouts.read)
+        try:
+            with self.watchdog.watching(deadline):
+                while block := response.raw.read(1 << 16):
+                    body += block
+                    if len(body) > MAX_JSON:
+                        expected = f"at most {MAX_JSON:,} bytes of JSON"
+                        raise SourceError([wrong_answer(redact(response.url), expected, "more")])
+        except (HTTPError, OSError, ValueError) as error:
+            if self.cancel.is_set():
+                raise Cancelled from None
+            found = "less, in time" if deadline.is_over else cause_of(error)
+            raise TransientError(lost_finding(host, found)) from None
+        return bytes(body)
+
+    def _repeat(self, url: str, ask: Callable[[], T]) -> T:
+        retry = RetryPolicy(self, url)
+        while True:
+            started = time.monotonic()
+            try:
+                answer = ask()
+            except TransientError as error:
+                retry.wait(error, started)
+            else:
+                retry.progressed()
+                return answer
+
+    def follow(
+        self,
+        method: str,
+        url: str,
+        auth: OriginAuth,
+        headers: dict[str, str] | None = None,
+        is_final: Callable[[requests.Response], bool] = lambda _: False,
+        is_own_host_only: bool = False,
+    ) -> requests.Response:
+        """Return the answer to one try, its body unread, after redirects.
+
+        A redirect for which `is_final` is true is an answer too. Once a
+        redirect has left the origin of `auth`, its headers are sent no more,
+        even if another one leads back; with `is_own_host_only` it is refused.
+        Raises SourceError, and TransientError where it may pass.
+        """
+        first, is_own = url, True
+        for _ in range(REDIRECTS):
+            is_own = is_own and auth.covers(url)
+            response = self._request(method, url, auth if is_own else OriginAuth(), headers or {})
+            if not response.is_redirect or is_final(response):
+                return response
+            response.close()
+            target = redirect_target(url, response.headers["Location"], auth.is_named_by_user)
+            if is_own_host_only and not auth.covers(target) and not is_upgrade(url, target):
+                raise SourceError([foreign_redirect(url, target)])
+            url = target
+        words = (f"at most {REDIRECTS} redirects", "more", "is there a captive portal in between?")
+        raise SourceError([Finding(Kind.REDIRECT, redact(first), *words)])
+
+    def _request(
+        self, method: str, url: str, auth: OriginAuth, headers: dict[str, str]
+    ) -> requests.Response:
+        """Return the answer to one request; raise TransientError where it may pass."""
+        host, timeouts = host_of(url), self.timeouts
+        self.pause(self._quiet_until.get(host, 0.0) - time.monotonic())
         try:
             response = self._session.request(
                 method,
                 url,
-                headers=dict(headers),
+                headers=headers,
+                auth=auth,
                 stream=True,
                 allow_redirects=False,
-                timeout=(limits.connect, limits.read),
+                timeout=(timeouts.connect, timeouts.read),
             )
-        except _NO_URL:
-            raise SourceError([bad_url_finding(host)]) from None
-        except requests.exceptions.ProxyError as error:
-            raise SourceError([proxy_finding(host, cause(error))]) from None
-        except requests.exceptions.SSLError as error:
-            if is_about_certificate(error):
-                raise SourceError([certificate_finding(host, error)]) from None
-            raise TransientError(no_answer(host, error)) from None
-        except (requests.exceptions.RequestException, HTTPError, OSError) as error:
-            # What the pool gave up before it asked; all else broke off after that.
-            connected = not (error.args and isinstance(error.args[0], MaxRetryError))
-            connected = connected or host in self._answered
-            raise TransientError(no_answer(host, error), connected=connected) from None
+        except (requests.exceptions.RequestException, HTTPError, OSError, ValueError) as error:
+            self._raise_failure(url, error)
         self._answered.add(host)
         if response.status_code == 407:
             response.close()
-            raise SourceError([proxy_finding(host, "407 proxy authentication required")])
-        if response.status_code in _PASSING:
+            raise SourceError([proxy_finding(url, "407 Proxy Authentication Required")])
+        if is_busy(response.status_code):
             response.close()
-            seconds = asked_wait(response.headers)
-            if seconds is not None and seconds <= limits.longest_wait:
+            seconds = requested_wait(response.headers)
+            if seconds is not None and seconds <= timeouts.longest_wait:
                 self._quiet_until[host] = time.monotonic() + seconds
-            raise TransientError(passing_finding(host, response, seconds), seconds)
+            raise TransientError(busy_finding(host, response, seconds), seconds)
         return response
 
-    def follow(
-        self, first: str, secrets: Mapping[str, str], headers: Mapping[str, str] | None = None
-    ) -> requests.Response:
-        """The answer to one try of a GET, its body unread, by redirects if need be.
+    def _raise_failure(self, url: str, error: Exception) -> NoReturn:
+        if self.cancel.is_set():
+            raise Cancelled from None
+        host, finding = host_of(url), classify_error(url, error)
+        has_answered = host in self._answered
+        # What the pool gave up before it asked; all else broke off after that.
+        is_unreached = bool(error.args) and isinstance(error.args[0], MaxRetryError)
+        is_settled = finding.kind is Kind.PROXY and not has_answered
+        if is_settled or finding.kind is Kind.CERTIFICATE or isinstance(error, ValueError):
+            raise SourceError([finding]) from None
+        raise TransientError(finding, is_first_contact=is_unreached and not has_answered) from None
 
-        `secrets` are headers for the origin of the first URL only. Raises
-        Broken, and Trouble where it may pass.
-        """
-        url = first
-        for _ in range(REDIRECTS):
-            own = secrets if origin(url) == origin(first) else {}
-            response = self._request("GET", url, {**(headers or {}), **own})
-            if not response.is_redirect:
-                return response
-            response.close()
-            url = redirect_target(url, response.headers["Location"])
-        expected, found = f"at most {REDIRECTS} redirects", "more, in a circle?"
-        raise SourceError([Finding(Kind.REDIRECT, shown(first), expected, found)])
-
-    def _pause(self, seconds: float) -> None:
-        if self.cancel.wait(max(seconds, 0)):
-            raise Cancelled
-
-    def pause(self, seconds: float, why: Finding) -> None:
-        """Waits, and says so where a person would wonder; raises Stopped."""
-        if seconds >= 1:
-            self._say(f"{why.where}: {why.kind} ({why.found}); trying again in {seconds:.0f} s")
-        self._pause(seconds)
+    def pause(self, seconds: float, over: threading.Event | None = None) -> None:
+        """Wait; raise Cancelled when the run is cancelled meanwhile, or `over` is set."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 or self.cancel.is_set():
+            if self.cancel.wait(min(left, MOMENT)) or (over and over.is_set()):
+                raise Cancelled
 
 
 class RetryPolicy:
-    """How often the same request is made again, and how long is waited in between."""
+    """Tries of one request: longer waits each time, and one end for all streams of a host.
 
-    def __init__(self, asker: HttpClient) -> None:
-        limits = asker.limits
-        self._asker = asker
-        self._slow = limits.slow_lines
-        self._retry = Retry(
-            total=limits.tries,
-            connect=limits.connect_tries,
-            backoff_factor=limits.backoff,
-            backoff_jitter=limits.backoff,
-            backoff_max=30,
-        )
+    Answers about files and bodies are counted apart: a host that says where a
+    file is and then does not give it has given nothing. `body_over` is set
+    when a body is no longer wanted.
+    """
 
-    def wait(self, trouble: TransientError, url: str) -> None:
-        """Waits before the next try; raises Broken where there is none, Stopped."""
-        finding, seconds = trouble.finding, trouble.seconds
-        self._slow -= finding.kind is Kind.TOO_SLOW
-        longest = self._asker.limits.longest_wait
-        if self._slow <= 0 or (seconds is not None and seconds > longest):
-            raise SourceError([finding])
-        error = None if trouble.connected else ConnectTimeoutError()
-        try:
-            self._retry = self._retry.increment("GET", url, error=error)
-        except MaxRetryError:
-            raise SourceError([finding]) from None
-        backoff = self._retry.get_backoff_time()
-        self._asker.pause(max(seconds or 0, backoff), finding)
+    def __init__(
+        self, client: HttpClient, url: str, body_over: threading.Event | None = None
+    ) -> None:
+        self._client = client
+        self._over = body_over
+        self._host = host_of(url), body_over is not None
+        self._tries = self._doubts = 0
+
+    def progressed(self) -> None:
+        """Note that something came."""
+        self._tries = self._doubts = 0
+        with self._client.lock:
+            self._client.progress[self._host] = time.monotonic()
+            self._client.outages.pop(self._host, None)
+
+    def wait(self, error: TransientError, started: float) -> None:
+        """Wait before the next try of a request that was `started` (monotonic) and failed.
+
+        Raises SourceError where there is no next try, Cancelled.
+        """
+        client, now = self._client, time.monotonic()
+        self._tries += 1
+        self._doubts += error.is_doubtful
+        if self._doubts > 1:
+            raise SourceError([error.finding])
+        backoff = client.timeouts.backoff * 2 ** min(self._tries - 1, 10)
+        delay = min(backoff * random.uniform(0.5, 1.5), LONGEST_BACKOFF)
+        if error.seconds is not None:
+            is_first = error.seconds == 0 and self._tries == 1
+            delay = 0.0 if is_first else max(delay, error.seconds)
+        with client.lock:
+            since = max(started, client.progress.get(self._host, 0.0))
+            fresh = Outage(since, since + client.timeouts.patience)
+            outage = client.outages.setdefault(self._host, fresh)
+            if outage.verdict or self._is_over(error, outage, now):
+                outage.verdict = outage.verdict or error.finding
+                raise SourceError([outage.verdict])
+            if error.seconds:
+                outage.until = max(outage.until, now + delay + client.timeouts.patience)
+            is_news = delay >= 1 and not outage.is_logged
+            outage.is_logged |= is_news
+        if is_news:
+            left = f"in {delay:.0f} s" if error.seconds else f"for up to {outage.until - now:.0f} s"
+            finding = error.finding
+            client.log(f"{finding.where}: {finding.kind} ({finding.found}); trying again {left}")
+        client.pause(min(delay, outage.until - now), self._over)
+
+    def _is_over(self, error: TransientError, outage: Outage, now: float) -> bool:
+        """Return whether the host is given up."""
+        timeouts = self._client.timeouts
+        if error.seconds:
+            return now + error.seconds > outage.since + timeouts.longest_wait
+        if error.is_first_contact:
+            return now >= outage.since + timeouts.patience / 10
+        return now >= outage.until

@@ -1,6 +1,6 @@
-"""Requests whose answer has not begun: they can be ended from outside.
+"""Deadlines: end requests whose answer does not begin, and bodies that come too slowly.
 
-A read timeout is for one byte, so a server that sends its headers a byte a
+A socket's timeout is for one byte. A server that sends its headers a byte a
 second, or one interim answer after the other, could keep a request for ever.
 """
 
@@ -8,82 +8,132 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from http.client import HTTPException
+from typing import Any, Protocol
 
 from requests.adapters import HTTPAdapter
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3 import HTTPConnectionPool
+
+#: Seconds between two checks.
+MOMENT = 0.5
 
 
-class Waits:
-    """The connections on which an answer is awaited, each with its beginning."""
+class Watched(Protocol):
+    """Something that is waited for."""
 
-    def __init__(self) -> None:
+    def check(self, is_cancelled: bool) -> None:
+        """End the wait if it has taken too long, or if the run was cancelled."""
+
+
+class Deadline:
+    """A wait of at most `seconds`, which `end` ends; it may be called after the wait is over."""
+
+    def __init__(self, end: Callable[[], object], seconds: float) -> None:
+        self._end = end
+        self._until = time.monotonic() + seconds
+        self.is_over = False
+
+    def check(self, is_cancelled: bool) -> None:
+        """End the wait if its time is over, or if the run was cancelled."""
+        self.is_over = time.monotonic() >= self._until
+        if is_cancelled or self.is_over:
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                self._end()
+
+
+class Watchdog:
+    """A thread that checks all waits of a client every `MOMENT` seconds."""
+
+    def __init__(self, cancel: threading.Event) -> None:
+        self._cancel = cancel
         self._lock = threading.Lock()
-        self._begun: dict[object, tuple[socket.socket, float]] = {}
+        self._waits: set[Watched] = set()
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     @contextlib.contextmanager
-    def during(self, sock: socket.socket | None) -> Iterator[None]:
-        """Knows a socket while the block runs."""
-        key = object()
-        if sock is not None:
-            with self._lock:
-                self._begun[key] = sock, time.monotonic()
+    def watching(self, wait: Watched) -> Iterator[None]:
+        """Check `wait` until the block ends."""
+        with self._lock:
+            self._waits.add(wait)
         try:
             yield
         finally:
             with self._lock:
-                self._begun.pop(key, None)
+                self._waits.discard(wait)
 
-    def end(self, older: float) -> None:
-        """Ends those that have waited for more than so many seconds."""
-        before = time.monotonic() - older
-        with self._lock:
-            late = [sock for sock, begun in self._begun.values() if begun <= before]
-        for sock in late:
-            with contextlib.suppress(OSError, ValueError):
-                sock.shutdown(socket.SHUT_RDWR)
+    def close(self) -> None:
+        """End the thread."""
+        self._is_closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_closed.wait(MOMENT):
+            with self._lock:
+                waits = list(self._waits)
+            for wait in waits:
+                wait.check(self._cancel.is_set())
 
 
 class WatchedAdapter(HTTPAdapter):
-    """The adapter of requests, with connections that are known to `waits` while they wait."""
+    """The adapter of requests with a TLS context of ours, and a deadline for every answer."""
 
-    def __init__(self, waits: Waits, **options: Any) -> None:
-        self._pools = _pools(waits)
-        super().__init__(**options)
+    def __init__(
+        self, watchdog: Watchdog, seconds: float, context: ssl.SSLContext | None, pool_size: int
+    ) -> None:
+        self._watchdog = watchdog
+        self._seconds = seconds
+        self._context = context
+        super().__init__(pool_maxsize=pool_size, max_retries=0)
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
-        """See HTTPAdapter."""
-        super().init_poolmanager(*arguments, **options)
-        self.poolmanager.pool_classes_by_scheme = self._pools
+        """Make the pools for hosts that need no proxy."""
+        super().init_poolmanager(*arguments, ssl_context=self._context, **options)
+        self._watch(self.poolmanager)
 
-    def proxy_manager_for(self, proxy: Any, **options: Any) -> Any:
-        """See HTTPAdapter."""
-        manager = super().proxy_manager_for(proxy, **options)
-        manager.pool_classes_by_scheme = self._pools
-        return manager
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        """Return the pools for hosts behind a proxy."""
+        if proxy not in self.proxy_manager:
+            options["ssl_context"] = self._context
+            if proxy.lower().startswith("https:"):
+                options["proxy_ssl_context"] = self._context
+            self._watch(super().proxy_manager_for(proxy, **options))
+        return self.proxy_manager[proxy]
 
+    def send(self, request: Any, *arguments: Any, **options: Any) -> Any:
+        """Send a request."""
+        # The context has the authorities of all variables, not only those that requests reads.
+        options["verify"] = True
+        return super().send(request, *arguments, **options)
 
-def _pools(waits: Waits) -> dict[str, type[HTTPConnectionPool]]:
-    """Pools of connections by scheme, as urllib3 has them, that tell `waits`."""
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave the choice of authorities to the context."""
 
-    class Plain(HTTPConnection):
-        def getresponse(self) -> Any:
-            with waits.during(self.sock):
-                return super().getresponse()
+    def _watch(self, manager: Any) -> None:
+        known = manager.pool_classes_by_scheme.items()
+        manager.pool_classes_by_scheme = {s: self._watched_pool(pool) for s, pool in known}
 
-    class Secure(HTTPSConnection):
-        def getresponse(self) -> Any:
-            with waits.during(self.sock):
-                return super().getresponse()
+    def _watched_pool(self, pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
+        """Return a kind of pool whose connections have a deadline for every answer."""
+        watchdog, seconds, parent = self._watchdog, self._seconds, pool.ConnectionCls
 
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
+        def getresponse(connection: Any) -> Any:
+            sock = connection.sock
+            if sock is None:
+                return parent.getresponse(connection)
+            deadline = Deadline(lambda: sock.shutdown(socket.SHUT_RDWR), seconds)
+            try:
+                with watchdog.watching(deadline):
+                    return parent.getresponse(connection)
+            except (OSError, HTTPException):
+                if deadline.is_over:
+                    raise TimeoutError("timed out") from None
+                raise
 
-    class SecurePool(HTTPSConnectionPool):
-        ConnectionCls = Secure
-
-    return {"http": PlainPool, "https": SecurePool}
+        watched = type(parent.__name__, (parent,), {"getresponse": getresponse})
+        return type(pool.__name__, (pool,), {"ConnectionCls": watched})

@@ -1,8 +1,8 @@
-"""Byte ranges over HTTP(S): by many lines at once, each going on where it broke off.
+"""Byte ranges over HTTP(S), by several streams at once, each going on where it broke off.
 
-A line asks for one span with a Range header and checks that the answer is about
-just that span; what it reads goes block by block into a sink, which proves it.
-Nothing here trusts a server: not its lengths, not its redirects, not its speed.
+A stream asks for one span with a Range header and checks that the answer is
+about that span. What it reads goes block by block into a `PieceWriter`, which
+verifies it. No server is trusted: not its lengths, its redirects or its speed.
 """
 
 from __future__ import annotations
@@ -13,35 +13,38 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from types import TracebackType
 
 import requests
 from urllib3.exceptions import HTTPError
 
 from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Finding, Kind
+from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, Log, RetryPolicy, Timeouts, TransientError
-from csm_weights.transfer.http.responses import cause, describe, wrong_answer
+from csm_weights.transfer.http.responses import (
+    cause_of,
+    describe_body,
+    host_of,
+    lost_finding,
+    wrong_answer,
+)
 from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import PieceWriter, SourceError
 
-#: Bytes that one request asks for. A kill loses at most this much a line: 20 MiB in all.
+#: Bytes that one request asks for. A kill loses at most this much a stream: 20 MiB in all.
 SPAN = 2 * BLOCK
 
 #: Bytes read at a time: what is lost when a connection is reset.
 READ = 256 << 10
 
-#: Bytes that a line must have brought for a break to count as the first one again.
+#: Bytes that a stream must have brought for a failure to count as the first one again.
 PROGRESS = 16 << 10
 
-#: Lines that are open at the same time.
-LINES = 5
-
-#: Seconds between two looks at the speed of the lines.
-MOMENT = 0.5
+#: Streams that are open at the same time.
+STREAMS = 5
 
 #: Bytes of a refusal or a wrong page that are read, to say what it is.
 PEEK = 2048
@@ -49,37 +52,34 @@ PEEK = 2048
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class ResolvedUrl:
-    """Where a file can be had just now; `headers` are for this URL's own origin only."""
-
-    url: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
 class RemoteFile(ABC):
     """One file on a server, wherever that has it at the moment.
 
     `where` names it in messages and receipts, without secrets. The file is
-    `size` bytes long; its first one is byte `offset` of the artifact.
+    `size` bytes long; its first one is byte `offset` of the artifact. `auth`
+    are the credentials for the server that was named.
     """
 
-    def __init__(self, where: str, size: int, offset: int = 0) -> None:
+    def __init__(self, where: str, auth: OriginAuth, size: int, offset: int = 0) -> None:
         self.where = where
+        self.auth = auth
         self.size = size
         self.offset = offset
         self.lock = threading.Lock()
         self.has_ranges = True
         self.etag: str | None = None
-        self.stream: _RangeStream | None = None
+        self.stream: RangeStream | None = None
 
     @abstractmethod
-    def place(self) -> ResolvedUrl:
-        """Where the file is; raises Broken."""
+    def resolve(self) -> str:
+        """Return the URL where the file can be had just now; raise SourceError."""
+
+    def forget(self, url: str) -> None:  # noqa: B027
+        """Resolve anew the next time, where `url` is what was resolved and can change."""
 
     @abstractmethod
-    def refused(self, place: ResolvedUrl, response: requests.Response) -> Finding | None:
-        """What a refusal at `place` means, or None where there is another place now."""
+    def classify_refusal(self, url: str, response: requests.Response) -> Exception:
+        """Return what a refusal at `url` means: SourceError, or TransientError if it may pass."""
 
 
 class _NoRanges(Exception):
@@ -87,50 +87,45 @@ class _NoRanges(Exception):
 
 
 class RangeDownloader(HttpClient):
-    """All transfers of one run: a pool of lines, and one who watches them."""
+    """All transfers of one run, by a pool of streams."""
 
     def __init__(
         self,
         cancel: threading.Event,
         log: Log = lambda _: None,
-        limits: Timeouts | None = None,
-        lines: int = LINES,
+        timeouts: Timeouts | None = None,
+        streams: int = STREAMS,
     ) -> None:
-        super().__init__(cancel, log, limits or Timeouts(), 2 * lines)
-        self._pool = ThreadPoolExecutor(lines)
-        self._lock = threading.Lock()
-        self._open_lines: set[_RangeStream] = set()
-        self._is_closed = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        super().__init__(cancel, log, timeouts, 2 * streams)
+        self._pool = ThreadPoolExecutor(streams)
 
-    def __enter__(self) -> RangeDownloader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_closed.set()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._watcher.join()
-        self.hang_up()
+        self.close()
 
-    def fetch(self, location: RemoteFile, sink: PieceWriter) -> None:
-        """Puts what the sink wants of a file into it, by many lines or, without ranges, by one.
+    def fetch(self, file: RemoteFile, writer: PieceWriter) -> None:
+        """Write what `writer` wants of a file, by several streams or, without ranges, by one.
 
-        Raises Broken; what was put until then stays in the sink.
+        Raises SourceError; what was written until then stays.
         """
         try:
-            if location.has_ranges:
-                self._fetch_spans(location, sink)
+            if file.has_ranges:
+                self._fetch_spans(file, writer)
                 return
         except _NoRanges:
-            location.has_ranges = False
-        self._read_through(location, sink)
+            file.has_ranges = False
+        self._read_through(file, writer)
 
-    def _fetch_spans(self, location: RemoteFile, sink: PieceWriter) -> None:
+    def _fetch_spans(self, file: RemoteFile, writer: PieceWriter) -> None:
         over = threading.Event()
-        spans = [span for wanted in sink.wanted() for span in _spans(*wanted)]
+        spans = [span for wanted in writer.wanted() for span in _spans(*wanted)]
         futures: list[Future[None]] = [
-            self._pool.submit(self._fetch_span, location, span, sink, over) for span in spans
+            self._pool.submit(self._fetch_span, file, span, writer, over) for span in spans
         ]
         try:
             _, left = wait(futures, return_when=FIRST_EXCEPTION)
@@ -145,139 +140,136 @@ class RangeDownloader(HttpClient):
             raise errors[0]
 
     def _fetch_span(
-        self, location: RemoteFile, span: tuple[int, int], sink: PieceWriter, over: threading.Event
+        self, file: RemoteFile, span: tuple[int, int], writer: PieceWriter, over: threading.Event
     ) -> None:
-        at, end = span
-        patience = RetryPolicy(self)
+        (at, end), retry = span, None
         while at < end:
             if over.is_set() or self.cancel.is_set():
                 raise Cancelled
-            place = location.place()
-            line: _RangeStream | None = None
+            url, started = file.resolve(), time.monotonic()
+            retry = retry or RetryPolicy(self, url, over)
+            stream: RangeStream | None = None
+            failure: TransientError | None = None
             try:
-                with self._line(location, place, at, end, over) as line:
-                    line.read_into(sink)
-            except TransientError as trouble:
-                if line and line.at - at >= PROGRESS and not line.is_too_slow:
-                    patience = RetryPolicy(self)
-                patience.wait(trouble, place.url)
-            finally:
-                at = line.at if line else at
+                with self._open(file, url, at, end, over) as stream:
+                    stream.read_into(writer)
+            except TransientError as error:
+                failure = error
+                if stream is None:
+                    _doubt_url(file, url, error)
+            came, at = (stream.at - at, stream.at) if stream else (0, at)
+            if at == end or (came >= PROGRESS and not (stream and stream.is_too_slow)):
+                retry.progressed()
+            if failure is None and at < end and came < PROGRESS:
+                failure = _too_short(file, came)
+            if failure:
+                retry.wait(failure, started)
 
     @contextlib.contextmanager
-    def _line(
-        self, location: RemoteFile, place: ResolvedUrl, at: int, end: int, over: threading.Event
-    ) -> Iterator[_RangeStream]:
-        """An open line that will give the bytes `[at, end)` of the artifact."""
-        start, stop = at - location.offset, end - location.offset
-        response = self.follow(place.url, place.headers, {"Range": f"bytes={start}-{stop - 1}"})
+    def _open(
+        self, file: RemoteFile, url: str, at: int, end: int, over: threading.Event
+    ) -> Iterator[RangeStream]:
+        """Open a stream of the bytes `[at, end)` of the artifact, or of the first of them."""
+        start, stop = at - file.offset, end - file.offset
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        response = self.follow("GET", url, file.auth, headers)
         with contextlib.closing(response):
-            self._check_answer(location, place, response, start, stop)
-            line = _RangeStream(response, at, end, self.limits, over)
-            with self._watched(line):
-                yield line
+            stop = self._check_answer(file, url, response, start, stop)
+            stream = RangeStream(response, at, file.offset + stop, self.timeouts, over)
+            with self._watching(stream):
+                yield stream
 
     @contextlib.contextmanager
-    def _watched(self, line: _RangeStream) -> Iterator[None]:
-        line.is_reading(True)
-        with self._lock:
-            self._open_lines.add(line)
-        try:
+    def _watching(self, stream: RangeStream) -> Iterator[None]:
+        stream.is_reading(True)
+        with self.watchdog.watching(stream):
             yield
-        finally:
-            with self._lock:
-                self._open_lines.discard(line)
-
-    def _watch(self) -> None:
-        """Cuts lines that are too slow, and all of them when the run is stopped."""
-        while not self._is_closed.wait(MOMENT):
-            with self._lock:
-                lines = list(self._open_lines)
-            self.end_waits()
-            for line in lines:
-                line.check_speed(is_stopped=self.cancel.is_set() or line.over.is_set())
 
     def _check_answer(
         self,
-        location: RemoteFile,
-        place: ResolvedUrl,
+        file: RemoteFile,
+        url: str,
         response: requests.Response,
         start: int,
         stop: int,
-    ) -> None:
-        """Raises unless the answer is about the bytes `[start, stop)` of this very file."""
-        headers, where = response.headers, location.where
-        if response.status_code not in (200, 206, 416):
-            finding = location.refused(place, response)
-            if finding is None:
-                expired = Finding(Kind.FORBIDDEN, where, "a URL that is valid", "an expired one")
-                raise TransientError(expired, seconds=0)
-            raise SourceError([finding])
+    ) -> int:
+        """Return where the body ends, of the bytes `[start, stop)` of this file asked for.
+
+        Raises unless the answer is about them and begins with the first.
+        """
+        headers, status = response.headers, response.status_code
+        expected = f"bytes {start}-{stop - 1}/{file.size}"
+        if status not in (200, 206, 416):
+            raise file.classify_refusal(url, response)
         if (encoding := headers.get("Content-Encoding", "identity")).lower() != "identity":
-            raise wrong_answer(where, "the bytes as they are", f"them encoded as {encoding}")
-        if response.status_code == 200:
-            _check_whole(location, response)
-            if (start, stop) != (0, location.size):
+            raise _doubtful(file, "the bytes as they are", f"them encoded as {encoding}")
+        if status == 200:
+            _check_whole(file, response)
+            if (start, stop) != (0, file.size):
                 raise _NoRanges
-            return
-        found = headers.get("Content-Range", "none")
+            return stop
+        found = headers.get("Content-Range", "no Content-Range")
         match = _CONTENT_RANGE.fullmatch(found)
-        if response.status_code == 416 or not match:
-            raise wrong_answer(where, f"bytes {start}-{stop - 1}/{location.size}", found)
-        first, last, total = match.groups()
-        length = headers.get("Content-Length", str(stop - start))
-        if (int(first), int(last) + 1, length) != (start, stop, str(stop - start)) or (
-            total not in ("*", str(location.size))
-        ):
-            found = f"{found}, {length} bytes of body"
-            raise wrong_answer(where, f"bytes {start}-{stop - 1}/{location.size}", found)
-        _check_etag(location, headers.get("ETag"))
+        if status == 416 or not match:
+            raise _doubtful(file, expected, f"{status} {response.reason}, {found}")
+        first, last, total = int(match[1]), int(match[2]), match[3]
+        length = headers.get("Content-Length", str(last + 1 - first))
+        # A server may give less than was asked for, never other bytes or more.
+        is_meant = first == start <= last < stop and length == str(last + 1 - first)
+        if not is_meant or total not in ("*", str(file.size)):
+            raise _doubtful(file, expected, f"{found}, {length} bytes of body")
+        _check_etag(file, headers.get("ETag"))
+        return last + 1
 
     # ---- a file on a server without ranges
 
-    def _read_through(self, location: RemoteFile, sink: PieceWriter) -> None:
-        """Reads the file from its start, once for pieces that follow each other."""
-        with location.lock:
-            for start, end in sink.wanted():
-                at, patience = start, RetryPolicy(self)
+    def _read_through(self, file: RemoteFile, writer: PieceWriter) -> None:
+        """Read the file from its start, once for pieces that follow each other."""
+        with file.lock:
+            for start, end in writer.wanted():
+                at, retry = start, None
                 while at < end:
-                    place = location.place()
+                    url, started = file.resolve(), time.monotonic()
+                    retry = retry or RetryPolicy(self, url, self.cancel)
                     try:
-                        self._stream_to(location, place, at, end, sink)
-                    except TransientError as trouble:
-                        reached = location.stream.at if location.stream else at
-                        patience = patience if reached - at < PROGRESS else RetryPolicy(self)
+                        self._stream_to(file, url, at, end, writer)
+                    except TransientError as error:
+                        reached = file.stream.at if file.stream else at
+                        if file.stream is None:
+                            _doubt_url(file, url, error)
+                        if reached - at >= PROGRESS:
+                            retry.progressed()
                         at = max(at, min(reached, end))
-                        self._hang_up(location)
-                        patience.wait(trouble, place.url)
+                        self._close(file)
+                        retry.wait(error, started)
                     else:
                         at = end
-            if location.stream and location.stream.at == location.offset + location.size:
-                self._hang_up(location)
+                        retry.progressed()
+            if file.stream and file.stream.at == file.offset + file.size:
+                self._close(file)
 
     def _stream_to(
-        self, location: RemoteFile, place: ResolvedUrl, at: int, end: int, sink: PieceWriter
+        self, file: RemoteFile, url: str, at: int, end: int, writer: PieceWriter
     ) -> None:
-        if location.stream is None or location.stream.at > at:
-            self._hang_up(location)
-            response = self.follow(place.url, place.headers)
-            self._check_answer(location, place, response, 0, location.size)
-            location.stream = _RangeStream(
-                response, location.offset, location.offset, self.limits, self.cancel
-            )
-        line = location.stream
-        with self._watched(line):
-            line.skip_to(at)
-            line.end = end
-            line.read_into(sink)
+        if file.stream is None or file.stream.at > at:
+            self._close(file)
+            response = self.follow("GET", url, file.auth)
+            self._check_answer(file, url, response, 0, file.size)
+            begin = file.offset
+            file.stream = RangeStream(response, begin, begin, self.timeouts, self.cancel)
+        stream = file.stream
+        with self._watching(stream):
+            stream.skip_to(at)
+            stream.end = end
+            stream.read_into(writer)
 
-    def _hang_up(self, location: RemoteFile) -> None:
-        if location.stream:
-            location.stream.close()
-        location.stream = None
+    def _close(self, file: RemoteFile) -> None:
+        if file.stream:
+            file.stream.close()
+        file.stream = None
 
 
-class _RangeStream:
+class RangeStream:
     """The body of one answer: the bytes `[at, end)` of an artifact, `at` moving on."""
 
     def __init__(
@@ -285,120 +277,138 @@ class _RangeStream:
         response: requests.Response,
         at: int,
         end: int,
-        limits: Timeouts,
+        timeouts: Timeouts,
         over: threading.Event,
     ) -> None:
         self.at = at
         self.end = end
-        self.over = over
         self.is_too_slow = False
+        self._over = over
         self._response = response
-        self._host = urlsplit(response.url).netloc
-        self._limits = limits
+        self._host = host_of(response.url)
+        self._timeouts = timeouts
         self._came = self._came_before = 0
         self._since = time.monotonic()
 
     def close(self) -> None:
-        """Ends the connection: what is left of the body is not wanted."""
+        """End the connection: what is left of the body is not wanted."""
         self._response.close()
 
-    def read_into(self, sink: PieceWriter) -> None:
-        """Reads up to `end`, block by block; what came before a failure is put too."""
+    def read_into(self, writer: PieceWriter) -> None:
+        """Read up to `end`, block by block; what came before a failure is written too."""
         while self.at < self.end:
-            if self.over.is_set():
+            if self._over.is_set():
                 raise Cancelled
-            # Blocks lie on a grid, whatever byte a line goes on from.
+            # Blocks lie on a grid, whatever byte a stream goes on from.
             room = min(self.end, (self.at // BLOCK + 1) * BLOCK) - self.at
-            block, trouble, size = sink.acquire_buffer(), None, 0
+            block, failure, size = writer.acquire_buffer(), None, 0
             try:
                 while size < room:
                     with block.view[size : min(room, size + READ)] as view:
                         size += self._read(view)
             except TransientError as error:
-                trouble = error
+                failure = error
             self.is_reading(False)
-            sink.write(block, self.at, size)
+            writer.write(block, self.at, size)
             self.is_reading(True)
             self.at += size
-            if trouble:
-                raise trouble
+            if failure:
+                raise failure
 
     def skip_to(self, at: int) -> None:
-        """Reads and throws away what comes before byte `at`."""
+        """Read and throw away what comes before byte `at`."""
         with memoryview(bytearray(READ)) as waste:
             while self.at < at:
-                if self.over.is_set():
+                if self._over.is_set():
                     raise Cancelled
                 with waste[: min(READ, at - self.at)] as view:
                     self.at += self._read(view)
 
     def _read(self, view: memoryview) -> int:
-        """Bytes read into `view`, one at least; raises Trouble."""
+        """Return the number of bytes read into `view`, one at least; raise TransientError."""
         try:
             count: int = self._response.raw.readinto(view)
         except (HTTPError, OSError, ValueError) as error:
-            raise TransientError(self._lost(cause(error))) from None
+            raise self._lost(cause_of(error)) from None
         if not count:
-            raise TransientError(self._lost("the connection was closed"))
+            raise self._lost("the connection was closed")
         self._came += count
         return count
 
-    def _lost(self, found: str) -> Finding:
-        if self.is_too_slow:
-            limits = self._limits
-            least = f"at least {limits.least_rate:,} bytes a second over {limits.slow_seconds:g} s"
-            return Finding(Kind.TOO_SLOW, self._host, least, "less", "try again later")
-        expected = "the whole body of an answer"
-        return Finding(Kind.NO_NETWORK, self._host, expected, found, "run the same command again")
+    def _lost(self, found: str) -> TransientError:
+        if not self.is_too_slow:
+            return TransientError(lost_finding(self._host, found))
+        rate, seconds = self._timeouts.least_rate, self._timeouts.slow_seconds
+        least = f"at least {rate:,.0f} bytes a second over {seconds:g} s"
+        help_text = "try again later"
+        return TransientError(Finding(Kind.TOO_SLOW, self._host, least, "less", help_text))
 
     def is_reading(self, reading: bool) -> None:
-        """Says whether the server is waited for; what else takes time is not its fault."""
+        """Note whether the server is waited for; what else takes time is not its fault."""
         self._since = time.monotonic() if reading else math.inf
         self._came_before = self._came
 
-    def check_speed(self, is_stopped: bool) -> None:
-        """Cuts the line when it gave too little for too long, or when the run is stopped."""
-        now, limits = time.monotonic(), self._limits
+    def check(self, is_cancelled: bool) -> None:
+        """End the stream when it gave too little for too long, or is not wanted any more."""
+        is_cancelled = is_cancelled or self._over.is_set()
+        now, timeouts = time.monotonic(), self._timeouts
         seconds = now - self._since
-        if not is_stopped and seconds < limits.slow_seconds:
+        if not is_cancelled and seconds < timeouts.slow_seconds:
             return
-        is_slow = self._came - self._came_before < limits.least_rate * seconds
+        is_slow = self._came - self._came_before < timeouts.least_rate * seconds
         self._came_before, self._since = self._came, now
-        if is_stopped or is_slow:
-            self.is_too_slow = not is_stopped
+        if is_cancelled or is_slow:
+            self.is_too_slow = not is_cancelled
             # It may have ended meanwhile, which is as good.
             with contextlib.suppress(OSError, RuntimeError, ValueError):
                 self._response.raw.shutdown()
 
 
 def _spans(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges that tile `[start, end)`, cut where multiples of `SPAN` are."""
+    """Yield half-open ranges that tile `[start, end)`, cut where multiples of `SPAN` are."""
     while start < end:
         cut = min(end, (start // SPAN + 1) * SPAN)
         yield start, cut
         start = cut
 
 
-def _check_whole(location: RemoteFile, response: requests.Response) -> None:
-    """Raises Broken unless an answer without a range can be the whole file."""
+def _doubtful(file: RemoteFile, expected: str, found: str) -> TransientError:
+    """Return the error for an answer that makes no sense, and gets one more try."""
+    return TransientError(wrong_answer(file.where, expected, found), is_doubtful=True)
+
+
+def _doubt_url(file: RemoteFile, url: str, error: TransientError) -> None:
+    """Have a file resolved anew unless its server has answered that it is busy."""
+    if error.is_doubtful or error.seconds == 0 or error.finding.kind is Kind.NO_NETWORK:
+        file.forget(url)
+
+
+def expired_url(where: str, response: requests.Response) -> TransientError:
+    """Return the error for a URL that a server has just given and that is refused elsewhere."""
+    found = f"{response.status_code} {response.reason} for the URL that was given for it"
+    finding = Finding(Kind.SERVER_TROUBLE, where, "the file", found, "try again later")
+    return TransientError(finding, seconds=0)
+
+
+def _too_short(file: RemoteFile, came: int) -> TransientError:
+    return _doubtful(file, f"answers of at least {PROGRESS:,} bytes", f"one of {came:,}")
+
+
+def _check_whole(file: RemoteFile, response: requests.Response) -> None:
+    """Raise unless an answer without a range can be the whole file."""
     length = response.headers.get("Content-Length")
-    if length is not None and length != str(location.size):
+    if length is not None and length != str(file.size):
         head = b""
         with contextlib.suppress(HTTPError, OSError):
             head = response.raw.read(PEEK)
-        raise wrong_answer(
-            location.where,
-            f"a file of {location.size:,} bytes",
-            f"{length} bytes: {describe(head, response.headers.get('Content-Type', ''))}",
-        )
-    _check_etag(location, response.headers.get("ETag"))
+        body = describe_body(head, response.headers.get("Content-Type", ""))
+        raise _doubtful(file, f"a file of {file.size:,} bytes", f"{length} bytes: {body}")
+    _check_etag(file, response.headers.get("ETag"))
 
 
-def _check_etag(location: RemoteFile, etag: str | None) -> None:
-    first, location.etag = location.etag, location.etag or etag
+def _check_etag(file: RemoteFile, etag: str | None) -> None:
+    first, file.etag = file.etag, file.etag or etag
     if first and etag and etag != first:
         help_text = "the file there was replaced meanwhile; run the same command again"
-        finding = Finding(
-            Kind.CHANGED, location.where, f"the file with ETag {first}", etag, help_text
-        )
-        raise SourceError([finding])
+        expected = f"the file with ETag {first}"
+        raise SourceError([Finding(Kind.CHANGED, file.where, expected, etag, help_text)])

@@ -1,4 +1,4 @@
-"""What servers answer, judged: waits, redirects, wrong bodies, and why there is no answer."""
+"""Answers of servers, judged: redirects, waits, wrong bodies, and why no answer came."""
 
 from __future__ import annotations
 
@@ -8,84 +8,96 @@ import re
 import socket
 import ssl
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import requests
-from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import NameResolutionError
 from urllib3.util import Retry
 
 from csm_weights.errors import Finding, Kind
+from csm_weights.transfer.http.environment import describe_trust, proxy_for, proxy_variables
 from csm_weights.transfer.source import SourceError
 
-#: Addresses that stand for IPv4 ones behind a translator.
+#: Networks whose addresses stand for others: IPv4 behind a translator, and
+#: names behind a proxy that invents addresses (RFC 2544, used by Clash and the like).
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_INVENTED = ipaddress.ip_network("198.18.0.0/15")
 
 #: Seconds that stand for any longer wait.
 FOREVER = 1e9
 
 _RATE_LIMIT = re.compile(r"\br\s*=\s*(\d{1,9})\s*;\s*t\s*=\s*(\d{1,9})")
 
+#: The start of a library's message that names one of its objects.
+_OBJECT = re.compile(r"^.*?(?:object at 0x\w+>|\w+\((?:host|proxy)[^)]*\)): ?")
 
-def asked_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait: by Retry-After (number or date), or RateLimit.
-
-    RateLimit as in draft-ietf-httpapi-ratelimit-headers: `"api";r=0;t=55`.
-    """
-    waits: list[float] = []
-    with contextlib.suppress(Exception):
-        waits.append(Retry().parse_retry_after(headers.get("Retry-After", "")))
-    match = _RATE_LIMIT.search(headers.get("RateLimit", ""))
-    if match and match[1] == "0":
-        waits.append(float(match[2]))
-    return min(max(waits), FOREVER) if waits else None
+# ---- URLs
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port of a URL: who it is that answers."""
+    """Return scheme, host and port of a URL: who it is that answers."""
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     return parts.scheme, (parts.hostname or "").lower(), port
 
 
-def redirect_target(url: str, location: str) -> str:
-    """Where a redirect from `url` leads.
+def is_upgrade(before: str, after: str) -> bool:
+    """Return whether a URL moves from http to https of the same host."""
+    (old, host, _), (new, other, _) = origin(before), origin(after)
+    return (old, new) == ("http", "https") and host == other
 
-    Raises Broken unless it keeps the scheme, and leads to no address that is
-    nearer to this machine than the one that sent it there.
+
+def host_of(url: str) -> str:
+    """Return host and port of a URL, without credentials."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def redact(url: str) -> str:
+    """Return a URL without credentials and without its query, which may be a secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{host_of(url)}{parts.path}"
+
+
+def redirect_target(url: str, location: str, allow_private: bool = False) -> str:
+    """Return where a redirect from `url` leads.
+
+    It may not change the scheme, except from http to https of the same host,
+    nor lead to an address nearer to this machine than the host that sent it:
+    from a public host into a private network only with `allow_private`, to
+    this machine or its link never. Raises SourceError.
     """
-    before = urlsplit(url)
     try:
         target = urljoin(url, location)
         origin(target)
-        problem = _redirect_problem(before, urlsplit(target))
+        problem = _redirect_problem(url, target, allow_private)
     except ValueError:
-        target, problem = "", "a URL that makes no sense"
+        target, problem = "", "a URL that cannot be read"
     if problem:
         help_text = "if that is meant, name the final URL yourself"
-        expected = f"a redirect within {before.scheme} to a public host"
-        finding = Finding(Kind.REDIRECT, shown(url), expected, problem, help_text)
+        expected = f"a redirect within {urlsplit(url).scheme} to a public host"
+        finding = Finding(Kind.REDIRECT, redact(url), expected, problem, help_text)
         raise SourceError([finding])
     return target
 
 
-def _redirect_problem(before: SplitResult, after: SplitResult) -> str:
-    """Why a redirect is not followed, or an empty string."""
-    if after.scheme != before.scheme:
+def _redirect_problem(url: str, target: str, allow_private: bool) -> str:
+    """Return why a redirect is not followed, or an empty string."""
+    before, after = urlsplit(url), urlsplit(target)
+    if after.scheme != before.scheme and not is_upgrade(url, target):
         return f"another scheme, {after.scheme}"
     if after.username or after.password:
         return "a URL with credentials in it"
-    if _nearness(after) > _nearness(before):
+    if _nearness(after) > max(_nearness(before), int(allow_private)):
         return f"{after.hostname}, an address inside this machine or network"
     return ""
 
 
 def _nearness(parts: SplitResult) -> int:
-    """0 for a public host, 1 for a private network's, 2 for this machine or link."""
+    """Return 0 for a public host, 1 for one in a private network, 2 for this machine or link."""
     host = parts.hostname or ""
-    names, url = [host], parts.geturl()
-    if not select_proxy(url, get_environ_proxies(url)):
+    names = [host]
+    if not proxy_for(parts.geturl()):
         # Behind a proxy it is the proxy who looks the name up.
         with contextlib.suppress(OSError, UnicodeError):
             names += [str(info[4][0]) for info in socket.getaddrinfo(host, None)]
@@ -100,11 +112,11 @@ def _address_nearness(name: str) -> int:
         return 0
     if address.is_loopback or address.is_link_local or address.is_unspecified:
         return 2
-    return 0 if address.is_global else 1
+    return 0 if address.is_global or address in _INVENTED else 1
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a name is, in any of the forms that resolvers take, or None."""
+    """Return the address that a name is, in any of the forms that resolvers take, or None."""
     try:
         address = ipaddress.ip_address(name.partition("%")[0])
     except ValueError:
@@ -118,14 +130,40 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return address
 
 
-def shown(url: str) -> str:
-    """A URL without its query, which may be a secret."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+# ---- answers
 
 
-def describe(head: bytes, content_type: str) -> str:
-    """What a body is that is not the file, by its first bytes."""
+def requested_wait(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a server asks to wait, by Retry-After or RateLimit, or None.
+
+    Retry-After is a number or a date. RateLimit is as in
+    draft-ietf-httpapi-ratelimit-headers: `"api";r=0;t=55`.
+    """
+    waits: list[float] = []
+    with contextlib.suppress(Exception):
+        waits.append(Retry().parse_retry_after(headers.get("Retry-After", "")))
+    match = _RATE_LIMIT.search(headers.get("RateLimit", ""))
+    if match and match[1] == "0":
+        waits.append(float(match[2]))
+    return min(max(waits), FOREVER) if waits else None
+
+
+def is_busy(status: int) -> bool:
+    """Return whether the same request may succeed later."""
+    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
+
+
+def busy_finding(host: str, response: requests.Response, seconds: float | None) -> Finding:
+    """Describe an answer after which the same request may succeed."""
+    status = f"{response.status_code} {response.reason}"
+    if response.status_code == 429:
+        when = "later" if seconds is None else f"in {seconds:.0f} s"
+        return Finding(Kind.RATE_LIMITED, host, "an answer", status, f"try again {when}")
+    return Finding(Kind.SERVER_TROUBLE, host, "an answer", status, "try again later")
+
+
+def describe_body(head: bytes, content_type: str) -> str:
+    """Return what a body is that is not the file, by its first bytes."""
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a git-lfs pointer in place of the content"
     if head.startswith(b"Access to model ") and b" is restricted" in head:
@@ -135,67 +173,79 @@ def describe(head: bytes, content_type: str) -> str:
     return "another file"
 
 
-def wrong_answer(where: str, expected: str, found: str) -> SourceError:
-    """The error for an answer that is about something else than what was asked."""
-    return SourceError([Finding(Kind.WRONG_ANSWER, where, expected, found, "ask another source")])
+def portal_finding(where: str) -> Finding:
+    """Describe a web page in place of an answer of the Hub."""
+    found = "a web page; is there a login or a captive portal in between?"
+    help_text = "open any web page in a browser, then run the same command again"
+    return Finding(Kind.NO_NETWORK, where, "an answer of the Hub", found, help_text)
 
 
-def is_about_certificate(error: BaseException) -> bool:
-    """Whether a host could not prove who it is; all else of TLS may pass."""
-    return isinstance(_innermost(error), ssl.SSLCertVerificationError | ssl.CertificateError)
+def foreign_redirect(url: str, target: str) -> Finding:
+    """Describe a redirect to another host where only the one that was asked is believed."""
+    host, other = host_of(url), host_of(target)
+    help_text = "is there a captive portal in between? if the host has moved, set HF_ENDPOINT"
+    expected, found = f"an answer of {host}", f"a redirect to {other}"
+    return Finding(Kind.REDIRECT, redact(url), expected, found, help_text)
 
 
-def cause(error: BaseException) -> str:
-    """The innermost reason of an error that libraries have wrapped, in words."""
-    inner = _innermost(error)
-    text = getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
-    return re.sub(r"^.*?(?:object at 0x\w+>|Connection\([^)]*\)): ?", "", text)[:200]
+def lost_finding(host: str, found: str) -> Finding:
+    """Describe an answer that broke off."""
+    expected = "the whole body of an answer"
+    return Finding(Kind.NO_NETWORK, host, expected, found, "run the same command again")
 
 
-def _innermost(error: BaseException) -> BaseException:
-    while True:
-        reasons = [getattr(error, "reason", None), *error.args]
-        inner = next((r for r in reasons if isinstance(r, BaseException)), None)
-        if inner is None:
-            return error
-        error = inner
+def wrong_answer(where: str, expected: str, found: str) -> Finding:
+    """Describe an answer that is about something else than what was asked."""
+    return Finding(Kind.WRONG_ANSWER, where, expected, found, "ask another source")
 
 
-def no_answer(host: str, error: BaseException) -> Finding:
-    """That no answer came, and why."""
-    expected, found = f"an answer from {host}", cause(error)
-    help_text = "check the network, and run the same command again"
+# ---- no answer
+
+
+def classify_error(url: str, error: BaseException) -> Finding:
+    """Return what the failure of a request means, without naming a library's objects."""
+    host, causes = host_of(url), list(_causes(error))
+    names = {type(cause).__name__ for cause in causes}
+    found = cause_of(error)
+    if "ProxyError" in names or any(type(c).__module__ == "socks" for c in causes):
+        return proxy_finding(url, found)
+    if any(isinstance(c, ssl.SSLCertVerificationError) for c in causes):
+        expected = f"a certificate for {host} from an authority that is trusted"
+        help_text = f"check the clock; a company's own authority may be in {describe_trust()}"
+        return Finding(Kind.CERTIFICATE, host, expected, found, help_text)
+    if isinstance(error, ValueError):
+        if proxy_for(url):
+            return proxy_finding(url, "a proxy's URL that cannot be used")
+        expected, help_text = "an http:// or https:// URL", "check HF_ENDPOINT and --url"
+        return Finding(Kind.NO_NETWORK, host or "a URL", expected, "another one", help_text)
     if "timed out" in found or isinstance(error, requests.exceptions.Timeout):
         found = "none in time"
-    if isinstance(error.__context__, NameResolutionError) or "resolve" in found:
+    if any(isinstance(c, NameResolutionError | socket.gaierror) for c in causes):
         found = "no such host, or no name server that answers"
-    return Finding(Kind.NO_NETWORK, host, expected, found, help_text)
+    help_text = "check the network, and run the same command again"
+    return Finding(Kind.NO_NETWORK, host, f"an answer from {host}", found, help_text)
 
 
-def bad_url_finding(host: str) -> Finding:
-    """That a URL, or that of the proxy on the way to it, is none."""
-    help_text = "check HF_ENDPOINT, --url, HTTPS_PROXY and HTTP_PROXY"
-    where, expected = host or "a URL", "an http:// or https:// URL, and a way to it"
-    return Finding(Kind.NO_NETWORK, where, expected, "one that makes no sense", help_text)
-
-
-def proxy_finding(host: str, found: str) -> Finding:
-    """That the proxy lets nothing through."""
-    help_text = "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
+def proxy_finding(url: str, found: str) -> Finding:
+    """Describe a proxy that lets nothing through."""
+    host, help_text = host_of(url), f"check {proxy_variables(url)}"
     return Finding(Kind.PROXY, host, f"a way through the proxy to {host}", found, help_text)
 
 
-def certificate_finding(host: str, error: BaseException) -> Finding:
-    """That a host could not prove who it is."""
-    help_text = "check the clock; for a company's own authority set REQUESTS_CA_BUNDLE"
-    expected = f"a certificate that proves {host}"
-    return Finding(Kind.CERTIFICATE, host, expected, cause(error), help_text)
+def cause_of(error: BaseException) -> str:
+    """Return the innermost reason of an error that libraries have wrapped, in words."""
+    *_, inner = _causes(error)
+    text = getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
+    return _OBJECT.sub("", text)[:200]
 
 
-def passing_finding(host: str, response: requests.Response, seconds: float | None) -> Finding:
-    """An answer after which the same request may succeed."""
-    status = f"{response.status_code} {response.reason}"
-    if response.status_code == 429:
-        asked = "later" if seconds is None else f"in {seconds:.0f} s"
-        return Finding(Kind.RATE_LIMITED, host, "an answer", status, f"try again {asked}")
-    return Finding(Kind.SERVER_TROUBLE, host, "an answer", status, "try again later")
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it wraps, as requests and urllib3 do that."""
+    current: BaseException | None = error
+    seen: set[int] = set()
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        reasons = [getattr(current, "reason", None), *current.args]
+        reasons += [current.__cause__, current.__context__]
+        current = next((r for r in reasons if isinstance(r, BaseException)), None)

@@ -160,6 +160,12 @@ def _redirect(exchange: Exchange, *, location: str, code: int = 302) -> Response
     return redirect(code, location, {}, exchange.response.entry)
 
 
+@_fault("moved", "A redirect to the same path with another query.")
+def _moved(exchange: Exchange) -> Response:
+    location = exchange.request.path.partition("?")[0] + "?moved=1"
+    return redirect(307, location, {}, exchange.response.entry)
+
+
 @_fault("html", "200 and the page of a captive portal.")
 def _html(exchange: Exchange, *, body: bytes = _PORTAL) -> Response:
     page = text_response(body, kind="text/html; charset=utf-8")
@@ -307,6 +313,11 @@ def _commit(exchange: Exchange, *, value: str) -> Response | None:
     if "X-Repo-Commit" not in exchange.response.headers:
         return None
     return replace(exchange.response, headers=exchange.response.headers | {"X-Repo-Commit": value})
+
+
+@_fault("add-header", "The header `name` is `value`.")
+def _add_header(exchange: Exchange, *, name: str, value: str) -> Response:
+    return replace(exchange.response, headers=exchange.response.headers | {name: value})
 
 
 @_fault("drop-header", "The header `name` is missing.")
