@@ -15,7 +15,7 @@ class Ranges:
             self.add(start, end)
 
     def add(self, start: int, end: int) -> None:
-        """Adds the bytes `[start, end)`; raises ValueError where there are none."""
+        """Add the bytes `[start, end)`; raises ValueError where there are none."""
         if start >= end:
             raise ValueError(f"[{start}, {end}) is not a range")
         before = [r for r in self._ranges if r[1] < start]
@@ -26,11 +26,11 @@ class Ranges:
         self._ranges = [*before, (start, end), *after]
 
     def end_of(self, start: int) -> int:
-        """The end of the range that holds byte `start`, or `start` where none does."""
+        """Return the end of the range that holds byte `start`, or `start` where none does."""
         return next((e for s, e in self._ranges if s <= start < e), start)
 
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The ranges of `[start, end)` that are not in the set."""
+        """Return the ranges of `[start, end)` that are not in the set."""
         gaps = []
         for s, e in self._ranges:
             if s > start:

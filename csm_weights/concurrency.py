@@ -8,29 +8,28 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-#: Seconds after which the thread that waits for the others looks up.
-PATIENCE = 0.2
-
+#: Seconds between two looks at whether a task has failed.
+POLL_SECONDS = 0.2
 
 T = TypeVar("T")
 
-
+#: Called with the number of bytes that were worked on, from any thread.
 OnProgress = Callable[[int], None]
 
 
 class Cancelled(Exception):
-    """Raised inside a worker when another one failed or the run was interrupted."""
+    """The end of a worker after another one failed or the run was interrupted."""
 
 
 def workers() -> int:
-    """How many threads hash: one for each core this process may use."""
+    """Return how many threads hash: one for each core that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
 
 
 def run_all(tasks: Iterable[Callable[[], T]], cancel: threading.Event, waiting: int = 0) -> list[T]:
-    """Runs tasks on all cores and returns their results in order.
+    """Run tasks on all cores and return their results in order.
 
     `waiting` of them are more likely to wait for a network than to use a
     core, and get threads of their own. The first failure, or an interrupt in
@@ -43,7 +42,7 @@ def run_all(tasks: Iterable[Callable[[], T]], cancel: threading.Event, waiting: 
         # An interrupt that comes just before a wait begins is seen when it ends, so none is long.
         done, unfinished = wait(futures, timeout=0)
         while unfinished and not any(f.exception() for f in done):
-            done, unfinished = wait(futures, timeout=PATIENCE, return_when=FIRST_EXCEPTION)
+            done, unfinished = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
         if unfinished:
             cancel.set()
             for future in unfinished:

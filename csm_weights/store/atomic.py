@@ -16,29 +16,19 @@ from csm_weights.manifest.parse import parse
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Manifest
 
-
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes a manifest that has been read back and found valid."""
-    text = render(manifest)
-    parse(text.encode(), str(path))
-    write_whole(path, text)
-
-
-#: What the file system says when it is full, or a limit is reached.
+#: Errors of a write where the file system is full, or a limit is reached.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-#: What it says when something else has the name.
+#: Errors of a write where something else has the name.
 _IN_THE_WAY = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
-
-_ROOM = "free some disk or choose another --dest, and run the same command again"
-_CLOSED = "check its permissions, or choose another --dest"
 
 
 def create(path: Path, flags: int = 0) -> int:
-    """Opens a file of ours for reading and writing, 0644 less umask, never through a link.
+    """Open a file of ours for reading and writing, 0644 less umask, never through a link.
 
-    Makes its folders. Raises NoSpace when the file system does not take it,
-    WrongContent where the name is on a file of another user, or on no file.
+    Makes its folders and returns the descriptor. Raises NoSpace when the file
+    system refuses, WrongContent where another user's file, or something else
+    than a file, has the name.
     """
     with writing(path):
         make_folder(path.parent)
@@ -61,7 +51,7 @@ def create(path: Path, flags: int = 0) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, each with a durable entry in the one above.
+    """Make a folder and those above it, each with a durable entry in the one above.
 
     Raises OSError where the file system does not take it.
     """
@@ -73,10 +63,10 @@ def make_folder(folder: Path) -> None:
 
 
 def _require_ours(status: os.stat_result, path: Path) -> None:
-    """Raises WrongContent unless it is the stat of a plain file of this user.
+    """Raise WrongContent unless it is the stat of a plain file of this user.
 
-    Whoever owns a lock may hold it for ever, and whoever owns an unfinished
-    file may change it after it was proven.
+    The owner of a lock may hold it for ever, and the owner of an unfinished
+    file may change it after it was verified.
     """
     found = "something that is no plain file"
     if stat.S_ISREG(status.st_mode):
@@ -94,7 +84,7 @@ def _require_ours(status: os.stat_result, path: Path) -> None:
 
 
 def _owner_of_new_files(folder: Path) -> int | None:
-    """The user to whom a file belongs that is made in `folder`: some mounts put another one."""
+    """Return the owner of a file that is made in `folder`: some mounts put another user."""
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             return os.fstat(probe.fileno()).st_uid
@@ -103,28 +93,24 @@ def _owner_of_new_files(folder: Path) -> int | None:
 
 
 def stay_inside(folder: Path, base: Path) -> None:
-    """Raises WrongContent where a link on the way from `base` to `folder` leads out of `base`.
+    """Raise WrongContent where a link on the way from `base` to `folder` leads out of `base`.
 
     `base` itself may be a link: which folder is meant is the caller's choice.
     """
     led, home = Path(os.path.realpath(folder)), Path(os.path.realpath(base))
     if led.is_relative_to(home):
         return
-    finding = Finding(
-        Kind.IN_THE_WAY,
-        str(folder),
-        f"a folder inside {base}",
-        f"a link that leads to {led}",
-        "remove the link; with --dest another folder can be named",
-    )
+    words = (f"a folder inside {base}", f"a link that leads to {led}")
+    mend = "remove the link; with --dest another folder can be named"
+    finding = Finding(Kind.IN_THE_WAY, str(folder), *words, mend)
     raise WrongContent("nothing is written through a link out of the folder", [finding])
 
 
-def let_go_if_linked(path: Path) -> None:
-    """Removes an unfinished file's name where its content has another one, and so is not ours.
+def unlink_shared(path: Path) -> None:
+    """Remove the name of an unfinished file whose content has another name, and so is not ours.
 
-    A run that was killed between linking a file of the Hub's cache and naming
-    it leaves such a one; writing there would write into the cache.
+    A run that was killed between linking a file of the Hub's cache and renaming
+    it leaves one; writing there would write into the cache.
     """
     with writing(path), contextlib.suppress(FileNotFoundError):
         if path.lstat().st_nlink > 1:
@@ -132,7 +118,7 @@ def let_go_if_linked(path: Path) -> None:
 
 
 def write_all(fd: int, data: bytes, path: Path) -> None:
-    """Writes all of `data`; `path` is for messages. Raises NoSpace."""
+    """Write all of `data`; `path` is for messages. Raises NoSpace."""
     view = memoryview(data)
     with writing(path):
         while view:
@@ -140,9 +126,9 @@ def write_all(fd: int, data: bytes, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file's bytes, or a folder's entries, durable."""
+    """Make a file's bytes, or a folder's entries, durable."""
     with writing(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             os.fsync(fd)
         finally:
@@ -150,9 +136,9 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a small text file whole or not at all, durably."""
+    """Write a small text file whole or not at all, durably."""
     unfinished = path.with_name(path.name + ".partial")
-    let_go_if_linked(unfinished)
+    unlink_shared(unfinished)
     fd = create(unfinished, os.O_TRUNC)
     try:
         write_all(fd, text.encode(), unfinished)
@@ -165,9 +151,16 @@ def write_whole(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest that has been read back and found valid."""
+    text = render(manifest)
+    parse(text.encode(), str(path))
+    write_whole(path, text)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what a file system says to a write into NoSpace, or WrongContent.
+    """Turn an OSError of a write into NoSpace, or WrongContent.
 
     The latter where a link, a folder or a file is in the way of `path`. That
     a rename would cross file systems (EXDEV) stays an OSError.
@@ -175,16 +168,17 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        found = error.strerror or str(error)
+        where, found = str(path), error.strerror or str(error)
         if error.errno == errno.EXDEV:
             raise
         if error.errno in _IN_THE_WAY:
-            wrong = Finding(
-                Kind.IN_THE_WAY, str(path), "a plain file or nothing", found, "move it away"
-            )
+            expected = "a plain file or nothing"
+            wrong = Finding(Kind.IN_THE_WAY, where, expected, found, "move it away")
             raise WrongContent("the file cannot be written", [wrong]) from error
         if error.errno in _FULL:
-            full = Finding(Kind.NO_SPACE, str(path), "room to write", found, _ROOM)
-            raise NoSpace("the disk takes no more", [full]) from error
-        closed = Finding(Kind.NOT_WRITABLE, str(path), "a place to write", found, _CLOSED)
-        raise NoSpace("it cannot be written there", [closed]) from error
+            mend = "free some disk or choose another --dest, and run the same command again"
+            full = Finding(Kind.NO_SPACE, where, "room to write", found, mend)
+            raise NoSpace("the disk is full", [full]) from error
+        mend = "check its permissions, or choose another --dest"
+        denied = Finding(Kind.NOT_WRITABLE, where, "a place to write", found, mend)
+        raise NoSpace("the file cannot be written there", [denied]) from error

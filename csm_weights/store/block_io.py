@@ -16,7 +16,7 @@ from pathlib import Path
 
 from csm_weights.concurrency import Cancelled, OnProgress
 from csm_weights.hashing import Hasher, feed
-from csm_weights.store.atomic import create, let_go_if_linked, write_all, writing
+from csm_weights.store.atomic import create, unlink_shared, write_all, writing
 
 if sys.platform == "linux":
     import fcntl
@@ -25,7 +25,7 @@ if sys.platform == "linux":
 STEP = 4 << 20
 
 
-#: What direct writes must be aligned to, in bytes: no disk block is larger.
+#: Bytes that direct writes must be aligned to: no disk block is larger.
 ALIGNMENT = 4096
 
 
@@ -44,8 +44,8 @@ NOT_PUNCHING = frozenset({"vfat", "msdos", "exfat", "hfsplus", "ntfs", "9p", "is
 class OutputFile:
     """A file of ours that is being written, through the page cache or past it.
 
-    Past it (`direct`) a write costs the processor almost nothing, and the
-    cache keeps what others need; but who reads the bytes again reads the disk.
+    Past it (`direct`) a write costs the processor almost nothing and leaves the
+    cache to others, but reading the bytes again reads the disk.
     """
 
     def __init__(self, path: Path, flags: int = 0) -> None:
@@ -54,16 +54,16 @@ class OutputFile:
         self._direct = _open_direct(path)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         os.close(self.fd)
         if self._direct is not None:
             os.close(self._direct)
 
     def write(self, data: memoryview, offset: int, direct: bool) -> None:
-        """Writes all of `data` at byte `offset`; raises NoSpace.
+        """Write all of `data` at byte `offset`; raises NoSpace.
 
-        What of a direct write is not aligned, or is refused, goes through the
-        page cache.
+        The part of a direct write that is not aligned, or is refused, goes
+        through the page cache.
         """
         done = 0
         with writing(self.path):
@@ -75,7 +75,7 @@ class OutputFile:
                     done += os.pwrite(self.fd, rest, offset + done)
 
     def _write_direct(self, data: memoryview, offset: int) -> int:
-        """Bytes written: none where the file system refuses to write directly."""
+        """Return the bytes written: none where the file system refuses to write directly."""
         if not data or self._direct is None:
             return 0
         try:
@@ -96,7 +96,7 @@ def _open_direct(path: Path) -> int | None:
 
 
 def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> bool:
-    """Lets `dst` share the blocks of a range of `src`, as XFS and Btrfs can.
+    """Let `dst` share the blocks of a range of `src`, as XFS and Btrfs can.
 
     Returns whether the file system did so; a range that is not aligned to its
     blocks is refused too.
@@ -112,7 +112,7 @@ def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int)
 
 
 def punch(fd: int, offset: int, size: int) -> None:
-    """Gives the blocks of `[offset, offset + size)` back to the disk; the range reads as zeros.
+    """Give the blocks of `[offset, offset + size)` back to the disk; the range reads as zeros.
 
     The file keeps its size. Raises OSError where the file system cannot.
     """
@@ -127,9 +127,9 @@ def punch(fd: int, offset: int, size: int) -> None:
 
 
 def can_punch(folder: Path) -> bool:
-    """Whether files in `folder` give blocks back, found out with a small one; raises NoSpace."""
+    """Check with a small file whether files in `folder` give blocks back; raises NoSpace."""
     probe = folder / ".punch.partial"
-    let_go_if_linked(probe)
+    unlink_shared(probe)
     fd = create(probe, os.O_TRUNC)
     try:
         write_all(fd, bytes(4 * ALIGNMENT), probe)
@@ -163,7 +163,7 @@ def copy_hashed(
     on_progress: OnProgress,
     cancel: threading.Event,
 ) -> None:
-    """Puts `source` into `target` at byte `offset` and hashes just what was put there.
+    """Copy `source` into `target` at byte `offset` and hashes just what was put there.
 
     Shared blocks are one and the same in both files, so they are read where
     they may be in the page cache, in the source; it must not change

@@ -1,12 +1,12 @@
-"""The Hub's standard cache on this machine: what it may hold, and how it is filled.
+"""Find files in the Hub's standard cache on this machine, and add files to it.
 
 ::
 
     models--org--name/
         blobs/<sha256 of a large file, git blob SHA-1 of a small one>
         snapshots/<commit>/<path>   a link to ../../blobs/...
-        refs/main                   the commit that "main" stands for
-        .no_exist/<commit>/<path>   the Hub has said that there is no such file
+        refs/main                   the commit that "main" names
+        .no_exist/<commit>/<path>   the Hub has answered that there is no such file
 
 The layout is huggingface_hub's. Since its 1.32 a blob may itself be a link
 into a store that all repositories of the cache share, `blobs/xx/<xet hash>`.
@@ -28,15 +28,15 @@ from pathlib import Path, PurePosixPath
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, Kind, WrongContent, error_for
+from csm_weights.files import read_bounded
 from csm_weights.hashing import Hasher, HashJob, ShortRead, git_sha1, measure, sha256
 from csm_weights.manifest.types import Artifact
 from csm_weights.store import atomic, block_io
 
-#: How the standard client names what is not whole; such a file is never taken for a blob.
+#: The suffix of unfinished files, the standard client's and ours.
 UNFINISHED = ".incomplete"
 
-
-#: Only a branch that stands for a whole commit can be followed offline.
+#: A commit: only a branch that names a whole one can be followed offline.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 #: Write permission for everyone.
@@ -44,7 +44,7 @@ _WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
 class How(enum.StrEnum):
-    """How a file got its blob; the value is the word a person reads."""
+    """The way a file got its blob; the value is the word that a person reads."""
 
     LINKED = "linked"
     SHARED = "shares blocks"
@@ -55,7 +55,7 @@ class How(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Seed:
-    """A proven file for the cache: `path` in the repository, `file` here, `size` in bytes.
+    """A verified file for the cache: `path` in the repository, `file` here, `size` in bytes.
 
     `blob` is its name among the blobs, which is its digest: the sha256 (64
     hex digits) or the git blob SHA-1 (40).
@@ -66,10 +66,15 @@ class Seed:
     size: int
     blob: str
 
+    @property
+    def is_git(self) -> bool:
+        """True where the blob's name is a git blob SHA-1."""
+        return len(self.blob) == 40
+
 
 @dataclass(frozen=True)
 class Seeded:
-    """A file that the cache has now: the path in the repository, the blob, and how it came."""
+    """A file that is in the cache now: the path in the repository, the blob, the way it came."""
 
     path: str
     blob: Path
@@ -77,57 +82,58 @@ class Seeded:
 
 
 def repository(cache: Path, repo: str) -> Path:
-    """The folder of a model repository, "org/name", in the cache."""
+    """Return the folder of a model repository, "org/name", in the cache."""
     return cache / f"models--{repo.replace('/', '--')}"
 
 
 def main_of(cache: Path, repo: str) -> str | None:
-    """The commit that an offline client takes "main" for, or None."""
+    """Return the commit that an offline client takes "main" for, or None."""
     text = _main_text(repository(cache, repo)).strip()
     return text if _COMMIT.fullmatch(text) else None
 
 
 def _main_text(home: Path) -> str:
     try:
-        with (home / "refs" / "main").open("rb") as file:
-            return file.read(100).decode(errors="replace")
+        return read_bounded(home / "refs" / "main", 100).decode(errors="replace")
     except OSError:
         return ""
 
 
 def snapshot_file(cache: Path, repo: str, commit: str, path: str) -> Path | None:
-    """What an offline client finds for `path` at `commit`: a whole file inside the cache."""
+    """Return the whole file that an offline client finds for `path` at `commit`, or None."""
     return _resolved(repository(cache, repo) / "snapshots" / commit / path, cache)
 
 
-def find(cache: Path, repo: str, revision: str | None, artifact: Artifact) -> Path | None:
-    """The file in the cache that may hold an artifact, with all links followed, or None.
+class CachedRepo:
+    """A model repository in the cache, as it is when this is made; raises OSError."""
 
-    It has the artifact's size and lies inside the cache; nothing is hashed.
-    Blobs by name come first, then the snapshot of `revision`, then that of
-    main, then any.
-    """
-    for path in _candidates(cache, repo, revision, artifact):
-        file = _resolved(path, cache)
-        if file and file.stat().st_size == artifact.size and os.access(file, os.R_OK):
-            return file
-    return None
+    def __init__(self, cache: Path, repo: str, revision: str | None) -> None:
+        self._cache = cache
+        self._home = repository(cache, repo)
+        self._exists = self._home.is_dir()
+        snapshots = self._home / "snapshots"
+        others = sorted(p.name for p in snapshots.iterdir()) if snapshots.is_dir() else []
+        commits = dict.fromkeys([revision, main_of(cache, repo), *others])
+        self._snapshots = [snapshots / commit for commit in commits if commit in others]
 
+    def find(self, artifact: Artifact) -> Path | None:
+        """Return the file that may hold an artifact, with all links followed, or None.
 
-def _candidates(cache: Path, repo: str, revision: str | None, artifact: Artifact) -> Iterator[Path]:
-    home = repository(cache, repo)
-    for digest in (artifact.sha256, artifact.git_sha1):
-        if digest:
-            yield home / "blobs" / digest
-    snapshots = home / "snapshots"
-    others = sorted(p.name for p in snapshots.iterdir()) if snapshots.is_dir() else []
-    for commit in dict.fromkeys([revision, main_of(cache, repo), *others]):
-        if commit:
-            yield snapshots / commit / artifact.path
+        It has the artifact's size and lies inside the cache; nothing is hashed.
+        Blobs by name come first, then the snapshot of the revision, then that
+        of main, then any.
+        """
+        digests = (artifact.sha256, artifact.git_sha1) if self._exists else ()
+        paths = [self._home / "blobs" / digest for digest in digests if digest]
+        for path in (*paths, *(snapshot / artifact.path for snapshot in self._snapshots)):
+            file = _resolved(path, self._cache)
+            if file and file.stat().st_size == artifact.size and os.access(file, os.R_OK):
+                return file
+        return None
 
 
 def _resolved(path: Path, cache: Path) -> Path | None:
-    """The regular file that a path leads to, if it is whole and inside the cache."""
+    """Return the regular file that a path leads to, if it is whole and inside the cache."""
     try:
         file = Path(os.path.realpath(path, strict=True))
         is_file = stat.S_ISREG(file.stat().st_mode)
@@ -135,9 +141,6 @@ def _resolved(path: Path, cache: Path) -> Path | None:
         return None
     is_inside = file.is_relative_to(os.path.realpath(cache))
     return file if is_file and is_inside and not file.name.endswith(UNFINISHED) else None
-
-
-# ---- filling it
 
 
 def seed(
@@ -148,15 +151,15 @@ def seed(
     move_main: bool = False,
     on_progress: OnProgress = lambda _: None,
 ) -> list[Seeded]:
-    """Gives proven files to the cache, as the snapshot `revision` of a repository.
+    """Add verified files to the cache, as the snapshot `revision` of a repository.
 
-    By hard link where that can be, else by sharing blocks, else by a copy,
-    hashed as it is written; a linked file becomes read-only in both paths.
-    A blob that is there already stays if its bytes are right. Where
-    `refs/main` names another commit it stays, unless `move_main`. `on_progress` gets
-    the bytes of each file as it is settled. Raises NoSpace before anything is
-    copied, WrongContent where something is in the way or a file is no longer
-    what its blob's name says; no blob ever has its name before it is whole.
+    By hard link where that is possible, else by sharing blocks, else by a copy
+    that is hashed as it is written; a linked file becomes read-only under both
+    names. A blob that is there already stays if its bytes are right. Where
+    `refs/main` names another commit it stays, unless `move_main`. `on_progress`
+    gets the bytes of each file as it is done. Raises NoSpace before anything is
+    copied, WrongContent where something is in the way or a file no longer has
+    the digest that names its blob; no blob has its name before it is whole.
     """
     for item in seeds:
         if item.file.stat().st_size != item.size:
@@ -170,33 +173,34 @@ def seed(
             s.path: file for s in seeds if (file := _kept(s, cache, snapshot, blobs, on_progress))
         }
         lacking = {item.blob: item for item in seeds if item.path not in kept}
-        placed = _place(blobs, list(lacking.values()), on_progress)
+        added = _add_blobs(blobs, list(lacking.values()), on_progress)
         for item in seeds:
             _point(snapshot, item.path, blobs / item.blob)
-            _forget_absence(home / ".no_exist" / revision / item.path)
+            # The client would believe the note that the Hub has no such file.
+            marker = home / ".no_exist" / revision / item.path
+            with atomic.writing(marker), contextlib.suppress(NotADirectoryError):
+                marker.unlink(missing_ok=True)
         _set_main(home, revision, move_main)
         _sync(cache, folders)
     return [
-        Seeded(s.path, kept.get(s.path, blobs / s.blob), placed.get(s.blob, How.KEPT))
-        for s in seeds
+        Seeded(s.path, kept.get(s.path, blobs / s.blob), added.get(s.blob, How.KEPT)) for s in seeds
     ]
 
 
 def _make_folders(cache: Path, folders: Iterable[Path]) -> None:
-    """Makes folders of the cache; none may lead out of it by a link."""
+    """Make folders of the cache; none may lead out of it by a link."""
     for folder in folders:
         with atomic.writing(folder):
             atomic.make_folder(folder)
         if not folder.resolve().is_relative_to(cache.resolve()):
-            found = f"a link to {folder.resolve()}"
-            where, expected = str(folder), f"a folder inside {cache}"
-            finding = Finding(Kind.IN_THE_WAY, where, expected, found, "remove the link")
-            raise WrongContent("the cache cannot be filled", [finding])
+            words = (f"a folder inside {cache}", f"a link to {folder.resolve()}", "remove the link")
+            finding = Finding(Kind.IN_THE_WAY, str(folder), *words)
+            raise WrongContent("the files cannot be added to the cache", [finding])
 
 
 @contextmanager
 def _locked(cache: Path, repo: str) -> Iterator[None]:
-    """One run at a time that fills a repository.
+    """Let one run at a time add to a repository.
 
     The standard client needs no lock against us: both sides give a blob its
     name by a rename, and only when it is whole.
@@ -212,7 +216,7 @@ def _locked(cache: Path, repo: str) -> Iterator[None]:
 def _kept(
     seed: Seed, cache: Path, snapshot: Path, blobs: Path, on_progress: OnProgress
 ) -> Path | None:
-    """The blob that is there already with just these bytes, whatever its name."""
+    """Return the blob that is there already with just these bytes, whatever its name."""
     blob = blobs / seed.blob
     path = blob if os.path.lexists(blob) else snapshot / seed.path
     file = _resolved(path, cache)
@@ -222,24 +226,14 @@ def _kept(
         on_progress(seed.size)
         return file
     try:
-        is_right = _digest(file, seed, on_progress) == seed.blob
+        found = measure([HashJob(file, seed.size, whole=True, git=seed.is_git)], on_progress)[0]
     except (OSError, ShortRead):
         return None
-    return file if is_right else None
+    return file if seed.blob == (found.git_sha1 if seed.is_git else found.whole) else None
 
 
-def _digest(file: Path, seed: Seed, on_progress: OnProgress) -> str | None:
-    """The digest of a file's bytes, of the kind that names the blob."""
-    found = measure([HashJob(file, seed.size, whole=True, git=_is_git(seed))], on_progress)[0]
-    return found.git_sha1 if _is_git(seed) else found.whole
-
-
-def _is_git(seed: Seed) -> bool:
-    return len(seed.blob) == 40
-
-
-def _place(blobs: Path, seeds: Sequence[Seed], on_progress: OnProgress) -> dict[str, How]:
-    """Gives each file its blob; returns how it came, by the blob's name."""
+def _add_blobs(blobs: Path, seeds: Sequence[Seed], on_progress: OnProgress) -> dict[str, How]:
+    """Make a blob of each file; return the way it came, by the blob's name."""
     unfinished = {s.blob: blobs / f"{s.blob}.csm-weights{UNFINISHED}" for s in seeds}
     try:
         ways = {s.blob: _start(s, unfinished[s.blob]) for s in seeds}
@@ -261,7 +255,7 @@ def _place(blobs: Path, seeds: Sequence[Seed], on_progress: OnProgress) -> dict[
 
 
 def _start(seed: Seed, unfinished: Path) -> How:
-    """Makes the unfinished blob in a way that takes no room, or finds that there is none."""
+    """Make the unfinished blob in a way that takes no room, or find that there is none."""
     with atomic.writing(unfinished):
         unfinished.unlink(missing_ok=True)
     source = seed.file.resolve()
@@ -277,9 +271,9 @@ def _start(seed: Seed, unfinished: Path) -> How:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Makes a hard link, where the file system and the file's owner allow one."""
+    """Make a hard link, where the file system and the file's owner allow one."""
     if os.geteuid() not in (0, source.stat().st_uid):
-        return False  # of another one's file the mode cannot be changed, and should not
+        return False  # the mode of another user's file cannot be changed, and should not
     try:
         target.hardlink_to(source)
     except OSError:
@@ -298,8 +292,8 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:
-    """Writes an unfinished blob and holds what was written against its name."""
-    sink: Hasher = git_sha1(seed.size) if _is_git(seed) else sha256()
+    """Write an unfinished blob and compare the digest of what was written with its name."""
+    sink: Hasher = git_sha1(seed.size) if seed.is_git else sha256()
     target = block_io.OutputFile(unfinished)
     try:
         with seed.file.open("rb") as file:
@@ -314,14 +308,12 @@ def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:
 
 
 def _changed(seed: Seed) -> WrongContent:
-    expected = f"{seed.size:,} bytes with the digest {seed.blob}"
-    found, mend = "other bytes: it was written to", "run the command again"
-    finding = Finding(Kind.CHANGED, str(seed.file), expected, found, mend)
-    return WrongContent("a file is no longer the one that was proven", [finding])
+    finding = Finding.changed(seed.file, f"other bytes than those of the digest {seed.blob}")
+    return WrongContent("a file is no longer the one that was verified", [finding])
 
 
 def _finish(unfinished: Path, blob: Path) -> None:
-    """Makes a whole blob read-only and durable, then gives it its name."""
+    """Make a whole blob read-only and durable, then give it its name."""
     with atomic.writing(unfinished):
         unfinished.chmod(stat.S_IMODE(unfinished.stat().st_mode) & ~_WRITE)
     atomic.sync(unfinished)
@@ -330,7 +322,7 @@ def _finish(unfinished: Path, blob: Path) -> None:
 
 
 def _point(snapshot: Path, path: str, blob: Path) -> None:
-    """Links `path` of a snapshot to a blob, unless it leads to right bytes under another name."""
+    """Link `path` of a snapshot to a blob, unless it leads to right bytes under another name."""
     pointer = snapshot / path
     up = "../" * (len(PurePosixPath(path).parts) + 1)
     target = f"{up}blobs/{blob.name}"
@@ -343,14 +335,8 @@ def _point(snapshot: Path, path: str, blob: Path) -> None:
         unfinished.replace(pointer)
 
 
-def _forget_absence(marker: Path) -> None:
-    """Removes the note that the Hub has no such file, which the client would believe."""
-    with atomic.writing(marker), contextlib.suppress(NotADirectoryError):
-        marker.unlink(missing_ok=True)
-
-
 def _set_main(home: Path, revision: str, move: bool) -> None:
-    """Lets main stand for `revision`, unless it stands for another commit already."""
+    """Let main name `revision`, unless it names another commit already."""
     text = _main_text(home)
     names_another = _COMMIT.fullmatch(text.strip()) and text.strip() != revision
     if text != revision and (move or not names_another):
@@ -358,10 +344,7 @@ def _set_main(home: Path, revision: str, move: bool) -> None:
 
 
 def _sync(cache: Path, folders: Iterable[Path]) -> None:
-    """Makes the entries of folders durable, and of those above them in the cache."""
+    """Make the entries of folders durable, and of those above them in the cache."""
     above = {p for f in folders for p in (f, *f.parents) if p.is_relative_to(cache)}
     for folder in sorted(above):
         atomic.sync(folder)
-
-
-# ---- what speaking offline takes

@@ -6,6 +6,7 @@ and the first bytes of files of the wrong size, to say what they are instead.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import itertools
@@ -19,9 +20,9 @@ from pathlib import Path
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint, size_finding, stat_of
 from csm_weights.manifest.types import Artifact, Manifest, Piece
-from csm_weights.store import hub_cache
 from csm_weights.store.block_io import NOT_PUNCHING
 from csm_weights.store.consumed import BLOCK, why_stranded, why_unfit
+from csm_weights.store.hub_cache import CachedRepo
 from csm_weights.store.journal import (
     Arrival,
     Consumed,
@@ -212,6 +213,10 @@ class _Inspection:
         self.good = good
         self.disk = _Disk()
         self.strays = functools.cache(self._strays)
+        self.cache = None
+        if paths.cache and manifest.repo:
+            with contextlib.suppress(OSError):
+                self.cache = CachedRepo(paths.cache, manifest.repo, manifest.revision)
         self.chunk_names: dict[Path, set[str]] = {}
         for artifact in manifest.artifacts:
             for piece in artifact.pieces:
@@ -277,13 +282,10 @@ class _Inspection:
 
     def cached(self, artifact: Artifact) -> FileStatus | None:
         """Return the file in the Hub's cache that has the artifact's size, if there is one."""
-        manifest, cache = self.manifest, self.paths.cache
-        if not cache or not manifest.repo:
-            return None
-        try:
-            path = hub_cache.find(cache, manifest.repo, manifest.revision, artifact)
-        except OSError:
-            return None  # a cache that may not be read holds nothing for us
+        path = None
+        # A cache that may not be read holds nothing for us.
+        with contextlib.suppress(OSError):
+            path = self.cache.find(artifact) if self.cache else None
         if path is None:
             return None
         finding, good = self.known_bad.get(path), self.good.get(path, frozenset())

@@ -23,7 +23,7 @@ from csm_weights.files import Fingerprint
 from csm_weights.hashing import Hasher, feed, git_sha1, sha256
 from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.store.atomic import create, let_go_if_linked, sync, write_all, writing
+from csm_weights.store.atomic import create, sync, unlink_shared, write_all, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.journal import Arrival, Consumed, PieceRecord, journal_path, partial_path
 from csm_weights.store.receipts import VerifiedFile
@@ -166,7 +166,7 @@ class _Partial:
         self._findings: dict[int, tuple[Finding, ...]] = {}
         self._git_sha1: str | None = None
         self.notes: list[Finding] = []
-        let_go_if_linked(self.path)
+        unlink_shared(self.path)
         # A journal whose partial has got its name says nothing of the next one.
         is_new = not self.path.exists()
         self._journal = create(journal_path(job.target), os.O_APPEND | (os.O_TRUNC * is_new))
@@ -430,7 +430,7 @@ def _missing(piece: Piece) -> Finding:
 def write_text(target: Path, text: str) -> VerifiedFile:
     """The partial of a file whose content is `text`, whole at once."""
     content = text.encode()
-    let_go_if_linked(partial_path(target))
+    unlink_shared(partial_path(target))
     fd = create(partial_path(target), os.O_TRUNC)
     try:
         write_all(fd, content, target)

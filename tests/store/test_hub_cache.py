@@ -23,7 +23,7 @@ from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
 from csm_weights.manifest.types import Artifact
 from csm_weights.model.offline_assets import find_assets
 from csm_weights.store import block_io, hub_cache
-from csm_weights.store.hub_cache import How, Seed, Seeded, find, main_of, seed
+from csm_weights.store.hub_cache import CachedRepo, How, Seed, Seeded, main_of, seed
 from tests.support.clone import REPOSITORY
 from tests.support.toy import content, flip
 
@@ -192,7 +192,7 @@ PLACES = {
 
 
 def look(hub: Hub) -> Path | None:
-    return find(hub.cache, REPO, COMMIT, ARTIFACT)
+    return CachedRepo(hub.cache, REPO, COMMIT).find(ARTIFACT)
 
 
 def test_nothing_is_found_where_there_is_no_cache(hub: Hub) -> None:
@@ -222,7 +222,7 @@ def test_without_a_revision_main_is_looked_into(hub: Hub) -> None:
     hub.put(hub.main, OTHER.encode())
     hub.put(hub.repository / "snapshots" / ("0" * 40) / ARTIFACT.path, DATA)
     file = hub.put(hub.repository / PLACES["main"], DATA)
-    assert find(hub.cache, REPO, None, ARTIFACT) == file.resolve()
+    assert CachedRepo(hub.cache, REPO, None).find(ARTIFACT) == file.resolve()
 
 
 def test_a_blob_in_the_shared_store_is_found_through_two_links(hub: Hub) -> None:
@@ -289,7 +289,7 @@ def test_what_is_no_whole_file_of_the_cache_is_not_found(
     prepare(hub)
     path = hub.snapshot / ARTIFACT.path
     size = path.stat().st_size if path.is_dir() or path.is_fifo() else len(DATA)
-    assert find(hub.cache, REPO, COMMIT, replace(ARTIFACT, size=size)) is None
+    assert CachedRepo(hub.cache, REPO, COMMIT).find(replace(ARTIFACT, size=size)) is None
 
 
 # ---- filling
