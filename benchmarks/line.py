@@ -50,7 +50,7 @@ class Tree:
         self.folder = folder
         self.model = model
         self.chunks = folder / "chunks" / model
-        self.placed = folder / "models" / model
+        self.installed = folder / "models" / model
         self.by_hand = folder / "by-hand"
         copy_line(folder)
 
@@ -72,7 +72,7 @@ class Tree:
 
     def clear(self) -> None:
         """Removes what runs have made, and lets the disk come to rest."""
-        for folder in (self.folder / "output", self.placed, self.by_hand):
+        for folder in (self.folder / "output", self.installed, self.by_hand):
             shutil.rmtree(folder, ignore_errors=True)
         self.by_hand.mkdir()
         os.sync()
@@ -97,7 +97,7 @@ class Tree:
     def write_sums(self) -> None:
         """SHA256SUMS of both files, from installed and verified files."""
         names = "model.safetensors ckpt.pt"
-        run(f"cd {self.placed} && sha256sum {names} > {self.folder}/SHA256SUMS", self.folder)
+        run(f"cd {self.installed} && sha256sum {names} > {self.folder}/SHA256SUMS", self.folder)
 
     def disk_used(self) -> int:
         """Bytes used on the file system."""
@@ -111,10 +111,10 @@ def measure_verify(tree: Tree, runs: int) -> list[Row]:
     tree.inv("weights", "--no-smoke")
     tree.write_sums()
     tree.cool(tree.chunks)
-    check = f"cd {tree.placed} && sha256sum -c {tree.folder}/SHA256SUMS"
+    check = f"cd {tree.installed} && sha256sum -c {tree.folder}/SHA256SUMS"
 
     def warmly(measured: Callable[[], Run]) -> Run:
-        tree.warm(tree.placed)
+        tree.warm(tree.installed)
         return measured()
 
     ours, peer = in_turn(

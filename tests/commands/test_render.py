@@ -130,7 +130,7 @@ def refusal(toy: Toy) -> CsmWeightsError:
 
 def test_a_hostile_part_name_cannot_drive_the_terminal(toy: Toy) -> None:
     """An escape sequence in the name of a file that is found is cleaned in every text."""
-    toy.part("a.bin", 0).with_name(f"a.bin.part-{ESCAPE}").touch()
+    toy.chunk_file("a.bin", 0).with_name(f"a.bin.part-{ESCAPE}").touch()
     survey = apply.status(toy.request())
     assert "unexpected part" in as_text.render(survey)
     assert is_clean(as_text.render(survey))
@@ -140,7 +140,7 @@ def test_a_hostile_part_name_cannot_drive_the_terminal(toy: Toy) -> None:
 def test_a_line_end_in_a_part_name_cannot_forge_a_line(toy: Toy) -> None:
     """A file name with a line end does not make a line of its own in any text."""
     forged = "OK: in place and proven"
-    toy.part("a.bin", 0).with_name(f"a.bin.part-\n{forged}").touch()
+    toy.chunk_file("a.bin", 0).with_name(f"a.bin.part-\n{forged}").touch()
     survey = as_text.render(apply.status(toy.request()))
     error = str(refusal(toy))
     lines = [*survey.split("\n"), *error.split("\n")]
@@ -181,7 +181,7 @@ def test_an_outcome_shows_files_gates_and_verdict(toy: Toy, outcome: Outcome) ->
 def test_a_failed_outcome_says_what_is_wrong(toy: Toy) -> None:
     """The finding, the closed gate and NOT OK are in the text of a failed check."""
     apply.weights(toy.request(), smoke=False)
-    flip(toy.placed("a.bin"))
+    flip(toy.installed("a.bin"))
     failed = verify.verify(toy.request())
     text = as_text.render(failed)
     assert failed.error is not None
@@ -214,7 +214,7 @@ def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
 
 def test_a_survey_says_why_a_part_is_of_no_use(toy: Toy) -> None:
     """A missing part is named where its bytes would come from."""
-    toy.part("a.bin", 2).unlink()
+    toy.chunk_file("a.bin", 2).unlink()
     text = as_text.render(apply.status(toy.request()))
     assert f"nowhere: {toy.artifact('a.bin').pieces[2].part} is missing" in text
     assert "nothing to take it from" in text
@@ -232,7 +232,7 @@ def test_a_survey_says_how_to_get_what_is_missing(toy: Toy) -> None:
 
 def test_a_survey_says_what_an_earlier_run_proved(toy: Toy) -> None:
     """Pieces that are kept in the unfinished file are told as such."""
-    flip(toy.part("a.bin", 2))
+    flip(toy.chunk_file("a.bin", 2))
     refusal(toy)
     text = as_text.render(apply.status(toy.request()))
     assert text.count("the unfinished file, proven in an earlier run") >= 4
@@ -285,7 +285,7 @@ def test_every_gate_says_what_it_expected_and_found(toy: Toy, outcome: Outcome) 
 def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
     """The JSON of a failed check has the exit code and every field of each finding."""
     apply.weights(toy.request(), smoke=False)
-    flip(toy.placed("a.bin"))
+    flip(toy.installed("a.bin"))
     failed = verify.verify(toy.request())
     data = read(as_json.render(failed))
     assert (data["ok"], data["exit_code"]) == (False, 4)
@@ -302,7 +302,7 @@ def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None
     assert entry["receipt"]["sha256"] == toy.artifact("a.bin").sha256
     sources = [piece["source"] for piece in entry["receipt"]["pieces"]]
     assert sources == [piece.part for piece in toy.artifact("a.bin").pieces]
-    assert (entry["state"], entry["file"]) == ("proven", str(toy.placed("a.bin")))
+    assert (entry["state"], entry["file"]) == ("proven", str(toy.installed("a.bin")))
 
 
 def test_json_of_a_survey_adds_up(toy: Toy) -> None:
@@ -318,7 +318,7 @@ def test_json_of_a_survey_adds_up(toy: Toy) -> None:
 
 def test_json_of_a_checked_survey_has_its_exit_code(toy: Toy) -> None:
     """`status --check --json` says 3 while something is missing, and 0 when all is proven."""
-    toy.part("a.bin", 0).unlink()
+    toy.chunk_file("a.bin", 0).unlink()
     missing = apply.status(toy.request("a.bin"), check=True)
     assert read(as_json.render(missing))["exit_code"] == 3
     apply.weights(toy.request("b.bin"), smoke=False)

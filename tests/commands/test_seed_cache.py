@@ -215,7 +215,7 @@ def test_a_file_of_ten_megabytes_is_named_by_its_sha256(
 def test_files_without_a_receipt_are_hashed_first(model: Toy, counted: list[str]) -> None:
     """A right file that nobody has proven yet is hashed once, and then has a receipt."""
     for path in ("a.bin", "note.txt"):
-        receipt_path(model.placed(path).parent, path).unlink()
+        receipt_path(model.installed(path).parent, path).unlink()
     seed_cache(model.request())
     assert counted == ["a.bin", "note.txt"]
     assert is_proven(model)
@@ -225,7 +225,7 @@ def test_a_file_proven_by_its_git_id_alone_gets_a_receipt(model: Toy, counted: l
     """Where the manifest has no other digest, the receipt has the git id too."""
     good = git_sha1(model.good("note.txt"))
     edit(model, "note.txt", lambda a: replace(pin_note(a), sha256=None, git_sha1=good))
-    receipt_path(model.placed("note.txt").parent, "note.txt").unlink()
+    receipt_path(model.installed("note.txt").parent, "note.txt").unlink()
     assert names(seed_cache(model.request("note.txt"))) == {"note.txt": good}
     assert names(seed_cache(model.request("note.txt"))) == {"note.txt": good}
     assert counted == ["note.txt"]
@@ -233,7 +233,7 @@ def test_a_file_proven_by_its_git_id_alone_gets_a_receipt(model: Toy, counted: l
 
 def test_one_wrong_file_and_nothing_is_seeded(model: Toy, home: Path) -> None:
     """A file that was changed since it was proven is found out; the right ones wait for it."""
-    flip(model.placed("b.bin"))
+    flip(model.installed("b.bin"))
     with pytest.raises(WrongContent) as caught:
         seed_cache(model.request())
     assert [f.kind for f in caught.value.findings] == [Kind.WRONG_DIGEST]
@@ -242,7 +242,7 @@ def test_one_wrong_file_and_nothing_is_seeded(model: Toy, home: Path) -> None:
 
 def test_missing_files_are_named_with_the_command_for_them(model: Toy, home: Path) -> None:
     """What is not in place ends with 3 and says which command brings it there."""
-    model.placed("a.bin").unlink()
+    model.installed("a.bin").unlink()
     with pytest.raises(MissingInput) as caught:
         seed_cache(model.request())
     assert [f.help for f in caught.value.findings] == ["inv weights --model toy"]
@@ -328,7 +328,7 @@ def test_a_write_while_seeding_is_found_out(model: Toy, monkeypatch: pytest.Monk
     real = hub_cache.seed
 
     def seed_and_write(*arguments: Any) -> Any:
-        flip(model.placed("a.bin"))
+        flip(model.installed("a.bin"))
         return real(*arguments)
 
     monkeypatch.setattr(hub_cache, "seed", seed_and_write)
@@ -341,8 +341,8 @@ def test_a_write_while_seeding_is_found_out(model: Toy, monkeypatch: pytest.Monk
 def test_a_bad_blob_is_mended_once_the_file_is(model: Toy, home: Path) -> None:
     """Damage to the linked bytes is in both places; weights mends one, seeding the other."""
     seed_cache(model.request())
-    model.placed("a.bin").chmod(0o644)
-    flip(model.placed("a.bin"))
+    model.installed("a.bin").chmod(0o644)
+    flip(model.installed("a.bin"))
     assert snapshot(home, "a.bin") != model.good("a.bin")
     with pytest.raises(WrongContent):
         seed_cache(model.request())
@@ -356,7 +356,7 @@ def test_a_bad_blob_is_mended_once_the_file_is(model: Toy, home: Path) -> None:
 
 def test_a_rehearsal_says_what_would_be_done_and_does_nothing(model: Toy, home: Path) -> None:
     """Each file with its size, what is known of it and where it would be; nothing is written."""
-    receipt_path(model.placed("b.bin").parent, "b.bin").unlink()
+    receipt_path(model.installed("b.bin").parent, "b.bin").unlink()
     before = stamps(model.root)
     seeded = command.rehearse(model.request())
     assert stamps(model.root) == before
@@ -369,7 +369,7 @@ def test_a_rehearsal_says_what_would_be_done_and_does_nothing(model: Toy, home: 
 
 def test_a_rehearsal_fails_on_what_is_missing(model: Toy) -> None:
     """It ends as the real run would, as far as a look can tell."""
-    model.placed("a.bin").unlink()
+    model.installed("a.bin").unlink()
     with pytest.raises(MissingInput):
         command.rehearse(model.request())
 

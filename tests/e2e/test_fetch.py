@@ -72,7 +72,7 @@ class Desk:
 
     def is_right(self, folder: Path | None = None) -> bool:
         return all(
-            ((folder or self.clone.placed) / n).read_bytes() == self.content[n] for n in NAMES
+            ((folder or self.clone.installed) / n).read_bytes() == self.content[n] for n in NAMES
         )
 
     @property
@@ -140,7 +140,7 @@ def test_parts_that_are_here_need_no_network(desk: Desk) -> None:
 
 def test_one_bad_part_means_one_piece_of_the_hub(desk: Desk) -> None:
     """Of twelve parts one is bad: just that piece is fetched, and the part is named."""
-    flip(desk.clone.parts("ckpt.pt")[2])
+    flip(desk.clone.chunk_files("ckpt.pt")[2])
     result = desk.inv("weights", *TINY, "--no-smoke")
     assert (result.returncode, desk.is_right()) == (0, True)
     gets = desk.hub.requests(host="storage", method="GET")
@@ -163,7 +163,7 @@ def test_a_damaged_file_in_place_is_repaired_by_its_bad_piece(desk: Desk) -> Non
     """Without parts, a flipped byte in place costs one piece, and keeps the rest."""
     desk.inv("weights", *TINY, "--no-smoke")
     desk.without_parts()
-    flip(desk.clone.placed / "model.safetensors", 300_000)
+    flip(desk.clone.installed / "model.safetensors", 300_000)
     result = desk.inv("weights", *TINY, "--no-smoke")
     assert (result.returncode, desk.is_right()) == (0, True)
     assert desk.hub.bytes_sent() == 204800
@@ -386,7 +386,7 @@ def test_a_bad_mirror_is_named_and_the_next_one_is_asked(desk: Desk, mirror: Fil
     assert f"{other.url}/model.safetensors: wrong digest" in result.stdout
     assert len(asked) == 1
     receipt = json.loads(
-        (desk.clone.placed / ".csm-weights" / "model.safetensors.json").read_text()
+        (desk.clone.installed / ".csm-weights" / "model.safetensors.json").read_text()
     )
     origins = [piece["source"].rpartition("/")[0] for piece in receipt["pieces"]]
     assert origins == [other.url, mirror.url, *[other.url] * 4]
@@ -469,7 +469,7 @@ def test_the_hubs_cache_is_used_by_link(desk: Desk) -> None:
     blob = fill_cache(desk)
     result = desk.inv("weights", *TINY, "--only=safetensors", "--no-smoke")
     assert (result.returncode, desk.hub.log) == (0, [])
-    placed = desk.clone.placed / "model.safetensors"
+    placed = desk.clone.installed / "model.safetensors"
     assert placed.samefile(blob)
     assert "link from the Hub's cache" in result.stdout
 
@@ -481,7 +481,7 @@ def test_a_damaged_blob_gives_its_good_pieces(desk: Desk) -> None:
     before = blob.read_bytes()
     result = desk.inv("weights", *TINY, "--only=safetensors", "--no-smoke")
     assert result.returncode == 0
-    placed = desk.clone.placed / "model.safetensors"
+    placed = desk.clone.installed / "model.safetensors"
     assert placed.read_bytes() == desk.content["model.safetensors"]
     assert (desk.hub.bytes_sent(), blob.read_bytes()) == (204800, before)
 

@@ -185,7 +185,7 @@ def good_bytes(toy: Toy) -> dict[Path, bytes]:
     """What no fault may change: every part, and each file that has its final name."""
     parts = [toy.root / p.part for a in toy.manifest.artifacts for p in a.pieces]
     names = [a.path for a in toy.manifest.artifacts]
-    named = [f for n in names for f in (toy.staged(n), toy.placed(n)) if f.exists()]
+    named = [f for n in names for f in (toy.staged(n), toy.installed(n)) if f.exists()]
     return {path: path.read_bytes() for path in (*parts, *named)}
 
 
@@ -218,7 +218,7 @@ def test_a_fault_at_any_act_costs_nothing_that_was_good(
         assert failed or how is Act.GLITCH or at > total - 3, at
         assert nothing_is_worse(toy, there), at
         line(toy)
-        assert toy.placed("b.bin").read_bytes() == toy.good("b.bin"), at
+        assert toy.installed("b.bin").read_bytes() == toy.good("b.bin"), at
         shutil.rmtree(toy.root)
 
 

@@ -108,7 +108,7 @@ def clone(tmp_path: Path) -> Clone:
 
 
 def files_are_right(clone: Clone) -> bool:
-    return all((clone.placed / n).read_bytes() == clone.joined(n) for n in WEIGHT_FILES)
+    return all((clone.installed / n).read_bytes() == clone.joined(n) for n in WEIGHT_FILES)
 
 
 def files_below(folder: Path) -> list[str]:
@@ -133,7 +133,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     assert f"expected {needed:,} bytes free" in result.stderr
     assert f"found {free:,}, {needed - free:,} too few" in result.stderr
     assert files_below(staging) == []
-    assert not clone.placed.exists()
+    assert not clone.installed.exists()
 
 
 def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_was_proven(
@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_was_proven(
     result = clone.inv("weights", *TINY, "--no-smoke")
     assert result.returncode == 7, result.stderr
     assert "No space left on device" in result.stderr
-    assert not clone.placed.exists()
+    assert not clone.installed.exists()
     (clone.extra / "sitecustomize.py").unlink()
     filler.unlink()
     again = clone.inv("weights", *TINY, "--no-smoke")

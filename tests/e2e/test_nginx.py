@@ -95,7 +95,7 @@ def test_nginx_serves_whole_files(clone: Clone, tmp_path: Path, kind: str) -> No
         result = clone.inv("weights", *TINY, *words)
         assert result.returncode == 0, result.stderr
     for name in ("model.safetensors", "ckpt.pt"):
-        assert (clone.placed / name).read_bytes() == (mirror / name).read_bytes()
+        assert (clone.installed / name).read_bytes() == (mirror / name).read_bytes()
 
 
 def test_nginx_serves_parts(clone: Clone, tmp_path: Path) -> None:

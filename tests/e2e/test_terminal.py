@@ -70,7 +70,7 @@ def test_a_destination_of_that_name(command: str, evil: str, clone: Clone, tmp_p
 @pytest.mark.parametrize("command", ["status", "fetch", "verify", "doctor", "weights"])
 def test_parts_of_that_name(command: str, clone: Clone, tmp_path: Path) -> None:
     """A part too many, of a name that would drive the terminal, is told by one that does not."""
-    part = clone.parts("ckpt.pt")[-1]
+    part = clone.chunk_files("ckpt.pt")[-1]
     stray = part.with_name(f"ckpt.pt.part-{SHORT}")
     stray.write_bytes(b"more")
     extra = part.with_name("ckpt.pt.part-zz")
@@ -162,7 +162,7 @@ def test_json_is_ascii(command: str, clone: Clone, tmp_path: Path) -> None:
 
 def _with_report(clone: Clone, **changes: Any) -> None:
     """Gives the smoke report of csm-tiny other words, with what it holds for as it is."""
-    path = clone.placed / ".csm-weights" / "smoke-report"
+    path = clone.installed / ".csm-weights" / "smoke-report"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -213,4 +213,4 @@ def test_a_folder_of_that_name_can_be_worked_in(clone: Clone, tmp_path: Path) ->
     moved = Clone(root, clone.variables)
     result = moved.inv("weights", "--model", "csm-tiny", "--no-smoke")
     assert (result.returncode, "?" in shown(result)) == (0, True)
-    assert moved.placed.samefile(root / "models" / "csm-tiny")
+    assert moved.installed.samefile(root / "models" / "csm-tiny")

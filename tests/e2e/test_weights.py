@@ -95,7 +95,7 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Clone, Result]:
 
 
 def files_are_right(clone: Clone) -> bool:
-    return all((clone.placed / n).read_bytes() == clone.joined(n) for n in WEIGHT_FILES)
+    return all((clone.installed / n).read_bytes() == clone.joined(n) for n in WEIGHT_FILES)
 
 
 def flip_byte(path: Path) -> None:
@@ -242,12 +242,12 @@ def name_no_format(clone: Clone) -> Result:
 
 
 def miss_parts(clone: Clone) -> Result:
-    clone.parts("ckpt.pt")[2].unlink()
+    clone.chunk_files("ckpt.pt")[2].unlink()
     return clone.inv("weights", *TINY, "--json")
 
 
 def damage_part(clone: Clone) -> Result:
-    flip_byte(clone.parts("ckpt.pt")[2])
+    flip_byte(clone.chunk_files("ckpt.pt")[2])
     return clone.inv("weights", *TINY, "--json")
 
 
@@ -400,7 +400,7 @@ def test_an_interrupted_run_is_taken_up_again(clone: Clone) -> None:
     assert interrupt_reading(clone).returncode == 130
     (clone.extra / "sitecustomize.py").unlink()
     for name in WEIGHT_FILES:
-        assert not (clone.placed / name).exists()
+        assert not (clone.installed / name).exists()
         assert not (clone.staged / name).exists()
     status = clone.inv("status", *TINY)
     assert "the unfinished file, proven in an earlier run" in status.stdout
@@ -445,7 +445,7 @@ def test_what_recombine_made_is_adopted_where_it_lies(clone: Clone) -> None:
     inodes = [(clone.staged / name).stat().st_ino for name in WEIGHT_FILES]
     result = clone.inv("weights", *TINY, "--no-smoke")
     assert result.returncode == 0, result.stderr
-    assert [(clone.placed / name).stat().st_ino for name in WEIGHT_FILES] == inodes
+    assert [(clone.installed / name).stat().st_ino for name in WEIGHT_FILES] == inodes
 
 
 def test_standin_writes_the_committed_parts_and_manifest_again(clone: Clone) -> None:
@@ -587,7 +587,7 @@ def test_a_dry_run_writes_nothing(
 
 def test_status_shows_where_each_piece_would_come_from(clone: Clone) -> None:
     """For every piece status names its part, or says what is wrong with that."""
-    parts = [p.relative_to(clone.root).as_posix() for p in clone.parts("ckpt.pt")]
+    parts = [p.relative_to(clone.root).as_posix() for p in clone.chunk_files("ckpt.pt")]
     (clone.root / parts[1]).unlink()
     os.truncate(clone.root / parts[3], 5)
     result = clone.inv("status", *TINY, "--only", "ckpt")
@@ -667,11 +667,11 @@ def test_looking_imports_no_torch(clone: Clone) -> None:
 
 def test_a_bad_part_of_one_format_says_how_to_go_on_with_the_other(clone: Clone) -> None:
     """The error about ckpt.pt names the --only that places the other format, and it does."""
-    part = clone.parts("ckpt.pt")[2]
+    part = clone.chunk_files("ckpt.pt")[2]
     part.write_bytes(bytes(len(part.read_bytes())))
     failed = clone.inv("weights", *TINY, "--no-smoke")
     advice = re.search(r"--only (\S+)", failed.stderr)
     assert (failed.returncode, advice is not None) == (4, True)
     assert advice is not None
     assert clone.inv("weights", *TINY, "--no-smoke", "--only", advice[1]).returncode == 0
-    assert (clone.placed / "model.safetensors").is_file()
+    assert (clone.installed / "model.safetensors").is_file()

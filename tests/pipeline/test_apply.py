@@ -51,7 +51,9 @@ def verbs(outcome: Outcome) -> list[type[Action]]:
 
 
 def everything_is_placed(toy: Toy) -> bool:
-    return all(toy.placed(a.path).read_bytes() == toy.good(a.path) for a in toy.manifest.artifacts)
+    return all(
+        toy.installed(a.path).read_bytes() == toy.good(a.path) for a in toy.manifest.artifacts
+    )
 
 
 class CountingHasher:
@@ -129,7 +131,7 @@ def test_receipt_says_where_each_piece_came_from(toy: Toy) -> None:
 def test_only_takes_just_what_is_named(toy: Toy) -> None:
     """With --only, the other artifacts are left alone."""
     weights(toy, "a.bin")
-    assert [toy.placed(n).exists() for n in ("a.bin", "b.bin")] == [True, False]
+    assert [toy.installed(n).exists() for n in ("a.bin", "b.bin")] == [True, False]
 
 
 def test_only_refuses_a_word_that_names_nothing(toy: Toy) -> None:
@@ -202,20 +204,22 @@ def test_a_bad_part_is_a_finding_of_its_own_and_gives_no_file(
     toy: Toy, damage: Callable[[Path], None], kind: Kind, code: int
 ) -> None:
     """Each way a part can be bad has its name and exit code, and no output file appears."""
-    damage(toy.part("a.bin", 2))
+    damage(toy.chunk_file("a.bin", 2))
     with pytest.raises(CsmWeightsError) as caught:
         weights(toy)
     assert [(f.kind, caught.value.exit_code) for f in caught.value.findings] == [(kind, code)]
     assert caught.value.findings[0].help
-    assert not [n for n in ("a.bin", "b.bin") if toy.staged(n).exists() or toy.placed(n).exists()]
+    assert not [
+        n for n in ("a.bin", "b.bin") if toy.staged(n).exists() or toy.installed(n).exists()
+    ]
 
 
 def test_all_findings_come_at_once(toy: Toy) -> None:
     """Several parts that are bad in stat are all told in one run."""
-    damage_missing(toy.part("a.bin", 0))
-    damage_pointer(toy.part("a.bin", 3))
-    damage_short(toy.part("b.bin", 1))
-    damage_extra(toy.part("b.bin", 2))
+    damage_missing(toy.chunk_file("a.bin", 0))
+    damage_pointer(toy.chunk_file("a.bin", 3))
+    damage_short(toy.chunk_file("b.bin", 1))
+    damage_extra(toy.chunk_file("b.bin", 2))
     with pytest.raises(WrongContent) as caught:
         weights(toy)
     expected = {Kind.MISSING, Kind.LFS_POINTER, Kind.WRONG_SIZE, Kind.EXTRA_PART}
@@ -224,7 +228,7 @@ def test_all_findings_come_at_once(toy: Toy) -> None:
 
 def test_all_wrong_digests_come_at_once(toy: Toy) -> None:
     """Parts that only hashing finds bad are all told in one run, by their paths."""
-    bad = [toy.part("a.bin", 1), toy.part("a.bin", 4), toy.part("b.bin", 0)]
+    bad = [toy.chunk_file("a.bin", 1), toy.chunk_file("a.bin", 4), toy.chunk_file("b.bin", 0)]
     for part in bad:
         flip(part)
     with pytest.raises(WrongContent) as caught:
@@ -235,7 +239,7 @@ def test_all_wrong_digests_come_at_once(toy: Toy) -> None:
 
 def test_an_unreadable_part_is_told(toy: Toy) -> None:
     """A part without read permission is its own finding."""
-    toy.part("a.bin", 1).chmod(0)
+    toy.chunk_file("a.bin", 1).chmod(0)
     with unprivileged(), pytest.raises(WrongContent) as caught:
         weights(toy)
     assert [f.kind for f in caught.value.findings] == [Kind.UNREADABLE]
@@ -243,22 +247,22 @@ def test_an_unreadable_part_is_told(toy: Toy) -> None:
 
 def test_what_was_proven_before_a_failure_is_not_copied_again(toy: Toy) -> None:
     """After a bad part is mended, the pieces that were proven need no part any more."""
-    flip(toy.part("a.bin", 2))
+    flip(toy.chunk_file("a.bin", 2))
     with pytest.raises(WrongContent):
         weights(toy)
-    flip(toy.part("a.bin", 2))
+    flip(toy.chunk_file("a.bin", 2))
     for index in (0, 1, 3, 4):
-        toy.part("a.bin", index).unlink()
+        toy.chunk_file("a.bin", index).unlink()
     weights(toy)
     assert everything_is_placed(toy)
 
 
 def test_a_journaled_piece_that_rotted_is_fetched_again(toy: Toy) -> None:
     """The journal is a hint: a kept piece is hashed again, and replaced if it is wrong."""
-    flip(toy.part("a.bin", 2))
+    flip(toy.chunk_file("a.bin", 2))
     with pytest.raises(WrongContent):
         weights(toy)
-    flip(toy.part("a.bin", 2))
+    flip(toy.chunk_file("a.bin", 2))
     flip(partial_path(toy.staged("a.bin")), PIECE_SIZE + 5)
     weights(toy)
     assert everything_is_placed(toy)
@@ -267,10 +271,10 @@ def test_a_journaled_piece_that_rotted_is_fetched_again(toy: Toy) -> None:
 @pytest.mark.parametrize("text", ["", "rubbish\n", '{"schema": 1}\n', "\x00\xff" * 100, "[" * 9999])
 def test_a_damaged_journal_only_costs_time(toy: Toy, text: str) -> None:
     """Whatever the journal holds, the run ends with the right bytes."""
-    flip(toy.part("a.bin", 2))
+    flip(toy.chunk_file("a.bin", 2))
     with pytest.raises(WrongContent):
         weights(toy)
-    flip(toy.part("a.bin", 2))
+    flip(toy.chunk_file("a.bin", 2))
     journal_path(toy.staged("a.bin")).write_text(text)
     weights(toy)
     assert everything_is_placed(toy)
@@ -292,13 +296,13 @@ def test_a_concatenated_file_is_adopted_not_copied(toy: Toy) -> None:
     inode = toy.staged("a.bin").stat().st_ino
     outcome = weights(toy, "a.bin")
     assert verbs(outcome) == [Verify, Move]
-    assert toy.placed("a.bin").stat().st_ino == inode
+    assert toy.installed("a.bin").stat().st_ino == inode
 
 
 def test_a_file_already_in_place_is_adopted(toy: Toy) -> None:
     """A good file without a receipt in the destination is proven and stays as it is."""
-    toy.placed("b.bin").parent.mkdir(parents=True)
-    toy.placed("b.bin").write_bytes(toy.good("b.bin"))
+    toy.installed("b.bin").parent.mkdir(parents=True)
+    toy.installed("b.bin").write_bytes(toy.good("b.bin"))
     outcome = weights(toy, "b.bin")
     assert verbs(outcome) == [Verify]
     assert outcome.state.artifacts[0].installed.state is FileState.VERIFIED
@@ -306,31 +310,31 @@ def test_a_file_already_in_place_is_adopted(toy: Toy) -> None:
 
 def test_a_wrong_file_in_place_is_reported_and_replaced(toy: Toy) -> None:
     """A damaged placed file gives way once the good one is proven, and is told."""
-    toy.placed("a.bin").parent.mkdir(parents=True)
-    toy.placed("a.bin").write_bytes(toy.good("a.bin"))
-    flip(toy.placed("a.bin"))
+    toy.installed("a.bin").parent.mkdir(parents=True)
+    toy.installed("a.bin").write_bytes(toy.good("a.bin"))
+    flip(toy.installed("a.bin"))
     outcome = weights(toy)
     assert [(f.kind, f.where.split(" ")[0]) for f in outcome.notes] == [
-        (Kind.WRONG_DIGEST, str(toy.placed("a.bin")))
+        (Kind.WRONG_DIGEST, str(toy.installed("a.bin")))
     ]
     assert everything_is_placed(toy)
 
 
 def test_a_wrong_file_in_place_stays_when_there_is_no_better(toy: Toy) -> None:
     """Without a good source the damaged file is reported and left alone."""
-    toy.placed("a.bin").parent.mkdir(parents=True)
-    toy.placed("a.bin").write_bytes(b"the only copy")
-    flip(toy.part("a.bin", 0))
+    toy.installed("a.bin").parent.mkdir(parents=True)
+    toy.installed("a.bin").write_bytes(b"the only copy")
+    flip(toy.chunk_file("a.bin", 0))
     with pytest.raises(WrongContent):
         weights(toy, "a.bin")
-    assert toy.placed("a.bin").read_bytes() == b"the only copy"
+    assert toy.installed("a.bin").read_bytes() == b"the only copy"
 
 
 def test_a_good_file_survives_bad_parts(toy: Toy) -> None:
     """A proven file in place is never touched by what happens to the parts."""
     weights(toy)
     for index in range(5):
-        flip(toy.part("a.bin", index))
+        flip(toy.chunk_file("a.bin", index))
     assert verbs(weights(toy)) == []
     assert everything_is_placed(toy)
 
@@ -338,7 +342,7 @@ def test_a_good_file_survives_bad_parts(toy: Toy) -> None:
 def test_an_edit_that_restores_the_mtime_is_noticed(toy: Toy) -> None:
     """Changed bytes under the old size and mtime do not pass for the proven file."""
     weights(toy)
-    file = toy.placed("a.bin")
+    file = toy.installed("a.bin")
     before = file.stat()
     flip(file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -388,21 +392,21 @@ def test_a_wrong_blob_id_gives_no_file(toy: Toy) -> None:
 def test_text_of_a_known_edition_is_written(toy: Toy) -> None:
     """A small file whose text is known needs no source."""
     weights(toy, "note.txt")
-    assert toy.placed("note.txt").read_text() == NOTE
+    assert toy.installed("note.txt").read_text() == NOTE
 
 
 def test_another_accepted_edition_in_place_is_kept(toy: Toy) -> None:
     """Any edition that the manifest accepts is good as it is."""
-    toy.placed("note.txt").parent.mkdir(parents=True)
-    toy.placed("note.txt").write_text("another edition")
+    toy.installed("note.txt").parent.mkdir(parents=True)
+    toy.installed("note.txt").write_text("another edition")
     assert verbs(weights(toy, "note.txt")) == [Verify]
-    assert toy.placed("note.txt").read_text() == "another edition"
+    assert toy.installed("note.txt").read_text() == "another edition"
 
 
 def test_fetch_stops_at_the_staging_folder(toy: Toy) -> None:
     """`fetch` brings files to output/ and `place` takes them from there."""
     apply.apply(toy.request(), Target.STAGED)
-    assert (toy.staged("a.bin").exists(), toy.placed("a.bin").exists()) == (True, False)
+    assert (toy.staged("a.bin").exists(), toy.installed("a.bin").exists()) == (True, False)
     apply.apply(toy.request(), Target.PLACED)
     assert everything_is_placed(toy)
 
@@ -448,11 +452,11 @@ def test_verify_hashes_everything_and_passes(toy: Toy, hashed: Callable[[], int]
 def test_verify_finds_one_flipped_byte_and_says_where(toy: Toy) -> None:
     """A flipped byte closes the digest gate with the byte range of its piece."""
     weights(toy)
-    flip(toy.placed("b.bin"), PIECE_SIZE + 3)
+    flip(toy.installed("b.bin"), PIECE_SIZE + 3)
     outcome = verify.verify(toy.request())
     assert outcome.error is not None
     piece = toy.artifact("b.bin").pieces[1]
-    expected = f"{toy.placed('b.bin')} bytes [{piece.offset:,}, {piece.end:,})"
+    expected = f"{toy.installed('b.bin')} bytes [{piece.offset:,}, {piece.end:,})"
     assert [f.where for f in outcome.error.findings] == [expected]
 
 
@@ -461,7 +465,7 @@ def test_verify_finds_a_flipped_byte_without_receipts(toy: Toy) -> None:
     weights(toy)
     shutil.rmtree(toy.root / "models/toy/.csm-weights")
     for name in ("a.bin", "b.bin"):
-        flip(toy.placed(name), 2 * PIECE_SIZE + 3)
+        flip(toy.installed(name), 2 * PIECE_SIZE + 3)
     outcome = verify.verify(toy.request())
     assert outcome.error is not None
     starts = [f.where.partition("[")[2].partition(",")[0] for f in outcome.error.findings]
@@ -472,7 +476,7 @@ def test_verify_finds_a_flipped_byte_without_receipts(toy: Toy) -> None:
 def test_verify_of_a_missing_file_is_a_missing_input(toy: Toy) -> None:
     """A placed file that has gone is exit 3, though nothing else is wrong."""
     weights(toy)
-    toy.placed("a.bin").unlink()
+    toy.installed("a.bin").unlink()
     outcome = verify.verify(toy.request())
     assert outcome.error is not None
     assert outcome.error.exit_code == 3
@@ -480,8 +484,8 @@ def test_verify_of_a_missing_file_is_a_missing_input(toy: Toy) -> None:
 
 def test_verify_writes_nothing(toy: Toy) -> None:
     """`verify` leaves no trace, even of files it has never seen."""
-    toy.placed("a.bin").parent.mkdir(parents=True)
-    toy.placed("a.bin").write_bytes(toy.good("a.bin"))
+    toy.installed("a.bin").parent.mkdir(parents=True)
+    toy.installed("a.bin").write_bytes(toy.good("a.bin"))
     before = sorted(toy.root.rglob("*"))
     verify.verify(toy.request("a.bin"))
     assert sorted(toy.root.rglob("*")) == before
@@ -536,18 +540,18 @@ def test_too_little_disk_is_told_before_anything_is_written(
 def test_clean_removes_unfinished_files_only(toy: Toy) -> None:
     """`clean` takes partials and journals away and leaves what is proven."""
     weights(toy, "a.bin")
-    flip(toy.part("b.bin", 1))
+    flip(toy.chunk_file("b.bin", 1))
     with pytest.raises(WrongContent):
         weights(toy, "b.bin")
     assert partial_path(toy.staged("b.bin")).exists()
     clean(toy.request("all"), dry=False)
     assert not partial_path(toy.staged("b.bin")).exists()
-    assert toy.placed("a.bin").exists()
+    assert toy.installed("a.bin").exists()
 
 
 def test_parts_behind_symlinks_are_fine(toy: Toy) -> None:
     """A part may be a link to where the bytes are."""
-    part = toy.part("a.bin", 1)
+    part = toy.chunk_file("a.bin", 1)
     real = toy.root / "elsewhere"
     part.rename(real)
     part.symlink_to(real)
@@ -569,8 +573,8 @@ def test_a_partial_that_is_a_link_is_not_written_through(toy: Toy) -> None:
 
 def test_a_missing_part_does_not_hide_a_wrong_one(toy: Toy) -> None:
     """When a part is missing, the others are hashed too, so that all is told in one round."""
-    damage_missing(toy.part("a.bin", 0))
-    flip(toy.part("a.bin", 3))
+    damage_missing(toy.chunk_file("a.bin", 0))
+    flip(toy.chunk_file("a.bin", 3))
     with pytest.raises(WrongContent) as caught:
         weights(toy)
     assert {f.kind for f in caught.value.findings} == {Kind.MISSING, Kind.WRONG_DIGEST}
@@ -579,10 +583,10 @@ def test_a_missing_part_does_not_hide_a_wrong_one(toy: Toy) -> None:
 def test_all_wrong_pieces_of_a_file_in_place_are_told(toy: Toy) -> None:
     """The note about a damaged file names each byte range that is wrong."""
     weights(toy)
-    flip(toy.placed("a.bin"), 5)
-    flip(toy.placed("a.bin"), 3 * PIECE_SIZE + 5)
+    flip(toy.installed("a.bin"), 5)
+    flip(toy.installed("a.bin"), 3 * PIECE_SIZE + 5)
     (note,) = weights(toy).notes
-    assert (note.kind, note.where) == (Kind.WRONG_DIGEST, str(toy.placed("a.bin")))
+    assert (note.kind, note.where) == (Kind.WRONG_DIGEST, str(toy.installed("a.bin")))
     assert note.found.count("bytes [") == 2
 
 
@@ -639,7 +643,7 @@ def test_two_mounts_of_one_device_get_a_copy(toy: Toy, monkeypatch: pytest.Monke
 
 def test_a_folder_in_the_way_is_told_before_anything_is_done(toy: Toy) -> None:
     """A folder that has a file's name is a finding, and no byte is copied."""
-    toy.placed("a.bin").mkdir(parents=True)
+    toy.installed("a.bin").mkdir(parents=True)
     with pytest.raises(WrongContent) as caught:
         weights(toy)
     assert [f.kind for f in caught.value.findings] == [Kind.IN_THE_WAY]
@@ -667,7 +671,7 @@ def test_an_interrupted_copy_goes_on_where_it_stopped(
 
 def test_an_unfinished_part_is_not_taken_for_one_too_many(toy: Toy) -> None:
     """What a killed split left beside the parts is no finding, and clean removes it."""
-    left = toy.part("a.bin", 1).with_name(toy.part("a.bin", 1).name + ".partial")
+    left = toy.chunk_file("a.bin", 1).with_name(toy.chunk_file("a.bin", 1).name + ".partial")
     left.write_bytes(b"half")
     weights(toy)
     clean(toy.request("all"), dry=False)
@@ -691,7 +695,7 @@ def test_a_file_that_goes_away_during_verify_is_told(
 
     def vanish(*args: Any) -> None:
         real(*args)
-        toy.placed("a.bin").unlink(missing_ok=True)
+        toy.installed("a.bin").unlink(missing_ok=True)
 
     monkeypatch.setattr("csm_weights.hashing.feed", vanish)
     outcome = verify.verify(toy.request("a.bin"))

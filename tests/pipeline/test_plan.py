@@ -457,8 +457,8 @@ def test_a_placed_file_is_proven_by_its_receipt(placed: Toy) -> None:
 
 def test_looking_again_finds_what_hashing_refuted(placed: Toy) -> None:
     """What was refuted in this run is wrong whatever its receipt says."""
-    wrong = finding(placed.placed("a.bin"), Kind.WRONG_DIGEST)
-    item = look_at(placed, {placed.placed("a.bin"): wrong})["a.bin"]
+    wrong = finding(placed.installed("a.bin"), Kind.WRONG_DIGEST)
+    item = look_at(placed, {placed.installed("a.bin"): wrong})["a.bin"]
     assert (item.installed.state, item.installed.finding) == (INVALID, wrong)
 
 
@@ -537,7 +537,7 @@ def test_a_journal_without_its_partial_does_not_count(toy: Toy) -> None:
 
 def test_extra_parts_are_found_and_other_files_are_not(toy: Toy) -> None:
     """A file that is named like a part is told; SHA256SUMS beside the parts is not."""
-    folder = toy.part("a.bin", 0).parent
+    folder = toy.chunk_file("a.bin", 0).parent
     (folder / "a.bin.part-af").touch()
     (folder / "SHA256SUMS").touch()
     extras = look_at(toy)["a.bin"].extras
@@ -563,7 +563,7 @@ def test_a_wrong_size_says_what_the_file_is(toy: Toy) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     page = "Access to model sesame/csm-1b is restricted. You must have access to it"
     for index, text in enumerate((pointer, page, "", "x")):
-        toy.part("a.bin", index).write_text(text)
+        toy.chunk_file("a.bin", index).write_text(text)
     findings = [part.finding for part in look_at(toy)["a.bin"].parts[:4]]
     expected = [Kind.LFS_POINTER, Kind.ACCESS_PAGE, Kind.WRONG_SIZE, Kind.WRONG_SIZE]
     assert [f.kind for f in findings if f] == expected
@@ -668,7 +668,7 @@ def test_a_fingerprint_survives_a_rename_but_not_an_edit(tmp_path: Path) -> None
 
 def test_a_copy_of_a_proven_file_is_not_proven(placed: Toy) -> None:
     """A receipt is for one file: another one of the same size and time has to be hashed."""
-    file = placed.placed("a.bin")
+    file = placed.installed("a.bin")
     shutil.copy2(file, file.with_name("copy"))
     flip(file.with_name("copy"))
     os.utime(file.with_name("copy"), ns=(0, file.stat().st_mtime_ns))

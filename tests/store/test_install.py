@@ -201,10 +201,10 @@ def test_placed_files_are_never_executable(tmp_path: Path, mask: int, mode: int)
 def test_assembled_files_are_never_executable(toy: Toy) -> None:
     """Parts that are executable do not make an executable file."""
     for index in range(5):
-        toy.part("a.bin", index).chmod(0o755)
+        toy.chunk_file("a.bin", index).chmod(0o755)
     with umask(0o022):
         apply.weights(toy.request("a.bin"), smoke=False)
-    assert stat.S_IMODE(toy.placed("a.bin").stat().st_mode) == 0o644
+    assert stat.S_IMODE(toy.installed("a.bin").stat().st_mode) == 0o644
 
 
 def test_a_folder_in_the_way_is_kept(hall: Hall) -> None:
@@ -245,7 +245,7 @@ def test_a_staged_link_gives_a_good_file_or_an_error_of_ours(toy: Toy) -> None:
     except CsmWeightsError as error:
         assert str(toy.staged("a.bin")) in str(error)
     else:
-        assert toy.placed("a.bin").read_bytes() == toy.good("a.bin")
+        assert toy.installed("a.bin").read_bytes() == toy.good("a.bin")
     assert real.read_bytes() == toy.good("a.bin")
 
 

@@ -79,7 +79,7 @@ def test_every_file_is_0644_less_umask(toy: Toy, mask: int, mode: int) -> None:
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o000, 0o644)])
 def test_unfinished_files_are_no_more_open(toy: Toy, mask: int, mode: int) -> None:
     """The partial and its journal have these permissions from their first moment."""
-    toy.part("a.bin", 4).write_bytes(bytes(toy.artifact("a.bin").pieces[4].size))
+    toy.chunk_file("a.bin", 4).write_bytes(bytes(toy.artifact("a.bin").pieces[4].size))
     with umask(mask), pytest.raises(WrongContent):
         weights(toy, "a.bin")
     for path in (partial_path(toy.staged("a.bin")), journal_path(toy.staged("a.bin"))):
@@ -282,20 +282,20 @@ def test_once_it_is_removed_the_run_goes_on(toy: Toy) -> None:
         weights(toy, "a.bin")
     path.unlink()
     weights(toy, "a.bin")
-    assert toy.placed("a.bin").read_bytes() == toy.good("a.bin")
+    assert toy.installed("a.bin").read_bytes() == toy.good("a.bin")
 
 
 @needs_root
 def test_a_strangers_proven_pieces_do_not_count(toy: Toy) -> None:
     """Even right bytes in a partial of another user are not taken over."""
-    toy.part("a.bin", 4).unlink()
+    toy.chunk_file("a.bin", 4).unlink()
     partial = partial_path(toy.staged("a.bin"))
     partial.parent.mkdir(parents=True)
     partial.write_bytes(toy.good("a.bin"))
     os.chown(partial, STRANGER, STRANGER)
     with pytest.raises(CsmWeightsError):
         weights(toy, "a.bin")
-    assert not toy.staged("a.bin").exists() and not toy.placed("a.bin").exists()
+    assert not toy.staged("a.bin").exists() and not toy.installed("a.bin").exists()
 
 
 def test_a_mount_that_gives_every_file_one_owner_is_fine(

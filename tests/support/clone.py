@@ -1,4 +1,4 @@
-"""A temporary clone of this checkout, driven as a person does: by `inv` and `make`."""
+"""A temporary clone of this checkout, in which tests run `inv` and `make` as a person does."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.prefix) / "bin"
 INV = BIN / "inv"
 
-#: The parts that a clone gets: a repository of the real weights has 12 GB of others.
+#: The chunk files that a clone gets: a repository of the real weights has 12 GB of others.
 EMBEDDED = "chunks/csm-tiny/"
 
-#: Whatever else the caller's environment says must not decide what a test finds.
+#: The variables of the caller that commands see; no other may change what a test finds.
 _KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
-#: Seconds after which a command is taken to hang.
+#: Seconds after which a command counts as hanging.
 LIMIT = 120.0
 
 Result = subprocess.CompletedProcess[str]
@@ -31,10 +31,10 @@ Tree = dict[str, tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Clone:
-    """A checkout of its own, without parts of CSM-1B, in which nothing has run yet.
+    """A checkout of its own, without the chunk files of CSM-1B, in which nothing has run yet.
 
-    `extra` is a folder before all others on the module path of what runs in it.
-    `variables` are set for what runs in it.
+    `extra` is a folder before all others on the module path of what runs in the clone.
+    `variables` are set in its environment.
     """
 
     root: Path
@@ -46,7 +46,7 @@ class Clone:
 
     @classmethod
     def make(cls, root: Path) -> Clone:
-        """Copies the files that git knows or would take, and a virtual environment by link."""
+        """Copy the files that git knows or would add, and link a virtual environment."""
         for name in _names():
             target = root / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,33 +61,33 @@ class Clone:
         return clone
 
     @property
-    def placed(self) -> Path:
-        """The folder of csm-tiny in place."""
+    def installed(self) -> Path:
+        """Return the folder in which csm-tiny is installed."""
         return self.root / "models" / "csm-tiny"
 
     @property
     def staged(self) -> Path:
-        """The staging folder of csm-tiny."""
+        """Return the staging folder of csm-tiny."""
         return self.root / "output" / "csm-tiny"
 
-    def parts(self, name: str) -> list[Path]:
-        """The parts of a file of csm-tiny, in order."""
+    def chunk_files(self, name: str) -> list[Path]:
+        """Return the chunk files of a file of csm-tiny, in order."""
         return sorted((self.root / EMBEDDED).rglob(f"{name}.part-*"))
 
     def joined(self, name: str) -> bytes:
-        """What `cat` makes of the parts of a file of csm-tiny."""
-        return b"".join(part.read_bytes() for part in self.parts(name))
+        """Return the chunk files of a file of csm-tiny, joined as `cat` would."""
+        return b"".join(part.read_bytes() for part in self.chunk_files(name))
 
     def fake(self, module: str, code: str) -> None:
-        """Puts a module of that code before the real one of that name."""
+        """Put a module with that code before the real one of that name."""
         path = self.extra / f"{module}.py"
         path.write_text(code)
 
     def environment(self) -> dict[str, str]:
-        """What commands see of the caller's environment, and a home of their own.
+        """Return the environment for commands: little of the caller's, and a home of their own.
 
-        One thread for torch: several of it on cores that other tests use spin
-        far longer than the tiny model takes.
+        torch gets one thread: several threads on cores that other tests use spin far longer than
+        the tiny model takes.
         """
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         own = {"HOME": str(self.extra), "PYTHONPATH": str(self.extra), "OMP_NUM_THREADS": "1"}
@@ -96,9 +96,9 @@ class Clone:
     def run(
         self, *command: str | Path, limit: float = LIMIT, env: Mapping[str, str] | None = None
     ) -> Result:
-        """Runs a command in the clone to its end, at most `limit` seconds away.
+        """Run a command in the clone to its end, for at most `limit` seconds.
 
-        `env` is added to what it sees of the environment.
+        `env` is added to its environment.
         """
         return subprocess.run(
             command,
@@ -113,7 +113,7 @@ class Clone:
     def start(
         self, *command: str | Path, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Starts a command in the clone, in a process group of its own; `env` as for `run`."""
+        """Start a command in the clone, in a process group of its own; `env` as for `run`."""
         return subprocess.Popen(
             command,
             cwd=self.root,
@@ -126,21 +126,21 @@ class Clone:
         )
 
     def inv(self, *arguments: str) -> Result:
-        """`inv` with these arguments."""
+        """Run `inv` with these arguments."""
         return self.run(INV, *arguments)
 
     def make_target(self, *arguments: str) -> Result:
-        """`make` with these arguments."""
+        """Run `make` with these arguments."""
         return self.run("make", *arguments)
 
     def tree(self) -> Tree:
-        """Every file and folder but Python's caches: inode, time of writing (ns), size."""
+        """Return inode, time of writing (ns) and bytes of every file and folder, but caches."""
         found = (p for p in self.root.rglob("*") if "__pycache__" not in p.parts)
         return {p.relative_to(self.root).as_posix(): _stamp(p.lstat()) for p in found}
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:
-    # Time and size of a folder change with Python's caches in it.
+    # A folder's time and size change with Python's caches in it.
     if stat.S_ISDIR(status.st_mode):
         return status.st_ino, 0, 0
     return status.st_ino, status.st_mtime_ns, status.st_size

@@ -1,4 +1,4 @@
-"""CSM as others wrote it: transformers' model and torchtune's stacks, given our weights."""
+"""CSM as others implement it, with our weights: transformers' model and torchtune's stacks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from csm_weights.formats.architecture import CsmConfig, TransformerConfig
 
-#: The scaling of CSM's RoPE as today's config.json states it, which is in other
-#: words than torchtune's: there relative to 1,024 and 16 positions, not to 8,192.
+#: The scaling of CSM's RoPE in today's config.json: relative to 1,024 and 16 positions, while
+#: torchtune's is relative to 8,192.
 BACKBONE_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -27,7 +27,7 @@ DECODER_ROPE = BACKBONE_ROPE | {
 }
 UNSCALED_ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
 
-#: transformers always builds the Mimi codec; this one costs next to nothing.
+#: transformers always builds the Mimi codec; this one is tiny.
 _TINY_CODEC = {
     "model_type": "mimi",
     "hidden_size": 8,
@@ -67,7 +67,7 @@ _LAYER_NAMES = {
 
 
 def transformers_config(config: CsmConfig, **changes: Any) -> Any:
-    """A CsmConfig that describes `config`; `changes` are to its own keys."""
+    """Return a CsmConfig that describes `config`; `changes` replace its own keys."""
     from transformers import CsmConfig
 
     decoder = _stack_config(config.decoder, DECODER_ROPE) | {
@@ -93,7 +93,7 @@ def transformers_config(config: CsmConfig, **changes: Any) -> Any:
 
 
 def transformers_model(config: CsmConfig, state: Mapping[str, Tensor]) -> Any:
-    """transformers' CSM with the tensors of `state`, strictly: only the codec's may be missing."""
+    """Return transformers' CSM with the tensors of `state`; only the codec's may be missing."""
     from transformers import CsmForConditionalGeneration
 
     model = CsmForConditionalGeneration(transformers_config(config)).eval()
@@ -106,7 +106,7 @@ def transformers_model(config: CsmConfig, state: Mapping[str, Tensor]) -> Any:
 
 
 def torchtune_stack(stack: TransformerConfig, positions: int) -> Any:
-    """torchtune's Llama 3.2 for one stack, without embeddings and head, as CSM uses it."""
+    """Return torchtune's Llama 3.2 for one stack, without embeddings and head."""
     from torch import nn
     from torchtune.models.llama3_2 import llama3_2
 
@@ -153,6 +153,6 @@ def _renamed(config: CsmConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _half_rotated(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of a q or k projection from interleaved pairs to transformers' two halves."""
+    """Reorder the rows of a q or k projection from interleaved pairs to transformers' halves."""
     pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""Static file servers on loopback, with and without ranges, that log what they are asked."""
+"""Static file servers on loopback, with and without ranges, that log their requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One request: method, path, headers by lower-case name."""
 
     method: str
@@ -22,32 +22,32 @@ class Asked:
 
 @dataclass
 class FileServer:
-    """A folder behind http://127.0.0.1:PORT; `log` is what it was asked so far.
+    """A folder behind http://127.0.0.1:PORT, with the log of the requests so far.
 
-    `absent` is the status of what is not there.
+    `absent` is the status for what is not there.
     """
 
     url: str
     absent: int = 404
-    log: list[Asked] = field(default_factory=list)
+    log: list[Request] = field(default_factory=list)
 
-    def gets(self) -> list[Asked]:
-        """The GET requests."""
-        return [asked for asked in self.log if asked.method == "GET"]
+    def gets(self) -> list[Request]:
+        """Return the GET requests."""
+        return [request for request in self.log if request.method == "GET"]
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Python's own server, which knows no ranges, with a log."""
+    """Python's own server, which has no ranges, with a log."""
 
     protocol_version = "HTTP/1.1"
     served: FileServer
 
     def log_message(self, *_: object) -> None:
-        """Says nothing on stderr."""
+        """Print nothing on stderr."""
 
     def send_head(self):  # type: ignore[no-untyped-def]
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.served.log.append(Asked(self.command, self.path, headers))
+        self.served.log.append(Request(self.command, self.path, headers))
         return super().send_head()
 
     def send_error(self, code: int, message=None, explain=None) -> None:  # type: ignore[no-untyped-def]
@@ -59,7 +59,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 class _RangedHandler(_Handler):
-    """The same, with single ranges."""
+    """The same server, with single ranges."""
 
     def do_GET(self) -> None:
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
@@ -68,7 +68,7 @@ class _RangedHandler(_Handler):
             super().do_GET()
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.served.log.append(Asked(self.command, self.path, headers))
+        self.served.log.append(Request(self.command, self.path, headers))
         start, size = int(match[1]), path.stat().st_size
         with path.open("rb") as file:
             file.seek(start)
@@ -83,7 +83,7 @@ class _RangedHandler(_Handler):
 
 @contextlib.contextmanager
 def serving(folder: Path, ranges: bool) -> Iterator[FileServer]:
-    """Serves a folder until the block ends."""
+    """Serve a folder until the block ends."""
     base = _RangedHandler if ranges else _Handler
     served = FileServer("")
     handler = type("Handler", (base,), {"served": served})
@@ -95,7 +95,7 @@ def serving(folder: Path, ranges: bool) -> Iterator[FileServer]:
             handler(request, client_address, self, directory=str(folder))
 
         def handle_error(self, *_: object) -> None:
-            """A client that hangs up is no news."""
+            """Ignore a client that closes its connection."""
 
     with Server(("127.0.0.1", 0), handler) as server:
         served.url = f"http://127.0.0.1:{server.server_port}"

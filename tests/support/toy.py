@@ -1,4 +1,4 @@
-"""A small repository for tests: real parts and a real manifest, made by the real tools."""
+"""A small repository for tests: real chunk files and a real manifest, made by `inv split`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from csm_weights.manifest import parse, render
 from csm_weights.manifest.types import Artifact, Edition, Manifest
 from csm_weights.pipeline.request import Request
 
-#: Bytes of a part: not a multiple of a block, so that ends are met mid-block.
+#: Bytes of a chunk file: not a multiple of a block, so that pieces end within one.
 PIECE_SIZE = 70_001
 
 NOTE = "a note\n"
 
 
 def content(name: str, size: int) -> bytes:
-    """Bytes that depend on the name only."""
+    """Return bytes that depend only on the name."""
     return random.Random(name).randbytes(size)
 
 
@@ -27,8 +27,8 @@ def content(name: str, size: int) -> bytes:
 class Toy:
     """A repository with one model, `toy`: a.bin (5 pieces), b.bin (3 pieces), note.txt (text).
 
-    a.bin has a whole-file sha256 in the manifest; b.bin only a blob id, as
-    ckpt.pt of CSM-1B; note.txt has a second edition whose text is known.
+    The manifest has a whole-file sha256 of a.bin, and only a blob id of b.bin, as for ckpt.pt
+    of CSM-1B. note.txt has a second edition whose text is known.
     """
 
     root: Path
@@ -46,34 +46,34 @@ class Toy:
         return toy
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Writes and adopts another manifest for the model."""
+        """Write and use another manifest for the model."""
         path = self.root / "manifests" / "toy.toml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(render.render(manifest))
         self.manifest = parse.load(path)
 
     def request(self, *only: str, dest: str | None = None) -> Request:
-        """A request for the toy model."""
+        """Return a request for the toy model."""
         return Request(self.root, "toy", only, dest)
 
     def artifact(self, path: str) -> Artifact:
-        """The manifest's artifact of that path."""
+        """Return the manifest's artifact of that path."""
         return next(a for a in self.manifest.artifacts if a.path == path)
 
-    def part(self, path: str, index: int) -> Path:
-        """The part file that holds piece `index` of an artifact."""
+    def chunk_file(self, path: str, index: int) -> Path:
+        """Return the chunk file of piece `index` of an artifact."""
         return self.root / self.artifact(path).pieces[index].part
 
     def staged(self, path: str) -> Path:
-        """Where an artifact is staged."""
+        """Return the path at which an artifact is staged."""
         return self.root / "output" / "toy" / path
 
-    def placed(self, path: str) -> Path:
-        """Where an artifact is placed."""
+    def installed(self, path: str) -> Path:
+        """Return the path at which an artifact is installed."""
         return self.root / "models" / "toy" / path
 
     def good(self, path: str) -> bytes:
-        """The right content of an artifact."""
+        """Return the right content of an artifact."""
         return NOTE.encode() if path == "note.txt" else content(path, self.artifact(path).size)
 
 
@@ -93,7 +93,7 @@ def _note() -> Artifact:
 
 
 def flip(path: Path, offset: int = 1000) -> None:
-    """Turns over the bits of one byte of a file."""
+    """Invert the bits of one byte of a file."""
     data = bytearray(path.read_bytes())
     data[offset] ^= 0xFF
     path.write_bytes(data)

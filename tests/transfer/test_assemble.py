@@ -53,7 +53,7 @@ class Shop:
         self.partial = partial_path(self.target)
         self.journal = journal_path(self.target)
 
-    def part(self, index: int) -> Path:
+    def chunk_file(self, index: int) -> Path:
         return self.root / self.artifact.pieces[index].part
 
     def job(self, *sources: Source, journaled: tuple[PieceRecord, ...] = ()) -> Assembly:
@@ -211,7 +211,7 @@ def test_a_part_that_changes_while_its_blocks_are_shared_is_refused(
     def clone(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> bool:
         os.pwrite(dst, os.pread(src, size, src_offset), dst_offset)
         if dst_offset == touched:
-            os.utime(shop.part(2))
+            os.utime(shop.chunk_file(2))
         return True
 
     monkeypatch.setattr(block_io, "clone_range", clone)
@@ -270,7 +270,7 @@ def test_any_partial_leads_to_the_right_file(
 
 def test_a_flipped_part_is_told_and_the_others_are_kept(shop: Shop) -> None:
     """One wrong piece is one finding; what was proven is journaled for the next run."""
-    flip(shop.part(1))
+    flip(shop.chunk_file(1))
     with pytest.raises(WrongContent) as caught:
         shop.run()
     assert [(f.kind, f.where) for f in caught.value.findings] == [
@@ -282,7 +282,7 @@ def test_a_flipped_part_is_told_and_the_others_are_kept(shop: Shop) -> None:
 
 def test_a_missing_part_is_a_missing_input(shop: Shop) -> None:
     """A piece that no source has is told as missing, with its part's name."""
-    shop.part(2).unlink()
+    shop.chunk_file(2).unlink()
     with pytest.raises(MissingInput) as caught:
         shop.run()
     assert [f.where for f in caught.value.findings] == [shop.artifact.pieces[2].part]
@@ -290,8 +290,8 @@ def test_a_missing_part_is_a_missing_input(shop: Shop) -> None:
 
 def test_wrong_outweighs_missing(shop: Shop) -> None:
     """With one part gone and one wrong, the exit code is that of wrong content."""
-    shop.part(0).unlink()
-    flip(shop.part(3))
+    shop.chunk_file(0).unlink()
+    flip(shop.chunk_file(3))
     with pytest.raises(WrongContent) as caught:
         shop.run()
     assert [f.kind for f in caught.value.findings] == [Kind.MISSING, Kind.WRONG_DIGEST]
@@ -299,7 +299,7 @@ def test_wrong_outweighs_missing(shop: Shop) -> None:
 
 def test_a_part_of_the_wrong_size_is_told(shop: Shop) -> None:
     """A part that is too long is broken, though its first bytes are right."""
-    with shop.part(0).open("ab") as file:
+    with shop.chunk_file(0).open("ab") as file:
         file.write(b"more")
     with pytest.raises(WrongContent) as caught:
         shop.run()
@@ -311,7 +311,7 @@ def test_a_part_that_is_written_meanwhile_is_told(shop: Shop) -> None:
 
     class Touching(ChunkFiles):
         def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
-            touching = cast(PieceWriter, _TouchingWriter(writer, shop.part(0)))
+            touching = cast(PieceWriter, _TouchingWriter(writer, shop.chunk_file(0)))
             return super().deliver(artifact, piece, touching)
 
     class _TouchingWriter:
@@ -332,7 +332,7 @@ def test_a_part_that_is_cut_meanwhile_is_told(shop: Shop, monkeypatch: pytest.Mo
     real = os.preadv
 
     def ending(fd: int, buffers: list[memoryview], offset: int) -> int:
-        if offset == 0 and Path(f"/proc/self/fd/{fd}").readlink() == shop.part(3):
+        if offset == 0 and Path(f"/proc/self/fd/{fd}").readlink() == shop.chunk_file(3):
             return 0
         return real(fd, buffers, offset)
 
@@ -367,7 +367,7 @@ def test_the_blob_id_stands_in_for_the_whole_digest(shop: Shop) -> None:
 
 def test_the_next_source_is_asked_when_one_has_nothing(shop: Shop) -> None:
     """Absent pieces are taken from the source that has them."""
-    shop.part(1).unlink()
+    shop.chunk_file(1).unlink()
     made = shop.run(Nowhere(), ChunkFiles(shop.root), WholeFile(shop.file))
     assert shop.is_right(made)
     assert [r.source for r in made.pieces].index(str(shop.file)) == 1
@@ -376,7 +376,7 @@ def test_the_next_source_is_asked_when_one_has_nothing(shop: Shop) -> None:
 @pytest.mark.parametrize("index", range(COUNT))
 def test_a_broken_piece_is_taken_from_the_next_source(shop: Shop, index: int) -> None:
     """Bytes that one source got wrong leave no trace in what the next one delivers."""
-    flip(shop.part(index))
+    flip(shop.chunk_file(index))
     made = shop.run(ChunkFiles(shop.root), WholeFile(shop.file))
     assert shop.is_right(made)
     assert made.pieces[index].source == str(shop.file)
@@ -384,7 +384,7 @@ def test_a_broken_piece_is_taken_from_the_next_source(shop: Shop, index: int) ->
 
 def test_what_every_source_said_is_told(shop: Shop) -> None:
     """When all sources fail on a piece, each one's finding is there."""
-    flip(shop.part(0))
+    flip(shop.chunk_file(0))
     with pytest.raises(WrongContent) as caught:
         shop.run(Refusing(), Nowhere(), ChunkFiles(shop.root), WholeFile(shop.root / "gone"))
     about_first = [f.where for f in caught.value.findings]
@@ -393,7 +393,7 @@ def test_what_every_source_said_is_told(shop: Shop) -> None:
 
 def test_a_source_is_never_believed(shop: Shop) -> None:
     """A job's pieces are proven whatever its source is made of, even a single one."""
-    flip(shop.part(1))
+    flip(shop.chunk_file(1))
     artifact = replace(shop.artifact, sha256=None, blob_id=None)
     with pytest.raises(WrongContent):
         assemble([Assembly(artifact, shop.target, ChunkFiles(shop.root))], ignore)
@@ -468,7 +468,7 @@ def test_no_file_is_left_open(shop: Shop) -> None:
         pytest.skip("no /proc here")
     before = len(list(fds.iterdir()))
     shop.run()
-    flip(shop.part(0))
+    flip(shop.chunk_file(0))
     with pytest.raises(WrongContent):
         shop.run()
     assert len(list(fds.iterdir())) == before

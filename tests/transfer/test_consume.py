@@ -118,7 +118,7 @@ def test_parts_go_and_the_file_is_right(toy: Toy) -> None:
     assert outcome.error is None
     assert [s.artifact.path for s in outcome.actions if type(s) is Consume] == ["a.bin", NAME]
     for name in ("a.bin", NAME):
-        assert toy.placed(name).read_bytes() == toy.good(name)
+        assert toy.installed(name).read_bytes() == toy.good(name)
         assert [part for part in parts_of(toy, name) if part.exists()] == []
 
 
@@ -282,10 +282,10 @@ def test_a_journal_that_outlived_its_file_consumes_nothing(tmp_path: Path) -> No
     journal_path(toy.staged(NAME)).write_bytes(stale)
     toy.staged(NAME).unlink()
     shutil.copytree(tmp_path / "chunks", toy.root / "chunks", dirs_exist_ok=True)
-    flip(toy.part(NAME, 2))
+    flip(toy.chunk_file(NAME, 2))
     with pytest.raises(WrongContent):
         fetch(toy, consuming=False)
-    flip(toy.part(NAME, 2))
+    flip(toy.chunk_file(NAME, 2))
     fetch(toy, consuming=False)
     assert toy.staged(NAME).read_bytes() == toy.good(NAME)
     assert all(part.exists() for part in parts_of(toy))
@@ -369,7 +369,7 @@ def test_a_manifest_that_changed_meanwhile_touches_nothing(toy: Toy) -> None:
 
 def test_a_flipped_byte_is_found_before_anything_goes(toy: Toy) -> None:
     """One wrong part of eight, of the other file even, and nothing is consumed."""
-    flip(toy.part(NAME, 2))
+    flip(toy.chunk_file(NAME, 2))
     before = {part: part.read_bytes() for part in (*parts_of(toy), *parts_of(toy, "a.bin"))}
     with pytest.raises(WrongContent) as caught:
         fetch(toy, "a.bin", NAME)
@@ -402,7 +402,7 @@ def test_a_part_that_changes_after_its_proof_is_not_punched(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, is_blind: bool
 ) -> None:
     """What is copied is held against what was proven, so a later write loses nothing."""
-    victim, real = toy.part(NAME, 1), consume.verify
+    victim, real = toy.chunk_file(NAME, 1), consume.verify
 
     def verify_then_change(*arguments: Any) -> list[consume.Proof]:
         proofs = real(*arguments)
@@ -427,7 +427,7 @@ def test_a_write_between_copy_and_punch_is_not_lost(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part that somebody writes to while its step is made durable keeps its bytes."""
-    victim, real, once = toy.part(NAME, 0), os.fdatasync, [True]
+    victim, real, once = toy.chunk_file(NAME, 0), os.fdatasync, [True]
 
     def sync_then_write(fd: int) -> None:
         real(fd)
@@ -481,10 +481,10 @@ def test_pieces_that_an_ordinary_run_has_kept_give_their_parts_too(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a run that ran out of disk, the parts of what it has kept go first."""
-    flip(toy.part(NAME, 2))
+    flip(toy.chunk_file(NAME, 2))
     with pytest.raises(WrongContent):
         fetch(toy, consuming=False)
-    flip(toy.part(NAME, 2))
+    flip(toy.chunk_file(NAME, 2))
     written: list[int] = []
     real = block_io.copy_hashed
 
@@ -500,11 +500,11 @@ def test_pieces_that_an_ordinary_run_has_kept_give_their_parts_too(
 
 def test_a_missing_part_that_a_damaged_file_has_is_no_obstacle(toy: Toy) -> None:
     """One piece is copied from a damaged file in place; the others are moved."""
-    placed = toy.placed(NAME)
+    placed = toy.installed(NAME)
     placed.parent.mkdir(parents=True)
     placed.write_bytes(toy.good(NAME))
     flip(placed, PIECE_SIZE + 5)
-    toy.part(NAME, 0).unlink()
+    toy.chunk_file(NAME, 0).unlink()
     outcome = apply.apply(asked(toy), Target.BOTH)
     assert placed.read_bytes() == toy.good(NAME)
     receipt = outcome.state.artifacts[0].installed.receipt
@@ -532,7 +532,7 @@ def test_a_part_that_is_not_a_file_of_its_own_is_refused(
     toy: Toy, spoil: Callable[[Path], None]
 ) -> None:
     """A linked part belongs to someone else as well: exit 7, and nothing is touched."""
-    spoil(toy.part(NAME, 1))
+    spoil(toy.chunk_file(NAME, 1))
     with pytest.raises(NoSpace) as caught:
         fetch(toy)
     assert [(f.kind, f.where) for f in caught.value.findings] == [
@@ -549,7 +549,7 @@ def test_a_folder_that_may_not_be_written_is_refused(
 ) -> None:
     """Parts that may not be removed are told as such before anything is done."""
     real = os.access
-    folder = toy.part(NAME, 0).parent
+    folder = toy.chunk_file(NAME, 0).parent
     monkeypatch.setattr(
         os,
         "access",
@@ -572,7 +572,7 @@ def test_a_file_system_that_frees_nothing_says_so(
     with pytest.raises(NoSpace) as caught:
         fetch(toy)
     assert kinds(caught.value) == {Kind.NOT_CONSUMABLE}
-    names = [path.name for path in toy.part(NAME, 0).parent.iterdir()]
+    names = [path.name for path in toy.chunk_file(NAME, 0).parent.iterdir()]
     assert sorted(names) == ["SHA256SUMS", *sorted(part.name for part in parts_of(toy))]
     assert not partial_of(toy).exists()
 

@@ -88,7 +88,7 @@ def test_files_are_read_only_and_stay_proven(toy: Toy) -> None:
     """Every file in place is 0444, and its receipt is true of it still."""
     outcome = weights(toy)
     paths = [a.path for a in toy.manifest.artifacts]
-    assert [mode(toy.placed(path)) for path in paths] == [0o444] * 3
+    assert [mode(toy.installed(path)) for path in paths] == [0o444] * 3
     assert [s.path for s in outcome.sealed] == paths
     assert {i.installed.state for i in outcome.state.artifacts} == {FileState.VERIFIED}
     assert apply.status(toy.request(), check=True).error is None
@@ -118,7 +118,7 @@ def test_what_the_kernel_froze_is_what_is_proven(toy: Toy, monkeypatch: pytest.M
     """A byte that changes just before the kernel takes the file is found after it has."""
     kernel = Kernel(monkeypatch)
     apply.weights(toy.request("a.bin"), smoke=False)
-    kernel.before = lambda: flip(toy.placed("a.bin"))
+    kernel.before = lambda: flip(toy.installed("a.bin"))
     with pytest.raises(WrongContent, match="while it was being sealed"):
         weights(toy, "a.bin")
     assert apply.status(toy.request("a.bin"), check=True).error is not None
@@ -139,9 +139,9 @@ def test_sealing_again_does_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -
     """A second run finds everything sealed, and touches neither file nor receipt."""
     kernel = Kernel(monkeypatch)
     weights(toy, "a.bin")
-    before = toy.placed("a.bin").stat(), receipt_path(toy.root / "models/toy", "a.bin").stat()
+    before = toy.installed("a.bin").stat(), receipt_path(toy.root / "models/toy", "a.bin").stat()
     again = weights(toy, "a.bin")
-    after = toy.placed("a.bin").stat(), receipt_path(toy.root / "models/toy", "a.bin").stat()
+    after = toy.installed("a.bin").stat(), receipt_path(toy.root / "models/toy", "a.bin").stat()
     assert [(s.st_ino, s.st_ctime_ns) for s in before] == [(s.st_ino, s.st_ctime_ns) for s in after]
     assert (again.sealed[0].verity, len(kernel.asked)) == (True, 1)
 
@@ -149,10 +149,10 @@ def test_sealing_again_does_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_in_place_already_can_be_sealed(toy: Toy) -> None:
     """Files that an earlier run has placed are sealed without being made again."""
     apply.weights(toy.request(), smoke=False)
-    inode = toy.placed("a.bin").stat().st_ino
+    inode = toy.installed("a.bin").stat().st_ino
     outcome = weights(toy)
-    assert (outcome.actions, mode(toy.placed("a.bin"))) == ((), 0o444)
-    assert toy.placed("a.bin").stat().st_ino == inode
+    assert (outcome.actions, mode(toy.installed("a.bin"))) == ((), 0o444)
+    assert toy.installed("a.bin").stat().st_ino == inode
 
 
 def test_a_read_only_file_gets_fs_verity(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_a_read_only_file_gets_fs_verity(toy: Toy, monkeypatch: pytest.MonkeyPat
     weights(toy, "a.bin")
     kernel = Kernel(monkeypatch, errno.EACCES)
     assert weights(toy, "a.bin").sealed[0].verity
-    assert (len(kernel.asked), mode(toy.placed("a.bin"))) == (2, 0o444)
+    assert (len(kernel.asked), mode(toy.installed("a.bin"))) == (2, 0o444)
     assert apply.status(toy.request("a.bin"), check=True).error is None
 
 
@@ -181,7 +181,7 @@ def test_what_a_kernel_with_fs_verity_refuses_is_told(
     with pytest.raises(CsmWeightsError) as caught:
         weights(toy, "a.bin")
     (finding,) = caught.value.findings
-    assert (finding.kind, finding.where) == (kind, str(toy.placed("a.bin")))
+    assert (finding.kind, finding.where) == (kind, str(toy.installed("a.bin")))
     assert caught.value.exit_code == code
     assert apply.status(toy.request("a.bin"), check=True).error is None
 
@@ -201,8 +201,8 @@ def test_a_link_in_place_is_not_sealed(toy: Toy) -> None:
     """What a link leads to keeps its permissions; the error names the link."""
     apply.weights(toy.request("a.bin"), smoke=False)
     real = toy.root / "real"
-    toy.placed("a.bin").rename(real)
-    toy.placed("a.bin").symlink_to(real)
+    toy.installed("a.bin").rename(real)
+    toy.installed("a.bin").symlink_to(real)
     with pytest.raises(WrongContent, match=r"a\.bin"):
         weights(toy, "a.bin")
     assert mode(real) == 0o644
@@ -212,19 +212,19 @@ def test_a_file_that_was_changed_meanwhile_is_not_sealed(toy: Toy) -> None:
     """A receipt that does not fit the file seals nothing."""
     apply.weights(toy.request("a.bin"), smoke=False)
     receipt = receipt_of(toy, "a.bin")
-    os.utime(toy.placed("a.bin"))
+    os.utime(toy.installed("a.bin"))
     with pytest.raises(WrongContent, match="could not be sealed"):
         seal.seal(toy.root / "models/toy", receipt)
-    assert mode(toy.placed("a.bin")) == 0o644
+    assert mode(toy.installed("a.bin")) == 0o644
 
 
 def test_files_whose_gates_are_closed_are_left_alone(toy: Toy) -> None:
     """An outcome with findings of the gates is passed on as it is."""
     weights_of = apply.weights(toy.request(), smoke=False)
-    flip(toy.placed("a.bin"))
+    flip(toy.installed("a.bin"))
     closed = replace(weights_of, results=verify.verify(toy.request()).results)
     assert seal_placed(toy.request(), closed) is closed
-    assert mode(toy.placed("b.bin")) == 0o644
+    assert mode(toy.installed("b.bin")) == 0o644
 
 
 # ---- the other commands go on as before
@@ -233,7 +233,7 @@ def test_files_whose_gates_are_closed_are_left_alone(toy: Toy) -> None:
 def test_a_sealed_file_that_became_wrong_is_repaired(toy: Toy) -> None:
     """Its good pieces are copied, the wrong one comes from its part, and it is sealed again."""
     weights(toy)
-    path = toy.placed("a.bin")
+    path = toy.installed("a.bin")
     path.chmod(0o644)
     flip(path)
     path.chmod(0o444)
@@ -245,9 +245,9 @@ def test_a_sealed_file_that_became_wrong_is_repaired(toy: Toy) -> None:
 def test_a_repair_without_seal_leaves_an_ordinary_file(toy: Toy) -> None:
     """Sealing is asked for each time: what is made anew has the usual permissions."""
     weights(toy)
-    toy.placed("a.bin").unlink()
+    toy.installed("a.bin").unlink()
     apply.weights(toy.request(), smoke=False)
-    assert (mode(toy.placed("a.bin")), mode(toy.placed("b.bin"))) == (0o644, 0o444)
+    assert (mode(toy.installed("a.bin")), mode(toy.installed("b.bin"))) == (0o644, 0o444)
 
 
 def test_a_staged_file_replaces_a_sealed_one(toy: Toy) -> None:
@@ -255,17 +255,17 @@ def test_a_staged_file_replaces_a_sealed_one(toy: Toy) -> None:
     weights(toy, "note.txt")
     toy.staged("note.txt").parent.mkdir(parents=True, exist_ok=True)
     toy.staged("note.txt").write_text("another edition")
-    toy.placed("note.txt").unlink()
+    toy.installed("note.txt").unlink()
     request = toy.request("note.txt")
     outcome = seal_placed(request, apply.apply(request, Target.PLACED))
-    assert toy.placed("note.txt").read_text() == "another edition"
-    assert (mode(toy.placed("note.txt")), len(outcome.sealed)) == (0o444, 1)
+    assert toy.installed("note.txt").read_text() == "another edition"
+    assert (mode(toy.installed("note.txt")), len(outcome.sealed)) == (0o444, 1)
 
 
 def test_verify_and_clean_work_on_sealed_files(toy: Toy) -> None:
     """Every gate is passed, and only what is unfinished goes."""
     weights(toy)
-    partial = partial_path(toy.placed("a.bin"))
+    partial = partial_path(toy.installed("a.bin"))
     partial.write_text("unfinished")
     clean(toy.request("all"), dry=False)
     assert not partial.exists()
@@ -285,7 +285,7 @@ def test_a_kill_between_seal_and_receipt_costs_one_hashing(
         patch.setattr(install, "record", stop)
         with pytest.raises(KeyboardInterrupt):
             weights(toy, "a.bin")
-    assert mode(toy.placed("a.bin")) == 0o444
+    assert mode(toy.installed("a.bin")) == 0o444
     outcome = weights(toy, "a.bin")
     assert [action.verb for action in outcome.actions] == ["verify in place"]
     assert outcome.state.artifacts[0].installed.state is FileState.VERIFIED
@@ -321,7 +321,7 @@ def test_the_kernel_guards_a_sealed_file(disk: Path) -> None:
     (disk / "repository").mkdir()
     toy = Toy.make(disk / "repository")
     assert [s.verity for s in weights(toy).sealed] == [True] * 3
-    path = toy.placed("a.bin")
+    path = toy.installed("a.bin")
     path.chmod(0o644)
     with pytest.raises(PermissionError):
         path.open("r+b")

@@ -230,7 +230,7 @@ def test_a_file_without_a_record_of_its_way_says_so(desk: Desk) -> None:
 
 def test_files_are_hashed_again_before_they_are_attested(desk: Desk) -> None:
     """A receipt that still fits a file's stat does not make a wrong byte true."""
-    path = desk.toy.placed("a.bin")
+    path = desk.toy.installed("a.bin")
     before = path.stat()
     flip(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -248,7 +248,7 @@ def test_a_forged_receipt_attests_nothing(desk: Desk) -> None:
     """Where the manifest pins no whole digest, the subject's is that of the bytes."""
     bare = replace(desk.toy.artifact("b.bin"), blob_id=None)
     desk.toy.write_manifest(replace(desk.toy.manifest, artifacts=(bare,)))
-    record = desk.toy.placed("b.bin").parent / ".csm-weights/b.bin.json"
+    record = desk.toy.installed("b.bin").parent / ".csm-weights/b.bin.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0" * 64}))
     assert desk.attest().subjects == {"b.bin": sha256(desk.toy.good("b.bin"))}
     assert desk.statement()["subject"][0]["digest"]["sha256"] == sha256(desk.toy.good("b.bin"))
@@ -256,7 +256,7 @@ def test_a_forged_receipt_attests_nothing(desk: Desk) -> None:
 
 def test_a_missing_file_is_not_attested(desk: Desk) -> None:
     """What is not in place ends with exit code 3, and no key is made."""
-    desk.toy.placed("a.bin").unlink()
+    desk.toy.installed("a.bin").unlink()
     with pytest.raises(MissingInput):
         desk.attest("a.bin", make_key=str(desk.private))
     assert not desk.private.exists()
@@ -512,7 +512,7 @@ def test_what_is_not_there_is_exit_code_3(desk: Desk, gone: str) -> None:
 def test_another_edition_of_a_file_is_refused(desk: Desk) -> None:
     """A file that the manifest accepts, and that is not the one attested, is told."""
     desk.sign()
-    desk.toy.placed("note.txt").write_text("another edition")
+    desk.toy.installed("note.txt").write_text("another edition")
     error = desk.refusal()
     (finding,) = error.findings
     assert (error.exit_code, finding.kind, finding.where) == (4, Kind.DIFFERENT, "note.txt")
@@ -521,7 +521,7 @@ def test_another_edition_of_a_file_is_refused(desk: Desk) -> None:
 def test_a_damaged_file_is_refused(desk: Desk) -> None:
     """A wrong byte closes the gates, whatever is attested."""
     desk.sign()
-    flip(desk.toy.placed("b.bin"))
+    flip(desk.toy.installed("b.bin"))
     assert desk.refusal().exit_code == 4
 
 
@@ -557,7 +557,7 @@ def test_a_file_that_was_not_attested_is_told(desk: Desk) -> None:
 def test_some_of_the_subjects_can_be_asked_for(desk: Desk) -> None:
     """With --only, the others need not be here, and the result says that they were left out."""
     desk.sign()
-    desk.toy.placed("b.bin").unlink()
+    desk.toy.installed("b.bin").unlink()
     attested = desk.verify("a.bin").attested
     assert attested and attested.subjects == ("a.bin",)
     assert "2 more of its subjects" in attested.notes[0]
