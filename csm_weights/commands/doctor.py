@@ -103,20 +103,16 @@ def examine(request: Request, smoke: bool = True) -> DoctorReport:
 def closure(request: Request) -> DoctorReport:
     """Check which repositories that CSM needs to speak are in the Hub's cache; offline."""
     environment = HubEnvironment.read()
-    needs = offline_assets.find_assets(environment.cache, _is_installed(request))
+    is_installed = False
+    if find_manifest(request.root, request.model).repo == offline_assets.CSM:
+        chosen = Request(request.root, request.model, ("safetensors",), request.dest)
+        is_installed = apply.status(chosen).plan.is_done
+    needs = offline_assets.find_assets(environment.cache, is_installed)
     checks = tuple(_needed(need, environment) for need in needs)
     findings = [finding for check in checks for finding in check.findings]
     error = MissingInput("CSM cannot speak offline yet", findings) if findings else None
     subject = f"what CSM needs to speak offline, in {environment.cache}"
     return DoctorReport(subject, checks, "CSM can speak with HF_HUB_OFFLINE=1", error)
-
-
-def _is_installed(request: Request) -> bool:
-    """Return whether CSM's own files are installed and verified, to be given to the cache."""
-    if find_manifest(request.root, request.model).repo != offline_assets.CSM:
-        return False
-    chosen = Request(request.root, request.model, ("safetensors",), request.dest)
-    return apply.status(chosen).plan.is_done
 
 
 def _needed(need: offline_assets.Asset, environment: HubEnvironment) -> CheckResult:
@@ -316,23 +312,14 @@ def _disk(case: _Case) -> CheckResult:
         if needed := case.plan.room(name):
             texts.append(f"{needed:,} bytes to write in {folder}, {free:,} free")
     findings = [f for f in case.plan.findings if f.kind is Kind.NO_SPACE]
-    if not case.plan.is_done:
-        folders = (state.paths.staging, state.paths.destination)
-        findings += [_not_writable(folder) for folder in folders if not _is_writable(folder)]
+    for folder in () if case.plan.is_done else (state.paths.staging, state.paths.destination):
+        above = (folder.absolute(), *folder.absolute().parents)
+        if not os.access(next(p for p in above if p.exists()), os.W_OK | os.X_OK):
+            help_text = "check its permissions, or choose another --dest"
+            words = ("a folder that takes new files", "no permission", help_text)
+            findings.append(Finding(Kind.NOT_WRITABLE, str(folder), *words))
     verdict = Verdict.NOT_OK if findings else Verdict.OK
     return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
-
-
-def _is_writable(folder: Path) -> bool:
-    """Return whether a folder, or the nearest one above it that exists, takes new files."""
-    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return os.access(nearest, os.W_OK | os.X_OK)
-
-
-def _not_writable(folder: Path) -> Finding:
-    help_text = "check its permissions, or choose another --dest"
-    words = ("a folder that takes new files", "no permission", help_text)
-    return Finding(Kind.NOT_WRITABLE, str(folder), *words)
 
 
 def _torch(loads: bool) -> CheckResult:
@@ -357,22 +344,17 @@ def _gpu(loads: bool) -> CheckResult:
         return CheckResult("GPU", Verdict.NOT_ASKED, "no smoke test is to run")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return CheckResult("GPU", Verdict.NOTE, f"hidden by CUDA_VISIBLE_DEVICES: {on_cpu}")
-    if cards := _cards():
-        return CheckResult("GPU", Verdict.OK, cards)
+    program, listed = shutil.which("nvidia-smi"), ""
+    if program:
+        figures = "--query-gpu=name,memory.free,memory.total"
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = [program, figures, "--format=csv,noheader"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            listed = done.stdout
+    cards = [line.split(", ") for line in listed.splitlines() if line.count(", ") == 2]
+    if cards:
+        found = "; ".join(f"{name}, {free} of {total} free" for name, free, total in cards)
+        return CheckResult("GPU", Verdict.OK, found)
     if Path("/dev/nvidiactl").exists():
         return CheckResult("GPU", Verdict.NOTE, "a driver is here, and nvidia-smi names no card")
     return CheckResult("GPU", Verdict.NOTE, f"none: {on_cpu}")
-
-
-def _cards() -> str:
-    """Return names and memory of the cards as nvidia-smi has them, or an empty string."""
-    program = shutil.which("nvidia-smi")
-    if not program:
-        return ""
-    command = [program, "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    cards = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 2]
-    return "; ".join(f"{name}, {free} of {total} free" for name, free, total in cards)

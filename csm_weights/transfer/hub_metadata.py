@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -28,6 +29,7 @@ from csm_weights.transfer.http.client import HttpClient, Timeouts
 from csm_weights.transfer.http.responses import foreign_redirect, wrong_answer
 from csm_weights.transfer.hub import classify_refusal
 from csm_weights.transfer.source import SourceError
+from csm_weights.untrusted import is_text
 
 #: Files of one repository at most: more would make no manifest that can be read.
 MAX_FILES = 20_000
@@ -133,7 +135,8 @@ class _Metadata:
             rows, url = self._ask(url)
             if not isinstance(rows, list):
                 raise self._nonsense("a list of files", f"a {type(rows).__name__}")
-            files += map(self._file, filter(_is_file, rows))
+            is_folder = [isinstance(row, dict) and row.get("type") == "directory" for row in rows]
+            files += [self._file(r) for r, skip in zip(rows, is_folder, strict=True) if not skip]
             if len(files) > MAX_FILES:
                 raise self._nonsense(f"at most {MAX_FILES:,} files", "more")
         return files
@@ -173,10 +176,6 @@ class _Metadata:
         return SourceError(
             [wrong_answer(self._page, expected, self._credentials.mask(found)[:200])]
         )
-
-
-def _is_file(row: Any) -> bool:
-    return not isinstance(row, dict) or row.get("type") != "directory"
 
 
 def choose(
@@ -236,9 +235,9 @@ def _with_names(files: Iterable[File], page: str) -> tuple[list[File], tuple[Fin
     names: set[str] = set()
     folders: set[str] = set()
     for file in files:
-        name = file.path.casefold()
+        name = unicodedata.normalize("NFC", file.path.casefold())
         above = {parent.as_posix() for parent in PurePosixPath(name).parents}
-        problem = _name_problem(file.path)
+        problem = path_problem(file.path) if is_text(file.path) else "no text"
         if not problem and (name in names or name in folders or above & names):
             problem = "the name of another file, or of a folder, where case does not count"
         if problem:
@@ -248,14 +247,6 @@ def _with_names(files: Iterable[File], page: str) -> tuple[list[File], tuple[Fin
         names.add(name)
         folders |= above
     return kept, tuple(left_out)
-
-
-def _name_problem(path: str) -> str:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return "no text"
-    return path_problem(path)
 
 
 def _left_out(page: str, path: str, problem: str) -> Finding:

@@ -42,7 +42,10 @@ class Mirror:
             if file is None and artifact.pieces:
                 file = self._find(piece.part, piece.size, piece.offset)
             if file is None:
-                self._raise_forbidden(artifact.path, piece.part)
+                # Where a file was not called absent, but forbidden, that is the answer.
+                paths = (artifact.path, piece.part)
+                if refusals := [self._forbidden[p] for p in paths if p in self._forbidden]:
+                    raise SourceError(refusals[:1])
                 raise NotAvailable
             self._downloader.fetch(file, writer)
         except SourceError as error:
@@ -51,12 +54,6 @@ class Mirror:
                 self._refusal = first
             raise
         return file.where
-
-    def _raise_forbidden(self, *paths: str) -> None:
-        """Raise SourceError where a file was not called absent, but forbidden."""
-        for path in paths:
-            if path in self._forbidden:
-                raise SourceError([self._forbidden[path]])
 
     def _find(self, path: str, size: int, offset: int) -> _MirrorFile | None:
         """Return the file at a path below the URL, or None where the mirror has none.

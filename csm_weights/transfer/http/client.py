@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import requests
 from urllib3.exceptions import HTTPError, MaxRetryError
@@ -149,16 +148,7 @@ class HttpClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all connections."""
+    def __exit__(self, *_: object) -> None:
         self.watchdog.close()
         self._session.close()
 
@@ -190,7 +180,13 @@ class HttpClient:
             with self.follow("GET", url, auth, is_own_host_only=True) as response:
                 if response.status_code >= 400:
                     return response, None
-                body = self._read_body(response)
+                deadline = Deadline(response.raw.shutdown, self.timeouts.read)
+                try:
+                    with self.watchdog.watching(deadline.check):
+                        body = response.raw.read(MAX_JSON)
+                except (HTTPError, OSError, ValueError) as error:
+                    found = "less, in time" if deadline.is_over else cause_of(error)
+                    raise TransientError(lost_finding(host_of(response.url), found)) from None
             try:
                 return response, json.loads(body)
             except ValueError:
@@ -199,24 +195,6 @@ class HttpClient:
                 raise SourceError([wrong_answer(redact(url), "JSON", "another text")]) from None
 
         return self._repeat(url, ask)
-
-    def _read_body(self, response: requests.Response) -> bytes:
-        """Return the whole body, which has to come within the read timeout."""
-        body, host = bytearray(), host_of(response.url)
-        deadline = Deadline(response.raw.shutdown, self.timeouts.read)
-        try:
-            with self.watchdog.watching(deadline):
-                while block := response.raw.read(1 << 16):
-                    body += block
-                    if len(body) > MAX_JSON:
-                        expected = f"at most {MAX_JSON:,} bytes of JSON"
-                        raise SourceError([wrong_answer(redact(response.url), expected, "more")])
-        except (HTTPError, OSError, ValueError) as error:
-            if self.cancel.is_set():
-                raise Cancelled from None
-            found = "less, in time" if deadline.is_over else cause_of(error)
-            raise TransientError(lost_finding(host, found)) from None
-        return bytes(body)
 
     def _repeat(self, url: str, ask: Callable[[], T]) -> T:
         retry = RetryPolicy(self, url)
@@ -277,7 +255,15 @@ class HttpClient:
                 timeout=(timeouts.connect, timeouts.read),
             )
         except (requests.exceptions.RequestException, HTTPError, OSError, ValueError) as error:
-            self._raise_failure(url, error)
+            if self.cancel.is_set():
+                raise Cancelled from None
+            finding, has_answered = classify_error(url, error), host in self._answered
+            is_settled = finding.kind is Kind.PROXY and not has_answered
+            if is_settled or finding.kind is Kind.CERTIFICATE or isinstance(error, ValueError):
+                raise SourceError([finding]) from None
+            # What the pool gave up before it asked; all else broke off after that.
+            is_unreached = bool(error.args) and isinstance(error.args[0], MaxRetryError)
+            raise TransientError(finding, None, is_unreached and not has_answered) from None
         self._answered.add(host)
         if response.status_code == 407:
             response.close()
@@ -289,18 +275,6 @@ class HttpClient:
                 self._quiet_until[host] = time.monotonic() + seconds
             raise TransientError(busy_finding(host, response, seconds), seconds)
         return response
-
-    def _raise_failure(self, url: str, error: Exception) -> NoReturn:
-        if self.cancel.is_set():
-            raise Cancelled from None
-        host, finding = host_of(url), classify_error(url, error)
-        has_answered = host in self._answered
-        # What the pool gave up before it asked; all else broke off after that.
-        is_unreached = bool(error.args) and isinstance(error.args[0], MaxRetryError)
-        is_settled = finding.kind is Kind.PROXY and not has_answered
-        if is_settled or finding.kind is Kind.CERTIFICATE or isinstance(error, ValueError):
-            raise SourceError([finding]) from None
-        raise TransientError(finding, is_first_contact=is_unreached and not has_answered) from None
 
     def pause(self, seconds: float, over: threading.Event | None = None) -> None:
         """Wait; raise Cancelled when the run is cancelled meanwhile, or `over` is set."""
@@ -352,7 +326,13 @@ class RetryPolicy:
             since = max(started, client.progress.get(self._host, 0.0))
             fresh = Outage(since, since + client.timeouts.patience)
             outage = client.outages.setdefault(self._host, fresh)
-            if outage.verdict or self._is_over(error, outage, now):
+            if error.seconds:
+                is_over = now + error.seconds > outage.since + client.timeouts.longest_wait
+            elif error.is_first_contact:
+                is_over = now >= outage.since + client.timeouts.patience / 10
+            else:
+                is_over = now >= outage.until
+            if outage.verdict or is_over:
                 outage.verdict = outage.verdict or error.finding
                 raise SourceError([outage.verdict])
             if error.seconds:
@@ -364,12 +344,3 @@ class RetryPolicy:
             finding = error.finding
             client.log(f"{finding.where}: {finding.kind} ({finding.found}); trying again {left}")
         client.pause(min(delay, outage.until - now), self._over)
-
-    def _is_over(self, error: TransientError, outage: Outage, now: float) -> bool:
-        """Return whether the host is given up."""
-        timeouts = self._client.timeouts
-        if error.seconds:
-            return now + error.seconds > outage.since + timeouts.longest_wait
-        if error.is_first_contact:
-            return now >= outage.since + timeouts.patience / 10
-        return now >= outage.until

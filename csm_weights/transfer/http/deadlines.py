@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
-from typing import Any, Protocol
+from typing import Any
 
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool
@@ -22,11 +22,8 @@ from urllib3 import HTTPConnectionPool
 MOMENT = 0.5
 
 
-class Watched(Protocol):
-    """Something that is waited for."""
-
-    def check(self, is_cancelled: bool) -> None:
-        """End the wait if it has taken too long, or if the run was cancelled."""
+#: Ends a wait if it has taken too long, or if the run was cancelled.
+Check = Callable[[bool], None]
 
 
 class Deadline:
@@ -51,21 +48,21 @@ class Watchdog:
     def __init__(self, cancel: threading.Event) -> None:
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._waits: set[Watched] = set()
+        self._checks: set[Check] = set()
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
-    def watching(self, wait: Watched) -> Iterator[None]:
-        """Check `wait` until the block ends."""
+    def watching(self, check: Check) -> Iterator[None]:
+        """Call `check` until the block ends."""
         with self._lock:
-            self._waits.add(wait)
+            self._checks.add(check)
         try:
             yield
         finally:
             with self._lock:
-                self._waits.discard(wait)
+                self._checks.discard(check)
 
     def close(self) -> None:
         """End the thread."""
@@ -75,9 +72,9 @@ class Watchdog:
     def _run(self) -> None:
         while not self._is_closed.wait(MOMENT):
             with self._lock:
-                waits = list(self._waits)
-            for wait in waits:
-                wait.check(self._cancel.is_set())
+                checks = list(self._checks)
+            for check in checks:
+                check(self._cancel.is_set())
 
 
 class WatchedAdapter(HTTPAdapter):
@@ -128,7 +125,7 @@ class WatchedAdapter(HTTPAdapter):
                 return parent.getresponse(connection)
             deadline = Deadline(lambda: sock.shutdown(socket.SHUT_RDWR), seconds)
             try:
-                with watchdog.watching(deadline):
+                with watchdog.watching(deadline.check):
                     return parent.getresponse(connection)
             except (OSError, HTTPException):
                 if deadline.is_over:

@@ -15,7 +15,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from types import TracebackType
 
 import requests
 from urllib3.exceptions import HTTPError
@@ -99,14 +98,9 @@ class RangeDownloader(HttpClient):
         super().__init__(cancel, log, timeouts, 2 * streams)
         self._pool = ThreadPoolExecutor(streams)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self.close()
+        super().__exit__()
 
     def fetch(self, file: RemoteFile, writer: PieceWriter) -> None:
         """Write what `writer` wants of a file, by several streams or, without ranges, by one.
@@ -176,14 +170,8 @@ class RangeDownloader(HttpClient):
         with contextlib.closing(response):
             stop = self._check_answer(file, url, response, start, stop)
             stream = RangeStream(response, at, file.offset + stop, self.timeouts, over)
-            with self._watching(stream):
+            with self.watchdog.watching(stream.check):
                 yield stream
-
-    @contextlib.contextmanager
-    def _watching(self, stream: RangeStream) -> Iterator[None]:
-        stream.is_reading(True)
-        with self.watchdog.watching(stream):
-            yield
 
     def _check_answer(
         self,
@@ -258,7 +246,8 @@ class RangeDownloader(HttpClient):
             begin = file.offset
             file.stream = RangeStream(response, begin, begin, self.timeouts, self.cancel)
         stream = file.stream
-        with self._watching(stream):
+        stream.is_reading(True)
+        with self.watchdog.watching(stream.check):
             stream.skip_to(at)
             stream.end = end
             stream.read_into(writer)
