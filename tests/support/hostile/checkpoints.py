@@ -1,0 +1,153 @@
+"""Checkpoints: a zip around a pickle, sound and wrong on purpose."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any
+
+from tests.support.hostile.common import Bad
+from tests.support.hostile.opcodes import state_dict, tensor, text
+from tests.support.hostile.zips import Entry, data_descriptor, zip_of
+
+
+def records(pickle: bytes, **others: bytes) -> list[Entry]:
+    """The records of a checkpoint with one storage of 24 bytes."""
+    contents = {"data.pkl": pickle, "byteorder": b"little", "data/0": bytes(24), "version": b"3\n"}
+    contents |= others
+    return [Entry(f"archive/{name}", content) for name, content in contents.items()]
+
+
+def checkpoint(pickle: bytes) -> bytes:
+    """A checkpoint, sound but for its pickle."""
+    return zip_of(records(pickle))
+
+
+GOOD_PICKLE = state_dict(text("w"), tensor())
+
+
+def good_checkpoint() -> bytes:
+    """One tensor, `w` of 2 x 3 elements of F32."""
+    return checkpoint(GOOD_PICKLE)
+
+
+def _changed(index: int, **fields: Any) -> bytes:
+    entries = records(GOOD_PICKLE)
+    for key, value in fields.items():
+        setattr(entries[index], key, value)
+    return zip_of(entries)
+
+
+def _without(name: str) -> bytes:
+    return zip_of([e for e in records(GOOD_PICKLE) if e.name != f"archive/{name}"])
+
+
+def compressed(content: bytes, name: str = "archive/data/1") -> Entry:
+    packed = zlib.compress(content, 9)[2:-4]
+    says = {"method": 8, "size": len(content), "crc": zlib.crc32(content)}
+    return Entry(name, packed, central=says, local={"method": 8})
+
+
+GOOD = records(GOOD_PICKLE)
+
+_HIDDEN = Entry("archive/data/0", b"other bytes")
+
+_SECRET = struct.pack("<2H", 0x7777, 6) + b"secret"
+
+_WIDE = struct.pack("<2HQ", 1, 8, 24)
+
+BAD_ZIPS: Bad = {
+    "empty": (b"", "a file of 0 bytes"),
+    "text": (b"Access to model sesame/csm-1b is restricted." * 3, "starts b'Access to"),
+    "legacy_pickle": (GOOD_PICKLE, "starts b'\\x80"),
+    "only_an_end_record": (zip_of([]), "a record data.pkl"),
+    "truncated": (good_checkpoint()[:-1], "a zip archive that ends the file"),
+    "trailing_byte": (good_checkpoint() + b"\0", "a zip archive that ends the file"),
+    "trailing_comment": (zip_of(GOOD, comment=b"hello"), "a zip archive that ends the file"),
+    "comment_length_lies": (good_checkpoint()[:-2] + b"\1\0", "no comment"),
+    "bytes_before_the_zip": (b"\x7fELF" + good_checkpoint(), "a directory up to byte"),
+    "bytes_before_the_first_record": (_changed(0, before=b"\x7fELF"), "a record at byte 0"),
+    "bytes_between_records": (_changed(2, before=b"gap!"), "a record at byte"),
+    "bytes_before_the_directory": (zip_of(GOOD, before=b"gap!"), "records up to byte"),
+    "record_not_in_the_directory": (
+        zip_of(GOOD[:2]).partition(b"PK\1\2")[0] + good_checkpoint(),
+        "a directory up to byte",
+    ),
+    "count_lies": (zip_of(GOOD, count=3), "3 entries"),
+    "directory_length_lies": (zip_of(GOOD, length=10), "a directory up to byte"),
+    "directory_huge": (
+        zip_of([], before=b"", length=0xFFFFFFF0, offset=0),
+        "a directory up to byte",
+    ),
+    "directory_over_the_ceiling": (
+        zip_of([Entry(f"archive/data/{i}", b"") for i in range(30_000)]),
+        "a directory of at most",
+    ),
+    "directory_garbled": (_changed(1, central={"extra": b"\1\0\x40\0"}), "extra field 0x0001"),
+    "compressed": (zip_of([*GOOD, compressed(bytes(24))]), "method 8"),
+    "zip_bomb": (zip_of([*GOOD, compressed(bytes(5_000_000))]), "method 8"),
+    "compressed_only_locally": (_changed(2, local={"method": 8}), "a local header like"),
+    "encrypted": (_changed(2, central={"flags": 0x0809}), "flags 0x0809"),
+    "encrypted_only_locally": (_changed(2, local={"flags": 0x0809}), "a local header like"),
+    "local_name_differs": (_changed(2, local={"name": "archive/data/1"}), "a local header like"),
+    "local_size_differs": (_changed(2, local={"size": 20}), "a local header like"),
+    "local_crc_differs": (_changed(2, local={"crc": 1}), "a local header like"),
+    "local_zip64_size_differs": (
+        _changed(2, local={"extra": struct.pack("<2HQ", 1, 8, 99)}),
+        "zip64 sizes like",
+    ),
+    "local_zip64_without_wide_descriptor": (_changed(2, local={"extra": _WIDE}), "descriptor"),
+    "descriptor_differs": (
+        _changed(2, descriptor=data_descriptor(0, 24)),
+        "a data descriptor like",
+    ),
+    "descriptor_missing": (_changed(3, descriptor=b""), "a data descriptor like"),
+    "hidden_extra_field": (_changed(2, local={"extra": _SECRET}), "extra field 0x7777"),
+    "central_extra_field": (_changed(2, central={"extra": _SECRET}), "extra field 0x7777"),
+    "central_zip64_not_needed": (_changed(2, central={"extra": _WIDE}), "where they are needed"),
+    "central_comment": (_changed(2, central={"comment": b"hi"}), "without comment"),
+    "central_sizes_differ": (_changed(2, central={"packed": 20}), "24 bytes stored"),
+    "central_crc_differs": (_changed(0, central={"crc": 1}), "a data descriptor like"),
+    "size_beyond_the_file": (
+        _changed(3, central={"size": 1 << 30, "packed": 1 << 30}),
+        "data before byte",
+    ),
+    "records_overlap": (
+        _changed(2, central={"size": 30, "packed": 30}, descriptor=b""),
+        "a data descriptor like",
+    ),
+    "two_entries_of_one_record": (
+        zip_of([*GOOD, Entry("archive/data/1", b"", central={"offset": 0})]),
+        "a record at byte",
+    ),
+    "name_twice": (zip_of([*GOOD, _HIDDEN]), "archive/data/0 twice"),
+    "two_folders": (zip_of([*GOOD, Entry("other/data/1", b"x")]), "one folder"),
+    "no_folder": (zip_of([*GOOD, Entry("data/1", b"x")]), "a name that torch.save writes"),
+    "name_climbs_out": (zip_of([*GOOD, Entry("../data/1", b"x")]), "one folder"),
+    "name_with_control_characters": (
+        zip_of([*GOOD, Entry("archive/\x1b[2J\n", b"x")]),
+        "'archive/\\x1b[2J\\n'",
+    ),
+    "name_unknown": (zip_of([*GOOD, Entry("archive/code/run.py", b"x")]), "torch.save writes"),
+    "storage_number_padded": (zip_of([*GOOD, Entry("archive/data/01", b"x")]), "torch.save"),
+    "no_pickle": (_without("data.pkl"), "a record data.pkl"),
+    "no_version": (_without("version"), "a record version"),
+    "storage_record_missing": (_without("data/0"), "a record data/0"),
+    "storage_nobody_names": (zip_of([*GOOD, Entry("archive/data/1", b"x")]), "data/1: malformed"),
+    "big_endian": (zip_of(records(GOOD_PICKLE, byteorder=b"big")), "byteorder: malformed"),
+    "version_not_a_number": (zip_of(records(GOOD_PICKLE, version=b"three")), "version: malformed"),
+    "version_huge": (zip_of(records(GOOD_PICKLE, version=b"3" * 99)), "at most 40 bytes"),
+    "serialization_id_hides_bytes": (
+        zip_of(records(GOOD_PICKLE, **{".data/serialization_id": b"\x7fELF"})),
+        ".data/serialization_id: malformed",
+    ),
+    "format_version_hides_bytes": (
+        zip_of(records(GOOD_PICKLE, **{".format_version": b"#!/bin/sh"})),
+        ".format_version: malformed",
+    ),
+    "pickle_huge": (checkpoint(b"\x80\x02" + b"}" * (1 << 20)), "at most 1048576 bytes"),
+    "pickle_crc_wrong": (
+        _changed(0, central={"crc": 7}, descriptor=data_descriptor(7, len(GOOD_PICKLE))),
+        "expected CRC 0x00000007",
+    ),
+}

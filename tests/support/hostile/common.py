@@ -1,0 +1,15 @@
+"""The shape of a collection, and a file on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+Bad = Mapping[str, tuple[bytes, str]]
+
+
+def written(folder: Path, content: bytes, name: str = "weights") -> Path:
+    """The content as a file in the folder."""
+    path = folder / name
+    path.write_bytes(content)
+    return path

@@ -1,0 +1,141 @@
+"""Pickles that name other things than tensors, or tensors outside their storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.hostile.checkpoints import GOOD_PICKLE
+from tests.support.hostile.common import Bad
+from tests.support.hostile.opcodes import (
+    FLOAT,
+    HOOKS,
+    REBUILD,
+    state_dict,
+    storage,
+    tensor,
+    text,
+)
+from tests.support.hostile.payloads import SYSTEM, protocol
+
+
+def _one_tensor(**fields: Any) -> bytes:
+    return state_dict(text("w"), tensor(**fields))
+
+
+_NESTED = b"\x80\x02}" + text("model") + b"}" + text("w") + tensor() + b"ss."
+
+_ESCAPED = b"\x80\x02ctorch\\x2e_utils\n_rebuild_tensor_v2\n."
+
+_SHARED = b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(64)) + b"."
+
+_LOOP = b"\x80\x02}q\0" + text("self") + b"h\0s."
+
+_PARAMETER = b"ctorch._utils\n_rebuild_parameter\n("
+
+_HOOKED = b"ccollections\nOrderedDict\n)R" + text("a") + b"K\1s"
+
+BAD_PICKLES: Bad = {
+    "empty": (b"", "pickle protocol 2"),
+    "only_protocol": (b"\x80\x02", "the end of the pickle"),
+    "protocol_0": (b"(dp0\n.", "pickle protocol 2"),
+    "protocol_1": (b"}q\0.", "pickle protocol 2"),
+    "protocol_3": (protocol(3), "pickle protocol 2"),
+    "protocol_4": (protocol(4), "pickle protocol 2"),
+    "protocol_5": (protocol(5), "pickle protocol 2"),
+    "protocol_twice": (b"\x80\x02\x80\x02}.", "opcode PROTO"),
+    "no_stop": (GOOD_PICKLE[:-1], "the end of the pickle"),
+    "bytes_after_stop": (GOOD_PICKLE + b".", "nothing after it"),
+    "objects_left_over": (b"\x80\x02}" + GOOD_PICKLE[2:], "nothing after it"),
+    "mark_left_over": (b"\x80\x02(}.", "nothing after it"),
+    "not_an_opcode": (b"\x80\x02\xff.", "opcode byte 0xff"),
+    "truncated_text": (b"\x80\x02X\xff\xff\xff\x7fabc", "the argument of BINUNICODE"),
+    "text_not_utf8": (b"\x80\x02X\1\0\0\0\xff.", "the argument of BINUNICODE"),
+    "truncated_global": (b"\x80\x02ctorch\nFloatStorage", "torch FloatStorage"),
+    "global_os_system": (b"\x80\x02" + SYSTEM + text("true") + b"\x85R.", "global os system"),
+    "global_with_escapes": (_ESCAPED, "torch\\x2e_utils"),
+    "global_load_from_bytes": (b"\x80\x02ctorch.storage\n_load_from_bytes\n.", "_load_from_bytes"),
+    "newobj": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "opcode NEWOBJ"),
+    "newobj_ex": (b"\x80\x02ccollections\nOrderedDict\n)}\x92.", "opcode NEWOBJ_EX"),
+    "ext1": (b"\x80\x02\x82\1.", "opcode EXT1"),
+    "ext2": (b"\x80\x02\x83\1\0.", "opcode EXT2"),
+    "ext4": (b"\x80\x02\x84\1\0\0\0.", "opcode EXT4"),
+    "persid_of_text": (b"\x80\x02Phello\n.", "opcode PERSID"),
+    "frame": (b"\x80\x02\x95" + bytes(8), "opcode FRAME"),
+    "memoize": (b"\x80\x02}\x94.", "opcode MEMOIZE"),
+    "buffer": (b"\x80\x02\x97.", "opcode NEXT_BUFFER"),
+    "call_of_a_storage_type": (b"\x80\x02" + FLOAT + b")R.", "a call of global torch FloatStorage"),
+    "call_of_a_call": (b"\x80\x02" + HOOKS + b")R.", "a call of a OrderedDict"),
+    "call_with_a_dict": (b"\x80\x02ccollections\nOrderedDict\n}R.", "a call of global collections"),
+    "dict_call_with_items": (
+        b"\x80\x02ccollections\nOrderedDict\n}\x85R.",
+        "a call of global collections OrderedDict",
+    ),
+    "build_of_a_dict": (b"\x80\x02}}" + text("_metadata") + b"}sb.", "BUILD of a dict"),
+    "build_of_a_global": (b"\x80\x02" + FLOAT + b"}b.", "BUILD of global torch FloatStorage"),
+    "build_of_a_tensor": (b"\x80\x02" + tensor() + b"}b.", "BUILD of a tensor"),
+    "build_sets_setstate": (
+        b"\x80\x02" + HOOKS + b"}" + text("__setstate__") + FLOAT + b"sb.",
+        "BUILD of a OrderedDict",
+    ),
+    "build_with_slots": (b"\x80\x02" + HOOKS + b"N}\x86b.", "BUILD of a OrderedDict"),
+    "set_item_of_a_global": (b"\x80\x02" + FLOAT + text("a") + b"K\1s.", "for a dict"),
+    "odd_set_items": (b"\x80\x02}(" + text("a") + b"u.", "for a dict"),
+    "number_as_name": (b"\x80\x02}K\1K\2s.", "a name that is text"),
+    "tuple_as_name": (_SHARED[:-1] + b"}h\1K\2s.", "a name that is text"),
+    "surrogate_as_name": (b"\x80\x02}" + text("\ud800") + b"K\2s.", "a name that is text"),
+    "name_twice": (state_dict(text("w"), tensor(), text("w"), tensor()), "w twice"),
+    "pop_from_nothing": (b"\x80\x02R", "an object on the stack"),
+    "pop_below_a_mark": (b"\x80\x02}}(R", "an object on the stack"),
+    "tuple_without_mark": (b"\x80\x02t", "a mark on the stack"),
+    "memo_never_put": (b"\x80\x02h\7.", "memo 7"),
+    "stack_too_deep": (b"\x80\x02" + b"N" * 20_000, "at most 10000 objects"),
+    "marks_too_many": (b"\x80\x02" + b"(" * 20_000, "at most 10000 marks"),
+    "sharing_of_exponential_size": (_SHARED, "a state dict, found a tuple"),
+    "dict_in_itself": (_LOOP, "a dict under self"),
+    "nested_state_dict": (_NESTED, "a dict under model"),
+    "number_for_a_tensor": (state_dict(text("epoch"), b"K\1"), "a number under epoch"),
+    "storage_for_a_tensor": (state_dict(text("w"), storage()), "a storage under w"),
+    "storage_of_another_kind": (
+        state_dict(text("w"), tensor(of=storage(kind=b"ctorch\nQInt8Storage\n"))),
+        "global torch QInt8Storage",
+    ),
+    "storage_type_is_a_function": (_one_tensor(of=storage(kind=REBUILD)), "a storage: type"),
+    "storage_of_bool_size": (
+        b"\x80\x02(" + text("storage") + FLOAT + text("0") + text("cpu") + b"\x88tQ.",
+        "a storage: type",
+    ),
+    "storage_of_negative_size": (_one_tensor(of=storage(elements=-1)), "a storage: type"),
+    "storage_record_is_larger": (_one_tensor(of=storage(elements=5)), "20 bytes in data/0"),
+    "storage_record_is_smaller": (_one_tensor(of=storage(elements=7)), "28 bytes in data/0"),
+    "storage_dtype_lies": (
+        _one_tensor(of=storage(kind=b"ctorch\nDoubleStorage\n")),
+        "48 bytes in data/0",
+    ),
+    "storage_key_climbs_out": (_one_tensor(of=storage(key="../0")), "a record data/../0"),
+    "tensor_with_metadata": (_one_tensor(tail=b"\x89" + HOOKS + b"}"), "other arguments"),
+    "tensor_with_hooks": (_one_tensor(tail=b"\x89" + _HOOKED), "other arguments"),
+    "tensor_without_hooks": (_one_tensor(tail=b"\x89"), "other arguments"),
+    "tensor_of_another_tensor": (_one_tensor(of=tensor()), "other arguments"),
+    "tensor_negative_offset": (_one_tensor(offset=-1), "other arguments"),
+    "tensor_negative_stride": (_one_tensor(offset=5, stride=(-3, -1)), "other arguments"),
+    "tensor_negative_shape": (_one_tensor(shape=(-2, -3)), "other arguments"),
+    "tensor_stride_too_short": (_one_tensor(stride=(1,)), "other arguments"),
+    "tensor_of_nine_dimensions": (_one_tensor(shape=[1] * 9, stride=[1] * 9), "other arguments"),
+    "tensor_size_beyond_64_bits": (_one_tensor(shape=(1 << 64, 0)), "other arguments"),
+    "tensor_after_its_storage": (_one_tensor(offset=1), "a view of 6 elements"),
+    "tensor_stride_leaves_storage": (_one_tensor(stride=(4, 1)), "a view of 6 elements"),
+    "tensor_of_overflowing_extent": (
+        _one_tensor(shape=(1 << 62, 1 << 62), stride=(1 << 62, 1 << 62)),
+        "a view of 6 elements",
+    ),
+    "tensor_repeats_its_storage": (_one_tensor(shape=(1 << 40, 1), stride=(0, 1)), "a view of 6"),
+    "empty_tensor_after_its_storage": (_one_tensor(offset=7, shape=(0, 3)), "a view of 6"),
+    "parameter_of_a_storage": (
+        state_dict(text("w"), _PARAMETER + storage() + b"\x88" + HOOKS + b"tR"),
+        "a call of global torch._utils _rebuild_parameter",
+    ),
+    "parameter_with_hooks": (
+        state_dict(text("w"), _PARAMETER + tensor() + b"\x88" + _HOOKED + b"tR"),
+        "a call of global torch._utils _rebuild_parameter",
+    ),
+}
