@@ -298,6 +298,8 @@ class Consume(Assemble):
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
         """See `Action`: one file after the other, once all their chunk files are verified."""
         root = session.paths.root
+        # A file that was begun goes first: it gives back what a killed run holds twice.
+        actions = sorted(actions, key=lambda action: not action.item.held_twice)
         subjects = [consume.Subject.of(a.item, a.consumed, root) for a in actions]
         consume.require_punching(subjects)
         _require_locks(session)

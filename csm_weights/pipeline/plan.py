@@ -28,6 +28,7 @@ from csm_weights.pipeline.actions import (
 )
 from csm_weights.store.consumed import CONSUMING_ROOM
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
+from csm_weights.transfer import consume
 from csm_weights.transfer.policy import LOCAL, PieceOrigin, PieceSource, SourcePolicy
 
 
@@ -80,7 +81,10 @@ class Plan:
 def room(actions: Iterable[Action]) -> int:
     """Return the bytes of disk that actions take at their peak."""
     actions = tuple(actions)
-    start = CONSUMING_ROOM if any(isinstance(action, Consume) for action in actions) else 0
+    consuming = [action for action in actions if isinstance(action, Consume)]
+    # The step that a killed run has left half done takes no room a second time.
+    begun = min(consume.STEP, sum(action.item.held_twice for action in consuming))
+    start = CONSUMING_ROOM - begun if consuming else 0
     return start + sum(action.bytes_written - action.bytes_freed for action in actions)
 
 

@@ -39,6 +39,31 @@ def why_stranded(artifact: Artifact, staged: Path, journal: Journal, root: Path)
     return Finding(Kind.STRANDED, str(partial), expected, found, mend)
 
 
+def held_twice(artifact: Artifact, staged: Path, journal: Journal, root: Path) -> int:
+    """Return the bytes of disk that a killed run holds twice, which the next one takes back first.
+
+    They are in chunk files though the journal says that they have moved, or in
+    the unfinished file though it does not say so yet.
+    """
+    moved = {record.offset: record.consumed for record in journal.consumed}
+    kept = {record.offset: record.size for record in journal.pieces}
+    known = sum(max(moved.get(p.offset, 0), kept.get(p.offset, 0)) for p in artifact.tiles)
+    known += sum(arrival.size for arrival in journal.arrived)
+    held = max(0, _allocated(partial_path(staged)) - known)
+    for piece in artifact.pieces:
+        if gone := moved.get(piece.offset):
+            held += max(0, _allocated(root / piece.part) - (piece.size - gone))
+    return held
+
+
+def _allocated(path: Path) -> int:
+    """Return the bytes of disk that a file takes; 0 where there is none, or that is not known."""
+    try:
+        return getattr(path.stat(), "st_blocks", 0) * 512
+    except OSError:
+        return 0
+
+
 def _begins_with_hole(path: Path, size: int) -> bool:
     """Check whether the first block of a file of that size was given back to the disk."""
     if not hasattr(os, "SEEK_HOLE") or size < BLOCK:

@@ -21,7 +21,7 @@ from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint, size_finding, stat_of
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.block_io import NOT_PUNCHING
-from csm_weights.store.consumed import BLOCK, why_stranded, why_unfit
+from csm_weights.store.consumed import BLOCK, held_twice, why_stranded, why_unfit
 from csm_weights.store.hub_cache import CachedRepo
 from csm_weights.store.journal import (
     Arrival,
@@ -80,7 +80,8 @@ class ArtifactState:
     beside them. `cached` is the file in the Hub's cache. `consumed` tells what
     has moved from chunk files to the unfinished staged file, `stranded` that it
     cannot be continued, `unfit` which chunk files cannot be consumed,
-    `saves_nothing` why consuming would make no room, if so.
+    `saves_nothing` why consuming would make no room, if so. `held_twice` are
+    the bytes of disk that an interrupted run will take back first.
     """
 
     artifact: Artifact
@@ -96,6 +97,7 @@ class ArtifactState:
     stranded: Finding | None = None
     unfit: tuple[Finding, ...] = ()
     saves_nothing: str = ""
+    held_twice: int = 0
 
     @property
     def is_here(self) -> bool:
@@ -250,6 +252,7 @@ class _Inspection:
                 if chunk.is_usable and (finding := why_unfit(chunk.path, piece.part))
             ),
             saves_nothing=self.saves_nothing(chunks),
+            held_twice=held_twice(artifact, staged.path, journal, paths.root),
         )
 
     def file(self, directory: Path, artifact: Artifact) -> FileStatus:

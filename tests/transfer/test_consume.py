@@ -23,6 +23,7 @@ from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, UsageError, WrongContent
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline import apply
+from csm_weights.pipeline import plan as plan_module
 from csm_weights.pipeline.actions import Assemble, Consume, Move
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target, make_plan
@@ -679,6 +680,50 @@ def test_it_never_starts_without_room_for_its_steps(
         apply.apply(asked(toy), Target.STAGED)
     assert "1 too few" in caught.value.findings[0].found
     assert not partial_of(toy).exists()
+
+
+def with_budget(monkeypatch: pytest.MonkeyPatch, root: Path, budget: int) -> None:
+    """Let so many bytes be free below `root`, less what is written there from now on."""
+
+    def allocated() -> int:
+        return sum(path.stat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
+
+    before, usage = allocated(), shutil.disk_usage(root)
+    now = lambda _: usage._replace(free=budget - (allocated() - before))  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", now)
+
+
+@pytest.mark.parametrize("consuming", [True, False])
+def test_killed_anywhere_it_goes_on_with_the_room_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, consuming: bool
+) -> None:
+    """The step that a kill leaves twice on the disk does not count against the next run."""
+    monkeypatch.setattr(plan_module, "CONSUMING_ROOM", 2 * STEP)
+    names = acts_of(made(tmp_path / "whole"))
+    model = made(tmp_path / "model")
+    real = shutil.disk_usage
+    for at in (at for at, name in enumerate(names, 1) if name in ("pwrite", *LASTING)):
+        root = tmp_path / "toy"
+        shutil.copytree(model.root, root)
+        toy = Toy(root, model.manifest)
+        with_budget(monkeypatch, root, 2 * STEP + 6 * 4096)
+        assert os.WTERMSIG(run_until(toy, at, Act.KILL)) == signal.SIGKILL, at
+        fetch(toy, consuming=consuming or not any(moved(toy).values()))
+        assert is_finished(toy), at
+        monkeypatch.setattr(shutil, "disk_usage", real)
+        shutil.rmtree(root)
+
+
+def test_with_two_files_the_advice_names_what_the_other_needs(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was begun goes on by itself; for the other --consume and its room are named."""
+    begun(toy)
+    with_free(monkeypatch, CONSUMING_ROOM)
+    with pytest.raises(NoSpace) as caught:
+        fetch(toy, NAME, "a.bin", consuming=False)
+    assert "--consume needs only" in caught.value.findings[0].help
+    assert moved(toy)
 
 
 def test_the_way_is_not_named_where_it_would_not_do(
