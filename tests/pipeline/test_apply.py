@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,13 +22,13 @@ from csm_weights import hashing
 from csm_weights.commands import verify
 from csm_weights.commands.clean import clean
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.pipeline import apply
-from csm_weights.pipeline.actions import Action, Copy, Move, Verify
+from csm_weights.pipeline import apply, session
+from csm_weights.pipeline.actions import Action, Assemble, Copy, Move, Verify
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
-from csm_weights.store import install
-from csm_weights.store.inspect import FileState
+from csm_weights.store import atomic, install
+from csm_weights.store.inspect import FileState, State, inspect
 from csm_weights.store.journal import journal_path, partial_path
 from csm_weights.store.receipts import Receipt, receipt_path
 from tests.support.privileges import unprivileged
@@ -440,6 +441,28 @@ def test_another_file_system_gets_a_verified_copy(toy: Toy, other_disk: Path) ->
     assert verbs(weights(toy, dest=str(other_disk))) == []
 
 
+def test_another_edition_is_copied_to_another_file_system(toy: Toy, other_disk: Path) -> None:
+    """The Hub blob id of the pinned edition says nothing of another one that is accepted."""
+    note = replace(toy.artifact("note.txt"), blob_id="0" * 40)
+    toy.write_manifest(replace(toy.manifest, artifacts=(note,)))
+    assert Copy in verbs(weights(toy, dest=str(other_disk)))
+    assert (other_disk / "note.txt").read_text() == NOTE
+
+
+def test_each_leftover_is_removed_durably_before_the_next(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut between two removals finds the first one done."""
+    weights(toy)
+    left = [journal_path(toy.placed(name)) for name in ("a.bin", "b.bin")]
+    for journal in left:
+        journal.write_text("left")
+    there: list[int] = []
+    monkeypatch.setattr(atomic, "sync", lambda _: there.append(sum(map(Path.exists, left))))
+    weights(toy)
+    assert there == [1, 0]
+
+
 def test_verify_hashes_everything_and_passes(toy: Toy, hashed: Callable[[], int]) -> None:
     """`verify` reads every placed byte once and finds all gates open."""
     weights(toy)
@@ -516,6 +539,71 @@ def test_status_check_is_clean_only_when_all_is_proven(toy: Toy) -> None:
     weights(toy)
     after = apply.status(toy.request(), check=True)
     assert (before.error is None, after.error is None) == (False, True)
+
+
+def test_status_check_of_a_changed_file_is_wrong_content(toy: Toy) -> None:
+    """A file that was touched since it was verified ends `status --check` with 4, not 3."""
+    weights(toy)
+    os.utime(toy.placed("a.bin"), ns=(1, 1))
+    error = apply.status(toy.request(), check=True).error
+    assert error is not None
+    assert ([f.kind for f in error.findings], error.exit_code) == ([Kind.CHANGED], 4)
+
+
+@pytest.fixture
+def opened(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all files below the repository that are opened from now on."""
+    names: list[str] = []
+
+    def watched(real: Any) -> Any:
+        def opening(path: Any, *rest: Any, **options: Any) -> Any:
+            if str(path).startswith(str(toy.root)):
+                names.append(Path(path).name)
+            return real(path, *rest, **options)
+
+        return opening
+
+    monkeypatch.setattr(os, "open", watched(os.open))
+    monkeypatch.setattr(io, "open", watched(io.open))
+    return names
+
+
+def test_status_and_dry_runs_read_the_content_of_no_file(toy: Toy, opened: list[str]) -> None:
+    """Neither chunk files nor files in place are opened, though one of them is missing."""
+    toy.placed("b.bin").parent.mkdir(parents=True)
+    shutil.copy(toy.part("b.bin", 0), toy.placed("b.bin"))
+    os.truncate(toy.placed("b.bin"), toy.artifact("b.bin").size)
+    toy.part("a.bin", 0).unlink()
+    opened.clear()
+    apply.status(toy.request(), check=True)
+    for target in Target:
+        with pytest.raises(MissingInput):
+            apply.plan(toy.request(), target)
+    assert {name for name in opened if ".bin" in name and not name.endswith(".json")} == set()
+    assert "toy.toml" in opened
+
+
+@pytest.fixture
+def inspections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One item for each inspection of the disk."""
+    count: list[int] = []
+
+    def counted(*arguments: Any) -> State:
+        count.append(1)
+        return inspect(*arguments)
+
+    monkeypatch.setattr(session, "inspect", counted)
+    return count
+
+
+def test_the_disk_is_inspected_once_a_round(toy: Toy, inspections: list[int]) -> None:
+    """Before the lock, for each kind of action, and at the end; a second run inspects once."""
+    outcome = weights(toy, "a.bin")
+    assert verbs(outcome) == [Assemble, Move]
+    assert len(inspections) == 1 + len(outcome.actions) + 1
+    inspections.clear()
+    weights(toy, "a.bin")
+    assert len(inspections) == 1
 
 
 def test_status_writes_nothing(toy: Toy) -> None:

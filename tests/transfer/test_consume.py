@@ -516,7 +516,41 @@ def test_a_missing_part_that_a_damaged_file_has_is_no_obstacle(toy: Toy) -> None
     ]
 
 
+def test_a_begun_chunk_file_that_was_damaged_goes_too(toy: Toy) -> None:
+    """A piece that comes from elsewhere after its chunk file was begun leaves no file of holes."""
+    begun(toy)
+    with toy.part(NAME, 1).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    placed = toy.placed(NAME)
+    placed.parent.mkdir(parents=True)
+    placed.write_bytes(toy.good(NAME))
+    flip(placed, 2 * PIECE_SIZE + 5)
+    apply.apply(asked(toy), Target.BOTH)
+    assert placed.read_bytes() == toy.good(NAME)
+    assert [part for part in parts_of(toy) if part.exists()] == []
+
+
 # ---- refused
+
+
+def test_a_chunk_file_exchanged_for_a_link_is_not_punched(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk file is never read, nor freed, through a link that was put there meanwhile."""
+    victim, elsewhere, real = toy.part(NAME, 1), toy.root / "elsewhere", consume.verify
+
+    def exchange_then_verify(*arguments: Any) -> list[consume.Proof]:
+        victim.rename(elsewhere)
+        victim.symlink_to(elsewhere)
+        return real(*arguments)
+
+    before = victim.read_bytes()
+    monkeypatch.setattr(consume, "verify", exchange_then_verify)
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    assert kinds(caught.value) == {Kind.UNREADABLE}
+    assert elsewhere.read_bytes() == before
 
 
 def make_symlink(part: Path) -> None:
