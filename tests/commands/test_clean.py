@@ -26,10 +26,10 @@ NAME = "b.bin"
 @pytest.fixture
 def interrupted(toy: Toy) -> Toy:
     """A toy repository with the partial of a run that met a wrong chunk file."""
-    flip(toy.part(NAME, 1))
+    flip(toy.chunk_file(NAME, 1))
     with pytest.raises(WrongContent):
         apply.apply(toy.request(NAME), Target.STAGED)
-    flip(toy.part(NAME, 1))
+    flip(toy.chunk_file(NAME, 1))
     return toy
 
 

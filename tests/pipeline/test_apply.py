@@ -454,7 +454,7 @@ def test_each_leftover_is_removed_durably_before_the_next(
 ) -> None:
     """A power cut between two removals finds the first one done."""
     weights(toy)
-    left = [journal_path(toy.placed(name)) for name in ("a.bin", "b.bin")]
+    left = [journal_path(toy.installed(name)) for name in ("a.bin", "b.bin")]
     for journal in left:
         journal.write_text("left")
     there: list[int] = []
@@ -544,7 +544,7 @@ def test_status_check_is_clean_only_when_all_is_proven(toy: Toy) -> None:
 def test_status_check_of_a_changed_file_is_wrong_content(toy: Toy) -> None:
     """A file that was touched since it was verified ends `status --check` with 4, not 3."""
     weights(toy)
-    os.utime(toy.placed("a.bin"), ns=(1, 1))
+    os.utime(toy.installed("a.bin"), ns=(1, 1))
     error = apply.status(toy.request(), check=True).error
     assert error is not None
     assert ([f.kind for f in error.findings], error.exit_code) == ([Kind.CHANGED], 4)
@@ -570,10 +570,10 @@ def opened(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_status_and_dry_runs_read_the_content_of_no_file(toy: Toy, opened: list[str]) -> None:
     """Neither chunk files nor files in place are opened, though one of them is missing."""
-    toy.placed("b.bin").parent.mkdir(parents=True)
-    shutil.copy(toy.part("b.bin", 0), toy.placed("b.bin"))
-    os.truncate(toy.placed("b.bin"), toy.artifact("b.bin").size)
-    toy.part("a.bin", 0).unlink()
+    toy.installed("b.bin").parent.mkdir(parents=True)
+    shutil.copy(toy.chunk_file("b.bin", 0), toy.installed("b.bin"))
+    os.truncate(toy.installed("b.bin"), toy.artifact("b.bin").size)
+    toy.chunk_file("a.bin", 0).unlink()
     opened.clear()
     apply.status(toy.request(), check=True)
     for target in Target:

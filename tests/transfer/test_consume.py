@@ -519,10 +519,10 @@ def test_a_missing_part_that_a_damaged_file_has_is_no_obstacle(toy: Toy) -> None
 def test_a_begun_chunk_file_that_was_damaged_goes_too(toy: Toy) -> None:
     """A piece that comes from elsewhere after its chunk file was begun leaves no file of holes."""
     begun(toy)
-    with toy.part(NAME, 1).open("r+b") as file:
+    with toy.chunk_file(NAME, 1).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    placed = toy.placed(NAME)
+    placed = toy.installed(NAME)
     placed.parent.mkdir(parents=True)
     placed.write_bytes(toy.good(NAME))
     flip(placed, 2 * PIECE_SIZE + 5)
@@ -538,7 +538,7 @@ def test_a_chunk_file_exchanged_for_a_link_is_not_punched(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk file is never read, nor freed, through a link that was put there meanwhile."""
-    victim, elsewhere, real = toy.part(NAME, 1), toy.root / "elsewhere", consume.verify
+    victim, elsewhere, real = toy.chunk_file(NAME, 1), toy.root / "elsewhere", consume.verify
 
     def exchange_then_verify(*arguments: Any) -> list[consume.Proof]:
         victim.rename(elsewhere)
