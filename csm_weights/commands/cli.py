@@ -186,7 +186,7 @@ def _run(call: Callable[[], object], as_json: bool) -> None:
         result = errors.from_os_error(error)
     except KeyboardInterrupt:
         result = errors.Interrupted(
-            "interrupted; what was proven is kept, run the same command again"
+            "interrupted; what was verified is kept, run the same command again"
         )
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -93,6 +93,6 @@ def _send(
         consumer.consume(offset, size)
         offset += size
     if digest and (found := digest.hexdigest()) != claimed.sha256:
-        where = f"{source.where}: bytes [{claimed.offset:,}, {end:,})"
+        where = f"{source.where}: bytes {claimed.offset:,} to {end - 1:,}"
         finding = Finding.wrong_digest(where, claimed.sha256 or "", found, "inv weights")
         raise WrongContent("the weights are not those that are pinned", [finding])

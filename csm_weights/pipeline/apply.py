@@ -84,7 +84,7 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
             progress.log("there is no smoke test for this model; it is not run")
         return outcome
     if known := smoke_test.known_report(outcome.state, require_gpu):
-        return replace(outcome, smoke=known)
+        return replace(outcome, smoke=known, smoke_is_known=True)
     return smoke_test.run(outcome, require_gpu=require_gpu)
 
 

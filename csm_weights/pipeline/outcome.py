@@ -32,8 +32,8 @@ class Outcome:
     """What a command did, and what is verified now.
 
     `actions` are those taken, in order. `smoke` is the last smoke report of
-    these very files, perhaps an earlier run's. `sealed` are the files that were
-    sealed, `attested` is what an attestation says of them.
+    these very files; `smoke_is_known` says that it is an earlier run's. `sealed`
+    are the files that were sealed, `attested` is what an attestation says of them.
     """
 
     state: State
@@ -41,6 +41,7 @@ class Outcome:
     notes: tuple[Finding, ...] = ()
     results: tuple[GateResult, ...] = ()
     smoke: SmokeReport | None = None
+    smoke_is_known: bool = False
     error: CsmWeightsError | None = None
     sealed: tuple[Sealed, ...] = ()
     attested: Attested | None = None

@@ -375,9 +375,8 @@ def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
         expected = f"the sha256 of {len(pieces)} pieces"
         found = "none of them: another file of the same size"
         return [Finding(Kind.WRONG_DIGEST, str(path), expected, found, subject.mend)]
+    places = [f"{path} bytes {piece.offset:,} to {piece.end - 1:,}" for piece, _ in bad]
     return [
-        Finding.wrong_digest(
-            f"{path} bytes [{piece.offset:,}, {piece.end:,})", piece.sha256, digest, subject.mend
-        )
-        for piece, digest in bad
+        Finding.wrong_digest(place, piece.sha256, digest, subject.mend)
+        for place, (piece, digest) in zip(places, bad, strict=True)
     ]

@@ -142,7 +142,8 @@ def code_of_weights(bench: Bench) -> int:
 
 
 def said(diagnosis: DoctorReport) -> str:
-    return as_text.render(diagnosis)
+    told = [as_text.render(one) for one in (diagnosis, diagnosis.error) if one]
+    return " ".join("\n".join(told).split())
 
 
 # ---- what can stand in the way

@@ -13,6 +13,7 @@ import pytest
 from csm_weights.commands import verify
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
+from csm_weights.commands.render.blocks import SHORT, WIDTH, table
 from csm_weights.errors import (
     CsmWeightsError,
     Finding,
@@ -25,6 +26,8 @@ from csm_weights.errors import (
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.outcome import Outcome
+from csm_weights.pipeline.plan import Target
+from csm_weights.progress import format_size
 from csm_weights.verify.gates import Gate, GateResult
 from tests.support.toy import Toy, flip
 
@@ -70,7 +73,7 @@ def is_clean(text: str) -> bool:
 
 def test_a_table_is_aligned() -> None:
     """Each column starts at the same place in every line, as wide as its widest word."""
-    text = as_text.table(("file", "bytes"), [("a", "1"), ("longer name", "22")])
+    text = table(("file", "bytes"), [("a", "1"), ("longer name", "22")])
     assert text == "file         bytes\na            1\nlonger name  22"
 
 
@@ -81,7 +84,7 @@ def test_any_table_is_aligned() -> None:
         width = rng.randint(1, 5)
         words = ["".join(rng.choices(string.ascii_letters, k=rng.randint(1, 9))) for _ in range(99)]
         rows = [words[i * width : (i + 1) * width] for i in range(5)]
-        lines = as_text.table(rows[0], rows[1:]).split("\n")
+        lines = table(rows[0], rows[1:]).split("\n")
         starts = [0]
         for i in range(width - 1):
             starts.append(starts[-1] + max(len(row[i]) for row in rows) + 2)
@@ -92,13 +95,21 @@ def test_any_table_is_aligned() -> None:
 
 def test_a_table_has_no_trailing_space() -> None:
     """Lines end with their last word."""
-    text = as_text.table(("a", ""), [("long word", ""), ("x", "y")])
+    text = table(("a", ""), [("long word", ""), ("x", "y")])
     assert [line for line in text.split("\n") if line != line.rstrip()] == []
+
+
+def test_the_last_column_is_wrapped_at_eighty_columns() -> None:
+    """Words of the last column go on below where they begin; no line is longer than 80."""
+    lines = table(("file", "next"), [("a", "many words " * 20), ("b", "one")]).split("\n")
+    assert max(map(len, lines)) <= WIDTH
+    assert {line[:6] for line in lines[2:-1]} == {" " * 6}
+    assert lines[-1] == "b     one"
 
 
 def test_a_table_of_nothing_is_its_head() -> None:
     """No rows leave the head."""
-    assert as_text.table(("a", "b"), []) == "a  b"
+    assert table(("a", "b"), []) == "a  b"
 
 
 # ---- what a file name may hold
@@ -168,37 +179,57 @@ def test_a_hostile_finding_in_an_outcome_is_cleaned(outcome: Outcome) -> None:
 
 
 def test_an_outcome_shows_files_gates_and_verdict(toy: Toy, outcome: Outcome) -> None:
-    """Every file has a line with the start of its digest, and the last line is the verdict."""
+    """Every file has a line with the start of its digest; the end is the verdict, and where."""
     text = as_text.render(outcome)
     for artifact in toy.manifest.artifacts:
-        assert any(line.startswith(artifact.path) for line in text.split("\n"))
+        assert any(line.endswith(artifact.path) for line in text.split("\n"))
     digest = toy.artifact("a.bin").sha256 or ""
-    assert digest[: as_text.SHORT] in text
-    assert "5 pieces, chunks/toy/a.bin" in text
-    assert text.split("\n")[-1] == "OK: in place and proven"
+    assert digest[:SHORT] in text
+    assert "assemble from 5 chunk files, then move into place" in text
+    assert text.split("\n")[-2:] == [
+        "OK: installed and verified",
+        f"  files  {outcome.state.paths.destination}",
+    ]
+
+
+def test_a_fetch_says_what_places_the_files(toy: Toy) -> None:
+    """Files that are only staged are told with their folder and the command that installs them."""
+    text = as_text.render(apply.apply(toy.request(), Target.STAGED))
+    assert text.split("\n")[-3:] == [
+        "OK: verified",
+        f"  files  {toy.root / 'output' / 'toy'}",
+        "  next   inv place --model toy",
+    ]
 
 
 def test_a_failed_outcome_says_what_is_wrong(toy: Toy) -> None:
-    """The finding, the closed gate and NOT OK are in the text of a failed check."""
+    """The gate that fails is in the text, and the finding once, in that of its error."""
     apply.weights(toy.request(), smoke=False)
     flip(toy.installed("a.bin"))
     failed = verify.verify(toy.request())
     text = as_text.render(failed)
     assert failed.error is not None
-    assert failed.error.findings[0].line() in text
-    assert [line.split()[:3] for line in text.split("\n") if line.startswith("digest")] == [
-        ["digest", "NOT", "OK"]
+    assert [line.split() for line in text.split("\n") if "digest " in line] == [
+        ["NOT", "OK", "digest", "2", "of", "3", "files"]
     ]
-    assert text.split("\n")[-1].startswith("NOT OK: ")
+    assert "OK:" not in text
+    error = as_text.render(failed.error)
+    assert error.startswith("error: verification failed\n  wrong digest: ")
+    assert [line.split()[0] for line in error.split("\n")[2:]] == [
+        "expected",
+        toy.artifact("a.bin").pieces[0].sha256,
+        "found",
+        error.split("\n")[5].strip(),
+        "help",
+    ]
 
 
 def test_a_gate_that_did_not_run_is_not_ok(outcome: Outcome) -> None:
     """`not run` is its own verdict: neither OK nor NOT OK."""
     results = (GateResult(Gate.STRUCTURE, "a", None, "x", "not run: no config"),)
     text = as_text.render(replace(outcome, results=results))
-    line = next(line for line in text.split("\n") if line.startswith("structure"))
-    assert line.split()[1:3] == ["not", "run"]
-    assert "0 of 1 files" in line
+    line = next(line for line in text.split("\n") if "structure" in line)
+    assert line.split() == ["not", "run", "structure", "0", "of", "1", "file"]
 
 
 def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
@@ -207,7 +238,7 @@ def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
     text = as_text.render(survey)
     reads = sum(step.bytes_read for step in survey.plan.actions)
     writes = sum(step.bytes_written for step in survey.plan.actions)
-    assert f"to read {reads:,} bytes, to write {writes:,}" in text
+    assert f"{format_size(reads)} to read, {format_size(writes)} to write" in text
     assert all(piece.part in text for piece in toy.artifact("a.bin").pieces)
     assert "assemble from 5 chunk files, then move into place" in text
 
@@ -217,7 +248,7 @@ def test_a_survey_says_why_a_part_is_of_no_use(toy: Toy) -> None:
     toy.chunk_file("a.bin", 2).unlink()
     text = as_text.render(apply.status(toy.request()))
     assert f"nowhere: {toy.artifact('a.bin').pieces[2].part} is missing" in text
-    assert "nothing to take it from" in text
+    assert "no source has it" in text
 
 
 def test_a_survey_says_how_to_get_what_is_missing(toy: Toy) -> None:
@@ -226,25 +257,33 @@ def test_a_survey_says_how_to_get_what_is_missing(toy: Toy) -> None:
         (toy.root / piece.part).unlink()
     survey = apply.status(toy.request("a.bin"))
     assert "output/toy/a.bin" in survey.advice
-    assert as_text.render(survey).endswith(survey.advice)
+    first, *_, last = survey.advice.split("\n")
+    text = as_text.render(survey)
+    assert first in text and text.endswith(last)
     assert read(as_json.render(survey))["advice"] == survey.advice
 
 
 def test_a_survey_says_what_an_earlier_run_proved(toy: Toy) -> None:
-    """Pieces that are kept in the unfinished file are told as such."""
+    """Pieces that are kept in the unfinished file are told as such, those in a row together."""
     flip(toy.chunk_file("a.bin", 2))
     refusal(toy)
     text = as_text.render(apply.status(toy.request()))
-    assert text.count("the unfinished file, proven in an earlier run") >= 4
+    assert text.count("the unfinished file, verified in an earlier run") == 3
 
 
 def test_the_smoke_test_has_its_limits_and_verdicts(outcome: Outcome) -> None:
     """Each check has what was found, the limit, and OK or NOT OK."""
     text = as_text.render(replace(outcome, smoke=SMOKE))
-    lines = [line.split() for line in text.split("\n")]
-    assert ["finite", "1.0", "all", "OK"] in lines
-    assert ["cache", "0.5", "at", "most", "0.1", "NOT", "OK"] in lines
+    assert "OK       finite: 1.0; limit all\n" in text
+    assert "NOT OK   cache: 0.5; limit at most 0.1\n" in text
     assert SMOKE.ok is False
+
+
+def test_a_smoke_report_of_an_earlier_run_says_so(outcome: Outcome) -> None:
+    """What an earlier run has found of the same files is told with its time, and not in full."""
+    text = as_text.render(replace(outcome, smoke=SMOKE, smoke_is_known=True))
+    assert "smoke test on cpu: passed in an earlier run, of 2025-01-01T00:00:00+00:00" in text
+    assert "finite" not in text
 
 
 def test_reports_are_pure(toy: Toy, outcome: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,10 +392,28 @@ def test_an_error_is_a_result_too(error: CsmWeightsError, code: int) -> None:
 
 
 def test_an_error_in_words_has_every_finding_and_the_help() -> None:
-    """The text of an error has a line for each finding, with the way out at its end."""
+    """Python's text of an error has a line for each finding, with the way out at its end."""
     text = str(WrongContent("wrong", [replace(FINDING, where="a")], "the advice"))
     assert text.split("\n") == [
         "wrong",
         "  a: no space: expected 10 bytes, found 9 -> free some disk",
         "the advice",
+    ]
+
+
+def test_an_error_on_the_screen_is_blocks_of_eighty_columns() -> None:
+    """A finding has a line each for what, expected, found and help; a command is not cut."""
+    finding = replace(FINDING, where="a", help="word " * 20 + "inv weights --model toy --dest x")
+    text = as_text.render(WrongContent("wrong", [finding], "  1. " + "advice " * 20))
+    assert text.split("\n") == [
+        "error: wrong",
+        "  no space: a",
+        "    expected  10 bytes",
+        "    found     9",
+        "    help      word word word word word word word word word word word word word",
+        "              word word word word word word word",
+        "              inv weights --model toy --dest x",
+        "",
+        "  1. advice advice advice advice advice advice advice advice advice advice",
+        "     advice advice advice advice advice advice advice advice advice advice",
     ]

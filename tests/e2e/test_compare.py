@@ -21,7 +21,7 @@ def test_the_command_compares_without_torch(clone: Clone) -> None:
     """`inv compare` compares the two formats; results on stdout, exit code 0."""
     done = clone.inv("compare", "--model", "csm-tiny")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("OK: 52 tensors of 1,186,560 bytes are equal")
+    assert done.stdout.splitlines()[-1].startswith("OK: 52 tensors, 1.1 MiB, are equal")
 
 
 def test_the_command_takes_files(clone: Clone) -> None:

@@ -228,7 +228,7 @@ def test_the_whole_line_at_full_size(roomy: Clone) -> None:
     assert status.returncode == 0
     assert status.stdout.count("assemble from 6 chunk files") == 2
     held, said = measured(roomy, "weights", *standin, "--no-smoke")
-    assert "OK: in place and proven" in said
+    assert "OK: installed and verified" in said
     assert max(made, held) <= MEMORY
     placed = roomy.root / "models" / "csm-1b-standin"
     assert {name: (placed / name).stat().st_size for name in SIZES} == SIZES

@@ -34,7 +34,7 @@ def test_a_gated_repository_from_its_name_to_a_repair_by_piece(
     assert load(clone.root / "manifests" / f"{NAME}.toml").gated
     fetched = clone.inv("weights", *model)
     assert fetched.returncode == 0, fetched.stderr
-    assert "OK: in place and proven" in fetched.stdout
+    assert "OK: installed and verified" in fetched.stdout
     assert "no smoke test for this model" in fetched.stderr
     assert {name: (placed / name).read_bytes() for name in FILES} == FILES
     before, asked = clone.tree(), len(hub.log)
@@ -77,4 +77,4 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, options: tuple[s
     clone.variables.update({"HF_ENDPOINT": "http://127.0.0.1:9"})
     result = clone.inv("lock", *options)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("--"), result.stderr
+    assert result.stderr.startswith("error: --"), result.stderr

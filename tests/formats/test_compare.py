@@ -553,11 +553,11 @@ def test_the_text_has_a_verdict(ours: Path, shards: list[Path]) -> None:
     text = as_text.render(held(ours, shards[0]))
     assert "safetensors, transformers' names" in text
     assert "left out of" in text
-    assert text.splitlines()[-1].startswith("OK: 53 tensors of ")
+    assert text.splitlines()[-1].startswith("OK: 53 tensors, ")
 
 
 def test_the_text_of_a_difference_says_where(compared: Compared) -> None:
-    """The table has the element and both values; the verdict is NOT OK."""
+    """The table has the element and both values, the error the first of them."""
     first = {"a": torch.zeros(2, 3), "b\n\x1b[31m": torch.zeros(1)}
     second = {"a": torch.zeros(2, 3), "b\n\x1b[31m": torch.zeros(1)}
     second["a"][1, 2] = 0.5
@@ -566,9 +566,11 @@ def test_the_text_of_a_difference_says_where(compared: Compared) -> None:
     text = as_text.render(comparison)
 
     assert "a[1, 2]" in text
-    assert "0.0 (0x00000000)  0.5 (0x3f000000)" in text
+    assert "0.0 (0x00000000) against 0.5 (0x3f000000)" in text
     assert "\x1b" not in text
-    assert text.splitlines()[-1] == "NOT OK: 2 tensors differ, the first at a[1, 2]; 0 are equal"
+    assert comparison.error is not None
+    message = as_text.render(comparison.error).splitlines()[0]
+    assert message == "error: 2 tensors differ, the first at a[1, 2]; 0 are equal"
     data = json.loads(
         as_json.render(comparison),
         parse_constant=lambda word: pytest.fail(f"{word} is not JSON"),

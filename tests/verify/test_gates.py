@@ -163,7 +163,7 @@ def test_a_flipped_byte_is_told_by_its_piece(plain: Plain, pins: str, receipt: b
     flip(plain.path, 2 * PIECE + 5)
     results = check([file], rehash=True, on_progress=ignore)
     piece = plain.artifact.pieces[2]
-    expected = f"{plain.path} bytes [{piece.offset:,}, {piece.end:,})"
+    expected = f"{plain.path} bytes {piece.offset:,} to {piece.end - 1:,}"
     assert [f.where for f in results[-1].findings] == [expected]
     assert (results[-1].ok, results[-1].sha256) == (False, None)
 

@@ -19,6 +19,7 @@ from csm_weights.commands import compare, verify
 from csm_weights.commands.render import text as as_text
 from csm_weights.errors import CsmWeightsError
 from csm_weights.pipeline import apply
+from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.request import Request
 
 #: Bytes of address space for the process, so that a bomb ends it and not the machine.
@@ -32,8 +33,7 @@ SECONDS = 10.0
 
 
 def _verify(root: Path, name: str) -> tuple[int, str]:
-    outcome = verify.verify(Request(root, name))
-    return outcome.error.exit_code if outcome.error else 0, as_text.render(outcome)
+    return _said(verify.verify(Request(root, name)))
 
 
 def _compare(root: Path, name: str) -> tuple[int, str]:
@@ -43,8 +43,13 @@ def _compare(root: Path, name: str) -> tuple[int, str]:
 
 
 def _status(root: Path, name: str) -> tuple[int, str]:
-    survey = apply.status(Request(root, name), check=True)
-    return survey.error.exit_code if survey.error else 0, as_text.render(survey)
+    return _said(apply.status(Request(root, name), check=True))
+
+
+def _said(result: Outcome | StatusReport) -> tuple[int, str]:
+    """Return the exit code of a result, and what it and its error say."""
+    error = result.error
+    return error.exit_code if error else 0, f"{as_text.render(result)}\n{error or ''}"
 
 
 COMMANDS: dict[str, Callable[[Path, str], tuple[int, str]]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from csm_weights.commands.attest import Attesting
 from csm_weights.commands.doctor import DoctorReport
-from csm_weights.commands.render.text import _origin_words, _sum
+from csm_weights.commands.render.text import _sum, origin_words
 from csm_weights.commands.seed_cache import Seeding
 from csm_weights.errors import CsmWeightsError
 from csm_weights.formats.compare import Comparison, Difference
@@ -51,7 +51,7 @@ def _survey(survey: StatusReport) -> str:
 
 def _artifact_data(item: ArtifactState, plan: Plan) -> dict[str, Any]:
     pieces = item.artifact.pieces
-    origins = {o.piece.offset: _origin_words(o) for o in plan.origins.get(item.artifact.path, ())}
+    origins = {o.piece.offset: origin_words(o) for o in plan.origins.get(item.artifact.path, ())}
     return {
         "path": item.artifact.path,
         "size": item.artifact.size,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import singledispatch
+from itertools import groupby
 
 from csm_weights.commands.attest import Attesting
-from csm_weights.commands.doctor import CheckResult, DoctorReport, Verdict
+from csm_weights.commands.doctor import DoctorReport, Verdict
+from csm_weights.commands.render import blocks
+from csm_weights.commands.render.blocks import SHORT, count, paragraph, table
 from csm_weights.commands.seed_cache import Seeding
-from csm_weights.errors import Finding, printable
+from csm_weights.errors import CsmWeightsError, printable
 from csm_weights.formats.compare import Comparison, Difference
 from csm_weights.formats.tensor_index import MAX_FINDINGS
 from csm_weights.formats.transformers_layout import Layout, Summary
@@ -16,90 +20,95 @@ from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action, Consume
 from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import room
-from csm_weights.store.inspect import ArtifactState, FileState
+from csm_weights.progress import format_size
+from csm_weights.store.inspect import ArtifactState, FileState, State
 from csm_weights.transfer.policy import PieceOrigin, PieceSource
 from csm_weights.verify.gates import Gate, GateResult
 
 
 @singledispatch
 def render(result: object) -> str:
-    """Return what a task shows of its result on stdout, or of an error on stderr."""
+    """Return what a task shows of its result on stdout; of an error, on stderr."""
     return str(result)
 
 
-#: Hex digits of a digest in a table; JSON and SHA256SUMS have them all.
-SHORT = 16
+@render.register
+def _error(error: CsmWeightsError) -> str:
+    return blocks.error(error)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of words in columns, as wide as they need to be."""
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    texts = ["  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(printable(text.rstrip()) for text in texts)
+# ---- status, and dry runs
 
 
 @render.register
-def _survey(survey: StatusReport) -> str:
-    """What `status` and a dry run show."""
-    state, plan = survey.state, survey.plan
-    steps: dict[str, list[Action]] = {}
-    for step in plan.actions:
-        steps.setdefault(step.artifact.path, []).append(step)
+def _status(report: StatusReport) -> str:
+    state, plan = report.state, report.plan
     rows = [
-        (
-            item.artifact.path,
-            f"{item.artifact.size:,}",
-            str(item.installed.state),
-            str(item.staged.state),
-            _next(steps.get(item.artifact.path, [])),
-        )
-        for item in state.artifacts
+        (_state(item), path, format_size(item.artifact.size), _next(some))
+        for item, (path, some) in zip(state.artifacts, _by_file(state, plan.actions), strict=True)
     ]
-    blocks = [
+    shown = [
         printable(f"{state.manifest.name} -> {state.paths.destination}"),
-        table(("file", "bytes", "in place", "staged", "next"), rows),
+        table(("state", "file", "size", "next"), rows),
     ]
-    blocks += [
-        table((f"piece of {path}", "bytes", "from"), map(_piece_row, origins))
-        for path, origins in plan.origins.items()
-        if len(origins) > 1
-    ]
-    reads, writes, fetches = (
-        _sum(plan.actions, f"bytes_{name}") for name in ("read", "written", "fetched")
-    )
-    over_network = f"to fetch {fetches:,} bytes, " if fetches else ""
-    blocks.append(
-        f"{over_network}to read {reads:,} bytes, to write {writes:,}, free {state.free_staging:,}"
-    )
+    shown += [_pieces(path, some) for path, some in plan.origins.items() if len(some) > 1]
+    names = ("bytes_read", "bytes_written", "bytes_fetched")
+    reads, writes, fetches = (_sum(plan.actions, name) for name in names)
+    over_network = f"{format_size(fetches)} to fetch, " if fetches else ""
+    sums = f"{format_size(reads)} to read, {format_size(writes)} to write"
+    shown.append(f"{over_network}{sums}; {format_size(state.free_staging)} free")
     if consuming := plan.having(Consume):
         paths = ", ".join(step.artifact.path for step in consuming)
-        blocks.append(
-            printable(
-                f"consuming: the chunk files of {paths} go as it grows, and need at most"
-                f" {room(consuming):,} bytes of disk besides; inv split brings them back"
+        size = format_size(room(consuming))
+        shown.append(
+            paragraph(
+                f"--consume removes the chunk files of {paths} while the file grows, and needs at"
+                f" most {size} of disk besides; inv split brings them back"
             )
         )
-    blocks += _finding_blocks(plan.findings, plan.notes)
-    if survey.advice:
-        blocks.append(survey.advice)
-    return "\n\n".join(blocks)
+    if not report.error:
+        shown += blocks.findings("in the way:", plan.findings)
+    shown += blocks.findings("to be repaired:", plan.notes)
+    shown.append("\n".join(map(paragraph, report.advice.splitlines())))
+    return "\n\n".join(filter(None, shown))
+
+
+def _by_file(state: State, steps: Iterable[Action]) -> list[tuple[str, list[Action]]]:
+    """Return the path of each file with its steps, in their order."""
+    found: dict[str, list[Action]] = {item.artifact.path: [] for item in state.artifacts}
+    for step in steps:
+        found[step.artifact.path].append(step)
+    return list(found.items())
+
+
+def _state(item: ArtifactState) -> str:
+    """Return in a word what is known of a file, and whether it is still staged."""
+    if item.installed.state is FileState.ABSENT and item.staged.state is not FileState.ABSENT:
+        return f"{item.staged.state}, staged"
+    return str(item.installed.state)
 
 
 def _next(steps: Sequence[Action]) -> str:
     words = [f"{s.verb} {s.detail}".rstrip() for s in steps]
-    return ", then ".join(words) or "nothing to take it from"
+    return ", then ".join(words) or "no source has it"
 
 
-def _piece_row(origin: PieceOrigin) -> tuple[str, str, str]:
-    piece = origin.piece
-    return f"[{piece.offset:,}, {piece.end:,})", f"{piece.size:,}", _origin_words(origin)
+def _pieces(path: str, origins: Sequence[PieceOrigin]) -> str:
+    """Return a table of where pieces come from; a run of pieces from one place is one row."""
+    rows, first = [], 1
+    for where, group in groupby(origins, key=origin_words):
+        sizes = [origin.piece.size for origin in group]
+        last = first + len(sizes) - 1
+        numbers = f"{first}" if last == first else f"{first} to {last}"
+        rows.append((f"{numbers} of {len(origins)}", format_size(sum(sizes)), where))
+        first = last + 1
+    return f"pieces of {printable(path)}:\n{table(('piece', 'size', 'from'), rows)}"
 
 
-def _origin_words(origin: PieceOrigin) -> str:
-    """Where a piece comes from, as a person and a machine read it."""
+def origin_words(origin: PieceOrigin) -> str:
+    """Return where a piece comes from, in words."""
     return {
-        PieceSource.KEPT: "the unfinished file, proven in an earlier run",
+        PieceSource.KEPT: "the unfinished file, verified in an earlier run",
         PieceSource.SALVAGED: f"the damaged file {origin.where}",
         PieceSource.CACHED: f"the Hub's cache {origin.where}",
         PieceSource.CONSUMED: f"the unfinished file, and the rest of {origin.where}",
@@ -111,78 +120,81 @@ def _sum(steps: Iterable[Action], name: str) -> int:
     return sum(getattr(step, name) for step in steps)
 
 
+# ---- what a command did
+
+
 @render.register
 def _outcome(outcome: Outcome) -> str:
-    """What a command did, and the short table of what is proven."""
     state = outcome.state
-    blocks = [printable(f"{state.manifest.name} -> {state.paths.destination}")]
+    shown = [printable(f"{state.manifest.name} -> {state.paths.destination}")]
     if outcome.actions:
-        acts = [(a.artifact.path, f"{a.verb} {a.detail}".strip()) for a in outcome.actions]
-        blocks.append(table(("file", "done"), acts))
-    blocks.append(table(("file", "bytes", "state", "sha256", "from"), map(_file, state.artifacts)))
+        acts = [(path, _next(some)) for path, some in _by_file(state, outcome.actions) if some]
+        shown.append(table(("file", "done"), acts))
+    shown.append(table(("state", "size", "sha256", "file"), map(_file, state.artifacts)))
     if outcome.sealed:
-        blocks.append(table(("file", "sealed"), [(s.path, s.how) for s in outcome.sealed]))
+        shown.append(table(("file", "sealed"), [(s.path, s.how) for s in outcome.sealed]))
     if outcome.results:
-        blocks.append(_gates(outcome.results))
+        shown.append(_gates(outcome.results))
     if outcome.attested:
-        blocks.append("\n".join(map(printable, outcome.attested.lines())))
+        shown.append("\n".join(map(printable, outcome.attested.lines())))
     if outcome.smoke:
-        blocks.append(smoke_text(outcome.smoke))
-    findings = outcome.error.findings if outcome.error else ()
-    blocks += _finding_blocks(findings, outcome.notes)
-    blocks.append(_verdict(outcome))
-    return "\n\n".join(blocks)
+        shown.append(_smoke(outcome.smoke, outcome.smoke_is_known))
+    shown += blocks.findings("repaired on the way:", outcome.notes)
+    if not outcome.error:
+        shown.append("\n".join([_verdict(outcome), *_what_next(outcome)]))
+    return "\n\n".join(shown)
 
 
 def _file(item: ArtifactState) -> tuple[str, ...]:
-    look = item.installed if item.installed.state is not FileState.ABSENT else item.staged
-    where = str(look.state)
-    if look is item.staged and look.state is not FileState.ABSENT:
-        where = f"{where}, staged"
-    receipt = look.receipt if look.state is FileState.VERIFIED else None
-    size = "-" if look.size is None else f"{look.size:,}"
-    digest = receipt.sha256[:SHORT] if receipt else "-"
-    return item.artifact.path, size, where, digest, _origin(item, look.state)
-
-
-def _origin(item: ArtifactState, condition: FileState) -> str:
-    receipt = item.installed.receipt or item.staged.receipt
-    if not receipt or condition is not FileState.VERIFIED:
-        return "-"
-    sources = dict.fromkeys(record.source.rpartition("/")[0] for record in receipt.pieces)
-    if not receipt.pieces:
-        return "-"
-    return f"{len(receipt.pieces)} pieces, {', '.join(s or 'in place' for s in sources)}"
+    found = item.installed if item.installed.state is not FileState.ABSENT else item.staged
+    receipt = found.receipt if found.state is FileState.VERIFIED else None
+    size = "-" if found.size is None else format_size(found.size)
+    return _state(item), size, receipt.sha256[:SHORT] if receipt else "-", item.artifact.path
 
 
 def _gates(results: Sequence[GateResult]) -> str:
     rows = []
     for gate in Gate:
-        of_gate = [r for r in results if r.gate is gate]
-        bad = [r for r in of_gate if r.ok is False]
-        good = [r for r in of_gate if r.ok]
-        verdict = "NOT OK" if bad else "OK" if len(good) == len(of_gate) else "not run"
-        if not of_gate:
-            continue
-        words = f"{len(good)} of {len(of_gate)} files"
-        rows.append((gate.value, verdict, "; ".join([words, *map(_gate_words, bad[:3])])))
-    return table(("gate", "verdict", ""), rows)
+        oks = [result.ok for result in results if result.gate is gate]
+        if oks:
+            verdict = "NOT OK" if False in oks else "not run" if None in oks else "OK"
+            rows.append((verdict, gate.value, f"{oks.count(True)} of {count(len(oks), 'file')}"))
+    return table(("verdict", "gate", ""), rows)
 
 
-def _gate_words(bad: GateResult) -> str:
-    return f"{bad.path}: {_cut(bad.found)}"
+def _verdict(outcome: Outcome) -> str:
+    if outcome.smoke:
+        return "OK: installed, verified, smoke test passed"
+    installed = [item.installed.state for item in outcome.state.artifacts]
+    is_installed = all(state is FileState.VERIFIED for state in installed)
+    return "OK: installed and verified" if is_installed or outcome.results else "OK: verified"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 90 else text[:87] + "..."
+def _what_next(outcome: Outcome) -> list[str]:
+    """Return where the files are, and the command that a person most likely wants now."""
+    state, name = outcome.state, outcome.state.manifest.name
+    is_staged = any(item.installed.state is FileState.ABSENT for item in state.artifacts)
+    folder = state.paths.staging if is_staged else state.paths.destination
+    rows = [("files", str(folder))]
+    has_weights = any(item.artifact.is_weights for item in state.artifacts)
+    if is_staged:
+        rows.append(("next", f"inv place --model {name}"))
+    elif outcome.smoke:
+        below = os.path.relpath(folder, state.paths.root)
+        rows.append(("next", f'in Python: csm_weights.Model.from_local("{below}")'))
+    elif has_weights and any(item.artifact.format == "config" for item in state.artifacts):
+        rows.append(("next", f"inv smoke --model {name}"))
+    return [printable(f"  {word:7}{text}") for word, text in rows]
 
 
-def smoke_text(report: SmokeReport) -> str:
-    """What was measured, each check with its limit and verdict."""
-    rows = [(check.name, check.value, check.limit, check.verdict) for check in report.checks]
-    made = f", {report.made_at}" if report.made_at else ""
-    head = printable(f"smoke test on {report.device}{made}")
-    return f"{head}\n{table(('check', 'found', 'limit', ''), rows)}\n\n{_figures(report)}"
+def _smoke(report: SmokeReport, is_known: bool) -> str:
+    """Return the checks with their verdicts, and what was measured; of an earlier run, when."""
+    if is_known:
+        when = f"passed in an earlier run, of {report.made_at}, on the same files"
+        return paragraph(f"smoke test on {report.device}: {when}")
+    rows = [(c.verdict, f"{c.name}: {c.value}; limit {c.limit}") for c in report.checks]
+    checks = table(("verdict", f"smoke test on {report.device}"), rows)
+    return f"{checks}\n\n{_figures(report)}"
 
 
 def _figures(report: SmokeReport) -> str:
@@ -192,83 +204,58 @@ def _figures(report: SmokeReport) -> str:
     loaded = f"mapped in {seconds}, and read as it is used"
     if f.loaded_bytes:
         rate = f.loaded_bytes / report.load_seconds
-        bus = f", {rate / f.bus_rate:.0%} of the bus at {_rate(f.bus_rate)}" if f.bus_rate else ""
-        loaded = f"{_gigabytes(f.loaded_bytes)} in {seconds}, {_rate(rate)}{bus}"
+        bus = f", {rate / f.bus_rate:.0%} of the bus's {_rate(f.bus_rate)}" if f.bus_rate else ""
+        loaded = f"{format_size(f.loaded_bytes)} in {seconds}, {_rate(rate)}{bus}"
     reached = f.frame_bytes * report.frames_per_second
-    share = f"{reached / f.memory_rate:.0%} of the roofline" if f.memory_rate else "no roofline"
-    wall = f"{_gigabytes(f.frame_bytes)} of weights a frame at {_rate(f.memory_rate)}"
-    device = f", device {_gigabytes(f.peak_device)}" if f.peak_device else ""
+    share = f", {reached / f.memory_rate:.0%} of the memory's {_rate(f.memory_rate)}"
+    frame = f"{1000 / report.frames_per_second:.3g} ms for 80 ms of audio"
+    device = f", device {format_size(f.peak_device)}" if f.peak_device else ""
     rows = [
         ("machine", f"{f.machine}{driver}, torch {f.torch}, {f.dtype}"),
         ("loading", loaded),
-        ("a frame", f"{1000 / report.frames_per_second:.3g} ms, {share}: {wall}"),
-        ("speed", f"{report.frames_per_second:.3g} frames/s, {_real_time(report)}"),
-        ("peak memory", f"host {_gigabytes(f.peak_host)}{device}"),
+        ("speed", f"real-time factor {report.real_time_factor:.3g}, below 1 is faster"),
+        ("a frame", f"{frame}{share if f.memory_rate else ''}"),
+        ("peak memory", f"host {format_size(f.peak_host)}{device}"),
     ]
     return table(("figure", "measured"), rows)
 
 
-def _real_time(report: SmokeReport) -> str:
-    return f"real-time factor {report.real_time_factor:.3g}, below 1 is faster than real time"
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3g} GB"
-
-
 def _rate(rate: float) -> str:
-    return f"{rate / 1e9:.3g} GB/s"
+    return f"{format_size(rate)}/s"
 
 
-def _verdict(outcome: Outcome) -> str:
-    if outcome.error:
-        return printable(f"NOT OK: {outcome.error.message}")
-    if outcome.smoke:
-        return "OK: in place, proven, and it speaks"
-    if outcome.results:
-        return "OK: in place and proven"
-    return "OK: proven"
-
-
-def _finding_blocks(findings: Sequence[Finding], notes: Sequence[Finding]) -> list[str]:
-    blocks = []
-    for title, some in (
-        ("missing or wrong:", findings),
-        ("noticed, and mended on the way:", notes),
-    ):
-        if some:
-            blocks.append("\n".join([title, *(f"  {f.line()}" for f in some)]))
-    return blocks
+# ---- attest, compare, doctor, seed-cache
 
 
 @render.register
 def _attesting(done: Attesting) -> str:
-    """The subjects with their digests, and who vouches for them."""
-    blocks = [printable(f"{done.model} -> {done.file}")]
-    blocks.append(table(("subject", "sha256"), list(done.subjects.items())))
+    shown = [printable(f"{done.model} -> {done.file}")]
+    shown.append(table(("sha256", "subject"), [(sha, name) for name, sha in done.subjects.items()]))
     if done.new_keys:
         private, public = done.new_keys
-        blocks.append(printable(f"new key: {private} (keep it secret), {public} (hand it out)"))
+        shown.append(printable(f"new key: {private} (keep it secret), {public} (hand it out)"))
     if done.signer:
-        blocks.append(f"OK: attested, signed by {done.signer.scheme} key {done.signer.keyid[:16]}")
+        shown.append(f"OK: attested, signed by {done.signer.scheme} key {done.signer.keyid[:16]}")
     else:
-        blocks.append("OK: attested, but NOBODY SIGNED IT: --key or --new-key signs it")
-    return "\n\n".join(blocks)
+        shown.append("OK: attested, but NOBODY SIGNED IT: --key or --new-key signs it")
+    return "\n\n".join(shown)
 
 
 @render.register
 def _comparison(comparison: Comparison) -> str:
-    """Both sides, the first differences in the order of names, and one verdict."""
     sides = [("first", comparison.first), ("second", comparison.second)]
-    rows = [(word, side.where, _kind(side), f"{side.tensors:,}") for word, side in sides]
-    blocks = [table(("", "file", "format", "tensors"), rows)]
-    blocks += [printable(_left_out(side)) for _, side in sides if side.left_out]
+    rows = [(word, f"{side.tensors:,}", _kind(side), side.where) for word, side in sides]
+    shown = [table(("", "tensors", "format", "file"), rows)]
+    for _, side in sides:
+        if side.left_out:
+            size = f"{side.left_out:,} tensors, {format_size(side.left_out_bytes)}"
+            shown.append(paragraph(f"left out of {side.where}: the codec, {size}"))
     if comparison.differences:
-        blocks.append(_differences(comparison.differences))
-    size = f"{comparison.equal:,} tensors of {comparison.nbytes:,} bytes are equal"
+        shown.append(_differences(comparison.differences))
+    equal = f"{comparison.equal:,} tensors, {format_size(comparison.nbytes)}, are equal"
     if comparison.error:
-        return "\n\n".join([*blocks, size, printable(f"NOT OK: {comparison.error.message}")])
-    return "\n\n".join([*blocks, f"OK: {size}, name by name, in dtype, shape and every bit"])
+        return "\n\n".join([*shown, equal])
+    return "\n\n".join([*shown, f"OK: {equal} in name, dtype, shape and every bit"])
 
 
 def _kind(side: Summary) -> str:
@@ -276,61 +263,41 @@ def _kind(side: Summary) -> str:
     return f"{side.format}{names}"
 
 
-def _left_out(side: Summary) -> str:
-    size = f"{side.left_out:,} tensors of {side.left_out_bytes:,} bytes"
-    return f"left out of {side.where}: the codec, {size}"
-
-
 def _differences(differences: Sequence[Difference]) -> str:
-    rows = [(d.where, str(d.what), d.first, d.second) for d in differences[:MAX_FINDINGS]]
-    text = table(("tensor", "differs in", "first", "second"), rows)
-    rest = len(differences) - len(rows)
-    return f"{text}\nand {rest:,} more" if rest else text
+    rows = [(str(d.what), d.where, f"{d.first} against {d.second}") for d in differences]
+    text = table(("differs in", "tensor", "first against second"), rows[:MAX_FINDINGS])
+    rest = len(rows) - MAX_FINDINGS
+    return f"{text}\nand {rest:,} more" if rest > 0 else text
 
 
 @render.register
-def _diagnosis(diagnosis: DoctorReport) -> str:
-    """Each check with its verdict, what stands in the way, and one verdict."""
-    rows = [(check.name, str(check.verdict), check.found) for check in diagnosis.checks]
-    blocks = [printable(diagnosis.subject), table(("check", "verdict", "found"), rows)]
-    error = diagnosis.error
-    in_the_way = _findings(diagnosis.checks, is_ok=False)
-    blocks += _lines("what stands in the way:", in_the_way)
-    blocks += _lines("good to know:", _findings(diagnosis.checks, is_ok=True))
-    if error and error.advice:
-        blocks.append("\n".join(printable(line) for line in error.advice.splitlines()))
-    verdict = f"NOT OK: {error.message}" if error else f"OK: {diagnosis.promise}"
-    return "\n\n".join([*blocks, printable(verdict)])
-
-
-def _findings(checks: Iterable[CheckResult], is_ok: bool) -> list[Finding]:
-    """The findings of checks that are, or are not, NOT OK; each once."""
-    some = [check for check in checks if (check.verdict is not Verdict.NOT_OK) is is_ok]
-    return list(dict.fromkeys(finding for check in some for finding in check.findings))
-
-
-def _lines(title: str, findings: Iterable[Finding]) -> list[str]:
-    lines = [f"  {finding.line()}" for finding in findings]
-    return ["\n".join([title, *lines])] if lines else []
+def _doctor(report: DoctorReport) -> str:
+    rows = [(str(check.verdict), check.name, check.found) for check in report.checks]
+    shown = [printable(report.subject), table(("verdict", "check", "found"), rows)]
+    # What the command would end with is told as its error.
+    told = report.error.findings if report.error else ()
+    for title, is_ok in (("in the way besides:", False), ("good to know:", True)):
+        some = [check for check in report.checks if (check.verdict is not Verdict.NOT_OK) is is_ok]
+        found = dict.fromkeys(finding for check in some for finding in check.findings)
+        shown += blocks.findings(title, [finding for finding in found if finding not in told])
+    return "\n\n".join(shown if report.error else [*shown, f"OK: {report.promise}"])
 
 
 @render.register
 def _seeding(seeding: Seeding) -> str:
-    """Where each file is in the Hub's cache and how it came there, and who finds it now."""
     repo = seeding.manifest.repo
-    blocks = [printable(f"{repo} in {seeding.cache}")]
+    shown = [printable(f"{repo} in {seeding.cache}")]
     if seeding.files:
-        rows = [(file.path, str(file.how), file.blob.name) for file in seeding.files]
-        blocks.append(table(("file", "how", "blob"), rows))
-    if seeding.notes:
-        blocks.append("\n".join(printable(note) for note in seeding.notes))
+        rows = [(str(file.how), file.path, file.blob.name[:SHORT]) for file in seeding.files]
+        shown.append(table(("how", "file", "blob"), rows))
+    shown += map(paragraph, seeding.notes)
     if seeding.files:
-        blocks.append(printable(f"OK: with HF_HUB_OFFLINE=1, {_call(seeding)} finds it"))
-    return "\n\n".join(blocks)
+        shown.append(printable(f"OK: with HF_HUB_OFFLINE=1, {_call(seeding)} finds it"))
+    return "\n\n".join(shown)
 
 
 def _call(seeding: Seeding) -> str:
-    """How a program asks for what the cache has now."""
+    """Return how a program asks for what the cache has now."""
     repo, revision = seeding.manifest.repo, seeding.manifest.revision
     is_main = seeding.main == revision
     return f'from_pretrained("{repo}"{"" if is_main else f", revision={revision!r}"})'
