@@ -90,11 +90,13 @@ def read_file(path: Path, limit: int, what: str) -> bytes:
 
 def stat_of(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding | None]:
     """Return the stat of a regular file; a finding where something else is in its place."""
-    where = where or str(path)
+    where, is_link = where or str(path), False
     try:
-        status = path.stat()
+        status = path.lstat()
+        if is_link := stat.S_ISLNK(status.st_mode):
+            status = path.stat()
     except OSError as error:
-        if path.is_symlink():
+        if is_link:
             found = "a symbolic link that leads to no file"
             return None, Finding(Kind.MISSING, where, "a file", found, "mend or remove the link")
         if error.errno in (errno.ENOENT, errno.ENOTDIR):

@@ -53,8 +53,9 @@ class Session:
         plan = make_plan(self.inspect(), target, self.policy)
         if not plan.is_done:
             for base in (self.paths.staging, self.paths.destination):
-                for path in (f"{RECEIPTS}/receipt", *(a.path for a in self.chosen)):
-                    atomic.stay_inside((base / path).parent, base)
+                folders = {(base / artifact.path).parent for artifact in self.chosen}
+                for folder in sorted({base / RECEIPTS, *folders}):
+                    atomic.stay_inside(folder, base)
         return plan
 
     def note(self, findings: Iterable[Finding]) -> None:

@@ -28,7 +28,7 @@ def why_stranded(artifact: Artifact, staged: Path, journal: Journal, root: Path)
         found = f"chunk files that {artifact.path} no longer has"
     elif journal.consumed:
         found = "more hard links to it" if partial.lstat().st_nlink > 1 else ""
-    elif partial.is_file():
+    elif journal.is_begun:
         # Copied as it is, the hole would go over what may be the only copy.
         holes = (p.part for p in artifact.pieces if _begins_with_hole(root / p.part, p.size))
         if hole := next(holes, None):

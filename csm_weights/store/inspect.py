@@ -40,8 +40,8 @@ class FileState(enum.StrEnum):
     """What is known of a file without hashing it; the value is the status word."""
 
     ABSENT = "absent"
-    VERIFIED = "proven"
-    UNVERIFIED = "not proven yet"
+    VERIFIED = "verified"
+    UNVERIFIED = "not verified yet"
     INVALID = "wrong"
     CONSUMED = "consumed"
 
@@ -260,7 +260,7 @@ class _Inspection:
         path = directory / artifact.path
         receipt = read_receipt(directory, artifact.path)
         status, finding = stat_of(path)
-        if status is None and path.is_dir():
+        if finding and path.is_dir():
             expected = "a plain file or nothing"
             finding = Finding(Kind.IN_THE_WAY, str(path), expected, "a folder", "move it away")
         if status is None:

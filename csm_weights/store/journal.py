@@ -71,22 +71,25 @@ class Consumed:
 
 Record = PieceRecord | Arrival | Consumed
 
-_RECORDS: tuple[type[Any], ...] = (PieceRecord, Arrival, Consumed)
+#: Most lines are about arrivals.
+_RECORDS: tuple[type[Any], ...] = (Arrival, PieceRecord, Consumed)
 
 
 @dataclass(frozen=True)
 class Journal:
-    """What a journal says of the pieces that a manifest has today.
+    """The lines of a journal that are about pieces that a manifest has today.
 
     `pieces` are those that were verified, `arrived` written ranges of others.
     `consumed` is the last line about each piece that was moved out of its
     chunk file, `foreign` those about pieces that are not the artifact's.
+    `is_begun` is True where there is an unfinished file, even without lines.
     """
 
     pieces: tuple[PieceRecord, ...] = ()
     arrived: tuple[Arrival, ...] = ()
     consumed: tuple[Consumed, ...] = ()
     foreign: tuple[Consumed, ...] = ()
+    is_begun: bool = False
 
 
 def partial_path(file: Path) -> Path:
@@ -117,8 +120,9 @@ def read_journal(file: Path, artifact: Artifact) -> Journal:
     try:
         text = read_bounded(journal_path(file), MAX_JOURNAL).decode(errors="replace")
     except OSError:
-        return Journal()
-    return select(filter(None, map(parse_line, text.splitlines())), artifact)
+        return Journal(is_begun=True)
+    records = map(parse_line, filter(None, text.splitlines()))
+    return select(filter(None, records), artifact)
 
 
 def select(records: Iterable[Record], artifact: Artifact) -> Journal:
@@ -143,4 +147,5 @@ def select(records: Iterable[Record], artifact: Artifact) -> Journal:
         tuple(arrival for offset, arrival in arrived if offset not in pieces),
         tuple(sorted(consumed, key=lambda c: c.offset)),
         tuple(c for key, c in moved.items() if c.consumed and key not in sizes),
+        is_begun=True,
     )

@@ -341,7 +341,7 @@ def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None
     assert entry["receipt"]["sha256"] == toy.artifact("a.bin").sha256
     sources = [piece["source"] for piece in entry["receipt"]["pieces"]]
     assert sources == [piece.part for piece in toy.artifact("a.bin").pieces]
-    assert (entry["state"], entry["file"]) == ("proven", str(toy.installed("a.bin")))
+    assert (entry["state"], entry["file"]) == ("verified", str(toy.installed("a.bin")))
 
 
 def test_json_of_a_survey_adds_up(toy: Toy) -> None:

@@ -363,8 +363,8 @@ def test_a_rehearsal_says_what_would_be_done_and_does_nothing(model: Toy, home: 
     assert not home.exists()
     a, b, _ = seeded.notes
     target = repository(home) / "snapshots" / COMMIT
-    assert a == f"a.bin: {model.artifact('a.bin').size:,} bytes, proven, would be {target}/a.bin"
-    assert "not proven yet" in b
+    assert a == f"a.bin: {model.artifact('a.bin').size:,} bytes, verified, would be {target}/a.bin"
+    assert "not verified yet" in b
 
 
 def test_a_rehearsal_fails_on_what_is_missing(model: Toy) -> None:
