@@ -1,4 +1,4 @@
-"""A disk that fails at any one moment: the exit code, what is still there, and going on."""
+"""A disk that fails at any one moment: the exit code, what is kept, and the next run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ACTS = (*sorted(_GROWING), "ftruncate", "unlink", "link")
 
 
 class Act(enum.Enum):
-    """What happens at an act on the disk."""
+    """The fault at one call that changes the disk."""
 
     NOTHING = "nothing"
     FAIL = "an error, at this act and at those after it"
@@ -49,7 +49,7 @@ class Act(enum.Enum):
 
 
 class Tripwire:
-    """Counts the acts on files below a folder, from any thread; at the `at`-th, `act` happens."""
+    """A counter of calls on files below a folder; at the `at`-th of them `act` happens."""
 
     def __init__(self, root: Path, at: int = 0, act: Act = Act.NOTHING, code: int = 0) -> None:
         self.names: list[str] = []
@@ -93,7 +93,7 @@ class Tripwire:
 
     @property
     def count(self) -> int:
-        """How many acts there were."""
+        """The number of calls."""
         return len(self.names)
 
     def _path(self, of: Any) -> str:
@@ -122,7 +122,7 @@ class Tripwire:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _remember(self, name: str, path: str, arguments: tuple[Any, ...]) -> None:
-        """What would survive a power cut: the files as they were when last made durable."""
+        """Keep what would survive a power cut: the files as they were when last made durable."""
         if name in ("write", "pwrite", "ftruncate"):
             self._written.add(path)
         elif name in ("fsync", "fdatasync") and Path(path).is_file():
@@ -142,7 +142,7 @@ class Tripwire:
                     file.write(self._durable[path])
 
 
-# ---- one fault, at every act
+# ---- one fault, at every call
 
 
 def fetch(toy: Toy) -> None:
@@ -162,7 +162,7 @@ def lock(toy: Toy) -> None:
 
 
 def nothing(toy: Toy) -> None:
-    """What has to be done before a fetch."""
+    """Prepare nothing before a fetch."""
 
 
 FAULTS = [
@@ -182,7 +182,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def good_bytes(toy: Toy) -> dict[Path, bytes]:
-    """What no fault may change: every part, and each file that has its final name."""
+    """The bytes that no fault may change: every chunk file, and each file with a final name."""
     parts = [toy.root / p.part for a in toy.manifest.artifacts for p in a.pieces]
     names = [a.path for a in toy.manifest.artifacts]
     named = [f for n in names for f in (toy.staged(n), toy.installed(n)) if f.exists()]
@@ -198,7 +198,7 @@ def test_a_fault_at_any_act_costs_nothing_that_was_good(
     code: int,
     how: Act,
 ) -> None:
-    """Wherever the disk fails: exit 7 or 4, what was good is there, and a plain run finishes."""
+    """Wherever the disk fails: exit 7 or 4, what was good is kept, and a plain run finishes."""
     (tmp_path / "model").mkdir()
     model = Toy.make(tmp_path / "model")
     before(model)
@@ -223,7 +223,7 @@ def test_a_fault_at_any_act_costs_nothing_that_was_good(
 
 
 def copy_of(model: Toy, root: Path) -> Toy:
-    """The toy as another one is, receipts included: with its times, but other inodes."""
+    """A copy of a toy, receipts included: with its times, but other inodes."""
     shutil.copytree(model.root, root)
     return Toy(root, model.manifest)
 
@@ -236,7 +236,7 @@ def acts_of(model: Toy, root: Path, act: Callable[[Toy], None], code: int) -> in
 
 
 def nothing_is_worse(toy: Toy, there: dict[Path, bytes]) -> bool:
-    """Whether parts are as they were, and what has a final name is right; the manifest reads."""
+    """Whether the chunk files are unchanged, and every file with a final name is right."""
     parse.load(toy.root / "manifests" / "toy.toml")
     now = good_bytes(toy)
     parts = {path for path in there if "chunks" in path.parts}
@@ -274,7 +274,7 @@ def mounted(kind: str, size: int, folder: Path) -> Iterator[Path]:
 
 
 def model_on(folder: Path, parts: int, size: int) -> Clone:
-    """A clone with a model of one file, in parts of `size` bytes; the file itself is not there."""
+    """A clone with the chunk files of one file, each of `size` bytes."""
     clone = Clone.make(folder / "clone")
     large = clone.root / "large.bin"
     with large.open("wb") as file:
@@ -319,7 +319,7 @@ class Peak:
 @pytest.mark.full
 @pytest.mark.parametrize("parts", [4, 12])
 def test_a_disk_with_room_for_one_step_is_enough(tmp_path: Path, parts: int) -> None:
-    """On ext4: 7 without --consume, which it names; with it, 0, and the peak below 128 MiB."""
+    """On ext4 the exit code is 7 without --consume; with it 0, and the peak is below 128 MiB."""
     size = 64 * MIB
     with mounted("ext4", (2 * parts * 64 + 200) * MIB, tmp_path / "disk") as disk:
         clone = model_on(disk, parts, size)
@@ -340,7 +340,7 @@ def test_a_disk_with_room_for_one_step_is_enough(tmp_path: Path, parts: int) -> 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_sharing_file_systems_need_no_consuming(tmp_path: Path, kind: str) -> None:
-    """On XFS and Btrfs --consume does the ordinary thing, which takes no disk, and says so."""
+    """On XFS and Btrfs --consume shares blocks, which takes no disk, and says so."""
     with mounted(kind, 512 * MIB, tmp_path / "disk") as disk:
         clone = model_on(disk, 3, 16 * MIB)
         done = clone.inv("weights", *LARGE, "--consume")
@@ -351,7 +351,7 @@ def test_sharing_file_systems_need_no_consuming(tmp_path: Path, kind: str) -> No
 
 @pytest.mark.full
 def test_a_file_system_that_can_do_neither_says_so(tmp_path: Path) -> None:
-    """On vfat too little room is 7, and it is said that consuming cannot help."""
+    """On vfat too little room is 7, and the message says that --consume cannot help."""
     with mounted("vfat", 128 * MIB, tmp_path / "disk") as disk:
         clone = model_on(disk, 2, 24 * MIB)
         with (disk / "filler").open("wb") as file:

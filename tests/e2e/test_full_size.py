@@ -1,4 +1,4 @@
-"""What needs root, other file systems, much disk or minutes: `make test-full`."""
+"""Tests that need root, other file systems, much disk or minutes: `make test-full`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ WEIGHT_FILES = ("model.safetensors", "ckpt.pt")
 #: The published sizes of CSM-1B, in bytes.
 SIZES = {"model.safetensors": 6_211_186_784, "ckpt.pt": 6_219_618_714}
 
-#: What a full-size rehearsal may hold in memory, in bytes: the weights are 80 times that.
+#: Bytes of memory that a run at full size may take: the weights are 80 times that.
 MEMORY = 150 * MIB
 
-#: What the full-size rehearsal needs: parts, files, and one file on its way into parts.
+#: Bytes of disk for a run at full size: chunk files, files, and one file that is split.
 ROOM = 40 * GIB
 
-#: Before the fifth read of a part, something else fills the disk of the staging folder.
+#: Before the fifth read of a chunk file, another program fills the disk of the staging folder.
 FILLING = """
 import errno, itertools, os, threading
 
@@ -74,7 +74,7 @@ Disk = Callable[[str, int, Path], Path]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """Makes a file system of a kind and size (bytes) and mounts it on an empty folder."""
+    """A function that mounts a file system of a kind and size (bytes) on an empty folder."""
     with contextlib.ExitStack() as stack:
 
         def mount(kind: str, size: int, folder: Path) -> Path:
@@ -120,7 +120,7 @@ def result_of(result: Result) -> dict[str, Any]:
     return data
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
     clone: Clone, disk: Disk
 ) -> None:
     """Where the files do not fit, weights ends with 7, says how much is missing, writes nothing."""
@@ -136,10 +136,10 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     assert not clone.installed.exists()
 
 
-def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_was_proven(
+def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_was_verified(
     clone: Clone, disk: Disk
 ) -> None:
-    """When something else takes the room, weights ends with 7; with room again it goes on."""
+    """When another program fills the disk, weights ends with 7; with room again it goes on."""
     staging = disk("ext4", 8 * MIB, clone.root / "output")
     filler = staging / "filler"
     clone.fake("sitecustomize", FILLING.format(filler=str(filler)))
@@ -155,8 +155,8 @@ def test_a_disk_that_fills_up_on_the_way_costs_nothing_that_was_proven(
     assert files_are_right(clone)
 
 
-def test_a_destination_on_another_disk_gets_proven_copies(clone: Clone, disk: Disk) -> None:
-    """From one file system to another files are copied, proven there, and removed here."""
+def test_a_destination_on_another_disk_gets_verified_copies(clone: Clone, disk: Disk) -> None:
+    """From one file system to another files are copied, verified there, and removed here."""
     disk("ext4", 8 * MIB, clone.root / "models")
     result = clone.inv("weights", *TINY, "--no-smoke")
     assert result.returncode == 0, result.stderr
@@ -169,7 +169,7 @@ def test_a_destination_on_another_disk_gets_proven_copies(clone: Clone, disk: Di
 def test_sharing_file_systems_assemble_without_more_disk(
     tmp_path: Path, disk: Disk, kind: str
 ) -> None:
-    """On XFS and Btrfs 128 MiB of files come from their parts for less than 2 MiB of disk."""
+    """On XFS and Btrfs 128 MiB of files need less than 2 MiB of disk beside their chunk files."""
     clone = Clone.make(disk(kind, 512 * MIB, tmp_path / "disk") / "clone")
     content = {name: random.Random(name).randbytes(64 * MIB) for name in ("a.bin", "b.bin")}
     for name, data in content.items():
@@ -195,7 +195,7 @@ def used(folder: Path) -> int:
 
 
 def measured(clone: Clone, *arguments: str) -> tuple[int, str]:
-    """Runs `inv`; the most memory it held, in bytes, and what it said."""
+    """The most memory that `inv` held, in bytes, and its stderr."""
     command = [sys.executable, "-S", "-c", MEASURED, str(INV), *arguments]
     result = subprocess.run(
         command, cwd=clone.root, env=clone.environment(), capture_output=True, text=True
@@ -206,7 +206,7 @@ def measured(clone: Clone, *arguments: str) -> tuple[int, str]:
 
 @pytest.fixture
 def roomy(tmp_path: Path) -> Iterator[Clone]:
-    """A clone on a disk with room for the rehearsal, removed afterwards."""
+    """A clone on a disk with room for a run at full size, removed afterwards."""
     free = shutil.disk_usage(tmp_path).free
     if free < ROOM:
         pytest.skip(f"needs {ROOM:,} bytes of disk at {tmp_path}, {free:,} are free")
@@ -216,12 +216,12 @@ def roomy(tmp_path: Path) -> Iterator[Clone]:
 
 
 def verdicts(data: dict[str, Any], gate: str) -> dict[str, bool | None]:
-    """What a gate says of each weight file."""
+    """The verdict of a gate on each weight file."""
     return {r["path"]: r["ok"] for r in data["gates"] if r["gate"] == gate and r["path"] in SIZES}
 
 
-def test_the_whole_line_at_full_size(roomy: Clone) -> None:
-    """A stand-in of CSM-1B's sizes goes through the line in little memory, and is no CSM-1B."""
+def test_a_run_at_full_size(roomy: Clone) -> None:
+    """A stand-in of CSM-1B's sizes is installed in little memory, and is not taken for CSM-1B."""
     standin = ("--model", "csm-1b-standin")
     made, _ = measured(roomy, "standin")
     status = roomy.inv("status", *standin)

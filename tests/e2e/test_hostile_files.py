@@ -38,7 +38,7 @@ CANARY = "was-run"
 
 
 def _plant(root: Path, name: str, content: bytes, format_: str) -> None:
-    """A model whose manifest pins just these hostile bytes, and the file in its place."""
+    """Write a model whose manifest pins just these hostile bytes, and install the file."""
     digest = hashlib.sha256(content).hexdigest()
     artifact = Artifact("weights", "g", format_, len(content), digest)
     manifest = Manifest(name, f"output/{name}", f"models/{name}", (artifact,))
@@ -49,7 +49,7 @@ def _plant(root: Path, name: str, content: bytes, format_: str) -> None:
 
 
 def _probed(root: Path, files: Mapping[str, tuple[bytes, str]], format_: str) -> dict[str, Any]:
-    """What became of all files in one watched process; names are written as the manifest can."""
+    """The outcome of all files in one watched process; names are written as a manifest can."""
     names = {f"n{index}": name for index, name in enumerate(files)}
     for key, name in names.items():
         _plant(root, key, files[name][0], format_)
@@ -61,7 +61,7 @@ def _probed(root: Path, files: Mapping[str, tuple[bytes, str]], format_: str) ->
 
 
 def watched(root: Path, *acts: str) -> dict[str, Any]:
-    """What the probe says of the jobs in a folder."""
+    """The probe's report on the jobs in a folder."""
     command = [sys.executable, "-m", "tools.fuzz.probe", str(root), *acts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -70,7 +70,7 @@ def watched(root: Path, *acts: str) -> dict[str, Any]:
 
 
 def _running(root: Path) -> dict[str, tuple[bytes, str]]:
-    """Everything that would make the canary, in a zip where it has none of its own."""
+    """Every file that would make the canary, in a zip where it has none of its own."""
     target = str(root / CANARY)
     pickles = hostile.running_pickles(target).items()
     inside = {name: (hostile.checkpoint(code), why) for name, (code, why) in pickles}
@@ -94,7 +94,7 @@ SETS: dict[str, tuple[Callable[[Path], Mapping[str, tuple[bytes, str]]], str]] =
 
 @pytest.mark.parametrize("name", SETS)
 def test_hostile_weights_are_refused_in_bounds(name: str, tmp_path: Path) -> None:
-    """Every file of a set is refused by verify and compare, though its digest is the pinned one."""
+    """Every file of a set is refused by verify and compare, although its digest is right."""
     make, format_ = SETS[name]
     files = make(tmp_path)
     found = _probed(tmp_path, files, format_)
@@ -109,7 +109,7 @@ def test_hostile_weights_are_refused_in_bounds(name: str, tmp_path: Path) -> Non
 
 
 def test_a_good_file_passes_the_same_way(tmp_path: Path) -> None:
-    """What refuses all of the above accepts a sound file."""
+    """A sound file is accepted by the same commands."""
     for format_, content in (
         ("safetensors", hostile.good_safetensors()),
         ("torch-zip", hostile.good_checkpoint()),
@@ -121,7 +121,7 @@ def test_a_good_file_passes_the_same_way(tmp_path: Path) -> None:
 
 
 def _load_all(files: Mapping[str, bytes], folder: Path) -> None:
-    """Lets torch load each file as it did before weights_only, and writes down which ones ran."""
+    """Let torch load each file as before weights_only, and write down which ones ran."""
     import torch
 
     null = os.open(os.devnull, os.O_WRONLY)
@@ -141,7 +141,7 @@ def _load_all(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def test_the_payloads_are_live(tmp_path: Path) -> None:
-    """But for the decoys each payload runs under torch.load(weights_only=False)."""
+    """Each payload but the decoys runs under torch.load(weights_only=False)."""
     pytest.importorskip("torch")
     files = {name: content for name, (content, _) in _running(tmp_path).items()}
     process = multiprocessing.get_context("fork").Process(target=_load_all, args=(files, tmp_path))
@@ -153,7 +153,7 @@ def test_the_payloads_are_live(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["storage_record_is_smaller"])
 def test_mapped_loading_accepts_what_is_refused_here(name: str, tmp_path: Path) -> None:
-    """torch maps a forged record, and takes what follows it in the file for its elements."""
+    """torch maps a forged record, and reads what follows it in the file as its elements."""
     torch = pytest.importorskip("torch")
     path = hostile.written(tmp_path, hostile.checkpoint(hostile.BAD_PICKLES[name][0]))
     torch.load(path, mmap=True, weights_only=True)
@@ -181,7 +181,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_inv_refuses_with_exit_4(name: str, clone: Clone, tmp_path: Path) -> None:
-    """`inv compare` of a hostile file ends with code 4 and says why, whatever it is called."""
+    """`inv compare` of a hostile file ends with 4 and says why, whatever the file is called."""
     path = hostile.written(tmp_path, _sample(name, tmp_path), f"{name}.safetensors")
     done = clone.inv("compare", "--file", str(path), "--file", str(path))
     assert done.returncode == 4, done.stderr
@@ -192,7 +192,7 @@ def test_inv_refuses_with_exit_4(name: str, clone: Clone, tmp_path: Path) -> Non
 @pytest.mark.parametrize("called", ["model.safetensors", "ckpt.pt"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_programs_get_wrong_content(name: str, called: str, tmp_path: Path) -> None:
-    """`Model.from_local` raises the error with code 4 and runs nothing, whatever it is called."""
+    """`Model.from_local` raises the error with code 4, whatever the file is called."""
     pytest.importorskip("torch")
     from csm_weights import Model
 
@@ -231,7 +231,7 @@ _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max
 
 
 def _json(*keys: str) -> st.SearchStrategy[Any]:
-    """Any JSON, with keys that the reader looks for more often than chance would have them."""
+    """Any JSON, with the reader's own keys more often than by chance."""
     names = st.sampled_from(keys) | st.text(max_size=4)
     return st.recursive(
         _SCALARS,
@@ -254,7 +254,7 @@ _LAYERED = json.loads(hostile.config_of_layers())
 @settings(deadline=None, max_examples=300)
 @given(_mutated(_FLAVORED, *_FLAVORED) | _mutated(_LAYERED, *_LAYERED))
 def test_any_config_is_read_or_refused(content: bytes) -> None:
-    """Any config.json gives a network of sane sizes or wrong content: nothing else."""
+    """Any config.json gives a network of sane sizes or wrong content."""
     try:
         config = parse_config(content, "config.json")
     except WrongContent as error:
@@ -320,7 +320,7 @@ RECORDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str], dict[str, A
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_any_record_is_understood_or_absent(kind: str, data: st.DataObject) -> None:
-    """Any text in a receipt's or journal's place is a record that writes back equal, or none."""
+    """Any text in place of a receipt or journal is a record that writes back equal, or none."""
     load, dump, good = RECORDS[kind]
     content = data.draw(_mutated(good, *good, *_PRINT))
     record = load(content.decode("latin-1"))
@@ -330,5 +330,5 @@ def test_any_record_is_understood_or_absent(kind: str, data: st.DataObject) -> N
 @pytest.mark.parametrize("kind", RECORDS)
 @pytest.mark.parametrize("text", ["[" * 500_000, "9" * 5_000, '{"schema": 1}', "\x00", ""])
 def test_hostile_record_counts_as_absent(kind: str, text: str) -> None:
-    """Text made to be costly is no record, and no crash."""
+    """Text made to be costly is no record, and raises nothing."""
     assert RECORDS[kind][0](text) is None

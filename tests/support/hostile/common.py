@@ -9,7 +9,7 @@ Bad = Mapping[str, tuple[bytes, str]]
 
 
 def written(folder: Path, content: bytes, name: str = "weights") -> Path:
-    """The content as a file in the folder."""
+    """Write content to a file in the folder, and return its path."""
     path = folder / name
     path.write_bytes(content)
     return path

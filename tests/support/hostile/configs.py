@@ -27,12 +27,12 @@ _SIZES: dict[str, Any] = {"text_vocab_size": 512, "vocab_size": 35, "num_codeboo
 
 
 def config(**changes: Any) -> bytes:
-    """A config.json of the first edition, but for what is given."""
+    """Return a config.json of the first edition, with changes."""
     return json.dumps(_FLAVORS | changes).encode()
 
 
 def config_of_layers(**changes: Any) -> bytes:
-    """A config.json in transformers' layout, with changes to both its stacks."""
+    """Return a config.json in transformers' layout, with changes to both stacks."""
     stack = _STACK | changes
     return json.dumps(stack | _SIZES | {"depth_decoder_config": stack}).encode()
 

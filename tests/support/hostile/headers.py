@@ -10,19 +10,19 @@ from tests.support.hostile.common import Bad
 
 
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file; `header` is JSON text, its bytes, or an object to write as JSON."""
+    """Return a safetensors file; `header` is JSON text, its bytes, or an object."""
     if not isinstance(header, bytes):
         header = (header if isinstance(header, str) else json.dumps(header)).encode()
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
 def entry(begin: Any = 0, end: Any = 8, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
-    """One tensor of a safetensors header."""
+    """Return one tensor of a safetensors header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 def good_safetensors() -> bytes:
-    """Two tensors, `a` of 2 and `b` of 1 x 3 elements of F32, with metadata."""
+    """Return two tensors, `a` of 2 and `b` of 1 x 3 elements of F32, with metadata."""
     header = {"__metadata__": {"format": "pt"}, "a": entry(), "b": entry(8, 20, [1, 3])}
     return safetensors(header, bytes(range(20)))
 

@@ -11,7 +11,7 @@ from tests.support.hostile.zips import Entry, zip_of
 
 
 def heavy_safetensors() -> dict[str, tuple[bytes, str]]:
-    """Headers of many megabytes, or of many things."""
+    """Return headers of many megabytes, or of many entries."""
     names = ",".join(f'"{i}":0' for i in range(60_000))
     tiny = ",".join(
         f'"{i}":{{"dtype":"U8","shape":[],"data_offsets":[0,1]}}' for i in range(16_000)
@@ -29,7 +29,7 @@ def heavy_safetensors() -> dict[str, tuple[bytes, str]]:
 
 
 def heavy_zips() -> dict[str, tuple[bytes, str]]:
-    """Zips and pickles just below the ceilings, and bombs."""
+    """Return zips and pickles just below the limits, and bombs."""
     shared = [Entry("archive/data/0", b"x" * 999)]
     shared += [Entry(f"archive/data/{i}", b"", central={"offset": 0}) for i in range(15_000)]
     memo = (b"}r" + struct.pack("<I", i) + b"\x85" for i in range(9_999))

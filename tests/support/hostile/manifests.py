@@ -12,13 +12,13 @@ _SHA = f'sha256 = "{"1" * 64}"'
 
 
 def manifest(path: str = "a.bin", size: object = 8, more: str = _SHA, to: str = "m/bad") -> bytes:
-    """The text of a manifest of one file, sound but for what is given."""
+    """Return the text of a manifest of one file, with changes."""
     head, file = _HEAD.replace("{to}", to), _FILE.replace("{path}", path)
     return (head + file.replace("{size}", str(size)).replace("{more}", more)).encode()
 
 
 def files(*paths: str) -> bytes:
-    """The text of a manifest of small files of those paths."""
+    """Return the text of a manifest of small files with those paths."""
     entry = manifest().partition(b"[[artifact]]")[2].decode()
     entries = ("[[artifact]]" + entry.replace("a.bin", path) for path in paths)
     return _HEAD.replace("{to}", "m/bad").encode() + "".join(entries).encode()
@@ -29,7 +29,7 @@ def _pieces(*pieces: str, size: object = 8) -> bytes:
 
 
 def piece(offset: object, size: object, part: str = "chunks/p-aa") -> str:
-    """A piece of the array, in TOML."""
+    """Return a piece of the array, in TOML."""
     return f'{{ part = "{part}", offset = {offset}, size = {size}, {_SHA} }}'
 
 

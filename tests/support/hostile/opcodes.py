@@ -13,24 +13,24 @@ FLOAT = b"ctorch\nFloatStorage\n"
 
 
 def text(value: str) -> bytes:
-    """Opcodes that push text."""
+    """Return opcodes that push text."""
     raw = value.encode("utf-8", "surrogatepass")
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
 def number(value: int) -> bytes:
-    """Opcodes that push a whole number of any size."""
+    """Return opcodes that push a whole number of any size."""
     raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     return b"\x8a" + bytes([len(raw)]) + raw
 
 
 def numbers(values: Sequence[int]) -> bytes:
-    """Opcodes that push a tuple of numbers."""
+    """Return opcodes that push a tuple of numbers."""
     return b"(" + b"".join(map(number, values)) + b"t"
 
 
 def storage(key: str = "0", elements: int = 6, kind: bytes = FLOAT) -> bytes:
-    """Opcodes that push a storage."""
+    """Return opcodes that push a storage."""
     parts = (text("storage"), kind, text(key), text("cpu"), number(elements))
     return b"(" + b"".join(parts) + b"tQ"
 
@@ -42,10 +42,10 @@ def tensor(
     of: bytes = storage(),
     tail: bytes = b"\x89" + HOOKS,
 ) -> bytes:
-    """Opcodes that push a tensor, by default all six elements of storage 0."""
+    """Return opcodes that push a tensor, by default all six elements of storage 0."""
     return REBUILD + b"(" + of + number(offset) + numbers(shape) + numbers(stride) + tail + b"tR"
 
 
 def state_dict(*items: bytes, after: bytes = b"") -> bytes:
-    """A pickle of a dict made by the opcodes of names and values in turn."""
+    """Return a pickle of a dict made by the opcodes of names and values in turn."""
     return b"\x80\x02}(" + b"".join(items) + b"u" + after + b"."

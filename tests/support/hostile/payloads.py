@@ -20,17 +20,17 @@ from tests.support.hostile.zips import Entry, data_descriptor, zip_of
 
 
 def running_pickles(target: str) -> dict[str, tuple[bytes, str]]:
-    """Pickles that open the file `target` for writing when any unpickler runs them.
+    """Return pickles that open the file `target` for writing when any unpickler runs them.
 
-    All begin as protocol 2 does, which no unpickler holds them to. The last group
-    needs pip, numpy or torch.
+    All begin as protocol 2 does, which no unpickler checks. The last group needs pip, numpy
+    or torch.
     """
     bodies = _plain_tricks(target) | _computed_tricks(target) | _gadgets(target)
     return {name: (b"\x80\x02" + code, why) for name, (code, why) in bodies.items()}
 
 
 def words(*values: str) -> bytes:
-    """Opcodes that push a tuple of text."""
+    """Return opcodes that push a tuple of text."""
     return b"(" + b"".join(map(text, values)) + b"t"
 
 
@@ -68,7 +68,7 @@ def _plain_tricks(target: str) -> dict[str, tuple[bytes, str]]:
 
 
 def _computed_tricks(target: str) -> dict[str, tuple[bytes, str]]:
-    """What is called stands nowhere in the pickle, or not where it is looked for."""
+    """Return pickles whose call is computed, or named where nobody looks for it."""
     arguments = words(target, "w")
     joined = b"c_operator\nconcat\n" + words("buil", "tins") + b"R"
     swapped = text("open") + b"q\0" + text("builtins") + b"q\1" + b"00h\1h\0\x93"
@@ -96,7 +96,7 @@ def _computed_tricks(target: str) -> dict[str, tuple[bytes, str]]:
 
 
 def _gadgets(target: str) -> dict[str, tuple[bytes, str]]:
-    """Functions of well-known libraries that run what they are given, or write files."""
+    """Return calls of well-known libraries that run their arguments, or write files."""
     code = f"open({target!r}, 'w')"
     pip = (
         b"(]("
@@ -144,9 +144,9 @@ EXTENSION = 0xF0
 
 
 def running_files(target: str) -> dict[str, tuple[bytes, str]]:
-    """Files that run a pickle under torch.load, or make a scanner look at another one.
+    """Return files that run a pickle under torch.load, or make a scanner look at another one.
 
-    The pickle opens `target` for writing, before it answers with a sound state dict.
+    The pickle opens `target` for writing and then gives a sound state dict.
     """
     run = b"\x80\x02cbuiltins\nopen\n" + words(target, "w") + b"R0" + GOOD_PICKLE[2:]
     bodies = {
@@ -213,7 +213,7 @@ def _zip_tricks(run: bytes) -> dict[str, tuple[bytes, str]]:
 
 
 def _disguises(run: bytes) -> dict[str, tuple[bytes, str]]:
-    """Pickles where another kind of file is expected; torch reads those without a zip too."""
+    """Return pickles where another kind of file is expected; torch reads those without a zip."""
     return {
         "bare_pickle": (run, "a zip archive"),
         "bare_pickle_before_a_zip": (run + good_checkpoint(), "a directory up to byte"),
@@ -223,7 +223,7 @@ def _disguises(run: bytes) -> dict[str, tuple[bytes, str]]:
 
 
 def _tar(files: Mapping[str, bytes]) -> bytes:
-    """The format of torch before 0.1.10, whose pickles torch.load reads one by one."""
+    """Return a file as before torch 0.1.10, whose pickles torch.load reads one by one."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in files.items():

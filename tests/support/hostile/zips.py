@@ -11,11 +11,11 @@ from typing import Any
 
 @dataclass
 class Entry:
-    """A record of a zip; the other fields replace what its two headers should say.
+    """A record of a zip; the other fields replace what its two headers would say.
 
-    `local` and `central` take the keys flags, method, crc, packed, size, name,
-    extra, and for `central` also offset and comment; `descriptor` replaces
-    the 16 bytes after the data, `before` precedes the local header.
+    `local` and `central` take the keys flags, method, crc, packed, size, name, extra, and for
+    `central` also offset and comment. `descriptor` replaces the 16 bytes after the data, and
+    `before` precedes the local header.
     """
 
     name: str
@@ -27,10 +27,9 @@ class Entry:
 
 
 def zip_of(entries: Sequence[Entry], **end: Any) -> bytes:
-    """A zip as torch lays it out, but for the replaced fields.
+    """Return a zip as torch lays it out, with the replaced fields.
 
-    `end` takes count, length, offset, comment (of the end record) and before
-    (the directory).
+    `end` takes count, length, offset, comment (of the end record) and before (the directory).
     """
     body, directory = bytearray(), bytearray()
     for record in entries:

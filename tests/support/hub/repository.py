@@ -61,23 +61,23 @@ class Entry:
 
     @property
     def stored(self) -> str:
-        """The path of a file in LFS on the storage host."""
+        """Return the path of a file in LFS on the storage host."""
         repo = _hex24(self.repo)
         return f"/repos/{repo[:2]}/{repo[2:4]}/{repo}/{self.sha256}"
 
     @property
     def pointer(self) -> bytes:
-        """The text that git holds for a file in LFS."""
+        """Return the text that git holds for a file in LFS."""
         return _pointer(self.sha256 or "", self.content.size)
 
     @property
     def etag(self) -> str:
-        """What the hub gives as identity of the content, quoted."""
+        """Return the hub's identity of the content, quoted."""
         return f'"{self.sha256 or self.oid}"'
 
     @property
     def disposition(self) -> str:
-        """The header that names the file for a browser."""
+        """Return the header that names the file for a browser."""
         name = self.path.rpartition("/")[2]
         return f"inline; filename*=UTF-8''{quote(name)}; filename=\"{name}\";"
 
@@ -95,7 +95,7 @@ class Entry:
         return found
 
     def sibling(self, blobs: bool) -> dict[str, Any]:
-        """The file as the model's information lists it."""
+        """Return the file as the model's information lists it."""
         found: dict[str, Any] = {"rfilename": self.path}
         if blobs:
             size = self.content.size
@@ -125,7 +125,7 @@ class Commit:
         return found
 
     def under(self, folder: str, recursive: bool) -> list[str]:
-        """The paths of what is in a folder, folders included, in order."""
+        """Return the paths of what is in a folder, folders included, in order."""
         prefix = f"{folder}/" if folder else ""
         paths = [p for p in [*self.entries, *self.folders] if p and p.startswith(prefix)]
         return sorted(p for p in paths if recursive or "/" not in p[len(prefix) :])
@@ -143,7 +143,7 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, revision: str) -> Commit:
-        """The commit of a branch, a tag or a commit id."""
+        """Return the commit of a branch, a tag or a commit id."""
         sha = self.refs.get(revision, revision)
         if sha not in self.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -152,7 +152,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Token:
-    """A token, whose it is, and what it opens."""
+    """A token: its user, and what it opens."""
 
     user: str
     access: Access
@@ -160,7 +160,7 @@ class Token:
 
 
 class Refusal(Exception):
-    """What the hub does not give, as it says so."""
+    """A refusal of the hub: its status, message and headers."""
 
     def __init__(
         self, status: int, message: str, code: str = "", commit: str | None = None
@@ -215,7 +215,7 @@ def _hex24(name: str) -> str:
 
 
 def tree_ids(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """The git tree id of every folder, the root being ''."""
+    """Return the git tree id of every folder, the root being ''."""
     inside: dict[str, dict[str, tuple[str, str]]] = {"": {}}
     for path, entry in entries.items():
         *parents, name = path.split("/")

@@ -20,7 +20,7 @@ Host = Literal["hub", "storage"]
 
 @dataclass(frozen=True)
 class LogEntry:
-    """One request and how it was answered; status 0: not at all."""
+    """One request and its response; status 0: there was none."""
 
     host: Host
     method: str
@@ -33,7 +33,7 @@ class LogEntry:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it came."""
+    """A request as it arrived."""
 
     host: Host
     method: str
@@ -43,11 +43,11 @@ class Request:
 
     @property
     def query(self) -> dict[str, list[str]]:
-        """The fields of the query."""
+        """Return the fields of the query."""
         return parse_qs(urlsplit(self.path).query)
 
     def flag(self, name: str) -> bool:
-        """Whether a field of the query is true."""
+        """Return whether a field of the query is true."""
         return self.query.get(name, [""])[-1].lower() in ("true", "1")
 
 
@@ -88,17 +88,17 @@ class Response:
 
     @property
     def length(self) -> int:
-        """Bytes of the body."""
+        """Return the bytes of the body."""
         return self.stop - self.start + len(self.tail)
 
     def plain(self, begin: int, end: int) -> bool:
-        """Whether these bytes of the body are bytes of a file on disk."""
+        """Return whether these bytes of the body are bytes of a file on disk."""
         first, last = self.start + begin, self.start + end
         changed = any(p.start < last and first < p.stop for p in self.patches)
         return self.content.file is not None and last <= self.stop and not changed
 
     def read(self, begin: int, end: int) -> bytes | memoryview:
-        """The bytes of the body from `begin` up to `end`."""
+        """Return the bytes of the body from `begin` up to `end`."""
         first, last = self.start + begin, min(self.start + end, self.stop)
         data = self.content.read(first, last) if first < last else b""
         for patch in self.patches:
@@ -114,7 +114,7 @@ class Response:
         return data
 
     def without(self, *names: str) -> dict[str, str]:
-        """The headers but those."""
+        """Return the headers without those."""
         lowered = [name.lower() for name in names]
         return {name: v for name, v in self.headers.items() if name.lower() not in lowered}
 
@@ -161,7 +161,7 @@ def s3_error(status: int, code: str, message: str) -> Response:
 def file_response(
     request: Request, entry: Entry, content: Content, headers: dict[str, str], ranges: bool = True
 ) -> Response:
-    """The content of a file, or the range of it that was request."""
+    """Return the content of a file, or the range of it that was requested."""
     headers = headers | {"Accept-Ranges": "bytes"}
     etag = headers.get("ETag", "")
     everything = Response(200, headers, content, 0, content.size, entry, is_file=True)

@@ -97,7 +97,7 @@ class HubServer:
         self.close()
 
     def close(self) -> None:
-        """Ends all connections and both servers."""
+        """End all connections and both servers."""
         self.clear_faults()
         for server in self._servers.values():
             server.stop()
@@ -109,12 +109,12 @@ class HubServer:
 
     @property
     def endpoint(self) -> str:
-        """The URL of the hub."""
+        """Return the URL of the hub."""
         return self._servers["hub"].url
 
     @property
     def storage(self) -> str:
-        """The URL of the storage host."""
+        """Return the URL of the storage host."""
         return self._servers["storage"].url
 
     def add_repo(
@@ -126,12 +126,12 @@ class HubServer:
         private: bool = False,
         lfs: IsLfs | None = None,
     ) -> str:
-        """Makes a repository with one commit on `main`, and returns the commit."""
+        """Make a repository with one commit on `main`, and return the commit."""
         self._repos[name] = Repo(name, gated, private, lfs or is_lfs)
         return self.push(name, files)
 
     def push(self, name: str, files: Files, *, branch: str = "main") -> str:
-        """Adds, changes and (None) removes files in a new commit, and returns that."""
+        """Add, change and (None) remove files in a new commit, and return that."""
         repo = self._repos[name]
         parent = repo.refs.get(branch, "")
         entries = dict(repo.commits[parent].entries) if parent else {}
@@ -147,7 +147,7 @@ class HubServer:
         return sha
 
     def tag(self, repo: str, name: str, commit: str) -> None:
-        """Lets a name, a tag or a branch, stand for a commit."""
+        """Let a name, a tag or a branch, stand for a commit."""
         self._repos[repo].refs[name] = commit
 
     def add_token(
@@ -157,7 +157,7 @@ class HubServer:
         access: Access = "granted",
         can_read_gated: bool = True,
     ) -> None:
-        """Makes a token known; `access` is what its user has to gated repositories."""
+        """Add a token; `access` is its user's access to gated repositories."""
         self._tokens[token] = Token(user, access, can_read_gated)
 
     def fault(
@@ -171,7 +171,7 @@ class HubServer:
         after: int = 0,
         **options: Any,
     ) -> Fault:
-        """Switches a fault on; the table in the head of this file has them all."""
+        """Switch a fault on; see the table in `faults`."""
         fault = Fault(name, match, host, method, times, after, options)
         with self._lock:
             self._faults.append(fault)
@@ -179,27 +179,27 @@ class HubServer:
         return fault
 
     def clear_faults(self) -> None:
-        """Switches all faults off."""
+        """Switch all faults off."""
         with self._lock:
             faults, self._faults = self._faults, []
         for fault in faults:
             fault.clear()
 
     def expire_urls(self) -> None:
-        """Lets all URLs that were signed so far expire now."""
+        """Let all URLs that were signed so far expire now."""
         with self._lock:
             self._signed = {s: replace(known, until=0.0) for s, known in self._signed.items()}
 
     @property
     def log(self) -> list[LogEntry]:
-        """All requests in the order of their answers, one still being answered included."""
+        """Return all requests in the order of their responses, including one in progress."""
         with self._lock:
             return [record.frozen() for record in self._records]
 
     def requests(
         self, host: Host | None = None, method: str | None = None, contains: str = ""
     ) -> list[LogEntry]:
-        """The requests to a host, of a method, with that in the path."""
+        """Return the requests to a host, of a method, with that in the path."""
         return [
             request
             for request in self.log
@@ -209,16 +209,16 @@ class HubServer:
         ]
 
     def bytes_sent(self, host: Host = "storage") -> int:
-        """Bytes of bodies that a host sent."""
+        """Count the bytes of bodies that a host sent."""
         return sum(request.sent for request in self.requests(host))
 
     def clear(self) -> None:
-        """Empties the log."""
+        """Empty the log."""
         with self._lock:
             self._records = []
 
     def sign(self, entry: Entry, seconds: float) -> str:
-        """A URL for a file in LFS on the storage host, good for so long."""
+        """Return a URL for a file in LFS on the storage host, good for so many seconds."""
         until = time.time() + seconds
         message = f"{entry.stored} {until} {secrets.token_hex(8)}".encode()
         signature = hmac.new(self._key, message, "sha256").hexdigest()
@@ -234,7 +234,7 @@ class HubServer:
         return f"{self.storage_base or self.storage}{entry.stored}?{query}"
 
     def respond(self, request: Request) -> Response:
-        """The response to a request, after all faults."""
+        """Return the response to a request, after all faults."""
         response = (
             self._from_storage(request) if request.host == "storage" else self._from_hub(request)
         )
@@ -245,7 +245,7 @@ class HubServer:
         return response
 
     def record(self, request: Request, status: int) -> Record:
-        """Begins the record of an response."""
+        """Begin the log entry of a response."""
         record = Record(request, status)
         with self._lock:
             self._records.append(record)

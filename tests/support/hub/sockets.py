@@ -47,7 +47,7 @@ class Record:
 
 
 class _ConnectionEnded(Exception):
-    """The connection has been ended on purpose."""
+    """The connection was ended on purpose."""
 
 
 class SocketServer(ThreadingHTTPServer):
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.ended(self.connection)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         headers: dict[str, str] = {}
