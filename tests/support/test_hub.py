@@ -755,6 +755,22 @@ def test_etag_and_commit(hub: HubServer) -> None:
     assert linked.headers["x-repo-commit"] == plain.headers["x-repo-commit"] == "0" * 40
 
 
+def test_moved(hub: HubServer) -> None:
+    """The fault `moved` redirects to the same path, and not for ever where it is limited."""
+    fault = hub.fault("moved", times=1)
+    answer = ask(resolve(hub, "config.json"))
+    assert answer.status == 307
+    assert ask(hub.endpoint + answer.headers["location"]).body == CONFIG
+    assert fault.hits == 1
+
+
+def test_add_header(hub: HubServer) -> None:
+    """The fault `add-header` adds a header, or replaces one."""
+    hub.fault("add-header", name="X-Extra", value="1")
+    answer = ask(resolve(hub, "config.json"))
+    assert (answer.headers["x-extra"], answer.body) == ("1", CONFIG)
+
+
 def test_drop_header(hub: HubServer) -> None:
     """The fault `drop-header` leaves a header out, Content-Length too."""
     hub.fault("drop-header", name="x-linked-size")
