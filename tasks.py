@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from csm_weights.commands.cli import collection, task
@@ -10,9 +11,15 @@ from csm_weights.commands.cli import collection, task
 @task(name="which stand-in: csm-1b-standin (12.4 GB) or csm-tiny")
 def standin(root: Path, name: str = "csm-1b-standin", dry: bool = False) -> object:
     """Write a stand-in of CSM-1B with random weights, its parts and manifest."""
+    sys.path.append(str(ROOT))
     from tools.standin import make_standin
 
+    sys.path.remove(str(ROOT))
     return make_standin(root, name, dry)
 
 
-namespace = collection(Path(__file__).resolve().parent, standin)
+ROOT = Path(__file__).resolve().parent
+namespace = collection(ROOT, standin)
+
+# This folder takes the files of models; nothing else is imported from it.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]

@@ -102,7 +102,7 @@ def give_parts(root: Path, name: str) -> list[Path]:
     """Copies the parts of a weight file to where they belong; returns them."""
     word = "ckpt" if name == "ckpt.pt" else "safetensors"
     shutil.copytree(REPOSITORY / PARTS / word, root / "chunks" / word)
-    return sorted((root / "chunks" / word).iterdir())
+    return sorted((root / "chunks" / word).glob("*.part-*"))
 
 
 def give_cache(root: Path, name: str, content: bytes) -> Path:

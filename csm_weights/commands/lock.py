@@ -75,7 +75,7 @@ def _shown(
     found = gates.verify([session.subject(i.artifact, i.installed) for i in items], on_progress)
     _require([f for file in found if isinstance(file, gates.Rejected) for f in file.findings])
     return [
-        pin.locked(pin.recomputed(item.artifact), file.sha256)
+        pin.with_sha256(pin.recomputed(item.artifact), file.sha256)
         if isinstance(file, VerifiedFile) and file.size == item.artifact.size
         else item.artifact
         for item, file in zip(items, found, strict=True)
@@ -98,7 +98,7 @@ def _in_pieces(
     _require([finding for item, measured in pairs for finding in _wrong(item, measured)])
     return [
         pin.with_pieces(
-            pin.locked(pin.recomputed(item.artifact), measured.whole or ""),
+            pin.with_sha256(pin.recomputed(item.artifact), measured.whole or ""),
             model,
             cuts[item.artifact.path],
             measured.ranges,

@@ -18,7 +18,8 @@ from csm_weights.errors import (
 )
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import HashJob, measure
-from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
+from csm_weights.manifest.paths import RECEIPTS
+from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Session, begin, gate_error
 from csm_weights.progress import Progress

@@ -16,7 +16,7 @@ from csm_weights.files import read_file
 from csm_weights.hashing import blob_id, feed, sha256, sha256_of
 from csm_weights.manifest import pin
 from csm_weights.manifest.parse import load
-from csm_weights.manifest.paths import path_problem
+from csm_weights.manifest.paths import CHUNKS, path_problem
 from csm_weights.manifest.render import render_artifact
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.progress import Progress
@@ -44,10 +44,12 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
         found = "not a regular file" if file.exists() else "no such file"
         finding = Finding(Kind.MISSING, str(file), "a file to split", found)
         raise MissingInput("there is nothing to split", [finding])
-    folder = chunks or f"chunks/{file.stem}"
+    folder = chunks or f"{CHUNKS}/{file.stem}"
     for option, path in (("--file", file.name), ("--chunks", folder)):
         if problem := path_problem(path):
             raise UsageError(f"{option} {path!r}: {problem}")
+    if not folder.startswith(f"{CHUNKS}/"):
+        raise UsageError(f"--chunks {folder!r}: choose a folder below {CHUNKS}/")
     piece_size, total = pin.parse_size(size), file.stat().st_size
     count = len(pin.tiling(total, piece_size))
     if dry:

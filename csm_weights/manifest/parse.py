@@ -1,8 +1,6 @@
-"""The manifest: what the model must be, read from text into frozen values.
+"""Read a manifest from text into frozen values, and refuse one that breaks a rule.
 
-A manifest is TOML, kept in git, and read-only to the pipeline. `parse` opens
-no file; `load` opens exactly one. `render` writes the canonical text, which
-`recombine.sh` reads with awk: one key a line, one piece a line.
+`parse` opens no file; `load` opens one.
 """
 
 from __future__ import annotations
@@ -13,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from csm_weights.errors import Finding, Kind, ManifestInvalid, MissingInput
-from csm_weights.manifest.paths import _folded, _is_ours, path_problem
+from csm_weights.errors import Finding, Kind, ManifestInvalid
+from csm_weights.files import read_file
+from csm_weights.manifest.paths import CHUNKS, folded, path_problem
 from csm_weights.manifest.toml import read_toml
 from csm_weights.manifest.types import (
     FIGURES,
@@ -40,27 +39,21 @@ _HEX = {
 }
 
 
-#: Most findings that are spelled out; the rest are counted.
+#: Most broken rules that become findings; the rest are counted.
 MAX_FINDINGS = 50
 
 
 def load(path: Path) -> Manifest:
-    """Reads the manifest at `path`.
+    """Read the manifest at `path`.
 
-    Raises MissingInput when there is none, ManifestInvalid with every broken
-    rule when it does not hold.
+    Raises MissingInput where there is none, WrongContent for what is no
+    regular file or too large, ManifestInvalid with every broken rule.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_TEXT + 1)
-    except FileNotFoundError:
-        finding = Finding.missing(path, "a manifest")
-        raise MissingInput(f"no manifest at {path}", [finding]) from None
-    return parse(text, str(path))
+    return parse(read_file(path, MAX_TEXT, "a manifest"), str(path))
 
 
 def parse(text: bytes, where: str) -> Manifest:
-    """Turns TOML text into a Manifest; `where` names its file in messages.
+    """Turn TOML text into a Manifest; `where` names its file in messages.
 
     Raises ManifestInvalid with every broken rule, each by its key.
     """
@@ -80,7 +73,7 @@ def parse(text: bytes, where: str) -> Manifest:
 
 
 class _Problems:
-    """Collects broken rules, each with the file and the key it is at, and counts too many."""
+    """The broken rules, each with its file and key; beyond MAX_FINDINGS they are counted."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -102,7 +95,7 @@ class _Problems:
 
 
 class _Table:
-    """One TOML table: values are taken by name and type, the rest is refused."""
+    """One TOML table: values are taken by name and type, what is left is refused."""
 
     def __init__(self, data: Any, key: str, problems: _Problems) -> None:
         if not isinstance(data, dict):
@@ -221,7 +214,7 @@ def _manifest(table: _Table, where: str) -> Manifest:
 
 
 def _check_unique(manifest: Manifest, table: _Table) -> None:
-    """No two artifacts, and no two parts, may be one file on any file system."""
+    """Refuse two artifacts, or two chunk files, that are one file on some file system."""
     artifacts = list(enumerate(manifest.artifacts))
     paths = {f"artifact[{i}].path": a.path for i, a in artifacts}
     parts = {
@@ -233,18 +226,14 @@ def _check_unique(manifest: Manifest, table: _Table) -> None:
         seen: dict[str, str] = {}
         for key, name in names.items():
             if path_problem(name):
-                continue  # told already, and it may be megabytes long
-            first = seen.setdefault(_folded(name), key)
+                continue  # refused already, and it may be megabytes long
+            first = seen.setdefault(folded(name), key)
             if first != key:
                 table.refuse(key, "a path of its own", f"{name!r}, as at {first}")
         for name, key in seen.items():
             above = next((p.as_posix() for p in Path(name).parents if p.as_posix() in seen), "")
             if above:
                 table.refuse(key, "a path of its own", f"{name!r}, below the file at {seen[above]}")
-    for folder in (manifest.staging, manifest.destination):
-        for key, name in paths.items() if manifest.staging and manifest.destination else ():
-            if _is_ours(Path(folder) / name):
-                table.refuse(key, "a place outside the pipeline's own files", f"{folder}/{name}")
 
 
 def _artifact(table: _Table) -> Artifact:
@@ -286,6 +275,8 @@ def _piece(table: _Table) -> Piece:
         size=table.number("size", 1),
         sha256=table.matching("sha256", _HEX["sha256"], "64 lowercase hex digits"),
     )
+    if piece.part and not piece.part.startswith(f"{CHUNKS}/"):
+        table.refuse("part", f"a file below {CHUNKS}/", repr(piece.part[:80]))
     table.finish()
     return piece
 
@@ -323,7 +314,7 @@ def _check_text(table: _Table, key: str, edition: Edition) -> None:
 
 
 def _check_tiling(table: _Table, artifact: Artifact) -> None:
-    """The pieces must follow each other from 0 to the artifact's size."""
+    """Refuse pieces that do not follow each other from 0 to the artifact's size."""
     expected = 0
     for index, piece in enumerate(artifact.pieces):
         if piece.offset != expected:

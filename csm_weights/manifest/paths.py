@@ -1,67 +1,76 @@
-"""Rules for the paths that a manifest may name."""
+"""Rules for paths: what a manifest may name, and where files of a model may go.
+
+Data goes where only data lives. A checkout's own folder takes the files of
+CSM-1B, by name, and nothing else; every other file goes below models/, or to a
+folder from which no program takes up files by itself.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
-from csm_weights.manifest.types import RECEIPTS
+from csm_weights.errors import Finding, Kind
 from csm_weights.untrusted import is_text
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\\:*?\"<>|]")
-
-
-#: What makes up the pipeline itself: no file of a model may land there.
-_OWN = frozenset(
-    {
-        ".ci",
-        ".git",
-        ".github",
-        ".gitattributes",
-        ".gitignore",
-        ".venv",
-        "benchmarks",
-        "changelog.md",
-        "chunks",
-        "constraints.txt",
-        "contributing.md",
-        "csm_weights",
-        "docs",
-        "gnumakefile",
-        "invoke.json",
-        "invoke.yaml",
-        "invoke.yml",
-        "license",
-        "makefile",
-        "manifests",
-        "pyproject.toml",
-        "readme.md",
-        "recombine.sh",
-        "security.md",
-        "tasks.py",
-        "tests",
-    }
-)
-
+#: Folder beside installed files that holds their receipts; no artifact may lie there.
+RECEIPTS = ".csm-weights"
 
 #: Most bytes of a path; Linux takes 4,096 with the folders above it.
 MAX_PATH = 1000
 
+#: The folder of chunk files, below the repository root.
+CHUNKS = "chunks"
 
-#: What Python or make take for code, and the folders from which neither does.
-_CODE = (".py", ".pyc", ".pyd", ".so", ".pth", ".mk")
+#: Folders of a checkout that hold nothing but data.
+DATA_FOLDERS = ("models", "output")
 
+#: The files of the manifests that ship, all of them data: the only ones that a
+#: checkout's own folder takes.
+SHIPPED = frozenset(
+    {
+        "model.safetensors",
+        "ckpt.pt",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+        *(f"prompts/conversational_{letter}.wav" for letter in "ab"),
+        *(f"prompts/read_speech_{letter}.wav" for letter in "abcd"),
+    }
+)
 
-_NO_CODE = frozenset({"models", "output"})
+#: What makes a folder the home of some program's files.
+_MARKS = (
+    *(".git", ".hg", "pyproject.toml", "setup.py", "setup.cfg", "tasks.py", "__init__.py"),
+    *("Makefile", "GNUmakefile", "makefile", "package.json", "conftest.py", "pyvenv.cfg"),
+)
+
+#: Names that are run or read as settings: of interpreters, loaders, shells, make,
+#: test runners; and hidden files.
+_CODE = re.compile(
+    r"(^|/)(\.|((gnu)?makefile|dockerfile|jenkinsfile|rakefile|justfile|sconstruct)$)"
+    r"|\.(py[a-z]?|pth|so|so\.[\d.]+|dylib|dll|exe|com|bat|cmd|ps1|(ba|c|fi|k|z)?sh|mk|mak|pl|rb"
+    r"|lua|m?js|cjs|ts|jar|cfg|ini|toml|egg-link|desktop|service|command|vim|el|ipynb)$",
+    re.IGNORECASE,
+)
+
+_REFUSED = re.compile(r"[\x00-\x1f\x7f-\x9f\\:*?\"<>|]")
 
 
 def path_problem(path: str) -> str:
-    """Why a relative POSIX path may not be used, or an empty string."""
+    """Return why a relative POSIX path may not be used, or an empty string."""
     if not is_text(path) or len(path.encode()) > MAX_PATH:
         return f"not text of at most {MAX_PATH:,} bytes"
     parts = path.split("/")
-    if not path or _CONTROL.search(path):
+    if not path or _REFUSED.search(path):
         return "empty, or a character that some file system refuses"
     if any(unicodedata.category(c) in ("Cf", "Zl", "Zp") for c in path):
         return "a character that cannot be seen"  # macOS takes .git with one in it for .git
@@ -78,13 +87,56 @@ def path_problem(path: str) -> str:
     return ""
 
 
-def _folded(name: str) -> str:
-    """The same for names that macOS or Windows take for one: case, and composed accents."""
+def folded(name: str) -> str:
+    """Return the same for names that macOS or Windows take for one: case, composed accents."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file there would replace the pipeline, or run when it is started next."""
-    first = path.parts[0].casefold() if path.parts else ""
-    is_code = path.name.casefold().endswith(_CODE) and first not in _NO_CODE
-    return first in _OWN or is_code
+def is_code(path: str) -> bool:
+    """Return whether some program runs a file of this name, or takes its settings from it."""
+    return bool(_CODE.search(path))
+
+
+def data_findings(root: Path, destination: Path, paths: Iterable[str]) -> list[Finding]:
+    """Return a finding for each file of a model that may not go to `destination`.
+
+    `root` is the checkout.
+    """
+    given = Path(os.path.abspath(destination))  # noqa: PTH100 - links are not followed
+    if any(given.is_relative_to(Path(os.path.abspath(root)) / data) for data in DATA_FOLDERS):  # noqa: PTH100
+        return []  # models/ may be a link to another disk
+    folder = Path(os.path.realpath(given))
+    above = [folder, *folder.parents]
+    home = next((one for one in above if one.exists() and one.samefile(root)), None)
+    problems: dict[Path, str] = {}
+    findings = []
+    for path in paths:
+        file = folder / path
+        if home:
+            inside = file.relative_to(home).parts
+            allowed = inside[0] in DATA_FOLDERS or "/".join(inside) in SHIPPED
+            problem = "" if allowed else "a folder of the checkout that is not for data"
+        else:
+            if file.parent not in problems:
+                problems[file.parent] = _folder_problem(file.parent, folder)
+            problem = "" if path in SHIPPED else problems[file.parent]
+        if problem:
+            expected = "a place below models/, or in a folder of its own"
+            help_text = f"--dest {DATA_FOLDERS[0]}/NAME"
+            findings.append(Finding(Kind.IN_THE_WAY, str(file), expected, problem, help_text))
+    return findings
+
+
+def _folder_problem(folder: Path, top: Path) -> str:
+    """Return why programs may take up files in `folder`, which lies in the destination `top`."""
+    for entry in sys.path:
+        if entry and folder.is_relative_to(os.path.realpath(entry)):
+            return f"a folder that Python imports from, {entry}"
+    if {part.casefold() for part in folder.parts} & {".git", ".github"}:
+        return "a folder of git or GitHub"
+    for one in (folder, *folder.parents):
+        if mark := next((mark for mark in _MARKS if os.path.lexists(one / mark)), ""):
+            return f"a folder of a program or project: {one / mark} is there"
+        if one == top:
+            break
+    return ""

@@ -1,4 +1,4 @@
-"""The other side: a file into parts, manifest entries, and SHA256SUMS."""
+"""Make manifest entries: sizes and names of chunk files, digests found or reported."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 from csm_weights.errors import UsageError
 from csm_weights.hashing import blob_id, git_sha1
 from csm_weights.manifest.types import Artifact, Manifest, Piece
+
+#: Default size of a chunk file in bytes: below the 2 GB that GitHub takes, and that of
+#: `split -b 1G`.
+PIECE_SIZE = 1 << 30
+
+#: As many two-letter suffixes as split(1) gives out before it lengthens them.
+MAX_PARTS = 25 * 26
 
 #: Default size in bytes of the pieces that `lock` adds: what one repair fetches.
 LOCKED_SIZE = "64MiB"
@@ -27,7 +34,7 @@ _KNOWN = {
 
 
 def suffix(index: int) -> str:
-    """The two letters that split(1) gives part `index`: aa, ab, ..., yz."""
+    """Return the two letters that split(1) gives chunk file `index`: aa, ab, ..., yz."""
     letters = string.ascii_lowercase
     return letters[index // 26] + letters[index % 26]
 
@@ -45,7 +52,7 @@ def group_of(name: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from "1GiB", "500MB", "1073741824"; raises UsageError for anything else."""
+    """Return bytes from "1GiB", "500MB", "1073741824"; raises UsageError for anything else."""
     match = re.fullmatch(r"(\d{1,15}) ?(?:([KMGT])(i?))?B?", text.strip())
     if not match:
         raise UsageError(f"{text!r} is not a size; write 1GiB, 500MB or a number of bytes")
@@ -55,25 +62,25 @@ def parse_size(text: str) -> int:
 
 
 def name_problem(name: str) -> str:
-    """Why a model cannot be called `name`, or an empty string."""
+    """Return why a model cannot be called `name`, or an empty string."""
     if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
         return ""
     return "a model's name has lowercase letters, digits, '.', '_' and '-', at most 64"
 
 
 def with_artifact(manifest: Manifest, artifact: Artifact) -> Manifest:
-    """The manifest with `artifact` in the place of the one with its path, or added last."""
+    """Return the manifest with `artifact` in place of the one with its path, or added last."""
     others = [a if a.path != artifact.path else artifact for a in manifest.artifacts]
     if artifact not in others:
         others.append(artifact)
     return replace(manifest, artifacts=tuple(others))
 
 
-def locked(artifact: Artifact, digest: str) -> Artifact:
-    """The artifact with the whole-file sha256 that its proven file was found to have.
+def with_sha256(artifact: Artifact, digest: str) -> Artifact:
+    """Return the artifact with the sha256 that its verified file was found to have.
 
-    Weight files are LFS files on the Hub, unless it knows them by a git blob
-    id of their own, so their blob id follows from it.
+    Weight files are LFS files on the Hub, unless it reports a git blob id of
+    their content, so their blob id follows from the sha256.
     """
     known = {name: mark for name, mark in artifact.evidence.items() if name != "sha256"}
     if artifact.sha256 is not None or not digest:
@@ -83,42 +90,42 @@ def locked(artifact: Artifact, digest: str) -> Artifact:
     return replace(artifact, sha256=digest, blob_id=blob, evidence={**known, "sha256": "A"})
 
 
-def is_same(known: Artifact, told: Artifact) -> bool | None:
-    """Whether both are about the same bytes, by size and ids; None where they share no id."""
-    edition = next((e for e in known.editions if e.size == told.size), None)
+def is_same(known: Artifact, reported: Artifact) -> bool | None:
+    """Return whether both are about the same bytes, by size and ids; None if they share no id."""
+    edition = next((e for e in known.editions if e.size == reported.size), None)
     if edition is None:
         return False
-    pairs = [(edition.sha256, told.sha256)]
+    pairs = [(edition.sha256, reported.sha256)]
     if edition == known.editions[0]:
-        pairs += [(known.blob_id, told.blob_id), (known.git_sha1, told.git_sha1)]
+        pairs += [(known.blob_id, reported.blob_id), (known.git_sha1, reported.git_sha1)]
     if edition.text is not None:
         content = edition.text.encode()
         digest = git_sha1(len(content))
         digest.update(memoryview(content))
-        pairs.append((digest.hexdigest(), told.git_sha1))
+        pairs.append((digest.hexdigest(), reported.git_sha1))
     verdicts = [one == other for one, other in pairs if one and other]
     return all(verdicts) if verdicts else None
 
 
-def with_told(known: Artifact, told: Artifact) -> Artifact:
-    """`known` with what else the Hub tells of the same bytes, marked as its word."""
-    if known.size != told.size:
+def with_reported(known: Artifact, reported: Artifact) -> Artifact:
+    """Return `known` with what else the Hub reports of the same bytes, marked H."""
+    if known.size != reported.size:
         return known
     names = ("sha256", "blob_id", "git_sha1")
-    new = [name for name in names if getattr(told, name) and not getattr(known, name)]
+    new = [name for name in names if getattr(reported, name) and not getattr(known, name)]
     return replace(
         known,
-        sha256=known.sha256 or told.sha256,
-        blob_id=known.blob_id or told.blob_id,
-        git_sha1=known.git_sha1 or told.git_sha1,
+        sha256=known.sha256 or reported.sha256,
+        blob_id=known.blob_id or reported.blob_id,
+        git_sha1=known.git_sha1 or reported.git_sha1,
         evidence={**known.evidence, **dict.fromkeys(new, "H")},
     )
 
 
 def recomputed(artifact: Artifact) -> Artifact:
-    """The artifact of a proven file: what was the Hub's word has been found in it, so it is A.
+    """Return the artifact of a verified file: what was reported by the Hub is now A.
 
-    But for a git blob id beside a sha256, which is not taken of what is proven.
+    Except a git blob id beside a sha256: the file is not hashed for that.
     """
     taken = {"size", "sha256", "blob_id"}
     if artifact.is_git_proven or artifact.size == 0:
@@ -128,7 +135,7 @@ def recomputed(artifact: Artifact) -> Artifact:
 
 
 def lock_size(sizes: Sequence[int], piece_size: int) -> int:
-    """`piece_size`, doubled until files of these sizes have few enough pieces; all in bytes."""
+    """Return `piece_size`, doubled until files of these sizes have few enough pieces (bytes)."""
     if piece_size < 1:
         raise UsageError("a piece has at least one byte")
     while True:
@@ -141,9 +148,9 @@ def lock_size(sizes: Sequence[int], piece_size: int) -> int:
 def with_pieces(
     artifact: Artifact, model: str, ranges: Sequence[tuple[int, int]], digests: Sequence[str]
 ) -> Artifact:
-    """The artifact with these ranges and their sha256 as pieces, marked A.
+    """Return the artifact with these ranges and their sha256 as pieces, marked A.
 
-    Their parts would be in chunks/MODEL/; nobody has to make them.
+    Their chunk files would be in chunks/MODEL/; they need not exist.
     """
     pieces = tuple(
         Piece(part_of(artifact, model, index), *range_, sha256=digest)
@@ -153,27 +160,20 @@ def with_pieces(
 
 
 def part_of(artifact: Artifact, model: str, index: int) -> str:
-    """Where part `index` of a file would be, below the repository root."""
+    """Return the path of chunk file `index` of a file, below the repository root."""
     return f"chunks/{model}/{artifact.path}.part-{suffix(index)}"
 
 
 def tiling(size: int, piece_size: int) -> list[tuple[int, int]]:
-    """The half-open ranges, as `(offset, size)`, that pieces of `piece_size` cut `[0, size)` into.
+    """Return the half-open ranges, as `(offset, size)`, of pieces of `piece_size` bytes.
 
     Raises UsageError when there would be none or more than 650.
     """
     if piece_size < 1 or size < 1:
-        raise UsageError(f"cannot cut {size:,} bytes into parts of {piece_size:,}")
+        raise UsageError(f"cannot cut {size:,} bytes into chunk files of {piece_size:,}")
     if -(-size // piece_size) > MAX_PARTS:
         least = -(-size // MAX_PARTS)
-        raise UsageError(f"more than {MAX_PARTS} parts; choose a --size of at least {least:,}")
+        raise UsageError(
+            f"more than {MAX_PARTS} chunk files; choose a --size of at least {least:,}"
+        )
     return [(o, min(piece_size, size - o)) for o in range(0, size, piece_size)]
-
-
-#: Default size of a part in bytes: below the 2 GB that GitHub takes, and what
-#: `split -b 1G` makes.
-PIECE_SIZE = 1 << 30
-
-
-#: As many two-letter suffixes as split(1) gives out before it lengthens them.
-MAX_PARTS = 25 * 26

@@ -1,4 +1,4 @@
-"""The canonical TOML text of a manifest."""
+"""Write a manifest as canonical TOML: one key a line, one piece a line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from csm_weights.manifest.types import SCHEMA, Artifact, Edition, Manifest
 
 
 def render(manifest: Manifest) -> str:
-    """The canonical TOML text of a manifest; `parse` reads it back equal."""
+    """Return the canonical TOML text of a manifest; `parse` reads it back equal."""
     lines = [f"schema = {SCHEMA}", f"name = {_quote(manifest.name)}"]
     if manifest.description:
         lines.append(f"description = {_quote(manifest.description)}")
@@ -29,7 +29,7 @@ def render(manifest: Manifest) -> str:
 
 
 def render_artifact(artifact: Artifact) -> list[str]:
-    """The lines below `[[artifact]]` in the canonical text."""
+    """Return the lines below `[[artifact]]` in the canonical text."""
     lines = [f"{name} = {_quote(getattr(artifact, name))}" for name in ("path", "group", "format")]
     ids = {"blob_id": artifact.blob_id, "git_sha1": artifact.git_sha1}
     lines += _render_edition(artifact.editions[0], ids)
@@ -62,5 +62,5 @@ def _render_edition(edition: Edition, ids: Mapping[str, str | None]) -> list[str
 
 
 def _quote(text: str) -> str:
-    """A TOML basic string: JSON's escapes are all TOML's too, but for DEL."""
+    """Return a TOML basic string: JSON's escapes are all TOML's too, but for DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")

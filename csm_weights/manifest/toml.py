@@ -1,8 +1,8 @@
-"""TOML from anyone, read within ceilings of time and memory.
+"""Read TOML of unknown origin within limits of time and memory.
 
-Python's reader takes time and memory that grow with the square of the depth of
-a key, and up to two hundred times the text for tables of a few letters. So the
-marks that make tables, keys and items are counted before it begins.
+tomllib takes time and memory that grow with the square of the depth of a key,
+and up to two hundred times the text for tables of a few letters: 40 kB take
+4 s and 1.5 GB. So the marks that make tables, keys and items are counted first.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from csm_weights.untrusted import Malformed, show
 
 #: Most words of a dotted key.
 MAX_DEPTH = 8
+
 #: Most tables and arrays: `[`, `{`, and `.` between the words of a key. One for
 #: each piece, four for each file.
 MAX_TABLES = 40_000
+
 #: Most keys and items: `=` and `,`. Eight for each piece.
 MAX_ITEMS = 300_000
 
@@ -37,7 +39,7 @@ _TOKEN = re.compile(
 
 
 def read_toml(text: bytes) -> dict[str, Any]:
-    """The table that the text says; raises Malformed when it is not TOML, or too much of it."""
+    """Return the table in the text; raises Malformed for what is no TOML, or too much of it."""
     _check_marks(text)
     try:
         return tomllib.loads(text.decode())

@@ -1,4 +1,4 @@
-"""Manifest, artifact, piece: the values that say what a model's files must be."""
+"""The values that say what a model's files must be: manifest, artifact, edition, piece."""
 
 from __future__ import annotations
 
@@ -6,45 +6,35 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from csm_weights.errors import UsageError
+from csm_weights.manifest.paths import is_code
 
 SCHEMA = 1
-
 
 #: Formats whose structure the gates can read; "opaque" has size and digest only.
 FORMATS = ("safetensors", "torch-zip", "config", "opaque")
 
-
 #: Formats that hold the weights, each of which is a whole model by itself.
 WEIGHT_FORMATS = ("safetensors", "torch-zip")
-
 
 #: Evidence marks: A read in a real artefact and recomputed, B one public
 #: source, C inferred or simulated, H the Hub's own metadata.
 MARKS = ("A", "B", "C", "H")
 
-
-#: What has evidence.
+#: Facts that have evidence.
 FIGURES = ("size", "sha256", "blob_id", "git_sha1", "pieces")
-
 
 #: Ceilings that keep a hostile manifest cheap: 1 PiB a file, 4 MiB of text.
 MAX_SIZE = 1 << 50
-
-
 MAX_TEXT = 4 << 20
-
-
-#: Folder beside placed files that holds their receipts; no artifact may live there.
-RECEIPTS = ".csm-weights"
 
 
 @dataclass(frozen=True)
 class Piece:
     """The half-open byte range `[offset, offset + size)` of an artifact.
 
-    `part` is the path of the local file that holds just these bytes,
-    relative to the repository root. `sha256` is empty only in a tile of a
-    file that is pinned by its `git_sha1` alone.
+    `part` is the path of the chunk file that holds just these bytes, relative
+    to the repository root. `sha256` is empty only in the piece that stands
+    for a whole file pinned by its `git_sha1` alone.
     """
 
     part: str
@@ -60,7 +50,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Edition:
-    """One set of bytes that is accepted as an artifact, told from others by its size.
+    """One set of bytes that is accepted as an artifact; editions differ in size.
 
     `text`, where given, is the whole content, so that the file can be
     written without any source.
@@ -78,8 +68,8 @@ class Artifact:
     """One file of the model: `path` is relative to the destination.
 
     `blob_id` is the git blob SHA-1 of the file's LFS pointer, which the Hub
-    shows for a large file; `git_sha1` that of the content itself, which it
-    shows for a small one. `pieces` tile `[0, size)`, or are empty.
+    reports for a large file; `git_sha1` that of the content itself, which it
+    reports for a small one. `pieces` tile `[0, size)`, or are empty.
     `alternatives` are other editions that are just as acceptable.
     """
 
@@ -98,13 +88,13 @@ class Artifact:
 
     @property
     def editions(self) -> tuple[Edition, ...]:
-        """All accepted sets of bytes, the pinned one first."""
+        """All accepted editions, the pinned one first."""
         pinned = Edition(self.size, self.sha256, self.text, self.evidence, self.note)
         return (pinned, *self.alternatives)
 
     @property
     def tiles(self) -> tuple[Piece, ...]:
-        """What is brought and proven by itself: the pieces, or the whole file as one."""
+        """The units of transfer: the pieces, or one piece for the whole file."""
         return self.pieces or (Piece(self.path, 0, self.size, self.sha256 or ""),)
 
     @property
@@ -122,11 +112,11 @@ class Artifact:
 class Manifest:
     """What a model must be, and where its files go (relative to the root).
 
-    `staging` receives assembled files, `destination` placed ones. `revision`
-    is a commit of the Hub's `repo`; `gated` says that the Hub gives its files
-    only to those who accepted its terms. `default` are the words that are
-    meant when nothing is named. `where` is the file it was read from, for
-    messages.
+    `staging` receives assembled files, `destination` installed ones.
+    `revision` is a commit of the Hub's `repo`; `gated` means that the Hub
+    serves its files only to those who accepted its terms. `default` are the
+    words that are meant when nothing is named. `where` is the file it was
+    read from, for messages.
     """
 
     name: str
@@ -142,9 +132,10 @@ class Manifest:
     where: str = ""
 
     def select(self, words: Iterable[str]) -> tuple[Artifact, ...]:
-        """The artifacts whose group or path is among `words`; `all` takes every one.
+        """Return the artifacts whose group or path is among `words`; `all` takes every one.
 
-        Raises UsageError on a word that names nothing.
+        Files that some program would run or take its settings from are chosen
+        by their path alone. Raises UsageError for a word that names nothing.
         """
         wanted = list(words)
         known = {word for a in self.artifacts for word in (a.group, a.path)}
@@ -154,4 +145,11 @@ class Manifest:
                 raise UsageError(
                     f"nothing called {word!r} in {self.name}; choose from {groups}, all"
                 )
-        return tuple(a for a in self.artifacts if {"all", a.group, a.path}.intersection(wanted))
+        chosen = tuple(
+            a
+            for a in self.artifacts
+            if a.path in wanted or ({"all", a.group}.intersection(wanted) and not is_code(a.path))
+        )
+        if wanted and not chosen:
+            raise UsageError(f"{', '.join(wanted)} has only files that programs run; name each")
+        return chosen

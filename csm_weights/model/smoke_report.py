@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.files import read_bounded
-from csm_weights.manifest.types import RECEIPTS
+from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.untrusted import parse_record
 
 #: Most bytes read of a report: it has about two thousand.

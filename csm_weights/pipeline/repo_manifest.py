@@ -118,7 +118,7 @@ def _manifest(base: Manifest, listing: Listing) -> Manifest:
         elif same is False:
             findings.append(_contradiction(base.where, before, told))
         naming = replace(told, group=before.group, format=before.format)
-        artifacts.append(naming if same is False else pin.with_told(before, told))
+        artifacts.append(naming if same is False else pin.with_reported(before, told))
     if findings:
         raise WrongContent(f"commit {listing.commit} is not what it was", findings)
     words = {"all", *(word for a in artifacts for word in (a.group, a.path))}

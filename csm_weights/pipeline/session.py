@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from csm_weights.config import HubEnvironment
-from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, error_for
-from csm_weights.manifest.types import RECEIPTS, Artifact, Manifest
+from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
+from csm_weights.manifest.paths import RECEIPTS, data_findings
+from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline.plan import (
     Plan,
     Target,
@@ -127,6 +128,9 @@ def begin(request: Request) -> Session:
     if not chosen:
         chosen = default_selection(inspect(manifest, manifest.artifacts, paths, {}))
     chosen = with_config(manifest, chosen)
+    for folder in (paths.staging, paths.destination):
+        if findings := data_findings(paths.root, folder, [a.path for a in chosen]):
+            raise WrongContent("a file of a model may not go there", findings[:20])
     policy = _policy(request, manifest, environment)
     return Session(manifest, paths, chosen, policy, patience=request.patience)
 

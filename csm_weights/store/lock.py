@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csm_weights.manifest.types import RECEIPTS
+from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import Paths

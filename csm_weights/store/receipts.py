@@ -12,7 +12,8 @@ from pathlib import Path
 from csm_weights.errors import Finding
 from csm_weights.files import Fingerprint, read_bounded
 from csm_weights.manifest.digests import digest_findings
-from csm_weights.manifest.types import RECEIPTS, Artifact
+from csm_weights.manifest.paths import RECEIPTS
+from csm_weights.manifest.types import Artifact
 from csm_weights.store.journal import PieceRecord
 from csm_weights.untrusted import dump_record, parse_record
 

@@ -22,8 +22,9 @@ from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import Hasher, ShortRead, feed, sha256
 from csm_weights.manifest.digests import digest_findings
+from csm_weights.manifest.paths import CHUNKS
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.store.atomic import sync, writing
+from csm_weights.store.atomic import stay_inside, sync, writing
 from csm_weights.store.block_io import can_punch, punch
 from csm_weights.store.inspect import ArtifactState
 from csm_weights.store.journal import partial_path
@@ -81,13 +82,17 @@ class Proof:
 
 
 def require_punching(subjects: Sequence[Subject]) -> None:
-    """Raise NoSpace where a folder of chunk files is on a file system that frees nothing."""
-    folders = {
-        (subject.root / piece.part).parent
-        for subject in subjects
-        for piece in subject.artifact.pieces
-        if piece.offset in subject.moved
-    }
+    """Raise NoSpace where a folder of chunk files is on a file system that frees nothing.
+
+    Raises WrongContent where a link on the way to one leads out of chunks/.
+    """
+    folders = set()
+    for subject in subjects:
+        for piece in subject.artifact.pieces:
+            if piece.offset in subject.moved:
+                folder = (subject.root / piece.part).parent
+                stay_inside(folder, subject.root / CHUNKS)
+                folders.add(folder)
     findings = [
         Finding(
             Kind.NOT_CONSUMABLE,

@@ -29,7 +29,7 @@ from csm_weights.manifest.pin import (
     recomputed,
     tiling,
     with_pieces,
-    with_told,
+    with_reported,
 )
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Edition, Manifest
@@ -585,14 +585,14 @@ def test_whether_two_entries_are_of_the_same_bytes() -> None:
     other = replace(artifact_of(told("a", b"other", lfs=True)), alternatives=(edition,))
     assert is_same(other, small) is True
     assert is_same(other, artifact_of(told("a", b"13"))) is False
-    assert with_told(other, small) == other
+    assert with_reported(other, small) == other
 
 
 def test_what_else_the_hub_tells_is_added_as_its_word() -> None:
     """An id that was not known comes with the mark H, beside those that were."""
     big = artifact_of(told("a", b"12", lfs=True))
     known = replace(big, sha256=None, evidence={"size": "A", "blob_id": "B"})
-    merged = with_told(known, big)
+    merged = with_reported(known, big)
     assert (merged.sha256, merged.blob_id) == (big.sha256, big.blob_id)
     assert merged.evidence == {"size": "A", "blob_id": "B", "sha256": "H"}
 

@@ -213,7 +213,7 @@ def test_any_name_passes_split_weights_and_recombine(tmp_path: Path) -> None:
         for made in (tmp_path / "made").iterdir():
             assert (tmp_path / folder / made.name).read_bytes() == made.read_bytes()
         shutil.rmtree(tmp_path / "output")  # weights takes the chunk files, not these
-        outcome = apply.weights(Request(tmp_path, "toy", ("all",)), smoke=False)
+        outcome = apply.weights(Request(tmp_path, "toy", ("all", ".hidden")), smoke=False)
         assert outcome.error is None
     assert len(manifest.artifacts) == len(NAMES)
 

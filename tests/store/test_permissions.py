@@ -15,7 +15,7 @@ import pytest
 
 from csm_weights.commands import attest
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
-from csm_weights.manifest.types import RECEIPTS
+from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.pipeline import apply
 from csm_weights.store import atomic, install
 from csm_weights.store.journal import journal_path, partial_path
@@ -129,10 +129,11 @@ def test_a_link_that_stays_inside_is_followed(toy: Toy) -> None:
 
 def test_the_destination_itself_may_be_anywhere(toy: Toy, tmp_path: Path) -> None:
     """Which folder is meant is the user's choice, also by a link; receipts go along."""
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    disk = tmp_path.with_name(f"{tmp_path.name}-disk")
+    disk.mkdir()
+    (tmp_path / "link").symlink_to(disk)
     apply.weights(toy.request("a.bin", dest=str(tmp_path / "link")), smoke=False)
-    assert (tmp_path / "disk" / RECEIPTS / "a.bin.json").exists()
+    assert (disk / RECEIPTS / "a.bin.json").exists()
 
 
 def test_what_is_proven_stays_usable_behind_a_link(toy: Toy) -> None:

@@ -11,7 +11,9 @@ _FILE = '[[artifact]]\npath = "{path}"\ngroup = "g"\nformat = "opaque"\nsize = {
 _SHA = f'sha256 = "{"1" * 64}"'
 
 
-def manifest(path: str = "a.bin", size: object = 8, more: str = _SHA, to: str = "m/bad") -> bytes:
+def manifest(
+    path: str = "a.bin", size: object = 8, more: str = _SHA, to: str = "models/bad"
+) -> bytes:
     """Return the text of a manifest of one file, with changes."""
     head, file = _HEAD.replace("{to}", to), _FILE.replace("{path}", path)
     return (head + file.replace("{size}", str(size)).replace("{more}", more)).encode()
@@ -21,7 +23,7 @@ def files(*paths: str) -> bytes:
     """Return the text of a manifest of small files with those paths."""
     entry = manifest().partition(b"[[artifact]]")[2].decode()
     entries = ("[[artifact]]" + entry.replace("a.bin", path) for path in paths)
-    return _HEAD.replace("{to}", "m/bad").encode() + "".join(entries).encode()
+    return _HEAD.replace("{to}", "models/bad").encode() + "".join(entries).encode()
 
 
 def _pieces(*pieces: str, size: object = 8) -> bytes:
@@ -50,12 +52,12 @@ BAD_MANIFESTS: Bad = {
     "path_of_a_receipt": (manifest(".csm-weights/a.json"), "reserved folder"),
     "path_of_a_journal": (manifest("a.partial.journal"), "unfinished files"),
     "path_of_a_megabyte": (manifest("a/" * 500_000 + "b"), "at most 1,000 bytes"),
-    "path_replaces_the_tasks": (manifest("tasks.py", to="."), "the pipeline's own files"),
-    "path_replaces_the_makefile": (manifest("GNUmakefile", to="."), "the pipeline's own files"),
-    "path_replaces_a_library": (manifest("torch.py", to="."), "the pipeline's own files"),
-    "path_replaces_a_package": (manifest("__init__.py", to="invoke"), "the pipeline's own files"),
-    "path_replaces_the_tests": (manifest("tests/conftest.py", to="."), "pipeline's own files"),
-    "path_in_the_workflows": (manifest("x.yml", to=".github/workflows"), "pipeline's own files"),
+    "path_replaces_the_tasks": (manifest("tasks.py", to="."), "not for data"),
+    "path_replaces_the_makefile": (manifest("GNUmakefile", to="."), "not for data"),
+    "path_replaces_a_library": (manifest("torch.py", to="."), "not for data"),
+    "path_replaces_a_package": (manifest("__init__.py", to="invoke"), "not for data"),
+    "path_replaces_the_tests": (manifest("tests/conftest.py", to="."), "not for data"),
+    "path_in_the_workflows": (manifest("x.yml", to=".github/workflows"), "not for data"),
     "paths_differ_in_case": (files("a.bin", "A.BIN"), "a path of its own"),
     "paths_differ_in_composed_accents": (files("\u00e9", "e\u0301"), "a path of its own"),
     "path_below_another_file": (files("a", "a/b"), "below the file at"),
