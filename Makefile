@@ -42,7 +42,7 @@ help: ## Show this help
 weights: $(VENV)/.base ## Assemble, place, gate and smoke-test MODEL: the whole line
 	@# What is missing is told before torch is installed.
 	@$(INV) weights $(WHAT) $(FROM) $(GOING) --dry > /dev/null
-	@$(MAKE) --no-print-directory $(RUN_ENV)
+	@$(MAKE) --silent --no-print-directory $(RUN_ENV)
 	@$(INV) weights $(WHAT) $(FROM) $(GOING) $(SEALED) $(SMOKE_OPT)
 
 doctor: $(VENV)/.base ## Find out what stands in the way of weights, before it fetches anything
