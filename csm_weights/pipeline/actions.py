@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial as bind
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from csm_weights.byte_ranges import Ranges
@@ -303,7 +304,7 @@ class Consume(Assemble):
         subjects = [consume.Subject.of(a.item, a.consumed, root) for a in actions]
         consume.require_punching(subjects)
         _require_locks(session)
-        total = sum(p.size for s in subjects for p in s.artifact.pieces if p.offset in s.moved)
+        total = sum(piece.size for subject in subjects for piece in subject.pieces)
         with Progress("verifying the chunk files", total) as progress:
             proofs = consume.verify(subjects, progress.advance)
         wrong = {path: f for proof in proofs for path, f in proof.findings.items()}
@@ -457,7 +458,7 @@ def _assemble(
                     action.item.partial,
                     action.item.arrived,
                     action.remote,
-                    consume.Consuming(paths.root, stakes),
+                    bind(consume.consume, paths.root, stakes),
                     frozenset(stakes),
                 )
                 for action in actions

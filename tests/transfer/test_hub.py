@@ -76,7 +76,7 @@ class Shop:
             account = HubCredentials(self.hub.endpoint, token)
             source = first_of(Hub(wire, account, repo, revision or self.commit))
             far = frozenset(piece.offset for piece in wanted.tiles)
-            job = Assembly(wanted, self.folder / "file", source, far=far)
+            job = Assembly(wanted, self.folder / "file", source, remote=far)
             return assemble([job], self.on_progress, stop)[0]
 
     def fails(self, **how: Any) -> CsmWeightsError:

@@ -167,7 +167,7 @@ def job(
     artifact: Artifact, out: Path, source: Source, arrived: tuple[Arrival, ...] = ()
 ) -> Assembly:
     far = frozenset(piece.offset for piece in artifact.tiles)
-    return Assembly(artifact, out / "file", source, arrived=arrived, far=far)
+    return Assembly(artifact, out / "file", source, arrived=arrived, remote=far)
 
 
 def test_the_bytes_are_the_files(stall: Stall, tmp_path: Path) -> None:
