@@ -141,6 +141,7 @@ class Kind(enum.StrEnum):
     WRONG_DIGEST = "wrong digest", Category.CONTENT
     DIFFERENT = "different", Category.CONTENT
     MALFORMED = "malformed", Category.CONTENT
+    UNSUPPORTED = "not supported", Category.CONTENT
     ACCESS_PAGE = "access page", Category.CONTENT
     EXTRA_PART = "unexpected part", Category.CONTENT
     UNREADABLE = "unreadable", Category.CONTENT

@@ -12,6 +12,8 @@ from dataclasses import asdict, is_dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from csm_weights.errors import Kind
+
 R = TypeVar("R")
 
 #: The version that is written into every record.
@@ -21,9 +23,17 @@ SCHEMA = 1
 class Malformed(Exception):
     """Bytes break a rule of their format. `at` is the place inside the file, or empty."""
 
+    kind = Kind.MALFORMED
+
     def __init__(self, expected: str, found: str, at: str = "") -> None:
         super().__init__(f"{at}: expected {expected}, found {found}")
         self.expected, self.found, self.at = expected, found, at
+
+
+class Unsupported(Malformed):
+    """Bytes that a reader does not read, though their format allows them."""
+
+    kind = Kind.UNSUPPORTED
 
 
 def show(value: object) -> str:

@@ -16,11 +16,11 @@ This module is the registry. A further format is one new module with a
 
 from __future__ import annotations
 
-from csm_weights.formats import safetensors, torch_zip
+from csm_weights.formats import safetensors, torch_checkpoint
 from csm_weights.formats.tensor_index import Format
 
 #: The weight formats, in the order in which a folder's files are preferred.
-FORMATS: tuple[Format, ...] = (safetensors.FORMAT, torch_zip.FORMAT)
+FORMATS: tuple[Format, ...] = (safetensors.FORMAT, torch_checkpoint.FORMAT)
 
 
 def format_named(name: str) -> Format:

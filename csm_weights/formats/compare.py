@@ -113,7 +113,7 @@ class _Pair:
             what = What.UNKNOWN
         elif not (first and second):
             what = What.MISSING
-        elif first.info.dtype != second.info.dtype:
+        elif first.dtype != second.dtype:
             what = What.DTYPE
         elif first.shape != second.shape:
             what = What.SHAPE
@@ -215,7 +215,7 @@ def _difference(pair: _Pair, on_progress: OnProgress, cancel: threading.Event) -
     """Find the first element, in row-major order, whose bits differ."""
     first, second = pair.first, pair.second
     assert first and second, "both have it, for their headers agree"
-    item, total = first.info.itemsize, math.prod(first.shape)
+    item, total = first.info.itemsize, math.prod(first.info.shape)
     step = _step(first, second)
     buffers = bytearray(), bytearray()
     for start in range(0, total, step):
@@ -229,7 +229,9 @@ def _difference(pair: _Pair, on_progress: OnProgress, cancel: threading.Event) -
         if buffers[0] != buffers[1]:
             number = start + _bisect(*buffers, item)
             values = first.value(number), second.value(number)
-            index = _index(number, first.shape)
+            # packed elements are counted by their bytes
+            is_packed = math.prod(first.shape) != total
+            index = _index(number, (total,) if is_packed else first.shape)
             words = str(values[0]), str(values[1])
             return Difference(pair.name, What.ELEMENTS, *words, index, values)
         on_progress(2 * size)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from csm_weights.formats.json_stream import JsonStream
 from csm_weights.formats.multipart import MultipartFile, read_at
 from csm_weights.formats.tensor_index import (
-    ITEM_SIZES,
+    ITEM_BITS,
     MAX_DIMS,
+    MAX_TENSORS,
     Findings,
     Format,
     TensorIndex,
@@ -17,28 +19,28 @@ from csm_weights.formats.tensor_index import (
     reading,
     row_major,
 )
-from csm_weights.untrusted import Malformed, are_sizes, is_text, show
+from csm_weights.untrusted import Malformed, Unsupported, are_sizes, show
 
-#: Ceiling of a header, bytes. The format allows 100 MB, but JSON grows about
-#: twentyfold in memory; CSM-1B's header is 20,576 bytes.
-MAX_HEADER = 1 << 20
+#: Ceiling of a header, bytes: the format's own. CSM-1B's is 20,576 bytes.
+MAX_HEADER = 100_000_000
 
 
 def read_safetensors(path: Path | str | MultipartFile) -> TensorIndex:
-    """Read the header of a safetensors file, or of one that lies in parts.
+    """Read the header of a safetensors file, whole or in chunk files.
 
     Raises MissingInput when there is no such file, and WrongContent when it
     breaks a rule of the format: a header that is not JSON, a shape that does
     not fit its bytes, bytes that belong to no tensor or to two.
     """
-    tensors = {}
+    tensors: dict[str, TensorInfo] = {}
     with reading(path, "safetensors") as (file, size, found):
-        length = _header_length(file, size)
-        for name, entry in _parse_header(read_at(file, 8, length)).items():
-            with found.collecting(show(name)):
-                tensors[name] = _read_entry(name, entry, 8 + length)
+        start = 8 + _header_length(file, size)
+        try:
+            _read_header(file, start, tensors, found)
+        except (ValueError, RecursionError) as error:
+            raise Malformed("JSON", show(f"{type(error).__name__}: {error}"), "header") from None
         if not found.count:
-            _check_tiling(tensors, 8 + length, size, found)
+            _check_tiling(tensors, start, size, found)
     return TensorIndex(tensors, size)
 
 
@@ -62,33 +64,30 @@ def _header_length(file: MultipartFile, size: int) -> int:
     return length
 
 
-def _parse_header(text: bytes) -> dict[str, Any]:
-    """Return the header without `__metadata__`, which must be text to text."""
-    if not text.startswith(b"{"):
-        raise Malformed("a header that starts with '{'", show(text[:16]), "header")
-    try:
-        header: dict[str, Any] = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise Malformed("JSON", show(f"{type(error).__name__}: {error}"), "header") from None
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(map(is_text, metadata.values())):
-        raise Malformed("text to text", "something else", "header: __metadata__")
-    return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    items: dict[str, Any] = {}
-    for key, value in pairs:
-        if not is_text(key) or key in items:
-            raise ValueError(f"the name {show(key)} twice, or not UTF-8")
-        items[key] = value
-    return items
-
-
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
+def _read_header(
+    file: MultipartFile, start: int, tensors: dict[str, TensorInfo], found: Findings
+) -> None:
+    """Read the tensors of a header; it ends at byte `start`, where their data begin."""
+    stream = JsonStream(lambda at, size: file.read(8 + at, min(size, start - 8 - at)))
+    if (head := file.read(8, 16)[:1]) != b"{":
+        raise Malformed("a header that starts with '{'", show(head), "header")
+    names: set[str] = set()
+    for name in stream.read_keys():
+        if name in names:
+            raise ValueError(f"the name {show(name)} twice")
+        if name == "__metadata__":
+            try:
+                stream.skip_texts()
+            except ValueError as error:
+                raise Malformed("text to text", show(str(error)), "header: __metadata__") from None
+            continue
+        names.add(name)
+        if len(names) > MAX_TENSORS:
+            raise Unsupported(f"at most {MAX_TENSORS:,} tensors", "more", "header")
+        entry = stream.read_value()
+        with found.collecting(show(name)):
+            tensors[name] = _read_entry(name, entry, start)
+    stream.finish()
 
 
 def _read_entry(name: str, entry: Any, start: int) -> TensorInfo:
@@ -96,14 +95,16 @@ def _read_entry(name: str, entry: Any, start: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise Malformed("dtype, shape and data_offsets", "something else")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if type(dtype) is not str or dtype not in ITEM_SIZES:
+    if type(dtype) is not str or dtype not in ITEM_BITS:
         raise Malformed("a known dtype", show(dtype))
-    if not are_sizes(shape) or len(shape) > MAX_DIMS:
-        raise Malformed(f"a shape of at most {MAX_DIMS} sizes", "something else")
+    if not are_sizes(shape):
+        raise Malformed("a shape of whole numbers", "something else")
+    if len(shape) > MAX_DIMS:
+        raise Unsupported(f"at most {MAX_DIMS} dimensions", f"{len(shape)}")
     if not are_sizes(span) or len(span) != 2 or span[0] > span[1]:
         raise Malformed("data_offsets [begin, end]", "something else")
     info = TensorInfo(name, dtype, tuple(shape), start + span[0], row_major(tuple(shape)))
-    if info.nbytes != span[1] - span[0]:
+    if math.prod(shape) * ITEM_BITS[dtype] != 8 * (span[1] - span[0]):
         expected = f"{info.nbytes} bytes for {info.signature}"
         raise Malformed(expected, f"{span[1] - span[0]} bytes")
     return info

@@ -9,6 +9,7 @@ import itertools
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from csm_weights.formats.multipart import MultipartFile
@@ -24,7 +25,11 @@ _MOVED: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"
 
 #: struct's formats of the dtypes it knows.
 _STRUCT = {"BOOL": "B", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i"}
-_STRUCT |= {"U64": "Q", "I64": "q", "F16": "e", "F32": "f", "F64": "d"}
+_STRUCT |= {"U64": "Q", "I64": "q", "F16": "e", "F32": "f", "F64": "d", "F4_X2": "B"}
+_COMPLEX = {"C32": "2e", "C64": "2f", "C128": "2d"}
+
+#: Small floats: bits of the mantissa, the exponent's bias, and the bits of the NaN, sign aside.
+_SMALL = {"F8_E4M3": (3, 7, 0x7F), "F8_E4M3FNUZ": (3, 8, None), "F8_E5M2FNUZ": (2, 16, None)}
 
 
 class _Axis(NamedTuple):
@@ -49,12 +54,24 @@ class _Box(NamedTuple):
 def read_elements(source: MultipartFile, info: TensorInfo, start: int, buffer: bytearray) -> None:
     """Fill a buffer with elements of a tensor, from number `start` of its row-major order on.
 
-    The elements stay as they are stored, little-endian. The buffer's size must
-    be a multiple of theirs. Raises EOFError where the file ends before them.
+    The elements are little-endian. The buffer's size must be a multiple of
+    theirs. Raises EOFError where the file ends before them.
     """
     count = len(buffer) // info.itemsize
     if not 0 <= start <= start + count <= math.prod(info.shape):
         raise ValueError(f"elements [{start}, {start + count}) of {list(info.shape)}")
+    if info.flip:
+        read_elements(source, replace(info, flip=0), start, buffer)
+        mask = int.from_bytes(info.flip.to_bytes(info.itemsize, "little") * count, "little")
+        buffer[:] = (int.from_bytes(buffer, "little") ^ mask).to_bytes(len(buffer), "little")
+        return
+    if info.itemsize == 16:  # moved as two halves
+        shape, stride = (*info.shape, 2), (*(2 * step for step in info.stride), 1)
+        info, start, count = (
+            replace(info, dtype="U64", shape=shape, stride=stride),
+            2 * start,
+            2 * count,
+        )
     with memoryview(buffer) as view, view.cast(_MOVED[info.itemsize]) as target:
         reader = _Reader(source, info, view, target)
         for box in _boxes(_merged(info), start, start + count):
@@ -196,17 +213,15 @@ def to_number(dtype: str, element: bytes) -> int | float | complex:
         return to_number("F32", b"\0\0" + element)
     if dtype == "F8_E5M2":
         return to_number("F16", b"\0" + element)
-    if dtype == "C64":
-        return complex(*struct.unpack("<2f", element))
-    return _from_e4m3(element[0])
-
-
-def _from_e4m3(bits: int) -> float:
-    """Return an 8-bit float of 4 bits of exponent, bias 7, 3 of mantissa, without infinities."""
-    sign = -1.0 if bits & 0x80 else 1.0
-    exponent, mantissa = bits >> 3 & 0xF, bits & 7
-    if (exponent, mantissa) == (15, 7):
+    if dtype in _COMPLEX:
+        return complex(*struct.unpack(f"<{_COMPLEX[dtype]}", element))
+    bits = element[0]
+    if dtype == "F8_E8M0":
+        return math.nan if bits == 0xFF else math.ldexp(1.0, bits - 127)
+    width, bias, nan = _SMALL[dtype]
+    if bits == 0x80 if nan is None else bits & 0x7F == nan:
         return math.nan
-    if not exponent:
-        return sign * math.ldexp(mantissa, -9)
-    return sign * math.ldexp(8 + mantissa, exponent - 10)
+    sign = -1.0 if bits & 0x80 else 1.0
+    exponent, mantissa = (bits & 0x7F) >> width, bits & (1 << width) - 1
+    whole = mantissa + (1 << width if exponent else 0)
+    return sign * math.ldexp(whole, max(1, exponent) - bias - width)

@@ -18,27 +18,35 @@ from csm_weights.formats.architecture import CsmConfig
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.untrusted import Malformed, show
 
-#: Bytes of one element, by the word safetensors uses for the dtype.
-ITEM_SIZES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+#: Bits of one element, by safetensors' word for the dtype; C32, C128 and F4_X2 only torch has.
+ITEM_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4_X2"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32", "C32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    "C128": 128,
 }
-#: Most dimensions of a tensor; CSM-1B's have at most 3.
-MAX_DIMS = 8
+#: Most dimensions of a tensor that are read; CSM-1B's have at most 3.
+MAX_DIMS = 64
+
+#: Most tensors of a file that are read; the largest published shards have about 20,000.
+MAX_TENSORS = 100_000
 
 #: Most findings of one file that are spelled out; the rest are counted.
 MAX_FINDINGS = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Place of one tensor in its file.
 
     `dtype` is safetensors' word ("F32"), `offset` the absolute byte offset of
     element 0, `stride` the distance between neighbours along each dimension,
-    in elements.
+    in elements. `flip` is what to xor with each stored element, as a
+    little-endian number: the sign bits of a conjugated or negated view.
     """
 
     name: str
@@ -46,16 +54,17 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     stride: tuple[int, ...]
+    flip: int = 0
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
-        return ITEM_SIZES[self.dtype]
+        """Bytes of one element; 1 where elements are smaller than a byte."""
+        return max(1, ITEM_BITS[self.dtype] // 8)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all elements; fewer than the bytes they span where there are gaps."""
-        return math.prod(self.shape) * self.itemsize
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
     @property
     def contiguous(self) -> bool:
@@ -66,7 +75,7 @@ class TensorInfo:
     @property
     def signature(self) -> str:
         """Dtype and shape in words: `F32 [2, 3]`."""
-        return f"{self.dtype} {list(self.shape)}"
+        return f"{self.dtype} {list(self.shape)}{' with flipped signs' if self.flip else ''}"
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def check_against(index: TensorIndex, config: CsmConfig, where: str) -> list[Fin
         info = index.tensors.get(name)
         if info is None:
             found.add(Malformed(f"F32 {list(shape)}", "no such tensor", name))
-        elif (info.dtype, info.shape) != ("F32", shape):
+        elif (info.dtype, info.shape, info.flip) != ("F32", shape, 0):
             found.add(Malformed(f"F32 {list(shape)}", info.signature, name))
     for name, info in index.tensors.items():
         if name not in expected:
@@ -131,18 +140,25 @@ def check_against(index: TensorIndex, config: CsmConfig, where: str) -> list[Fin
 
 @dataclass
 class Findings:
-    """Findings of one file: the first few, and the count of all."""
+    """Findings of one file: the first few, and the count of all.
+
+    An Unsupported one says that the reader does not read something that the
+    format allows, any other that the file breaks a rule of the format.
+    """
 
     where: str
     items: list[Finding] = field(default_factory=list)
     count: int = 0
+    kind: Kind = Kind.UNSUPPORTED
 
     def add(self, error: Malformed) -> None:
         """Count a finding, and keep it while there are few."""
         self.count += 1
+        if error.kind is Kind.MALFORMED:
+            self.kind = Kind.MALFORMED
         if self.count <= MAX_FINDINGS:
             where = f"{self.where}: {error.at}" if error.at else self.where
-            self.items.append(Finding(Kind.MALFORMED, where, error.expected, error.found))
+            self.items.append(Finding(error.kind, where, error.expected, error.found))
 
     @contextmanager
     def collecting(self, at: str) -> Iterator[None]:
@@ -150,14 +166,14 @@ class Findings:
         try:
             yield
         except Malformed as error:
-            self.add(Malformed(error.expected, error.found, at))
+            self.add(type(error)(error.expected, error.found, at))
 
     def listed(self) -> list[Finding]:
         """Return the findings; a last one counts those that are not spelled out."""
         rest = self.count - len(self.items)
         if not rest:
             return list(self.items)
-        more = Finding(Kind.MALFORMED, self.where, "nothing else wrong", f"{rest} more findings")
+        more = Finding(self.kind, self.where, "nothing else wrong", f"{rest} more findings")
         return [*self.items, more]
 
 

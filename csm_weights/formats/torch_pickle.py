@@ -1,108 +1,213 @@
-"""The pickle of a torch state dict, interpreted as data.
+"""The pickles of a torch file, interpreted as data.
 
-A pickle is a program. This interpreter knows the opcodes of a plain state dict
-of protocol 2, and the names of eleven storage types and three functions; it
-calls none of them. It refuses anything else, with the name of the opcode or
-global and its byte in the pickle.
+A pickle is a program. This interpreter knows the opcodes of protocols 2 to 5
+that checkpoints are made of, and the names that torch.load(weights_only=True)
+allows; it calls none of them. It refuses anything else, with the name of the
+opcode or global and its byte in the pickle.
 """
 
 from __future__ import annotations
 
 import pickletools
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
-from csm_weights.untrusted import Malformed, are_sizes, is_text, show
+from csm_weights.formats.tensor_index import ITEM_BITS, MAX_DIMS
+from csm_weights.untrusted import Malformed, Unsupported, are_sizes, is_text, show
 
-#: Ceiling of the pickle, bytes. CSM-1B's is about 22 kB.
-MAX_PICKLE = 1 << 20
+#: Ceiling of a pickle, bytes, and of the objects it makes. CSM-1B's has 22 kB.
+MAX_PICKLE = 4 << 20
+MAX_OBJECTS = 300_000
 #: Most objects on the stack; a pickler sets items at most 1,000 pairs at a time.
 MAX_STACK = 10_000
-#: Most dimensions of a tensor; CSM-1B's have at most 3.
-MAX_DIMS = 8
+#: Most values that are looked at for tensors, the deepest nesting of their containers, and
+#: the ceiling of the tensors' names, bytes, at 256 more for each tensor.
+MAX_VALUES = 1_000_000
+MAX_DEPTH = 100
+MAX_NAMES = 16 << 20
 
-#: Storage types to dtypes, in safetensors' words.
-_STORAGES = {
-    "torch FloatStorage": "F32",
-    "torch DoubleStorage": "F64",
-    "torch HalfStorage": "F16",
-    "torch BFloat16Storage": "BF16",
-    "torch LongStorage": "I64",
-    "torch IntStorage": "I32",
-    "torch ShortStorage": "I16",
-    "torch CharStorage": "I8",
-    "torch ByteStorage": "U8",
-    "torch BoolStorage": "BOOL",
-    "torch ComplexFloatStorage": "C64",
+#: torch's names of its dtypes, and of the storage types that older files have, by safetensors'
+#: words. C32, C128 and F4_X2 (two 4-bit floats a byte) are not in safetensors.
+_WORDS = {
+    "F64": ("float64", "Double"),
+    "F32": ("float32", "Float"),
+    "F16": ("float16", "Half"),
+    "BF16": ("bfloat16", "BFloat16"),
+    "I64": ("int64", "Long"),
+    "I32": ("int32", "Int"),
+    "I16": ("int16", "Short"),
+    "I8": ("int8", "Char"),
+    "U8": ("uint8", "Byte"),
+    "BOOL": ("bool", "Bool"),
+    "C64": ("complex64", "ComplexFloat"),
+    "C128": ("complex128", "ComplexDouble"),
+    "C32": ("complex32", ""),
+    "U16": ("uint16", ""),
+    "U32": ("uint32", ""),
+    "U64": ("uint64", ""),
+    "F8_E4M3": ("float8_e4m3fn", ""),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", ""),
+    "F8_E5M2": ("float8_e5m2", ""),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", ""),
+    "F8_E8M0": ("float8_e8m0fnu", ""),
+    "F4_X2": ("float4_e2m1fn_x2", ""),
 }
-_GLOBALS = {
+_DTYPES = {f"torch {name}": word for word, (name, _) in _WORDS.items()}
+_STORAGES = {
+    f"{module} {name}Storage": word
+    for word, (_, name) in _WORDS.items()
+    for module in ("torch", "torch.cuda")
+    if name
+} | {"torch.storage UntypedStorage": "U8"}
+#: Calls whose result holds no tensor that lies in the file.
+_INERT = {
+    "_codecs encode",
+    "builtins bytearray",
+    "builtins complex",
+    "torch device",
+    "torch.serialization _get_layout",
+}
+_CALLED = {
     "collections OrderedDict",
+    "collections Counter",
+    "builtins set",
+    "torch Size",
+    "torch._utils _rebuild_tensor",
     "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor_v3",
     "torch._utils _rebuild_parameter",
-    *_STORAGES,
+    "torch._utils _rebuild_parameter_with_state",
+    "torch._tensor _rebuild_from_type_v2",
+}
+_TYPES = {"torch Tensor", "torch._tensor Tensor", "torch.nn.parameter Parameter"}
+_GLOBALS = _STORAGES.keys() | _DTYPES.keys() | _INERT | _CALLED | _TYPES
+#: Names that torch.load(weights_only=True) allows too: tensors that this reader does not know.
+_UNREAD = {
+    *(f"torch {kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")),
+    *(f"torch bits{n}" for n in ("1x8", "2x4", "4x2", "8", "16")),
+    *(f"torch._utils _rebuild_{what}" for what in ("qtensor", "sparse_tensor", "nested_tensor")),
+    "torch._utils _rebuild_meta_tensor_no_storage",
+    "torch._utils _rebuild_wrapper_subclass",
+    "torch._utils _rebuild_device_tensor_from_cpu_tensor",
+    "torch._utils _rebuild_device_tensor_from_numpy",
 }
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
-_SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MEMO = {"BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"}
-_WITH_ARGUMENT = _LITERALS | _MEMO
+_LITERALS = {
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_PUTS = {"BINPUT", "LONG_BINPUT"}
+_GETS = {"BINGET", "LONG_BINGET"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Storage:
-    """A record of the archive, `data/<key>`, as `elements` of one dtype."""
+    """Bytes of the file under a key, as `elements` of one dtype."""
 
     dtype: str
     key: str
     elements: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.elements * ITEM_BITS[self.dtype] // 8
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class View:
-    """A tensor; `offset` and `stride` in elements of its storage."""
+    """A tensor; `offset` and `stride` in elements of its dtype, `flip` as in TensorInfo."""
 
     storage: Storage
+    dtype: str
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    flip: int = 0
 
 
 @dataclass(frozen=True)
-class StateDict:
-    """The tensors of a pickle by name, and the keys of all storages that it mentions."""
+class Pickle:
+    """The value of a pickle, and the storages that it mentions by their keys."""
 
-    views: dict[str, View]
-    storage_keys: frozenset[str]
+    value: Any
+    storages: dict[str, Storage]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Global:
     name: str
 
 
-def read_state_dict(pickle: bytes) -> StateDict:
-    """Interpret the bytes of a data.pkl.
+@dataclass(frozen=True, slots=True)
+class _Inert:
+    """An object without tensors, by its type."""
 
-    Raises Malformed, with the byte of the opcode, when the pickle is not one of
-    a plain state dict: names to tensors, nothing nested.
+    type: str
+
+
+class _OrderedDict(dict[Any, Any]):
+    """A dict that BUILD may give attributes."""
+
+    __slots__ = ()
+
+
+def read_pickle(stream: BytesIO, where: str) -> Pickle:
+    """Interpret one pickle from the position of a stream, and leave the position behind it.
+
+    Raises Malformed, with the byte of the opcode, for what
+    torch.load(weights_only=True) refuses, and Unsupported for what only this
+    reader does.
     """
-    if not pickle.startswith(b"\x80\x02"):
-        raise Malformed("pickle protocol 2", f"bytes {show(pickle[:2])}", "data.pkl byte 0")
-    stream = BytesIO(pickle)
-    stream.seek(2)
+    start = stream.tell()
+    head = stream.read(2)
+    if len(head) != 2 or head[0] != 0x80 or not 2 <= head[1] <= 5:
+        raise Malformed("pickle protocol 2 to 5", f"bytes {show(head)}", f"{where} byte {start}")
     machine = _Machine()
     while True:
         at = stream.tell()
         try:
             if _step(machine, stream):
-                return StateDict(machine.result(stream), frozenset(machine.storage_keys))
+                return Pickle(machine.result(), machine.storages)
         except Malformed as error:
-            raise Malformed(error.expected, error.found, f"data.pkl byte {at}") from None
+            raise type(error)(error.expected, error.found, f"{where} byte {at}") from None
+
+
+def tensors_of(value: Any) -> dict[str, View]:
+    """Return the tensors of a value by name; a nested one's has the keys on its way, with dots.
+
+    Raises Unsupported where two tensors get one name, or the value is too large.
+    """
+    found: dict[str, View] = {}
+    room = MAX_NAMES
+    for name, view in _walk(value, "", 0, iter(range(MAX_VALUES))):
+        room -= len(name) + 256
+        if name in found or room < 0:
+            raise Unsupported("a name for each tensor", f"{show(name)} twice, or too many")
+        found[name] = view
+    return found
+
+
+def _walk(value: Any, name: str, depth: int, budget: Iterator[int]) -> Iterator[tuple[str, View]]:
+    if isinstance(value, View):
+        yield name or "tensor", value
+        return
+    if not isinstance(value, dict | list | tuple):
+        raise Unsupported("tensors in dicts, lists and tuples", f"{_kind(value)}")
+    if depth > MAX_DEPTH:
+        raise Unsupported(f"at most {MAX_DEPTH} containers in one another", "more")
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if next(budget, None) is None:
+            raise Unsupported(f"at most {MAX_VALUES:,} values", "more")
+        if isinstance(item, View | Storage | dict | list | tuple):
+            word = key if isinstance(key, str) else show(key)
+            yield from _walk(item, f"{name}.{word}" if depth else word, depth + 1, budget)
 
 
 def _step(machine: _Machine, stream: BytesIO) -> bool:
@@ -112,43 +217,53 @@ def _step(machine: _Machine, stream: BytesIO) -> bool:
         raise Malformed("STOP", "the end of the pickle")
     opcode = _OPCODES.get(code.decode("latin-1"))
     name = opcode.name if opcode else f"byte {code[0]:#04x}"
-    if opcode and name in _WITH_ARGUMENT:
-        _use_argument(machine, name, _argument(opcode, stream))
+    if name in _LITERALS:
+        machine.push(_literal(name, _argument(opcode, stream)))
+    elif name in _PUTS:
+        machine.put(_argument(opcode, stream))
+    elif name in _GETS:
+        machine.get(_argument(opcode, stream))
+    elif name == "FRAME":
+        _argument(opcode, stream)
     elif name == "GLOBAL":
-        machine.push(_read_global(stream))
+        # two lines as they are: pickletools would undo escapes that pickle keeps
+        lines = [stream.readline().decode("latin-1") for _ in range(2)]
+        machine.push(_global(lines[0].rstrip(), lines[1].rstrip(), lines[1].endswith("\n")))
     elif name in _CONSTANTS:
         machine.push(_CONSTANTS[name])
-    elif name in _SHORT_TUPLES:
-        items = [machine.pop() for _ in range(_SHORT_TUPLES[name])]
-        machine.push(tuple(reversed(items)))
+    elif name in _TUPLES:
+        items = [machine.pop() for _ in range(_TUPLES[name])]
+        machine.make(tuple(reversed(items)))
     elif name in _ACTIONS:
         _ACTIONS[name](machine)
     elif name != "STOP":
-        raise Malformed("an opcode of a plain state dict", f"opcode {name}")
+        raise Malformed("an opcode of a checkpoint", f"opcode {name}")
     return name == "STOP"
 
 
-def _use_argument(machine: _Machine, name: str, value: Any) -> None:
-    if name in _LITERALS:
-        machine.push(value)
-    else:
-        machine.memorize(name, value)
-
-
-def _argument(opcode: pickletools.OpcodeInfo, stream: BytesIO) -> Any:
-    assert opcode.arg is not None
+def _argument(opcode: pickletools.OpcodeInfo | None, stream: BytesIO) -> Any:
+    assert opcode is not None and opcode.arg is not None
     try:
         return opcode.arg.reader(stream)
     except ValueError as error:
         raise Malformed(f"the argument of {opcode.name}", show(str(error))) from None
 
 
-def _read_global(stream: BytesIO) -> _Global:
-    """Read two lines as they are: pickletools would undo escapes that pickle keeps."""
-    module, name = stream.readline(), stream.readline()
-    text = f"{module.decode('latin-1').rstrip()} {name.decode('latin-1').rstrip()}"
-    if not name.endswith(b"\n") or text not in _GLOBALS:
-        raise Malformed("a global of a plain state dict", f"global {show(text)}")
+def _literal(name: str, value: Any) -> Any:
+    if name.endswith("BINSTRING"):  # of Python 2
+        try:
+            return value.encode("latin-1").decode()
+        except UnicodeDecodeError:
+            raise Malformed("text in UTF-8", show(value)) from None
+    return value
+
+
+def _global(module: str, name: str, is_whole: bool = True) -> _Global:
+    text = f"{module} {name}".replace("__builtin__ ", "builtins ")
+    if text in _UNREAD:
+        raise Unsupported("plain tensors", f"global {show(text)}")
+    if not is_whole or text not in _GLOBALS:
+        raise Malformed("a global of a checkpoint", f"global {show(text)}")
     return _Global(text)
 
 
@@ -156,20 +271,27 @@ def _read_global(stream: BytesIO) -> _Global:
 class _Machine:
     """The stack, its marks and the memo.
 
-    Values are text, numbers, tuples, dicts and the classes above. None is ever
-    walked, compared or printed as a whole: with shared references a short
-    pickle can describe a value of any size.
+    Values are text, numbers, tuples, lists, dicts and the classes above. None
+    is ever compared, hashed or printed as a whole: with shared references a
+    short pickle can describe a value of any size.
     """
 
     stack: list[Any] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
-    memo: dict[int, Any] = field(default_factory=dict)
-    storage_keys: set[str] = field(default_factory=set)
+    memo: list[Any] = field(default_factory=list)
+    storages: dict[str, Storage] = field(default_factory=dict)
+    objects: int = 0
 
     def push(self, value: Any) -> None:
         if len(self.stack) >= MAX_STACK:
             raise Malformed(f"at most {MAX_STACK} objects at once", "more")
         self.stack.append(value)
+
+    def make(self, value: Any) -> None:
+        self.objects += 1
+        if self.objects > MAX_OBJECTS:
+            raise Unsupported(f"at most {MAX_OBJECTS:,} objects", "more")
+        self.push(value)
 
     def pop(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
@@ -189,74 +311,143 @@ class _Machine:
         del self.stack[start:]
         return items
 
-    def memorize(self, name: str, index: int) -> None:
-        if name.endswith("PUT"):
-            value = self.pop()
-            self.memo[index] = value
-        elif index in self.memo:
-            value = self.memo[index]
-        else:
-            raise Malformed("an object memorized before", f"memo {index}")
-        self.push(value)
-
-    def result(self, stream: BytesIO) -> dict[str, View]:
+    def put(self, index: int | None = None) -> None:
         value = self.pop()
-        if self.stack or self.marks or stream.read(1):
+        self.stack.append(value)
+        index = len(self.memo) if index is None else index
+        if index == len(self.memo) + 1:
+            self.memo.append(None)  # picklers count from 0, that of Python 2 from 1
+        if index > len(self.memo):
+            raise Malformed(f"memo {len(self.memo)}, the next one", f"memo {index}")
+        self.memo[index : index + 1] = [value]
+
+    def get(self, index: int) -> None:
+        if index >= len(self.memo):
+            raise Malformed("an object memorized before", f"memo {index}")
+        self.push(self.memo[index])
+
+    def result(self) -> Any:
+        value = self.pop()
+        if self.stack or self.marks:
             raise Malformed("one object and nothing after it", "more")
-        if not isinstance(value, dict):
-            raise Malformed("a state dict", _kind(value))
-        for name, item in value.items():
-            if not isinstance(item, View):
-                found = f"{_kind(item)} under {show(name)}"
-                raise Malformed("a plain state dict: names to tensors", found)
         return value
 
 
 def _storage(machine: _Machine) -> None:
     match machine.pop():
-        case ("storage", _Global(name), str(key), str(), int(elements)) if (
-            name in _STORAGES and type(elements) is int and elements >= 0
+        case ("storage", _Global(name), str(key), str(), int(elements), *rest) if (
+            name in _STORAGES and type(elements) is int and elements >= 0 and rest in ([], [None])
         ):
-            machine.storage_keys.add(key)
-            machine.push(Storage(_STORAGES[name], key, elements))
+            found = Storage(_STORAGES[name], key, elements)
+            if machine.storages.setdefault(key, found).nbytes != found.nbytes:
+                raise Malformed("one size for each storage", f"two for {show(key)}")
+            machine.make(found)
         case other:
             raise Malformed("a storage: type, key, location, elements", _kind(other))
 
 
 def _reduce(machine: _Machine) -> None:
     arguments = machine.pop()
-    called = machine.pop()
+    machine.make(_call(machine.pop(), arguments))
+
+
+def _call(called: Any, arguments: Any) -> Any:
+    """Return the result of a call that torch.load(weights_only=True) would make, as data."""
     name = called.name if isinstance(called, _Global) else ""
     match (name, arguments):
         case ("collections OrderedDict", ()):
-            machine.push(OrderedDict())
-        case ("torch._utils _rebuild_tensor_v2", tuple()):
-            machine.push(_view(arguments))
+            return _OrderedDict()
+        case ("collections Counter", () | (dict(),)):
+            return _Inert("Counter")
+        case ("builtins set", () | (list(),)):
+            if any(isinstance(item, View) for item in arguments[0] if arguments):
+                raise Unsupported("tensors with names", "tensors in a set")
+            return _Inert("set")
+        case ("torch Size", (tuple(size),)):
+            return size
         case (
-            "torch._utils _rebuild_parameter",
-            (View() as view, bool(), OrderedDict() as hooks),
-        ) if not hooks:
-            machine.push(view)
-        case _:
-            raise Malformed("a call that makes a tensor or a dict", f"a call of {_kind(called)}")
+            "torch._utils _rebuild_tensor"
+            | "torch._utils _rebuild_tensor_v2"
+            | "torch._utils _rebuild_tensor_v3",
+            tuple(),
+        ):
+            return _view(name, arguments)
+        case (
+            "torch._utils _rebuild_parameter" | "torch._utils _rebuild_parameter_with_state",
+            (View() as view, bool(), dict() as hooks, *rest),
+        ) if not hooks and len(rest) == name.endswith("state"):
+            return view
+        case ("torch._tensor _rebuild_from_type_v2", (inner, _Global(type_), tuple(inside), _)) if (
+            type_ in _TYPES
+        ):
+            return _call(inner, inside)
+        case _ if name in _INERT and isinstance(arguments, tuple):
+            return _Inert(name)
+    raise Malformed("a call that makes a tensor or a dict", f"a call of {_kind(called)}")
 
 
-def _view(arguments: tuple[Any, ...]) -> View:
+def _view(name: str, arguments: tuple[Any, ...]) -> View:
+    metadata: Any = {}
     match arguments:
-        case (Storage() as storage, int(offset), tuple(shape), tuple(stride), bool(), dict(hooks)):
-            plain = not hooks and len(shape) == len(stride) <= MAX_DIMS
-            if plain and are_sizes([offset, *shape, *stride]):
-                return View(storage, offset, shape, stride)
+        case (Storage() as storage, int(offset), tuple(shape), tuple(stride), *rest):
+            dtype = storage.dtype
+            if name.endswith("v3") and len(rest) > 2 and isinstance(rest[2], _Global):
+                dtype = _DTYPES.get(rest.pop(2).name, "")
+            if len(rest) == 3:
+                metadata = rest.pop()
+            plain = not rest or (len(rest) == 2 and type(rest[0]) is bool and rest[1] == {})
+            plain = plain and len(shape) == len(stride) and are_sizes([offset, *shape, *stride])
+            if plain and dtype and isinstance(metadata, dict):
+                if len(shape) > MAX_DIMS:
+                    raise Unsupported(f"at most {MAX_DIMS} dimensions", f"{len(shape)}")
+                return View(storage, dtype, offset, shape, stride, _flip(dtype, metadata))
     raise Malformed("a tensor: storage, offset, shape, stride, flag, no hooks", "other arguments")
 
 
+def _flip(dtype: str, metadata: dict[Any, Any]) -> int:
+    """Return the sign bits that a conjugated or negated view flips in each stored element."""
+    if not metadata:
+        return 0
+    bits = ITEM_BITS[dtype]
+    if dtype[0] not in "FBC" or dtype == "BOOL" or not metadata.keys() <= {"conj", "neg"}:
+        raise Unsupported("a view that is stored as it is", f"a view of {dtype} with metadata")
+    flip = 0
+    if metadata.get("neg"):
+        flip ^= 1 << bits - 1 | (1 << bits // 2 - 1 if dtype[0] == "C" else 0)
+    if metadata.get("conj") and dtype[0] == "C":
+        flip ^= 1 << bits - 1
+    return flip
+
+
 def _build(machine: _Machine) -> None:
-    """Drop `_metadata` of a module's state dict, which says nothing about its tensors."""
-    state = machine.pop()
-    target = machine.pop()
-    only_metadata = type(state) is dict and state.keys() == {"_metadata"}
-    if not isinstance(target, OrderedDict) or not only_metadata:
+    """Drop the attributes of an OrderedDict, such as a module's `_metadata`."""
+    state, target = machine.pop(), machine.pop()
+    is_plain = type(state) is dict and not any(str(key).startswith("__") for key in state)
+    if not isinstance(target, _OrderedDict) or not is_plain:
         raise Malformed("BUILD of a state dict's _metadata", f"BUILD of {_kind(target)}")
+    machine.push(target)
+
+
+def _assign(machine: _Machine, items: list[Any]) -> None:
+    target = machine.pop()
+    if not isinstance(target, dict) or len(items) % 2:
+        raise Malformed("names and values for a dict", _kind(target))
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if isinstance(key, str) and not is_text(key):
+            raise Malformed("a name that is text", _kind(key))
+        if not isinstance(key, str | int | float | bytes | None):
+            raise Unsupported("a name that is text or a number", _kind(key))
+        if key in target:
+            raise Malformed("each name once", f"{show(key)} twice")
+        target[key] = value
+    machine.push(target)
+
+
+def _extend(machine: _Machine, items: list[Any]) -> None:
+    target = machine.pop()
+    if not isinstance(target, list):
+        raise Malformed("items for a list", _kind(target))
+    target += items
     machine.push(target)
 
 
@@ -265,26 +456,26 @@ def _set_item(machine: _Machine) -> None:
     _assign(machine, [key, value])
 
 
-def _assign(machine: _Machine, items: list[Any]) -> None:
-    target = machine.pop()
-    if not isinstance(target, dict) or len(items) % 2:
-        raise Malformed("names and values for a dict", _kind(target))
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if not is_text(key):
-            raise Malformed("a name that is text", _kind(key))
-        if key in target:
-            raise Malformed("each name once", f"{show(key)} twice")
-        target[key] = value
-    machine.push(target)
+def _stack_global(machine: _Machine) -> None:
+    match (machine.pop(), machine.pop()):
+        case (str(name), str(module)):
+            machine.push(_global(module, name))
+        case (_, other):
+            raise Malformed("the names of a global", _kind(other))
 
 
 _ACTIONS: dict[str, Callable[[_Machine], None]] = {
     "MARK": _Machine.mark,
-    "EMPTY_DICT": lambda machine: machine.push({}),
-    "TUPLE": lambda machine: machine.push(tuple(machine.pop_mark())),
+    "MEMOIZE": _Machine.put,
+    "EMPTY_DICT": lambda machine: machine.make({}),
+    "EMPTY_LIST": lambda machine: machine.make([]),
+    "TUPLE": lambda machine: machine.make(tuple(machine.pop_mark())),
+    "STACK_GLOBAL": _stack_global,
     "BINPERSID": _storage,
     "REDUCE": _reduce,
     "BUILD": _build,
+    "APPEND": lambda machine: _extend(machine, [machine.pop()]),
+    "APPENDS": lambda machine: _extend(machine, machine.pop_mark()),
     "SETITEM": _set_item,
     "SETITEMS": lambda machine: _assign(machine, machine.pop_mark()),
 }
@@ -295,4 +486,5 @@ def _kind(value: object) -> str:
     if isinstance(value, _Global):
         return f"global {value.name}"
     names = {View: "a tensor", Storage: "a storage", str: "text", int: "a number"}
+    names |= {_OrderedDict: "a OrderedDict", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")

@@ -1,30 +1,25 @@
-"""The torch-zip format: the zip that torch.save writes, read strictly as data.
+"""The zip that torch.save writes, read strictly as data.
 
 A zip has two accounts of itself, the directory at its end and a header before
 each record, and readers differ in which they trust. Here both must agree, the
 records must follow one another from byte 0 to the directory without gap or
 overlap, and nothing may follow the end record. All are stored, none compressed,
-so a file cannot expand. Nothing is extracted, and the pickle is never executed.
+so a file cannot expand. Nothing is extracted.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from csm_weights.formats.multipart import MultipartFile, read_at
-from csm_weights.formats.tensor_index import ITEM_SIZES, Format, TensorIndex, TensorInfo, reading
-from csm_weights.formats.torch_pickle import MAX_PICKLE, View, read_state_dict
-from csm_weights.untrusted import Malformed, show
+from csm_weights.untrusted import Malformed, Unsupported, show
 
 #: Ceiling of the directory, bytes. CSM-1B's is about 15 kB.
-MAX_DIRECTORY = 1 << 20
+MAX_DIRECTORY = 4 << 20
 
 # Struct layouts of the zip format, all little-endian (PKWARE's APPNOTE 4.3).
 LOCAL = struct.Struct("<4s5H3I2H")
@@ -44,19 +39,8 @@ FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF
 
 _NAME = re.compile(
     r"(?P<folder>[^/\\]{1,255})/(?P<name>data\.pkl|version|byteorder|\.format_version"
-    r"|\.storage_alignment|\.data/serialization_id|data/(0|[1-9][0-9]{0,8}))"
+    r"|\.storage_alignment|\.data/serialization_id|data/(0|[1-9][0-9]{0,19}))"
 )
-
-
-#: Ceiling of a small record, bytes, and what each of them may say.
-MAX_NOTE = 40
-_NOTES = {
-    "version": rb"[0-9]{1,9}\n?",
-    "byteorder": rb"little",
-    ".format_version": rb"[0-9]{1,9}\n?",
-    ".storage_alignment": rb"[0-9]{1,9}\n?",
-    ".data/serialization_id": rb"[0-9]{1,40}",
-}
 
 
 @dataclass(frozen=True)
@@ -70,72 +54,17 @@ class Record:
     data: int = 0
 
 
-def read_checkpoint(path: Path | str | MultipartFile) -> TensorIndex:
-    """Read the tensors of a torch checkpoint: a zip, whole or in parts, of a plain state dict.
-
-    A tensor that is a view of a larger storage gets the offset and stride of
-    the view. Raises MissingInput when there is no such file, and WrongContent
-    when the file is not laid out as torch.save lays it out, or its pickle does
-    more than name tensors.
-    """
-    tensors = {}
-    with reading(path, "a torch checkpoint") as (file, size, found):
-        records = read_records(file, size)
-        for name, pattern in _NOTES.items():
-            with found.collecting(name):
-                if record := records.get(name):
-                    text = read_content(file, record, MAX_NOTE)
-                    if re.fullmatch(pattern, text) is None:
-                        raise Malformed(f"text like {show(pattern)}", show(text))
-        state = read_state_dict(read_content(file, records["data.pkl"], MAX_PICKLE))
-        for name, view in state.views.items():
-            with found.collecting(show(name)):
-                tensors[name] = _locate(name, view, records)
-        for name in records:
-            if name.startswith("data/") and name[5:] not in state.storage_keys:
-                found.add(Malformed("a storage of some tensor", "nothing refers to it", name))
-    return TensorIndex(tensors, size)
-
-
-FORMAT = Format(
-    name="torch-zip",
-    choice="ckpt",
-    filename="ckpt.pt",
-    suffixes=(".pt",),
-    sniff=lambda head: head.startswith(LOCAL_SIGN),
-    read_index=read_checkpoint,
-)
-
-
-def _locate(name: str, view: View, records: Mapping[str, Record]) -> TensorInfo:
-    """Find a view in the file; it must not leave its storage, nor the storage its record."""
-    storage = view.storage
-    record = records.get(f"data/{storage.key}")
-    if record is None:
-        raise Malformed(f"a record data/{show(storage.key)}", "none")
-    item = ITEM_SIZES[storage.dtype]
-    if storage.elements * item != record.size:
-        expected = f"{storage.elements * item} bytes in {record.name}"
-        raise Malformed(expected, f"{record.size} bytes")
-    elements = math.prod(view.shape)
-    steps = zip(view.shape, view.stride, strict=True)
-    last = view.offset + sum((size - 1) * step for size, step in steps)
-    end = last + 1 if elements else view.offset
-    # more elements than the storage has means repeats: a small file that loads huge
-    if max(end, elements) > storage.elements:
-        found = f"{elements} elements up to element {end}"
-        raise Malformed(f"a view of {storage.elements} elements", found)
-    offset = record.data + view.offset * item
-    return TensorInfo(name, storage.dtype, view.shape, offset, view.stride)
-
-
 def read_records(file: MultipartFile, size: int) -> dict[str, Record]:
     """Read the records of a file of `size` bytes, by their name inside the archive's one folder.
 
-    Raises Malformed when the file is not laid out as torch.save lays it out.
+    Raises Malformed when the file is not laid out as torch.save lays it out,
+    Unsupported for TorchScript's archives.
     """
     start, length, count = _find_directory(file, size)
-    entries = _read_directory(read_at(file, start, length), count)
+    directory = read_at(file, start, length)
+    if b"/code/" in directory and b"/constants.pkl" in directory:
+        raise Unsupported("a torch checkpoint", "a TorchScript archive, which holds a program")
+    entries = _read_directory(directory, count)
     records = []
     position = 0
     for entry in sorted(entries, key=lambda entry: entry.header):
@@ -156,12 +85,14 @@ def torch_flags(size: int) -> int:
 
 
 def read_content(file: MultipartFile, record: Record, ceiling: int) -> bytes:
-    """Read a small record, of at most `ceiling` bytes, and check its CRC."""
+    """Read a small record, of at most `ceiling` bytes, and check its CRC where there is one.
+
+    torch writes 0 as every CRC where it is told to save the time.
+    """
     if record.size > ceiling:
-        raise Malformed(f"at most {ceiling} bytes", f"{record.size}", record.name)
+        raise Unsupported(f"at most {ceiling} bytes", f"{record.size}", record.name)
     content = read_at(file, record.data, record.size)
-    if zlib.crc32(content) != record.crc:
-        crc = zlib.crc32(content)
+    if record.crc and (crc := zlib.crc32(content)) != record.crc:
         raise Malformed(f"CRC {record.crc:#010x}", f"{crc:#010x}", record.name)
     return content
 
@@ -216,7 +147,7 @@ def _find_directory(file: MultipartFile, size: int) -> tuple[int, int, int]:
     if start + length != at:
         raise Malformed(f"a directory up to byte {at}", f"{start + length}", "zip end record")
     if length > MAX_DIRECTORY:
-        raise Malformed(f"a directory of at most {MAX_DIRECTORY} bytes", f"{length}", "zip")
+        raise Unsupported(f"a directory of at most {MAX_DIRECTORY} bytes", f"{length}", "zip")
     return start, length, count
 
 

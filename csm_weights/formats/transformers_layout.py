@@ -17,7 +17,7 @@ from csm_weights.formats.architecture import FLAVORS, CsmConfig, TransformerConf
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.shards import read_small
 from csm_weights.formats.strided import read_elements, to_number
-from csm_weights.formats.tensor_index import TensorInfo
+from csm_weights.formats.tensor_index import ITEM_BITS, TensorInfo
 from csm_weights.formats.weights_file import WeightsFile
 from csm_weights.untrusted import show
 
@@ -93,20 +93,30 @@ class Summary:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor under our name: its shape in our layout, and where its elements are.
+    """A tensor under our name: its dtype, its shape in our layout, and where its elements are.
 
-    The shape of `info` may be a finer one, of the same elements in the same order.
+    The shape of `info` may be a finer one, of the same elements in the same
+    order, or its bytes where elements are smaller than a byte.
     """
 
     name: str
+    dtype: str
     shape: tuple[int, ...]
     source: MultipartFile
     info: TensorInfo
 
+    @classmethod
+    def of(cls, source: MultipartFile, info: TensorInfo) -> NamedTensor:
+        """Make one of a tensor as it is in its file."""
+        read = info
+        if ITEM_BITS[info.dtype] < 8:
+            read = replace(info, dtype="U8", shape=(info.nbytes,), stride=(1,))
+        return cls(info.name, info.dtype, info.shape, source, read)
+
     @property
     def signature(self) -> str:
         """Dtype and shape in words."""
-        return f"{self.info.dtype} {list(self.shape)}"
+        return f"{self.dtype} {list(self.shape)}"
 
     def value(self, number: int) -> Value:
         """Read the element of that number, counted in row-major order."""
@@ -142,7 +152,7 @@ def name_tensors(files: Sequence[WeightsFile], folders: Iterable[Path]) -> Named
                 at = f"{file.source.where}: {show(name)}"
                 finding = Finding(Kind.MALFORMED, at, "each tensor once", "a second one")
                 raise WrongContent(f"the shards of {where} do not fit together", [finding])
-            tensors[name] = NamedTensor(name, info.shape, file.source, info)
+            tensors[name] = NamedTensor.of(file.source, info)
     if any(name.startswith(_SIGNS) for name in tensors):
         return _from_transformers(tensors, where, files[0].format, folders)
     return NamedTensors(Summary(where, files[0].format, Layout.OWN, len(tensors)), tensors)

@@ -188,6 +188,10 @@ def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: b
             expected = f"{len(config.tensor_shapes())} tensors as config.json implies"
     except CsmWeightsError as error:
         findings, found = error.findings, "malformed"
+        if all(finding.kind is Kind.UNSUPPORTED for finding in findings):
+            # the reader is narrower than the format: the digest decides
+            found = f"not read: expected {findings[0].expected}, found {findings[0].found}"
+            return GateResult(Gate.STRUCTURE, subject.artifact.path, None, expected, found)
     return _result(Gate.STRUCTURE, subject, expected, found, findings)
 
 

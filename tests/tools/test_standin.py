@@ -15,7 +15,7 @@ from csm_weights.errors import UsageError
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.safetensors import read_safetensors
 from csm_weights.formats.tensor_index import check_against
-from csm_weights.formats.torch_zip import read_checkpoint
+from csm_weights.formats.torch_checkpoint import read_checkpoint
 from tools.standin.write import sizes, write_standin
 
 CSM_1B = CsmConfig(

@@ -159,7 +159,8 @@ def _gates(results: Sequence[GateResult]) -> str:
         if oks:
             verdict = "NOT OK" if False in oks else "not run" if None in oks else "OK"
             rows.append((verdict, gate.value, f"{oks.count(True)} of {count(len(oks), 'file')}"))
-    return table(("verdict", "gate", ""), rows)
+    unread = [f"{r.path}: {r.found}" for r in results if r.found.startswith("not read")]
+    return "\n".join([table(("verdict", "gate", ""), rows), *map(printable, unread)])
 
 
 def _verdict(outcome: Outcome) -> str:

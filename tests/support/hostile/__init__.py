@@ -6,7 +6,7 @@ writer, and needs no torch.
 """
 
 from tests.support.hostile.checkpoints import BAD_ZIPS, GOOD_PICKLE, checkpoint, good_checkpoint
-from tests.support.hostile.common import written
+from tests.support.hostile.common import UNREAD, written
 from tests.support.hostile.configs import BAD_CONFIGS, BAD_INDEXES, config, config_of_layers
 from tests.support.hostile.headers import BAD_SAFETENSORS, entry, good_safetensors, safetensors
 from tests.support.hostile.heavy import heavy_safetensors, heavy_zips
@@ -26,6 +26,7 @@ __all__ = [
     "DECOYS",
     "EXTENSION",
     "GOOD_PICKLE",
+    "UNREAD",
     "Entry",
     "checkpoint",
     "config",

@@ -16,9 +16,18 @@ def heavy_safetensors() -> dict[str, tuple[bytes, str]]:
     tiny = ",".join(
         f'"{i}":{{"dtype":"U8","shape":[],"data_offsets":[0,1]}}' for i in range(16_000)
     )
+    empty = ",".join(
+        f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(100_001)
+    )
     ints = ",".join(["9" * 4_299] * 240)
     return {
-        "header_of_100_mb": (safetensors(b"{" + b" " * 99_999_999), "2 to 1048576 bytes"),
+        "header_of_100_mb": (safetensors(b"{" + b" " * 99_999_999), "JSON"),
+        "header_over_100_mb": (safetensors(b"{" + b" " * 100_000_000), "2 to 100000000 bytes"),
+        "header_of_metadata": (
+            safetensors(b'{"__metadata__": {"a": "' + b"\\n" * 5_000_000 + b'", "b": 1}}'),
+            "__metadata__",
+        ),
+        "header_of_tensors": (safetensors("{" + empty + "}"), "at most 100,000 tensors"),
         "header_deep": (safetensors("{" + '"a":{' * 150_000), "RecursionError"),
         "header_wide": (safetensors('{"a":[' + "[]," * 340_000 + "[]]}"), "a: malformed"),
         "header_of_names": (safetensors("{" + names + "}"), "more findings"),
@@ -38,12 +47,13 @@ def heavy_zips() -> dict[str, tuple[bytes, str]]:
     memos = (b"r" + struct.pack("<I", i) for i in range(200_000))
     pickles = {
         "pickle_of_dicts_in_memo": (b"".join(memo), "the end of the pickle"),
-        "pickle_of_dicts": (b"}" + b"".join(nested) + b".", "a dict under 0"),
+        "pickle_of_objects": (b"]" + b")\x85a" * 300_000, "at most 300,000 objects"),
+        "pickle_of_dicts": (b"}" + b"".join(nested), "the end of the pickle"),
         "pickle_of_long_numbers": ((b"\x8a\xff" + b"\x7f" * 255 + b"\x85" * 3) * 4_000, "pickle"),
         "pickle_of_large_tuples": (b"}q\0" + b"".join(tuples), "opcode POP"),
         "pickle_of_memo": (b"}" + b"".join(memos), "the end of the pickle"),
-        "pickle_of_one_name": (b"}X" + struct.pack("<I", 1_000_000) + b"n" * 1_000_000 + b"K\1s.",
-            "a number under nnn"),
+        "pickle_of_one_name": (b"}X" + struct.pack("<I", 1_000_000) + b"n" * 1_000_000 + b"K\1s",
+            "the end of the pickle"),
     }  # fmt: skip
     files = {name: (checkpoint(b"\x80\2" + code), why) for name, (code, why) in pickles.items()}
     many = [Entry(f"archive/data/{i}", b"") for i in range(15_000)]

@@ -15,7 +15,7 @@ from tests.support.hostile.checkpoints import (
     good_checkpoint,
     records,
 )
-from tests.support.hostile.opcodes import HOOKS, tensor, text
+from tests.support.hostile.opcodes import HOOKS, number, tensor, text
 from tests.support.hostile.zips import Entry, data_descriptor, zip_of
 
 
@@ -56,12 +56,12 @@ def _plain_tricks(target: str) -> dict[str, tuple[bytes, str]]:
         "global_under_build": (HOOKS + run + b"b.", "global builtins open"),
         "runs_then_breaks": (run + b"\xff.", "global builtins open"),
         "runs_then_ends": (run, "global builtins open"),
-        "stack_global": (names + b"\x93(" + call + b"tR.", "opcode SHORT_BINUNICODE"),
+        "stack_global": (names + b"\x93(" + call + b"tR.", "global builtins open"),
         "inst": (b"(" + call + b"ibuiltins\nopen\n.", "opcode INST"),
         "inst_of_text_opcodes": (b"(" + lines + b"ibuiltins\nopen\n.", "opcode UNICODE"),
         "obj": (b"(" + opens + call + b"o.", "global builtins open"),
-        "list_around_it": (b"](" + run + b"e.", "opcode EMPTY_LIST"),
-        "frame_around_it": (framed + b".", "opcode FRAME"),
+        "list_around_it": (b"](" + run + b"e.", "global builtins open"),
+        "frame_around_it": (framed + b".", "global builtins open"),
         "protocol_told_twice": (b"\x80\4" + run + b".", "opcode PROTO"),
         "getattr_first": (getattr_ + run + b".", "global builtins getattr"),
     }
@@ -150,7 +150,10 @@ def running_files(target: str) -> dict[str, tuple[bytes, str]]:
     """
     run = b"\x80\x02cbuiltins\nopen\n" + words(target, "w") + b"R0" + GOOD_PICKLE[2:]
     bodies = {
-        f"protocol_{version}": (_in_protocol(version, target), "pickle protocol 2")
+        f"protocol_{version}": (
+            _in_protocol(version, target),
+            "global builtins open" if version > 1 else "pickle protocol 2",
+        )
         for version in (0, 1, 3, 4, 5)
     }
     files = {name: (checkpoint(body), why) for name, (body, why) in bodies.items()}
@@ -215,11 +218,19 @@ def _zip_tricks(run: bytes) -> dict[str, tuple[bytes, str]]:
 def _disguises(run: bytes) -> dict[str, tuple[bytes, str]]:
     """Return pickles where another kind of file is expected; torch reads those without a zip."""
     return {
-        "bare_pickle": (run, "a zip archive"),
-        "bare_pickle_before_a_zip": (run + good_checkpoint(), "a directory up to byte"),
+        "bare_pickle": (run, "global builtins open"),
+        "bare_pickle_before_a_zip": (run + good_checkpoint(), "global builtins open"),
+        "legacy_file": (legacy(run), "global builtins open"),
         "zip_after_7z": (b"7z\xbc\xaf'\x1c" + checkpoint(run), "a directory up to byte"),
-        "tar": (_tar({"storages": run, "tensors": run, "pickle": run}), "a zip archive"),
+        "tar": (_tar({"storages": run, "tensors": run, "pickle": run}), "a tar archive"),
     }
+
+
+def legacy(pickle: bytes, storages: bytes = b"", keys: bytes = b"\x80\x02].") -> bytes:
+    """A file of torch before 1.6: five pickles, and the storages."""
+    system = (text("little_endian"), b"\x88", text("protocol_version"), number(1001))
+    head = (number(0x1950A86A20F9469CFC6C), number(1001), b"}(" + b"".join(system) + b"u")
+    return b"".join(b"\x80\x02" + value + b"." for value in head) + pickle + keys + storages
 
 
 def _tar(files: Mapping[str, bytes]) -> bytes:
