@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,20 +14,23 @@ from csm_weights.commands.verify import verify as verify_files
 from csm_weights.errors import (
     Finding,
     Kind,
-    MissingInput,
     UsageError,
     WrongContent,
     error_for,
 )
+from csm_weights.files import Fingerprint, read_file
 from csm_weights.hashing import HashJob, measure, sha256_of
+from csm_weights.manifest.types import Artifact
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import begin, gate_error, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import ArtifactState, FileState, State
-from csm_weights.verify import keys, statement
-from csm_weights.verify.statement import Attestation, Attested, Facts, Made, Signer
+from csm_weights.store.receipts import VerifiedFile
+from csm_weights.verify import envelope, keys, statement
+from csm_weights.verify.envelope import Attestation, Attested, Signer
+from csm_weights.verify.statement import Facts
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     """
     if key and make_key:
         raise UsageError("--key signs with a key that is there, --new-key makes one; choose")
-    secret = _read(Path(key), keys.MAX_KEY, "a private key") if key else None
+    secret = read_file(Path(key), keys.MAX_KEY, "a private key") if key else None
     if key or make_key:
         keys.require_library()
     session = begin(request)
@@ -69,32 +71,27 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     body = statement.payload(statement.statement(_facts(state, subjects)))
     new_keys, text, signer = _make_keys(make_key), body.decode(), None
     if new_keys:
-        text, signer = _signed(body, new_keys[0].read_bytes(), make_key)
+        text, signer = keys.sign(body, new_keys[0].read_bytes(), make_key, None)
     elif secret is not None:
-        text, signer = _signed(body, secret, key, os.environ.get(keys.PASSPHRASE))
+        password = os.environ.get(keys.PASSPHRASE)
+        text, signer = keys.sign(body, secret, key, password.encode() if password else None)
     file = Path(out) if out else state.paths.destination / f"{name}.intoto.json"
     atomic.write_whole(file, text)
     return Attesting(name, file, subjects, signer, new_keys)
 
 
-def _signed(body: bytes, secret: bytes, where: str, word: str | None = None) -> tuple[str, Signer]:
-    password = word.encode() if word else None
-    return keys.signed(body, statement.PAYLOAD_TYPE, secret, where, password)
-
-
 def _facts(state: State, digests: Mapping[str, str]) -> Facts:
     manifest, where = state.manifest, Path(state.manifest.where)
-    made = tuple(_made(item, digests[item.artifact.path]) for item in state.artifacts)
+    files = tuple(_verified(item, digests[item.artifact.path]) for item in state.artifacts)
     at = _time()
-    return Facts(manifest, where.name, sha256_of(where), made, version("csm-weights"), at)
+    return Facts(manifest, where.name, sha256_of(where), files, version("csm-weights"), at)
 
 
-def _made(item: ArtifactState, sha256: str) -> Made:
-    is_current = item.installed.state is FileState.VERIFIED
-    assert item.installed.size is not None, "a file that has passed its gates is there"
-    return Made(
-        item.artifact, item.installed.size, sha256, item.installed.receipt if is_current else None
-    )
+def _verified(item: ArtifactState, sha256: str) -> tuple[Artifact, VerifiedFile]:
+    file = item.installed
+    receipt = file.receipt if file.state is FileState.VERIFIED else None
+    pieces, fingerprint = receipt.pieces if receipt else (), Fingerprint.of(file.path.stat())
+    return item.artifact, VerifiedFile(file.path, sha256, pieces, fingerprint)
 
 
 def _time() -> str:
@@ -142,10 +139,13 @@ def verify(
     against it. Without `key` nobody vouches for it, and the result says so.
     Raises WrongContent or MissingInput.
     """
-    said = statement.read(
-        _read(Path(attestation), statement.MAX_ATTESTATION, "an attestation"), attestation
+    said = envelope.read(
+        read_file(Path(attestation), envelope.MAX_ATTESTATION, "an attestation"), attestation
     )
-    signer = _signer(said, key) if key else None
+    signer = None
+    if key:
+        public = read_file(Path(key), keys.MAX_KEY, "a public key")
+        signer = keys.check(said.body, said.signatures, public, key)
     outcome = verify_files(request, sums)
     if outcome.error:
         return outcome
@@ -154,7 +154,7 @@ def verify(
     found = digests_of(outcome.results)
     found |= _others(outcome.state.paths.destination, [n for n in held if n not in found])
     about = replace(said, subjects=held)
-    if findings := statement.differences(about, attestation, found, chosen):
+    if findings := envelope.differences(about, attestation, found, chosen):
         error = error_for("the attestation is not true of these files", findings)
         return replace(outcome, error=error)
     if write_sums:
@@ -163,11 +163,6 @@ def verify(
     notes = _notes(said, outcome.state, len(said.subjects) - len(held))
     checked = Attested(attestation, signer, len(said.signatures), names, notes)
     return replace(outcome, attested=checked)
-
-
-def _signer(said: Attestation, key: str) -> Signer:
-    public = _read(Path(key), keys.MAX_KEY, "a public key")
-    return keys.check(said.body, statement.PAYLOAD_TYPE, said.signatures, public, key)
 
 
 def _others(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -189,25 +184,3 @@ def _notes(said: Attestation, state: State, left_out: int) -> tuple[str, ...]:
     if left_out:
         notes.append(f"{left_out} more of its subjects were not asked for with --only")
     return tuple(notes)
-
-
-def _read(path: Path, limit: int, what: str) -> bytes:
-    """The bytes of a file that someone names, at most `limit` and one more.
-
-    Raises MissingInput where there is none, WrongContent for what is no plain
-    file, or too large.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        finding = Finding(Kind.MISSING, str(path), what, error.strerror or str(error))
-        raise MissingInput(f"{what} is needed", [finding]) from None
-    with open(fd, "rb") as file:  # noqa: PTH123 - the descriptor is open
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            found = f"{status.st_size:,} bytes"
-            found = found if stat.S_ISREG(status.st_mode) else "something that is no plain file"
-            expected = f"{what}, a plain file of at most {limit:,} bytes"
-            finding = Finding(Kind.MALFORMED, str(path), expected, found)
-            raise WrongContent(f"{what} cannot be read", [finding])
-        return file.read(limit + 1)

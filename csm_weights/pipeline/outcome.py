@@ -9,9 +9,9 @@ from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action
 from csm_weights.pipeline.plan import Plan
 from csm_weights.store.inspect import State
+from csm_weights.verify.envelope import Attested
 from csm_weights.verify.gates import GateResult
 from csm_weights.verify.seal import Sealed
-from csm_weights.verify.statement import Attested
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Sealing a file in place: read-only, and by fs-verity where the file system has it.
+"""Seal an installed file: read-only, and by fs-verity where the file system has it.
 
-A read-only file is safe from slips: whoever owns it can allow writing again.
-fs-verity is more: the kernel holds every block that is read against a hash
-tree that nobody can change any more, so a disk that rots or is tampered with
-gives an error, and not wrong bytes. Renaming and removing go on as before.
+A read-only file is safe from slips: its owner can allow writing again. With
+fs-verity the kernel checks every block that is read against a hash tree that
+nobody can change any more: a disk that rots or is tampered with gives an
+error, not wrong bytes. The file can still be renamed and removed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ from csm_weights.store.receipts import Receipt
 if sys.platform == "linux":
     import fcntl
 
-#: The ioctl of linux/fsverity.h that builds the hash tree of a file and keeps it.
+#: The ioctls of linux/fsverity.h: build and keep the hash tree of a file; read its digest.
 _FS_IOC_ENABLE_VERITY = 0x40806685
-
-#: The one that tells the digest of that tree; its argument, struct fsverity_digest,
-#: gives the room there is for it, in bytes.
 _FS_IOC_MEASURE_VERITY = 0xC0046686
 
-#: The argument of the former, struct fsverity_enable_arg: version, hash algorithm, bytes of a
-#: block, of the salt, the salt; bytes of a signature, a reserved word, the
-#: signature, eleven reserved ones.
+#: struct fsverity_enable_arg: version, hash algorithm, bytes of a block, of the
+#: salt, the salt; bytes of a signature, a reserved word, the signature, eleven
+#: reserved words.
 _ENABLE_ARG = struct.Struct("=IIIIQIIQ11Q")
 _SHA256 = 1
 _BLOCK = 4096
@@ -41,13 +38,13 @@ _BLOCK = 4096
 #: The permissions that a sealed file may have.
 _READABLE = 0o444
 
-#: What a kernel or file system says that has no fs-verity, or not for such a file.
+#: Errors of a kernel or file system that has no fs-verity, or not for such a file.
 _NO_VERITY = {errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM}
 
 
 @dataclass(frozen=True)
 class Sealed:
-    """A file that is sealed: always read-only; `verity` where the kernel guards it too."""
+    """A sealed file: always read-only, with `verity` guarded by the kernel too."""
 
     path: str
     verity: bool
@@ -59,7 +56,7 @@ class Sealed:
 
 
 def seal(directory: Path, receipt: Receipt) -> Sealed:
-    """Seals the file of a receipt; the receipt has to be renewed, as the change time is new.
+    """Seal the file of a receipt. The receipt has to be renewed: the change time is new.
 
     Raises WrongContent for a link, or a file that is not the one of the
     receipt, NoSpace for one whose permissions this user may not change.
@@ -73,32 +70,40 @@ def seal(directory: Path, receipt: Receipt) -> Sealed:
             raise _changed(file)
         verity = enable_verity(fd, file)
         if stat.S_IMODE(os.fstat(fd).st_mode) & ~_READABLE:
-            _take_write_permission(fd, status, file)
+            try:
+                os.fchmod(fd, stat.S_IMODE(status.st_mode) & _READABLE)
+                os.fsync(fd)
+            except OSError as error:
+                raise _not_ours(error, file) from error
     finally:
         os.close(fd)
     return Sealed(receipt.path, verity)
 
 
 def enable_verity(fd: int, file: Path) -> bool:
-    """Turns fs-verity on (SHA-256, 4,096-byte blocks); whether the file has it now.
+    """Turn fs-verity on (SHA-256, 4,096-byte blocks); return whether the file has it now.
 
-    `fd` is open for reading, and nobody has the file open for writing:
-    otherwise raises WrongContent. Raises NoSpace where the hash tree, 1/127 of
-    the file, finds no room.
+    `fd` is open for reading. Raises WrongContent where some program has the
+    file open for writing, NoSpace where the hash tree, 1/127 of the file,
+    finds no room.
     """
     if sys.platform != "linux":
         return False
-    if _has_verity(fd):
+    try:  # only a file with a hash tree has a digest of it
+        fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, struct.pack("=HH64x", 0, 64))
         return True
+    except OSError:
+        pass
+    argument = _ENABLE_ARG.pack(1, _SHA256, _BLOCK, 0, 0, 0, 0, 0, *[0] * 11)
     try:
         try:
-            _enable(fd)
+            fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, argument)
         except PermissionError as error:
             if error.errno != errno.EACCES:
                 raise
-            # Only of a file that may be written, and one sealed elsewhere may not.
+            # The kernel wants a file that may be written; one sealed elsewhere may not.
             os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IWUSR)
-            _enable(fd)
+            fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, argument)
     except OSError as error:
         if error.errno in _NO_VERITY:
             return False
@@ -106,22 +111,8 @@ def enable_verity(fd: int, file: Path) -> bool:
     return True
 
 
-def _enable(fd: int) -> None:
-    argument = _ENABLE_ARG.pack(1, _SHA256, _BLOCK, 0, 0, 0, 0, 0, *[0] * 11)
-    fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, argument)
-
-
-def _has_verity(fd: int) -> bool:
-    """Whether a file has a hash tree already: only then it has a digest of that tree."""
-    try:
-        fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, struct.pack("=HH64x", 0, 64))
-    except OSError:
-        return False
-    return True
-
-
 def _refused(error: OSError, file: Path) -> CsmWeightsError:
-    """Why a file system that has fs-verity did not turn it on."""
+    """Return the error for a file system that has fs-verity and did not turn it on."""
     if error.errno == errno.ETXTBSY:
         return _changed(file)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -133,23 +124,10 @@ def _refused(error: OSError, file: Path) -> CsmWeightsError:
     return from_os_error(OSError(error.errno, error.strerror, str(file)))
 
 
-def _take_write_permission(fd: int, status: os.stat_result, file: Path) -> None:
-    try:
-        os.fchmod(fd, stat.S_IMODE(status.st_mode) & _READABLE)
-        os.fsync(fd)
-    except OSError as error:
-        raise _not_ours(error, file) from error
-
-
 def _not_ours(error: OSError, file: Path) -> CsmWeightsError:
-    found = error.strerror or str(error)
-    finding = Finding(
-        Kind.NOT_WRITABLE,
-        str(file),
-        "a file that this user may seal",
-        found,
-        "seal it as its owner, or copy it to a folder of your own with --dest",
-    )
+    found, expected = error.strerror or str(error), "a file that this user may seal"
+    help_text = "seal it as its owner, or copy it to a folder of your own with --dest"
+    finding = Finding(Kind.NOT_WRITABLE, str(file), expected, found, help_text)
     return NoSpace("the file could not be sealed", [finding])
 
 
