@@ -95,7 +95,7 @@ def check(body: bytes, signatures: Sequence[Signature], key: bytes, where: str) 
         return Signer(public.keyid, public.scheme)
     expected = f"a signature by the {public.scheme} key {public.keyid[:16]}"
     ids = ", ".join(show(keyid[:16]) for keyid, _ in signatures)
-    found = f"none by this key; they name the keys {ids}" if ids else "a statement that nobody signed"
+    found = f"none by it, but of the keys {ids}" if ids else "a statement that nobody signed"
     help_text = "it was changed, or it is someone else's: get both again from whom you trust"
     finding = Finding(Kind.DIFFERENT, where, expected, found, help_text)
     raise WrongContent("the attestation is not signed by this key", [finding])
