@@ -115,27 +115,34 @@ def test_a_folder_that_leads_out_is_refused(where: str, tmp_path: Path) -> None:
     assert list(outside.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["sub", "sub/a.bin.json"])
-def test_a_receipt_is_not_written_through_a_link(name: str, tmp_path: Path) -> None:
-    """A link planted among the receipts has its target left alone."""
-    root, precious = tmp_path / "root", tmp_path / "precious"
+def test_a_link_in_place_of_a_receipt_is_replaced(tmp_path: Path) -> None:
+    """The receipt is a file of its own, and the target of the link is left alone."""
+    toy, link = _with_link_among_receipts(tmp_path, "sub/a.bin.json")
+    link.resolve().write_text("precious")
+    apply.weights(toy.request("sub/a.bin"), smoke=False)
+    assert not link.is_symlink()
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_link_in_place_of_a_folder_of_receipts_is_refused(tmp_path: Path) -> None:
+    """No receipt is written through the link; the run ends with 4 and names it."""
+    toy, link = _with_link_among_receipts(tmp_path, "sub")
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(WrongContent) as caught:
+        apply.weights(toy.request("sub/a.bin"), smoke=False)
+    assert [finding.where for finding in caught.value.findings] == [str(link)]
+    assert list((tmp_path / "precious").iterdir()) == []
+
+
+def _with_link_among_receipts(tmp_path: Path, name: str) -> tuple[Toy, Path]:
+    """A toy, and a link of that name among its receipts that leads out, to `precious`."""
+    root = tmp_path / "root"
     root.mkdir()
     toy = _with_folder(root)
     link = root / "models" / "toy" / ".csm-weights" / name
     link.parent.mkdir(parents=True)
-    if name == "sub":
-        precious.mkdir()
-    else:
-        precious.write_text("precious")
-    link.symlink_to(precious)
-    try:
-        apply.weights(toy.request("sub/a.bin"), smoke=False)
-    except WrongContent as error:
-        assert "link" in str(error)
-    if precious.is_dir():
-        assert list(precious.iterdir()) == []
-    else:
-        assert precious.read_text() == "precious"
+    link.symlink_to(tmp_path / "precious")
+    return toy, link
 
 
 # ---- properties
