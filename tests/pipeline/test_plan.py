@@ -1,23 +1,17 @@
-"""Looking at a disk, and deciding from what was seen."""
+"""Plans: what is decided from what is on the disk."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
-from csm_weights.model.smoke_report import load_report, report_path
-from csm_weights.pipeline import apply
 from csm_weights.pipeline.actions import Action, Assemble, Copy, Keep, Move, WriteText
 from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan, with_config
 from csm_weights.store.inspect import (
@@ -26,13 +20,9 @@ from csm_weights.store.inspect import (
     FileStatus,
     Paths,
     State,
-    filesystem_type,
-    inspect,
 )
-from csm_weights.store.journal import PieceRecord, journal_path, parse_line, partial_path
-from csm_weights.store.receipts import Receipt, dump_receipt, load_receipt, receipt_path
-from csm_weights.untrusted import dump_record
-from tests.support.toy import PIECE_SIZE, Toy, flip
+from csm_weights.store.journal import PieceRecord
+from csm_weights.store.receipts import Receipt
 
 PLACES = Paths(Path("/root"), Path("/root/staged"), Path("/root/placed"))
 SHA = "5" * 64
@@ -423,254 +413,3 @@ def test_weights_bring_their_config() -> None:
     config, model, prompt = manifest.artifacts
     assert with_config(manifest, [model]) == (config, model)
     assert with_config(manifest, [prompt]) == (prompt,)
-
-
-# ---- looking at a real disk
-
-
-def look_at(toy: Toy, known_bad: dict[Path, Finding] | None = None) -> dict[str, ArtifactState]:
-    paths = Paths.of(toy.manifest, toy.root)
-    state = inspect(toy.manifest, toy.manifest.artifacts, paths, known_bad or {})
-    return {item.artifact.path: item for item in state.artifacts}
-
-
-@pytest.fixture
-def placed(toy: Toy) -> Toy:
-    """A toy repository whose files are all in place."""
-    apply.weights(toy.request(), smoke=False)
-    return toy
-
-
-def test_a_fresh_repository_has_parts_only(toy: Toy) -> None:
-    """Parts are seen with their sizes; files, partials and receipts are absent."""
-    item = look_at(toy)["a.bin"]
-    assert (item.installed.state, item.staged.state) == (ABSENT, ABSENT)
-    assert [part.state for part in item.parts] == [UNVERIFIED] * 5
-    assert [part.size for part in item.parts] == [p.size for p in toy.artifact("a.bin").pieces]
-    assert (item.partial, item.extras) == ((), ())
-
-
-def test_a_placed_file_is_proven_by_its_receipt(placed: Toy) -> None:
-    """An untouched file with a receipt is proven without being read."""
-    assert [i.installed.state for i in look_at(placed).values()] == [VERIFIED] * 3
-
-
-def test_looking_again_finds_what_hashing_refuted(placed: Toy) -> None:
-    """What was refuted in this run is wrong whatever its receipt says."""
-    wrong = finding(placed.installed("a.bin"), Kind.WRONG_DIGEST)
-    item = look_at(placed, {placed.installed("a.bin"): wrong})["a.bin"]
-    assert (item.installed.state, item.installed.finding) == (INVALID, wrong)
-
-
-def edit_receipt(toy: Toy, name: str, **changes: Any) -> None:
-    path = receipt_path(toy.root / "models/toy", name)
-    data = json.loads(path.read_text())
-    for key, value in changes.items():
-        field, _, inner = key.partition("__")
-        if inner:
-            data[field][inner] = value
-        else:
-            data[field] = value
-    path.write_text(json.dumps(data))
-
-
-FORGERIES: list[tuple[str, dict[str, Any]]] = [
-    ("a.bin", {"model": "csm-1b"}),
-    ("a.bin", {"size": 1}),
-    ("a.bin", {"sha256": "0" * 64}),
-    ("a.bin", {"schema": 2}),
-    ("a.bin", {"fingerprint__inode": 1}),
-    ("a.bin", {"fingerprint__size": 1}),
-    ("a.bin", {"fingerprint__mtime_ns": 1}),
-    ("a.bin", {"fingerprint__ctime_ns": 1}),
-    ("a.bin", {"fingerprint": None}),
-    ("a.bin", {"unknown": 1}),
-    ("b.bin", {"sha256": "0" * 64}),
-    ("b.bin", {"pieces": []}),
-    ("b.bin", {"pieces": None}),
-    ("b.bin", {"pieces": [{"offset": 0, "size": 1, "sha256": "0", "source": "x"}]}),
-]
-
-
-@pytest.mark.parametrize(("name", "changes"), FORGERIES)
-def test_a_receipt_that_does_not_fit_proves_nothing(
-    placed: Toy, name: str, changes: dict[str, Any]
-) -> None:
-    """Any figure of a receipt that is not the file's and the manifest's voids it."""
-    edit_receipt(placed, name, **changes)
-    assert look_at(placed)[name].installed.state is UNVERIFIED
-
-
-@pytest.mark.parametrize("text", ["", "rubbish", "null", "[]", "[" * 9999, "\x00\xff", "9" * 9999])
-def test_a_damaged_receipt_counts_as_absent(placed: Toy, text: str) -> None:
-    """A receipt that cannot be understood leaves the file unproven."""
-    receipt_path(placed.root / "models/toy", "a.bin").write_text(text)
-    look = look_at(placed)["a.bin"].installed
-    assert (look.state, look.receipt) == (UNVERIFIED, None)
-
-
-def test_journal_lines_of_other_pieces_do_not_count(toy: Toy) -> None:
-    """Only lines about pieces that the manifest pins today are kept, each once, in order."""
-    a = toy.artifact("a.bin").pieces
-    good = [PieceRecord(p.offset, p.size, p.sha256, "x") for p in (a[3], a[1], a[3])]
-    stale = [
-        replace(good[0], sha256="0" * 64),
-        replace(good[0], size=1),
-        replace(good[0], offset=1),
-    ]
-    partial = partial_path(toy.staged("a.bin"))
-    partial.parent.mkdir(parents=True)
-    partial.touch()
-    lines = [dump_record(r) for r in (*stale, *good)] + [dump_record(good[0])[:-5]]
-    journal_path(toy.staged("a.bin")).write_text("\n".join(lines))
-    assert [r.offset for r in look_at(toy)["a.bin"].partial] == [a[1].offset, a[3].offset]
-
-
-def test_a_journal_without_its_partial_does_not_count(toy: Toy) -> None:
-    """Lines about a file that has gone are no claim on anything."""
-    piece = toy.artifact("a.bin").pieces[0]
-    journal = journal_path(toy.staged("a.bin"))
-    journal.parent.mkdir(parents=True)
-    journal.write_text(dump_record(PieceRecord(piece.offset, piece.size, piece.sha256, "x")) + "\n")
-    assert look_at(toy)["a.bin"].partial == ()
-
-
-def test_extra_parts_are_found_and_other_files_are_not(toy: Toy) -> None:
-    """A file that is named like a part is told; SHA256SUMS beside the parts is not."""
-    folder = toy.chunk_file("a.bin", 0).parent
-    (folder / "a.bin.part-af").touch()
-    (folder / "SHA256SUMS").touch()
-    extras = look_at(toy)["a.bin"].extras
-    assert [(f.kind, f.where) for f in extras] == [
-        (Kind.EXTRA_PART, "chunks/toy/a.bin/a.bin.part-af")
-    ]
-
-
-def test_looking_changes_nothing(placed: Toy) -> None:
-    """No file is made, removed or touched by a look."""
-
-    def snapshot() -> list[tuple[str, int, int]]:
-        paths = sorted(placed.root.rglob("*"))
-        return [(str(p), p.stat().st_mtime_ns, p.stat().st_ctime_ns) for p in paths]
-
-    before = snapshot()
-    look_at(placed)
-    assert snapshot() == before
-
-
-def test_a_wrong_size_says_what_the_file_is(toy: Toy) -> None:
-    """A pointer, a refusal and an empty file are told apart by their first bytes."""
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    page = "Access to model sesame/csm-1b is restricted. You must have access to it"
-    for index, text in enumerate((pointer, page, "", "x")):
-        toy.chunk_file("a.bin", index).write_text(text)
-    findings = [part.finding for part in look_at(toy)["a.bin"].parts[:4]]
-    expected = [Kind.LFS_POINTER, Kind.ACCESS_PAGE, Kind.WRONG_SIZE, Kind.WRONG_SIZE]
-    assert [f.kind for f in findings if f] == expected
-    assert all(f.help for f in findings if f)
-
-
-def test_the_destination_can_be_overridden(toy: Toy) -> None:
-    """An own destination may be relative to the root, or absolute."""
-    manifest = toy.manifest
-    assert Paths.of(manifest, toy.root).destination == toy.root / "models/toy"
-    assert Paths.of(manifest, toy.root, "here").destination == toy.root / "here"
-    assert Paths.of(manifest, toy.root, "/else/where").destination == Path("/else/where")
-
-
-@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="no mountinfo here")
-def test_the_type_of_a_file_system_is_known() -> None:
-    """A folder on a mounted file system has that one's type."""
-    assert filesystem_type(Path("/proc/self")) == "proc"
-
-
-# ---- hostile records
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-trees = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=6,
-)
-PIECE = PieceRecord(0, 10, SHA, "chunks/a-0")
-OID = "6" * 40
-RECEIPT = replace(receipt_of("a", 10), pieces=(PIECE,), git_sha1=OID)
-
-
-def has_types(record: Any, example: Any) -> bool:
-    """Whether a record's fields have the types of those of a good one, all the way down."""
-    if isinstance(example, tuple):
-        return isinstance(record, tuple) and all(has_types(r, example[0]) for r in record)
-    if hasattr(example, "__dataclass_fields__"):
-        return type(record) is type(example) and all(
-            has_types(value, getattr(example, key)) for key, value in vars(record).items()
-        )
-    return type(record) is type(example) or (record is None and example == OID)
-
-
-@settings(max_examples=100, deadline=None)
-@given(key=st.sampled_from(sorted(asdict(PIECE))), value=trees)
-def test_a_journal_line_of_other_types_counts_as_absent(key: str, value: object) -> None:
-    """A line is understood with the right types in it, or not at all."""
-    record = parse_line(json.dumps({"schema": 1, **asdict(PIECE), key: value}))
-    assert record is None or has_types(record, PIECE)
-
-
-@settings(max_examples=150, deadline=None)
-@given(key=st.sampled_from(sorted(asdict(RECEIPT))), value=trees)
-def test_a_receipt_of_other_types_counts_as_absent(key: str, value: object) -> None:
-    """A receipt is understood with the right types in it, or not at all."""
-    record = load_receipt(json.dumps({"schema": 1, **asdict(RECEIPT), key: value}))
-    assert record is None or has_types(record, RECEIPT)
-
-
-@settings(max_examples=150, deadline=None)
-@given(text=st.text() | trees.map(json.dumps))
-def test_no_text_crashes_the_reader_of_records(text: str) -> None:
-    """Whatever a record's file holds, reading it gives a record or nothing."""
-    assert (load_receipt(text), parse_line(text), load_report(text)) == (None, None, None)
-
-
-@pytest.mark.parametrize("value", [[], {}, None, "0", 0.5, True])
-def test_a_journal_of_odd_values_only_costs_time(toy: Toy, value: object) -> None:
-    """A journal line with a value of another type does not stop the look."""
-    partial = partial_path(toy.staged("a.bin"))
-    partial.parent.mkdir(parents=True)
-    partial.touch()
-    line = {"schema": 1, "offset": value, "size": value, "sha256": value, "source": value}
-    journal_path(toy.staged("a.bin")).write_text(json.dumps(line) + "\n")
-    assert look_at(toy)["a.bin"].partial == ()
-
-
-@pytest.mark.parametrize("path", ["smoke", "smoke.json", "smoke-report"])
-def test_no_receipt_is_kept_where_the_smoke_report_is(path: str) -> None:
-    """A file may be called as it likes without its receipt meeting the smoke report."""
-    folder = Path("/placed")
-    assert receipt_path(folder, path) != report_path(folder)
-
-
-def test_records_read_back_as_written() -> None:
-    """Dumping and loading are inverse."""
-    assert parse_line(dump_record(PIECE)) == PIECE
-    assert load_receipt(dump_receipt(RECEIPT)) == RECEIPT
-
-
-def test_a_fingerprint_survives_a_rename_but_not_an_edit(tmp_path: Path) -> None:
-    """A rename keeps inode, size and mtime; a write does not, nor does another file."""
-    path = tmp_path / "a"
-    path.write_bytes(b"x" * PIECE_SIZE)
-    before = Fingerprint.of(path.stat())
-    path = path.rename(tmp_path / "b")
-    assert Fingerprint.of(path.stat()).same_bytes(before)
-    os.utime(path, ns=(1, 1))
-    assert not Fingerprint.of(path.stat()).same_bytes(before)
-
-
-def test_a_copy_of_a_proven_file_is_not_proven(placed: Toy) -> None:
-    """A receipt is for one file: another one of the same size and time has to be hashed."""
-    file = placed.installed("a.bin")
-    shutil.copy2(file, file.with_name("copy"))
-    flip(file.with_name("copy"))
-    os.utime(file.with_name("copy"), ns=(0, file.stat().st_mtime_ns))
-    file.with_name("copy").replace(file)
-    assert look_at(placed)["a.bin"].installed.state is UNVERIFIED

@@ -1,0 +1,403 @@
+"""Inspecting a disk: what is known of files from their stats, receipts and journals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csm_weights.errors import Finding, Kind
+from csm_weights.files import NotRegular, open_regular
+from csm_weights.manifest.types import Artifact, Manifest, Piece
+from csm_weights.model.smoke_report import read_report, report_path
+from csm_weights.pipeline import apply
+from csm_weights.store import inspect as inspecting
+from csm_weights.store import journal
+from csm_weights.store.inspect import ArtifactState, FileState, Paths, filesystem_type, inspect
+from csm_weights.store.journal import PieceRecord, journal_path, partial_path
+from csm_weights.store.receipts import receipt_path
+from csm_weights.untrusted import dump_record
+from tests.support.toy import Toy, flip
+
+VERIFIED, UNVERIFIED = FileState.VERIFIED, FileState.UNVERIFIED
+ABSENT, INVALID = FileState.ABSENT, FileState.INVALID
+SHA = "5" * 64
+
+
+def finding(where: object, kind: Kind = Kind.WRONG_SIZE) -> Finding:
+    return Finding(kind, str(where), "one thing", "another")
+
+
+def inspected(toy: Toy, known_bad: dict[Path, Finding] | None = None) -> dict[str, ArtifactState]:
+    paths = Paths.of(toy.manifest, toy.root)
+    state = inspect(toy.manifest, toy.manifest.artifacts, paths, known_bad or {})
+    return {item.artifact.path: item for item in state.artifacts}
+
+
+@pytest.fixture
+def on_disk(toy: Toy) -> Toy:
+    """A toy repository whose files are all in place."""
+    apply.weights(toy.request(), smoke=False)
+    return toy
+
+
+def test_a_fresh_repository_has_chunk_files_only(toy: Toy) -> None:
+    """Chunk files are seen with their sizes; files, partials and receipts are absent."""
+    item = inspected(toy)["a.bin"]
+    assert (item.installed.state, item.staged.state) == (ABSENT, ABSENT)
+    assert [part.state for part in item.parts] == [UNVERIFIED] * 5
+    assert [part.size for part in item.parts] == [p.size for p in toy.artifact("a.bin").pieces]
+    assert (item.partial, item.extras) == ((), ())
+
+
+def test_an_installed_file_is_verified_by_its_receipt(on_disk: Toy) -> None:
+    """An untouched file with a receipt is verified without being read."""
+    assert [i.installed.state for i in inspected(on_disk).values()] == [VERIFIED] * 3
+
+
+def test_what_hashing_found_wrong_stays_wrong(on_disk: Toy) -> None:
+    """A file that this run has found wrong is invalid whatever its receipt says."""
+    wrong = finding(on_disk.installed("a.bin"), Kind.WRONG_DIGEST)
+    item = inspected(on_disk, {on_disk.installed("a.bin"): wrong})["a.bin"]
+    assert (item.installed.state, item.installed.finding) == (INVALID, wrong)
+
+
+def edit_receipt(toy: Toy, name: str, **changes: Any) -> None:
+    path = receipt_path(toy.root / "models/toy", name)
+    data = json.loads(path.read_text())
+    for key, value in changes.items():
+        field, _, inner = key.partition("__")
+        if inner:
+            data[field][inner] = value
+        else:
+            data[field] = value
+    path.write_text(json.dumps(data))
+
+
+FORGERIES: list[tuple[str, dict[str, Any]]] = [
+    ("a.bin", {"model": "csm-1b"}),
+    ("a.bin", {"size": 1}),
+    ("a.bin", {"sha256": "0" * 64}),
+    ("a.bin", {"schema": 2}),
+    ("a.bin", {"fingerprint__inode": 1}),
+    ("a.bin", {"fingerprint__size": 1}),
+    ("a.bin", {"fingerprint__mtime_ns": 1}),
+    ("a.bin", {"fingerprint__ctime_ns": 1}),
+    ("a.bin", {"fingerprint": None}),
+    ("a.bin", {"unknown": 1}),
+    ("b.bin", {"sha256": "0" * 64}),
+    ("b.bin", {"pieces": []}),
+    ("b.bin", {"pieces": None}),
+    ("b.bin", {"pieces": [{"offset": 0, "size": 1, "sha256": "0", "source": "x"}]}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), FORGERIES)
+def test_a_receipt_that_does_not_fit_counts_for_nothing(
+    on_disk: Toy, name: str, changes: dict[str, Any]
+) -> None:
+    """Any figure of a receipt that is not the file's and the manifest's voids it."""
+    edit_receipt(on_disk, name, **changes)
+    assert inspected(on_disk)[name].installed.state is UNVERIFIED
+
+
+@pytest.mark.parametrize("text", ["", "rubbish", "null", "[]", "[" * 9999, "\x00\xff", "9" * 9999])
+def test_a_damaged_receipt_counts_as_absent(on_disk: Toy, text: str) -> None:
+    """A receipt that cannot be understood leaves the file unverified."""
+    receipt_path(on_disk.root / "models/toy", "a.bin").write_text(text)
+    file = inspected(on_disk)["a.bin"].installed
+    assert (file.state, file.receipt) == (UNVERIFIED, None)
+
+
+def test_journal_lines_of_other_pieces_do_not_count(toy: Toy) -> None:
+    """Only lines about pieces that the manifest pins today are kept, each once, in order."""
+    a = toy.artifact("a.bin").pieces
+    good = [PieceRecord(p.offset, p.size, p.sha256, "x") for p in (a[3], a[1], a[3])]
+    stale = [
+        replace(good[0], sha256="0" * 64),
+        replace(good[0], size=1),
+        replace(good[0], offset=1),
+    ]
+    partial = partial_path(toy.staged("a.bin"))
+    partial.parent.mkdir(parents=True)
+    partial.touch()
+    lines = [dump_record(r) for r in (*stale, *good)] + [dump_record(good[0])[:-5]]
+    journal_path(toy.staged("a.bin")).write_text("\n".join(lines))
+    assert [r.offset for r in inspected(toy)["a.bin"].partial] == [a[1].offset, a[3].offset]
+
+
+def test_a_journal_without_its_partial_does_not_count(toy: Toy) -> None:
+    """Lines about a file that has gone are no claim on anything."""
+    piece = toy.artifact("a.bin").pieces[0]
+    journal = journal_path(toy.staged("a.bin"))
+    journal.parent.mkdir(parents=True)
+    journal.write_text(dump_record(PieceRecord(piece.offset, piece.size, piece.sha256, "x")) + "\n")
+    assert inspected(toy)["a.bin"].partial == ()
+
+
+def test_files_named_like_chunk_files_are_found_and_others_are_not(toy: Toy) -> None:
+    """A file that is named like a chunk file is reported; SHA256SUMS beside them is not."""
+    folder = toy.chunk_file("a.bin", 0).parent
+    (folder / "a.bin.part-af").touch()
+    (folder / "SHA256SUMS").touch()
+    extras = inspected(toy)["a.bin"].extras
+    assert [(f.kind, f.where) for f in extras] == [
+        (Kind.EXTRA_PART, "chunks/toy/a.bin/a.bin.part-af")
+    ]
+
+
+def test_inspecting_changes_nothing(on_disk: Toy) -> None:
+    """No file is made, removed or touched by inspecting."""
+
+    def snapshot() -> list[tuple[str, int, int]]:
+        paths = sorted(on_disk.root.rglob("*"))
+        return [(str(p), p.stat().st_mtime_ns, p.stat().st_ctime_ns) for p in paths]
+
+    before = snapshot()
+    inspected(on_disk)
+    assert snapshot() == before
+
+
+def test_a_wrong_size_says_what_the_file_is(toy: Toy) -> None:
+    """A pointer, a refusal and an empty file are told apart by their first bytes."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    page = "Access to model sesame/csm-1b is restricted. You must have access to it"
+    for index, text in enumerate((pointer, page, "", "x")):
+        toy.chunk_file("a.bin", index).write_text(text)
+    findings = [part.finding for part in inspected(toy)["a.bin"].parts[:4]]
+    expected = [Kind.LFS_POINTER, Kind.ACCESS_PAGE, Kind.WRONG_SIZE, Kind.WRONG_SIZE]
+    assert [f.kind for f in findings if f] == expected
+    assert all(f.help for f in findings if f)
+
+
+def test_the_destination_can_be_overridden(toy: Toy) -> None:
+    """An own destination may be relative to the root, or absolute."""
+    manifest = toy.manifest
+    assert Paths.of(manifest, toy.root).destination == toy.root / "models/toy"
+    assert Paths.of(manifest, toy.root, "here").destination == toy.root / "here"
+    assert Paths.of(manifest, toy.root, "/else/where").destination == Path("/else/where")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="no mountinfo here")
+def test_the_type_of_a_file_system_is_known() -> None:
+    """A folder on a mounted file system has that one's type."""
+    assert filesystem_type(Path("/proc/self")) == "proc"
+
+
+@pytest.mark.parametrize("value", [[], {}, None, "0", 0.5, True])
+def test_a_journal_of_odd_values_only_costs_time(toy: Toy, value: object) -> None:
+    """A journal line with a value of another type does not stop the inspection."""
+    partial = partial_path(toy.staged("a.bin"))
+    partial.parent.mkdir(parents=True)
+    partial.touch()
+    line = {"schema": 1, "offset": value, "size": value, "sha256": value, "source": value}
+    journal_path(toy.staged("a.bin")).write_text(json.dumps(line) + "\n")
+    assert inspected(toy)["a.bin"].partial == ()
+
+
+def test_a_copy_of_a_verified_file_is_not_verified(on_disk: Toy) -> None:
+    """A receipt is for one file: another one of the same size and time has to be hashed."""
+    file = on_disk.installed("a.bin")
+    shutil.copy2(file, file.with_name("copy"))
+    flip(file.with_name("copy"))
+    os.utime(file.with_name("copy"), ns=(0, file.stat().st_mtime_ns))
+    file.with_name("copy").replace(file)
+    assert inspected(on_disk)["a.bin"].installed.state is UNVERIFIED
+
+
+# ---- files that are none
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """An error instead of a wait without end."""
+
+    def ring(*_: object) -> None:
+        raise RuntimeError("it waits")  # an OSError would be taken for the file's
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("alarm")
+@pytest.mark.parametrize("make", [fifo, endless, Path.mkdir])
+@pytest.mark.parametrize("name", ["receipt", "journal", "partial", "smoke report", "chunk file"])
+def test_what_is_no_file_counts_as_absent_at_once(
+    on_disk: Toy, name: str, make: Callable[[Path], None]
+) -> None:
+    """A pipe, a device or a folder in place of a record is passed over, and nothing waits."""
+    folder, staged = on_disk.root / "models/toy", on_disk.staged("a.bin")
+    path = {
+        "receipt": receipt_path(folder, "a.bin"),
+        "journal": journal_path(staged),
+        "partial": partial_path(staged),
+        "smoke report": report_path(folder),
+        "chunk file": on_disk.root / on_disk.artifact("a.bin").pieces[0].part,
+    }[name]
+    partial_path(staged).touch()
+    path.unlink(missing_ok=True)
+    make(path)
+    item = inspected(on_disk)["a.bin"]
+    assert (item.partial, item.arrived) == ((), ())
+    assert (item.installed.state is VERIFIED) == (name != "receipt")
+    assert (item.parts[0].state is INVALID) == (name == "chunk file")
+    assert read_report(folder) is None
+
+
+@pytest.mark.usefixtures("alarm")
+@pytest.mark.parametrize("make", [fifo, endless, Path.mkdir])
+def test_only_regular_files_are_opened(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Whatever else has the name is refused before a byte is read."""
+    make(tmp_path / "x")
+    with pytest.raises(NotRegular):
+        open_regular(tmp_path / "x")
+
+
+# ---- what is salvaged, shared and freed
+
+
+@pytest.mark.parametrize(("cut", "good"), [(0, 2), (1, 1), (-1, 2)])
+def test_the_pieces_before_a_cut_are_salvaged(on_disk: Toy, cut: int, good: int) -> None:
+    """Of a file that was cut short all pieces that end before the cut may be right."""
+    pieces, file = on_disk.artifact("a.bin").pieces, on_disk.root / "models/toy/a.bin"
+    os.truncate(file, pieces[1].end - cut)
+    status = inspected(on_disk)["a.bin"].installed
+    assert status.state is INVALID
+    assert status.good == frozenset(piece.offset for piece in pieces[:good])
+
+
+def spread(toy: Toy, other: Path) -> Manifest:
+    """The toy's manifest with the last chunk file of b.bin in a folder elsewhere."""
+    b = toy.artifact("b.bin")
+    (toy.root / "elsewhere").symlink_to(other)
+    last = replace(b.pieces[-1], part=f"elsewhere/{Path(b.pieces[-1].part).name}")
+    shutil.move(toy.root / b.pieces[-1].part, toy.root / last.part)
+    return replace(toy.manifest, artifacts=(replace(b, pieces=(*b.pieces[:-1], last)),))
+
+
+def test_chunk_files_on_two_disks_make_too_little_room(toy: Toy, tmp_path: Path) -> None:
+    """One chunk file on another file system is enough: consuming would free too little here."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system here")
+    with tempfile.TemporaryDirectory(dir=shm) as other:
+        manifest = spread(toy, Path(other))
+        state = inspect(manifest, manifest.artifacts, Paths.of(manifest, toy.root), {})
+    assert "on another file system" in state.artifacts[0].saves_nothing
+
+
+@pytest.mark.parametrize(("size", "shares"), [(1 << 20, True), ((1 << 20) + 1, False)])
+def test_only_pieces_that_begin_at_a_block_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, shares: bool
+) -> None:
+    """On XFS a file of aligned pieces takes no room; of others it is copied."""
+    monkeypatch.setattr(inspecting, "filesystem_type", lambda _: "xfs")
+    pieces = tuple(Piece(f"chunks/x-{i}", i * size, size, "5" * 64) for i in range(3))
+    artifact = Artifact("x", "x", "opaque", 3 * size, "5" * 64, pieces=pieces)
+    manifest = Manifest("toy", "output/toy", "models/toy", (artifact,))
+    state = inspect(manifest, [artifact], Paths.of(manifest, tmp_path), {})
+    assert state.shares_blocks is shares
+
+
+@pytest.mark.parametrize(("grown", "is_stranded"), [(0, True), (4096, False)])
+def test_a_chunk_file_of_another_size_is_no_consumed_one(
+    tmp_path: Path, grown: int, is_stranded: bool
+) -> None:
+    """A hole at the start means that bytes have moved only in a file of the piece's size."""
+    size = 4 << 20
+    piece = Piece("chunks/x-0", 0, size, "5" * 64)
+    artifact = Artifact("x", "x", "opaque", size, "5" * 64, pieces=(piece,))
+    manifest = Manifest("toy", "output/toy", "models/toy", (artifact,))
+    chunk, partial = tmp_path / piece.part, partial_path(tmp_path / "output/toy/x")
+    for path in (chunk, partial):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    os.truncate(chunk, size + grown)
+    (item,) = inspect(manifest, [artifact], Paths.of(manifest, tmp_path), {}).artifacts
+    assert (item.stranded is not None) == is_stranded
+
+
+# ---- cost
+
+
+def many(count: int) -> Manifest:
+    """A manifest of so many artifacts, each with a chunk file of its own in one folder."""
+    artifacts = tuple(
+        Artifact(name, "x", "opaque", 9, SHA, pieces=(Piece(f"chunks/{name}.part-aa", 0, 9, SHA),))
+        for name in (f"f{number:04}" for number in range(count))
+    )
+    return Manifest("many", "output/many", "models/many", artifacts)
+
+
+def test_the_disk_is_asked_about_folders_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many artifacts there are, mounts are read once and folders listed once."""
+    asked: list[str] = []
+    listdir = Path.iterdir
+
+    def listing(path: Path) -> Iterator[Path]:
+        asked.append(path.name)
+        return listdir(path)
+
+    def mounts(_: Path) -> str:
+        asked.append("mounts")
+        return "ext4"
+
+    (tmp_path / "chunks").mkdir()
+    monkeypatch.setattr(Path, "iterdir", listing)
+    monkeypatch.setattr(inspecting, "filesystem_type", mounts)
+    manifest = many(300)
+    inspect(manifest, manifest.artifacts, Paths.of(manifest, tmp_path), {})
+    assert sorted(asked) == ["chunks", "mounts"]
+
+
+def test_many_stray_files_are_one_finding(tmp_path: Path) -> None:
+    """Files named like chunk files are counted, not listed; chunk files are none of them."""
+    (tmp_path / "chunks").mkdir()
+    (tmp_path / "chunks" / "f0000.part-aa").touch()
+    for number in range(1000):
+        (tmp_path / "chunks" / f"f0000.part-z{number:03}").touch()
+    manifest = many(2)
+    first, second = inspect(
+        manifest, manifest.artifacts, Paths.of(manifest, tmp_path), {}
+    ).artifacts
+    assert [finding.found for finding in first.extras] == ["1,000 more, this one first"]
+    assert second.extras == ()
+
+
+def test_each_line_of_a_journal_is_read_once(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long journal costs one look at each line, and none at the empty ones between them."""
+    lines: list[str] = []
+
+    def counted(line: str) -> journal.Record | None:
+        lines.append(line)
+        return real(line)
+
+    real = journal.parse_line
+    monkeypatch.setattr(journal, "parse_line", counted)
+    piece, staged = toy.artifact("a.bin").pieces[0], toy.staged("a.bin")
+    staged.parent.mkdir(parents=True)
+    partial_path(staged).touch()
+    arrivals = [journal.Arrival(n, 1, piece.sha256) for n in range(500)]
+    journal_path(staged).write_text("\n\n".join(map(dump_record, arrivals)))
+    assert len(inspected(toy)["a.bin"].arrived) == len(lines) == 500

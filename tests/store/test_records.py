@@ -1,0 +1,89 @@
+"""Receipts, journal lines and smoke reports, as they are written and as anyone may have."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csm_weights.files import Fingerprint
+from csm_weights.model.smoke_report import load_report, report_path
+from csm_weights.store.journal import PieceRecord, parse_line
+from csm_weights.store.receipts import Receipt, dump_receipt, load_receipt, receipt_path
+from csm_weights.untrusted import dump_record
+
+SHA = "5" * 64
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+trees = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+PIECE = PieceRecord(0, 10, SHA, "chunks/a-0")
+OID = "6" * 40
+RECEIPT = Receipt("a", "toy", 10, SHA, (PIECE,), Fingerprint(1, 10, 2, 3), "now", "test", OID)
+
+
+def has_types(record: Any, example: Any) -> bool:
+    """Whether a record's fields have the types of those of a good one, all the way down."""
+    if isinstance(example, tuple):
+        return isinstance(record, tuple) and all(has_types(r, example[0]) for r in record)
+    if hasattr(example, "__dataclass_fields__"):
+        return type(record) is type(example) and all(
+            has_types(value, getattr(example, key)) for key, value in vars(record).items()
+        )
+    return type(record) is type(example) or (record is None and example == OID)
+
+
+@settings(max_examples=100, deadline=None)
+@given(key=st.sampled_from(sorted(asdict(PIECE))), value=trees)
+def test_a_journal_line_of_other_types_counts_as_absent(key: str, value: object) -> None:
+    """A line is understood with the right types in it, or not at all."""
+    record = parse_line(json.dumps({"schema": 1, **asdict(PIECE), key: value}))
+    assert record is None or has_types(record, PIECE)
+
+
+@settings(max_examples=150, deadline=None)
+@given(key=st.sampled_from(sorted(json.loads(dump_receipt(RECEIPT)))), value=trees)
+def test_a_receipt_of_other_types_counts_as_absent(key: str, value: object) -> None:
+    """A receipt is understood with the right types in it, or not at all."""
+    record = load_receipt(json.dumps(json.loads(dump_receipt(RECEIPT)) | {key: value}))
+    assert record is None or has_types(record, RECEIPT)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text() | trees.map(json.dumps))
+def test_no_text_crashes_the_reader_of_records(text: str) -> None:
+    """Whatever a record's file holds, reading it gives a record or nothing."""
+    assert (load_receipt(text), parse_line(text), load_report(text)) == (None, None, None)
+
+
+@pytest.mark.parametrize("path", ["smoke", "smoke.json", "smoke-report"])
+def test_no_receipt_is_kept_where_the_smoke_report_is(path: str) -> None:
+    """A file may be called as it likes without its receipt meeting the smoke report."""
+    folder = Path("/placed")
+    assert receipt_path(folder, path) != report_path(folder)
+
+
+def test_records_read_back_as_written() -> None:
+    """Dumping and loading are inverse."""
+    assert parse_line(dump_record(PIECE)) == PIECE
+    assert load_receipt(dump_receipt(RECEIPT)) == RECEIPT
+
+
+def test_a_fingerprint_survives_a_rename_but_not_an_edit(tmp_path: Path) -> None:
+    """A rename keeps inode, size and mtime; a write does not, nor does another file."""
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 70_001)
+    before = Fingerprint.of(path.stat())
+    path = path.rename(tmp_path / "b")
+    assert Fingerprint.of(path.stat()).same_bytes(before)
+    os.utime(path, ns=(1, 1))
+    assert not Fingerprint.of(path.stat()).same_bytes(before)
