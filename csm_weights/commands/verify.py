@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, MissingInput
+from csm_weights.files import read_file
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import begin, gate_error
 from csm_weights.store import atomic
 from csm_weights.verify import gates
-from csm_weights.verify.sums import SUMS, parse_sums, render_sums
+from csm_weights.verify.sums import MAX_SUMS, SUMS, parse_sums, render_sums
 
 
 def verify(request: Request, sums: str | None = None, write_sums: bool = False) -> Outcome:
@@ -47,7 +47,8 @@ def _write_sums(path: Path, digests: dict[str, str]) -> None:
     """Writes SHA256SUMS; lines that are there about other files stay."""
     others = {}
     if path.is_file():
-        others = parse_sums(path.read_text(errors="replace"), str(path))
+        text = read_file(path, MAX_SUMS, "a SHA256SUMS file").decode(errors="replace")
+        others = parse_sums(text, str(path))
     atomic.write_whole(path, render_sums({**others, **digests}))
 
 
@@ -55,10 +56,7 @@ def _gate_sums(
     results: Sequence[gates.GateResult], sums: Path, folder: Path
 ) -> list[gates.GateResult]:
     """A result for each line of a SHA256SUMS file, hashing only what is not hashed yet."""
-    try:
-        listed = parse_sums(sums.read_text(encoding="utf-8", errors="replace"), str(sums))
-    except OSError as error:
-        finding = Finding(Kind.MISSING, str(sums), "a SHA256SUMS file", str(error.strerror))
-        raise MissingInput("there is nothing to check against", [finding]) from None
+    text = read_file(sums, MAX_SUMS, "a SHA256SUMS file").decode(errors="replace")
+    listed = parse_sums(text, str(sums))
     known = {r.path: r.sha256 for r in results if r.sha256}
     return [gates.check_sum(folder, path, d, known.get(path)) for path, d in listed.items()]

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, Kind, WrongContent, error_for
-from csm_weights.files import read_bounded
+from csm_weights.files import open_regular, read_bounded
 from csm_weights.hashing import Hasher, HashJob, ShortRead, git_sha1, measure, sha256
 from csm_weights.manifest.types import Artifact
 from csm_weights.store import atomic, block_io
@@ -261,7 +261,7 @@ def _start(seed: Seed, unfinished: Path) -> How:
     source = seed.file.resolve()
     if _link(source, unfinished):
         return How.LINKED
-    with source.open("rb") as file:
+    with open(open_regular(source), "rb") as file:  # noqa: PTH123 - the descriptor is open
         fd = atomic.create(unfinished)
         try:
             shares = block_io.clone_range(file.fileno(), 0, fd, 0, seed.size)
@@ -296,7 +296,7 @@ def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:
     sink: Hasher = git_sha1(seed.size) if seed.is_git else sha256()
     target = block_io.OutputFile(unfinished)
     try:
-        with seed.file.open("rb") as file:
+        with open(open_regular(seed.file), "rb") as file:  # noqa: PTH123 - the descriptor is open
             whole = block_io.Extent(file.fileno(), 0, seed.size)
             block_io.copy_hashed(whole, target, 0, [sink], False, on_progress, threading.Event())
     except (EOFError, ShortRead):

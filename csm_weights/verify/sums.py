@@ -17,6 +17,9 @@ from csm_weights.manifest.types import Artifact
 #: Name of the file beside what it lists.
 SUMS = "SHA256SUMS"
 
+#: Most bytes read of such a file: a line has about a hundred.
+MAX_SUMS = 64 << 20
+
 #: The two forms that `sha256sum -c` takes: its own, and that of `sha256sum --tag`.
 _SUM_LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<path>.+)")
 _TAG_LINE = re.compile(r"SHA256 \((?P<path>.+)\) = (?P<digest>[0-9a-fA-F]{64})")
