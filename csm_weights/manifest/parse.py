@@ -29,15 +29,8 @@ from csm_weights.manifest.types import (
 )
 from csm_weights.untrusted import Malformed, show
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_REVISION = re.compile(r"[0-9a-f]{40}")
-_HEX = {
-    "sha256": re.compile(r"[0-9a-f]{64}"),
-    "blob_id": re.compile(r"[0-9a-f]{40}"),
-    "git_sha1": re.compile(r"[0-9a-f]{40}"),
-}
-
+_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
+_REPO = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 
 #: Most broken rules that become findings; the rest are counted.
 MAX_FINDINGS = 50
@@ -129,31 +122,18 @@ class _Table:
             return low
         return value
 
-    def matching(self, name: str, pattern: re.Pattern[str], expected: str) -> str:
+    def matching(self, name: str, pattern: str, expected: str) -> str:
         is_text = isinstance(self.left.get(name), str)
         value = self.text(name)
-        if is_text and not pattern.fullmatch(value):
+        if is_text and not re.fullmatch(pattern, value):
             self.refuse(name, expected, repr(value))
         return value
 
-    def digest(self, name: str) -> str | None:
-        if name not in self.left:
-            return None
-        length = 64 if name == "sha256" else 40
-        return self.matching(name, _HEX[name], f"{length} lowercase hex digits")
+    def hex(self, name: str, digits: int) -> str:
+        return self.matching(name, f"[0-9a-f]{{{digits}}}", f"{digits} lowercase hex digits")
 
-    def flag(self, name: str) -> bool:
-        value = self.left.pop(name, False)
-        if not isinstance(value, bool):
-            self.refuse(name, "true or false", show(value))
-        return value is True
-
-    def words(self, name: str) -> tuple[str, ...]:
-        value = self.left.pop(name, [])
-        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-            self.refuse(name, "an array of strings", show(value))
-            return ()
-        return tuple(value)
+    def digest(self, name: str, digits: int) -> str | None:
+        return self.hex(name, digits) if name in self.left else None
 
     def path(self, name: str, *, allow_here: bool = False) -> str:
         is_text = isinstance(self.left.get(name), str)
@@ -184,17 +164,21 @@ def _manifest(table: _Table, where: str) -> Manifest:
         table.refuse("schema", f"{SCHEMA}", "another, or none")
     layout, hub, smoke = table.table("layout"), table.table("hub"), table.table("smoke")
     has_hub = bool(hub.left)
+    gated, default = hub.left.pop("gated", False), table.left.pop("default", [])
+    if not isinstance(gated, bool):
+        hub.refuse("gated", "true or false", show(gated))
+    if not isinstance(default, list) or not all(isinstance(word, str) for word in default):
+        table.refuse("default", "an array of strings", show(default))
+        default = []
     manifest = Manifest(
         name=table.matching("name", _NAME, "lowercase letters, digits, '.', '_', '-'"),
         description=table.text("description", ""),
         staging=layout.path("staging"),
         destination=layout.path("destination", allow_here=True),
         repo=hub.matching("repo", _REPO, "ORG/NAME") if has_hub else None,
-        revision=hub.matching("revision", _REVISION, "a commit, 40 hex digits")
-        if has_hub
-        else None,
-        gated=hub.flag("gated"),
-        default=table.words("default"),
+        revision=hub.hex("revision", 40) if has_hub else None,
+        gated=gated is True,
+        default=tuple(default),
         golden=smoke.path("golden") if smoke.left else None,
         artifacts=tuple(_artifact(t) for t in table.tables("artifact")),
         where=where,
@@ -242,9 +226,9 @@ def _artifact(table: _Table) -> Artifact:
         group=table.matching("group", _NAME, "a lowercase word"),
         format=table.text("format"),
         size=table.number("size", 0),
-        sha256=table.digest("sha256"),
-        blob_id=table.digest("blob_id"),
-        git_sha1=table.digest("git_sha1"),
+        sha256=table.digest("sha256", 64),
+        blob_id=table.digest("blob_id", 40),
+        git_sha1=table.digest("git_sha1", 40),
         text=table.optional("text"),
         pieces=tuple(_piece(t) for t in table.tables("pieces")),
         alternatives=tuple(_edition(t) for t in table.tables("alternative")),
@@ -256,14 +240,19 @@ def _artifact(table: _Table) -> Artifact:
         table.refuse("format", " or ".join(FORMATS), repr(artifact.format))
     if artifact.is_git_proven and artifact.git_sha1 is None:
         table.refuse("sha256", "a digest, or pieces that have one", "neither")
-    sizes = {artifact.size}
-    for index, edition in enumerate(artifact.alternatives):
-        if edition.size in sizes:
-            found = str(edition.size)
-            table.refuse(f"alternative[{index}].size", "a size by which it can be told", found)
-        sizes.add(edition.size)
+    sizes: set[int] = set()
     for index, edition in enumerate(artifact.editions):
-        _check_text(table, "text" if not index else f"alternative[{index - 1}].text", edition)
+        at = f"alternative[{index - 1}]." if index else ""
+        if edition.size in sizes:
+            table.refuse(f"{at}size", "a size by which it can be told", edition.size)
+        sizes.add(edition.size)
+        if edition.text is not None:
+            content = edition.text.encode()
+            if len(content) != edition.size:
+                table.refuse(f"{at}text", f"{edition.size} bytes, its size", len(content))
+            elif edition.sha256 not in (None, hashlib.sha256(content).hexdigest()):
+                expected = f"text with the sha256 {edition.sha256}"
+                table.refuse(f"{at}text", expected, "text with another")
     _check_tiling(table, artifact)
     return artifact
 
@@ -273,7 +262,7 @@ def _piece(table: _Table) -> Piece:
         part=table.path("part"),
         offset=table.number("offset", 0),
         size=table.number("size", 1),
-        sha256=table.matching("sha256", _HEX["sha256"], "64 lowercase hex digits"),
+        sha256=table.hex("sha256", 64),
     )
     if piece.part and not piece.part.startswith(f"{CHUNKS}/"):
         table.refuse("part", f"a file below {CHUNKS}/", repr(piece.part[:80]))
@@ -284,7 +273,7 @@ def _piece(table: _Table) -> Piece:
 def _edition(table: _Table) -> Edition:
     edition = Edition(
         size=table.number("size", 0),
-        sha256=table.matching("sha256", _HEX["sha256"], "64 lowercase hex digits"),
+        sha256=table.hex("sha256", 64),
         text=table.optional("text"),
         evidence=_evidence(table.table("evidence")),
         note=table.text("note", ""),
@@ -301,16 +290,6 @@ def _evidence(table: _Table) -> dict[str, str]:
         if mark not in MARKS:
             table.refuse(name, " or ".join(MARKS), repr(mark))
     return marks
-
-
-def _check_text(table: _Table, key: str, edition: Edition) -> None:
-    if edition.text is None:
-        return
-    content = edition.text.encode()
-    if len(content) != edition.size:
-        table.refuse(key, f"{edition.size} bytes, its size", len(content))
-    elif edition.sha256 not in (None, hashlib.sha256(content).hexdigest()):
-        table.refuse(key, f"text with the sha256 {edition.sha256}", "text with another")
 
 
 def _check_tiling(table: _Table, artifact: Artifact) -> None:
