@@ -8,6 +8,7 @@ Listing the tasks imports nothing of the package but this and its errors.
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import re
 import sys
@@ -177,6 +178,8 @@ def _run(call: Callable[[], object], as_json: bool) -> None:
     """Show what a call returns or raises; raise Exit with the exit code of its error."""
     import signal
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack the letters of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = call()
@@ -184,6 +187,12 @@ def _run(call: Callable[[], object], as_json: bool) -> None:
         result = error
     except OSError as error:
         result = errors.from_os_error(error)
+    except UnicodeEncodeError as error:
+        name = ascii(str(error.object))[:200]
+        result = errors.UsageError(
+            f"the name {name} cannot be written in {error.encoding}, the encoding of this locale;"
+            " set PYTHONUTF8=1, or a UTF-8 locale"
+        )
     except KeyboardInterrupt:
         result = errors.Interrupted(
             "interrupted; what was verified is kept, run the same command again"
