@@ -36,6 +36,8 @@ class Hub:
     asked again in this run.
     """
 
+    is_remote = True
+
     def __init__(
         self,
         downloader: RangeDownloader,

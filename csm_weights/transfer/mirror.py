@@ -23,6 +23,8 @@ class Mirror:
     asked again in this run.
     """
 
+    is_remote = True
+
     def __init__(self, downloader: RangeDownloader, url: str) -> None:
         self._downloader = downloader
         self.url = url

@@ -234,6 +234,8 @@ def open_remote(name: str, manifest: Manifest, downloader: RangeDownloader) -> S
 class LazySource:
     """A source that is opened when it is first asked: most runs ask no server."""
 
+    is_remote = True
+
     def __init__(self, name: str, open_source: Callable[[], Source]) -> None:
         self.name = name
         self.open = open_source

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from csm_weights.errors import Finding
+from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.reorder import Buffer
 
@@ -65,7 +65,11 @@ class PieceWriter(Protocol):
 
 
 class Source(Protocol):
-    """One place that may have pieces."""
+    """One place that may have pieces.
+
+    A source with an attribute `is_remote` that is true may deliver the right
+    bytes the next time.
+    """
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         """Write the piece, and return the place it came from: a path or URL without secrets.
@@ -81,13 +85,18 @@ class _FirstOf:
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         findings: list[Finding] = []
-        for source in self._sources:
+        sources = list(self._sources)
+        for source in sources:
             try:
                 place = _deliver_verified(source, artifact, piece, writer)
             except NotAvailable:
                 continue
             except SourceError as error:
                 findings += error.findings
+                is_wrong = error.findings[0].kind is Kind.WRONG_DIGEST
+                if is_wrong and getattr(source, "is_remote", False) and sources.count(source) == 1:
+                    # Once all others were asked, it gets a second chance.
+                    sources.append(source)
             else:
                 writer.add_notes(findings)
                 return place

@@ -80,9 +80,12 @@ class Bench:
     root: Path
     hub: HubServer
     commit: str
-    setenv: Callable[[str, str], None]
+    patch: pytest.MonkeyPatch
     closing: contextlib.ExitStack
     request: dict[str, Any] = field(default_factory=lambda: {"only": ("all",)})
+
+    def setenv(self, name: str, value: str) -> None:
+        self.patch.setenv(name, value)
 
     def asked(self) -> Request:
         return Request(self.root, "csm-tiny", **self.request)
@@ -121,7 +124,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
         commit = hub.add_repo(REPO, {name: content(name) for name in FILES}, gated=True)
         write_manifest(tmp_path, commit)
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        yield Bench(tmp_path, hub, commit, monkeypatch.setenv, closing)
+        yield Bench(tmp_path, hub, commit, monkeypatch, closing)
 
 
 def checks(diagnosis: DoctorReport) -> dict[str, CheckResult]:
@@ -375,6 +378,7 @@ def with_everything_in_place(bench: Bench) -> None:
 
 
 def with_a_server_that_comes_round(bench: Bench) -> None:
+    be_hasty(bench.patch, patience=60)
     bench.owner()
     bench.hub.fault("status", host="hub", code=503, times=1)
     bench.hub.fault("close", host="storage", times=1)

@@ -278,9 +278,13 @@ PASSING: dict[str, Callable[[World], object]] = {
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("cause", PASSING.values(), ids=PASSING)
 def test_every_command_outlasts_what_passes(
-    world: World, cause: Callable[[World], object], command: str
+    world: World,
+    cause: Callable[[World], object],
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is over soon ends none of them."""
+    be_hasty(monkeypatch, patience=60)
     cause(world)
     assert world.run(command) is None
 

@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from csm_weights.commands import probe
 from csm_weights.transfer.http.client import Timeouts
 
 #: Limits that end within a test.
-HASTY = Timeouts(connect=2, read=1.5, patience=0.6, backoff=0.02, slow_seconds=0.6, longest_wait=5)
+HASTY = Timeouts(connect=5, read=1.5, patience=0.6, backoff=0.02, slow_seconds=2, longest_wait=30)
 
 #: Variables of a developer's machine that a test must not see.
 VARIABLES = [
@@ -51,9 +52,10 @@ VARIABLES = [
 ]
 
 
-def be_hasty(patch: pytest.MonkeyPatch) -> None:
-    """Let every command of this process give up soon."""
-    patch.setattr(Timeouts, "with_patience", classmethod(lambda *_: HASTY))
+def be_hasty(patch: pytest.MonkeyPatch, patience: float = HASTY.patience) -> None:
+    """Let every command of this process try again soon, and give up after `patience` seconds."""
+    limits = replace(HASTY, patience=patience)
+    patch.setattr(Timeouts, "with_patience", classmethod(lambda *_: limits))
     patch.setattr(probe, "LIMITS", {})
 
 

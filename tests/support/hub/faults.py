@@ -236,6 +236,14 @@ def _short(exchange: Exchange, *, by: int = 1) -> Response | None:
     return replace(response, stop=stop)
 
 
+@_fault("cap", "At most `size` bytes of a range, with headers that say so.")
+def _cap(exchange: Exchange, *, size: int) -> Response | None:
+    response = exchange.response
+    if not exchange.is_partial or response.length <= size:
+        return None
+    return range_response(response, response.start, response.start + size, response.content.size)
+
+
 @_fault("long", "`by` bytes more than requested, with headers that say so.")
 def _long(exchange: Exchange, *, by: int = 1) -> Response | None:
     response = exchange.response

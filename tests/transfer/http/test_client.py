@@ -1,0 +1,129 @@
+"""The client: how often a host is asked, for how long, and what all of its streams share."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from requests import PreparedRequest
+
+from csm_weights.errors import Kind
+from csm_weights.transfer.http.auth import OriginAuth
+from csm_weights.transfer.http.client import HttpClient, Timeouts, TransientError
+from csm_weights.transfer.source import SourceError
+from tests.support.hub import HubServer
+from tests.support.network import HASTY, closed_port
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A Hub with one file, x.txt."""
+    with HubServer() as server:
+        server.add_repo("org/name", {"x.txt": b"x"})
+        yield server
+
+
+def client(timeouts: Timeouts = HASTY, log: list[str] | None = None) -> HttpClient:
+    return HttpClient(threading.Event(), (log if log is not None else []).append, timeouts)
+
+
+def url_of(hub: HubServer) -> str:
+    return f"{hub.endpoint}/org/name/resolve/main/x.txt"
+
+
+def kind_of(ask: HttpClient, url: str) -> Kind:
+    """Return the kind of finding that a HEAD ends with."""
+    with pytest.raises(SourceError) as caught:
+        ask.head(url, OriginAuth())
+    return caught.value.findings[0].kind
+
+
+def test_a_wait_that_one_request_is_asked_for_holds_for_all(hub: HubServer) -> None:
+    """After a 429 with Retry-After the host is left alone by every request for that long."""
+    hub.fault("status", code=429, headers={"Retry-After": "1"}, times=1)
+    with client() as asks:
+        with pytest.raises(TransientError):
+            asks.follow("GET", url_of(hub), OriginAuth())
+        started = time.monotonic()
+        asks.follow("GET", url_of(hub), OriginAuth()).close()
+        assert time.monotonic() - started > 0.8
+
+
+def test_a_host_that_never_answered_is_given_up_soon() -> None:
+    """A name that may be misspelt gets a tenth of the patience."""
+    started = time.monotonic()
+    with client(replace(HASTY, patience=600)) as asks:
+        asks.timeouts = replace(asks.timeouts, patience=2)
+        assert kind_of(asks, f"http://{closed_port()}/x") is Kind.NO_NETWORK
+    assert time.monotonic() - started < 1.8
+
+
+def test_a_host_that_has_answered_gets_the_whole_patience() -> None:
+    """When a host that was there is gone for a moment, its connections are tried for longer."""
+    with HubServer() as hub, client(replace(HASTY, patience=2)) as asks:
+        url = f"{hub.endpoint}/x"
+        asks.head(url, OriginAuth())
+        hub.close()
+        started = time.monotonic()
+        assert kind_of(asks, url) is Kind.NO_NETWORK
+        assert time.monotonic() - started > 1.5
+
+
+def test_one_outage_is_one_line_and_ends_all_requests(hub: HubServer) -> None:
+    """However many requests fail, one line is logged, and the first verdict is that of all."""
+    hub.fault("status", code=503)
+    log: list[str] = []
+    with client(replace(HASTY, backoff=1, patience=2.5), log) as asks:
+        threads = [threading.Thread(target=kind_of, args=(asks, url_of(hub))) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(log) == 1
+        assert "server trouble (503 Service Unavailable); trying again for up to" in log[0]
+        hub.clear()
+        assert kind_of(asks, url_of(hub)) is Kind.SERVER_TROUBLE
+        assert len(hub.log) == 1
+
+
+def test_waits_that_are_asked_for_end_within_a_limit(hub: HubServer) -> None:
+    """A host that asks to wait again and again is given up, long before its patience ends."""
+    fault = hub.fault("status", code=429, headers={"Retry-After": "1"})
+    with client(replace(HASTY, longest_wait=1.5, patience=600)) as asks:
+        assert kind_of(asks, url_of(hub)) is Kind.RATE_LIMITED
+    assert fault.hits <= 2
+
+
+def sent(auth: OriginAuth, url: str) -> bool:
+    """Return whether a request to a URL carries the header."""
+    request = PreparedRequest()
+    request.prepare("GET", url)
+    return "X-Secret" in auth(request).headers
+
+
+@pytest.mark.parametrize(
+    ("url", "is_sent"),
+    [
+        ("http://hub.example/a", True),
+        ("http://hub.example:80/a", True),
+        ("http://HUB.example/a", True),
+        ("https://hub.example/a", True),
+        ("https://hub.example:8443/a", False),
+        ("http://hub.example:8080/a", False),
+        ("http://other.example/a", False),
+        ("http://hub.example.evil.example/a", False),
+        ("http://hub.example@evil.example/a", False),
+    ],
+)
+def test_a_header_goes_to_its_own_origin(url: str, is_sent: bool) -> None:
+    """The same scheme, host and port, or https in place of http on the usual ports."""
+    assert sent(OriginAuth("http://hub.example/folder", {"X-Secret": "1"}), url) is is_sent
+
+
+def test_a_header_for_https_is_not_sent_in_the_clear() -> None:
+    """From https there is no way down to http."""
+    auth = OriginAuth("https://hub.example", {"X-Secret": "1"})
+    assert not sent(auth, "http://hub.example/a")

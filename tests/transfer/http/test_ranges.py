@@ -1,0 +1,149 @@
+"""Streams of byte ranges: what ends them, and what does not."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import requests
+
+from csm_weights.errors import Finding, Kind
+from csm_weights.transfer.http.auth import OriginAuth
+from csm_weights.transfer.http.ranges import RangeDownloader, RangeStream, RemoteFile
+from csm_weights.transfer.reorder import BLOCK, Buffer
+from csm_weights.transfer.source import SourceError
+from tests.support.hub import HubServer
+from tests.support.network import HASTY
+from tests.support.servers import serving
+
+DATA = bytes(range(256)) * (3 * BLOCK // 256)
+
+
+class Writer:
+    """A writer that keeps the bytes in memory."""
+
+    is_empty = True
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+
+    def reset(self) -> None: ...
+
+    def copy_from(self, fd: int, offset: int) -> None: ...
+
+    def wanted(self) -> list[tuple[int, int]]:
+        return [(0, len(self.data))]
+
+    def acquire_buffer(self) -> Buffer:
+        return Buffer()
+
+    def write(self, buffer: Buffer, offset: int, size: int) -> None:
+        self.data[offset : offset + size] = buffer.view[:size]
+
+    def verify(self, where: str) -> None: ...
+
+    def add_notes(self, findings: Sequence[Finding]) -> None: ...
+
+
+class AtUrl(RemoteFile):
+    """A file at a URL that never changes; every refusal is final."""
+
+    def resolve(self) -> str:
+        return self.where
+
+    def classify_refusal(self, url: str, response: requests.Response) -> Exception:
+        return SourceError([Finding(Kind.FORBIDDEN, url, "the file", response.reason)])
+
+
+@contextlib.contextmanager
+def at_hub(data: bytes) -> Iterator[tuple[HubServer, AtUrl]]:
+    """A Hub that has the file itself, not on its storage host."""
+    with HubServer() as hub:
+        hub.add_repo("org/name", {"x": data}, lfs=lambda *_: False)
+        url = f"{hub.endpoint}/org/name/resolve/main/x"
+        yield hub, AtUrl(url, OriginAuth(url), len(data))
+
+
+class Body:
+    """The body of a response, all of it at hand, that counts how often it is cut."""
+
+    url = "http://hub.example/x"
+
+    def __init__(self) -> None:
+        self.raw = self
+        self.cuts = 0
+
+    def readinto(self, view: memoryview) -> int:
+        return len(view)
+
+    def shutdown(self) -> None:
+        self.cuts += 1
+
+
+def test_a_slow_disk_is_not_the_servers_fault() -> None:
+    """While a block is written nothing is expected of the server; while it is read, bytes are."""
+    body, limits = Body(), replace(HASTY, slow_seconds=0)
+    response = cast(requests.Response, body)
+    stream = RangeStream(response, 0, BLOCK, limits, threading.Event())
+
+    class SlowDisk(Writer):
+        def write(self, buffer: Buffer, offset: int, size: int) -> None:  # noqa: ARG002
+            for _ in range(3):
+                time.sleep(0.01)
+                stream.check(is_cancelled=False)
+
+    stream.read_into(SlowDisk(BLOCK))
+    assert body.cuts == 0
+    for _ in range(3):
+        time.sleep(0.01)
+        stream.check(is_cancelled=False)
+    assert body.cuts > 0
+
+
+def test_a_span_that_fails_for_good_ends_the_others() -> None:
+    """When one span is refused, those that are open are cut, not read to their end."""
+    limits = replace(HASTY, read=60, slow_seconds=60)
+    data = bytes(10 * BLOCK)
+    with at_hub(data) as (hub, file):
+        hub.fault("status", code=403, times=1, after=2)
+        stall = hub.fault("stall", at=1000, seconds=60)
+        started = time.monotonic()
+        with (
+            RangeDownloader(threading.Event(), timeouts=limits) as downloader,
+            pytest.raises(SourceError),
+        ):
+            downloader.fetch(file, Writer(len(data)))
+        assert time.monotonic() - started < 20
+        stall.clear()
+
+
+def test_the_last_byte_of_a_server_without_ranges_ends_its_connection(tmp_path: Path) -> None:
+    """A file that came in one stream leaves none open behind it."""
+    (tmp_path / "x").write_bytes(DATA)
+    with (
+        serving(tmp_path, ranges=False) as server,
+        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
+    ):
+        file = AtUrl(f"{server.url}/x", OriginAuth(), len(DATA))
+        writer = Writer(len(DATA))
+        downloader.fetch(file, writer)
+        assert bytes(writer.data) == DATA
+        assert file.stream is None
+
+
+def test_answers_of_next_to_nothing_are_given_up() -> None:
+    """A server that gives a byte a request is not asked a million times."""
+    with at_hub(DATA) as (hub, file):
+        hub.fault("cap", size=1)
+        with (
+            RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
+            pytest.raises(SourceError),
+        ):
+            downloader.fetch(file, Writer(len(DATA)))
+        assert len(hub.log) < 20

@@ -1,0 +1,36 @@
+"""A mirror: what it may say of a file that it does not have, and where it may send us."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from csm_weights.commands.split import split_file as split
+from csm_weights.transfer.assemble import Assembly, assemble
+from csm_weights.transfer.http.ranges import RangeDownloader
+from csm_weights.transfer.mirror import Mirror
+from csm_weights.transfer.source import first_of
+from tests.support.network import HASTY
+from tests.support.servers import serving
+
+
+@pytest.mark.parametrize("status", [404, 410, 403])
+def test_chunk_files_are_asked_for_where_the_whole_file_is_absent(
+    tmp_path: Path, status: int
+) -> None:
+    """Not found, gone, and what S3 says of files that it does not have."""
+    (tmp_path / "x.bin").write_bytes(bytes(1000))
+    artifact = split(tmp_path / "x.bin", tmp_path, "chunks", 400, lambda _: None)
+    (tmp_path / "x.bin").unlink()
+    with (
+        serving(tmp_path, ranges=True) as server,
+        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
+    ):
+        server.absent = status
+        source = first_of(Mirror(downloader, server.url))
+        job = Assembly(replace(artifact), tmp_path / "out" / "x.bin", source)
+        made = assemble([job], lambda _: None)[0]
+        assert made.path.read_bytes() == bytes(1000)
