@@ -64,7 +64,7 @@ def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
         a.path: pin.tiling(a.size, piece_size)
         for a in artifacts
         # A part's name is longer than the file's, perhaps by too much.
-        if a.size > piece_size and not path_problem(pin.part_of(a, state.manifest.name, 0))
+        if a.size > piece_size and not path_problem(pin.chunk_file_of(a, state.manifest.name, 0))
     }
 
 

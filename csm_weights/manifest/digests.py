@@ -19,7 +19,7 @@ def digest_findings(
     pairs = [("sha256", edition.sha256, sha256)]
     if edition.size == artifact.size:
         pairs.append(("Hub blob id", artifact.blob_id, blob_id(sha256, edition.size)))
-    if artifact.is_git_proven and edition.sha256 is None:
+    if artifact.is_pinned_by_git and edition.sha256 is None:
         pairs.append(("git blob id", artifact.git_sha1 or "one", git_sha1 or "none"))
     mend = "this is not the published file; if its chunk files are all right, the manifest is not"
     return [

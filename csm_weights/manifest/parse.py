@@ -238,7 +238,7 @@ def _artifact(table: _Table) -> Artifact:
     table.finish()
     if artifact.format not in FORMATS:
         table.refuse("format", " or ".join(FORMATS), repr(artifact.format))
-    if artifact.is_git_proven and artifact.git_sha1 is None:
+    if artifact.is_pinned_by_git and artifact.git_sha1 is None:
         table.refuse("sha256", "a digest, or pieces that have one", "neither")
     sizes: set[int] = set()
     for index, edition in enumerate(artifact.editions):

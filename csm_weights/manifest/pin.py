@@ -17,7 +17,7 @@ from csm_weights.manifest.types import Artifact, Manifest, Piece
 PIECE_SIZE = 1 << 30
 
 #: As many two-letter suffixes as split(1) gives out before it lengthens them.
-MAX_PARTS = 25 * 26
+MAX_CHUNK_FILES = 25 * 26
 
 #: Default size in bytes of the pieces that `lock` adds: what one repair fetches.
 LOCKED_SIZE = "64MiB"
@@ -128,7 +128,7 @@ def recomputed(artifact: Artifact) -> Artifact:
     Except a git blob id beside a sha256: the file is not hashed for that.
     """
     taken = {"size", "sha256", "blob_id"}
-    if artifact.is_git_proven or artifact.size == 0:
+    if artifact.is_pinned_by_git or artifact.size == 0:
         taken.add("git_sha1")
     marks = artifact.evidence.items()
     return replace(artifact, evidence={f: "A" if m == "H" and f in taken else m for f, m in marks})
@@ -140,7 +140,7 @@ def lock_size(sizes: Sequence[int], piece_size: int) -> int:
         raise UsageError("a piece has at least one byte")
     while True:
         counts = [-(-size // piece_size) for size in sizes if size > piece_size]
-        if max(counts, default=0) <= MAX_PARTS and sum(counts) <= MAX_PIECES:
+        if max(counts, default=0) <= MAX_CHUNK_FILES and sum(counts) <= MAX_PIECES:
             return piece_size
         piece_size *= 2
 
@@ -153,13 +153,13 @@ def with_pieces(
     Their chunk files would be in chunks/MODEL/; they need not exist.
     """
     pieces = tuple(
-        Piece(part_of(artifact, model, index), *range_, sha256=digest)
+        Piece(chunk_file_of(artifact, model, index), *range_, sha256=digest)
         for index, (range_, digest) in enumerate(zip(ranges, digests, strict=True))
     )
     return replace(artifact, pieces=pieces, evidence={**artifact.evidence, "pieces": "A"})
 
 
-def part_of(artifact: Artifact, model: str, index: int) -> str:
+def chunk_file_of(artifact: Artifact, model: str, index: int) -> str:
     """Return the path of chunk file `index` of a file, below the repository root."""
     return f"chunks/{model}/{artifact.path}.part-{suffix(index)}"
 
@@ -171,9 +171,9 @@ def tiling(size: int, piece_size: int) -> list[tuple[int, int]]:
     """
     if piece_size < 1 or size < 1:
         raise UsageError(f"cannot cut {size:,} bytes into chunk files of {piece_size:,}")
-    if -(-size // piece_size) > MAX_PARTS:
-        least = -(-size // MAX_PARTS)
+    if -(-size // piece_size) > MAX_CHUNK_FILES:
+        least = -(-size // MAX_CHUNK_FILES)
         raise UsageError(
-            f"more than {MAX_PARTS} chunk files; choose a --size of at least {least:,}"
+            f"more than {MAX_CHUNK_FILES} chunk files; choose a --size of at least {least:,}"
         )
     return [(o, min(piece_size, size - o)) for o in range(0, size, piece_size)]

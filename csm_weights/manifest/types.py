@@ -98,13 +98,13 @@ class Artifact:
         return self.pieces or (Piece(self.path, 0, self.size, self.sha256 or ""),)
 
     @property
-    def is_git_proven(self) -> bool:
-        """Whether nothing but `git_sha1` says what the content is."""
+    def is_pinned_by_git(self) -> bool:
+        """True where nothing but `git_sha1` pins the content."""
         return self.sha256 is None and not self.pieces
 
     @property
     def is_weights(self) -> bool:
-        """Whether the file is one of the weight formats."""
+        """True for a file in one of the weight formats."""
         return self.format in WEIGHT_FORMATS
 
 

@@ -286,7 +286,7 @@ class PartialWriter:
         if self.whole is not None and self.piece.offset == 0:
             # The whole file's digest begins as its first piece's does.
             self.whole = self._digest
-        if self._partial.job.artifact.is_git_proven:
+        if self._partial.job.artifact.is_pinned_by_git:
             self._git = git_sha1(self.piece.size)
 
     def close(self) -> None:

@@ -224,7 +224,7 @@ def _digest(subject: Subject, hashed: VerifiedFile | Rejected | None) -> GateRes
 def _pinned(subject: Subject) -> str:
     if subject.edition.sha256:
         return f"sha256 {subject.edition.sha256}"
-    if subject.artifact.is_git_proven:
+    if subject.artifact.is_pinned_by_git:
         return f"git blob id {subject.artifact.git_sha1}"
     pieces = f"the sha256 of {len(subject.artifact.pieces)} pieces"
     blob = subject.artifact.blob_id
@@ -291,7 +291,7 @@ def _hash_job(subject: Subject) -> HashJob:
     ranges = tuple((p.offset, p.size) for p in artifact.pieces)
     if not subject.is_pinned or (artifact.sha256 is not None and not attested):
         ranges = ()
-    whole, git = attested is None, artifact.is_git_proven
+    whole, git = attested is None, artifact.is_pinned_by_git
     return HashJob(subject.path, subject.edition.size, ranges, whole, git)
 
 

@@ -22,7 +22,7 @@ from csm_weights.hashing import blob_id
 from csm_weights.manifest.parse import load, parse
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.pin import (
-    MAX_PARTS,
+    MAX_CHUNK_FILES,
     MAX_PIECES,
     is_same,
     lock_size,
@@ -678,7 +678,7 @@ def test_pieces_grow_until_they_are_few_enough(sizes: list[int], piece: int) -> 
         return [-(-s // size) for s in sizes if s > size]
 
     def few(size: int) -> bool:
-        return max(counts(size), default=0) <= MAX_PARTS and sum(counts(size)) <= MAX_PIECES
+        return max(counts(size), default=0) <= MAX_CHUNK_FILES and sum(counts(size)) <= MAX_PIECES
 
     chosen = lock_size(sizes, piece)
     assert few(chosen)
@@ -690,3 +690,14 @@ def test_a_piece_of_nothing_is_refused() -> None:
     """A size of no bytes is a usage error."""
     with pytest.raises(UsageError):
         lock_size([10], 0)
+
+
+def test_names_that_differ_in_form_only_leave_out_one(
+    hub: HubServer, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two names that are one on macOS the second is left out and named; all else is locked."""
+    names = ["e\u0301.bin", "\xe9.bin", "good.bin"]
+    hub.add_repo(REPO, {name: name.encode() for name in names})
+    lock_repo(root)
+    assert [a.path for a in manifest(root).artifacts] == ["e\u0301.bin", "good.bin"]
+    assert "left out" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from csm_weights.formats.architecture import parse_config
 from csm_weights.hashing import blob_id
 from csm_weights.manifest.parse import parse
 from csm_weights.manifest.pin import (
-    MAX_PARTS,
+    MAX_CHUNK_FILES,
     PIECE_SIZE,
     parse_size,
     suffix,
@@ -74,20 +74,20 @@ def test_parts_are_those_of_split(tmp_path: Path, size: int, piece: int) -> None
 @needs_split
 def test_all_650_suffixes_are_those_of_split(tmp_path: Path) -> None:
     """The two-letter names run from aa to yz, as far as split(1) has two letters."""
-    file = file_with(tmp_path, MAX_PARTS)
+    file = file_with(tmp_path, MAX_CHUNK_FILES)
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     subprocess.run(["split", "-b", "1", file, f"{theirs}/"], check=True)
     names = sorted(path.name for path in theirs.iterdir())
-    assert [suffix(index) for index in range(MAX_PARTS)] == names
+    assert [suffix(index) for index in range(MAX_CHUNK_FILES)] == names
 
 
 def test_more_parts_than_two_letters_name_are_refused() -> None:
     """651 parts are a usage error that names a size that would do."""
     with pytest.raises(UsageError, match="651") as caught:
-        tiling(651_000 * MAX_PARTS, 650_000)
+        tiling(651_000 * MAX_CHUNK_FILES, 650_000)
     assert "651,000" in str(caught.value)
-    assert len(tiling(651_000 * MAX_PARTS, 651_000)) == MAX_PARTS
+    assert len(tiling(651_000 * MAX_CHUNK_FILES, 651_000)) == MAX_CHUNK_FILES
 
 
 @pytest.mark.parametrize(("size", "piece"), [(0, 10), (10, 0), (-1, 10), (10, -1)])

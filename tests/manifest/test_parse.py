@@ -16,7 +16,7 @@ from csm_weights.hashing import blob_id
 from csm_weights.manifest import types
 from csm_weights.manifest.parse import load, parse
 from csm_weights.manifest.paths import path_problem
-from csm_weights.manifest.pin import MAX_PARTS, tiling
+from csm_weights.manifest.pin import MAX_CHUNK_FILES, tiling
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 
@@ -501,7 +501,7 @@ def test_load_refuses_a_file_that_is_too_large(tmp_path: Path) -> None:
 
 def tiled(size: int, piece_size: int) -> Manifest:
     """A manifest of one artifact that only its pieces pin."""
-    digests = (hashlib.sha256(bytes([i % 256])).hexdigest() for i in range(MAX_PARTS))
+    digests = (hashlib.sha256(bytes([i % 256])).hexdigest() for i in range(MAX_CHUNK_FILES))
     ranges = zip(tiling(size, piece_size), digests, strict=False)
     pieces = tuple(Piece(f"chunks/p-{o}", o, n, d) for (o, n), d in ranges)
     artifact = Artifact("a.bin", "a", "opaque", size, pieces=pieces)
