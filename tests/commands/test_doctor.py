@@ -1,4 +1,4 @@
-"""What stands in the way, found out first: each obstacle by its name and its exit code."""
+"""The doctor: each obstacle by its name and exit code, before anything is fetched."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A fresh bench, with a token that the Hub knows and lets in, and little patience."""
+    """A fresh bench, with a token that the Hub knows and lets in; no command waits long."""
     for name in (*VARIABLES, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     be_hasty(monkeypatch)
@@ -284,7 +284,7 @@ OBSTACLES = {
 
 
 def meet(bench: Bench, obstacle: Obstacle) -> None:
-    """Puts an obstacle up."""
+    """Put an obstacle up."""
     bench.request |= {"source": obstacle.source}
     if obstacle.token:
         bench.owner(**obstacle.access)
@@ -293,7 +293,7 @@ def meet(bench: Bench, obstacle: Obstacle) -> None:
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES.values(), ids=OBSTACLES)
-def test_every_obstacle_is_told_by_its_name(
+def test_every_obstacle_is_reported_by_its_name(
     bench: Bench, obstacle: Obstacle, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A finding of its kind with what helps, in its row, its exit code, and no secret anywhere."""
@@ -312,7 +312,7 @@ def test_every_obstacle_is_told_by_its_name(
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES.values(), ids=OBSTACLES)
-def test_weights_ends_with_the_code_that_the_doctor_told(bench: Bench, obstacle: Obstacle) -> None:
+def test_weights_ends_with_the_code_of_the_doctor(bench: Bench, obstacle: Obstacle) -> None:
     """What the doctor says of an obstacle is what `inv weights` then meets."""
     meet(bench, obstacle)
     assert code(bench.examine()) == code_of_weights(bench)
@@ -384,7 +384,7 @@ def with_a_server_that_comes_round(bench: Bench) -> None:
     bench.hub.fault("close", host="storage", times=1)
 
 
-def with_an_account_that_is_not_told(bench: Bench) -> None:
+def with_an_account_that_is_not_reported(bench: Bench) -> None:
     bench.owner()
     bench.hub.fault("status", "/api/whoami-v2", code=429)
 
@@ -406,7 +406,7 @@ GOOD = [
     with_a_cache,
     with_everything_in_place,
     with_a_server_that_comes_round,
-    with_an_account_that_is_not_told,
+    with_an_account_that_is_not_reported,
     with_one_mirror_of_two_without_the_files,
 ]
 
@@ -430,7 +430,7 @@ ASKING_NO_ONE = [with_parts, with_a_cache, with_everything_in_place]
 def test_no_server_is_asked_for_what_is_here(
     bench: Bench, prepare: Callable[[Bench], None]
 ) -> None:
-    """Where nothing is to come from the Hub it gets no request, and no token is no obstacle."""
+    """Where nothing is to come from the Hub it gets no request, and having no token is a note."""
     prepare(bench)
     found = checks(bench.examine())
     assert bench.hub.log == []
@@ -482,8 +482,8 @@ def test_a_token_in_a_file_is_found(bench: Bench) -> None:
     assert checks(bench.examine())["token"].found == f"{path}; nothing comes from there"
 
 
-def test_an_account_that_is_never_told_is_not_waited_for(bench: Bench) -> None:
-    """Where the answer about the account does not end, the rest is told all the same."""
+def test_a_slow_answer_about_the_account_is_not_waited_for(bench: Bench) -> None:
+    """Where the answer about the account does not end, the rest is reported all the same."""
     bench.owner()
     fault = bench.hub.fault("stall", "/api/whoami-v2", at=0, seconds=60)
     start = time.monotonic()
@@ -574,7 +574,7 @@ def test_a_host_that_needs_no_proxy_is_asked_directly(bench: Bench) -> None:
     assert (code(diagnosis), checks(diagnosis)["proxy"].found) == (0, "none")
 
 
-def test_too_little_disk_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row says what is needed and what is free, and the code is that of a full disk."""
     bench.give_parts()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
@@ -584,7 +584,7 @@ def test_too_little_disk_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
     assert "2,395,447 bytes to write" in row.found and "1,000 free" in row.found
 
 
-def test_a_folder_that_takes_no_files_is_told(
+def test_a_folder_that_takes_no_files_is_reported(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A destination without permission to write ends with the code of a disk that takes none."""
@@ -632,7 +632,7 @@ def test_torch_is_not_asked_for_without_weights(
 def test_the_gpu_is_what_nvidia_smi_says(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, output: str, hidden: bool, found: str
 ) -> None:
-    """Its name and memory, unless it is hidden; none is a note and no obstacle."""
+    """Its name and memory, unless it is hidden; having none is a note."""
     program = bench.root / "nvidia-smi"
     program.write_text(f"#!/bin/sh\necho '{output}'\n")
     program.chmod(0o755)
@@ -679,7 +679,7 @@ def test_each_repository_that_is_not_here_has_its_command(bench: Bench) -> None:
 
 
 def test_what_is_here_is_not_asked_for(bench: Bench) -> None:
-    """With one repository missing only that is told; with all of them, speaking is promised."""
+    """With one repository missing only that is reported; with all of them, speaking is promised."""
     cache = bench.root / "home" / "hub"
     needs = [need for need in offline_assets.find_assets(cache) if not need.optional]
     mimi, *others = sorted(needs, key=lambda n: "kyutai" not in n.repo)

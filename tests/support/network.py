@@ -1,4 +1,4 @@
-"""Networks as people have them, on loopback: TLS, proxies, servers that do not come to the point.
+"""Networks as people have them, on loopback: TLS, proxies, servers that never finish an answer.
 
 Each helper is a context manager that ends its threads, and yields a URL.
 """

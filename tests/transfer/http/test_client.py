@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ from dataclasses import replace
 import pytest
 from requests import PreparedRequest
 
+from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Kind
+from csm_weights.progress import Progress
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, Timeouts, TransientError
 from csm_weights.transfer.source import SourceError
 from tests.support.hub import HubServer
-from tests.support.network import HASTY, closed_port
+from tests.support.network import HASTY, closed_port, drip
 
 
 @pytest.fixture
@@ -127,3 +130,75 @@ def test_a_header_for_https_is_not_sent_in_the_clear() -> None:
     """From https there is no way down to http."""
     auth = OriginAuth("https://hub.example", {"X-Secret": "1"})
     assert not sent(auth, "http://hub.example/a")
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://me:s3cr/et@127.0.0.1:9", "http://me:s3cret@127.0.0.1:9", "http://s3cret@a b:1"],
+)
+def test_a_proxy_with_a_bad_url_is_named_without_its_password(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is wrong with the proxy's URL, what is said of it has no credentials."""
+    monkeypatch.setenv("http_proxy", proxy)
+    with (
+        client() as asks,
+        pytest.raises(SourceError) as caught,
+    ):
+        asks.head("http://hub.example/x", OriginAuth())
+    finding = caught.value.findings[0]
+    assert finding.kind in (Kind.PROXY, Kind.NO_NETWORK)
+    assert "s3cr" not in finding.line() and "PROXY" in finding.help
+
+
+# ---- servers that give no answer
+
+
+ENDLESS = {
+    "headers, a byte at a time": (b"H",),
+    "interim answers": (b"HTTP/1.1 100 Continue\r\n\r\n",),
+}
+
+
+@pytest.mark.parametrize("texts", ENDLESS.values(), ids=ENDLESS)
+def test_an_answer_that_never_begins_is_given_up(texts: tuple[bytes, ...]) -> None:
+    """However busy a server is with it, headers have to be there in time."""
+    limits = replace(HASTY, read=0.5, patience=0.1)
+    with (
+        drip(*texts, seconds=0.05) as url,
+        client(limits) as asks,
+    ):
+        started = time.monotonic()
+        with pytest.raises(SourceError) as caught:
+            asks.head(url, OriginAuth())
+        assert time.monotonic() - started < 6
+    assert caught.value.findings[0].kind is Kind.NO_NETWORK
+
+
+def test_a_stop_ends_a_request_that_waits_for_its_answer() -> None:
+    """Who is stopped while a server keeps silent is free within a second or so."""
+    stop = threading.Event()
+    limits = replace(HASTY, read=60)
+    with drip(b"H", seconds=0.05) as url, HttpClient(stop, timeouts=limits) as asks:
+        started = time.monotonic()
+        threading.Timer(0.2, stop.set).start()
+        with pytest.raises(Cancelled):
+            asks.head(url, OriginAuth())
+        assert time.monotonic() - started < 5
+
+
+def test_a_broken_handshake_is_not_a_bad_certificate() -> None:
+    """A host that closes before TLS is there may be asked again; the certificate is not blamed."""
+    with (
+        drip(b"nonsense", seconds=0.05) as url,
+        client() as asks,
+        pytest.raises(SourceError) as caught,
+    ):
+        asks.head(url.replace("http:", "https:"), OriginAuth())
+    assert caught.value.findings[0].kind is Kind.NO_NETWORK
+
+
+def test_what_a_server_says_cannot_drive_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters in what is logged of a wait come out as question marks."""
+    Progress("fetching", 0, sys.stderr).log("503 \x1b]0;title\x07")
+    assert capsys.readouterr().err == "fetching: 503 ?]0;title?\n"
