@@ -244,7 +244,7 @@ def _artifact(table: _Table) -> Artifact:
     for index, edition in enumerate(artifact.editions):
         at = f"alternative[{index - 1}]." if index else ""
         if edition.size in sizes:
-            table.refuse(f"{at}size", "a size by which it can be told", edition.size)
+            table.refuse(f"{at}size", "a size of its own", edition.size)
         sizes.add(edition.size)
         if edition.text is not None:
             content = edition.text.encode()

@@ -91,7 +91,7 @@ class Attested:
     def lines(self) -> list[str]:
         """Return the result for a person."""
         first = f"attestation {self.file}: {self.by}"
-        return [first, f"its subjects in place: {', '.join(self.subjects)}", *self.notes]
+        return [first, f"its installed subjects: {', '.join(self.subjects)}", *self.notes]
 
 
 def read(data: bytes, where: str) -> Attestation:

@@ -1,4 +1,4 @@
-"""Splitting: what split(1) and sha256sum(1) would say, and back again."""
+"""Splitting: the chunk files of split(1), the list of sha256sum(1), and back again."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def parts_of(folder: Path) -> dict[str, bytes]:
 
 @needs_split
 @pytest.mark.parametrize(("size", "piece"), [(1000, 300), (900, 300), (1, 1), (1000, 17)])
-def test_parts_are_those_of_split(tmp_path: Path, size: int, piece: int) -> None:
+def test_chunk_files_are_those_of_split(tmp_path: Path, size: int, piece: int) -> None:
     """Names and contents are just what `split -b` makes."""
     file = file_with(tmp_path, size)
     theirs = tmp_path / "theirs"
@@ -82,8 +82,8 @@ def test_all_650_suffixes_are_those_of_split(tmp_path: Path) -> None:
     assert [suffix(index) for index in range(MAX_CHUNK_FILES)] == names
 
 
-def test_more_parts_than_two_letters_name_are_refused() -> None:
-    """651 parts are a usage error that names a size that would do."""
+def test_more_chunk_files_than_two_letters_name_are_refused() -> None:
+    """651 chunk files are a usage error that names a size that would do."""
     with pytest.raises(UsageError, match="651") as caught:
         tiling(651_000 * MAX_CHUNK_FILES, 650_000)
     assert "651,000" in str(caught.value)
@@ -92,13 +92,13 @@ def test_more_parts_than_two_letters_name_are_refused() -> None:
 
 @pytest.mark.parametrize(("size", "piece"), [(0, 10), (10, 0), (-1, 10), (10, -1)])
 def test_nothing_cannot_be_cut(size: int, piece: int) -> None:
-    """No bytes, or parts of none, are a usage error."""
+    """No bytes, or chunk files of none, are a usage error."""
     with pytest.raises(UsageError, match="cannot cut"):
         tiling(size, piece)
 
 
 def test_csm_1b_is_cut_as_published() -> None:
-    """1 GiB parts of model.safetensors are five full ones and one of 842,477,664 bytes."""
+    """Chunk files of 1 GiB are five full ones and one of 842,477,664 bytes."""
     sizes = [size for _, size in tiling(6_211_186_784, PIECE_SIZE)]
     assert sizes == [1_073_741_824] * 5 + [842_477_664]
 
@@ -171,8 +171,8 @@ def test_every_byte_is_counted_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"precious", b"p" * 300])
-def test_a_part_that_differs_is_not_overwritten(tmp_path: Path, content: bytes) -> None:
-    """A part of another file in the way is told, and kept as it is."""
+def test_a_chunk_file_that_differs_is_not_overwritten(tmp_path: Path, content: bytes) -> None:
+    """A chunk file of another file in the way is a finding, and kept as it is."""
     file = file_with(tmp_path, 1000)
     other = tmp_path / "chunks" / "model.bin.part-ab"
     other.parent.mkdir()
@@ -337,7 +337,7 @@ ZEROS = "0" * 64
     ],
 )
 def test_a_hostile_line_is_refused_by_its_number(line: str) -> None:
-    """A line that is not DIGEST  PATH, or leaves the folder, is told with its place."""
+    """A line that is not DIGEST  PATH, or leaves the folder, is a finding with its line number."""
     text = f"{ZEROS}  good\n{line}\n"
     with pytest.raises(WrongContent) as caught:
         parse_sums(text, "SUMS")
@@ -365,7 +365,7 @@ def entry(path: str = "ckpt.pt", **changes: object) -> Artifact:
 
 
 def test_locking_adds_the_digest_and_its_blob_id() -> None:
-    """A proven file's sha256 enters the manifest, marked A, with the blob id it implies."""
+    """A verified file's sha256 enters the manifest, marked A, with the blob id it implies."""
     done = with_sha256(entry(evidence={"size": "B"}), "5" * 64)
     assert (done.sha256, done.blob_id) == ("5" * 64, blob_id("5" * 64, 10))
     assert done.evidence == {"size": "B", "sha256": "A"}

@@ -152,7 +152,7 @@ CSM_1B = {
     ),
 }
 
-#: Digests of the parts aa to af, as their public git-LFS pointers give them.
+#: Digests of the chunk files aa to af, as their public git-LFS pointers give them.
 PARTS = {
     "chunks/ckpt/ckpt.pt.part-": (
         "2936d06b11ad09e462d2019369985b14e3fdf92aa3885d26540379978b43abd2",
@@ -197,7 +197,7 @@ def test_csm_1b_pins_the_commit(csm_1b: Manifest) -> None:
 
 @pytest.mark.parametrize("prefix", PARTS)
 def test_csm_1b_pins_all_twelve_parts(csm_1b: Manifest, prefix: str) -> None:
-    """Names, sizes and digests of the parts are those of the chunked repository."""
+    """Names, sizes and digests of the chunk files are those of the chunked repository."""
     sizes = [1 << 30] * 5 + [LAST_PART[prefix]]
     names = [f"{prefix}a{letter}" for letter in "abcdef"]
     pieces = [p for a in csm_1b.artifacts for p in a.pieces if p.part.startswith(prefix)]
@@ -534,7 +534,7 @@ def test_any_perturbed_tiling_is_refused(manifest: Manifest, data: st.DataObject
     if act == "drop":
         del pieces[index]
     elif act == "double":
-        pieces.insert(index, replace(pieces[index], part="c/other"))
+        pieces.insert(index, replace(pieces[index], part="chunks/other"))
     elif act == "swap" and index:
         pieces[index - 1], pieces[index] = pieces[index], pieces[index - 1]
     elif act == "move":

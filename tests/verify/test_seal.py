@@ -85,7 +85,7 @@ class Kernel:
 
 
 def test_files_are_read_only_and_stay_proven(toy: Toy) -> None:
-    """Every file in place is 0444, and its receipt is true of it still."""
+    """Every installed file is 0444, and its receipt still fits it."""
     outcome = weights(toy)
     paths = [a.path for a in toy.manifest.artifacts]
     assert [mode(toy.installed(path)) for path in paths] == [0o444] * 3
@@ -95,7 +95,7 @@ def test_files_are_read_only_and_stay_proven(toy: Toy) -> None:
 
 
 def test_the_result_says_which_was_done(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read-only alone is told from fs-verity, for a person and a machine."""
+    """The result tells read-only alone from fs-verity, as text and as JSON."""
     kernel = Kernel(monkeypatch, errno.EOPNOTSUPP)
     outcome = weights(toy, "a.bin", "b.bin")
     assert [s.verity for s in outcome.sealed] == [False, True]
@@ -127,7 +127,7 @@ def test_what_the_kernel_froze_is_what_is_proven(toy: Toy, monkeypatch: pytest.M
 def test_fs_verity_keeps_where_the_pieces_came_from(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The receipt is renewed for the new time of writing, with all that it told."""
+    """The receipt is renewed for the new time of writing, and keeps everything else."""
     Kernel(monkeypatch)
     weights(toy, "a.bin")
     sources = [piece.source for piece in receipt_of(toy, "a.bin").pieces]
@@ -147,7 +147,7 @@ def test_sealing_again_does_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_in_place_already_can_be_sealed(toy: Toy) -> None:
-    """Files that an earlier run has placed are sealed without being made again."""
+    """Files that an earlier run has installed are sealed without being made again."""
     apply.weights(toy.request(), smoke=False)
     inode = toy.installed("a.bin").stat().st_ino
     outcome = weights(toy)
@@ -176,7 +176,7 @@ def test_a_read_only_file_gets_fs_verity(toy: Toy, monkeypatch: pytest.MonkeyPat
 def test_what_a_kernel_with_fs_verity_refuses_is_told(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, number: int, kind: Kind, code: int
 ) -> None:
-    """A busy file or a full disk is an error; the file stays as it was, placed and proven."""
+    """A busy file or a full disk is an error; the file stays as it was, installed and verified."""
     Kernel(monkeypatch, number)
     with pytest.raises(CsmWeightsError) as caught:
         weights(toy, "a.bin")
@@ -231,7 +231,7 @@ def test_files_whose_gates_are_closed_are_left_alone(toy: Toy) -> None:
 
 
 def test_a_sealed_file_that_became_wrong_is_repaired(toy: Toy) -> None:
-    """Its good pieces are copied, the wrong one comes from its part, and it is sealed again."""
+    """Good pieces are copied, the wrong one comes from its chunk file; it is sealed again."""
     weights(toy)
     path = toy.installed("a.bin")
     path.chmod(0o644)
@@ -275,7 +275,7 @@ def test_verify_and_clean_work_on_sealed_files(toy: Toy) -> None:
 def test_a_kill_between_seal_and_receipt_costs_one_hashing(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The receipt is out of date then, so the file is proven again, and found right."""
+    """The receipt is out of date then, so the file is verified again, and found right."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -49,7 +49,7 @@ KEYS = {
 
 
 class Desk:
-    """A toy repository whose files are in place, and a key pair."""
+    """A toy repository whose files are installed, and a key pair."""
 
     def __init__(self, toy: Toy) -> None:
         self.toy = toy
@@ -95,7 +95,7 @@ class Desk:
 
 @pytest.fixture
 def desk(toy: Toy) -> Desk:
-    """A desk with files in place."""
+    """A desk with installed files."""
     return Desk(toy)
 
 
@@ -126,18 +126,18 @@ def library_key(public: Path) -> SSlibKey:
     return SSlibKey.from_crypto(key)
 
 
-# ---- what is said
+# ---- the statement
 
 
-def test_the_subjects_are_the_files_in_place(desk: Desk) -> None:
+def test_the_subjects_are_the_installed_files(desk: Desk) -> None:
     """Every chosen file is a subject, with the sha256 of its bytes."""
     done = desk.attest()
     said = {s["name"]: s["digest"]["sha256"] for s in desk.statement()["subject"]}
     assert said == dict(done.subjects) == digests(desk.toy)
 
 
-def test_the_parts_are_the_materials(desk: Desk) -> None:
-    """Each part is named with its digest, in order, after the manifest."""
+def test_the_chunk_files_are_the_materials(desk: Desk) -> None:
+    """Each chunk file is a material with its digest, in order, after the manifest."""
     desk.attest("a.bin")
     build = desk.statement()["predicate"]["buildDefinition"]
     manifest, *parts = build["resolvedDependencies"]
@@ -191,7 +191,7 @@ def materials(manifest: Manifest, made: tuple[Artifact, VerifiedFile]) -> list[d
 
 
 def test_a_file_of_the_hub_is_named_by_commit_and_blob_id() -> None:
-    """What came from the Hub is told by its commit, its address and its blob id."""
+    """A file from the Hub is named by its commit, its address and its blob id."""
     page = "https://huggingface.co/org/m"
     commit, blob = materials(*hub_file(f"{page}/m.bin", f"{page}/m.bin"))
     assert commit == {"uri": page, "digest": {"gitCommit": COMMIT}}
@@ -200,14 +200,14 @@ def test_a_file_of_the_hub_is_named_by_commit_and_blob_id() -> None:
 
 
 def test_a_repaired_file_has_both_kinds_of_material() -> None:
-    """A piece from the Hub among parts is told with the Hub's blob, the part by its digest."""
+    """A piece from the Hub gives the Hub's blob, a chunk file beside it gives its digest."""
     page = "https://huggingface.co/org/m"
     commit, blob, part = materials(*hub_file("chunks/m-aa", f"{page}/m.bin", blob=None))
     assert (commit["digest"], blob["digest"]) == ({"gitCommit": COMMIT}, {"sha256": "a" * 64})
     assert (part["digest"]["sha256"], part["annotations"]["from"]) == ("0" * 64, "chunks/m-aa")
 
 
-def test_no_folder_of_this_machine_is_told() -> None:
+def test_no_folder_of_this_machine_is_named() -> None:
     """A piece that came out of a home folder is said to be from this machine, and no more."""
     found = materials(*hub_file("/home/me/secret/m.bin", "https://mirror/m.bin?token=x"))
     assert [m["annotations"]["from"] for m in found] == [
@@ -217,7 +217,7 @@ def test_no_folder_of_this_machine_is_told() -> None:
 
 
 def test_a_file_without_a_record_of_its_way_says_so(desk: Desk) -> None:
-    """A whole file that was proven has no pieces: its origin is the Hub's id, or not recorded."""
+    """A file verified as a whole has no pieces: its origin is the Hub's id, or not recorded."""
     manifest, made = hub_file()
     assert "unknown" in materials(manifest, made)[1]["annotations"]["from"]
     (itself,) = materials(replace(manifest, repo=None), made)
@@ -257,7 +257,7 @@ def test_a_forged_receipt_attests_nothing(desk: Desk) -> None:
 
 
 def test_a_missing_file_is_not_attested(desk: Desk) -> None:
-    """What is not in place ends with exit code 3, and no key is made."""
+    """A file that is not installed ends with exit code 3, and no key is made."""
     desk.toy.installed("a.bin").unlink()
     with pytest.raises(MissingInput):
         desk.attest("a.bin", make_key=str(desk.private))
@@ -290,7 +290,7 @@ def test_one_key_signs(desk: Desk) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100, b"0" * 100_000])
 def test_what_is_no_private_key_signs_nothing(desk: Desk, content: bytes) -> None:
-    """Garbage in place of a key is told with the key's file, and nothing is written."""
+    """Garbage in a key's file is a finding about that file, and nothing is written."""
     desk.private.write_bytes(content)
     with pytest.raises(WrongContent) as caught:
         desk.attest(key=str(desk.private))
@@ -439,7 +439,7 @@ def test_another_key_is_refused(desk: Desk, kind: str) -> None:
 
 
 def test_the_key_id_is_not_believed(desk: Desk) -> None:
-    """An envelope that tells the id of the right key, with another's signature, is refused."""
+    """An envelope with the id of the right key and the signature of another is refused."""
     desk.sign()
     data = json.loads(desk.file.read_text())
     stranger = CryptoSigner.generate_ed25519()
@@ -483,7 +483,7 @@ def test_a_private_key_in_place_of_the_public_one_is_refused(desk: Desk) -> None
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"-----BEGIN PUBLIC KEY-----\nAAAA\n"])
 def test_what_is_no_public_key_checks_nothing(desk: Desk, content: bytes) -> None:
-    """Garbage in place of a key is not a bad signature, and its message says so."""
+    """Garbage in a key's file is not called a bad signature."""
     desk.sign()
     desk.public.write_bytes(content)
     error = desk.refusal()
@@ -503,7 +503,7 @@ def test_a_key_that_cannot_sign_is_refused(desk: Desk) -> None:
 
 @pytest.mark.parametrize("gone", ["file", "public"])
 def test_what_is_not_there_is_exit_code_3(desk: Desk, gone: str) -> None:
-    """A missing attestation, or key, is told as missing."""
+    """A missing attestation, or key, is a finding of that kind."""
     desk.sign()
     path: Path = getattr(desk, gone)
     path.unlink()
@@ -512,7 +512,7 @@ def test_what_is_not_there_is_exit_code_3(desk: Desk, gone: str) -> None:
 
 
 def test_another_edition_of_a_file_is_refused(desk: Desk) -> None:
-    """A file that the manifest accepts, and that is not the one attested, is told."""
+    """A file that the manifest accepts, but that is not the one attested, is a finding."""
     desk.sign()
     desk.toy.installed("note.txt").write_text("another edition")
     error = desk.refusal()
@@ -566,7 +566,7 @@ def test_some_of_the_subjects_can_be_asked_for(desk: Desk) -> None:
 
 
 def test_another_manifest_is_a_note(desk: Desk) -> None:
-    """A manifest that was changed since does not make the files wrong; a person is told."""
+    """A manifest that was changed since does not make the files wrong; the result notes it."""
     desk.sign()
     toml = desk.toy.root / "manifests/toy.toml"
     toml.write_text(toml.read_text() + "# a comment\n")
