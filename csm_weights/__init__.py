@@ -12,7 +12,7 @@ __all__ = ["Generator", "Model", "Segment", "load_csm_1b"]
 
 
 def __getattr__(name: str) -> object:
-    """What a program imports from here; torch is loaded when it is first asked for."""
+    """Return what a program imports from here; torch is loaded when it is first asked for."""
     if name in __all__:
         return getattr(importlib.import_module("csm_weights.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a program imports: models that are proven, and the generator that lets them speak."""
+"""What a program imports: models whose bytes are verified, and the generator of their speech."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.model import csm as plain
 from csm_weights.model.generator import Generator, InputsTooLong, Segment
 from csm_weights.pipeline import locate
-from csm_weights.pipeline.locate import CONFIG, LocalWeights
+from csm_weights.pipeline.locate import CONFIG, LocalWeights, Pinned
 from csm_weights.pipeline.request import Request
 
 __all__ = ["Generator", "InputsTooLong", "Model", "Segment", "load_csm_1b"]
@@ -25,10 +25,12 @@ __all__ = ["Generator", "InputsTooLong", "Model", "Segment", "load_csm_1b"]
 class Model(plain.Model):
     """A CSM network with the weights of a file; every tensor is there, and no other.
 
-    `folder` is where its other files are, such as the tokenizer.
+    `folder` is where its other files are, such as the tokenizer. `verified`
+    says whether its bytes have the digests that a manifest pins.
     """
 
     folder: Path | None = None
+    verified: bool = False
 
     @classmethod
     def from_local(
@@ -39,28 +41,45 @@ class Model(plain.Model):
         *,
         config: CsmConfig | None = None,
         digests: Sequence[ByteRange] = (),
-        verify: bool = False,
+        verify: bool | None = None,
     ) -> Self:
-        """Loads a folder, a file of weights, a folder of parts, or a chunk repository.
+        """Load a folder, a file of weights, a folder of chunk files, or a chunk repository.
 
-        Either format, told by its content. `dtype` None keeps the file's. The
-        network is `config`, else that of config.json; where that is not
-        to be had, that of the manifest that pins weights of this size. With
-        `verify` every byte is held against what a manifest of the checkout
-        pins; `digests` gives the spans to be held against instead.
+        Either format, by its content. `dtype` None keeps the file's. The
+        network is `config`, else that of config.json; where there is none, that
+        of the manifest that pins weights of this size.
+
+        A file with a valid receipt was verified before. Any other is hashed
+        while it is loaded, where a manifest pins a file of its name and size:
+        one of the checkout that it is in, or of the package's. Where none does,
+        a warning says that the weights are not verified. `verify=True` hashes
+        in any case, and insists on something pinned for this size;
+        `verify=False` checks nothing. `digests` are the ranges to hold the
+        bytes against instead.
 
         Raises MissingInput for what is not there, WrongContent, which names
         it, for a tensor that is missing, one too many or of another shape, and
         for a wrong digest; UsageError where nothing is pinned to `verify` by.
         """
         _require_device(device)
-        (paths, folder), root = weights_file.locate(path), locate.checkout()
-        size = sum(part.stat().st_size for part in paths)
+        paths, folder = weights_file.locate(path)
+        size = sum(file.stat().st_size for file in paths)
+        config = config or _read_config(folder, locate.pinned(folder, size))
+        is_verified = bool(digests)
         if verify and not digests:
-            digests = locate.require_pinned(root, paths[0], size).digests
-        config = config or _read_config(folder, root, size)
-        model = super().from_local(paths, device, dtype, config=config, digests=digests)
-        model.folder = folder
+            digests = locate.require_pinned(folder, size, paths[0]).digests
+        elif verify is None and not digests:
+            known = locate.pinned(
+                folder, size, paths[0].name.rpartition(".part-")[0] or paths[0].name
+            )
+            is_verified = len(paths) == 1 and locate.has_receipt(paths[0], known)
+            digests = known.digests if known and not is_verified else ()
+            if not known and not is_verified:
+                text = "no manifest pins a file of its name and size, so it is loaded unverified"
+                warnings.warn(f"{paths[0]}: {text}", stacklevel=2)
+        found = LocalWeights(tuple(paths), folder, config, tuple(digests))
+        model = cls._open(found, device, dtype)
+        model.verified = is_verified or bool(digests)
         return model
 
     @classmethod
@@ -71,10 +90,10 @@ class Model(plain.Model):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.bfloat16,
     ) -> Self:
-        """Loads the model of a repository of the Hub, "org/name".
+        """Load the model of a repository of the Hub, "org/name".
 
         `revision` is a commit, branch or tag. What is on this machine and
-        right is taken first; else it is fetched, proven, and kept. Of a
+        right is taken first; else it is fetched, verified, and kept. Of a
         repository that a manifest of the checkout names, that manifest's
         digests decide. Of any other the Hub's own do, written down beside the
         Hub's cache at its first use: a branch then stays at that commit.
@@ -88,15 +107,16 @@ class Model(plain.Model):
     def _obtain(
         cls, request: Request, device: str | torch.device, dtype: torch.dtype | None
     ) -> Self:
-        """The model of a request: what is here and right, else what the line brings."""
-        for found in locate.here(request):
+        """Load what is here of a model and right, else what is fetched."""
+        weights = locate.Weights(request)
+        for found in weights.candidates():
             try:
                 return cls._open(found, device, dtype)
             except WrongContent as error:
-                if found.is_proven:
+                if found.is_verified:
                     raise
-                locate.pass_over(found, error)
-        return cls._open(locate.fetch(request), device, dtype)
+                locate.log_skipped(found, error)
+        return cls._open(weights.fetch(), device, dtype)
 
     @classmethod
     def _open(
@@ -105,14 +125,14 @@ class Model(plain.Model):
         model = super().from_local(
             found.paths, device, dtype, config=found.config, digests=found.digests
         )
-        model.folder = found.folder
+        model.folder, model.verified = found.folder, True
         return model
 
 
 def load_csm_1b(
     device: str | torch.device = "cuda", dtype: torch.dtype | None = torch.bfloat16
 ) -> Generator:
-    """CSM-1B, ready to speak: from proven files or parts on this machine, else from the Hub.
+    """Load CSM-1B, ready to generate: from this machine where it is right, else from the Hub.
 
     Raises as `Model.from_pretrained`, and UsageError without the GPU asked for.
     """
@@ -121,10 +141,9 @@ def load_csm_1b(
     return Generator(Model._obtain(request, device, dtype))
 
 
-def _read_config(folder: Path, root: Path, size: int) -> CsmConfig | None:
-    """What config.json in a folder says; None where it is not there and nothing is pinned."""
+def _read_config(folder: Path, known: Pinned | None) -> CsmConfig | None:
+    """Return the network of config.json in a folder, or else the one that is pinned."""
     config = folder / CONFIG
-    known = locate.pinned(root, size)
     fallback = known.config if known else None
     if not config.is_file():
         return fallback
@@ -134,12 +153,12 @@ def _read_config(folder: Path, root: Path, size: int) -> CsmConfig | None:
         # The public chunk repository has the Hub's refusal in its place.
         if fallback is None:
             raise
-        warnings.warn(f"{error}\nthe weights' size tells which network it is", stacklevel=3)
+        warnings.warn(f"{error}\nthe network is known by the weights' size", stacklevel=3)
         return fallback
 
 
 def _require_device(device: str | torch.device) -> None:
-    """Says before gigabytes are fetched that they cannot be loaded where they should."""
+    """Raise UsageError for a device that is not here, before gigabytes are fetched."""
     try:
         kind = torch.device(device).type
     except RuntimeError:

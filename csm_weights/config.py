@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -111,19 +111,20 @@ def parse_patience(text: str) -> float | None:
     return seconds if text else None
 
 
-def check_mirror(url: str) -> None:
-    """Raise UsageError unless a mirror's URL is plain HTTP(S), without secrets in it.
+def check_mirror(url: str, schemes: Collection[str]) -> None:
+    """Raise UsageError unless a mirror's URL is a plain one of these schemes, without secrets.
 
     Those belong into the environment: other users of a machine can read arguments.
     """
     if "@" in url or "?" in url:
         raise UsageError(f"--url with credentials or a query: put secrets into {MIRROR_HEADERS}")
-    if not _is_plain_url(url):
-        raise UsageError(f"--url {url!r} is not an http:// or https:// URL")
+    if not _is_plain_url(url, schemes):
+        known = " or ".join(f"{scheme}://" for scheme in sorted(schemes))
+        raise UsageError(f"--url {url!r} is not a URL with {known}")
 
 
-def _is_plain_url(url: str) -> bool:
-    """Return whether a URL is one of HTTP(S) with a host, and nothing in it that may be secret."""
+def _is_plain_url(url: str, schemes: Collection[str] = ("http", "https")) -> bool:
+    """Return whether a URL has one of these schemes, a host, and nothing that may be secret."""
     try:
         parts, port = urlsplit(url), urlsplit(url).port
     except ValueError:
@@ -131,4 +132,4 @@ def _is_plain_url(url: str) -> bool:
     host = parts.hostname or ""
     is_named = bool(host) and not any(c.isspace() for c in host) and port != 0
     extras = parts.username or parts.password or parts.query or parts.fragment
-    return parts.scheme in ("http", "https") and is_named and not extras
+    return parts.scheme in schemes and is_named and not extras

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,13 +24,18 @@ import csm_weights
 from csm_weights import Generator, Model, Segment, load_csm_1b
 from csm_weights.commands import lock, seed_cache
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.files import Fingerprint
+from csm_weights.hashing import sha256
 from csm_weights.manifest.parse import load
 from csm_weights.model import csm as plain
+from csm_weights.model import stream
 from csm_weights.model.codec import find_codec
 from csm_weights.model.tokenizer import find_tokenizer
-from csm_weights.pipeline import apply, locate
+from csm_weights.pipeline import apply, locate, session
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
+from csm_weights.store.inspect import inspect
+from csm_weights.store.receipts import Receipt, dump_receipt, receipt_path
 from tests.model.test_generator import TINY_CODEC, byte_tokenizer
 from tests.support.clone import REPOSITORY
 from tests.support.hub import HubServer
@@ -147,8 +154,22 @@ def sources(root: Path) -> list[list[str]]:
     return [
         [path.relative_to(root.parent).parts[0] for path in found.paths[:1]]
         + [path.parent.name for path in found.paths[:1]]
-        for found in locate.here(Request(root, "csm-1b"))
+        for found in locate.Weights(Request(root, "csm-1b")).candidates()
     ]
+
+
+def counted(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, real: Callable[..., Any]
+) -> list[str]:
+    """Let a module's function go on as it is; return a list that grows with each call."""
+    calls: list[str] = []
+
+    def counting(*arguments: Any) -> Any:
+        calls.append(name)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
 
 
 @pytest.fixture
@@ -265,15 +286,65 @@ def test_from_local_is_strict(root: Path, folder: Path, change: Any, name: str) 
     assert root.is_dir()
 
 
-def test_verify_refuses_a_wrong_byte(root: Path, folder: Path) -> None:
-    """Of the right size and structure, a wrong value is only seen by its digest."""
-    assert_is_model(Model.from_local(folder, verify=True))
+def test_a_wrong_byte_is_refused_while_it_is_loaded(root: Path, folder: Path) -> None:
+    """Of the right name, size and structure, a wrong value is only seen by its digest."""
+    assert Model.from_local(folder).verified
     (folder / "model.safetensors").write_bytes(other_weights())
-    Model.from_local(folder)
-    with pytest.raises(WrongContent) as caught:
-        Model.from_local(folder, verify=True)
+    for verify in (None, True):
+        with pytest.raises(WrongContent) as caught:
+            Model.from_local(folder, verify=verify)
+        assert [finding.kind for finding in caught.value.findings] == [Kind.WRONG_DIGEST]
+    assert not Model.from_local(folder, verify=False).verified
+    assert root.is_dir()
 
-    assert [finding.kind for finding in caught.value.findings] == [Kind.WRONG_DIGEST]
+
+def test_a_wrong_byte_in_a_chunk_file_is_refused(root: Path) -> None:
+    """A chunk repository is held to what its manifest pins, too."""
+    chunks = give_parts(root, "model.safetensors")
+    assert Model.from_local(root).verified
+    flip(chunks[2])
+    with pytest.raises(WrongContent, match=r"bytes 409,600 to"):
+        Model.from_local(root)
+
+
+def test_weights_of_ones_own_load_and_are_called_unverified(root: Path, folder: Path) -> None:
+    """Where no manifest pins a file of that name and size, it loads with a warning."""
+    rewrite(folder, lambda tensors: tensors["projection.weight"].add_(1))
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    with pytest.warns(UserWarning, match="loaded unverified"):
+        assert not Model.from_local(folder / "mine.safetensors").verified
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not Model.from_local(folder / "mine.safetensors", verify=False).verified
+    assert root.is_dir()
+
+
+def test_a_receipt_is_trusted_by_its_stat(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed file that nobody has touched since is not hashed again; a touched one is."""
+    give_parts(root, "model.safetensors")
+    apply.apply(Request(root, "csm-1b", ("safetensors",)), Target.BOTH)
+    installed = root / "models" / "csm-1b"
+    hashed = counted(monkeypatch, stream, "sha256", sha256)
+    assert Model.from_local(installed).verified
+    assert hashed == []
+    os.utime(installed / "model.safetensors")
+    assert Model.from_local(installed).verified
+    assert hashed
+    assert Model.from_local(installed, verify=True).verified
+
+
+def test_a_receipt_of_other_bytes_is_not_trusted(root: Path, folder: Path) -> None:
+    """A receipt whose digest is not the one that is pinned does not stand for the file."""
+    file = folder / "model.safetensors"
+    file.write_bytes(other_weights())
+    digest = hashlib.sha256(other_weights()).hexdigest()
+    seen = Fingerprint.of(file.stat())
+    receipt = Receipt(file.name, "csm-1b", seen.size, digest, (), seen, "now", "test")
+    path = receipt_path(folder, file.name)
+    path.parent.mkdir()
+    path.write_text(dump_receipt(receipt))
+    with pytest.raises(WrongContent):
+        Model.from_local(folder)
     assert root.is_dir()
 
 
@@ -283,6 +354,22 @@ def test_verify_needs_something_pinned(root: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match=r"nothing is pinned for .*model\.safetensors"):
         Model.from_local(folder, verify=True)
     assert root.is_dir()
+
+
+def test_from_pretrained_inspects_the_disk_once_a_round(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One session finds weights and gets them.
+
+    It inspects for candidates, before the lock, for each of four kinds of action, and at the end.
+    """
+    give_parts(root, "model.safetensors")[0].unlink()
+    give_cache(root, "model.safetensors", other_weights())
+    inspections = counted(monkeypatch, session, "inspect", inspect)
+    begun = counted(monkeypatch, locate, "begin", session.begin)
+    assert_is_model(Model.from_pretrained(REPO))
+    assert len(begun) == 1
+    assert len(inspections) == 1 + 1 + 4 + 1
 
 
 def test_a_gpu_that_is_not_here_is_said_at_once(
@@ -322,7 +409,7 @@ def test_order_of_preference(root: Path) -> None:
 
     apply.apply(Request(root, "csm-1b", ("safetensors",)), Target.BOTH)
     assert [["root", "csm-1b"], *unproven] == sources(root)
-    assert next(locate.here(Request(root, "csm-1b"))).is_proven
+    assert next(locate.Weights(Request(root, "csm-1b")).candidates()).is_verified
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ckpt.pt"])
@@ -370,7 +457,7 @@ def test_what_is_wrong_is_passed_over(root: Path, capsys: pytest.CaptureFixture[
     give_parts(root, "ckpt.pt")
 
     assert_is_model(loaded())
-    assert capsys.readouterr().err.count("is left alone") == 2
+    assert capsys.readouterr().err.count("is not loaded") == 2
 
 
 def test_stray_parts_do_not_decide_what_is_loaded(root: Path) -> None:
@@ -547,7 +634,7 @@ def test_the_tokenizer_comes_proven_through_the_line(root: Path, hub: HubServer)
 def test_csm_tiny_itself_speaks() -> None:
     """The embedded model, from its parts in this checkout, gives the recorded frames."""
     golden = json.loads((REPOSITORY / "manifests" / "csm-tiny.golden.json").read_text())
-    found = next(locate.here(Request(REPOSITORY, "csm-tiny")))
+    found = next(locate.Weights(Request(REPOSITORY, "csm-tiny")).candidates())
     path = found.paths[0] if len(found.paths) == 1 else found.paths[0].parent
     model = Model.from_local(path, dtype=None, config=found.config, digests=found.digests)
     frames = Generator(model).generate_frames(

@@ -62,7 +62,7 @@ def from_hub(
 
 
 def _known(path: Path, repo: str) -> Manifest | None:
-    """The manifest that is there already; raises UsageError for one of another repository."""
+    """Return the manifest that is at `path`; raises UsageError for one of another repository."""
     if not path.exists():
         return None
     known = load(path)
@@ -73,8 +73,8 @@ def _known(path: Path, repo: str) -> Manifest | None:
 
 
 def _empty(path: Path, repo: str) -> Manifest:
-    """A manifest of a repository's name, without files yet."""
-    words = "Evidence marks: H the Hub's own metadata, A recomputed from a proven file."
+    """Return a manifest of a repository's name, without files yet."""
+    words = "Evidence marks: H the Hub's own metadata, A recomputed from a verified file."
     return Manifest(
         name=path.stem,
         description=f"{repo} as the Hub lists it. {words}",
@@ -88,7 +88,7 @@ def _empty(path: Path, repo: str) -> Manifest:
 
 
 def _listing(repo: str, revision: str, globs: Sequence[str], patience: float | None) -> Listing:
-    """What the Hub tells; names that no manifest may have are told on stderr."""
+    """Ask the Hub; names that no manifest may have are logged on stderr."""
     environment = HubEnvironment.read()
     if problem := environment.problem(repo, gated=False):
         raise error_for(f"{repo}: the Hub may not be asked", [problem])
@@ -105,20 +105,20 @@ def _listing(repo: str, revision: str, globs: Sequence[str], patience: float | N
 
 
 def _manifest(base: Manifest, listing: Listing) -> Manifest:
-    """The manifest of what the Hub tells, with what `base` knows of the same files."""
+    """Return the manifest of what the Hub reports, with what `base` knows of the same files."""
     known = {artifact.path: artifact for artifact in base.artifacts}
     order = {path: number for number, path in enumerate(known)}
     artifacts, findings = [], []
-    for told in sorted(listing.artifacts, key=lambda a: order.get(a.path, len(order))):
-        before = known.get(told.path, told)
-        same = pin.is_same(before, told)
+    for reported in sorted(listing.artifacts, key=lambda a: order.get(a.path, len(order))):
+        before = known.get(reported.path, reported)
+        same = pin.is_same(before, reported)
         if base.revision != listing.commit:
             # At another commit only an id that both know tells that it is the same file.
             same = same is True
         elif same is False:
-            findings.append(_contradiction(base.where, before, told))
-        naming = replace(told, group=before.group, format=before.format)
-        artifacts.append(naming if same is False else pin.with_reported(before, told))
+            findings.append(_contradiction(base.where, before, reported))
+        naming = replace(reported, group=before.group, format=before.format)
+        artifacts.append(naming if same is False else pin.with_reported(before, reported))
     if findings:
         raise WrongContent(f"commit {listing.commit} is not what it was", findings)
     words = {"all", *(word for a in artifacts for word in (a.group, a.path))}
@@ -132,8 +132,10 @@ def _manifest(base: Manifest, listing: Listing) -> Manifest:
     )
 
 
-def _contradiction(where: str, known: Artifact, told: Artifact) -> Finding:
-    ids = [a.sha256 or a.blob_id or a.git_sha1 or "pieces" for a in (known, told)]
-    expected, found = (f"{a.size:,} bytes, {i}" for a, i in zip((known, told), ids, strict=True))
+def _contradiction(where: str, known: Artifact, reported: Artifact) -> Finding:
+    ids = [a.sha256 or a.blob_id or a.git_sha1 or "pieces" for a in (known, reported)]
+    expected, found = (
+        f"{a.size:,} bytes, {i}" for a, i in zip((known, reported), ids, strict=True)
+    )
     help_text = "one of the two is not true; move the manifest away to believe the Hub"
     return Finding(Kind.CHANGED, f"{where}: {known.path}", expected, found, help_text)

@@ -11,6 +11,7 @@ from csm_weights.errors import UsageError
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.types import Manifest
+from csm_weights.transfer.policy import HUB, REMOTE
 
 #: Words for where pieces may come from; auto is every source there is.
 SOURCES = ("auto", "chunks", "hf", "mirror")
@@ -26,7 +27,7 @@ class Request:
     `only` are words that `Manifest.select` knows; none means the default
     selection. `dest` overrides the manifest's destination, `revision` its
     commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
-    are mirrors. `consume` lets parts go as their file grows. `patience` is how
+    are mirrors. `consume` lets chunk files go as their file grows. `patience` is how
     many seconds a server may give nothing.
     """
 
@@ -44,19 +45,19 @@ class Request:
         if self.source not in SOURCES:
             raise UsageError(f"no source called {self.source!r}; there are {', '.join(SOURCES)}")
         for url in self.urls:
-            check_mirror(url)
+            check_mirror(url, REMOTE.keys() - {HUB})
         if self.urls and self.source in ("chunks", "hf"):
             raise UsageError(f"--source={self.source} asks no mirror; leave --url out, or say auto")
         if self.source == "mirror" and not self.urls:
             raise UsageError("--source=mirror needs --url=https://...")
         if self.consume and self.source not in ("auto", "chunks"):
-            raise UsageError(f"--consume is about parts; --source={self.source} takes none")
+            raise UsageError(f"--consume is about chunk files; --source={self.source} takes none")
         if self.revision and not REVISION.fullmatch(self.revision):
             raise UsageError(f"--revision {self.revision!r} is not a commit, branch or tag")
 
 
 def find_manifest(root: Path, model: str) -> Manifest:
-    """The manifest called `model` in manifests/, or at that path.
+    """Return the manifest called `model` in manifests/, or at that path.
 
     Raises UsageError, naming those there are, when there is none.
     """

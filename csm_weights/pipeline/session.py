@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,13 +12,7 @@ from csm_weights.config import HubEnvironment
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.pipeline.plan import (
-    Plan,
-    Target,
-    default_selection,
-    make_plan,
-    with_config,
-)
+from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan, with_config
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install, journal
@@ -31,7 +25,7 @@ from csm_weights.verify import gates
 
 @dataclass
 class Session:
-    """One run of a command: what was asked, and what it has learnt so far."""
+    """One run of a command: what was asked, and what it has found out so far."""
 
     manifest: Manifest
     paths: Paths
@@ -63,14 +57,14 @@ class Session:
         """Remember what was wrong and has been mended; each thing once."""
         self.notes += [f for f in dict.fromkeys(findings) if f not in self.notes]
 
-    def receipt(self, artifact: Artifact, proven: VerifiedFile) -> Receipt:
+    def receipt(self, artifact: Artifact, verified: VerifiedFile) -> Receipt:
         """Return the receipt of a file that has just been verified."""
         tool = f"csm-weights {version('csm-weights')}"
-        return Receipt.of(proven, artifact.path, self.manifest.name, now(), tool)
+        return Receipt.of(verified, artifact.path, self.manifest.name, now(), tool)
 
-    def install(self, proven: Path, directory: Path, receipt: Receipt) -> None:
+    def install(self, verified: Path, directory: Path, receipt: Receipt) -> None:
         """Give a verified file its final name, and forget what was wrong under it."""
-        install.install(proven, directory, receipt)
+        install.install(verified, directory, receipt)
         final = directory / receipt.path
         self.known_bad.pop(final, None)
         journal.journal_path(final).unlink(missing_ok=True)
@@ -112,10 +106,13 @@ class Session:
         return bool(left)
 
 
-def begin(request: Request) -> Session:
+def begin(
+    request: Request, choose: Callable[[Manifest], tuple[Artifact, ...]] | None = None
+) -> Session:
     """Begin the run of a command: read the manifest, find the folders, choose the artifacts.
 
-    Raises UsageError for names that do not exist, ManifestInvalid, MissingInput.
+    `choose` takes the place of the request's own words. Raises UsageError for
+    names that do not exist, ManifestInvalid, MissingInput.
     """
     manifest = find_manifest(request.root, request.model)
     if request.revision:
@@ -123,9 +120,11 @@ def begin(request: Request) -> Session:
     environment = HubEnvironment.read()
     cache = environment.cache if manifest.repo else None
     paths = Paths.of(manifest, request.root, request.dest, cache)
-    words = request.only or manifest.default
-    chosen = manifest.select(words) if words else ()
-    if not chosen:
+    if choose:
+        chosen = choose(manifest)
+    elif words := request.only or manifest.default:
+        chosen = manifest.select(words)
+    else:
         chosen = default_selection(inspect(manifest, manifest.artifacts, paths, {}))
     chosen = with_config(manifest, chosen)
     for folder in (paths.staging, paths.destination):

@@ -42,7 +42,7 @@ def known_report(state: State, require_gpu: bool) -> SmokeReport | None:
 
 
 def _may_have_gpu() -> bool:
-    """Whether a GPU may be here that an earlier run on the CPU did not have; without torch."""
+    """Return whether a GPU may be here, without torch: an earlier run may have had none."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and Path("/dev/nvidiactl").exists()
 
@@ -90,7 +90,7 @@ def _golden(state: State) -> Path | None:
 
 
 def _weights_word(state: State) -> str:
-    """Which of the chosen weight files is loaded: the first of the manifest's order."""
+    """Return which of the chosen weight files is loaded: the first of the manifest's order."""
     chosen = [item.artifact for item in state.artifacts if item.artifact.is_weights]
     if not chosen:
         raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
@@ -98,7 +98,7 @@ def _weights_word(state: State) -> str:
 
 
 def _binding(state: State) -> tuple[tuple[str, str], ...]:
-    """What a smoke report holds for: the files, the golden frames, torch, this package."""
+    """Return what a report holds for: the files, the golden frames, torch, this package."""
     receipts = [item.installed.receipt for item in state.artifacts]
     bound = [(r.path, r.sha256) for r in receipts if r]
     golden = _golden(state)

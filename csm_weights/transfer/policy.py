@@ -241,4 +241,5 @@ class LazySource:
         self.open = open_source
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+        """See `Source`."""
         return self.open().deliver(artifact, piece, writer)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from types import ModuleType
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.pipeline.actions import Assemble, LinkFromCache, Move, WriteText
 from csm_weights.pipeline.plan import Plan, Target, make_plan
+from csm_weights.pipeline.request import Request
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
 from csm_weights.store.journal import Arrival, PieceRecord
-from csm_weights.transfer.policy import HUB, PieceSource, SourcePolicy
+from csm_weights.transfer.policy import HUB, REMOTE, PieceSource, RemoteSources, SourcePolicy
 from tests.pipeline.test_plan import (
     ABSENT,
     INVALID,
@@ -201,3 +206,28 @@ def test_room_for_a_download_is_counted_before_it_begins() -> None:
     plan = make_plan(a_state(an_item(), free_staging=6), Target.STAGED, FROM_HUB)
     assert [f.kind for f in plan.findings] == [Kind.NO_SPACE]
     assert plan.findings[0].where == str(PLACES.staging)
+
+
+def test_the_source_that_is_planned_is_the_first_that_is_asked() -> None:
+    """With --consume, shared blocks and a damaged file in place, both name the chunk files."""
+    item = damaged(an_item(pieces=2), 0, 10)
+    for policy in (SourcePolicy(consume=True), SourcePolicy()):
+        plan = make_plan(a_state(item, shares_blocks=True), Target.STAGED, policy)
+        first = policy.candidates(item, PLACES.root)
+        asked = next(c for c in first if c.source and 0 in c.pieces)
+        assert origins(plan) == [asked.kind] * 2
+    assert origins(plan) == [PieceSource.SALVAGED] * 2
+
+
+def test_a_remote_source_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a further scheme takes: a module with `open_source`, and its name in `REMOTE`."""
+    module = ModuleType("csm_weights.transfer.s3")
+    opened: list[str] = []
+    monkeypatch.setattr(module, "open_source", lambda url, *_: opened.append(url), raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(REMOTE, "s3", "s3")
+    url = "s3://bucket/folder"
+    request = Request(PLACES.root, urls=(url,), source="mirror")
+    with RemoteSources(request.urls, a_state().manifest, Event(), print) as (source,):
+        source.open()
+    assert opened == [url]

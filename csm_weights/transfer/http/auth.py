@@ -44,6 +44,7 @@ class OriginAuth(AuthBase):
         return origin(self.url) != origin(PUBLIC_ENDPOINT)
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        """Add the headers to a request to their own origin; see requests' AuthBase."""
         if self.covers(request.url or ""):
             request.headers.update(self._headers)
         return request
