@@ -21,8 +21,8 @@ from csm_weights.pipeline import repo_manifest
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Session, begin, gate_error
 from csm_weights.progress import Progress
-from csm_weights.store import atomic
 from csm_weights.store.inspect import ArtifactState, State
+from csm_weights.store.manifest_file import write_manifest
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.verify import gates
 
@@ -152,7 +152,7 @@ def _write(path: Path, manifest: Manifest, dry: bool) -> str:
     lines = (before.splitlines(keepends=True), render(manifest).splitlines(keepends=True))
     difference = "".join(difflib.unified_diff(*lines, str(path), "locked"))
     if difference and not dry:
-        atomic.write_manifest(path, manifest)
+        write_manifest(path, manifest)
     return difference
 
 

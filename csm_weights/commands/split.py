@@ -20,10 +20,10 @@ from csm_weights.manifest.paths import CHUNKS, path_problem
 from csm_weights.manifest.render import render_artifact
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.progress import Progress
-from csm_weights.store import atomic
-from csm_weights.store.atomic import sync, writing
+from csm_weights.store.atomic import sync, write_whole, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.lock import are_real, lock
+from csm_weights.store.manifest_file import write_manifest
 from csm_weights.transfer.reorder import InOrderDigest
 from csm_weights.verify.sums import SUMS, render_chunk_list
 
@@ -63,7 +63,7 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
         write_chunk_list(root, artifact)
     if current is None:
         return "\n".join(["[[artifact]]", *render_artifact(artifact)])
-    atomic.write_manifest(Path(manifest), pin.with_artifact(current, artifact))
+    write_manifest(Path(manifest), pin.with_artifact(current, artifact))
     return f"{count} chunk files in {folder}/, entry in {manifest}"
 
 
@@ -91,7 +91,7 @@ def write_chunk_list(root: Path, artifact: Artifact) -> None:
     path = (root / artifact.pieces[0].part).with_name(SUMS)
     known = read_file(path, MAX_SUMS, "a SHA256SUMS file") if os.path.lexists(path) else b""
     try:
-        atomic.write_whole(path, render_chunk_list(artifact, known.decode()))
+        write_whole(path, render_chunk_list(artifact, known.decode()))
     except UnicodeDecodeError:
         finding = Finding(Kind.MALFORMED, str(path), "text in UTF-8", "other bytes", "move it away")
         raise WrongContent("the list of the chunk files cannot be extended", [finding]) from None

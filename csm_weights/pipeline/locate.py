@@ -25,8 +25,8 @@ from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import begin
 from csm_weights.progress import Progress
-from csm_weights.store import atomic
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
+from csm_weights.store.manifest_file import write_manifest
 from csm_weights.store.receipts import read_receipt
 
 #: The published model, as a manifest and as a repository of the Hub.
@@ -68,7 +68,7 @@ def of_repo(root: Path, repo: str, revision: str | None) -> Request:
     home = above / folder / quote(revision or "main", safe="")
     if not (known := _manifests(home)):
         path = repo_manifest.path_of(home, repo, revision or "")
-        atomic.write_manifest(path, repo_manifest.from_hub(path, repo, revision or "", WANTED))
+        write_manifest(path, repo_manifest.from_hub(path, repo, revision or "", WANTED))
         known = [path]
     return Request(home, known[0].stem)
 

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, NoSpace, WrongContent
-from csm_weights.manifest.parse import parse
-from csm_weights.manifest.render import render
-from csm_weights.manifest.types import Manifest
 
 #: Errors of a write where the file system is full, or a limit is reached.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -149,13 +146,6 @@ def write_whole(path: Path, text: str) -> None:
     with writing(path):
         unfinished.replace(path)
     sync(path.parent)
-
-
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write a manifest that has been read back and found valid."""
-    text = render(manifest)
-    parse(text.encode(), str(path))
-    write_whole(path, text)
 
 
 @contextmanager

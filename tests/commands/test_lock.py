@@ -35,7 +35,7 @@ from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Edition, Manifest
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
-from csm_weights.store.atomic import write_manifest
+from csm_weights.store.manifest_file import write_manifest
 from csm_weights.store.receipts import dump_receipt, load_receipt, receipt_path
 from csm_weights.transfer import hub_metadata
 from csm_weights.transfer.hub_metadata import File, artifact_of, choose

@@ -19,7 +19,7 @@ from csm_weights.errors import Finding, Kind, UsageError, error_for
 from csm_weights.formats.architecture import parse_config
 from csm_weights.manifest import pin
 from csm_weights.progress import Progress
-from csm_weights.store import atomic
+from csm_weights.store.manifest_file import write_manifest
 from tools.standin.recipes import RECIPES, standin_manifest
 from tools.standin.write import sizes, write_standin
 
@@ -58,5 +58,5 @@ def make_standin(root: Path, name: str, dry: bool) -> str:
     for artifact in manifest.artifacts:
         if artifact.pieces:
             write_chunk_list(root, artifact)
-    atomic.write_manifest(root / "manifests" / f"{name}.toml", manifest)
+    write_manifest(root / "manifests" / f"{name}.toml", manifest)
     return f"{total:,} bytes in chunks/{name}/; now run inv weights --model {name}"
