@@ -65,8 +65,8 @@ def _here(item: ArtifactState) -> Files | None:
     for look in (item.installed, item.staged, item.cached):
         if look and look.state in _READABLE:
             return [[look.path]]
-    if item.parts and all(part.state in _READABLE for part in item.parts):
-        return [[part.path for part in item.parts]]
+    if item.chunks and all(part.state in _READABLE for part in item.chunks):
+        return [[part.path for part in item.chunks]]
     return None
 
 

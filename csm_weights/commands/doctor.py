@@ -195,14 +195,14 @@ def _chunk_files(case: _Case) -> CheckResult:
 
 
 def _bad_chunk_files(item: ArtifactState) -> list[Finding]:
-    return [*(part.finding for part in item.parts if part.finding), *item.extras]
+    return [*(part.finding for part in item.chunks if part.finding), *item.extras]
 
 
 def _count(item: ArtifactState) -> str:
     """Return how many chunk files of a file are here, and what is wrong with others."""
-    good = sum(part.is_usable for part in item.parts)
+    good = sum(part.is_usable for part in item.chunks)
     wrong = [f.kind for f in _bad_chunk_files(item) if f.kind is not Kind.MISSING]
-    text = f"{item.artifact.path} {good} of {len(item.parts)}"
+    text = f"{item.artifact.path} {good} of {len(item.chunks)}"
     return f"{text} ({', '.join(dict.fromkeys(wrong))})" if wrong else text
 
 

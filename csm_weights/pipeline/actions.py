@@ -208,7 +208,7 @@ class Assemble(Action):
     @property
     def bytes_fetched(self) -> int:
         """Bytes of remote pieces that no earlier run has written."""
-        here = Ranges([(a.offset, a.offset + a.size) for a in self.item.arrived])
+        here = Ranges([(a.offset, a.offset + a.size) for a in self.item.journal.arrived])
         remote = self.pieces_from(PieceSource.REMOTE)
         gaps = [gap for piece in remote for gap in here.missing(piece.offset, piece.end)]
         return sum(end - start for start, end in gaps)
@@ -227,7 +227,7 @@ class Assemble(Action):
     @property
     def replaced(self) -> list[FileStatus]:
         """Files that others take the place of, such as wrong chunk files."""
-        parts = zip(self.origins, self.item.parts, strict=False)
+        parts = zip(self.origins, self.item.chunks, strict=False)
         kinds = (PieceSource.CACHED, PieceSource.REMOTE)
         wrong = [p for o, p in parts if o.source in kinds and p.state is FileState.INVALID]
         return [*super().replaced, *wrong]
@@ -249,7 +249,7 @@ class Assemble(Action):
             PieceSource.REMOTE: remote,
         }
         texts = [text for kind, text in words.items() if counts[kind]]
-        kept = len(self.item.partial)
+        kept = len(self.item.journal.pieces)
         detail = f"from {' and '.join(texts)}" if texts else "from nothing new"
         return detail + (f", {_count(kept, 'piece')} kept" if kept else "") + self.remark
 
@@ -268,7 +268,7 @@ class Consume(Assemble):
     def consumed(self) -> frozenset[int]:
         """Offsets of the pieces whose chunk files go: those moved, and those of kept pieces."""
         moved = self.pieces_from(PieceSource.CHUNK, PieceSource.CONSUMED)
-        parts = zip(self.origins, self.item.parts, strict=True)
+        parts = zip(self.origins, self.item.chunks, strict=True)
         kept = [o.piece for o, p in parts if o.source is PieceSource.KEPT and p.is_usable]
         return frozenset(piece.offset for piece in (*moved, *kept))
 
@@ -277,7 +277,7 @@ class Consume(Assemble):
         """Bytes that an earlier run has moved out of chunk files."""
         moved = self.pieces_from(PieceSource.CHUNK, PieceSource.CONSUMED)
         offsets = {piece.offset for piece in moved}
-        return sum(c.consumed for c in self.item.consumed if c.offset in offsets)
+        return sum(c.consumed for c in self.item.journal.consumed if c.offset in offsets)
 
     @property
     def bytes_read(self) -> int:
@@ -455,8 +455,8 @@ def _assemble(
                     action.artifact,
                     action.item.staged.path,
                     action.policy.source(action.item, paths.root, remote),
-                    action.item.partial,
-                    action.item.arrived,
+                    action.item.journal.pieces,
+                    action.item.journal.arrived,
                     action.remote,
                     bind(consume.consume, paths.root, stakes),
                     frozenset(stakes),
@@ -473,7 +473,7 @@ def _assemble(
     for action, assembled in zip(actions, done, strict=True):
         session.note(assembled.notes)
         # A chunk file that was begun and found wrong goes as well: it is full of holes.
-        begun = {record.offset for record in action.item.consumed}
+        begun = {record.offset for record in action.item.journal.consumed}
         if gone := [p for p in action.artifact.pieces if p.offset in begun | stakes.keys()]:
             consume.remove_chunk_files(paths.root, assembled.path, gone)
         session.install_staged(action.artifact, assembled)

@@ -147,7 +147,7 @@ def _require_all(plan: Plan, session: Session) -> None:
         (piece, part.path)
         for item in plan.state.artifacts
         if blocked.intersection(p.part for p in item.artifact.pieces)
-        for piece, part in zip(item.artifact.pieces, item.parts, strict=True)
+        for piece, part in zip(item.artifact.pieces, item.chunks, strict=True)
         if part.state is FileState.UNVERIFIED
     ]
     with Progress("verifying the chunk files", sum(p.size for p, _ in pairs)) as progress:

@@ -127,7 +127,7 @@ class Weights:
         for item in items:
             yield from self._unverified(item, [item.cached] if item.cached else [])
         for item in items:
-            yield from self._unverified(item, item.parts)
+            yield from self._unverified(item, item.chunks)
         for item, file in files:
             yield from self._unverified(item, [file])
 

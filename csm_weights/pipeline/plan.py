@@ -156,7 +156,8 @@ def _decide(
         return _absent(item, item.staged, f"inv fetch --model {state.manifest.name}")
     if item.stranded:
         return [item.stranded]
-    cached = item.cached if policy.cache and state.links_to_cache and not item.consumed else None
+    is_linked = policy.cache and state.links_to_cache and not item.journal.consumed
+    cached = item.cached if is_linked else None
     if cached and cached.state is FileState.UNVERIFIED:
         return LinkFromCache(item, cached)
     origins = policy.origins(item, state.paths.root)
@@ -168,7 +169,7 @@ def _decide(
             remark = _why_not_consumed(item, state, policy)
             return Assemble(item, item.staged, origins, policy, state.shares_blocks, remark)
         return list(item.unfit) or Consume(item, item.staged, origins, policy, state.shares_blocks)
-    if text and not item.consumed:
+    if text and not item.journal.consumed:
         return WriteText(item, item.staged)
     return _blocking(item, origins, policy)
 
@@ -176,7 +177,7 @@ def _decide(
 def _is_consuming(item: ArtifactState, state: State, policy: SourcePolicy) -> bool:
     """Whether chunk files are to go: where that was begun, or is asked for and makes room."""
     makes_room = policy.consume and not item.saves_nothing and not state.shares_blocks
-    return bool(item.artifact.pieces) and (bool(item.consumed) or makes_room)
+    return bool(item.artifact.pieces) and (bool(item.journal.consumed) or makes_room)
 
 
 def _why_not_consumed(item: ArtifactState, state: State, policy: SourcePolicy) -> str:
@@ -194,10 +195,12 @@ def _blocking(
     """Return why a file cannot be assembled: wrong or extra chunk files, or no source."""
     if not policy.chunks:
         return list(policy.problems) or _absent(item, item.installed)
-    is_begun = any(part.state is not FileState.ABSENT for part in item.parts) or item.partial
+    is_begun = (
+        any(part.state is not FileState.ABSENT for part in item.chunks) or item.journal.pieces
+    )
     if not is_begun:
         return _absent(item, item.installed)
-    pairs = zip(origins, item.parts, strict=False)
+    pairs = zip(origins, item.chunks, strict=False)
     wrong = [part.finding for origin, part in pairs if origin.source is PieceSource.NOWHERE]
     return [*filter(None, wrong), *item.extras]
 

@@ -40,11 +40,13 @@ def why_stranded(artifact: Artifact, staged: Path, journal: Journal, root: Path)
 
 
 def held_twice(artifact: Artifact, staged: Path, journal: Journal, root: Path) -> int:
-    """Return the bytes of disk that a killed run holds twice, which the next one takes back first.
+    """Return the bytes of disk that a killed run holds twice, which the next one gives back first.
 
     They are in chunk files though the journal says that they have moved, or in
     the unfinished file though it does not say so yet.
     """
+    if not journal.is_begun:
+        return 0
     moved = {record.offset: record.consumed for record in journal.consumed}
     kept = {record.offset: record.size for record in journal.pieces}
     known = sum(max(moved.get(p.offset, 0), kept.get(p.offset, 0)) for p in artifact.tiles)

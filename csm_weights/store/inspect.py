@@ -24,8 +24,7 @@ from csm_weights.store.block_io import NOT_PUNCHING
 from csm_weights.store.consumed import BLOCK, held_twice, why_stranded, why_unfit
 from csm_weights.store.hub_cache import CachedRepo
 from csm_weights.store.journal import (
-    Arrival,
-    Consumed,
+    Journal,
     PieceRecord,
     is_unfinished,
     read_journal,
@@ -73,27 +72,24 @@ class FileStatus:
 class ArtifactState:
     """All that is on disk of one artifact.
 
-    `partial` holds the journaled pieces of an unfinished staged file, and
-    `arrived` ranges of others that were written to it; `copied` those of an
-    unfinished copy in the destination. All are hashed again before they count.
-    `parts` has the status of each piece's chunk file, `extras` names others
-    beside them. `cached` is the file in the Hub's cache. `consumed` tells what
-    has moved from chunk files to the unfinished staged file, `stranded` that it
-    cannot be continued, `unfit` which chunk files cannot be consumed,
-    `saves_nothing` why consuming would make no room, if so. `held_twice` are
-    the bytes of disk that an interrupted run will take back first.
+    `journal` is that of an unfinished staged file, `copied` are the journaled
+    pieces of an unfinished copy in the destination; both are hashed again
+    before they count. `chunks` has the status of each piece's chunk file,
+    `extras` are about others beside them. `cached` is the file in the Hub's
+    cache. `stranded` says why the unfinished file cannot be continued, `unfit`
+    which chunk files cannot be consumed, `saves_nothing` why consuming would
+    make no room, if so. `held_twice` are the bytes of disk that an interrupted
+    run gives back first.
     """
 
     artifact: Artifact
     installed: FileStatus
     staged: FileStatus
-    partial: tuple[PieceRecord, ...]
-    parts: tuple[FileStatus, ...]
+    journal: Journal
+    chunks: tuple[FileStatus, ...]
     extras: tuple[Finding, ...]
     copied: tuple[PieceRecord, ...] = ()
-    arrived: tuple[Arrival, ...] = ()
     cached: FileStatus | None = None
-    consumed: tuple[Consumed, ...] = ()
     stranded: Finding | None = None
     unfit: tuple[Finding, ...] = ()
     saves_nothing: str = ""
@@ -102,8 +98,8 @@ class ArtifactState:
     @property
     def is_here(self) -> bool:
         """True where anything of the artifact is on this machine, or was."""
-        files = (self.installed, self.staged, *self.parts)
-        return bool(self.partial or self.arrived or self.consumed) or any(
+        journal, files = self.journal, (self.installed, self.staged, *self.chunks)
+        return bool(journal.pieces or journal.arrived or journal.consumed) or any(
             file.state is not FileState.ABSENT or file.receipt for file in files
         )
 
@@ -238,13 +234,11 @@ class _Inspection:
             artifact=artifact,
             installed=installed,
             staged=staged,
-            partial=journal.pieces,
-            arrived=journal.arrived,
+            journal=journal,
             copied=read_journal(installed.path, artifact).pieces,
             cached=self.cached(artifact),
-            parts=chunks,
+            chunks=chunks,
             extras=tuple(self.extras(artifact)),
-            consumed=journal.consumed,
             stranded=why_stranded(artifact, staged.path, journal, paths.root),
             unfit=tuple(
                 finding

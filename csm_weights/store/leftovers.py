@@ -18,7 +18,7 @@ def unfinished(state: State) -> list[Path]:
     """
     files = [item.staged.path for item in state.artifacts if not holds_consumed(item)]
     files += [item.installed.path for item in state.artifacts]
-    files += [chunk.path for item in state.artifacts for chunk in item.parts]
+    files += [chunk.path for item in state.artifacts for chunk in item.chunks]
     known = set(files)
     left = {
         path
@@ -35,7 +35,7 @@ def unfinished(state: State) -> list[Path]:
 def holds_consumed(item: ArtifactState) -> bool:
     """Check whether the unfinished file has bytes that are nowhere else."""
     is_whole = FileState.VERIFIED in (item.installed.state, item.staged.state)
-    return bool(item.stranded or item.consumed) and not is_whole
+    return bool(item.stranded or item.journal.consumed) and not is_whole
 
 
 def leftovers(state: State, goal_is_staged: bool) -> list[Path]:

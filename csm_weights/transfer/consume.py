@@ -49,8 +49,8 @@ class Subject:
     @classmethod
     def of(cls, item: ArtifactState, offsets: Iterable[int], root: Path) -> Subject:
         """Return what is to be consumed of an artifact, by the offsets of its pieces."""
-        kept = {record.offset: record.size for record in item.partial}
-        gone = {record.offset: record.consumed for record in item.consumed}
+        kept = {record.offset: record.size for record in item.journal.pieces}
+        gone = {record.offset: record.consumed for record in item.journal.consumed}
         moved = {o: {kept.get(o, 0), gone.get(o, 0), 0} for o in offsets}
         known = {offset: tuple(sorted(sizes, reverse=True)) for offset, sizes in moved.items()}
         return cls(item.artifact, partial_path(item.staged.path), root, known)

@@ -95,8 +95,8 @@ class SourcePolicy:
 
         `root` is the folder that the paths of chunk files are relative to.
         """
-        artifact, parts = item.artifact, list(zip(item.artifact.pieces, item.parts, strict=True))
-        kept = dict.fromkeys((r.offset for r in item.partial), str(item.staged.path))
+        artifact, parts = item.artifact, list(zip(item.artifact.pieces, item.chunks, strict=True))
+        kept = dict.fromkeys((r.offset for r in item.journal.pieces), str(item.staged.path))
         consumed = {
             piece.offset: piece.part for piece, part in parts if part.state is FileState.CONSUMED
         }
@@ -138,7 +138,7 @@ class SourcePolicy:
         """Return where a piece comes from that is not on this machine."""
         if self.remote:
             return PieceOrigin(piece, PieceSource.REMOTE, self.remote[0])
-        pairs = zip(item.artifact.pieces, item.parts, strict=True)
+        pairs = zip(item.artifact.pieces, item.chunks, strict=True)
         wrong = [p.finding.kind for own, p in pairs if own == piece and p.finding]
         why = f"{piece.part} is {wrong[0]}" if self.chunks and wrong else "no source has it"
         return PieceOrigin(piece, PieceSource.NOWHERE, why)
@@ -148,7 +148,7 @@ class SourcePolicy:
 
         Where none has a piece, it raises what is known to be wrong with the chunk file.
         """
-        pairs = zip(item.artifact.pieces, item.parts, strict=True)
+        pairs = zip(item.artifact.pieces, item.chunks, strict=True)
         wrong = {p.offset: part.finding for p, part in pairs if part.state is FileState.INVALID}
         last = [_KnownBad(wrong)] if self.chunks else []
         return first_of(*self.candidates(item, root), *remote, *last)

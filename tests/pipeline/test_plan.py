@@ -21,7 +21,7 @@ from csm_weights.store.inspect import (
     Paths,
     State,
 )
-from csm_weights.store.journal import PieceRecord
+from csm_weights.store.journal import Journal, PieceRecord
 from csm_weights.store.receipts import Receipt
 
 PLACES = Paths(Path("/root"), Path("/root/staged"), Path("/root/placed"))
@@ -82,8 +82,8 @@ def artifact_states(draw: st.DrawFn, name: str) -> ArtifactState:
         artifact,
         installed=file_look(PLACES.destination / name, draw(conditions), artifact.size),
         staged=file_look(PLACES.staging / name, draw(conditions), artifact.size),
-        partial=tuple(PieceRecord(p.offset, p.size, p.sha256, "x") for p in kept),
-        parts=tuple(part_look(piece, draw(parts)) for piece in artifact.pieces),
+        journal=Journal(tuple(PieceRecord(p.offset, p.size, p.sha256, "x") for p in kept)),
+        chunks=tuple(part_look(piece, draw(parts)) for piece in artifact.pieces),
         extras=(finding(f"{name}-zz", Kind.EXTRA_PART),) if extras else (),
     )
 
@@ -120,7 +120,7 @@ def an_item(
         artifact,
         file_look(PLACES.destination / name, placed, artifact.size),
         file_look(PLACES.staging / name, staged, artifact.size),
-        (),
+        Journal(),
         tuple(part_look(tile, part) for tile in tiles),
         (),
     )
@@ -156,8 +156,8 @@ def is_reachable(item: ArtifactState, goal: Target) -> bool:
         return False
     if any(edition.text is not None for edition in item.artifact.editions):
         return True
-    kept = {record.offset for record in item.partial}
-    pieces = zip(item.artifact.pieces, item.parts, strict=True)
+    kept = {record.offset for record in item.journal.pieces}
+    pieces = zip(item.artifact.pieces, item.chunks, strict=True)
     needed = [part for piece, part in pieces if piece.offset not in kept]
     whole = all(part.finding is None for part in needed)
     return bool(item.artifact.pieces) and whole and not (needed and item.extras)
@@ -178,7 +178,7 @@ def test_bytes_to_read_and_write_are_plausible(state: State, goal: Target) -> No
 def test_what_is_written_is_what_is_not_kept(state: State, goal: Target) -> None:
     """Journaled pieces and shared blocks are not written again; all bytes are read."""
     for step in make_plan(state, goal).having(Assemble):
-        kept = sum(record.size for record in step.item.partial)
+        kept = sum(record.size for record in step.item.journal.pieces)
         expected = 0 if state.shares_blocks else step.artifact.size - kept
         assert (step.bytes_read, step.bytes_written) == (step.artifact.size, expected)
 
@@ -280,9 +280,9 @@ def test_fetching_stops_before_the_move() -> None:
 def test_a_part_that_is_kept_in_the_partial_may_be_missing() -> None:
     """Pieces that an earlier run proved need no part, and are not written again."""
     item = an_item(pieces=3)
-    parts = (part_look(item.artifact.pieces[0], ABSENT), *item.parts[1:])
+    parts = (part_look(item.artifact.pieces[0], ABSENT), *item.chunks[1:])
     kept = (PieceRecord(0, 10, SHA, "x"),)
-    plan = make_plan(a_state(replace(item, parts=parts, partial=kept)), Target.STAGED)
+    plan = make_plan(a_state(replace(item, chunks=parts, journal=Journal(kept))), Target.STAGED)
     assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [(Assemble, 30, 20)]
 
 

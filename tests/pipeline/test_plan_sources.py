@@ -17,7 +17,7 @@ from csm_weights.pipeline.actions import Assemble, LinkFromCache, Move, WriteTex
 from csm_weights.pipeline.plan import Plan, Target, make_plan
 from csm_weights.pipeline.request import Request
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
-from csm_weights.store.journal import Arrival, PieceRecord
+from csm_weights.store.journal import Arrival, Journal, PieceRecord
 from csm_weights.transfer.policy import HUB, REMOTE, PieceSource, RemoteSources, SourcePolicy
 from tests.pipeline.test_plan import (
     ABSENT,
@@ -51,7 +51,7 @@ def origins(plan: Plan, path: str = "a") -> list[PieceSource]:
 
 def with_parts(item: ArtifactState, *conditions: FileState) -> ArtifactState:
     pairs = zip(item.artifact.pieces, conditions, strict=True)
-    return replace(item, parts=tuple(part_look(piece, c) for piece, c in pairs))
+    return replace(item, chunks=tuple(part_look(piece, c) for piece, c in pairs))
 
 
 def damaged(item: ArtifactState, *good: int) -> ArtifactState:
@@ -121,7 +121,9 @@ def test_the_order_is_kept_salvaged_part_cached_far() -> None:
     )
     cached = FileStatus(CACHED, INVALID, 50, finding(CACHED), good=frozenset({0, 10, 20, 30}))
     kept = (PieceRecord(0, 10, SHA, "x"),)
-    plan = make_plan(a_state(replace(item, cached=cached, partial=kept)), Target.STAGED, AUTO)
+    plan = make_plan(
+        a_state(replace(item, cached=cached, journal=Journal(kept))), Target.STAGED, AUTO
+    )
     expected = [
         PieceSource.KEPT,
         PieceSource.SALVAGED,
@@ -150,7 +152,7 @@ def test_a_wrong_part_that_is_fetched_instead_is_told() -> None:
 
 def test_what_has_arrived_is_not_counted_again() -> None:
     """Ranges that an earlier run wrote are read back, not fetched."""
-    item = replace(an_item(pieces=0), arrived=(Arrival(0, 3, SHA),))
+    item = replace(an_item(pieces=0), journal=Journal(arrived=(Arrival(0, 3, SHA),)))
     step = make_plan(a_state(item), Target.STAGED, AUTO).actions[0]
     assert (step.bytes_read, step.bytes_fetched, step.bytes_written) == (3, 4, 4)
 

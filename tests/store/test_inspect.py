@@ -53,9 +53,9 @@ def test_a_fresh_repository_has_chunk_files_only(toy: Toy) -> None:
     """Chunk files are seen with their sizes; files, partials and receipts are absent."""
     item = inspected(toy)["a.bin"]
     assert (item.installed.state, item.staged.state) == (ABSENT, ABSENT)
-    assert [part.state for part in item.parts] == [UNVERIFIED] * 5
-    assert [part.size for part in item.parts] == [p.size for p in toy.artifact("a.bin").pieces]
-    assert (item.partial, item.extras) == ((), ())
+    assert [part.state for part in item.chunks] == [UNVERIFIED] * 5
+    assert [part.size for part in item.chunks] == [p.size for p in toy.artifact("a.bin").pieces]
+    assert (item.journal.pieces, item.extras) == ((), ())
 
 
 def test_an_installed_file_is_verified_by_its_receipt(on_disk: Toy) -> None:
@@ -131,7 +131,7 @@ def test_journal_lines_of_other_pieces_do_not_count(toy: Toy) -> None:
     partial.touch()
     lines = [dump_record(r) for r in (*stale, *good)] + [dump_record(good[0])[:-5]]
     journal_path(toy.staged("a.bin")).write_text("\n".join(lines))
-    assert [r.offset for r in inspected(toy)["a.bin"].partial] == [a[1].offset, a[3].offset]
+    assert [r.offset for r in inspected(toy)["a.bin"].journal.pieces] == [a[1].offset, a[3].offset]
 
 
 def test_a_journal_without_its_partial_does_not_count(toy: Toy) -> None:
@@ -140,7 +140,7 @@ def test_a_journal_without_its_partial_does_not_count(toy: Toy) -> None:
     journal = journal_path(toy.staged("a.bin"))
     journal.parent.mkdir(parents=True)
     journal.write_text(dump_record(PieceRecord(piece.offset, piece.size, piece.sha256, "x")) + "\n")
-    assert inspected(toy)["a.bin"].partial == ()
+    assert inspected(toy)["a.bin"].journal.pieces == ()
 
 
 def test_files_named_like_chunk_files_are_found_and_others_are_not(toy: Toy) -> None:
@@ -172,7 +172,7 @@ def test_a_wrong_size_says_what_the_file_is(toy: Toy) -> None:
     page = "Access to model sesame/csm-1b is restricted. You must have access to it"
     for index, text in enumerate((pointer, page, "", "x")):
         toy.chunk_file("a.bin", index).write_text(text)
-    findings = [part.finding for part in inspected(toy)["a.bin"].parts[:4]]
+    findings = [part.finding for part in inspected(toy)["a.bin"].chunks[:4]]
     expected = [Kind.LFS_POINTER, Kind.ACCESS_PAGE, Kind.WRONG_SIZE, Kind.WRONG_SIZE]
     assert [f.kind for f in findings if f] == expected
     assert all(f.help for f in findings if f)
@@ -200,7 +200,7 @@ def test_a_journal_of_odd_values_only_costs_time(toy: Toy, value: object) -> Non
     partial.touch()
     line = {"schema": 1, "offset": value, "size": value, "sha256": value, "source": value}
     journal_path(toy.staged("a.bin")).write_text(json.dumps(line) + "\n")
-    assert inspected(toy)["a.bin"].partial == ()
+    assert inspected(toy)["a.bin"].journal.pieces == ()
 
 
 def test_a_copy_of_a_verified_file_is_not_verified(on_disk: Toy) -> None:
@@ -257,9 +257,9 @@ def test_what_is_no_file_counts_as_absent_at_once(
     path.unlink(missing_ok=True)
     make(path)
     item = inspected(on_disk)["a.bin"]
-    assert (item.partial, item.arrived) == ((), ())
+    assert (item.journal.pieces, item.journal.arrived) == ((), ())
     assert (item.installed.state is VERIFIED) == (name != "receipt")
-    assert (item.parts[0].state is INVALID) == (name == "chunk file")
+    assert (item.chunks[0].state is INVALID) == (name == "chunk file")
     assert read_report(folder) is None
 
 
@@ -400,4 +400,4 @@ def test_each_line_of_a_journal_is_read_once(toy: Toy, monkeypatch: pytest.Monke
     partial_path(staged).touch()
     arrivals = [journal.Arrival(n, 1, piece.sha256) for n in range(500)]
     journal_path(staged).write_text("\n\n".join(map(dump_record, arrivals)))
-    assert len(inspected(toy)["a.bin"].arrived) == len(lines) == 500
+    assert len(inspected(toy)["a.bin"].journal.arrived) == len(lines) == 500

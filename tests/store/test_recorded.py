@@ -113,10 +113,10 @@ def test_a_journal_of_an_earlier_version_is_continued(root: Path) -> None:
     shutil.copy(RECORDED / "model.safetensors.partial.journal", journal_path(staged))
     item = next(i for i in seen(root).artifacts if i.artifact.path == WEIGHTS)
     pieces = item.artifact.pieces
-    assert [record.offset for record in item.partial] == [
+    assert [record.offset for record in item.journal.pieces] == [
         piece.offset for piece in pieces if piece.offset != 614_400
     ]
-    assert [(a.offset, a.size) for a in item.arrived] == [(614_400, 65_536)]
+    assert [(a.offset, a.size) for a in item.journal.arrived] == [(614_400, 65_536)]
     for piece in pieces:
         if piece.offset != 614_400:
             (root / piece.part).unlink()

@@ -298,7 +298,7 @@ def test_a_journal_that_outlived_its_file_consumes_nothing(tmp_path: Path) -> No
 def test_a_begun_part_is_told_as_consumed(toy: Toy) -> None:
     """Looking, planning and status know a part that is partly gone, and where its bytes are."""
     survey = apply.status(asked(begun(toy), consuming=False))
-    parts = survey.state.artifacts[0].parts
+    parts = survey.state.artifacts[0].chunks
     consumed, unverified = FileState.CONSUMED, FileState.UNVERIFIED
     assert [part.state for part in parts] == [consumed, consumed, unverified]
     assert [part.finding for part in parts] == [None] * 3
