@@ -28,6 +28,7 @@ def format_named(name: str) -> Format:
     return {one.name: one for one in FORMATS}[name]
 
 
-def sniff(head: bytes) -> Format:
-    """Return the format of a file by its first bytes; the first one where none fits."""
-    return next((one for one in FORMATS if one.sniff(head)), FORMATS[0])
+def sniff(head: bytes, name: str) -> Format | None:
+    """Return the format of a file by its first bytes, or else by the ending of its name."""
+    by_name = (one for one in FORMATS if name.endswith(one.suffixes))
+    return next((one for one in FORMATS if one.sniff(head)), next(by_name, None))

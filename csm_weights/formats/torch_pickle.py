@@ -355,8 +355,8 @@ def _call(called: Any, arguments: Any) -> Any:
     """Return the result of a call that torch.load(weights_only=True) would make, as data."""
     name = called.name if isinstance(called, _Global) else ""
     match (name, arguments):
-        case ("collections OrderedDict", ()):
-            return _OrderedDict()
+        case ("collections OrderedDict", () | (list(),)):
+            return _from_pairs(arguments[0] if arguments else [])
         case ("collections Counter", () | (dict(),)):
             return _Inert("Counter")
         case ("builtins set", () | (list(),)):
@@ -395,7 +395,7 @@ def _view(name: str, arguments: tuple[Any, ...]) -> View:
                 dtype = _DTYPES.get(rest.pop(2).name, "")
             if len(rest) == 3:
                 metadata = rest.pop()
-            plain = not rest or (len(rest) == 2 and type(rest[0]) is bool and rest[1] == {})
+            plain = not rest or (len(rest) == 2 and type(rest[0]) is bool and rest[1] in ({}, None))
             plain = plain and len(shape) == len(stride) and are_sizes([offset, *shape, *stride])
             if plain and dtype and isinstance(metadata, dict):
                 if len(shape) > MAX_DIMS:
@@ -433,14 +433,27 @@ def _assign(machine: _Machine, items: list[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
         raise Malformed("names and values for a dict", _kind(target))
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(key, str) and not is_text(key):
-            raise Malformed("a name that is text", _kind(key))
-        if not isinstance(key, str | int | float | bytes | None):
-            raise Unsupported("a name that is text or a number", _kind(key))
-        if key in target:
-            raise Malformed("each name once", f"{show(key)} twice")
-        target[key] = value
+        _set(target, key, value)
     machine.push(target)
+
+
+def _from_pairs(pairs: list[Any]) -> _OrderedDict:
+    made = _OrderedDict()
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Malformed("pairs of name and value", _kind(pair))
+        _set(made, *pair)
+    return made
+
+
+def _set(target: dict[Any, Any], key: Any, value: Any) -> None:
+    if isinstance(key, str) and not is_text(key):
+        raise Malformed("a name that is text", _kind(key))
+    if not isinstance(key, str | int | float | bytes | None):
+        raise Unsupported("a name that is text or a number", _kind(key))
+    if key in target:
+        raise Malformed("each name once", f"{show(key)} twice")
+    target[key] = value
 
 
 def _extend(machine: _Machine, items: list[Any]) -> None:

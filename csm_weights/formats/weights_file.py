@@ -11,7 +11,7 @@ from csm_weights.errors import Finding, Kind, MissingInput, WrongContent, from_o
 from csm_weights.formats import FORMATS, sniff
 from csm_weights.formats.multipart import MultipartFile, find_chunk_files
 from csm_weights.formats.tensor_index import HEAD, TensorIndex
-from csm_weights.untrusted import Malformed
+from csm_weights.untrusted import Malformed, show
 
 #: The weight files of a folder, in the order of preference.
 WEIGHT_FILES = tuple(one.filename for one in FORMATS)
@@ -50,7 +50,13 @@ def open_weights(paths: Sequence[Path | str]) -> WeightsFile:
         finding = Finding(Kind.MALFORMED, str(paths[0]), error.expected, error.found)
         raise WrongContent("the weights cannot be read", [finding]) from None
     try:
-        found = sniff(source.read(0, HEAD))
+        head = source.read(0, HEAD)
+        found = sniff(head, source.paths[0].name.partition(".part-")[0])
+        if found is None:
+            expected = f"weights as {' or '.join(one.name for one in FORMATS)}"
+            words = (expected, f"a file that starts {show(head)}")
+            finding = Finding(Kind.UNSUPPORTED, source.where, *words)
+            raise WrongContent("the weights cannot be read", [finding])
         return WeightsFile(source, found.read_index(source), found.name)
     except BaseException:
         source.close()

@@ -11,7 +11,7 @@ from tests.support.hostile.configs import BAD_CONFIGS, BAD_INDEXES, config, conf
 from tests.support.hostile.headers import BAD_SAFETENSORS, entry, good_safetensors, safetensors
 from tests.support.hostile.heavy import heavy_safetensors, heavy_zips
 from tests.support.hostile.manifests import BAD_MANIFESTS, files, manifest, piece
-from tests.support.hostile.opcodes import state_dict, tensor, text
+from tests.support.hostile.opcodes import state_dict, storage, tensor, text
 from tests.support.hostile.payloads import DECOYS, EXTENSION, running_files, running_pickles
 from tests.support.hostile.pickles import BAD_PICKLES
 from tests.support.hostile.zips import Entry, zip_of
@@ -43,6 +43,7 @@ __all__ = [
     "running_pickles",
     "safetensors",
     "state_dict",
+    "storage",
     "tensor",
     "text",
     "written",
