@@ -409,6 +409,13 @@ def test_every_refusal_has_its_verdict(
     assert shop.hub.endpoint in finding.where + finding.help
 
 
+def test_trouble_is_met_once_for_all_streams_of_a_file(shop: Shop) -> None:
+    """A Hub that answers 503 is asked by one stream, and its verdict is that of the others."""
+    fault = shop.hub.fault("status", host="hub", code=503)
+    assert shop.fails().findings[0].kind is Kind.SERVER_TROUBLE
+    assert fault.hits <= 10
+
+
 def test_a_refusal_holds_for_the_repository(tmp_path: Path, shop: Shop) -> None:
     """A file of many pieces asks once, not once for each piece."""
     file = tmp_path / NAME

@@ -155,7 +155,8 @@ class RangeDownloader(HttpClient):
             if at == end or (came >= PROGRESS and not (stream and stream.is_too_slow)):
                 retry.progressed()
             if failure is None and at < end and came < PROGRESS:
-                failure = _too_short(file, came)
+                words = (f"answers of at least {PROGRESS:,} bytes", f"one of {came:,}")
+                failure = _doubtful(file, *words)
             if failure:
                 retry.wait(failure, started)
 
@@ -222,13 +223,13 @@ class RangeDownloader(HttpClient):
                     try:
                         self._stream_to(file, url, at, end, writer)
                     except TransientError as error:
-                        reached = file.stream.at if file.stream else at
-                        if file.stream is None:
+                        if stream := file.stream:
+                            if stream.at - at >= PROGRESS and not stream.is_too_slow:
+                                retry.progressed()
+                            at = max(at, min(stream.at, end))
+                            self._close(file)
+                        else:
                             _doubt_url(file, url, error)
-                        if reached - at >= PROGRESS:
-                            retry.progressed()
-                        at = max(at, min(reached, end))
-                        self._close(file)
                         retry.wait(error, started)
                     else:
                         at = end
@@ -377,10 +378,6 @@ def expired_url(where: str, response: requests.Response) -> TransientError:
     found = f"{response.status_code} {response.reason} for the URL that was given for it"
     finding = Finding(Kind.SERVER_TROUBLE, where, "the file", found, "try again later")
     return TransientError(finding, seconds=0)
-
-
-def _too_short(file: RemoteFile, came: int) -> TransientError:
-    return _doubtful(file, f"answers of at least {PROGRESS:,} bytes", f"one of {came:,}")
 
 
 def _check_whole(file: RemoteFile, response: requests.Response) -> None:
