@@ -132,8 +132,13 @@ def measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests]:
     or OSError of the first job that fails.
     """
     cancel = threading.Event()
-    parts = [(number, part) for number, job in enumerate(jobs) for part in _parallel(job)]
-    largest_first = sorted(range(len(parts)), key=lambda i: -_bytes_of(parts[i][1]))
+    parts = [
+        (number, part)
+        for number, job in enumerate(jobs)
+        for part in ([job] if job.whole else [replace(job, ranges=(r,)) for r in job.ranges])
+    ]
+    sizes = [job.size if job.whole else job.ranges[0][1] for _, job in parts]
+    largest_first = sorted(range(len(parts)), key=lambda i: -sizes[i])
     tasks = [partial(_hash, parts[i][1], on_progress, cancel) for i in largest_first]
     found = dict(zip(largest_first, run_all(tasks, cancel), strict=True))
     results = [Digests(())] * len(jobs)
@@ -141,15 +146,6 @@ def measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests]:
         ranges = results[number].ranges + found[i].ranges
         results[number] = replace(found[i], ranges=ranges)
     return results
-
-
-def _parallel(job: HashJob) -> list[HashJob]:
-    """Return what of a job may run at the same time: its ranges, or all of it in order."""
-    return [job] if job.whole else [replace(job, ranges=(range_,)) for range_ in job.ranges]
-
-
-def _bytes_of(job: HashJob) -> int:
-    return job.size if job.whole else job.ranges[0][1]
 
 
 def _hash(job: HashJob, on_progress: OnProgress, cancel: threading.Event) -> Digests:

@@ -151,7 +151,7 @@ def _require_all(plan: Plan, session: Session) -> None:
         if part.state is FileState.UNVERIFIED
     ]
     with Progress("verifying the chunk files", sum(p.size for p, _ in pairs)) as progress:
-        wrong = gates.check_parts(pairs, progress.advance)
+        wrong = gates.check_chunk_files(pairs, progress.advance)
     _require(plan, [*plan.findings, *wrong], session)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -51,7 +52,11 @@ class OutputFile:
     def __init__(self, path: Path, flags: int = 0) -> None:
         self.path = path
         self.fd = create(path, flags)
-        self._direct = _open_direct(path)
+        self._direct = None
+        if hasattr(os, "O_DIRECT"):
+            flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW
+            with contextlib.suppress(OSError):
+                self._direct = os.open(path, flags)
 
     def close(self) -> None:
         """Close the file."""
@@ -67,32 +72,17 @@ class OutputFile:
         """
         done = 0
         with writing(self.path):
-            if direct and offset % ALIGNMENT == 0:
-                with data[: len(data) // ALIGNMENT * ALIGNMENT] as aligned:
-                    done = self._write_direct(aligned, offset)
+            size = len(data) // ALIGNMENT * ALIGNMENT
+            if direct and self._direct is not None and size and offset % ALIGNMENT == 0:
+                try:
+                    with data[:size] as aligned:
+                        done = os.pwrite(self._direct, aligned, offset) // ALIGNMENT * ALIGNMENT
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
             while done < len(data):
                 with data[done:] as rest:
                     done += os.pwrite(self.fd, rest, offset + done)
-
-    def _write_direct(self, data: memoryview, offset: int) -> int:
-        """Return the bytes written: none where the file system refuses to write directly."""
-        if not data or self._direct is None:
-            return 0
-        try:
-            return os.pwrite(self._direct, data, offset) // ALIGNMENT * ALIGNMENT
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                return 0
-            raise
-
-
-def _open_direct(path: Path) -> int | None:
-    if not hasattr(os, "O_DIRECT"):
-        return None
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return None
 
 
 def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> bool:

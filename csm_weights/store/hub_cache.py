@@ -180,8 +180,13 @@ def seed(
             marker = home / ".no_exist" / revision / item.path
             with atomic.writing(marker), contextlib.suppress(NotADirectoryError):
                 marker.unlink(missing_ok=True)
-        _set_main(home, revision, move_main)
-        _sync(cache, folders)
+        main = _main_text(home)
+        names_another = _COMMIT.fullmatch(main.strip()) and main.strip() != revision
+        if main != revision and (move_main or not names_another):
+            atomic.write_whole(home / "refs" / "main", revision)
+        above = {p for f in folders for p in (f, *f.parents) if p.is_relative_to(cache)}
+        for folder in sorted(above):
+            atomic.sync(folder)
     return [
         Seeded(s.path, kept.get(s.path, blobs / s.blob), added.get(s.blob, How.KEPT)) for s in seeds
     ]
@@ -237,17 +242,26 @@ def _add_blobs(blobs: Path, seeds: Sequence[Seed], on_progress: OnProgress) -> d
     unfinished = {s.blob: blobs / f"{s.blob}.csm-weights{UNFINISHED}" for s in seeds}
     try:
         ways = {s.blob: _start(s, unfinished[s.blob]) for s in seeds}
-        _require_room(blobs, sum(s.size for s in seeds if ways[s.blob] is How.COPIED))
+        needed = sum(s.size for s in seeds if ways[s.blob] is How.COPIED)
+        if needed > (free := shutil.disk_usage(blobs).free):
+            words = (f"{needed:,} bytes free", f"{free:,}, {needed - free:,} too few")
+            mend = "free some disk, or set HF_HUB_CACHE to a folder on the disk of the files"
+            finding = Finding(Kind.NO_SPACE, str(blobs), *words, mend)
+            raise error_for("the files do not fit into the cache", [finding])
         for item in seeds:
             if ways[item.blob] is How.LINKED:
                 on_progress(item.size)
             else:
                 _write(item, unfinished[item.blob], on_progress)
         for item in seeds:
-            blob = blobs / item.blob
+            blob, path = blobs / item.blob, unfinished[item.blob]
             if os.path.lexists(blob):
                 ways[item.blob] = How.REPLACED
-            _finish(unfinished[item.blob], blob)
+            with atomic.writing(path):
+                path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_WRITE)
+            atomic.sync(path)
+            with atomic.writing(blob):
+                path.replace(blob)
     finally:
         for path in unfinished.values():
             path.unlink(missing_ok=True)
@@ -259,9 +273,12 @@ def _start(seed: Seed, unfinished: Path) -> How:
     with atomic.writing(unfinished):
         unfinished.unlink(missing_ok=True)
     source = seed.file.resolve()
-    if _link(source, unfinished):
-        return How.LINKED
-    with open(open_regular(source), "rb") as file:  # noqa: PTH123 - the descriptor is open
+    # The mode of another user's file cannot be changed, and should not.
+    if os.geteuid() in (0, source.stat().st_uid):
+        with contextlib.suppress(OSError):
+            unfinished.hardlink_to(source)
+            return How.LINKED
+    with os.fdopen(open_regular(source), "rb") as file:
         fd = atomic.create(unfinished)
         try:
             shares = block_io.clone_range(file.fileno(), 0, fd, 0, seed.size)
@@ -270,33 +287,12 @@ def _start(seed: Seed, unfinished: Path) -> How:
     return How.SHARED if shares else How.COPIED
 
 
-def _link(source: Path, target: Path) -> bool:
-    """Make a hard link, where the file system and the file's owner allow one."""
-    if os.geteuid() not in (0, source.stat().st_uid):
-        return False  # the mode of another user's file cannot be changed, and should not
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        return False
-    return True
-
-
-def _require_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed <= free:
-        return
-    expected, found = f"{needed:,} bytes free", f"{free:,}, {needed - free:,} too few"
-    mend = "free some disk, or set HF_HUB_CACHE to a folder on the disk of the files"
-    finding = Finding(Kind.NO_SPACE, str(folder), expected, found, mend)
-    raise error_for("the files do not fit into the cache", [finding])
-
-
 def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:
     """Write an unfinished blob and compare the digest of what was written with its name."""
     sink: Hasher = git_sha1(seed.size) if seed.is_git else sha256()
     target = block_io.OutputFile(unfinished)
     try:
-        with open(open_regular(seed.file), "rb") as file:  # noqa: PTH123 - the descriptor is open
+        with os.fdopen(open_regular(seed.file), "rb") as file:
             whole = block_io.Extent(file.fileno(), 0, seed.size)
             block_io.copy_hashed(whole, target, 0, [sink], False, on_progress, threading.Event())
     except (EOFError, ShortRead):
@@ -312,15 +308,6 @@ def _changed(seed: Seed) -> WrongContent:
     return WrongContent("a file is no longer the one that was verified", [finding])
 
 
-def _finish(unfinished: Path, blob: Path) -> None:
-    """Make a whole blob read-only and durable, then give it its name."""
-    with atomic.writing(unfinished):
-        unfinished.chmod(stat.S_IMODE(unfinished.stat().st_mode) & ~_WRITE)
-    atomic.sync(unfinished)
-    with atomic.writing(blob):
-        unfinished.replace(blob)
-
-
 def _point(snapshot: Path, path: str, blob: Path) -> None:
     """Link `path` of a snapshot to a blob, unless it leads to right bytes under another name."""
     pointer = snapshot / path
@@ -333,18 +320,3 @@ def _point(snapshot: Path, path: str, blob: Path) -> None:
         unfinished.unlink(missing_ok=True)
         unfinished.symlink_to(target)
         unfinished.replace(pointer)
-
-
-def _set_main(home: Path, revision: str, move: bool) -> None:
-    """Let main name `revision`, unless it names another commit already."""
-    text = _main_text(home)
-    names_another = _COMMIT.fullmatch(text.strip()) and text.strip() != revision
-    if text != revision and (move or not names_another):
-        atomic.write_whole(home / "refs" / "main", revision)
-
-
-def _sync(cache: Path, folders: Iterable[Path]) -> None:
-    """Make the entries of folders durable, and of those above them in the cache."""
-    above = {p for f in folders for p in (f, *f.parents) if p.is_relative_to(cache)}
-    for folder in sorted(above):
-        atomic.sync(folder)

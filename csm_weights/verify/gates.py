@@ -120,16 +120,15 @@ def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) ->
     With `rehash` every digest is taken again; otherwise a receipt that fits the
     file's stat answers for it. `on_progress` gets bytes as they are hashed.
     """
-    results = [_present(s) for s in subjects] + [_size(s) for s in subjects]
+    results = []
+    for subject in subjects:
+        wrong = [subject.finding] if subject.finding and _is_absent(subject) else []
+        found = wrong[0].found if wrong else "present"
+        results.append(_result(Gate.PRESENT, subject, "a readable file", found, wrong))
+    results += [_size(subject) for subject in subjects]
     results += _structures(subjects)
     results += _digests(subjects, rehash, on_progress)
     return results
-
-
-def _present(subject: Subject) -> GateResult:
-    finding = subject.finding if _is_absent(subject) else None
-    found = finding.found if finding else "present"
-    return _result(Gate.PRESENT, subject, "a readable file", found, [finding] if finding else [])
 
 
 def _is_absent(subject: Subject) -> bool:
@@ -242,7 +241,9 @@ def _not_run(gate: Gate, subject: Subject, expected: str, why: str) -> GateResul
     return GateResult(gate, subject.artifact.path, None, expected, f"not run: {why}")
 
 
-def check_parts(chunks: Sequence[tuple[Piece, Path]], on_progress: OnProgress) -> list[Finding]:
+def check_chunk_files(
+    chunks: Sequence[tuple[Piece, Path]], on_progress: OnProgress
+) -> list[Finding]:
     """Hash chunk files of the right size and return a finding for each wrong one."""
     jobs = [HashJob(path, piece.size, ((0, piece.size),)) for piece, path in chunks]
     findings = []
