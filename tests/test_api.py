@@ -1,4 +1,4 @@
-"""Models as a program gets them: strict, proven, from what is nearest."""
+"""Models as a program gets them: strict, verified, from this machine first."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.support.clone import REPOSITORY
 from tests.support.hub import HubServer
 from tests.support.toy import flip
 
-PARTS = "chunks/csm-tiny"
+CHUNKS = "chunks/csm-tiny"
 REPO = "sesame/csm-1b"
 TOKEN = "hf_goodToken"
 
@@ -50,8 +50,8 @@ OTHER = "acme/CSM-tuned"
 
 
 def joined(name: str) -> bytes:
-    """A weight file of csm-tiny, from the embedded parts."""
-    return b"".join(part.read_bytes() for part in sorted((REPOSITORY / PARTS).rglob(f"{name}.*")))
+    """A weight file of csm-tiny, from the embedded chunk files."""
+    return b"".join(part.read_bytes() for part in sorted((REPOSITORY / CHUNKS).rglob(f"{name}.*")))
 
 
 SAFETENSORS, CKPT = joined("model.safetensors"), joined("ckpt.pt")
@@ -105,10 +105,10 @@ def write_manifest(root: Path, commit: str = "c" * 40) -> None:
     path.write_text(text.replace(golden, repo))
 
 
-def give_parts(root: Path, name: str) -> list[Path]:
-    """Copies the parts of a weight file to where they belong; returns them."""
+def give_chunk_files(root: Path, name: str) -> list[Path]:
+    """Copies the chunk files of a weight file to where they belong; returns them."""
     word = "ckpt" if name == "ckpt.pt" else "safetensors"
-    shutil.copytree(REPOSITORY / PARTS / word, root / "chunks" / word)
+    shutil.copytree(REPOSITORY / CHUNKS / word, root / "chunks" / word)
     return sorted((root / "chunks" / word).glob("*.part-*"))
 
 
@@ -227,8 +227,8 @@ def test_from_local_is_bfloat16_on_the_cpu(root: Path, folder: Path) -> None:
 def test_from_local_takes_a_chunk_repository(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """`Model.from_local("./")` in a repository of parts loads them, without config.json."""
-    give_parts(root, name)
+    """`Model.from_local("./")` in a repository of chunk files loads them, without config.json."""
+    give_chunk_files(root, name)
     monkeypatch.chdir(root)
 
     assert_is_model(Model.from_local("./"))
@@ -237,7 +237,7 @@ def test_from_local_takes_a_chunk_repository(
 
 def test_the_hubs_refusal_in_place_of_config_is_looked_through(root: Path) -> None:
     """What the public chunk repository has as config.json is said, and does not stop it."""
-    give_parts(root, "model.safetensors")
+    give_chunk_files(root, "model.safetensors")
     (root / "config.json").write_text("Access to model sesame/csm-1b is restricted.")
     with pytest.warns(UserWarning, match=r"config\.json"):
         assert_is_model(Model.from_local(root))
@@ -300,7 +300,7 @@ def test_a_wrong_byte_is_refused_while_it_is_loaded(root: Path, folder: Path) ->
 
 def test_a_wrong_byte_in_a_chunk_file_is_refused(root: Path) -> None:
     """A chunk repository is held to what its manifest pins, too."""
-    chunks = give_parts(root, "model.safetensors")
+    chunks = give_chunk_files(root, "model.safetensors")
     assert Model.from_local(root).verified
     flip(chunks[2])
     with pytest.raises(WrongContent, match=r"bytes 409,600 to"):
@@ -321,7 +321,7 @@ def test_weights_of_ones_own_load_and_are_called_unverified(root: Path, folder: 
 
 def test_a_receipt_is_trusted_by_its_stat(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed file that nobody has touched since is not hashed again; a touched one is."""
-    give_parts(root, "model.safetensors")
+    give_chunk_files(root, "model.safetensors")
     apply.apply(Request(root, "csm-1b", ("safetensors",)), Target.BOTH)
     installed = root / "models" / "csm-1b"
     hashed = counted(monkeypatch, stream, "sha256", sha256)
@@ -363,7 +363,7 @@ def test_from_pretrained_inspects_the_disk_once_a_round(
 
     It inspects for candidates, before the lock, for each of four kinds of action, and at the end.
     """
-    give_parts(root, "model.safetensors")[0].unlink()
+    give_chunk_files(root, "model.safetensors")[0].unlink()
     give_cache(root, "model.safetensors", other_weights())
     inspections = counted(monkeypatch, session, "inspect", inspect)
     begun = counted(monkeypatch, locate, "begin", session.begin)
@@ -392,9 +392,9 @@ def test_a_gpu_that_is_not_here_is_said_at_once(
 
 
 def test_order_of_preference(root: Path) -> None:
-    """Proven in place, the cache, parts of either format, then what lies there unproven."""
-    give_parts(root, "model.safetensors")
-    give_parts(root, "ckpt.pt")
+    """Proven in place, the cache, chunk files of either format, then what lies there unverified."""
+    give_chunk_files(root, "model.safetensors")
+    give_chunk_files(root, "ckpt.pt")
     parts = [["root", "safetensors"], ["root", "ckpt"]]
     assert parts == sources(root)
 
@@ -413,9 +413,9 @@ def test_order_of_preference(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ckpt.pt"])
-def test_parts_are_loaded_where_they_lie(root: Path, name: str) -> None:
-    """All parts of either format are enough: nothing is asked, joined or written."""
-    give_parts(root, name)
+def test_chunk_files_are_loaded_where_they_lie(root: Path, name: str) -> None:
+    """All chunk files of either format are enough: nothing is asked, joined or written."""
+    give_chunk_files(root, name)
     before = sorted(root.rglob("*"))
 
     assert_is_model(loaded())
@@ -423,7 +423,7 @@ def test_parts_are_loaded_where_they_lie(root: Path, name: str) -> None:
 
 
 def test_the_cache_is_loaded_where_it_lies(root: Path) -> None:
-    """A file in the Hub's cache is proven while it is loaded, in the dtype that was asked for."""
+    """A file in the Hub's cache is verified while it is loaded, in the dtype that was asked for."""
     give_cache(root, "ckpt.pt", CKPT)
 
     assert_is_model(loaded(dtype=torch.float32), torch.float32)
@@ -432,16 +432,16 @@ def test_the_cache_is_loaded_where_it_lies(root: Path) -> None:
 
 def test_the_generator_knows_where_the_models_files_are(root: Path) -> None:
     """The tokenizer is looked for where the model's files belong."""
-    give_parts(root, "model.safetensors")
+    give_chunk_files(root, "model.safetensors")
 
     assert root / "models" / "csm-1b" == loaded().folder
 
 
-def test_a_flipped_byte_in_a_part_is_refused(
+def test_a_flipped_byte_in_a_chunk_file_is_refused(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Parts that are not right are not loaded; what is wrong is named, and nothing is left."""
-    flip(give_parts(root, "model.safetensors")[3])
+    """Wrong chunk files are not loaded; what is wrong is named, and nothing is left."""
+    flip(give_chunk_files(root, "model.safetensors")[3])
     with pytest.raises(CsmWeightsError, match="part-ad"):
         loaded()
 
@@ -450,19 +450,19 @@ def test_a_flipped_byte_in_a_part_is_refused(
 
 
 def test_what_is_wrong_is_passed_over(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A damaged file in the cache and a bad part do not matter where the other format is right."""
+    """Damage in the cache and in a chunk file does not matter where the other format is right."""
     blob = give_cache(root, "model.safetensors", SAFETENSORS)
     blob.write_bytes(other_weights())
-    flip(give_parts(root, "model.safetensors")[0])
-    give_parts(root, "ckpt.pt")
+    flip(give_chunk_files(root, "model.safetensors")[0])
+    give_chunk_files(root, "ckpt.pt")
 
     assert_is_model(loaded())
     assert capsys.readouterr().err.count("is not loaded") == 2
 
 
-def test_stray_parts_do_not_decide_what_is_loaded(root: Path) -> None:
-    """One part too many in the folder: those of the manifest are loaded, and only those."""
-    parts = give_parts(root, "model.safetensors")
+def test_stray_chunk_files_do_not_decide_what_is_loaded(root: Path) -> None:
+    """One chunk file too many in the folder: those of the manifest are loaded, and only those."""
+    parts = give_chunk_files(root, "model.safetensors")
     shutil.copy(parts[0], parts[0].with_name("model.safetensors.part-ag"))
 
     assert sources(root) == [["root", "safetensors"]]
@@ -481,7 +481,7 @@ def test_offline_with_nothing_here_the_error_helps(root: Path) -> None:
 
 
 def test_nothing_here_is_fetched_from_the_hub(root: Path, online: HubServer) -> None:
-    """One format comes from the Hub, proven and in place; the second time nobody is asked."""
+    """One format comes from the Hub, verified and in place; the second time nobody is asked."""
     assert_is_model(loaded())
     assert (root / "models" / "csm-1b" / "model.safetensors").is_file()
     assert online.requests(contains="ckpt.pt") == []
@@ -491,9 +491,9 @@ def test_nothing_here_is_fetched_from_the_hub(root: Path, online: HubServer) -> 
     assert count == len(online.log)
 
 
-def test_a_bad_part_is_mended_from_the_hub(root: Path, online: HubServer) -> None:
+def test_a_bad_chunk_file_is_mended_from_the_hub(root: Path, online: HubServer) -> None:
     """With the Hub at hand one flipped byte costs one piece."""
-    flip(give_parts(root, "model.safetensors")[1])
+    flip(give_chunk_files(root, "model.safetensors")[1])
 
     assert_is_model(loaded())
     assert online.bytes_sent() == 204_800
@@ -524,7 +524,7 @@ def test_a_known_repository_is_held_to_the_pinned_digests(root: Path, hub: HubSe
 
 @pytest.mark.usefixtures("online")
 def test_another_repository_by_the_hubs_word(root: Path, hub: HubServer) -> None:
-    """Any repository with CSM's files: locked, fetched, proven, kept out of the checkout."""
+    """Any repository with CSM's files: locked, fetched, verified, kept out of the checkout."""
     tree = sorted(root.rglob("*"))
     hub.add_repo(OTHER, {**HUB_FILES, "README.md": b"tuned\n"})
 
@@ -591,7 +591,7 @@ def test_a_name_that_is_none_is_refused(root: Path, repo: str) -> None:
 
 
 @pytest.mark.usefixtures("online")
-def test_the_codec_comes_proven_through_the_line(
+def test_the_codec_comes_verified_through_the_commands(
     root: Path, hub: HubServer, tmp_path: Path
 ) -> None:
     """Lock, fetch and seed, as the missing codec's error says, bring it where it is found."""
@@ -612,7 +612,7 @@ def test_the_codec_comes_proven_through_the_line(
 
 
 @pytest.mark.usefixtures("online")
-def test_the_tokenizer_comes_proven_through_the_line(root: Path, hub: HubServer) -> None:
+def test_the_tokenizer_comes_verified_through_the_commands(root: Path, hub: HubServer) -> None:
     """What the missing tokenizer's error says puts it beside the model's files."""
     content = byte_tokenizer().to_str().encode()
     hub.push(REPO, {"tokenizer.json": content})
@@ -632,7 +632,7 @@ def test_the_tokenizer_comes_proven_through_the_line(root: Path, hub: HubServer)
 
 
 def test_csm_tiny_itself_speaks() -> None:
-    """The embedded model, from its parts in this checkout, gives the recorded frames."""
+    """The embedded model, from its chunk files in this checkout, gives the recorded frames."""
     golden = json.loads((REPOSITORY / "manifests" / "csm-tiny.golden.json").read_text())
     found = next(locate.Weights(Request(REPOSITORY, "csm-tiny")).candidates())
     path = found.paths[0] if len(found.paths) == 1 else found.paths[0].parent

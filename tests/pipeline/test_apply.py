@@ -51,7 +51,7 @@ def verbs(outcome: Outcome) -> list[type[Action]]:
     return [type(step) for step in outcome.actions]
 
 
-def everything_is_placed(toy: Toy) -> bool:
+def everything_is_installed(toy: Toy) -> bool:
     return all(
         toy.installed(a.path).read_bytes() == toy.good(a.path) for a in toy.manifest.artifacts
     )
@@ -89,11 +89,11 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return take
 
 
-def test_weights_places_every_file_from_its_parts(toy: Toy) -> None:
-    """From parts and known text, all files come into place with the right bytes."""
+def test_weights_installs_every_file_from_its_chunk_files(toy: Toy) -> None:
+    """From chunk files and known text, all files come into place with the right bytes."""
     outcome = weights(toy)
     assert outcome.error is None
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
     assert all(result.ok for result in outcome.results)
 
 
@@ -122,7 +122,7 @@ def test_assembling_hashes_each_byte_for_its_piece_and_for_the_whole(
 
 
 def test_receipt_says_where_each_piece_came_from(toy: Toy) -> None:
-    """The receipt of a placed file names the part of every piece."""
+    """The receipt of a installed file names the chunk file of every piece."""
     outcome = weights(toy)
     receipt = outcome.state.artifacts[0].installed.receipt
     assert receipt is not None
@@ -186,7 +186,7 @@ def damage_extra(path: Path) -> None:
     path.with_name(path.name[:-2] + "zz").write_bytes(b"more")
 
 
-BAD_PARTS = [
+BAD_CHUNK_FILES = [
     (damage_missing, Kind.MISSING, 3),
     (damage_pointer, Kind.LFS_POINTER, 3),
     (damage_short, Kind.WRONG_SIZE, 4),
@@ -200,11 +200,11 @@ BAD_PARTS = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "kind", "code"), BAD_PARTS)
-def test_a_bad_part_is_a_finding_of_its_own_and_gives_no_file(
+@pytest.mark.parametrize(("damage", "kind", "code"), BAD_CHUNK_FILES)
+def test_a_bad_chunk_file_is_a_finding_of_its_own_and_gives_no_file(
     toy: Toy, damage: Callable[[Path], None], kind: Kind, code: int
 ) -> None:
-    """Each way a part can be bad has its name and exit code, and no output file appears."""
+    """Each way a chunk file can be bad has its name and exit code, and no output file appears."""
     damage(toy.chunk_file("a.bin", 2))
     with pytest.raises(CsmWeightsError) as caught:
         weights(toy)
@@ -216,7 +216,7 @@ def test_a_bad_part_is_a_finding_of_its_own_and_gives_no_file(
 
 
 def test_all_findings_come_at_once(toy: Toy) -> None:
-    """Several parts that are bad in stat are all told in one run."""
+    """Several chunk files that are bad in stat are all reported in one run."""
     damage_missing(toy.chunk_file("a.bin", 0))
     damage_pointer(toy.chunk_file("a.bin", 3))
     damage_short(toy.chunk_file("b.bin", 1))
@@ -228,7 +228,7 @@ def test_all_findings_come_at_once(toy: Toy) -> None:
 
 
 def test_all_wrong_digests_come_at_once(toy: Toy) -> None:
-    """Parts that only hashing finds bad are all told in one run, by their paths."""
+    """Chunk files that only hashing finds bad are all reported in one run, by their paths."""
     bad = [toy.chunk_file("a.bin", 1), toy.chunk_file("a.bin", 4), toy.chunk_file("b.bin", 0)]
     for part in bad:
         flip(part)
@@ -238,16 +238,16 @@ def test_all_wrong_digests_come_at_once(toy: Toy) -> None:
     assert [f.where for f in caught.value.findings] == expected
 
 
-def test_an_unreadable_part_is_told(toy: Toy) -> None:
-    """A part without read permission is its own finding."""
+def test_an_unreadable_chunk_file_is_reported(toy: Toy) -> None:
+    """A chunk file without read permission is its own finding."""
     toy.chunk_file("a.bin", 1).chmod(0)
     with unprivileged(), pytest.raises(WrongContent) as caught:
         weights(toy)
     assert [f.kind for f in caught.value.findings] == [Kind.UNREADABLE]
 
 
-def test_what_was_proven_before_a_failure_is_not_copied_again(toy: Toy) -> None:
-    """After a bad part is mended, the pieces that were proven need no part any more."""
+def test_what_was_verified_before_a_failure_is_not_copied_again(toy: Toy) -> None:
+    """After a bad chunk file is mended, verified pieces need no chunk file any more."""
     flip(toy.chunk_file("a.bin", 2))
     with pytest.raises(WrongContent):
         weights(toy)
@@ -255,7 +255,7 @@ def test_what_was_proven_before_a_failure_is_not_copied_again(toy: Toy) -> None:
     for index in (0, 1, 3, 4):
         toy.chunk_file("a.bin", index).unlink()
     weights(toy)
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
 def test_a_journaled_piece_that_rotted_is_fetched_again(toy: Toy) -> None:
@@ -266,7 +266,7 @@ def test_a_journaled_piece_that_rotted_is_fetched_again(toy: Toy) -> None:
     flip(toy.chunk_file("a.bin", 2))
     flip(partial_path(toy.staged("a.bin")), PIECE_SIZE + 5)
     weights(toy)
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
 @pytest.mark.parametrize("text", ["", "rubbish\n", '{"schema": 1}\n', "\x00\xff" * 100, "[" * 9999])
@@ -278,20 +278,20 @@ def test_a_damaged_journal_only_costs_time(toy: Toy, text: str) -> None:
     flip(toy.chunk_file("a.bin", 2))
     journal_path(toy.staged("a.bin")).write_text(text)
     weights(toy)
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
-def test_a_partial_of_another_size_is_no_obstacle(toy: Toy) -> None:
+def test_a_partial_of_another_size_is_fine(toy: Toy) -> None:
     """A leftover partial that is too long or too short is made right."""
     partial = partial_path(toy.staged("a.bin"))
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"x" * (toy.artifact("a.bin").size + 999))
     weights(toy)
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
-def test_a_concatenated_file_is_adopted_not_copied(toy: Toy) -> None:
-    """What a person made with cat in output/ is proven where it lies and moved."""
+def test_a_concatenated_file_is_taken_not_copied(toy: Toy) -> None:
+    """What a person made with cat in output/ is verified where it lies and moved."""
     toy.staged("a.bin").parent.mkdir(parents=True)
     toy.staged("a.bin").write_bytes(toy.good("a.bin"))
     inode = toy.staged("a.bin").stat().st_ino
@@ -300,8 +300,8 @@ def test_a_concatenated_file_is_adopted_not_copied(toy: Toy) -> None:
     assert toy.installed("a.bin").stat().st_ino == inode
 
 
-def test_a_file_already_in_place_is_adopted(toy: Toy) -> None:
-    """A good file without a receipt in the destination is proven and stays as it is."""
+def test_a_file_already_in_place_is_taken(toy: Toy) -> None:
+    """A good file without a receipt in the destination is verified and stays as it is."""
     toy.installed("b.bin").parent.mkdir(parents=True)
     toy.installed("b.bin").write_bytes(toy.good("b.bin"))
     outcome = weights(toy, "b.bin")
@@ -310,7 +310,7 @@ def test_a_file_already_in_place_is_adopted(toy: Toy) -> None:
 
 
 def test_a_wrong_file_in_place_is_reported_and_replaced(toy: Toy) -> None:
-    """A damaged placed file gives way once the good one is proven, and is told."""
+    """A damaged installed file gives way once the good one is verified, and is reported."""
     toy.installed("a.bin").parent.mkdir(parents=True)
     toy.installed("a.bin").write_bytes(toy.good("a.bin"))
     flip(toy.installed("a.bin"))
@@ -318,7 +318,7 @@ def test_a_wrong_file_in_place_is_reported_and_replaced(toy: Toy) -> None:
     assert [(f.kind, f.where.split(" ")[0]) for f in outcome.notes] == [
         (Kind.WRONG_DIGEST, str(toy.installed("a.bin")))
     ]
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
 def test_a_wrong_file_in_place_stays_when_there_is_no_better(toy: Toy) -> None:
@@ -331,17 +331,17 @@ def test_a_wrong_file_in_place_stays_when_there_is_no_better(toy: Toy) -> None:
     assert toy.installed("a.bin").read_bytes() == b"the only copy"
 
 
-def test_a_good_file_survives_bad_parts(toy: Toy) -> None:
-    """A proven file in place is never touched by what happens to the parts."""
+def test_a_good_file_survives_bad_chunk_files(toy: Toy) -> None:
+    """A verified file in place is never touched by what happens to the chunk files."""
     weights(toy)
     for index in range(5):
         flip(toy.chunk_file("a.bin", index))
     assert verbs(weights(toy)) == []
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
 def test_an_edit_that_restores_the_mtime_is_noticed(toy: Toy) -> None:
-    """Changed bytes under the old size and mtime do not pass for the proven file."""
+    """Changed bytes under the old size and mtime do not pass for the verified file."""
     weights(toy)
     file = toy.installed("a.bin")
     before = file.stat()
@@ -349,19 +349,19 @@ def test_an_edit_that_restores_the_mtime_is_noticed(toy: Toy) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     outcome = weights(toy)
     assert [f.kind for f in outcome.notes] == [Kind.WRONG_DIGEST]
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"schema": 1, "pieces": 7}', "[" * 9999])
 def test_a_damaged_receipt_only_costs_time(toy: Toy, text: str) -> None:
-    """A receipt that cannot be understood counts as none: the file is proven again."""
+    """A receipt that cannot be understood counts as none: the file is verified again."""
     weights(toy)
     receipt_path(toy.root / "models/toy", "a.bin").write_text(text)
     assert verbs(weights(toy)) == [Verify]
 
 
 def test_a_receipt_of_another_manifest_does_not_count(toy: Toy) -> None:
-    """When the manifest pins other bytes, an old receipt proves nothing."""
+    """When the manifest pins other bytes, an old receipt verifies nothing."""
     weights(toy, "note.txt")
     note = toy.artifact("note.txt")
 
@@ -409,7 +409,7 @@ def test_fetch_stops_at_the_staging_folder(toy: Toy) -> None:
     apply.apply(toy.request(), Target.STAGED)
     assert (toy.staged("a.bin").exists(), toy.installed("a.bin").exists()) == (True, False)
     apply.apply(toy.request(), Target.PLACED)
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
 def test_place_without_staged_files_says_to_fetch(toy: Toy) -> None:
@@ -431,7 +431,7 @@ def other_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_another_file_system_gets_a_verified_copy(toy: Toy, other_disk: Path) -> None:
-    """Across file systems files are copied, proven as written, and the staged ones removed."""
+    """Across file systems files are copied, verified as written, and the staged ones removed."""
     outcome = weights(toy, dest=str(other_disk))
     assert Copy in verbs(outcome)
     assert {p.name: p.read_bytes() for p in other_disk.iterdir() if p.is_file()} == {
@@ -464,7 +464,7 @@ def test_each_leftover_is_removed_durably_before_the_next(
 
 
 def test_verify_hashes_everything_and_passes(toy: Toy, hashed: Callable[[], int]) -> None:
-    """`verify` reads every placed byte once and finds all gates open."""
+    """`verify` reads every installed byte once and finds all gates open."""
     weights(toy)
     hashed()
     outcome = verify.verify(toy.request())
@@ -496,7 +496,7 @@ def test_verify_finds_a_flipped_byte_without_receipts(toy: Toy) -> None:
 
 
 def test_verify_of_a_missing_file_is_a_missing_input(toy: Toy) -> None:
-    """A placed file that has gone is exit 3, though nothing else is wrong."""
+    """A installed file that has gone is exit 3, though nothing else is wrong."""
     weights(toy)
     toy.installed("a.bin").unlink()
     outcome = verify.verify(toy.request())
@@ -532,7 +532,7 @@ def test_verify_refuses_sums_that_differ(toy: Toy) -> None:
     assert outcome.error.exit_code == 4
 
 
-def test_status_check_is_clean_only_when_all_is_proven(toy: Toy) -> None:
+def test_status_check_is_clean_only_when_all_is_verified(toy: Toy) -> None:
     """`status --check` fails before, and passes after, the weights are in place."""
     before = apply.status(toy.request(), check=True)
     weights(toy)
@@ -606,13 +606,13 @@ def test_the_disk_is_inspected_once_a_round(toy: Toy, inspections: list[int]) ->
 
 
 def test_status_writes_nothing(toy: Toy) -> None:
-    """Looking leaves no trace."""
+    """Inspecting leaves no trace."""
     before = sorted(toy.root.rglob("*"))
     apply.status(toy.request())
     assert sorted(toy.root.rglob("*")) == before
 
 
-def test_too_little_disk_is_told_before_anything_is_written(
+def test_too_little_disk_is_reported_before_anything_is_written(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With too little room the run ends with exit 7 and no file, saying how much is missing."""
@@ -625,7 +625,7 @@ def test_too_little_disk_is_told_before_anything_is_written(
 
 
 def test_clean_removes_unfinished_files_only(toy: Toy) -> None:
-    """`clean` takes partials and journals away and leaves what is proven."""
+    """`clean` takes partials and journals away and leaves what is verified."""
     weights(toy, "a.bin")
     flip(toy.chunk_file("b.bin", 1))
     with pytest.raises(WrongContent):
@@ -636,14 +636,14 @@ def test_clean_removes_unfinished_files_only(toy: Toy) -> None:
     assert toy.installed("a.bin").exists()
 
 
-def test_parts_behind_symlinks_are_fine(toy: Toy) -> None:
-    """A part may be a link to where the bytes are."""
+def test_chunk_files_behind_symlinks_are_fine(toy: Toy) -> None:
+    """A chunk file may be a link to where the bytes are."""
     part = toy.chunk_file("a.bin", 1)
     real = toy.root / "elsewhere"
     part.rename(real)
     part.symlink_to(real)
     weights(toy)
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
 def test_a_partial_that_is_a_link_is_not_written_through(toy: Toy) -> None:
@@ -658,8 +658,8 @@ def test_a_partial_that_is_a_link_is_not_written_through(toy: Toy) -> None:
     assert target.read_text() == "precious"
 
 
-def test_a_missing_part_does_not_hide_a_wrong_one(toy: Toy) -> None:
-    """When a part is missing, the others are hashed too, so that all is told in one round."""
+def test_a_missing_chunk_file_does_not_hide_a_wrong_one(toy: Toy) -> None:
+    """When a chunk file is missing, the others are hashed too: all is reported in one round."""
     damage_missing(toy.chunk_file("a.bin", 0))
     flip(toy.chunk_file("a.bin", 3))
     with pytest.raises(WrongContent) as caught:
@@ -667,7 +667,7 @@ def test_a_missing_part_does_not_hide_a_wrong_one(toy: Toy) -> None:
     assert {f.kind for f in caught.value.findings} == {Kind.MISSING, Kind.WRONG_DIGEST}
 
 
-def test_all_wrong_pieces_of_a_file_in_place_are_told(toy: Toy) -> None:
+def test_all_wrong_pieces_of_a_file_in_place_are_reported(toy: Toy) -> None:
     """The note about a damaged file names each byte range that is wrong."""
     weights(toy)
     flip(toy.installed("a.bin"), 5)
@@ -678,7 +678,7 @@ def test_all_wrong_pieces_of_a_file_in_place_are_told(toy: Toy) -> None:
 
 
 def forge(toy: Toy, path: str, digest: str) -> None:
-    """Writes another whole-file sha256 into the receipt of a placed file."""
+    """Writes another whole-file sha256 into the receipt of a installed file."""
     file = receipt_path(toy.root / "models/toy", path)
     receipt = json.loads(file.read_text())
     file.write_text(json.dumps({**receipt, "sha256": digest}))
@@ -710,11 +710,11 @@ def test_folders_behind_links_are_fine(toy: Toy, tmp_path: Path, folder: str) ->
     (toy.root / folder).parent.mkdir(parents=True, exist_ok=True)
     (toy.root / folder).symlink_to(tmp_path / "disk")
     weights(toy)
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
 
 
 def test_two_mounts_of_one_device_get_a_copy(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a rename is refused as across devices, the file is copied and proven instead."""
+    """Where a rename is refused as across devices, the file is copied and verified instead."""
     real = Path.replace
 
     def refuse(self: Path, target: Path) -> Path:
@@ -724,11 +724,11 @@ def test_two_mounts_of_one_device_get_a_copy(toy: Toy, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "replace", refuse)
     weights(toy)
-    assert everything_is_placed(toy)
+    assert everything_is_installed(toy)
     assert not toy.staged("a.bin").exists()
 
 
-def test_a_folder_in_the_way_is_told_before_anything_is_done(toy: Toy) -> None:
+def test_a_folder_in_the_way_is_reported_before_anything_is_done(toy: Toy) -> None:
     """A folder that has a file's name is a finding, and no byte is copied."""
     toy.installed("a.bin").mkdir(parents=True)
     with pytest.raises(WrongContent) as caught:
@@ -740,7 +740,7 @@ def test_a_folder_in_the_way_is_told_before_anything_is_done(toy: Toy) -> None:
 def test_an_interrupted_copy_goes_on_where_it_stopped(
     toy: Toy, other_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Across file systems, too, proven pieces are kept for the next run."""
+    """Across file systems, too, verified pieces are kept for the next run."""
     real = install.install
 
     def fail(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
@@ -752,12 +752,12 @@ def test_an_interrupted_copy_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         weights(toy, "a.bin", dest=str(other_disk))
     monkeypatch.undo()
-    survey = apply.status(toy.request("a.bin", dest=str(other_disk)))
-    assert [(type(s), s.bytes_written) for s in survey.plan.actions] == [(Copy, 0)]
+    report = apply.status(toy.request("a.bin", dest=str(other_disk)))
+    assert [(type(s), s.bytes_written) for s in report.plan.actions] == [(Copy, 0)]
 
 
-def test_an_unfinished_part_is_not_taken_for_one_too_many(toy: Toy) -> None:
-    """What a killed split left beside the parts is no finding, and clean removes it."""
+def test_an_unfinished_chunk_file_is_not_taken_for_one_too_many(toy: Toy) -> None:
+    """What a killed split left beside the chunk files is no finding, and clean removes it."""
     left = toy.chunk_file("a.bin", 1).with_name(toy.chunk_file("a.bin", 1).name + ".partial")
     left.write_bytes(b"half")
     weights(toy)
@@ -773,7 +773,7 @@ def test_sums_of_other_files_stay(toy: Toy) -> None:
     assert len((toy.root / "models/toy/SHA256SUMS").read_text().splitlines()) == 3
 
 
-def test_a_file_that_goes_away_during_verify_is_told(
+def test_a_file_that_goes_away_during_verify_is_reported(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that is deleted while it is hashed closes its gate, and is no crash."""

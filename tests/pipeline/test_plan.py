@@ -42,7 +42,7 @@ def receipt_of(path: str, size: int) -> Receipt:
     return Receipt(path, "toy", size, SHA, (), Fingerprint(1, size, 2, 3), "now", "test")
 
 
-def file_look(path: Path, condition: FileState, size: int) -> FileStatus:
+def file_status(path: Path, condition: FileState, size: int) -> FileStatus:
     if condition is ABSENT:
         return FileStatus(path, condition)
     wrong = finding(path) if condition is INVALID else None
@@ -50,7 +50,7 @@ def file_look(path: Path, condition: FileState, size: int) -> FileStatus:
     return FileStatus(path, condition, size, wrong, receipt)
 
 
-def part_look(piece: Piece, condition: FileState) -> FileStatus:
+def chunk_status(piece: Piece, condition: FileState) -> FileStatus:
     kind = {ABSENT: Kind.MISSING, INVALID: Kind.WRONG_SIZE}.get(condition)
     path = PLACES.root / piece.part
     size = None if condition is ABSENT else piece.size
@@ -80,10 +80,10 @@ def artifact_states(draw: st.DrawFn, name: str) -> ArtifactState:
     extras = draw(st.integers(0, 5)) == 0 and bool(artifact.pieces)
     return ArtifactState(
         artifact,
-        installed=file_look(PLACES.destination / name, draw(conditions), artifact.size),
-        staged=file_look(PLACES.staging / name, draw(conditions), artifact.size),
+        installed=file_status(PLACES.destination / name, draw(conditions), artifact.size),
+        staged=file_status(PLACES.staging / name, draw(conditions), artifact.size),
         journal=Journal(tuple(PieceRecord(p.offset, p.size, p.sha256, "x") for p in kept)),
-        chunks=tuple(part_look(piece, draw(parts)) for piece in artifact.pieces),
+        chunks=tuple(chunk_status(piece, draw(parts)) for piece in artifact.pieces),
         extras=(finding(f"{name}-zz", Kind.EXTRA_PART),) if extras else (),
     )
 
@@ -113,15 +113,15 @@ def an_item(
     pieces: int = 0,
     part: FileState = UNVERIFIED,
 ) -> ArtifactState:
-    """An artifact of 10 bytes a piece, with both its files and all its parts as told."""
+    """An artifact of 10 bytes a piece, with both its files and all its chunk files as told."""
     tiles = tuple(Piece(f"chunks/{name}-{i}", 10 * i, 10, SHA) for i in range(pieces))
     artifact = Artifact(name, name, kind, 10 * pieces or 7, SHA, pieces=tiles)
     return ArtifactState(
         artifact,
-        file_look(PLACES.destination / name, placed, artifact.size),
-        file_look(PLACES.staging / name, staged, artifact.size),
+        file_status(PLACES.destination / name, placed, artifact.size),
+        file_status(PLACES.staging / name, staged, artifact.size),
         Journal(),
-        tuple(part_look(tile, part) for tile in tiles),
+        tuple(chunk_status(tile, part) for tile in tiles),
         (),
     )
 
@@ -136,23 +136,23 @@ def steps_of(plan: Plan, item: ArtifactState) -> list[Action]:
 
 # ---- properties of every plan
 
-any_goal = st.sampled_from(Target)
+any_target = st.sampled_from(Target)
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def is_settled(item: ArtifactState, goal: Target) -> bool:
+def is_settled(item: ArtifactState, target: Target) -> bool:
     """Whether nothing is left to do for an artifact."""
     return item.installed.state is VERIFIED or (
-        goal is Target.STAGED and item.installed.state is not UNVERIFIED
+        target is Target.STAGED and item.installed.state is not UNVERIFIED
         and item.staged.state is VERIFIED
     )  # fmt: skip
 
 
-def is_reachable(item: ArtifactState, goal: Target) -> bool:
+def is_reachable(item: ArtifactState, target: Target) -> bool:
     """Whether the artifact is here, or all that makes it is."""
     if item.installed.state in HERE or item.staged.state in HERE:
         return True
-    if goal is Target.PLACED:
+    if target is Target.PLACED:
         return False
     if any(edition.text is not None for edition in item.artifact.editions):
         return True
@@ -164,55 +164,55 @@ def is_reachable(item: ArtifactState, goal: Target) -> bool:
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_bytes_to_read_and_write_are_plausible(state: State, goal: Target) -> None:
+@given(state=states(), target=any_target)
+def test_bytes_to_read_and_write_are_plausible(state: State, target: Target) -> None:
     """No count is negative, and no step handles more than its whole file."""
-    for step in make_plan(state, goal).actions:
+    for step in make_plan(state, target).actions:
         most = max(edition.size for edition in step.artifact.editions)
         assert 0 <= step.bytes_read <= most
         assert 0 <= step.bytes_written <= most
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_what_is_written_is_what_is_not_kept(state: State, goal: Target) -> None:
+@given(state=states(), target=any_target)
+def test_what_is_written_is_what_is_not_kept(state: State, target: Target) -> None:
     """Journaled pieces and shared blocks are not written again; all bytes are read."""
-    for step in make_plan(state, goal).having(Assemble):
+    for step in make_plan(state, target).having(Assemble):
         kept = sum(record.size for record in step.item.journal.pieces)
         expected = 0 if state.shares_blocks else step.artifact.size - kept
         assert (step.bytes_read, step.bytes_written) == (step.artifact.size, expected)
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_done_means_everything_proven_in_its_place(state: State, goal: Target) -> None:
-    """A plan is done if, and only if, every file is proven where the goal wants it."""
-    assert make_plan(state, goal).is_done == all(is_settled(i, goal) for i in state.artifacts)
+@given(state=states(), target=any_target)
+def test_done_means_everything_verified_in_its_place(state: State, target: Target) -> None:
+    """A plan is done if, and only if, every file is verified where the target wants it."""
+    assert make_plan(state, target).is_done == all(is_settled(i, target) for i in state.artifacts)
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_each_artifact_has_steps_or_a_finding(state: State, goal: Target) -> None:
+@given(state=states(), target=any_target)
+def test_each_artifact_has_steps_or_a_finding(state: State, target: Target) -> None:
     """What can be made has steps; what cannot has none, and the plan says why."""
-    plan = make_plan(state, goal)
+    plan = make_plan(state, target)
     for item in state.artifacts:
-        assert bool(steps_of(plan, item)) == is_reachable(item, goal)
-    unreachable = [i for i in state.artifacts if not is_reachable(i, goal)]
+        assert bool(steps_of(plan, item)) == is_reachable(item, target)
+    unreachable = [i for i in state.artifacts if not is_reachable(i, target)]
     kinds = {f.kind for f in plan.findings}
     assert bool(unreachable) == bool(kinds - {Kind.NO_SPACE})
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Target) -> None:
-    """The last step is about the placed file, or moves it there; fetching moves nothing."""
-    plan = make_plan(state, goal)
+@given(state=states(), target=any_target)
+def test_each_file_ends_where_the_target_wants_it(state: State, target: Target) -> None:
+    """The last step is about the installed file, or moves it there; fetching moves nothing."""
+    plan = make_plan(state, target)
     door = Move if state.same_filesystem else Copy
     for item in state.artifacts:
         steps = steps_of(plan, item)
         moves = [type(step) for step in steps if type(step) in (Move, Copy)]
         in_place = bool(steps) and steps[0].file is item.installed
-        expected = [door] if steps and not in_place and goal is not Target.STAGED else []
+        expected = [door] if steps and not in_place and target is not Target.STAGED else []
         assert moves == expected
         assert not moves or type(steps[-1]) is door
 
@@ -220,16 +220,16 @@ def test_each_file_ends_where_the_goal_wants_it(state: State, goal: Target) -> N
 @many
 @given(state=states())
 def test_placing_makes_nothing_new(state: State) -> None:
-    """`place` proves and moves what is staged; it neither assembles nor writes."""
+    """`place` verifies and moves what is staged; it neither assembles nor writes."""
     plan = make_plan(state, Target.PLACED)
     assert plan.having(Assemble, WriteText) == ()
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_space_is_counted_before_anything_is_written(state: State, goal: Target) -> None:
+@given(state=states(), target=any_target)
+def test_space_is_counted_before_anything_is_written(state: State, target: Target) -> None:
     """Too little room is a finding if, and only if, more is to be written than is free."""
-    plan = make_plan(state, goal)
+    plan = make_plan(state, target)
     staged = sum(s.bytes_written for s in plan.having(Assemble, WriteText))
     copied = sum(s.bytes_written for s in plan.having(Copy))
     expected = [
@@ -245,10 +245,10 @@ def test_space_is_counted_before_anything_is_written(state: State, goal: Target)
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_a_wrong_file_that_is_replaced_is_told(state: State, goal: Target) -> None:
+@given(state=states(), target=any_target)
+def test_a_wrong_file_that_is_replaced_is_reported(state: State, target: Target) -> None:
     """Whatever a step replaces because it is wrong is in the plan's notes or findings."""
-    plan = make_plan(state, goal)
+    plan = make_plan(state, target)
     for step in plan.having(Move, Copy):
         if step.item.installed.state is INVALID:
             assert step.item.installed.finding in plan.notes + plan.findings
@@ -257,14 +257,14 @@ def test_a_wrong_file_that_is_replaced_is_told(state: State, goal: Target) -> No
 # ---- plans by example
 
 
-def test_a_proven_file_in_place_is_kept() -> None:
-    """Nothing is to be done for what is done, whatever its parts look like."""
+def test_a_verified_file_in_place_is_kept() -> None:
+    """Nothing is to be done for what is done, whatever its chunk files look like."""
     plan = make_plan(a_state(an_item(placed=VERIFIED, pieces=2, part=INVALID)), Target.BOTH)
     assert (verbs(plan), plan.is_done) == ([Keep], True)
 
 
-def test_parts_are_assembled_and_moved() -> None:
-    """From parts alone a file is assembled, then moved into place."""
+def test_chunk_files_are_assembled_and_moved() -> None:
+    """From chunk files alone a file is assembled, then moved into place."""
     plan = make_plan(a_state(an_item(pieces=3)), Target.BOTH)
     assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [
         (Assemble, 30, 30),
@@ -277,17 +277,17 @@ def test_fetching_stops_before_the_move() -> None:
     assert verbs(make_plan(a_state(an_item(pieces=3)), Target.STAGED)) == [Assemble]
 
 
-def test_a_part_that_is_kept_in_the_partial_may_be_missing() -> None:
-    """Pieces that an earlier run proved need no part, and are not written again."""
+def test_a_chunk_file_that_is_kept_in_the_partial_may_be_missing() -> None:
+    """Pieces that an earlier run verified need no chunk file, and are not written again."""
     item = an_item(pieces=3)
-    parts = (part_look(item.artifact.pieces[0], ABSENT), *item.chunks[1:])
+    parts = (chunk_status(item.artifact.pieces[0], ABSENT), *item.chunks[1:])
     kept = (PieceRecord(0, 10, SHA, "x"),)
     plan = make_plan(a_state(replace(item, chunks=parts, journal=Journal(kept))), Target.STAGED)
     assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [(Assemble, 30, 20)]
 
 
-def test_every_bad_part_is_told_at_once() -> None:
-    """All parts that stand in the way are findings of one plan."""
+def test_every_bad_chunk_file_is_reported_at_once() -> None:
+    """All chunk files that stand in the way are findings of one plan."""
     item = an_item(pieces=3, part=INVALID)
     plan = make_plan(a_state(item, an_item("b", pieces=2, part=INVALID)), Target.BOTH)
     expected = [f"chunks/a-{i}" for i in range(3)] + ["chunks/b-0", "chunks/b-1"]
@@ -301,7 +301,7 @@ def test_one_bad_artifact_does_not_hide_the_others() -> None:
     assert ([s.artifact.path for s in plan.actions], plan.is_done) == (["b"], False)
 
 
-def test_a_known_text_stands_in_for_bad_parts() -> None:
+def test_a_known_text_stands_in_for_bad_chunk_files() -> None:
     """When no source has the file but its text is known, it is written."""
     item = an_item(pieces=2, part=ABSENT)
     text = replace(item.artifact, alternatives=(Edition(4, SHA, "text"),))
@@ -310,7 +310,7 @@ def test_a_known_text_stands_in_for_bad_parts() -> None:
 
 
 def test_nothing_here_is_one_finding_a_file() -> None:
-    """With no part at all, the file is missing, not each of its parts."""
+    """With no chunk file at all, the file is missing, not each of its chunk files."""
     plan = make_plan(a_state(an_item(pieces=3, part=ABSENT)), Target.BOTH)
     assert [f.kind for f in plan.findings] == [Kind.MISSING]
     assert plan.findings[0].where == str(PLACES.destination / "a")
@@ -323,8 +323,8 @@ def test_a_wrong_file_in_place_is_not_called_absent() -> None:
     assert "no such file" not in [f.found for f in about]
 
 
-def test_a_wrong_placed_file_is_noted_when_a_staged_one_replaces_it() -> None:
-    """A proven staged file that takes the place of a wrong one does so with a note."""
+def test_a_wrong_installed_file_is_noted_when_a_staged_one_replaces_it() -> None:
+    """A verified staged file that takes the place of a wrong one does so with a note."""
     item = an_item(placed=INVALID, staged=VERIFIED)
     plan = make_plan(a_state(item), Target.PLACED)
     assert (verbs(plan), plan.notes) == ([Move], (item.installed.finding,))
@@ -366,7 +366,7 @@ def test_with_nothing_here_the_first_format_is_meant() -> None:
 
 
 def test_a_format_that_is_here_is_meant() -> None:
-    """Who has parts of one format gets that one, not the first."""
+    """Who has chunk files of one format gets that one, not the first."""
     items = (
         weights_of("m.safetensors", "safetensors"),
         weights_of("m.pt", "torch-zip", UNVERIFIED),

@@ -27,10 +27,10 @@ from tests.pipeline.test_plan import (
     UNVERIFIED,
     a_state,
     an_item,
-    any_goal,
+    any_target,
+    chunk_status,
     finding,
     many,
-    part_look,
     states,
     steps_of,
     verbs,
@@ -40,7 +40,7 @@ AUTO = SourcePolicy(remote=("https://mirror.example", HUB))
 FROM_HUB = SourcePolicy(chunks=False, remote=(HUB,), remote_first=True)
 CACHED = Path("/cache/blob")
 
-sourcings = st.sampled_from(
+policies = st.sampled_from(
     [SourcePolicy(), AUTO, FROM_HUB, SourcePolicy(chunks=False, cache=False)]
 )
 
@@ -49,9 +49,9 @@ def origins(plan: Plan, path: str = "a") -> list[PieceSource]:
     return [o.source for o in plan.origins[path]]
 
 
-def with_parts(item: ArtifactState, *conditions: FileState) -> ArtifactState:
+def with_chunk_files(item: ArtifactState, *conditions: FileState) -> ArtifactState:
     pairs = zip(item.artifact.pieces, conditions, strict=True)
-    return replace(item, chunks=tuple(part_look(piece, c) for piece, c in pairs))
+    return replace(item, chunks=tuple(chunk_status(piece, c) for piece, c in pairs))
 
 
 def damaged(item: ArtifactState, *good: int) -> ArtifactState:
@@ -66,24 +66,24 @@ def damaged(item: ArtifactState, *good: int) -> ArtifactState:
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_with_a_server_only_what_is_in_the_way_blocks(state: State, goal: Target) -> None:
-    """Where a server has everything, nothing but extra parts, or the goal, stops a file."""
-    plan = make_plan(state, goal, AUTO)
+@given(state=states(), target=any_target)
+def test_with_a_server_only_what_is_in_the_way_blocks(state: State, target: Target) -> None:
+    """Where a server has everything, nothing but extra chunk files, or the target, stops a file."""
+    plan = make_plan(state, target, AUTO)
     for item in state.artifacts:
-        if goal is not Target.PLACED and not item.extras:
+        if target is not Target.PLACED and not item.extras:
             assert steps_of(plan, item)
         if item.artifact.path in plan.origins:
             assert PieceSource.NOWHERE not in origins(plan, item.artifact.path)
 
 
 @many
-@given(state=states(), goal=any_goal, sourcing=sourcings)
+@given(state=states(), target=any_target, policy=policies)
 def test_what_is_fetched_is_what_nothing_here_has(
-    state: State, goal: Target, sourcing: SourcePolicy
+    state: State, target: Target, policy: SourcePolicy
 ) -> None:
-    """The bytes to fetch are those of the far pieces, and with the others they make the file."""
-    for step in make_plan(state, goal, sourcing).having(Assemble):
+    """The bytes to fetch are those of the remote pieces, and with the others they make the file."""
+    for step in make_plan(state, target, policy).having(Assemble):
         far = [p for p in step.artifact.tiles if p.offset in step.remote]
         assert step.bytes_fetched == sum(p.size for p in far)
         assert step.bytes_read + step.bytes_fetched == step.artifact.size
@@ -91,20 +91,20 @@ def test_what_is_fetched_is_what_nothing_here_has(
 
 
 @many
-@given(state=states(), goal=any_goal)
-def test_without_parts_no_part_is_used(state: State, goal: Target) -> None:
-    """From the Hub alone means that no part is read, though they are all here."""
-    for found in make_plan(state, goal, FROM_HUB).origins.values():
+@given(state=states(), target=any_target)
+def test_without_chunk_files_no_chunk_file_is_used(state: State, target: Target) -> None:
+    """From the Hub alone means that no chunk file is read, though they are all here."""
+    for found in make_plan(state, target, FROM_HUB).origins.values():
         assert all(o.source is not PieceSource.CHUNK for o in found)
 
 
 @many
-@given(state=states(), goal=any_goal, sourcing=sourcings)
+@given(state=states(), target=any_target, policy=policies)
 def test_every_open_file_has_an_origin_for_each_piece(
-    state: State, goal: Target, sourcing: SourcePolicy
+    state: State, target: Target, policy: SourcePolicy
 ) -> None:
-    """What is not proven yet has a line for every piece, in file order."""
-    plan = make_plan(state, goal, sourcing)
+    """What is not verified yet has a line for every piece, in file order."""
+    plan = make_plan(state, target, policy)
     for item in state.artifacts:
         if FileState.VERIFIED not in (item.installed.state, item.staged.state):
             found = plan.origins[item.artifact.path]
@@ -114,10 +114,10 @@ def test_every_open_file_has_an_origin_for_each_piece(
 # ---- examples
 
 
-def test_the_order_is_kept_salvaged_part_cached_far() -> None:
+def test_the_order_is_kept_salvaged_chunk_file_cached_remote() -> None:
     """Each piece comes from the nearest that has it."""
     item = damaged(
-        with_parts(an_item(pieces=5), UNVERIFIED, UNVERIFIED, UNVERIFIED, ABSENT, INVALID), 10
+        with_chunk_files(an_item(pieces=5), UNVERIFIED, UNVERIFIED, UNVERIFIED, ABSENT, INVALID), 10
     )
     cached = FileStatus(CACHED, INVALID, 50, finding(CACHED), good=frozenset({0, 10, 20, 30}))
     kept = (PieceRecord(0, 10, SHA, "x"),)
@@ -143,9 +143,9 @@ def test_the_order_is_kept_salvaged_part_cached_far() -> None:
         assert words in f"{step.detail} "
 
 
-def test_a_wrong_part_that_is_fetched_instead_is_told() -> None:
-    """A part of the wrong size is in the notes when its piece comes from elsewhere."""
-    item = with_parts(an_item(pieces=3), UNVERIFIED, INVALID, ABSENT)
+def test_a_wrong_chunk_file_that_is_fetched_instead_is_reported() -> None:
+    """A chunk file of the wrong size is in the notes when its piece comes from elsewhere."""
+    item = with_chunk_files(an_item(pieces=3), UNVERIFIED, INVALID, ABSENT)
     plan = make_plan(a_state(item), Target.STAGED, AUTO)
     assert [note.where for note in plan.notes] == ["chunks/a-1"]
 
@@ -157,7 +157,7 @@ def test_what_has_arrived_is_not_counted_again() -> None:
     assert (step.bytes_read, step.bytes_fetched, step.bytes_written) == (3, 4, 4)
 
 
-def test_a_file_of_the_cache_is_adopted_where_a_link_will_do() -> None:
+def test_a_file_of_the_cache_is_taken_where_a_link_will_do() -> None:
     """On one disk it is linked, without a byte written; elsewhere it is assembled from there."""
     cached = FileStatus(CACHED, UNVERIFIED, 7)
     item = replace(an_item(), cached=cached)
@@ -171,7 +171,7 @@ def test_a_file_of_the_cache_is_adopted_where_a_link_will_do() -> None:
 
 
 def test_a_cache_that_is_not_asked_for_is_not_used() -> None:
-    """From parts or a mirror alone, the Hub's cache does not count."""
+    """From chunk files or a mirror alone, the Hub's cache does not count."""
     item = replace(an_item(), cached=FileStatus(CACHED, UNVERIFIED, 7))
     only_mirror = SourcePolicy(chunks=False, cache=False, remote=("https://mirror.example",))
     plan = make_plan(a_state(item, links_to_cache=True), Target.STAGED, only_mirror)
@@ -190,13 +190,13 @@ def test_a_known_text_is_written_rather_than_fetched() -> None:
 def test_what_keeps_the_hub_from_being_asked_is_the_finding() -> None:
     """Without a token, and nothing else allowed, that is what stands in the way: once."""
     problem = Finding(Kind.NO_TOKEN, "the page", "a token", "none")
-    sourcing = SourcePolicy(chunks=False, problems=(problem,))
-    plan = make_plan(a_state(an_item("a"), an_item("b", pieces=2)), Target.STAGED, sourcing)
+    policy = SourcePolicy(chunks=False, problems=(problem,))
+    plan = make_plan(a_state(an_item("a"), an_item("b", pieces=2)), Target.STAGED, policy)
     assert plan.findings == (problem,)
 
 
-def test_parts_too_many_do_not_matter_where_no_part_is_used() -> None:
-    """An extra part blocks assembling from parts, and nothing else."""
+def test_chunk_files_too_many_do_not_matter_where_no_chunk_file_is_used() -> None:
+    """An extra chunk file blocks assembling from chunk files, and nothing else."""
     extra = (finding("chunks/a-zz", Kind.EXTRA_PART),)
     item = replace(an_item(pieces=2), extras=extra)
     assert make_plan(a_state(item), Target.STAGED, AUTO).findings == extra

@@ -1,4 +1,4 @@
-"""Parts that go as their file grows: killed, cut off, tampered with, refused; no byte is lost."""
+"""Chunk files that go as their file grows: killed, tampered with, refused; no byte is lost."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from csm_weights.untrusted import dump_record
 from tests.e2e.test_full_disk import Act, Tripwire, exit_code
 from tests.support.toy import PIECE_SIZE, Toy, flip
 
-#: Bytes of a step here: two or three to a part, the last one short.
+#: Bytes of a step here: two or three to a chunk file, the last one short.
 STEP = 32 << 10
 
-#: The file most tests make: three parts, so eight steps.
+#: The file most tests make: three chunk files, so eight steps.
 NAME = "b.bin"
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that fit the toy's parts."""
+    """Steps that fit the toy's chunk files."""
     monkeypatch.setattr(consume, "STEP", STEP)
 
 
@@ -68,7 +68,7 @@ def fetch(toy: Toy, *only: str, consuming: bool = True) -> Outcome:
     return apply.apply(asked(toy, *only, consuming=consuming), Target.STAGED)
 
 
-def parts_of(toy: Toy, name: str = NAME) -> list[Path]:
+def chunk_files_of(toy: Toy, name: str = NAME) -> list[Path]:
     return [toy.root / piece.part for piece in toy.artifact(name).pieces]
 
 
@@ -85,7 +85,7 @@ def moved(toy: Toy, name: str = NAME) -> dict[int, int]:
 
 
 def lost(toy: Toy, name: str = NAME) -> list[str]:
-    """The pieces whose bytes are nowhere: not in the file, the partial, or the part."""
+    """The pieces whose bytes are nowhere: not in the file, the partial, or the chunk file."""
     good, gone = toy.good(name), moved(toy, name)
     if toy.staged(name).exists():
         return [] if toy.staged(name).read_bytes() == good else [name]
@@ -101,8 +101,8 @@ def lost(toy: Toy, name: str = NAME) -> list[str]:
 
 
 def is_finished(toy: Toy, name: str = NAME) -> bool:
-    """Whether the file is right under its name, and no part or unfinished file is left."""
-    left = [path for path in (*parts_of(toy, name), partial_of(toy, name)) if path.exists()]
+    """Whether the file is right under its name, and no chunk file or unfinished file is left."""
+    left = [path for path in (*chunk_files_of(toy, name), partial_of(toy, name)) if path.exists()]
     return toy.staged(name).read_bytes() == toy.good(name) and not left
 
 
@@ -113,25 +113,25 @@ def kinds(error: CsmWeightsError) -> set[Kind]:
 # ---- the straight way
 
 
-def test_parts_go_and_the_file_is_right(toy: Toy) -> None:
-    """Both files come into place whole, proven, and no part is left."""
+def test_chunk_files_go_and_the_file_is_right(toy: Toy) -> None:
+    """Both files come into place whole, verified, and no chunk file is left."""
     outcome = apply.weights(asked(toy, "a.bin", NAME), smoke=False)
     assert outcome.error is None
     assert [s.artifact.path for s in outcome.actions if type(s) is Consume] == ["a.bin", NAME]
     for name in ("a.bin", NAME):
         assert toy.installed(name).read_bytes() == toy.good(name)
-        assert [part for part in parts_of(toy, name) if part.exists()] == []
+        assert [part for part in chunk_files_of(toy, name) if part.exists()] == []
 
 
 def test_a_second_run_has_nothing_to_do(toy: Toy) -> None:
-    """Once the parts are gone the file in place is all there is, and all that is needed."""
+    """Once the chunk files are gone the file in place is all there is, and all that is needed."""
     apply.weights(asked(toy), smoke=False)
     assert apply.weights(asked(toy), smoke=False).actions == ()
     assert apply.status(asked(toy, consuming=False), check=True).error is None
 
 
-def test_split_brings_the_parts_back(toy: Toy) -> None:
-    """Cut from the file again, the parts have their names and their digests."""
+def test_split_brings_the_chunk_files_back(toy: Toy) -> None:
+    """Cut from the file again, the chunk files have their names and their digests."""
     fetch(toy)
     made = split(toy.staged(NAME), toy.root, f"chunks/toy/{NAME}", PIECE_SIZE, lambda _: None)
     assert made.pieces == toy.artifact(NAME).pieces
@@ -141,29 +141,29 @@ def test_split_brings_the_parts_back(toy: Toy) -> None:
 
 
 def test_each_step_frees_what_it_wrote(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts and the partial together never hold much more than the file and one step."""
+    """The chunk files and the partial together never hold much more than the file and one step."""
     held: list[int] = []
     real = block_io.punch
 
     def measured(fd: int, offset: int, size: int) -> None:
-        every = [*parts_of(toy), partial_of(toy)]
+        every = [*chunk_files_of(toy), partial_of(toy)]
         held.append(sum(path.stat().st_blocks * 512 for path in every))
         real(fd, offset, size)
 
     monkeypatch.setattr(consume, "punch", measured)
     fetch(toy)
-    blocks = 4096 * (len(parts_of(toy)) + 1)
+    blocks = 4096 * (len(chunk_files_of(toy)) + 1)
     assert len(held) == 3 + 3 + 2
     assert max(held) <= toy.artifact(NAME).size + STEP + blocks
 
 
 def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
     """Status with --consume tells the step, and the most disk that it takes besides."""
-    survey = apply.status(asked(toy))
-    text = as_text.render(survey)
+    report = apply.status(asked(toy))
+    text = as_text.render(report)
     assert f"{Consume.verb} from 3 chunk files" in " ".join(text.split())
     assert "at most 64.0 MiB of disk besides" in " ".join(text.split())
-    data = json.loads(as_json.render(survey))
+    data = json.loads(as_json.render(report))
     assert data["bytes_to_write"] == data["bytes_freed_meanwhile"] == toy.artifact(NAME).size
 
 
@@ -222,7 +222,7 @@ def test_killed_at_every_act_no_byte_is_lost_and_it_goes_on(
 
 
 def test_stopped_at_every_act_no_byte_is_lost(tmp_path: Path) -> None:
-    """An error out of any act is told, and the next run finishes from what is left."""
+    """An error out of any act is reported, and the next run finishes from what is left."""
     total = len(acts_of(made(tmp_path / "whole")))
     model = made(tmp_path / "model")
     for at in range(1, total + 1, 3):
@@ -259,7 +259,7 @@ def begun(toy: Toy, steps: int = 4) -> Toy:
 
 
 def test_without_its_journal_a_hole_is_not_copied_over_the_only_copy(toy: Toy) -> None:
-    """Someone removes the journal of a begun run: nothing is touched, and it is told why."""
+    """Someone removes the journal of a begun run: nothing is touched, and it is reported why."""
     begun(toy)
     journal = journal_path(toy.staged(NAME))
     kept, partial = journal.read_bytes(), partial_of(toy).read_bytes()
@@ -274,7 +274,7 @@ def test_without_its_journal_a_hole_is_not_copied_over_the_only_copy(toy: Toy) -
 
 
 def test_a_journal_that_outlived_its_file_consumes_nothing(tmp_path: Path) -> None:
-    """Parts that were brought back stay, though a run that was killed has left its journal."""
+    """Chunk files that were brought back stay, though a killed run has left its journal."""
     toy = made(tmp_path / "toy")
     shutil.copytree(toy.root / "chunks", tmp_path / "chunks")
     begun(toy)
@@ -289,23 +289,23 @@ def test_a_journal_that_outlived_its_file_consumes_nothing(tmp_path: Path) -> No
     flip(toy.chunk_file(NAME, 2))
     fetch(toy, consuming=False)
     assert toy.staged(NAME).read_bytes() == toy.good(NAME)
-    assert all(part.exists() for part in parts_of(toy))
+    assert all(part.exists() for part in chunk_files_of(toy))
 
 
 # ---- what a begun one looks like
 
 
-def test_a_begun_part_is_told_as_consumed(toy: Toy) -> None:
-    """Looking, planning and status know a part that is partly gone, and where its bytes are."""
-    survey = apply.status(asked(begun(toy), consuming=False))
-    parts = survey.state.artifacts[0].chunks
+def test_a_begun_chunk_file_is_reported_as_consumed(toy: Toy) -> None:
+    """Inspection, plan and status know a chunk file that is partly gone, and its bytes' place."""
+    report = apply.status(asked(begun(toy), consuming=False))
+    parts = report.state.artifacts[0].chunks
     consumed, unverified = FileState.CONSUMED, FileState.UNVERIFIED
     assert [part.state for part in parts] == [consumed, consumed, unverified]
     assert [part.finding for part in parts] == [None] * 3
-    assert [type(step) for step in survey.plan.actions][:1] == [Consume]
+    assert [type(step) for step in report.plan.actions][:1] == [Consume]
     part = toy.artifact(NAME).pieces[1].part
     assert f"the unfinished file, and the rest of {part}" in " ".join(
-        as_text.render(survey).split()
+        as_text.render(report).split()
     )
 
 
@@ -316,7 +316,7 @@ def test_a_plain_run_goes_on_with_a_begun_one(toy: Toy) -> None:
     assert [type(step) for step in outcome.actions] == [Consume]
 
 
-def test_recombine_takes_no_begun_part(toy: Toy) -> None:
+def test_recombine_takes_no_begun_chunk_file(toy: Toy) -> None:
     """The script without Python writes nothing, and names the command that goes on."""
     begun(toy)
     shutil.copy(REPOSITORY / "recombine.sh", toy.root)
@@ -339,8 +339,8 @@ def test_clean_keeps_what_was_consumed(toy: Toy) -> None:
 
 def test_another_source_does_not_write_over_what_was_consumed(toy: Toy) -> None:
     """A run that asks only a server gets from there just the pieces that were not begun."""
-    looked = apply.status(asked(begun(toy))).state
-    plan = make_plan(looked, Target.STAGED, SourcePolicy(chunks=False, remote=(HUB,)))
+    state = apply.status(asked(begun(toy))).state
+    plan = make_plan(state, Target.STAGED, SourcePolicy(chunks=False, remote=(HUB,)))
     (step,) = plan.having(Consume)
     assert (plan.actions, step.consumed, step.remote) == (
         (step,),
@@ -350,7 +350,7 @@ def test_another_source_does_not_write_over_what_was_consumed(toy: Toy) -> None:
 
 
 def test_a_manifest_that_changed_meanwhile_touches_nothing(toy: Toy) -> None:
-    """Bytes of parts that the manifest no longer knows are not written over."""
+    """Bytes of chunk files that the manifest no longer knows are not written over."""
     begun(toy)
     before, old = partial_of(toy).read_bytes(), toy.manifest
     a, b, note = old.artifacts
@@ -371,9 +371,11 @@ def test_a_manifest_that_changed_meanwhile_touches_nothing(toy: Toy) -> None:
 
 
 def test_a_flipped_byte_is_found_before_anything_goes(toy: Toy) -> None:
-    """One wrong part of eight, of the other file even, and nothing is consumed."""
+    """One wrong chunk file of eight, of the other file even, and nothing is consumed."""
     flip(toy.chunk_file(NAME, 2))
-    before = {part: part.read_bytes() for part in (*parts_of(toy), *parts_of(toy, "a.bin"))}
+    before = {
+        part: part.read_bytes() for part in (*chunk_files_of(toy), *chunk_files_of(toy, "a.bin"))
+    }
     with pytest.raises(WrongContent) as caught:
         fetch(toy, "a.bin", NAME)
     assert [f.where for f in caught.value.findings] == [toy.artifact(NAME).pieces[2].part]
@@ -382,13 +384,15 @@ def test_a_flipped_byte_is_found_before_anything_goes(toy: Toy) -> None:
 
 
 def test_a_wrong_whole_digest_is_found_before_anything_goes(toy: Toy) -> None:
-    """Parts that are right and make up another file than is pinned are left alone."""
+    """Chunk files that are right and make up another file than is pinned are left alone."""
     a, b, note = toy.manifest.artifacts
     toy.write_manifest(replace(toy.manifest, artifacts=(a, replace(b, blob_id="0" * 40), note)))
     with pytest.raises(WrongContent) as caught:
         fetch(toy)
     assert kinds(caught.value) == {Kind.WRONG_DIGEST}
-    assert all(part.stat().st_size and part.read_bytes().strip(b"\0") for part in parts_of(toy))
+    assert all(
+        part.stat().st_size and part.read_bytes().strip(b"\0") for part in chunk_files_of(toy)
+    )
     assert moved(toy) == {}
 
 
@@ -401,10 +405,10 @@ class Blind:
 
 
 @pytest.mark.parametrize("is_blind", [False, True])
-def test_a_part_that_changes_after_its_proof_is_not_punched(
+def test_a_chunk_file_that_changes_after_its_proof_is_not_punched(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, is_blind: bool
 ) -> None:
-    """What is copied is held against what was proven, so a later write loses nothing."""
+    """What is copied is held against what was verified, so a later write loses nothing."""
     victim, real = toy.chunk_file(NAME, 1), consume.verify
 
     def verify_then_change(*arguments: Any) -> list[consume.Proof]:
@@ -429,7 +433,7 @@ def test_a_part_that_changes_after_its_proof_is_not_punched(
 def test_a_write_between_copy_and_punch_is_not_lost(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part that somebody writes to while its step is made durable keeps its bytes."""
+    """A chunk file that somebody writes to while its step is made durable keeps its bytes."""
     victim, real, once = toy.chunk_file(NAME, 0), os.fdatasync, [True]
 
     def sync_then_write(fd: int) -> None:
@@ -446,8 +450,10 @@ def test_a_write_between_copy_and_punch_is_not_lost(
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_rot_in_the_only_copy_is_told_and_the_part_put_back_mends_it(toy: Toy, index: int) -> None:
-    """Consumed bytes that no longer have their digest are refused; a whole part goes on."""
+def test_rot_in_the_only_copy_is_reported_and_the_chunk_file_put_back_mends_it(
+    toy: Toy, index: int
+) -> None:
+    """Consumed bytes that no longer have their digest are refused; a whole chunk file goes on."""
     begun(toy)
     flip(partial_of(toy), index * PIECE_SIZE + 1000)
     with pytest.raises(WrongContent) as caught:
@@ -459,7 +465,7 @@ def test_rot_in_the_only_copy_is_told_and_the_part_put_back_mends_it(toy: Toy, i
     assert is_finished(toy)
 
 
-def test_a_disk_that_does_not_read_is_told_and_nothing_is_refuted(
+def test_a_disk_that_does_not_read_is_reported_and_nothing_counts_as_wrong(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error while consumed bytes are read says nothing about them: they are kept as they are."""
@@ -480,10 +486,10 @@ def test_a_disk_that_does_not_read_is_told_and_nothing_is_refuted(
 # ---- together with other sources
 
 
-def test_pieces_that_an_ordinary_run_has_kept_give_their_parts_too(
+def test_pieces_that_an_ordinary_run_has_kept_give_their_chunk_files_too(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a run that ran out of disk, the parts of what it has kept go first."""
+    """After a run that ran out of disk, the chunk files of what it has kept go first."""
     flip(toy.chunk_file(NAME, 2))
     with pytest.raises(WrongContent):
         fetch(toy, consuming=False)
@@ -501,7 +507,7 @@ def test_pieces_that_an_ordinary_run_has_kept_give_their_parts_too(
     assert sum(written) == toy.artifact(NAME).pieces[2].size
 
 
-def test_a_missing_part_that_a_damaged_file_has_is_no_obstacle(toy: Toy) -> None:
+def test_a_missing_chunk_file_that_a_damaged_file_has_is_fine(toy: Toy) -> None:
     """One piece is copied from a damaged file in place; the others are moved."""
     placed = toy.installed(NAME)
     placed.parent.mkdir(parents=True)
@@ -530,7 +536,7 @@ def test_a_begun_chunk_file_that_was_damaged_goes_too(toy: Toy) -> None:
     flip(placed, 2 * PIECE_SIZE + 5)
     apply.apply(asked(toy), Target.BOTH)
     assert placed.read_bytes() == toy.good(NAME)
-    assert [part for part in parts_of(toy) if part.exists()] == []
+    assert [part for part in chunk_files_of(toy) if part.exists()] == []
 
 
 # ---- refused
@@ -565,10 +571,10 @@ def make_hard_link(part: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [make_symlink, make_hard_link])
-def test_a_part_that_is_not_a_file_of_its_own_is_refused(
+def test_a_chunk_file_that_is_not_a_file_of_its_own_is_refused(
     toy: Toy, spoil: Callable[[Path], None]
 ) -> None:
-    """A linked part belongs to someone else as well: exit 7, and nothing is touched."""
+    """A linked chunk file belongs to someone else as well: exit 7, and nothing is touched."""
     spoil(toy.chunk_file(NAME, 1))
     with pytest.raises(NoSpace) as caught:
         fetch(toy)
@@ -578,13 +584,13 @@ def test_a_part_that_is_not_a_file_of_its_own_is_refused(
     assert moved(toy) == {}
     fetch(toy, consuming=False)
     assert toy.staged(NAME).read_bytes() == toy.good(NAME)
-    assert all(part.exists() for part in parts_of(toy))
+    assert all(part.exists() for part in chunk_files_of(toy))
 
 
 def test_a_folder_that_may_not_be_written_is_refused(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts that may not be removed are told as such before anything is done."""
+    """Chunk files that may not be removed are reported as such before anything is done."""
     real = os.access
     folder = toy.chunk_file(NAME, 0).parent
     monkeypatch.setattr(
@@ -604,18 +610,21 @@ def cannot(*_: Any) -> None:
 def test_a_file_system_that_frees_nothing_says_so(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a hole cannot be punched, a small file shows it before a part is touched."""
+    """Where a hole cannot be punched, a small file shows it before a chunk file is touched."""
     monkeypatch.setattr(block_io, "punch", cannot)
     with pytest.raises(NoSpace) as caught:
         fetch(toy)
     assert kinds(caught.value) == {Kind.NOT_CONSUMABLE}
     names = [path.name for path in toy.chunk_file(NAME, 0).parent.iterdir()]
-    assert sorted(names) == ["SHA256SUMS", *sorted(part.name for part in parts_of(toy))]
+    known = [file.name for file in chunk_files_of(toy)]
+    assert sorted(names) == sorted(["SHA256SUMS", *known])
     assert not partial_of(toy).exists()
 
 
-def test_known_file_systems_are_told_in_the_plan(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room the parts are copied and stay; without, it is said that they cannot make any."""
+def test_known_file_systems_are_reported_in_the_plan(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room the chunk files are copied and stay; without, it is said why they make none."""
     monkeypatch.setattr(inspect, "filesystem_type", lambda _: "vfat")
     plan = apply.status(asked(toy)).plan
     assert [type(s) for s in plan.actions][:1] == [Assemble]
@@ -626,10 +635,10 @@ def test_known_file_systems_are_told_in_the_plan(toy: Toy, monkeypatch: pytest.M
     assert kinds(caught.value) == {Kind.NO_SPACE, Kind.NOT_CONSUMABLE}
 
 
-def test_parts_on_another_file_system_make_no_room(
+def test_chunk_files_on_another_file_system_make_no_room(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, other_disk: Path
 ) -> None:
-    """Where parts and files are on two disks, consuming is pointless, and that is said."""
+    """Where chunk files and files are on two disks, consuming is pointless, and that is said."""
     (toy.root / "output").symlink_to(other_disk)
     detail = apply.status(asked(toy)).plan.actions[0].detail
     assert "the chunk files are on another file system" in detail
@@ -654,16 +663,16 @@ def other_disk(tmp_path: Path) -> Any:
 def test_where_blocks_are_shared_there_is_nothing_to_consume(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On XFS and Btrfs a copy takes no room anyway; the parts stay, and it is said why."""
+    """On XFS and Btrfs a copy takes no room anyway; the chunk files stay, and it is said why."""
     monkeypatch.setattr(inspect, "filesystem_type", lambda _: "xfs")
     monkeypatch.setattr(inspect, "BLOCK", 1)
     outcome = fetch(toy)
     assert "there is nothing to consume" in outcome.actions[0].detail
-    assert all(part.exists() for part in parts_of(toy))
+    assert all(part.exists() for part in chunk_files_of(toy))
 
 
-def test_consume_goes_with_sources_that_have_parts(toy: Toy) -> None:
-    """A source that takes no parts has none to consume."""
+def test_consume_goes_with_sources_that_have_chunk_files(toy: Toy) -> None:
+    """A source that takes no chunk files has none to consume."""
     with pytest.raises(UsageError, match="--consume is about parts"):
         replace(asked(toy), source="hf")
 
@@ -677,17 +686,17 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def large(artifact: Artifact) -> Artifact:
-    """The same artifact as if each of its parts had 8 GiB."""
+    """The same artifact as if each of its chunk files had 8 GiB."""
     size = 8 << 30
     pieces = tuple(replace(p, offset=i * size, size=size) for i, p in enumerate(artifact.pieces))
     return replace(artifact, size=size * len(pieces), pieces=pieces)
 
 
 def enlarge(toy: Toy) -> None:
-    """Makes the file and its parts large, in holes that take no disk."""
+    """Makes the file and its chunk files large, in holes that take no disk."""
     a, b, note = toy.manifest.artifacts
     toy.write_manifest(replace(toy.manifest, artifacts=(a, large(b), note)))
-    for part in parts_of(toy):
+    for part in chunk_files_of(toy):
         os.truncate(part, 8 << 30)
 
 
@@ -710,7 +719,7 @@ def test_too_little_disk_names_the_way_that_would_do(
 def test_it_never_starts_without_room_for_its_steps(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Less than the room for a step and its records is too little, and is told first."""
+    """Less than the room for a step and its records is too little, and is reported first."""
     with_free(monkeypatch, CONSUMING_ROOM - 1)
     with pytest.raises(NoSpace) as caught:
         apply.apply(asked(toy), Target.STAGED)
@@ -765,7 +774,7 @@ def test_with_two_files_the_advice_names_what_the_other_needs(
 def test_the_way_is_not_named_where_it_would_not_do(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A linked part, or no room even for a step: --consume is not offered."""
+    """A linked chunk file, or no room even for a step: --consume is not offered."""
     enlarge(toy)
     with_free(monkeypatch, CONSUMING_ROOM - 1)
     with pytest.raises(NoSpace) as caught:
@@ -784,7 +793,7 @@ def test_the_room_it_asks_for_covers_a_step_of_full_size() -> None:
 
 
 def test_a_line_about_consuming_is_read_as_nothing_else() -> None:
-    """Such a line is neither a proven piece nor an arrival, and those are not such lines."""
+    """Such a line is neither a verified piece nor an arrival, and those are not such lines."""
     for record in (Consumed(5, 7, "ab"), PieceRecord(0, 1, "ab", "x"), Arrival(0, 1, "ab")):
         assert parse_line(dump_record(record)) == record
 

@@ -1,4 +1,4 @@
-"""Where blocks come down: any order in, one order hashed, memory bounded."""
+"""Reorder buffer: any order in, one order hashed, memory bounded."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def ignore(*_: int) -> None:
     """Counts nothing."""
 
 
-class Strip:
-    """A landing of six blocks, from byte 4096 on, and what it recorded."""
+class SixBlocks:
+    """A reorder buffer of six blocks, from byte 4096 on, and what it recorded."""
 
     def __init__(self, folder: Path, held: int = COUNT, sinks: int = 1) -> None:
         self.target = OutputFile(folder / "strip")
@@ -43,9 +43,9 @@ class Strip:
         self.blocks = BufferPool(held)
         self.recorded: list[tuple[int, int]] = []
         self.stop = threading.Event()
-        self.landing = self.land()
+        self.reorder = self.begin()
 
-    def land(
+    def begin(
         self, arrived: Sequence[tuple[int, int]] = (), on_progress: Callable[[int], None] = ignore
     ) -> ReorderBuffer:
         return ReorderBuffer(
@@ -65,7 +65,7 @@ class Strip:
         data = DATA[index * BLOCK : (index + 1) * BLOCK]
         block = self.blocks.acquire()
         block.view[: len(data)] = data
-        self.landing.write(block, START + index * BLOCK, len(data))
+        self.reorder.write(block, START + index * BLOCK, len(data))
 
     def digests(self) -> set[str]:
         return {sink.hexdigest() for sink in self.sinks}
@@ -78,84 +78,84 @@ RIGHT = {hashlib.sha256(DATA).hexdigest()}
 
 
 @pytest.fixture
-def strip(tmp_path: Path) -> Iterator[Strip]:
+def six(tmp_path: Path) -> Iterator[SixBlocks]:
     """A strip on which nothing has landed."""
-    strip = Strip(tmp_path)
-    yield strip
-    strip.landing.close()
-    strip.target.close()
+    six = SixBlocks(tmp_path)
+    yield six
+    six.reorder.close()
+    six.target.close()
 
 
 @pytest.mark.parametrize("held", [0, 1, COUNT])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 4, 2]])
 def test_blocks_in_any_order_are_hashed_in_one(tmp_path: Path, order: list[int], held: int) -> None:
     """Whatever order the blocks have and however few may wait, both digests are the data's."""
-    strip = Strip(tmp_path, held, sinks=2)
+    six = SixBlocks(tmp_path, held, sinks=2)
     for index in order:
-        strip.put(index)
-    assert strip.landing.finish()
-    assert (strip.digests(), strip.written()) == (RIGHT, DATA)
-    strip.landing.close()
+        six.put(index)
+    assert six.reorder.finish()
+    assert (six.digests(), six.written()) == (RIGHT, DATA)
+    six.reorder.close()
 
 
-def test_many_threads_may_put(strip: Strip) -> None:
+def test_many_threads_may_put(six: SixBlocks) -> None:
     """Blocks from six threads at once make the same file."""
     with ThreadPoolExecutor(COUNT) as pool:
-        list(pool.map(strip.put, random.Random(2).sample(range(COUNT), COUNT)))
-    assert strip.landing.finish()
-    assert (strip.digests(), strip.written()) == (RIGHT, DATA)
+        list(pool.map(six.put, random.Random(2).sample(range(COUNT), COUNT)))
+    assert six.reorder.finish()
+    assert (six.digests(), six.written()) == (RIGHT, DATA)
 
 
-def test_every_block_is_recorded_once_it_is_written(strip: Strip) -> None:
+def test_every_block_is_recorded_once_it_is_written(six: SixBlocks) -> None:
     """The record of a block says where it lies, and not before it does."""
-    strip.put(2)
-    assert strip.recorded == [(START + 2 * BLOCK, BLOCK)]
-    assert strip.written()[2 * BLOCK :] == DATA[2 * BLOCK : 3 * BLOCK]
+    six.put(2)
+    assert six.recorded == [(START + 2 * BLOCK, BLOCK)]
+    assert six.written()[2 * BLOCK :] == DATA[2 * BLOCK : 3 * BLOCK]
 
 
-def test_what_is_missing_is_wanted(strip: Strip) -> None:
-    """What has not arrived is told in ranges, and the landing is not complete."""
-    strip.put(0)
-    strip.put(2)
+def test_what_is_missing_is_wanted(six: SixBlocks) -> None:
+    """What has not arrived is reported in ranges, and the reorder buffer is not complete."""
+    six.put(0)
+    six.put(2)
     gaps = [(START + BLOCK, START + 2 * BLOCK), (START + 3 * BLOCK, START + SIZE)]
-    assert strip.landing.wanted() == gaps
-    assert not strip.landing.finish()
+    assert six.reorder.wanted() == gaps
+    assert not six.reorder.finish()
 
 
-def test_what_an_earlier_run_wrote_is_read_back(strip: Strip) -> None:
+def test_what_an_earlier_run_wrote_is_read_back(six: SixBlocks) -> None:
     """Ranges that arrived earlier are hashed from the file, in their turn."""
-    strip.target.write(memoryview(DATA[: 2 * BLOCK + 5]), START, direct=False)
-    strip.landing.close()
-    strip.landing = strip.land([(START, START + 2 * BLOCK + 5)])
-    block = strip.blocks.acquire()
+    six.target.write(memoryview(DATA[: 2 * BLOCK + 5]), START, direct=False)
+    six.reorder.close()
+    six.reorder = six.begin([(START, START + 2 * BLOCK + 5)])
+    block = six.blocks.acquire()
     rest = DATA[2 * BLOCK + 5 : 3 * BLOCK]
     block.view[: len(rest)] = rest
     for index in (5, 4, 3):
-        strip.put(index)
-    strip.landing.write(block, START + 2 * BLOCK + 5, len(rest))
-    assert strip.landing.finish()
-    assert strip.digests() == RIGHT
+        six.put(index)
+    six.reorder.write(block, START + 2 * BLOCK + 5, len(rest))
+    assert six.reorder.finish()
+    assert six.digests() == RIGHT
 
 
-def test_bytes_are_counted_as_they_arrive(strip: Strip) -> None:
+def test_bytes_are_counted_as_they_arrive(six: SixBlocks) -> None:
     """The ticks add up to the size of the range, though none can be hashed until the last."""
     counted: list[int] = []
-    strip.landing.close()
-    strip.landing = strip.land(on_progress=counted.append)
+    six.reorder.close()
+    six.reorder = six.begin(on_progress=counted.append)
     for index in reversed(range(COUNT)):
-        strip.put(index)
+        six.put(index)
     assert sum(counted) == SIZE
 
 
-def test_blocks_are_used_again(strip: Strip) -> None:
+def test_blocks_are_used_again(six: SixBlocks) -> None:
     """In order, six blocks need no more memory than two."""
     lent = set()
     for index in range(COUNT):
-        block = strip.blocks.acquire()
+        block = six.blocks.acquire()
         lent.add(id(block))
-        strip.blocks.release(block)
-        strip.put(index)
-        while strip.landing._next < START + index * BLOCK:
+        six.blocks.release(block)
+        six.put(index)
+        while six.reorder._next < START + index * BLOCK:
             pass
     assert len(lent) <= 2
 
@@ -172,32 +172,32 @@ def test_a_line_ahead_waits_while_the_hashing_goes_on(
         feed(fd, offset, size, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr("csm_weights.transfer.reorder.feed", counting)
-    strip = Strip(tmp_path, held=2)
+    six = SixBlocks(tmp_path, held=2)
     for index in range(COUNT):
-        strip.put(index)
-    assert strip.landing.finish()
-    assert (strip.digests(), read_back) == (RIGHT, [])
-    strip.landing.close()
+        six.put(index)
+    assert six.reorder.finish()
+    assert (six.digests(), read_back) == (RIGHT, [])
+    six.reorder.close()
 
 
-def test_a_stop_ends_those_who_put_and_those_who_wait(strip: Strip) -> None:
+def test_a_stop_ends_those_who_put_and_those_who_wait(six: SixBlocks) -> None:
     """After a stop nothing lands, and waiting for the end ends."""
-    strip.put(3)
-    strip.stop.set()
+    six.put(3)
+    six.stop.set()
     with pytest.raises(Cancelled):
-        strip.put(4)
+        six.put(4)
     with pytest.raises(Cancelled):
-        strip.landing.finish()
+        six.reorder.finish()
 
 
-def test_a_file_that_cannot_be_read_back_is_told(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_back_is_reported(tmp_path: Path) -> None:
     """An error while reading back comes out of finish, not out of a thread nobody hears."""
-    strip = Strip(tmp_path, held=0)
-    strip.landing.close()
-    strip.landing = strip.land([(START, START + SIZE)])  # the file is empty
+    six = SixBlocks(tmp_path, held=0)
+    six.reorder.close()
+    six.reorder = six.begin([(START, START + SIZE)])  # the file is empty
     with pytest.raises(hashing.ShortRead):
-        strip.landing.finish()
-    strip.landing.close()
+        six.reorder.finish()
+    six.reorder.close()
 
 
 # ---- ranges
@@ -214,7 +214,7 @@ def members(ranges: Sequence[tuple[int, int]]) -> set[int]:
 def test_ranges_are_the_sets_they_stand_for(
     added: list[tuple[int, int]], window: tuple[int, int]
 ) -> None:
-    """What is missing, and how far it reaches, are as with sets of numbers."""
+    """What is missing, and how remote it reaches, are as with sets of numbers."""
     ranges, start = Ranges(added), window[0]
     missing = ranges.missing(*window)
     assert members(missing) == members([window]) - members(added)
@@ -232,30 +232,30 @@ def test_a_journal_line_about_no_bytes_counts_as_absent(offset: int, size: int) 
     assert parse_line(json.dumps(json.loads(line) | {"offset": offset, "size": size})) is None
 
 
-def test_bytes_that_have_arrived_are_not_written_over(strip: Strip) -> None:
+def test_bytes_that_have_arrived_are_not_written_over(six: SixBlocks) -> None:
     """A block over bytes that are there is refused: the digest may have passed them."""
-    strip.put(0)
+    six.put(0)
     with pytest.raises(ValueError, match="arrived already"):
-        strip.put(0)
-    assert strip.written() == DATA[:BLOCK]
+        six.put(0)
+    assert six.written() == DATA[:BLOCK]
 
 
 def test_blocks_go_back_when_a_landing_is_given_up(tmp_path: Path) -> None:
-    """After a landing that never ended, as many blocks may wait as before."""
-    strip = Strip(tmp_path, held=3)
+    """After a reorder buffer that never ended, as many blocks may wait as before."""
+    six = SixBlocks(tmp_path, held=3)
     for index in (2, 3, 4):
-        strip.put(index)
-    strip.landing.close()
-    assert [strip.blocks.reserve() for _ in range(4)] == [True, True, True, False]
+        six.put(index)
+    six.reorder.close()
+    assert [six.blocks.reserve() for _ in range(4)] == [True, True, True, False]
 
 
 def test_who_puts_hears_that_the_hashing_has_died(tmp_path: Path) -> None:
     """With the hashing dead, a line does not go on fetching the rest."""
-    strip = Strip(tmp_path, held=0)
-    strip.landing.close()
-    strip.landing = strip.land([(START, START + BLOCK)])  # the file is empty
+    six = SixBlocks(tmp_path, held=0)
+    six.reorder.close()
+    six.reorder = six.begin([(START, START + BLOCK)])  # the file is empty
     with pytest.raises(hashing.ShortRead):
         for index in range(1, COUNT):
-            strip.put(index)
+            six.put(index)
             time.sleep(0.05)
-    strip.landing.close()
+    six.reorder.close()

@@ -50,7 +50,7 @@ def ignore(_: int) -> None:
 
 
 @dataclass
-class Stall:
+class Case:
     """A place where a source has the file, with ways to spoil it, and a source for it.
 
     `take_away` makes the file vanish, `damage` changes a byte of the second
@@ -67,7 +67,7 @@ class Stall:
 
 
 def _published(root: Path) -> tuple[Artifact, Path]:
-    """The entry of the file in two pieces, its parts below `root`, and the file."""
+    """The entry of the file in two pieces, its chunk files below `root`, and the file."""
     file = root / "whole" / NAME
     file.parent.mkdir(parents=True)
     file.write_bytes(DATA)
@@ -80,24 +80,24 @@ def _cut(path: Path) -> None:
         file.truncate(path.stat().st_size - 1)
 
 
-def _local(root: Path, kind: str) -> Stall:
+def _local(root: Path, kind: str) -> Case:
     artifact, file = _published(root)
     second = root / artifact.pieces[1].part
     if kind == "parts":
-        return Stall(
+        return Case(
             artifact, ChunkFiles(root), second.unlink, lambda: flip(second), lambda: _cut(second)
         )
     source: Source = WholeFile(file)
     if kind == "damaged file":
         pieces = dict.fromkeys((piece.offset for piece in artifact.pieces), str(file))
         source = Candidate(PieceSource.SALVAGED, pieces, WholeFile(file, SIZE))
-    return Stall(
+    return Case(
         artifact, source, file.unlink, lambda: flip(file, SECOND + 1000), lambda: _cut(file)
     )
 
 
 @contextlib.contextmanager
-def _mirror(root: Path, ranges: bool, parts: bool) -> Iterator[Stall]:
+def _mirror(root: Path, ranges: bool, parts: bool) -> Iterator[Case]:
     artifact, file = _published(root)
     second = root / artifact.pieces[1].part
     spoilt, offset = (second, 1000) if parts else (file, SECOND + 1000)
@@ -105,7 +105,7 @@ def _mirror(root: Path, ranges: bool, parts: bool) -> Iterator[Stall]:
         serving(root if parts else root / "whole", ranges) as server,
         RangeDownloader(threading.Event(), timeouts=HASTY) as wire,
     ):
-        yield Stall(
+        yield Case(
             artifact,
             Mirror(wire, server.url),
             spoilt.unlink,
@@ -115,14 +115,14 @@ def _mirror(root: Path, ranges: bool, parts: bool) -> Iterator[Stall]:
 
 
 @contextlib.contextmanager
-def _hub(root: Path, resolve_cache: bool, lfs: bool) -> Iterator[Stall]:
+def _hub(root: Path, resolve_cache: bool, lfs: bool) -> Iterator[Case]:
     artifact, _ = _published(root)
     with HubServer() as hub, RangeDownloader(threading.Event(), timeouts=HASTY) as wire:
         hub.resolve_cache = resolve_cache
         hub.add_token("hf_good")
         commit = hub.add_repo("org/name", {NAME: DATA}, gated=True, lfs=lambda *_: lfs)
         host: Literal["hub", "storage"] = "storage" if lfs else "hub"
-        yield Stall(
+        yield Case(
             artifact,
             Hub(wire, HubCredentials(hub.endpoint, "hf_good"), "org/name", commit),
             lambda: hub.fault("status", match=NAME, code=404, headers=GONE),
@@ -132,7 +132,7 @@ def _hub(root: Path, resolve_cache: bool, lfs: bool) -> Iterator[Stall]:
         )
 
 
-STALLS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Stall]]] = {
+CASES: dict[str, Callable[[Path], contextlib.AbstractContextManager[Case]]] = {
     "parts": lambda root: contextlib.nullcontext(_local(root, "parts")),
     "whole file": lambda root: contextlib.nullcontext(_local(root, "whole file")),
     "damaged file": lambda root: contextlib.nullcontext(_local(root, "damaged file")),
@@ -150,17 +150,17 @@ STALLS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Stall]]] = 
 IN_PIECES = ("parts", "damaged file", "mirror of parts", "mirror of parts without ranges")
 
 
-@pytest.fixture(params=list(STALLS))
-def stall(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stall]:
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     """Each source with the file in two pieces."""
-    with STALLS[request.param](tmp_path) as stall:
-        yield stall
+    with CASES[request.param](tmp_path) as case:
+        yield case
 
 
-def run(stall: Stall, out: Path, *others: Source, whole: bool = False) -> VerifiedFile:
+def run(case: Case, out: Path, *others: Source, whole: bool = False) -> VerifiedFile:
     """Assembles the file from the source, then from others; as a whole with one digest if asked."""
-    artifact = replace(stall.artifact, pieces=()) if whole else stall.artifact
-    return assemble([job(artifact, out, first_of(stall.source, *others))], ignore, stall.stop)[0]
+    artifact = replace(case.artifact, pieces=()) if whole else case.artifact
+    return assemble([job(artifact, out, first_of(case.source, *others))], ignore, case.stop)[0]
 
 
 def job(
@@ -170,35 +170,35 @@ def job(
     return Assembly(artifact, out / "file", source, arrived=arrived, remote=far)
 
 
-def test_the_bytes_are_the_files(stall: Stall, tmp_path: Path) -> None:
-    """Every byte is delivered and proven."""
-    made = run(stall, tmp_path / "out")
+def test_the_bytes_are_the_files(case: Case, tmp_path: Path) -> None:
+    """Every byte is delivered and verified."""
+    made = run(case, tmp_path / "out")
     assert made.path.read_bytes() == DATA
-    assert made.sha256 == stall.artifact.sha256
+    assert made.sha256 == case.artifact.sha256
     assert made.notes == ()
 
 
-@pytest.mark.parametrize("name", [name for name in STALLS if name not in IN_PIECES])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in IN_PIECES])
 def test_one_digest_for_the_whole_file_will_do(name: str, tmp_path: Path) -> None:
-    """Where no pieces are pinned the file is proven as a whole."""
-    with STALLS[name](tmp_path) as stall:
-        made = run(stall, tmp_path / "out", whole=True)
-        assert (made.path.read_bytes(), made.sha256) == (DATA, stall.artifact.sha256)
+    """Where no pieces are pinned the file is verified as a whole."""
+    with CASES[name](tmp_path) as case:
+        made = run(case, tmp_path / "out", whole=True)
+        assert (made.path.read_bytes(), made.sha256) == (DATA, case.artifact.sha256)
         assert made.pieces == ()
 
 
-def test_what_is_not_there_is_missing(stall: Stall, tmp_path: Path) -> None:
+def test_what_is_not_there_is_missing(case: Case, tmp_path: Path) -> None:
     """A file that is not there ends in missing input, whoever lacks it."""
-    stall.take_away()
+    case.take_away()
     with pytest.raises(MissingInput):
-        run(stall, tmp_path / "out")
+        run(case, tmp_path / "out")
 
 
-def test_wrong_bytes_are_refused_and_named(stall: Stall, tmp_path: Path) -> None:
+def test_wrong_bytes_are_refused_and_named(case: Case, tmp_path: Path) -> None:
     """One byte of the second piece is wrong: the source is named, the first piece is kept."""
-    stall.damage()
+    case.damage()
     with pytest.raises(WrongContent) as caught:
-        run(stall, tmp_path / "out")
+        run(case, tmp_path / "out")
     assert [f.kind for f in caught.value.findings] == [Kind.WRONG_DIGEST]
     assert caught.value.findings[0].where != ""
     lines = (tmp_path / "out" / "file.partial.journal").read_text().splitlines()
@@ -206,19 +206,19 @@ def test_wrong_bytes_are_refused_and_named(stall: Stall, tmp_path: Path) -> None
     assert [record.offset for record in records] == [0]
 
 
-def test_a_file_that_is_too_short_is_refused(stall: Stall, tmp_path: Path) -> None:
+def test_a_file_that_is_too_short_is_refused(case: Case, tmp_path: Path) -> None:
     """A byte less than pinned is noticed, and nothing is assembled."""
-    stall.shorten()
+    case.shorten()
     with pytest.raises(WrongContent):
-        run(stall, tmp_path / "out")
+        run(case, tmp_path / "out")
     assert not (tmp_path / "out" / "file").exists()
 
 
-def test_another_source_steps_in_and_the_first_is_named(stall: Stall, tmp_path: Path) -> None:
+def test_another_source_steps_in_and_the_first_is_named(case: Case, tmp_path: Path) -> None:
     """A source that delivered wrong bytes is in the notes, and the next one gives that piece."""
     good, _ = _published(tmp_path / "good")
-    stall.damage()
-    made = run(stall, tmp_path / "out", WholeFile(tmp_path / "good" / "whole" / NAME))
+    case.damage()
+    made = run(case, tmp_path / "out", WholeFile(tmp_path / "good" / "whole" / NAME))
     assert made.path.read_bytes() == DATA
     assert [note.kind for note in made.notes] == [Kind.WRONG_DIGEST]
     assert made.pieces[1].source == str(tmp_path / "good" / "whole" / NAME)
@@ -226,9 +226,9 @@ def test_another_source_steps_in_and_the_first_is_named(stall: Stall, tmp_path: 
     assert good.pieces[0].sha256 == made.pieces[0].sha256
 
 
-def test_places_tell_no_secrets(stall: Stall, tmp_path: Path) -> None:
+def test_installs_tell_no_secrets(case: Case, tmp_path: Path) -> None:
     """What is recorded of where a piece came from has no token and no signature in it."""
-    made = run(stall, tmp_path / "out")
+    made = run(case, tmp_path / "out")
     text = " ".join(record.source for record in made.pieces)
     assert "hf_good" not in text
     assert "?" not in text and "@" not in text
@@ -237,23 +237,23 @@ def test_places_tell_no_secrets(stall: Stall, tmp_path: Path) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_has_arrived_is_not_asked_for_again(tmp_path: Path, whole: bool) -> None:
     """Ranges that an earlier run has written are hashed, not fetched."""
-    with STALLS["Hub"](tmp_path) as stall:
-        artifact = replace(stall.artifact, pieces=()) if whole else stall.artifact
+    with CASES["Hub"](tmp_path) as case:
+        artifact = replace(case.artifact, pieces=()) if whole else case.artifact
         partial = tmp_path / "out" / "file.partial"
         partial.parent.mkdir()
         here = (100_000, 2_000_001)
         partial.write_bytes(bytes(here[0]) + DATA[here[0] : here[1]])
         arrival = Arrival(here[0], here[1] - here[0], artifact.tiles[0].sha256)
-        made = assemble([job(artifact, tmp_path / "out", stall.source, (arrival,))], ignore)[0]
+        made = assemble([job(artifact, tmp_path / "out", case.source, (arrival,))], ignore)[0]
         assert made.path.read_bytes() == DATA
-        assert stall.fetched and stall.fetched() == SIZE - (here[1] - here[0])
+        assert case.fetched and case.fetched() == SIZE - (here[1] - here[0])
 
 
 def test_what_was_journaled_and_is_not_so_is_fetched_again(tmp_path: Path) -> None:
     """Ranges that a power cut has lost cost the piece once more, and blame nobody."""
-    with STALLS["Hub"](tmp_path) as stall:
-        arrival = Arrival(0, 2_000_000, stall.artifact.pieces[0].sha256)
-        again = job(stall.artifact, tmp_path / "out", first_of(stall.source), (arrival,))
+    with CASES["Hub"](tmp_path) as case:
+        arrival = Arrival(0, 2_000_000, case.artifact.pieces[0].sha256)
+        again = job(case.artifact, tmp_path / "out", first_of(case.source), (arrival,))
         made = assemble([again], ignore)[0]
         assert (made.path.read_bytes(), made.notes) == (DATA, ())
 
@@ -277,7 +277,7 @@ def test_every_block_that_arrives_is_journaled(tmp_path: Path) -> None:
 
 
 class BreakingOff:
-    """A disk that gives the first bytes of a part, and then an error."""
+    """A disk that gives the first bytes of a chunk file, and then an error."""
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
         with tempfile.TemporaryFile() as file:
@@ -292,10 +292,10 @@ class BreakingOff:
 
 @pytest.mark.parametrize("name", ["Hub", "mirror of parts", "mirror of files without ranges"])
 def test_a_server_goes_on_where_a_disk_breaks_off(name: str, tmp_path: Path) -> None:
-    """A part that ends in a read error is repaired by a server, which is not blamed for it."""
-    with STALLS[name](tmp_path) as stall:
-        source = first_of(BreakingOff(), stall.source)
-        made = assemble([job(stall.artifact, tmp_path / "out", source)], ignore)[0]
+    """A chunk file that ends in a read error is repaired by a server, which is not blamed."""
+    with CASES[name](tmp_path) as case:
+        source = first_of(BreakingOff(), case.source)
+        made = assemble([job(case.artifact, tmp_path / "out", source)], ignore)[0]
         assert made.path.read_bytes() == DATA
         assert {note.kind for note in made.notes} == {Kind.UNREADABLE}
 
@@ -307,8 +307,8 @@ def test_a_partial_that_is_the_caches_blob_is_not_written_to(tmp_path: Path) -> 
     partial = tmp_path / "out" / "file.partial"
     partial.parent.mkdir()
     partial.hardlink_to(blob)
-    with STALLS["parts"](tmp_path) as stall:
-        made = run(stall, tmp_path / "out")
+    with CASES["parts"](tmp_path) as case:
+        made = run(case, tmp_path / "out")
     assert (made.path.read_bytes(), blob.read_bytes()) == (DATA, b"another model")
     partial.unlink()
     partial.hardlink_to(blob)
