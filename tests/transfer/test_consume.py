@@ -673,7 +673,7 @@ def test_where_blocks_are_shared_there_is_nothing_to_consume(
 
 def test_consume_goes_with_sources_that_have_chunk_files(toy: Toy) -> None:
     """A source that takes no chunk files has none to consume."""
-    with pytest.raises(UsageError, match="--consume is about parts"):
+    with pytest.raises(UsageError, match="--consume is about chunk files"):
         replace(asked(toy), source="hf")
 
 
