@@ -153,9 +153,12 @@ def test_a_folder_on_pythons_path_is_refused(
 ) -> None:
     """Where Python imports from, no file of a model goes, by whatever name."""
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    (tmp_path / "lib/sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "lib/sub")
     with_manifest(root, "models/evil", "x.json")
-    with pytest.raises(WrongContent, match="Python imports from"):
-        weights(root, "all", dest=str(tmp_path / "lib/sub"))
+    for way in ("lib", "lib/sub/new", "link", "link/new"):
+        with pytest.raises(WrongContent, match="Python imports from"):
+            weights(root, "all", dest=str(tmp_path / way))
 
 
 def test_code_is_fetched_only_by_its_name(root: Path) -> None:
