@@ -143,7 +143,7 @@ class Kind(enum.StrEnum):
     MALFORMED = "malformed", Category.CONTENT
     UNSUPPORTED = "not supported", Category.CONTENT
     ACCESS_PAGE = "access page", Category.CONTENT
-    EXTRA_PART = "unexpected part", Category.CONTENT
+    EXTRA_CHUNK_FILE = "unexpected chunk file", Category.CONTENT
     UNREADABLE = "unreadable", Category.CONTENT
     CHANGED = "changed while read", Category.CONTENT
     IN_THE_WAY = "something in the way", Category.CONTENT

@@ -23,7 +23,7 @@ LEAST_SECONDS = 1.0
 WORTH_SHOWING = 32 << 20
 
 #: Seconds until work that is too small to be shown, or has no bytes, is named all the same;
-#: and until a rate is steady enough to be told, and a time left with it.
+#: and until a rate is steady enough to be shown, and a time left with it.
 NAMED_AFTER = 2.0
 
 

@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 class Malformed(Exception):
-    """Bytes break a rule of their format. `at` is the place inside the file, or empty."""
+    """A rule of a format that bytes break. `at` is the position inside the file, or empty."""
 
     kind = Kind.MALFORMED
 

@@ -204,7 +204,7 @@ def finding(kind: Kind) -> Finding:
         ([Kind.LFS_POINTER, Kind.MISSING], 3),
         ([Kind.MISSING, Kind.WRONG_DIGEST], 4),
         ([Kind.ACCESS_PAGE], 4),
-        ([Kind.EXTRA_PART], 4),
+        ([Kind.EXTRA_CHUNK_FILE], 4),
         ([Kind.NO_SPACE], 7),
         ([Kind.MISSING, Kind.NO_SPACE], 7),
         ([Kind.WRONG_DIGEST, Kind.NOT_WRITABLE], 7),

@@ -72,7 +72,7 @@ def _begins_with_hole(path: Path, size: int) -> bool:
         return False
     try:
         status = path.stat()
-        # By far the most chunk files are told by their stat alone; 512 is the unit of st_blocks.
+        # The stat alone is enough for most chunk files; 512 is the unit of st_blocks.
         if status.st_size != size or status.st_blocks * 512 >= size:
             return False
         fd = open_regular(path)

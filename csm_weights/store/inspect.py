@@ -156,30 +156,49 @@ def inspect(
     files are invalid whatever their receipts say. `good` has the offsets of
     the pieces that are right in them.
     """
-    one = _Inspection(manifest, paths, known_bad, good or {})
-    disk = one.disk
+    disk = _Disk(manifest, paths, known_bad, good or {})
     staging, destination = disk.nearest(paths.staging), disk.nearest(paths.destination)
     device = disk.device(paths.staging)
     return State(
         manifest=manifest,
         paths=paths,
-        artifacts=tuple(map(one.artifact, artifacts)),
+        artifacts=tuple(map(disk.artifact, artifacts)),
         free_staging=shutil.disk_usage(staging).free,
         free_destination=shutil.disk_usage(destination).free,
         same_filesystem=device == disk.device(paths.destination),
-        shares_blocks=one.shares_blocks(artifacts),
+        shares_blocks=disk.shares_blocks(artifacts),
         links_to_cache=paths.cache is not None and disk.device(paths.cache) == device,
     )
 
 
 class _Disk:
-    """What is asked about folders, each thing once in an inspection."""
+    """The disk in one inspection: each thing is asked about a folder once."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        paths: Paths,
+        known_bad: Mapping[Path, Finding],
+        good: Mapping[Path, frozenset[int]],
+    ) -> None:
+        self.manifest = manifest
+        self.paths = paths
+        self.known_bad = known_bad
+        self.good = good
         self.nearest = functools.cache(self._nearest)
         self.device = functools.cache(self._device)
         self.names = functools.cache(self._names)
         self.type = functools.cache(filesystem_type)
+        self.strays = functools.cache(self._strays)
+        self.cache = None
+        if paths.cache and manifest.repo:
+            with contextlib.suppress(OSError):
+                self.cache = CachedRepo(paths.cache, manifest.repo, manifest.revision)
+        self.chunk_names: dict[Path, set[str]] = {}
+        for artifact in manifest.artifacts:
+            for piece in artifact.pieces:
+                path = paths.root / piece.part
+                self.chunk_names.setdefault(path.parent, set()).add(path.name)
 
     def _nearest(self, folder: Path) -> Path:
         """Return the nearest folder on the way to `folder` that exists."""
@@ -193,33 +212,6 @@ class _Disk:
     def _names(self, folder: Path) -> list[str]:
         """Return the names in a folder, in order; none where it does not exist."""
         return sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-
-
-class _Inspection:
-    """One inspection: what it is about, and what is known before."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        paths: Paths,
-        known_bad: Mapping[Path, Finding],
-        good: Mapping[Path, frozenset[int]],
-    ) -> None:
-        self.manifest = manifest
-        self.paths = paths
-        self.known_bad = known_bad
-        self.good = good
-        self.disk = _Disk()
-        self.strays = functools.cache(self._strays)
-        self.cache = None
-        if paths.cache and manifest.repo:
-            with contextlib.suppress(OSError):
-                self.cache = CachedRepo(paths.cache, manifest.repo, manifest.revision)
-        self.chunk_names: dict[Path, set[str]] = {}
-        for artifact in manifest.artifacts:
-            for piece in artifact.pieces:
-                path = paths.root / piece.part
-                self.chunk_names.setdefault(path.parent, set()).add(path.name)
 
     def artifact(self, artifact: Artifact) -> ArtifactState:
         """Inspect one artifact."""
@@ -318,11 +310,11 @@ class _Inspection:
                 expected = f"only the {len(chunks)} chunk files of {artifact.path}"
                 found = "one more" if len(names) == 1 else f"{len(names):,} more, this one first"
                 mend = "move it away; is the manifest that of another model?"
-                yield Finding(Kind.EXTRA_PART, where, expected, found, mend)
+                yield Finding(Kind.EXTRA_CHUNK_FILE, where, expected, found, mend)
 
     def _strays(self, folder: Path, prefix: str) -> list[str]:
         """Return names in a folder that begin like those of chunk files, and are of none."""
-        names, known = self.disk.names(folder), self.chunk_names.get(folder, set())
+        names, known = self.names(folder), self.chunk_names.get(folder, set())
         alike = itertools.takewhile(
             lambda name: name.startswith(prefix),
             itertools.islice(names, bisect_left(names, prefix), None),
@@ -331,11 +323,11 @@ class _Inspection:
 
     def saves_nothing(self, chunks: Sequence[FileStatus]) -> str:
         """Return why consuming chunk files makes no room in staging, or an empty string."""
-        staging = self.disk.nearest(self.paths.staging)
-        device = self.disk.device(staging)
-        if any(self.disk.device(chunk.path.parent) != device for chunk in chunks):
+        staging = self.nearest(self.paths.staging)
+        device = self.device(staging)
+        if any(self.device(chunk.path.parent) != device for chunk in chunks):
             return f"the chunk files are on another file system than {staging}"
-        kind = self.disk.type(staging)
+        kind = self.type(staging)
         return f"{kind} cannot free parts of a file" if kind in NOT_PUNCHING else ""
 
     def shares_blocks(self, artifacts: Sequence[Artifact]) -> bool:
@@ -347,9 +339,9 @@ class _Inspection:
         if not pieces or any(piece.offset % BLOCK for piece in pieces):
             return False
         folders = {(self.paths.root / piece.part).parent for piece in pieces}
-        device = self.disk.device(self.paths.staging)
-        is_one = all(self.disk.device(folder) == device for folder in folders)
-        return is_one and self.disk.type(self.disk.nearest(self.paths.staging)) in SHARING
+        device = self.device(self.paths.staging)
+        is_one = all(self.device(folder) == device for folder in folders)
+        return is_one and self.type(self.nearest(self.paths.staging)) in SHARING
 
 
 def filesystem_type(path: Path) -> str:

@@ -300,7 +300,7 @@ def _attested(subject: Subject) -> str | None:
     """Return the whole sha256 that a receipt attests, where it may stand for hashing the whole.
 
     Only where it belongs to just the pinned pieces and the manifest pins the
-    whole too: then a forged receipt can say nothing but the truth. That these
+    whole too: then a forged receipt can claim nothing false. That these
     pieces make up this whole is arithmetic, not a claim about the disk.
     """
     receipt, artifact = subject.file.receipt, subject.artifact

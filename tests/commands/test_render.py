@@ -143,7 +143,7 @@ def test_a_hostile_part_name_cannot_drive_the_terminal(toy: Toy) -> None:
     """An escape sequence in the name of a file that is found is cleaned in every text."""
     toy.chunk_file("a.bin", 0).with_name(f"a.bin.part-{ESCAPE}").touch()
     survey = apply.status(toy.request())
-    assert "unexpected part" in as_text.render(survey)
+    assert "unexpected chunk file" in as_text.render(survey)
     assert is_clean(as_text.render(survey))
     assert is_clean(str(refusal(toy)))
 

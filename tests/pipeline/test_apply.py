@@ -196,7 +196,7 @@ BAD_CHUNK_FILES = [
     (damage_folder, Kind.UNREADABLE, 4),
     (damage_dangling, Kind.MISSING, 3),
     (damage_loop, Kind.MISSING, 3),
-    (damage_extra, Kind.EXTRA_PART, 4),
+    (damage_extra, Kind.EXTRA_CHUNK_FILE, 4),
 ]
 
 
@@ -223,7 +223,7 @@ def test_all_findings_come_at_once(toy: Toy) -> None:
     damage_extra(toy.chunk_file("b.bin", 2))
     with pytest.raises(WrongContent) as caught:
         weights(toy)
-    expected = {Kind.MISSING, Kind.LFS_POINTER, Kind.WRONG_SIZE, Kind.EXTRA_PART}
+    expected = {Kind.MISSING, Kind.LFS_POINTER, Kind.WRONG_SIZE, Kind.EXTRA_CHUNK_FILE}
     assert {f.kind for f in caught.value.findings} == expected
 
 

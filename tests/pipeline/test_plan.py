@@ -84,7 +84,7 @@ def artifact_states(draw: st.DrawFn, name: str) -> ArtifactState:
         staged=file_status(PLACES.staging / name, draw(conditions), artifact.size),
         journal=Journal(tuple(PieceRecord(p.offset, p.size, p.sha256, "x") for p in kept)),
         chunks=tuple(chunk_status(piece, draw(parts)) for piece in artifact.pieces),
-        extras=(finding(f"{name}-zz", Kind.EXTRA_PART),) if extras else (),
+        extras=(finding(f"{name}-zz", Kind.EXTRA_CHUNK_FILE),) if extras else (),
     )
 
 

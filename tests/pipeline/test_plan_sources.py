@@ -197,7 +197,7 @@ def test_what_keeps_the_hub_from_being_asked_is_the_finding() -> None:
 
 def test_chunk_files_too_many_do_not_matter_where_no_chunk_file_is_used() -> None:
     """An extra chunk file blocks assembling from chunk files, and nothing else."""
-    extra = (finding("chunks/a-zz", Kind.EXTRA_PART),)
+    extra = (finding("chunks/a-zz", Kind.EXTRA_CHUNK_FILE),)
     item = replace(an_item(pieces=2), extras=extra)
     assert make_plan(a_state(item), Target.STAGED, AUTO).findings == extra
     assert make_plan(a_state(item), Target.STAGED, FROM_HUB).findings == ()

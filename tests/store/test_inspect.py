@@ -150,7 +150,7 @@ def test_files_named_like_chunk_files_are_found_and_others_are_not(toy: Toy) -> 
     (folder / "SHA256SUMS").touch()
     extras = inspected(toy)["a.bin"].extras
     assert [(f.kind, f.where) for f in extras] == [
-        (Kind.EXTRA_PART, "chunks/toy/a.bin/a.bin.part-af")
+        (Kind.EXTRA_CHUNK_FILE, "chunks/toy/a.bin/a.bin.part-af")
     ]
 
 
