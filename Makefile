@@ -1,29 +1,57 @@
 # csm-weights: `make` shows what there is.
 #
 # Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  SOURCE=auto  URL='https://mirror ...'
-#            CONSUME=yes  SEAL=yes  SMOKE=no  PYTHON=python3.11
+#            REVISION=commit  PATIENCE=60  CONSUME=1  SEAL=1  SMOKE=0  PYTHON=python3.11
 
 MODEL  ?= csm-1b
-ONLY   ?=
-DEST   ?=
 SOURCE ?= auto
-URL    ?=
-CONSUME ?=
-SEAL   ?=
 SMOKE  ?= yes
 FUZZ_SECONDS ?= 300
 PYTHON ?= python3
-
 VENV ?= .venv
-INV  := $(VENV)/bin/inv
-PIP  := $(VENV)/bin/pip --disable-pip-version-check --quiet install --constraint constraints.txt
-SEALED := $(if $(filter yes,$(SEAL)),--seal)
-WHAT := --model '$(MODEL)' $(if $(ONLY),--only '$(ONLY)') $(if $(DEST),--dest '$(DEST)')
-FROM := --source '$(SOURCE)' $(foreach url,$(URL),--url '$(url)')
-GOING := $(if $(filter yes,$(CONSUME)),--consume)
 
-# Running the model needs torch; proving the files does not.
-ifeq ($(SMOKE),no)
+SWITCHES := CONSUME SEAL SMOKE
+KNOWN := MODEL ONLY DEST SOURCE URL REVISION PATIENCE FILE KEY NEW_KEY $(SWITCHES) \
+	FUZZ_SECONDS SEED MINUTES PYTHON VENV
+
+# Values are data: a call of make's functions in them is not made, here or in a recipe.
+$(foreach name,$(KNOWN),$(eval override $(name) := $$(value $(name))))
+
+given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+unknown := $(filter-out $(KNOWN) MAKEFLAGS,$(given))
+$(if $(unknown),$(error there is no variable $(unknown); there are $(KNOWN)))
+
+define newline
+
+
+endef
+$(foreach name,$(KNOWN),$(if $(findstring $(newline),$($(name))),$(error $(name) has a line end)))
+
+yes := 1 yes true on y YES TRUE Yes True ON
+no  := 0 no false off n NO FALSE No False OFF
+$(foreach name,$(SWITCHES),$(if $(filter-out $(yes) $(no),$($(name)))$(word 2,$($(name))),\
+	$(error $(name)=$($(name)): say $(name)=1 or $(name)=0)))
+
+quoted = '$(subst ','\'',$(1))'
+option = $(if $($(1)),--$(2) $(call quoted,$($(1))))
+switch = $(if $(filter $(yes),$($(1))),--$(2))
+
+WHAT  := --model $(call quoted,$(MODEL)) $(call option,ONLY,only) $(call option,DEST,dest)
+FROM  := $(call option,SOURCE,source) $(foreach url,$(URL),--url $(call quoted,$(url))) \
+	$(call option,REVISION,revision)
+GOING := $(call switch,CONSUME,consume)
+WAITING := $(call option,PATIENCE,patience)
+SEALED := $(call switch,SEAL,seal)
+
+# The programs of a virtual environment name its Python by its path.
+MOVED := echo "$(VENV) was made for another folder. Was this clone moved or renamed?" \
+	"Remove $(VENV) and run the same command again." >&2; exit 1
+INV := [ -x "$$(sed -n '1s/^..//p' $(VENV)/bin/inv)" ] || { $(MOVED); }; \
+	CSM_WEIGHTS_TYPED=make $(VENV)/bin/inv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+# Running the model needs torch; verifying the files does not.
+ifneq ($(filter $(no),$(SMOKE)),)
 RUN_ENV   := $(VENV)/.base
 SMOKE_OPT := --no-smoke
 else
@@ -36,23 +64,23 @@ endif
 	bench-download bench-load fuzz scanners
 
 help: ## Show this help
-	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=no]"
+	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 weights: $(VENV)/.base ## Assemble, place, gate and smoke-test MODEL: the whole line
 	@# What is missing is told before torch is installed.
 	@$(INV) weights $(WHAT) $(FROM) $(GOING) --dry > /dev/null
 	@$(MAKE) --silent --no-print-directory $(RUN_ENV)
-	@$(INV) weights $(WHAT) $(FROM) $(GOING) $(SEALED) $(SMOKE_OPT)
+	@$(INV) weights $(WHAT) $(FROM) $(GOING) $(WAITING) $(SEALED) $(SMOKE_OPT)
 
 doctor: $(VENV)/.base ## Find out what stands in the way of weights, before it fetches anything
-	@$(INV) doctor $(WHAT) $(FROM) $(SMOKE_OPT)
+	@$(INV) doctor $(WHAT) $(FROM) $(GOING) $(SMOKE_OPT)
 
 status: $(VENV)/.base ## Show what is here, what is missing, and what would be done
 	@$(INV) status $(WHAT) $(FROM) $(GOING)
 
 fetch: $(VENV)/.base ## Bring the files into output/, proven
-	@$(INV) fetch $(WHAT) $(FROM) $(GOING) $(SEALED)
+	@$(INV) fetch $(WHAT) $(FROM) $(GOING) $(WAITING) $(SEALED)
 
 place: $(VENV)/.base ## Move proven files from output/ to their place
 	@$(INV) place $(WHAT) $(SEALED)
@@ -61,7 +89,7 @@ verify: $(VENV)/.base ## Hash every file in place again and run all gates
 	@$(INV) verify $(WHAT)
 
 attest: $(VENV)/.attest ## Write where the files come from, signed with KEY=file or NEW_KEY=file
-	@$(INV) attest $(WHAT) $(if $(KEY),--key '$(KEY)') $(if $(NEW_KEY),--new-key '$(NEW_KEY)')
+	@$(INV) attest $(WHAT) $(call option,KEY,key) $(call option,NEW_KEY,new-key)
 
 smoke: $(VENV)/.smoke ## Load the model, let it speak, and check it
 	@$(INV) smoke $(WHAT)
@@ -70,17 +98,17 @@ seed-cache: $(VENV)/.base ## Give the files in place to the Hub's cache, for oth
 	@$(INV) seed-cache $(WHAT)
 
 compare: $(VENV)/.base ## Show that MODEL's two formats, or FILE='one other', hold equal tensors
-	@$(INV) compare --model '$(MODEL)' $(if $(DEST),--dest '$(DEST)') \
-		$(foreach file,$(FILE),--file '$(file)')
+	@$(INV) compare --model $(call quoted,$(MODEL)) $(call option,DEST,dest) \
+		$(foreach file,$(FILE),--file $(call quoted,$(file)))
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
-	@$(INV) clean $(if $(DEST),--dest '$(DEST)') --model '$(MODEL)'
+	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest)
 
 split: $(VENV)/.base ## Cut FILE=... into parts with digests and a manifest entry
-	@$(INV) split '$(FILE)'
+	@$(INV) split $(call quoted,$(FILE))
 
 lock: $(VENV)/.base ## Add digests that proven files show to MODEL's manifest
-	@$(INV) lock --model '$(MODEL)'
+	@$(INV) lock --model $(call quoted,$(MODEL))
 
 standin: $(VENV)/.base ## Write a full-size stand-in of CSM-1B (needs 25 GB of disk)
 	@$(INV) standin
@@ -88,10 +116,11 @@ standin: $(VENV)/.base ## Write a full-size stand-in of CSM-1B (needs 25 GB of d
 test: $(VENV)/.test ## Run the tests
 	@$(VENV)/bin/python -m pytest -n auto
 
-lint: $(VENV)/.test ## Check style, types and the shell script
+lint: $(VENV)/.test ## Check style, types, the layers of imports and the shell script
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/shellcheck recombine.sh .ci/run
 
 test-full: $(VENV)/.test ## Run the tests that need root, 45 GB of disk, or minutes
@@ -131,25 +160,26 @@ bench-load: $(VENV)/.test ## Measure loading, and on a GPU speaking, against saf
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is older than 3.11; say make PYTHON=python3.11" >&2; exit 1; }
-	@echo "setting up $(VENV) ..." >&2
+	@echo "setting up $(VENV), which takes some seconds ..." >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable .
+	@$(PIP) --quiet --editable .
 	@touch $@
 
 $(VENV)/.attest: $(VENV)/.base
-	@$(PIP) --editable '.[attest]'
+	@echo "installing what signing needs ..." >&2
+	@$(PIP) --quiet --editable '.[attest]'
 	@touch $@
 
 $(VENV)/.smoke: $(VENV)/.base
-	@echo "installing torch (SMOKE=no does without) ..." >&2
-	@$(PIP) --editable '.[smoke]'
+	@echo "installing torch, 0.2 to 3 GB; SMOKE=0 does without ..." >&2
+	@$(PIP) --editable '.[smoke]' >&2
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.smoke
 	@echo "installing what the tests need ..." >&2
-	@$(PIP) --editable '.[smoke,test]'
+	@$(PIP) --editable '.[smoke,test]' >&2
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.test
-	@$(PIP) --editable '.[fuzz]'
+	@$(PIP) --quiet --editable '.[fuzz]'
 	@touch $@

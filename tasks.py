@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from csm_weights.commands.cli import collection, task
+from csm_weights.commands import console
+from csm_weights.commands.cli import collection, refuse_typos, task
 
 
 @task(name="which stand-in: csm-1b-standin (12.4 GB) or csm-tiny")
@@ -23,3 +24,7 @@ namespace = collection(ROOT, standin)
 
 # This folder takes the files of models; nothing else is imported from it.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+if Path(sys.argv[0]).name in ("inv", "invoke"):
+    console.exit_on_interrupt()
+    refuse_typos(namespace, sys.argv[1:])

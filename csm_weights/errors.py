@@ -225,6 +225,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message that suggests the known word most like this one, if any is."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def from_os_error(error: OSError) -> CsmWeightsError:
     """Return the error of this package for one of the operating system's that got this far."""
     found, where = error.strerror or str(error), str(error.filename or "the disk")

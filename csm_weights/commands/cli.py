@@ -8,8 +8,6 @@ Listing the tasks imports nothing of the package but this and its errors.
 from __future__ import annotations
 
 import inspect
-import io
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from invoke.collection import Collection
 from invoke.context import Context
-from invoke.exceptions import Exit
+from invoke.exceptions import Exit, ParseError
+from invoke.parser import Parser
+from invoke.program import Program
 from invoke.tasks import Task
 
-from csm_weights import errors
-from csm_weights.errors import CsmWeightsError, UsageError
+from csm_weights.errors import UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from csm_weights.pipeline.outcome import Outcome
@@ -100,10 +99,17 @@ def task(*names: str, **helps: str) -> Callable[[_Function], Task[Any]]:
         name = function.__name__.replace("_", "-")
 
         def body(context: Context, **options: Any) -> None:
-            _refuse_core_options(context, name)
             as_json = options.pop("json", False)
             given = {parameter.name: options.pop(parameter.name) for parameter in own}
-            _run(lambda: function(_first(first.name, context, options), **given), as_json)
+
+            def call() -> object:
+                _refuse_core_options(context, name)
+                return function(_first(first.name, context, options), **given)
+
+            from csm_weights.commands import console
+
+            if code := console.run(call, as_json):
+                raise Exit(code=code)
 
         shared = [n for n in names if n not in {parameter.name for parameter in own}]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -123,6 +129,30 @@ def collection(root: Path, *more: Task[Any]) -> Collection:
     made = Collection(*(one for one in globals().values() if isinstance(one, Task)), *more)
     made.configure({"csm_weights": {"root": str(root)}})
     return made
+
+
+def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
+    """Raise Exit with a suggestion where Invoke's own parser would refuse a command line."""
+    try:
+        Parser(tasks.to_contexts(), Program().initial_context).parse_argv(list(words))
+    except ParseError as error:
+        message = printable(f"error: {_explained(error, tasks)}")
+        raise Exit(message, code=UsageError.exit_code) from None
+
+
+def _explained(error: ParseError, tasks: Collection) -> str:
+    """Return what Invoke's parser found, and what was most likely meant."""
+    if valueless := re.match("Flag <Argument: ([a-z-]+)", str(error)):
+        return f"--{valueless[1]} needs a value"
+    unknown = re.match("No idea what '(.*)' is!", str(error), re.DOTALL)
+    if not unknown:
+        return str(error)
+    word, task = unknown[1], error.context
+    manifests = Path(tasks.configuration()["csm_weights"]["root"], "manifests")
+    if task and task.name and (manifests / f"{word}.toml").is_file():
+        return f"{task.name} takes a model as an option: inv {task.name} --model {word}"
+    known = [*tasks.task_names, *(task.flags if task else [])]
+    return f"there is no task or option {word!r}{did_you_mean(word, known)}"
 
 
 def _first(name: str, context: Context, options: dict[str, Any]) -> object:
@@ -157,65 +187,17 @@ def make_request(
 
 
 def _refuse_core_options(context: Context, name: str) -> None:
-    """Raise Exit where Invoke takes an option for its own and the task would ignore it."""
-    words = sys.argv[sys.argv.index(name) + 1 :] if name in sys.argv else []
-    letters = [word for word in words if re.fullmatch(r"-[A-Za-z]\w*", word)]
+    """Raise UsageError where Invoke takes an option for its own and the task would ignore it."""
+    after = sys.argv[sys.argv.index(name) + 1 :] if name in sys.argv else []
+    if context.config.run.dry and "--dry" in after:
+        raise UsageError(f"{name} has no --dry; see inv --help {name}")
     if context.config.run.dry:
-        message = (
-            f"--dry before a task, or of a task that has none, is Invoke's own option and keeps "
-            f"nothing from being written; see inv --help {name}"
+        raise UsageError(
+            "--dry before a task is Invoke's own option, and files would be written all the same;"
+            f" put it after the task: inv {name} --dry"
         )
-    elif letters:
-        message = (
-            f"{letters[0]} is no option of {name}: its options are long, see inv --help {name}"
-        )
-    else:
-        return
-    raise Exit(message, code=UsageError.exit_code)
-
-
-def _run(call: Callable[[], object], as_json: bool) -> None:
-    """Show what a call returns or raises; raise Exit with the exit code of its error."""
-    import signal
-
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack the letters of a name
-        sys.stdout.reconfigure(errors="backslashreplace")
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        result = call()
-    except CsmWeightsError as error:
-        result = error
-    except OSError as error:
-        result = errors.from_os_error(error)
-    except UnicodeEncodeError as error:
-        name = ascii(str(error.object))[:200]
-        result = errors.UsageError(
-            f"the name {name} cannot be written in {error.encoding}, the encoding of this locale;"
-            " set PYTHONUTF8=1, or a UTF-8 locale"
-        )
-    except KeyboardInterrupt:
-        result = errors.Interrupted(
-            "interrupted; what was verified is kept, run the same command again"
-        )
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    from csm_weights.commands.render import json, text
-
-    if as_json:
-        _print(json.render(result))
-    elif not isinstance(result, CsmWeightsError):
-        _print(text.render(result))
-    ending = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
-    if ending:
-        raise Exit(text.render(ending), code=ending.exit_code)
-
-
-def _print(text: str) -> None:
-    """Print a result; that a pager or `head` wants no more of it changes no exit code."""
-    try:
-        print(text, flush=True)  # noqa: T201
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if letters := [word for word in after if re.fullmatch(r"-[A-Za-z]\w*", word)]:
+        raise UsageError(f"{name} has no {letters[0]}, only long options; see inv --help {name}")
 
 
 # ---- the tasks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from csm_weights.errors import UsageError
+from csm_weights.errors import UsageError, did_you_mean
 from csm_weights.manifest.paths import is_code
 
 SCHEMA = 1
@@ -142,8 +142,9 @@ class Manifest:
         for word in wanted:
             if word != "all" and word not in known:
                 groups = ", ".join(sorted({a.group for a in self.artifacts}))
+                hint = did_you_mean(word, [*known, "all"])
                 raise UsageError(
-                    f"nothing called {word!r} in {self.name}; choose from {groups}, all"
+                    f"nothing called {word!r} in {self.name}; choose from {groups}, all{hint}"
                 )
         chosen = tuple(
             a

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.config import check_mirror
-from csm_weights.errors import UsageError
+from csm_weights.errors import UsageError, did_you_mean
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.types import Manifest
@@ -15,6 +15,9 @@ from csm_weights.transfer.policy import HUB, REMOTE
 
 #: Words for where pieces may come from; auto is every source there is.
 SOURCES = ("auto", "chunks", "hf", "mirror")
+
+#: What people call some of them.
+_OTHER_WORDS = {"huggingface": "hf", "hub": "hf", "parts": "chunks", "url": "mirror", "all": "auto"}
 
 #: A commit, or the name of a branch or tag.
 REVISION = re.compile(r"[\w][\w./-]{0,200}", re.ASCII)
@@ -43,7 +46,10 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
-            raise UsageError(f"no source called {self.source!r}; there are {', '.join(SOURCES)}")
+            near = _OTHER_WORDS.get(self.source.lower()) or self.source
+            hint = did_you_mean(near, SOURCES)
+            known = ", ".join(SOURCES)
+            raise UsageError(f"no source called {self.source!r}; there are {known}{hint}")
         for url in self.urls:
             check_mirror(url, REMOTE.keys() - {HUB})
         if self.urls and self.source in ("chunks", "hf"):
@@ -56,6 +62,11 @@ class Request:
             raise UsageError(f"--revision {self.revision!r} is not a commit, branch or tag")
 
 
+def manifests(root: Path) -> list[Path]:
+    """Return the manifests below a root, in the order of their names."""
+    return sorted((root / "manifests").glob("*.toml"))
+
+
 def find_manifest(root: Path, model: str) -> Manifest:
     """Return the manifest called `model` in manifests/, or at that path.
 
@@ -66,8 +77,7 @@ def find_manifest(root: Path, model: str) -> Manifest:
     if not by_path and path_problem(model):
         raise UsageError(f"{model!r} is not a model's name")
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in (root / "manifests").glob("*.toml")))
-        raise UsageError(
-            f"no manifest for model {model!r}; there are {known}, or give a .toml path"
-        )
+        known = [path.stem for path in manifests(root)]
+        hint = did_you_mean(model, known) or ", or give the path of a manifest (.toml)"
+        raise UsageError(f"no model called {model!r}; there are {', '.join(known)}{hint}")
     return load(path)

@@ -18,6 +18,7 @@ import pytest
 
 from csm_weights.commands import doctor
 from csm_weights.commands.doctor import CheckResult, DoctorReport, Verdict
+from csm_weights.commands.render import blocks
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.errors import CsmWeightsError, Kind
@@ -145,7 +146,7 @@ def code_of_weights(bench: Bench) -> int:
 
 
 def said(diagnosis: DoctorReport) -> str:
-    told = [as_text.render(one) for one in (diagnosis, diagnosis.error) if one]
+    told = [as_text.render(diagnosis), *map(blocks.error, filter(None, [diagnosis.error]))]
     return " ".join("\n".join(told).split())
 
 

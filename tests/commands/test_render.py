@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from csm_weights.commands import verify
+from csm_weights.commands.render import blocks
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.commands.render.blocks import SHORT, WIDTH, table
@@ -160,7 +161,7 @@ def test_a_line_end_in_a_part_name_cannot_forge_a_line(toy: Toy) -> None:
 
 def test_a_hostile_destination_cannot_drive_the_terminal(toy: Toy) -> None:
     """What a person, or a script, gave as --dest is cleaned too."""
-    survey = apply.status(toy.request(dest=f"there{ESCAPE}"))
+    survey = apply.status(toy.request(dest=f"models/there{ESCAPE}"))
     assert is_clean(as_text.render(survey))
     state = replace(survey.state)
     assert is_clean(as_text.render(Outcome(state)))
@@ -213,7 +214,7 @@ def test_a_failed_outcome_says_what_is_wrong(toy: Toy) -> None:
         ["NOT", "OK", "digest", "2", "of", "3", "files"]
     ]
     assert "OK:" not in text
-    error = as_text.render(failed.error)
+    error = blocks.error(failed.error)
     assert error.startswith("error: verification failed\n  wrong digest: ")
     assert [line.split()[0] for line in error.split("\n")[2:]] == [
         "expected",
@@ -404,7 +405,7 @@ def test_an_error_in_words_has_every_finding_and_the_help() -> None:
 def test_an_error_on_the_screen_is_blocks_of_eighty_columns() -> None:
     """A finding has a line each for what, expected, found and help; a command is not cut."""
     finding = replace(FINDING, where="a", help="word " * 20 + "inv weights --model toy --dest x")
-    text = as_text.render(WrongContent("wrong", [finding], "  1. " + "advice " * 20))
+    text = blocks.error(WrongContent("wrong", [finding], "  1. " + "advice " * 20))
     assert text.split("\n") == [
         "error: wrong",
         "  no space: a",

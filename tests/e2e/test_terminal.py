@@ -101,10 +101,9 @@ def test_weights_of_that_name(clone: Clone, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_names_like_that(clone: Clone, tmp_path: Path) -> None:
-    """Globals, records and tensor names of a checkpoint are shown escaped."""
+    """Globals and records of a checkpoint are shown escaped."""
     bad = [
         hostile.checkpoint(b"\x80\x02c\x1b[2J\n\x9b31m\n."),
-        hostile.checkpoint(hostile.state_dict(hostile.text(EVIL[:-1]), b"K\1")),
         hostile.BAD_ZIPS["name_with_control_characters"][0],
     ]
     for content in bad:

@@ -194,10 +194,10 @@ def test_without_weights_four_ways_to_get_them_are_told(clone: Clone) -> None:
 
 
 def test_make_turns_a_failure_into_exit_code_2(clone: Clone) -> None:
-    """`make weights` without weights says the same as inv, and ends with make's own 2."""
+    """`make weights` without weights says what inv says, and ends with make's own 2."""
     result = clone.make_target("weights")
     assert result.returncode == 2
-    assert clone.inv("weights").stderr in result.stderr
+    assert clone.inv("weights").stderr.splitlines()[:6] == result.stderr.splitlines()[:6]
 
 
 def test_make_alone_names_every_task(clone: Clone) -> None:
@@ -364,10 +364,43 @@ def test_inv_ends_with_the_code_of_the_readme_and_says_so_in_json(
 
 
 def test_an_unknown_option_is_a_usage_error(clone: Clone) -> None:
-    """An option that no task has ends with 1 and is named."""
+    """An option that no task has ends with 2 and is named."""
     result = clone.inv("weights", "--smoke-test")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "--smoke-test" in result.stderr
+
+
+TRAPS = [
+    (("weights", "csm-tiny"), "inv weights --model csm-tiny"),
+    (("wieghts",), "did you mean weights?"),
+    (("weights", "--sorce", "hf"), "did you mean --source?"),
+    (("weights", "--model"), "--model needs a value"),
+    (("weights", "--model", "csm-tinny"), "did you mean csm-tiny?"),
+    (("weights", *TINY, "--source", "huggingface"), "did you mean hf?"),
+    (("weights", *TINY, "--only", "safetensor"), "did you mean safetensors?"),
+    (("--dry", "fetch", *TINY), "put it after the task: inv fetch --dry"),
+    (("verify", *TINY, "--write-sums", "--dry"), "verify has no --dry"),
+    (("weights", *TINY, "-e"), "weights has no -e, only long options"),
+    (("weights", *TINY, "-r", "main"), "weights has no -r, only long options"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), TRAPS, ids=[" ".join(a) for a, _ in TRAPS])
+def test_a_slip_is_refused_with_what_was_meant(
+    clone: Clone, arguments: tuple[str, ...], said: str
+) -> None:
+    """A typo, and an option that Invoke would take for its own, end with 2 and do nothing."""
+    before = clone.tree()
+    result = clone.inv(*arguments)
+    assert (result.returncode, clone.tree()) == (2, before)
+    assert said in " ".join(result.stderr.split())
+
+
+def test_h_is_help(clone: Clone) -> None:
+    """`inv status -h` shows the help of status, as everywhere."""
+    result = clone.inv("status", "-h")
+    assert (result.returncode, "Show what is here" in result.stdout) == (0, True)
+    assert "-h" not in result.stdout
 
 
 JSON_COMMANDS = [
@@ -655,6 +688,7 @@ def test_listing_the_tasks_imports_only_their_list(clone: Clone) -> None:
     assert {name for name in modules if name.startswith("csm_weights.")} == {
         "csm_weights.commands",
         "csm_weights.commands.cli",
+        "csm_weights.commands.console",
         "csm_weights.errors",
     }
     assert top_level(modules) & {"torch", "numpy", "tqdm", "filelock", "requests"} == set()

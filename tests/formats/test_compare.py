@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csm_weights.commands.compare import compare
+from csm_weights.commands.render import blocks
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.errors import Kind, MissingInput, UsageError, WrongContent
@@ -569,7 +570,7 @@ def test_the_text_of_a_difference_says_where(compared: Compared) -> None:
     assert "0.0 (0x00000000) against 0.5 (0x3f000000)" in text
     assert "\x1b" not in text
     assert comparison.error is not None
-    message = as_text.render(comparison.error).splitlines()[0]
+    message = blocks.error(comparison.error).splitlines()[0]
     assert message == "error: 2 tensors differ, the first at a[1, 2]; 0 are equal"
     data = json.loads(
         as_json.render(comparison),
@@ -588,6 +589,7 @@ import sys
 from pathlib import Path
 from csm_weights import concurrency
 from csm_weights.commands import compare as command
+from csm_weights.commands.render import blocks
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.formats import compare

@@ -12,7 +12,10 @@ from csm_weights.errors import CsmWeightsError, Finding, printable
 WIDTH = 80
 
 #: A command that messages tell a person to run.
-COMMAND = re.compile(r"\binv [a-z][a-z-]*(?: --[a-z-]+(?:[= ](?!-)[^\s,;`]+)?)*")
+COMMAND = re.compile(
+    r"\binv [a-z][a-z-]*(?: --(?:(?:model|only|dest|source|url|revision|repo|file|key|size)[= ]"
+    r"[^\s,;`]+|[a-z-]+\b(?!=)))*"
+)
 
 #: Stands for a space at which no line may end; no message has it, since it is not printable.
 _GLUE = "\0"

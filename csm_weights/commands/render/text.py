@@ -12,7 +12,7 @@ from csm_weights.commands.doctor import DoctorReport, Verdict
 from csm_weights.commands.render import blocks
 from csm_weights.commands.render.blocks import SHORT, count, paragraph, table
 from csm_weights.commands.seed_cache import Seeding
-from csm_weights.errors import CsmWeightsError, printable
+from csm_weights.errors import printable
 from csm_weights.formats.compare import Comparison, Difference
 from csm_weights.formats.tensor_index import MAX_FINDINGS
 from csm_weights.formats.transformers_layout import Layout, Summary
@@ -28,13 +28,8 @@ from csm_weights.verify.gates import Gate, GateResult
 
 @singledispatch
 def render(result: object) -> str:
-    """Return what a task shows of its result on stdout; of an error, on stderr."""
+    """Return what a task shows of its result; its error is told by itself, by `blocks.error`."""
     return str(result)
-
-
-@render.register
-def _error(error: CsmWeightsError) -> str:
-    return blocks.error(error)
 
 
 # ---- status, and dry runs

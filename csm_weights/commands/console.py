@@ -1,0 +1,166 @@
+"""How a task meets a person: streams, signals, colours, and commands as they are typed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TextIO
+
+from csm_weights import errors
+from csm_weights.errors import CsmWeightsError, NoSpace
+
+#: Set to "make" where make has called the task: messages then tell make's commands.
+TYPED = "CSM_WEIGHTS_TYPED"
+
+#: What a person writes after make for an option of a task.
+MAKE = {
+    **{f"--{name}": name.upper() for name in ("model", "only", "dest", "source", "url")},
+    **{f"--{name}": name.upper() for name in ("revision", "patience", "file", "key")},
+    "--consume": "CONSUME=1",
+    "--seal": "SEAL=1",
+    "--no-smoke": "SMOKE=no",
+}
+
+_OK = re.compile(r"^(OK)\b", re.MULTILINE)
+_NOT_OK = re.compile(r"^(NOT OK|error)\b", re.MULTILINE)
+
+
+def run(call: Callable[[], object], as_json: bool) -> int:
+    """Show what a call returns or raises, and return the exit code."""
+    _open_streams()
+    try:
+        with _interruptible():
+            return _show(_result_of(call), as_json)
+    except KeyboardInterrupt:
+        # During an import, or while the result was printed.
+        return errors.Interrupted.exit_code
+
+
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C end the program without a word as long as no task runs, as during imports."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit)
+
+
+def _exit(*_: object) -> NoReturn:
+    sys.exit(errors.Interrupted.exit_code)
+
+
+def _result_of(call: Callable[[], object]) -> object:
+    """Return what a call returns, or the error of this package for what it raises."""
+    try:
+        return call()
+    except CsmWeightsError as error:
+        return error
+    except OSError as error:
+        return errors.from_os_error(error)
+    except KeyboardInterrupt:
+        message = "interrupted; what was verified is kept, run the same command again"
+        return errors.Interrupted(message)
+    except UnicodeEncodeError as error:
+        return errors.UsageError(
+            f"the name {ascii(str(error.object))[:200]} cannot be written in {error.encoding}, the"
+            " encoding of this locale; set PYTHONUTF8=1, or a UTF-8 locale"
+        )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+            raise
+        return CsmWeightsError("out of memory: free some, or raise the limit (ulimit -v)")
+
+
+def _show(result: object, as_json: bool) -> int:
+    """Print a result on stdout and its error on stderr; return the exit code."""
+    error = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
+    code: int = error.exit_code if error else 0
+    try:
+        if as_json:
+            from csm_weights.commands.render import json
+
+            _print(json.render(result), sys.stdout)
+        elif result is not error:
+            from csm_weights.commands.render import text
+
+            _print(_painted(_as_typed(text.render(result)), sys.stdout), sys.stdout)
+    except OSError as problem:
+        error = NoSpace(f"the result cannot be printed: {problem.strerror}")
+        code = error.exit_code
+    if error:
+        from csm_weights.commands.render import blocks
+
+        with contextlib.suppress(OSError):
+            _print(_painted(_as_typed(blocks.error(error)), sys.stderr), sys.stderr)
+    return code
+
+
+def _print(text: str, stream: TextIO | None) -> None:
+    """Print a text; that nobody reads it any more is no error."""
+    if stream is None:
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        # What is left in the stream's buffer would fail again when the program ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def _painted(text: str, stream: TextIO | None) -> str:
+    """Return the text with its verdicts in colour, where the stream is a terminal that has it."""
+    has_colour = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    if not has_colour or os.environ.get("NO_COLOR"):
+        return text
+    return _NOT_OK.sub("\x1b[31m\\1\x1b[0m", _OK.sub("\x1b[32m\\1\x1b[0m", text))
+
+
+def _as_typed(text: str) -> str:
+    """Return the text with the commands that a person types: make's, where that was used."""
+    if os.environ.get(TYPED) != "make":
+        return text
+    from csm_weights.commands.render.blocks import COMMAND
+
+    return re.sub(rf"{COMMAND.pattern}|(?<![\w-])--[a-z-]+", _make_words, text)
+
+
+def _make_words(found: re.Match[str]) -> str:
+    """Return a command or an option of inv as one of make, or as it is where make has none."""
+    words = found[0]
+    if not words.startswith("inv "):
+        return MAKE.get(words, words)
+    options = re.findall(r" (--[a-z-]+)(?:[= ]([^\s-]\S*))?", words)
+    if not all(name in MAKE for name, _ in options):
+        return f".venv/bin/{words}"
+    given = [f"{MAKE[name]}={value}" if value else MAKE[name] for name, value in options]
+    return " ".join(["make", words.split(" ")[1], *given])
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let an interrupt, and a termination signal, raise KeyboardInterrupt."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _open_streams() -> None:
+    """Make file descriptors 0 to 2 somebody's, and the streams print any name.
+
+    A file that is opened while one of them is closed would get its number, and
+    with it what a library prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
