@@ -123,7 +123,7 @@ def test_a_file_that_ends_early_is_a_short_read(file: Path, whole: bool) -> None
 
 
 def test_a_missing_file_is_an_os_error(file: Path) -> None:
-    """A file that went away is told as the system tells it, among good ones."""
+    """A file that went away is reported as the system tells it, among good ones."""
     jobs = [HashJob(file, SIZE, (), True), HashJob(file.with_name("gone"), 1, (), True)]
     with pytest.raises(FileNotFoundError):
         measure(jobs, ignore)
@@ -160,14 +160,14 @@ def test_results_come_in_the_order_of_the_tasks() -> None:
 
 
 def wait_until(stop: threading.Event) -> None:
-    """A worker that ends when it is told to, as `feed` does."""
+    """A worker that ends when it is asked to, as `feed` does."""
     if not stop.wait(PATIENCE):
         raise AssertionError("nobody set stop")
     raise Cancelled
 
 
 def test_a_failure_stops_the_others_and_is_raised() -> None:
-    """The failing task's error arrives, and the tasks beside it are told to stop."""
+    """The failing task's error arrives, and the tasks beside it are asked to stop."""
     stop = threading.Event()
 
     def fail() -> None:
@@ -182,17 +182,17 @@ def test_a_failure_stops_the_others_and_is_raised() -> None:
 def test_an_interrupt_stops_the_tasks() -> None:
     """Ctrl-C in the calling thread ends the workers before it is raised."""
     stop = threading.Event()
-    told: list[bool] = []
+    asked: list[bool] = []
     caller = threading.get_ident()
 
     def work() -> None:
         time.sleep(0.05)  # until the caller waits, as it does all but a moment of a run
         signal.pthread_kill(caller, signal.SIGINT)
-        told.append(stop.wait(PATIENCE))
+        asked.append(stop.wait(PATIENCE))
 
     with pytest.raises(KeyboardInterrupt):
         run_all([work], stop)
-    assert told == [True]
+    assert asked == [True]
 
 
 # ---- InOrderDigest
@@ -209,7 +209,7 @@ class Worker:
         self.chain, self.fd, self.index, self.tile = chain, fd, index, tile
         self.began = False
 
-    def step(self, proven: bool = True) -> None:
+    def step(self, verified: bool = True) -> None:
         """Begins, and the second time finishes."""
         if not self.began:
             self.claimed = self.chain.claim(self.index)
@@ -217,7 +217,7 @@ class Worker:
             return
         if self.claimed:
             feed(self.fd, *self.tile, [self.claimed], ignore)
-        self.chain.finish(self.index, self.claimed, proven)
+        self.chain.finish(self.index, self.claimed, verified)
 
 
 @settings(max_examples=80, deadline=None)
@@ -239,12 +239,12 @@ def test_chain_is_the_whole_digest_in_any_order(
 def test_chain_has_no_digest_while_a_piece_is_unproven(
     fd: int, tiles: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    """One piece that was not proven leaves the whole without a digest."""
+    """One piece that was not verified leaves the whole without a digest."""
     chain = InOrderDigest(fd, starts_of(tiles), threading.Event())
     workers = [Worker(chain, fd, i, tile) for i, tile in enumerate(tiles)]
     bad = data.draw(st.integers(0, len(tiles) - 1))
     for index in data.draw(st.permutations([*range(len(tiles))] * 2)):
-        workers[index].step(proven=index != bad)
+        workers[index].step(verified=index != bad)
     assert chain.hexdigest() is None
 
 

@@ -247,7 +247,7 @@ def test_a_closed_stderr_stops_no_work(
     ],
 )
 def test_sizes_have_one_unit_family(count: int, words: str) -> None:
-    """Sizes are told in units of 1024, with one digit after the point."""
+    """Sizes are shown in units of 1024, with one digit after the point."""
     assert format_size(count) == words
 
 

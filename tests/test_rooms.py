@@ -71,7 +71,7 @@ def test_the_light_half_loads_nothing_heavy(code: str) -> None:
 
 
 def test_a_status_loads_nothing_heavy() -> None:
-    """Looking and planning, with a report of it, loads no torch on the way either."""
+    """Inspecting and planning, with a report of it, loads no torch on the way either."""
     code = """
 from pathlib import Path
 from csm_weights.commands.render import json as as_json

@@ -92,7 +92,7 @@ def git_sha1(data: bytes) -> str:
 
 
 class Hub:
-    """A cache that does not exist yet, and the proven files for it."""
+    """A cache that does not exist yet, and the verified files for it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -102,11 +102,11 @@ class Hub:
         self.blobs = self.repository / "blobs"
         self.snapshot = self.repository / "snapshots" / COMMIT
         self.main = self.repository / "refs" / "main"
-        self.big = self.proven("big.bin", sha256)
-        self.small = self.proven("sub/deep/small.txt", git_sha1)
+        self.big = self.verified("big.bin", sha256)
+        self.small = self.verified("sub/deep/small.txt", git_sha1)
         self.seeds = [self.big, self.small]
 
-    def proven(self, path: str, name: Callable[[bytes], str]) -> Seed:
+    def verified(self, path: str, name: Callable[[bytes], str]) -> Seed:
         """A file with random bytes, to be seeded under that path."""
         file = self.root / "placed" / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -191,20 +191,20 @@ PLACES = {
 }
 
 
-def look(hub: Hub) -> Path | None:
+def found_in(hub: Hub) -> Path | None:
     return CachedRepo(hub.cache, REPO, COMMIT).find(ARTIFACT)
 
 
 def test_nothing_is_found_where_there_is_no_cache(hub: Hub) -> None:
     """A machine without a cache has nothing in it, which is no error."""
-    assert look(hub) is None
+    assert found_in(hub) is None
 
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 def test_the_bytes_are_found_wherever_the_client_puts_them(hub: Hub, place: str) -> None:
     """Among the blobs by either id, or in the snapshot of the revision, of main, of any commit."""
     file = hub.put(hub.repository / place, DATA)
-    assert look(hub) == file.resolve()
+    assert found_in(hub) == file.resolve()
 
 
 def test_the_surest_place_comes_first(hub: Hub) -> None:
@@ -214,7 +214,7 @@ def test_the_surest_place_comes_first(hub: Hub) -> None:
         if number == 4:
             place = place.replace("d" * 40, "0" * 40)  # before main by name
         file = hub.put(hub.repository / place, DATA)
-        assert look(hub) == file.resolve()
+        assert found_in(hub) == file.resolve()
 
 
 def test_without_a_revision_main_is_looked_into(hub: Hub) -> None:
@@ -230,7 +230,7 @@ def test_a_blob_in_the_shared_store_is_found_through_two_links(hub: Hub) -> None
     store = hub.store(DATA)
     blob = hub.link(hub.blobs / "etag-of-another-kind", store)
     hub.link(hub.snapshot / ARTIFACT.path, blob)
-    assert look(hub) == store.resolve()
+    assert found_in(hub) == store.resolve()
 
 
 def test_a_cache_behind_a_link_is_a_cache(hub: Hub) -> None:
@@ -238,14 +238,14 @@ def test_a_cache_behind_a_link_is_a_cache(hub: Hub) -> None:
     real = hub.put(hub.root / "disk" / "models--org--name" / PLACES["by sha256"], DATA)
     hub.home.mkdir()
     hub.cache.symlink_to(hub.root / "disk")
-    assert look(hub) == real.resolve()
+    assert found_in(hub) == real.resolve()
 
 
 def test_a_file_of_another_size_is_passed_over(hub: Hub) -> None:
     """A short blob does not hide a snapshot with the right size."""
     hub.put(hub.repository / PLACES["by sha256"], DATA[:-1])
     file = hub.put(hub.repository / PLACES["the revision"], DATA)
-    assert look(hub) == file.resolve()
+    assert found_in(hub) == file.resolve()
 
 
 def unfinished(hub: Hub) -> None:
@@ -389,7 +389,7 @@ def test_bytes_that_are_not_those_of_the_name_get_no_name(hub: Hub, number: int)
 
 
 def test_a_file_of_another_size_is_refused_at_once(hub: Hub) -> None:
-    """A file that has grown since it was proven is not linked, and nothing is made."""
+    """A file that has grown since it was verified is not linked, and nothing is made."""
     with hub.big.file.open("ab") as file:
         file.write(b"more")
     with pytest.raises(WrongContent):
@@ -553,7 +553,7 @@ def test_a_folder_that_leads_out_of_the_cache_is_refused(hub: Hub, folder: str) 
 
 
 def test_a_folder_in_the_place_of_a_blob_is_refused(hub: Hub) -> None:
-    """It is told by its path, and the other blobs are not half done."""
+    """It is reported by its path, and the other blobs are not half done."""
     hub.blob(hub.big).mkdir(parents=True)
     with pytest.raises(WrongContent) as caught:
         hub.seed()
@@ -662,7 +662,7 @@ def test_a_file_that_is_short_or_not_of_main_is_missing(hub: Hub) -> None:
 
 
 def test_the_models_own_files_come_from_their_place(hub: Hub) -> None:
-    """What is in place and proven only has to be seeded; else it has to come there first."""
+    """What is in place and verified only has to be added; else it has to come there first."""
     assert find_assets(hub.cache, in_place=True)[0].command == "inv seed-cache --only safetensors"
     command = find_assets(hub.cache)[0].command
     assert command == "inv weights --only safetensors && inv seed-cache --only safetensors"

@@ -1,4 +1,4 @@
-"""The one door out: only proven bytes, one rename, the receipt last."""
+"""Installing: only verified bytes, one rename, the receipt last."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from csm_weights.store.receipts import Receipt, VerifiedFile, load_receipt, rece
 from csm_weights.transfer.assemble import write_text
 from tests.support.toy import Toy
 
-TEXT = "proven\n"
+TEXT = "pinned\n"
 
 
 class Hall:
-    """A proven unfinished file, the folder it is to go to, and its receipt."""
+    """A verified unfinished file, the folder it is to go to, and its receipt."""
 
     def __init__(self, root: Path, path: str = "sub/model.bin") -> None:
         made = write_text(root / "staging" / path, TEXT)
-        self.proven = made.path
+        self.source = made.path
         self.folder = root / "placed"
         self.final = self.folder / path
         self.record = receipt_path(self.folder, path)
         self.receipt = receipt_of(path, made)
 
     def install(self) -> Receipt:
-        return install.install(self.proven, self.folder, self.receipt)
+        return install.install(self.source, self.folder, self.receipt)
 
     def occupy(self, text: str) -> None:
-        """Puts another file where the proven one is to go."""
+        """Puts another file where the verified one is to go."""
         self.final.parent.mkdir(parents=True, exist_ok=True)
         self.final.write_text(text)
 
@@ -86,10 +86,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc here")
 
 
-def test_a_proven_file_gets_its_name_and_receipt(hall: Hall) -> None:
+def test_a_verified_file_gets_its_name_and_receipt(hall: Hall) -> None:
     """The bytes are in place, the unfinished name is gone, the receipt says what is there."""
     written = hall.install()
-    assert (hall.final.read_text(), hall.proven.exists()) == (TEXT, False)
+    assert (hall.final.read_text(), hall.source.exists()) == (TEXT, False)
     assert load_receipt(hall.record.read_text()) == written
     assert written == replace(hall.receipt, fingerprint=Fingerprint.of(hall.final.stat()))
 
@@ -100,7 +100,7 @@ def test_bytes_are_durable_before_the_name_and_the_receipt_is_last(
 ) -> None:
     """File, folders that are new, rename, both folders, receipt: each before the next."""
     hall.install()
-    name, folder, above = hall.proven.name, "sub", hall.folder.parent.name
+    name, folder, above = hall.source.name, "sub", hall.folder.parent.name
     assert events == [
         ("sync", name),
         ("sync", above),
@@ -152,23 +152,23 @@ def test_no_run_names_a_file_before_all_its_bytes_are_right(
 
 
 def test_a_file_that_was_touched_since_is_refused(hall: Hall) -> None:
-    """Bytes that changed after they were proven never get the name, nor drive out a good file."""
+    """Bytes that changed after they were verified never get the name, nor drive out a good file."""
     hall.occupy("good")
-    hall.proven.write_text("tamper\n")
+    hall.source.write_text("tamper\n")
     with pytest.raises(WrongContent) as caught:
         hall.install()
-    assert [(f.kind, f.where) for f in caught.value.findings] == [(Kind.CHANGED, str(hall.proven))]
-    assert (hall.final.read_text(), hall.proven.exists()) == ("good", True)
+    assert [(f.kind, f.where) for f in caught.value.findings] == [(Kind.CHANGED, str(hall.source))]
+    assert (hall.final.read_text(), hall.source.exists()) == ("good", True)
     assert not hall.record.exists()
 
 
-def test_another_file_under_the_proven_name_is_refused(hall: Hall) -> None:
-    """A file that was swapped in, with the same size and time, is not the proven one."""
-    status = hall.proven.stat()
-    other = hall.proven.with_name("other")
+def test_another_file_under_the_verified_name_is_refused(hall: Hall) -> None:
+    """A file that was swapped in, with the same size and time, is not the verified one."""
+    status = hall.source.stat()
+    other = hall.source.with_name("other")
     other.write_text("tamper\n")
     os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
-    other.replace(hall.proven)
+    other.replace(hall.source)
     with pytest.raises(WrongContent):
         hall.install()
     assert not hall.final.exists()
@@ -177,7 +177,7 @@ def test_another_file_under_the_proven_name_is_refused(hall: Hall) -> None:
 def test_a_stop_before_the_receipt_leaves_a_good_file_without_one(
     hall: Hall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever happens to the receipt, the placed bytes are good, and unproven."""
+    """Whatever happens to the receipt, the installed bytes are good, and unverified."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -208,20 +208,20 @@ def test_assembled_files_are_never_executable(toy: Toy) -> None:
 
 
 def test_a_folder_in_the_way_is_kept(hall: Hall) -> None:
-    """A folder under the final name is told; what is in it and the proven file stay."""
+    """A folder under the final name is reported; what is in it and the verified file stay."""
     hall.final.mkdir(parents=True)
     (hall.final / "precious").write_text("precious")
     with pytest.raises(CsmWeightsError, match="move it away"):
         hall.install()
-    assert ((hall.final / "precious").read_text(), hall.proven.read_text()) == ("precious", TEXT)
+    assert ((hall.final / "precious").read_text(), hall.source.read_text()) == ("precious", TEXT)
 
 
-def test_a_file_in_the_way_of_the_folder_is_told(hall: Hall) -> None:
+def test_a_file_in_the_way_of_the_folder_is_reported(hall: Hall) -> None:
     """When the destination's name is taken by a file, the error is ours, and that file stays."""
     hall.folder.write_text("precious")
     with pytest.raises(CsmWeightsError, match="placed"):
         hall.install()
-    assert (hall.folder.read_text(), hall.proven.read_text()) == ("precious", TEXT)
+    assert (hall.folder.read_text(), hall.source.read_text()) == ("precious", TEXT)
 
 
 def test_a_link_under_the_final_name_is_replaced(hall: Hall, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_an_adopted_file_is_recorded_where_it_lies(hall: Hall) -> None:
 
 
 def test_an_adopted_file_that_was_touched_is_refused(hall: Hall) -> None:
-    """A file that changed since it was proven gets no receipt."""
+    """A file that changed since it was verified gets no receipt."""
     hall.occupy(TEXT)
     now = Fingerprint.of(hall.final.stat())
     hall.final.write_text("tamper\n")

@@ -136,7 +136,7 @@ def test_the_destination_itself_may_be_anywhere(toy: Toy, tmp_path: Path) -> Non
     assert (disk / RECEIPTS / "a.bin.json").exists()
 
 
-def test_what_is_proven_stays_usable_behind_a_link(toy: Toy) -> None:
+def test_what_is_verified_stays_usable_behind_a_link(toy: Toy) -> None:
     """With nothing to write, a linked folder that leads out does no harm."""
     deepen(toy)
     weights(toy)
@@ -148,7 +148,7 @@ def test_what_is_proven_stays_usable_behind_a_link(toy: Toy) -> None:
 
 
 def test_no_receipt_is_written_through_a_link(toy: Toy) -> None:
-    """Also of a file that is in place already, and only has to be proven."""
+    """Also of a file that is in place already, and only has to be verified."""
     weights(toy, "a.bin")
     records = toy.root / "models/toy" / RECEIPTS
     for path in records.iterdir():
@@ -217,7 +217,7 @@ def test_a_link_under_the_name_of_an_unfinished_receipt_is_not_followed(toy: Toy
 
 @pytest.mark.parametrize("name", sorted(PLANTED))
 def test_a_pipe_under_one_of_our_names_is_refused(toy: Toy, name: str) -> None:
-    """What is no plain file is told, and nobody waits for it."""
+    """What is no plain file is reported, and nobody waits for it."""
     path = plant(toy, name)
     path.unlink()
     os.mkfifo(path)
@@ -287,7 +287,7 @@ def test_once_it_is_removed_the_run_goes_on(toy: Toy) -> None:
 
 
 @needs_root
-def test_a_strangers_proven_pieces_do_not_count(toy: Toy) -> None:
+def test_a_strangers_verified_pieces_do_not_count(toy: Toy) -> None:
     """Even right bytes in a partial of another user are not taken over."""
     toy.chunk_file("a.bin", 4).unlink()
     partial = partial_path(toy.staged("a.bin"))

@@ -1,4 +1,4 @@
-"""The gates: every finding, cheap ones first, and nothing passes by not being looked at."""
+"""The gates: every finding, cheap ones first, and what was not checked does not pass."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def plain(tmp_path: Path) -> Plain:
 
 
 def test_a_good_file_passes_every_gate(plain: Plain) -> None:
-    """Present, size and digest are OK; an opaque file has no structure to look into."""
+    """Present, size and digest are OK; an opaque file has no structure to check."""
     results = check([plain.subject()], rehash=True, on_progress=ignore)
     path = "model.bin"
     assert verdicts(results) == {
@@ -154,8 +154,8 @@ def test_an_untrusted_receipt_is_not_believed(plain: Plain) -> None:
 
 @pytest.mark.parametrize("pins", ["sha256", "blob_id", "pieces"])
 @pytest.mark.parametrize("receipt", [False, True])
-def test_a_flipped_byte_is_told_by_its_piece(plain: Plain, pins: str, receipt: bool) -> None:
-    """However the file is pinned, damage is told with the byte range of its piece."""
+def test_a_flipped_byte_is_reported_by_its_piece(plain: Plain, pins: str, receipt: bool) -> None:
+    """However the file is pinned, damage is reported with the byte range of its piece."""
     changes: dict[str, object] = {"sha256": None, "blob_id": None}
     changes.pop(pins, None)
     file = plain.subject(**changes)
@@ -168,7 +168,7 @@ def test_a_flipped_byte_is_told_by_its_piece(plain: Plain, pins: str, receipt: b
     assert (results[-1].ok, results[-1].sha256) == (False, None)
 
 
-def test_all_damaged_pieces_are_told(plain: Plain) -> None:
+def test_all_damaged_pieces_are_reported(plain: Plain) -> None:
     """Two damaged pieces are two findings."""
     flip(plain.path, 5)
     flip(plain.path, 3 * PIECE + 5)
@@ -177,7 +177,7 @@ def test_all_damaged_pieces_are_told(plain: Plain) -> None:
 
 
 def test_another_file_of_the_same_size_is_one_finding(plain: Plain) -> None:
-    """A file of which no piece is right is told as a whole, not piece by piece."""
+    """A file of which no piece is right is reported as a whole, not piece by piece."""
     plain.path.write_bytes(bytes(plain.artifact.size))
     for file in (plain.subject(), plain.subject(sha256=None)):
         found = [(f.kind, f.where) for f in rejected(file).findings]
@@ -191,7 +191,7 @@ def test_a_file_without_pieces_is_told_as_a_whole(plain: Plain) -> None:
     assert [f.where for f in rejected(file).findings] == [str(plain.path)]
 
 
-def test_a_wrong_blob_id_closes_the_gate(plain: Plain) -> None:
+def test_a_wrong_blob_id_fails_the_gate(plain: Plain) -> None:
     """Right pieces with a whole that is not the Hub's file do not pass."""
     file = plain.subject(sha256=None, blob_id="0" * 40)
     results = check([file], rehash=True, on_progress=ignore)
@@ -199,8 +199,8 @@ def test_a_wrong_blob_id_closes_the_gate(plain: Plain) -> None:
     assert "blob id" in results[-1].findings[0].expected
 
 
-def test_a_missing_file_closes_the_first_gate_only(plain: Plain) -> None:
-    """What cannot be looked at is not run: neither passed nor failed."""
+def test_a_missing_file_fails_the_first_gate_only(plain: Plain) -> None:
+    """A gate that cannot run is not run: neither passed nor failed."""
     plain.path.unlink()
     results = check([plain.subject()], rehash=True, on_progress=ignore)
     path = "model.bin"
@@ -221,7 +221,7 @@ def test_an_unreadable_file_does_not_pass_the_first_gate(plain: Plain) -> None:
 
 
 def test_a_file_of_the_wrong_size_is_not_hashed(plain: Plain) -> None:
-    """A short file is told by its size, at no cost."""
+    """A short file is reported by its size, at no cost."""
     os.truncate(plain.path, 10)
     ticks: list[int] = []
     results = check([plain.subject()], rehash=True, on_progress=ticks.append)
@@ -242,8 +242,8 @@ def test_every_result_says_what_was_expected_and_found(plain: Plain) -> None:
     assert all(result.expected and result.found for result in [*good, *bad])
 
 
-def test_a_write_during_the_hashing_is_told(plain: Plain) -> None:
-    """A file that changes while it is hashed is not proven, even if its digest fits."""
+def test_a_write_during_the_hashing_is_reported(plain: Plain) -> None:
+    """A file that changes while it is hashed is not verified, even if its digest fits."""
 
     def touch(_: int) -> None:
         os.utime(plain.path, ns=(1, 1))
@@ -252,7 +252,7 @@ def test_a_write_during_the_hashing_is_told(plain: Plain) -> None:
 
 
 def test_a_file_that_is_cut_during_the_hashing_is_a_finding(plain: Plain) -> None:
-    """A file that ends early closes the digest gate, and is no crash."""
+    """A file that ends early fails the digest gate, and is no crash."""
 
     def cut(_: int) -> None:
         os.truncate(plain.path, 1)
@@ -264,7 +264,7 @@ def test_a_file_that_is_cut_during_the_hashing_is_a_finding(plain: Plain) -> Non
 def test_a_file_that_cannot_be_read_does_not_hide_the_others(
     plain: Plain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One unreadable file is one finding; the files beside it are proven all the same."""
+    """One unreadable file is one finding; the files beside it are verified all the same."""
     bad = tmp_path / "bad.bin"
     shutil.copy(plain.path, bad)
     real = os.open
@@ -288,7 +288,7 @@ def test_a_file_that_cannot_be_read_does_not_hide_the_others(
 def test_a_disk_that_cannot_be_read_is_a_finding(
     plain: Plain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A read error closes the digest gate of that file, by name, and is no crash."""
+    """A read error fails the digest gate of that file, by name, and is no crash."""
 
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
@@ -332,7 +332,7 @@ def test_another_edition_passes(plain: Plain, pins: str) -> None:
 
 
 @pytest.mark.parametrize("pieces", [True, False], ids=["pieces", "no pieces"])
-def test_damage_to_another_edition_is_told(plain: Plain, pieces: bool) -> None:
+def test_damage_to_another_edition_is_reported(plain: Plain, pieces: bool) -> None:
     """A file of another edition's size with other bytes is one finding with that digest."""
     plain.path.write_bytes(OTHER[::-1])
     changes: dict[str, object] = {"alternatives": (edition(OTHER),)}
@@ -401,7 +401,7 @@ def damage_directory(folder: Path) -> None:
 def test_a_broken_structure_is_told_though_the_digest_is_pinned(
     copy: Path, damage: object, name: str
 ) -> None:
-    """A file whose digest is right but which is no such file closes the structure gate."""
+    """A file whose digest is right but which is no such file fails the structure gate."""
     assert callable(damage)
     damage(copy)
     results = check(network(copy), rehash=True, on_progress=ignore)
@@ -409,7 +409,7 @@ def test_a_broken_structure_is_told_though_the_digest_is_pinned(
     assert set(kinds(results, Gate.STRUCTURE)) == {Kind.MALFORMED}
 
 
-def test_weights_of_another_network_are_told(copy: Path) -> None:
+def test_weights_of_another_network_are_reported(copy: Path) -> None:
     """A config.json of another size does not fit the tensors, in either format."""
     text = RECIPE.config.replace('"text_vocab_size": 512', '"text_vocab_size": 513')
     (copy / "config.json").write_text(text)
@@ -472,8 +472,8 @@ def test_a_line_of_sums_that_fits_passes(plain: Plain) -> None:
     assert check_sum(folder, "model.bin", digest, digest).ok is True
 
 
-def test_a_line_of_sums_that_differs_is_told(plain: Plain) -> None:
-    """A file with another digest than the listed one closes the gate, with both digests."""
+def test_a_line_of_sums_that_differs_is_reported(plain: Plain) -> None:
+    """A file with another digest than the listed one fails the gate, with both digests."""
     result = check_sum(plain.path.parent, "model.bin", "0" * 64, None)
     assert (result.ok, result.expected) == (False, f"sha256 {'0' * 64}")
     assert result.found == f"sha256 {sha256(plain.path)}"
@@ -481,7 +481,7 @@ def test_a_line_of_sums_that_differs_is_told(plain: Plain) -> None:
 
 
 @pytest.mark.parametrize("name", ["gone", "chunks"])
-def test_a_line_of_sums_without_its_file_is_told(plain: Plain, name: str) -> None:
+def test_a_line_of_sums_without_its_file_is_reported(plain: Plain, name: str) -> None:
     """A listed file that is not there, or is a folder, is not passed over."""
     result = check_sum(plain.path.parent, name, "0" * 64, None)
     assert (result.ok, len(result.findings)) == (False, 1)
@@ -498,7 +498,7 @@ def receipt(plain: Plain) -> Receipt:
     return found
 
 
-def test_a_receipt_proves_what_the_manifest_pins(plain: Plain, receipt: Receipt) -> None:
+def test_a_receipt_covers_what_the_manifest_pins(plain: Plain, receipt: Receipt) -> None:
     """By the whole digest, by blob id and pieces, or by pieces alone."""
     by_blob_id = replace(plain.artifact, sha256=None)
     by_pieces = replace(by_blob_id, blob_id=None)
@@ -516,14 +516,14 @@ def test_a_receipt_proves_what_the_manifest_pins(plain: Plain, receipt: Receipt)
         {"sha256": None, "pieces": (Piece("x", 0, 4 * PIECE - 99, "0" * 64),)},
     ],
 )
-def test_a_receipt_does_not_prove_another_manifest(
+def test_a_receipt_does_not_cover_another_manifest(
     plain: Plain, receipt: Receipt, changes: dict[str, object]
 ) -> None:
-    """When the manifest pins anything else, the receipt proves nothing."""
+    """When the manifest pins anything else, the receipt counts for nothing."""
     assert not receipt.fits(replace(plain.artifact, **changes))  # type: ignore[arg-type]
 
 
-def test_a_receipt_of_another_edition_proves_it(plain: Plain, receipt: Receipt) -> None:
+def test_a_receipt_of_another_edition_covers_it(plain: Plain, receipt: Receipt) -> None:
     """A receipt is held against the edition of its size; blob ids are the pinned one's."""
     other = edition(OTHER)
     artifact = replace(plain.artifact, alternatives=(other,))
