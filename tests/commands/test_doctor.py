@@ -486,10 +486,11 @@ def test_a_token_in_a_file_is_found(bench: Bench) -> None:
 def test_a_slow_answer_about_the_account_is_not_waited_for(bench: Bench) -> None:
     """Where the answer about the account does not end, the rest is reported all the same."""
     bench.owner()
+    be_hasty(bench.patch, read=1)
     fault = bench.hub.fault("stall", "/api/whoami-v2", at=0, seconds=60)
     start = time.monotonic()
     diagnosis = bench.examine()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     fault.clear()
     assert checks(diagnosis)["token"].found == "HF_TOKEN, the Hub did not report whose"
     assert code(diagnosis) == 0

@@ -285,7 +285,8 @@ def nobody(_: HubServer, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
 
-def stalls(hub: HubServer, _: pytest.MonkeyPatch) -> None:
+def stalls(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    be_hasty(patch, read=0.5)
     hub.add_repo(REPO, FILES)
     hub.fault("stall", match="*/tree/*", seconds=5)
 

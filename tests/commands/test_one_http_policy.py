@@ -33,8 +33,11 @@ class World:
 
     hub: HubServer
     root: Path
-    setenv: Callable[[str, str], None]
+    patch: pytest.MonkeyPatch
     closing: contextlib.ExitStack
+
+    def setenv(self, name: str, value: str) -> None:
+        self.patch.setenv(name, value)
 
     def run(self, command: str) -> CsmWeightsError | None:
         """Run a command; return the error that it ends with."""
@@ -85,7 +88,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         text = render(replace(manifest, revision=commit))
         (tmp_path / "manifests" / "small.toml").write_text(text)
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        yield World(hub, tmp_path, monkeypatch.setenv, closing)
+        yield World(hub, tmp_path, monkeypatch, closing)
 
 
 def refusing_proxy(world: World) -> None:
@@ -109,6 +112,7 @@ def circle(world: World) -> None:
 
 
 def slow_headers(world: World) -> None:
+    be_hasty(world.patch, read=0.5)
     world.setenv("HF_ENDPOINT", world.closing.enter_context(network.drip(b"H", seconds=0.05)))
 
 
@@ -281,10 +285,9 @@ def test_every_command_outlasts_what_passes(
     world: World,
     cause: Callable[[World], object],
     command: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is over soon ends none of them."""
-    be_hasty(monkeypatch, patience=60)
+    be_hasty(world.patch, patience=60)
     cause(world)
     assert world.run(command) is None
 

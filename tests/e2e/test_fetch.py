@@ -280,7 +280,7 @@ def test_offline_opens_no_socket(desk: Desk) -> None:
     desk.without_parts()
     for source in ("hf", "mirror", "auto"):
         url = () if source == "hf" else (f"--url={desk.hub.endpoint}",)
-        asks = (f"--source={source}", *url, "--dest=elsewhere")
+        asks = (f"--source={source}", *url, "--dest=models/elsewhere")
         result = desk.inv("fetch", *TINY, "--only=ckpt", *asks, **offline)
         assert "a socket was opened" not in text_of(result)
         assert result.returncode == 3

@@ -23,7 +23,7 @@ from csm_weights.commands import probe
 from csm_weights.transfer.http.client import Timeouts
 
 #: Limits that end within a test.
-HASTY = Timeouts(connect=5, read=1.5, patience=0.6, backoff=0.02, slow_seconds=2, longest_wait=30)
+HASTY = Timeouts(connect=5, read=15, patience=0.6, backoff=0.02, slow_seconds=2, longest_wait=30)
 
 #: Variables of a developer's machine that a test must not see.
 VARIABLES = [
@@ -52,10 +52,10 @@ VARIABLES = [
 ]
 
 
-def be_hasty(patch: pytest.MonkeyPatch, patience: float = HASTY.patience) -> None:
-    """Let every command of this process try again soon, and give up after `patience` seconds."""
-    limits = replace(HASTY, patience=patience)
-    patch.setattr(Timeouts, "with_patience", classmethod(lambda *_: limits))
+def be_hasty(patch: pytest.MonkeyPatch, **limits: float) -> None:
+    """Let every command of this process try again soon and give up soon, but for these limits."""
+    timeouts = replace(HASTY, **limits)
+    patch.setattr(Timeouts, "with_patience", classmethod(lambda *_: timeouts))
     patch.setattr(probe, "LIMITS", {})
 
 

@@ -58,10 +58,9 @@ def test_a_wait_that_one_request_is_asked_for_holds_for_all(hub: HubServer) -> N
 def test_a_host_that_never_answered_is_given_up_soon() -> None:
     """A name that may be misspelt gets a tenth of the patience."""
     started = time.monotonic()
-    with client(replace(HASTY, patience=600)) as asks:
-        asks.timeouts = replace(asks.timeouts, patience=2)
+    with client(replace(HASTY, patience=10)) as asks:
         assert kind_of(asks, f"http://{closed_port()}/x") is Kind.NO_NETWORK
-    assert time.monotonic() - started < 1.8
+    assert time.monotonic() - started < 6
 
 
 def test_a_host_that_has_answered_gets_the_whole_patience() -> None:
@@ -79,7 +78,7 @@ def test_one_outage_is_one_line_and_ends_all_requests(hub: HubServer) -> None:
     """However many requests fail, one line is logged, and the first verdict is that of all."""
     hub.fault("status", code=503)
     log: list[str] = []
-    with client(replace(HASTY, backoff=1, patience=2.5), log) as asks:
+    with client(replace(HASTY, backoff=1, patience=4), log) as asks:
         threads = [threading.Thread(target=kind_of, args=(asks, url_of(hub))) for _ in range(6)]
         for thread in threads:
             thread.start()
