@@ -67,7 +67,13 @@ class Model(plain.Model):
         config = config or _read_config(folder, locate.pinned(folder, size))
         is_verified = bool(digests)
         if verify and not digests:
-            digests = locate.require_pinned(folder, size, paths[0]).digests
+            insisted = locate.pinned(folder, size)
+            if not insisted:
+                raise UsageError(
+                    f"nothing is pinned for {paths[0]}: no manifest here has weights of {size:,}"
+                    " bytes; inv lock makes one, or leave verify out"
+                )
+            digests = insisted.digests
         elif verify is None and not digests:
             known = locate.pinned(
                 folder, size, paths[0].name.rpartition(".part-")[0] or paths[0].name

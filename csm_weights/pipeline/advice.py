@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from csm_weights.manifest.types import Artifact, Manifest
+from csm_weights.manifest.types import Artifact
 from csm_weights.store.inspect import FileState, State
 from csm_weights.transfer.policy import SourcePolicy
 
@@ -29,7 +29,8 @@ def ways_to_get(state: State, policy: SourcePolicy) -> str:
         folder = Path(artifact.pieces[0].part).parent.as_posix()
         ways = [f"chunk files: put them in {folder}/; in a clone that has them, git lfs pull"]
     if manifest.repo:
-        ways.append(f"the Hub: {_way_to_the_hub(manifest, policy)}")
+        first = next((f"{problem.help}, then " for problem in policy.problems if problem.help), "")
+        ways.append(f"the Hub: {first}inv weights --model {manifest.name} --source=hf")
     ways += [
         f"a mirror: inv weights --model {manifest.name} --source=mirror --url=https://...",
         f"a copy from anywhere: put it at {manifest.staging}/{artifact.path}",
@@ -37,8 +38,3 @@ def ways_to_get(state: State, policy: SourcePolicy) -> str:
     lines = [f"  {number}. {way}" for number, way in enumerate(ways, start=1)]
     last = "Then run the same command again: every file is verified before it is used."
     return "\n".join([f"Ways to get {artifact.path}:", *lines, last])
-
-
-def _way_to_the_hub(manifest: Manifest, policy: SourcePolicy) -> str:
-    helps = [f"{problem.help}, then " for problem in policy.problems if problem.help]
-    return f"{''.join(helps[:1])}inv weights --model {manifest.name} --source=hf"

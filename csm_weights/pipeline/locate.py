@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.config import HubEnvironment
-from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 from csm_weights.files import Fingerprint
 from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.weights_file import WEIGHT_FILES
@@ -223,16 +223,6 @@ def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
                 if is_it and name in ("", Path(artifact.path).name):
                     return Pinned(artifact, _written(manifest))
     return None
-
-
-def require_pinned(folder: Path, size: int, where: Path) -> Pinned:
-    """Return the same; raises UsageError where nothing is pinned for the weights at `where`."""
-    if found := pinned(folder, size):
-        return found
-    raise UsageError(
-        f"nothing is pinned for {where}: no manifest in {checkout() / 'manifests'} has weights of"
-        f" {size:,} bytes; inv lock makes one, or leave verify out"
-    )
 
 
 def has_receipt(file: Path, known: Pinned | None) -> bool:

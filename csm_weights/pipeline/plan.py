@@ -124,7 +124,12 @@ def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Pla
     for item in state.artifacts:
         found = _decide(item, state, target, policy)
         if isinstance(found, Action):
-            actions += _then_placed(found, state, target)
+            is_moved = target is not Target.STAGED and found.file.path != item.installed.path
+            if not (is_moved and isinstance(found, Keep)):
+                actions.append(found)
+            if is_moved:
+                can_rename = state.same_filesystem and not found.file.is_link
+                actions.append((Move if can_rename else Copy)(item, found.file))
         else:
             findings += found
             findings += [file.finding for file in (item.installed, item.staged) if file.finding]
@@ -210,15 +215,6 @@ def _absent(item: ArtifactState, file: FileStatus, help_text: str = "") -> list[
     if file.state is not FileState.ABSENT:
         return []
     return [Finding.missing(file.path, item.artifact.size, help_text)]
-
-
-def _then_placed(action: Action, state: State, target: Target) -> list[Action]:
-    """Return an action, and the move to the destination where one has to follow."""
-    if target is Target.STAGED or action.file.path == action.item.installed.path:
-        return [action]
-    kind = Move if state.same_filesystem and not action.file.is_link else Copy
-    move = kind(action.item, action.file)
-    return [move] if isinstance(action, Keep) else [action, move]
 
 
 def _space(plan: Plan) -> list[Finding]:

@@ -57,19 +57,11 @@ def from_hub(
     AccessRefused, NetworkFailed, MissingInput or WrongContent for what the
     Hub answers.
     """
-    base = _known(path, repo) or _empty(path, repo)
-    return _manifest(base, _listing(repo, revision, globs, patience))
-
-
-def _known(path: Path, repo: str) -> Manifest | None:
-    """Return the manifest that is at `path`; raises UsageError for one of another repository."""
-    if not path.exists():
-        return None
-    known = load(path)
-    if known.repo != repo:
-        of = f"of {known.repo}" if known.repo else "of no repository of the Hub"
+    base = load(path) if path.exists() else _empty(path, repo)
+    if base.repo != repo:
+        of = f"of {base.repo}" if base.repo else "of no repository of the Hub"
         raise UsageError(f"{path} is {of}; choose another name with --model")
-    return known
+    return _manifest(base, _listing(repo, revision, globs, patience))
 
 
 def _empty(path: Path, repo: str) -> Manifest:

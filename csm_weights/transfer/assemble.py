@@ -168,16 +168,22 @@ class _Partial:
 
     def _run_piece(self, index: int, is_consumed: bool) -> None:
         """Verify a piece where it lies, or else have it delivered."""
-        writer = PartialWriter(self, index, self._whole.claim(index))
+        piece, writer = self.tiles[index], PartialWriter(self, index, self._whole.claim(index))
         record: PieceRecord | None = None
         try:
             if is_consumed and self.job.consume:
                 writer.reset()
                 record = self._verified(writer, self.job.consume(writer))
-            else:
-                record = self._reverify(writer) or self._deliver(writer)
+            elif not (record := self._reverify(writer)):
+                writer.reset()
+                writer.arrived = tuple(
+                    (a.offset, a.offset + a.size)
+                    for a in self.job.arrived
+                    if piece.offset <= a.offset and a.offset + a.size <= piece.end
+                )
+                place = self.job.source.deliver(self.job.artifact, piece, writer)
+                record = self._verified(writer, place)
         except NotAvailable:
-            piece = writer.piece
             missing = Finding(Kind.MISSING, piece.part, f"{piece.size:,} bytes", "in no source")
             self._findings[index] = (missing,)
         except SourceError as error:
@@ -201,16 +207,6 @@ class _Partial:
         except SourceError:
             return None
         return record
-
-    def _deliver(self, writer: PartialWriter) -> PieceRecord:
-        piece = writer.piece
-        writer.reset()
-        writer.arrived = tuple(
-            (a.offset, a.offset + a.size)
-            for a in self.job.arrived
-            if piece.offset <= a.offset and a.offset + a.size <= piece.end
-        )
-        return self._verified(writer, self.job.source.deliver(self.job.artifact, piece, writer))
 
     def _verified(self, writer: PartialWriter, place: str) -> PieceRecord:
         piece = writer.piece

@@ -50,10 +50,7 @@ class InOrderDigest:
                     self._state, self._next = claimed, index + 1
             elif verified:
                 self._finished.add(index)
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Read the finished pieces whose turn has come; one worker at a time does so."""
+        # Finished pieces whose turn has come are read again, by one worker at a time.
         while True:
             with self._lock:
                 if self._busy or self._next not in self._finished:
