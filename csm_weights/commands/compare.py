@@ -71,7 +71,7 @@ def _here(item: ArtifactState) -> Files | None:
 
 
 def _is_same(some: Files, others: Files) -> bool:
-    """Whether both are the very same files."""
+    """Check whether both are the very same files."""
     pairs = [[path.resolve() for paths in files for path in paths] for files in (some, others)]
     return pairs[0] == pairs[1]
 

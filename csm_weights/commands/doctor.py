@@ -142,7 +142,7 @@ class _Case:
 
     @property
     def plan(self) -> Plan:
-        """What `inv weights` would do."""
+        """The plan of `inv weights`."""
         return self.status.plan
 
     def judge(self, name: str, found: str, findings: Iterable[Finding] = ()) -> CheckResult:

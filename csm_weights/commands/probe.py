@@ -124,7 +124,7 @@ class ProbeResults:
 
     @property
     def findings(self) -> list[Finding]:
-        """What is wrong with any server, each thing once."""
+        """The findings about all servers, each once."""
         return list(dict.fromkeys(f for server in self.servers.values() for f in server.findings))
 
     @property

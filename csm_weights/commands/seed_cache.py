@@ -137,7 +137,7 @@ def _prove(run: Session, state: State) -> None:
 
 
 def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Seed], list[str]]:
-    """What the cache is to be given, and what is to be said of it."""
+    """Return the files for the cache, and notes about them."""
     seeds, notes = [], []
     for item in state.artifacts:
         artifact, receipt = item.artifact, _receipt_of(item)

@@ -1,9 +1,8 @@
 """The pickles of a torch file, interpreted as data.
 
-A pickle is a program. This interpreter knows the opcodes of protocols 2 to 5
-that checkpoints are made of, and the names that torch.load(weights_only=True)
-allows; it calls none of them. It refuses anything else, with the name of the
-opcode or global and its byte in the pickle.
+A pickle is a program. This interpreter knows the opcodes of protocols 2 to 5 that checkpoints
+have, and the names that torch.load(weights_only=True) allows; it calls none of them. It refuses
+anything else, with the name of the opcode or global and its byte in the pickle.
 """
 
 from __future__ import annotations
@@ -22,14 +21,12 @@ MAX_PICKLE = 4 << 20
 MAX_OBJECTS = 300_000
 #: Most objects on the stack; a pickler sets items at most 1,000 pairs at a time.
 MAX_STACK = 10_000
-#: Most values that are looked at for tensors, the deepest nesting of their containers, and
-#: the ceiling of the tensors' names, bytes, at 256 more for each tensor.
+#: Most values searched for tensors, their deepest nesting, and bytes of names, 256 more a tensor.
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 100
 MAX_NAMES = 16 << 20
 
-#: torch's names of its dtypes, and of the storage types that older files have, by safetensors'
-#: words. C32, C128 and F4_X2 (two 4-bit floats a byte) are not in safetensors.
+#: torch's names of dtypes and of older files' storage types, by safetensors' word or one like it.
 _WORDS = {
     "F64": ("float64", "Double"),
     "F32": ("float32", "Float"),

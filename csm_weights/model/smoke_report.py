@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a smoke test measured beside its checks, and on what.
+    """The measurements of a smoke test beside its checks, and its machine.
 
     Sizes are in bytes, rates in bytes a second; 0 is "not measured": a mapped
     file is not read when it is loaded, and the CPU has no bus. `frame_bytes` are

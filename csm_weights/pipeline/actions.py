@@ -56,7 +56,7 @@ class Action:
 
     @property
     def detail(self) -> str:
-        """Where the bytes come from, in words, or empty."""
+        """The origin of the bytes, in words, or empty."""
         return ""
 
     @property
@@ -133,7 +133,7 @@ class WriteText(Action):
 
     @property
     def detail(self) -> str:
-        """Where the bytes come from."""
+        """The origin of the bytes."""
         return "from its known text"
 
     @property
@@ -234,7 +234,7 @@ class Assemble(Action):
 
     @property
     def detail(self) -> str:
-        """How many pieces come from where."""
+        """The number of pieces from each origin."""
         counts = {kind: len(self.pieces_from(kind)) for kind in PieceSource}
         remote = next((o.where for o in self.origins if o.source is PieceSource.REMOTE), "")
         if len(self.origins) > counts[PieceSource.REMOTE] > 0:

@@ -131,7 +131,7 @@ def _unfinished(plan: Plan) -> CsmWeightsError:
 
 
 def _is_missing(findings: Iterable[Finding]) -> bool:
-    """Whether all that stands in the way is that something is not here."""
+    """Check whether all that stands in the way is that something is not here."""
     return {finding.kind.category for finding in findings} == {Category.MISSING}
 
 

@@ -94,7 +94,7 @@ class LocalWeights:
 
     @property
     def is_verified(self) -> bool:
-        """Whether the bytes are known to be right."""
+        """True where the bytes are known to be right."""
         return not self.digests
 
 

@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def is_done(self) -> bool:
-        """Whether everything asked for is in its place and verified."""
+        """True where everything asked for is in its place and verified."""
         return not self.findings and len(self.having(Keep)) == len(self.actions)
 
     @property
@@ -180,7 +180,7 @@ def _decide(
 
 
 def _is_consuming(item: ArtifactState, state: State, policy: SourcePolicy) -> bool:
-    """Whether chunk files are to go: where that was begun, or is asked for and makes room."""
+    """Check whether chunk files are to go: that was begun, or is asked for and makes room."""
     makes_room = policy.consume and not item.saves_nothing and not state.shares_blocks
     return bool(item.artifact.pieces) and (bool(item.journal.consumed) or makes_room)
 

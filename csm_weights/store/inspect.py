@@ -36,7 +36,7 @@ SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
 
 
 class FileState(enum.StrEnum):
-    """What is known of a file without hashing it; the value is the status word."""
+    """The state of a file, as it is known without hashing; the value is the status word."""
 
     ABSENT = "absent"
     VERIFIED = "verified"
@@ -131,7 +131,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class State:
-    """What is on disk for the chosen artifacts; sizes in bytes."""
+    """The state of the disk for the chosen artifacts; sizes in bytes."""
 
     manifest: Manifest
     paths: Paths

@@ -53,7 +53,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Consumed:
-    """How much of a piece has moved from its chunk file to the unfinished file.
+    """The part of a piece that has moved from its chunk file to the unfinished file.
 
     It is durable there. The piece begins at byte `offset` of the file and has the sha256 `piece`;
     its first `consumed` bytes count, and the chunk file need not have them any

@@ -1,4 +1,4 @@
-"""What interrupted runs have left behind."""
+"""Find what interrupted runs have left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was verified of a file, and the receipt that records it beside the file.
+"""Verified files, and the receipts that record them beside the files.
 
 A receipt is a hint that saves work: one that cannot be understood, or whose
 fingerprint is not the file's, counts as absent, and the file is hashed again.

@@ -293,7 +293,7 @@ class PartialWriter:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was written yet, in this run or in one before."""
+        """True where nothing was written yet, in this run or in one before."""
         return not self.arrived and (self._arriving is None or self._arriving.is_empty)
 
     @property

@@ -162,7 +162,7 @@ class ReorderBuffer:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has arrived."""
+        """True where nothing has arrived."""
         with self._changed:
             return not self._arrived
 

@@ -39,7 +39,7 @@ class PieceWriter(Protocol):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was written yet, in this run or in one before."""
+        """True where nothing was written yet, in this run or in one before."""
 
     def copy_from(self, fd: int, offset: int) -> None:
         """Copy the piece from the local file `fd`, where it begins at byte `offset`.

@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def finding(self) -> Finding | None:
-        """What inspecting the file found wrong, or that it is absent."""
+        """The finding of the inspection, or that the file is absent."""
         if self.file.state is FileState.ABSENT:
             return Finding.missing(self.path, self.artifact.size, self.mend)
         return self.file.finding

@@ -51,7 +51,7 @@ class Sealed:
 
     @property
     def how(self) -> str:
-        """What was done, as a person reads it."""
+        """The state of the seal, as a person reads it."""
         return "read-only, fs-verity" if self.verity else "read-only (no fs-verity here)"
 
 

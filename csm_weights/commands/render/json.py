@@ -78,7 +78,7 @@ def _step_data(step: Action) -> dict[str, Any]:
 
 @render.register
 def _outcome(outcome: Outcome) -> str:
-    """What a command did and what every gate says, expected and found."""
+    """Return what a command did and the result of every gate, expected and found."""
     state, error = outcome.state, outcome.error
     return dump(
         model=state.manifest.name,

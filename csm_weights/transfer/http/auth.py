@@ -40,7 +40,7 @@ class OriginAuth(AuthBase):
 
     @property
     def is_named_by_user(self) -> bool:
-        """Whether a person chose this server, so that it may be in their own network."""
+        """True where a person chose this server, so that it may be in their own network."""
         return origin(self.url) != origin(PUBLIC_ENDPOINT)
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
