@@ -319,6 +319,17 @@ def test_weights_of_ones_own_load_and_are_called_unverified(root: Path, folder: 
     assert root.is_dir()
 
 
+def test_only_a_checkout_above_the_file_says_what_it_must_be(root: Path, folder: Path) -> None:
+    """Manifests above a file count where there is a checkout, and not in any other folder."""
+    shutil.copytree(root / "manifests", folder.parent / "manifests")
+    for manifest in (root / "manifests").iterdir():
+        manifest.unlink()
+    with pytest.warns(UserWarning, match="loaded unverified"):
+        assert not Model.from_local(folder).verified
+    (folder.parent / "tasks.py").touch()
+    assert Model.from_local(folder).verified
+
+
 def test_a_receipt_is_trusted_by_its_stat(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed file that nobody has touched since is not hashed again; a touched one is."""
     give_chunk_files(root, "model.safetensors")

@@ -211,11 +211,11 @@ class Pinned:
 def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
     """Return what a manifest pins of weights of so many bytes, and of that name where given.
 
-    Those of the checkout that `folder` is in come first, then those of the
-    package's own.
+    Those of the checkout that `folder` is in, a folder with tasks.py above it,
+    come first, then those of the package's own.
     """
-    above = [folder.absolute(), *folder.absolute().parents]
-    for root in (*above, checkout()):
+    above = (folder.absolute(), *folder.absolute().parents)
+    for root in (*[f for f in above if (f / "tasks.py").is_file()][:1], checkout()):
         for path in _manifests(root):
             manifest = load(path)
             for artifact in manifest.artifacts:
