@@ -8,6 +8,7 @@ reads one JSON request a line and answers each with one line.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -94,7 +95,7 @@ class ForkServer:
         out = self._folder / f"said-{self._count}"
         out.touch()  # the child may be killed before it could
         order = {"argv": argv, "cwd": str(root), "env": env, "out": str(out)}
-        pid = self.ask(order | {"orders": asdict(injection)})
+        pid = self.ask(order | {"injection": asdict(injection)})
         return Child(pid, out)
 
     def wait(self, child: Child, limit: float = LIMIT) -> Result:
@@ -160,6 +161,8 @@ def _wait(pid: int, limit: float) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
+    os.kill(pid, signal.SIGUSR2)  # the child prints where its threads are
+    time.sleep(0.5)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return -99
@@ -189,7 +192,8 @@ def _run(order: dict[str, Any]) -> int:
     fd = os.open(order["out"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0), os.dup2(fd, 1), os.dup2(fd, 2)
-    injection = Injection(**order["orders"])
+    faulthandler.register(signal.SIGUSR2)
+    injection = Injection(**order["injection"])
     if injection.one_core:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     tracer = install(injection) if injection.roots else None

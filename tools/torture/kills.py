@@ -115,7 +115,8 @@ def _ended_wrong(result: Result, stop: int) -> list[str]:
         return []
     if result.code in (1, -int(stop)) and not result.output.strip():
         return []  # it came before the command had begun
-    return [f"{signal.Signals(stop).name} makes it end with {result.code}: {result.output[-300:]}"]
+    shown = result.output[-300:] if result.code != -99 else result.output
+    return [f"{signal.Signals(stop).name} makes it end with {result.code}: {shown}"]
 
 
 def _outcome(result: Result) -> str:

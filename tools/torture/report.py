@@ -12,6 +12,9 @@ from tools.torture.tally import Tally
 #: The page with the tables.
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
+#: The words about a command that hung: what follows is where its threads were.
+HUNG = "end with -99"
+
 #: The columns of the tables: kinds of failure, and the words by which a check names them.
 KINDS = {
     "wrong bytes": (
@@ -74,5 +77,5 @@ def summary(tallies: Sequence[Tally]) -> str:
             kind = re.sub(r"\S*[\d/.]\S*", "", f"{tally.group} {text}")
             if kind not in seen:
                 seen.add(kind)
-                lines.append(f"  - {wrong[:400]}")
+                lines.append(f"  - {wrong[:8000] if HUNG in wrong else wrong[:400]}")
     return "\n".join(lines)
