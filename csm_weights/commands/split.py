@@ -13,6 +13,8 @@ from pathlib import Path
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.files import read_file
+from csm_weights.formats import sniff
+from csm_weights.formats.tensor_index import HEAD
 from csm_weights.hashing import blob_id, feed, sha256, sha256_of
 from csm_weights.manifest import pin
 from csm_weights.manifest.parse import load
@@ -122,6 +124,7 @@ def split_file(
             for i in range(len(pieces))
         ]
         digests = run_all(tasks, cancel)
+        known = sniff(os.pread(source, HEAD, 0), file.name)
     except EOFError as error:
         finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
         raise WrongContent("the file was cut while it was split", [finding]) from None
@@ -133,7 +136,7 @@ def split_file(
     return Artifact(
         path=file.name,
         group=pin.group_of(file.name),
-        format=pin.format_of(file.name),
+        format=known.name if known else "opaque",
         size=size,
         sha256=whole,
         blob_id=blob_id(whole, size),

@@ -28,7 +28,7 @@ def format_named(name: str) -> Format:
     return {one.name: one for one in FORMATS}[name]
 
 
-def sniff(head: bytes, name: str) -> Format | None:
-    """Return the format of a file by its first bytes, or else by the ending of its name."""
+def sniff(head: bytes, name: str = "") -> Format | None:
+    """Return the format of a file by its first bytes, or else by the ending of its name, if any."""
     by_name = (one for one in FORMATS if name.endswith(one.suffixes))
     return next((one for one in FORMATS if one.sniff(head)), next(by_name, None))

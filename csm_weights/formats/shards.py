@@ -1,23 +1,30 @@
-"""Find every file of one model's weights: one file, its chunk files, or shards."""
+"""Find every file of one model's weights: one file, its chunk files, or shards.
+
+All that is named like a shard of the model, or is listed in its index, is read
+or refused: a comparison that leaves a file out would call different models equal.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent, printable
-from csm_weights.formats.multipart import find_chunk_files
+from csm_weights.formats import FORMATS
+from csm_weights.formats.json_stream import JsonStream
+from csm_weights.formats.multipart import MultipartFile, find_chunk_files
+from csm_weights.formats.tensor_index import MAX_FINDINGS
 from csm_weights.formats.weights_file import find_weights, missing
 from csm_weights.untrusted import show
 
-#: Most bytes of an index of shards, or of a config.json, that are read.
-MAX_JSON = 1 << 20
 MAX_SHARDS = 200
 
-_SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors", re.DOTALL)
-_INDEX = ".safetensors.index.json"
+_SUFFIXES = "|".join(
+    re.escape(suffix) for one in FORMATS for suffix in (*one.suffixes, *one.shared_suffixes)
+)
+_SHARD = re.compile(rf"(.+)-([0-9]{{1,6}})-of-([0-9]{{1,6}})({_SUFFIXES})", re.DOTALL)
+_INDEX = re.compile(rf"(.+)({_SUFFIXES})\.index\.json", re.DOTALL)
 
 #: The files of one model, each as its chunk files in order; one path where it is whole.
 Files = Sequence[Sequence[Path]]
@@ -29,10 +36,13 @@ def find(path: Path) -> Files:
     `path` is a file of weights, or what it would be called if it were not in
     chunk files; any of these; a folder with any of these; a shard, a folder of
     shards, or their index. Raises MissingInput, with every shard that is not
-    there, WrongContent, and UsageError for a folder of several models.
+    there, WrongContent for shards that do not make up one model, and UsageError
+    for a folder of several models.
     """
-    if path.name.endswith(_INDEX):
-        return _alone(_listed(path))
+    if match := _INDEX.fullmatch(path.name):
+        if not path.is_file():
+            raise missing(path, "an index of shards", "no such file")
+        return _alone(_listed(path, match[1], match[2]))
     if match := _SHARD.fullmatch(path.name):
         return _alone(_numbered(path.parent, match))
     whole = path.parent / path.name.rpartition(".part-")[0] if ".part-" in path.name else path
@@ -40,59 +50,91 @@ def find(path: Path) -> Files:
         parts := find_chunk_files(path.parent, whole.name)
     ):
         return [parts]
+    sets = _sets(path) if path.is_dir() else {}
     try:
-        return [find_weights(path)]
+        found = find_weights(path)
     except MissingInput:
-        if not path.is_dir():
+        if not sets:
             raise
-        return _alone(_in_folder(path))
-
-
-def read_small(path: Path) -> bytes:
-    """Read a JSON file up to its ceiling."""
-    with path.open("rb") as file:
-        return file.read(MAX_JSON)
+    else:
+        stem = found[0].name.partition(".")[0]
+        if clash := [match[0] for (name, _, _), match in sets.items() if name == stem]:
+            words = f"{path} has {show(found[0].name)} and {show(clash[0])}: name one of them"
+            raise UsageError(printable(words))
+        return [found]
+    if len(sets) > 1:
+        names = ", ".join(sorted(show(match[0]) for match in sets.values()))
+        raise UsageError(printable(f"{path} has the shards of several models: {names}"))
+    return _alone(_numbered(path, next(iter(sets.values()))))
 
 
 def _alone(paths: Iterable[Path]) -> Files:
     return [[path] for path in paths]
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    matches = [m for path in folder.iterdir() if (m := _SHARD.fullmatch(path.name))]
-    sets = {(m[1], m[3]): m for m in matches}
-    if not sets:
-        raise missing(folder, "weights, or shards NAME-00001-of-0000N.safetensors", "neither")
-    if len(sets) > 1:
-        names = ", ".join(sorted(show(match[0]) for match in sets.values()))
-        raise UsageError(printable(f"{folder} has the shards of several models: {names}"))
-    return _numbered(folder, next(iter(sets.values())))
+def _sets(folder: Path) -> dict[tuple[str, int, str], re.Match[str]]:
+    """Return one shard of each set in a folder, by the set's name, total and ending."""
+    return {(match[1], int(match[3]), match[4]): match for match in _matches(folder)}
 
 
 def _numbered(folder: Path, match: re.Match[str]) -> list[Path]:
-    """Find the shards of the set that one shard's name speaks of."""
-    name, total = match[1], int(match[3])
+    """Find the shards of a set, of which the match is one: numbered from 1, or all from 0."""
+    name, digits, total, suffix = match[1], len(match[2]), int(match[3]), match[4]
     _check_count(folder / match[0], total)
-    return _all_here(
-        [folder / f"{name}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-    )
+    found: dict[int, Path] = {}
+    strays = []
+    for other in _matches(folder):
+        if (other[1], int(other[3]), other[4]) == (name, total, suffix):
+            path = folder / other[0]
+            if found.setdefault(int(other[2]), path) != path:
+                strays.append(path)
+    first = 0 if 0 in found and total not in found else 1
+    numbers = range(first, first + total)
+    _require(found.get(n, folder / f"{name}-{n:0{digits}}-of-{match[3]}{suffix}") for n in numbers)
+    strays += [path for number, path in found.items() if number not in numbers]
+    _refuse(strays, f"the numbers {first} to {first + total - 1}, each once")
+    shards = [found[number] for number in numbers]
+    index = folder / f"{name}{suffix}.index.json"
+    if index.is_file():
+        _refuse(set(shards) ^ set(_listed(index, name, suffix)), f"the files that {index} lists")
+    return shards
 
 
-def _listed(index: Path) -> list[Path]:
-    """Find the shards that an index names: files beside it, and nowhere else."""
-    if not index.is_file():
-        raise missing(index, "an index of shards", "no such file")
+def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
+    """Find the files that an index names: beside it, and nowhere else."""
+    names: set[str] = set()
     try:
-        names = set(json.loads(read_small(index))["weight_map"].values())
-        names_are_plain = all(_SHARD.fullmatch(name) and "/" not in name for name in names)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        names_are_plain = False
-    if not names_are_plain:
-        expected = "a weight_map from tensors to NAME-0000x-of-0000N.safetensors"
-        finding = Finding(Kind.MALFORMED, str(index), expected, "something else")
-        raise WrongContent("the index of the shards cannot be used", [finding])
+        with MultipartFile([index]) as file:
+            stream = JsonStream(file.read)
+            for key in stream.read_keys():
+                if key != "weight_map":
+                    stream.read_value()
+                    continue
+                for _ in stream.read_keys():
+                    names.add(_plain_name(stream.read_value(), suffix))
+                    _check_count(index, len(names))
+            stream.finish()
+    except (ValueError, RecursionError) as error:
+        expected = f"a weight_map from tensors to files *{suffix} beside it"
+        finding = Finding(Kind.MALFORMED, str(index), expected, show(str(error)))
+        raise WrongContent("the index of the shards cannot be used", [finding]) from None
     _check_count(index, len(names))
-    return _all_here([index.parent / name for name in sorted(names)])
+    _require(index.parent / name for name in names)
+    shards = {m[0] for m in _matches(index.parent) if (m[1], m[4]) == (stem, suffix)}
+    _refuse([index.parent / name for name in shards - names], f"a file that {index} lists")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _plain_name(name: object, suffix: str) -> str:
+    if not isinstance(name, str) or not name.endswith(suffix) or "/" in name or "\0" in name:
+        raise ValueError(f"the file {show(name)}")
+    return name
+
+
+def _matches(folder: Path) -> Iterator[re.Match[str]]:
+    """Yield what in a folder is named like a shard."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    yield from filter(None, map(_SHARD.fullmatch, names))
 
 
 def _check_count(where: Path, count: int) -> None:
@@ -101,10 +143,16 @@ def _check_count(where: Path, count: int) -> None:
         raise WrongContent("these are no shards", [finding])
 
 
-def _all_here(paths: list[Path]) -> list[Path]:
-    findings = [
-        Finding.missing(path, f"one of {len(paths)} shards") for path in paths if not path.is_file()
-    ]
-    if findings:
+def _require(paths: Iterable[Path]) -> None:
+    wanted = sorted(paths)
+    lost = [path for path in wanted if not path.is_file()]
+    if lost:
+        findings = [Finding.missing(path, f"one of {len(wanted)} shards") for path in lost]
         raise MissingInput("not all shards are here", findings)
-    return paths
+
+
+def _refuse(paths: Iterable[Path], expected: str) -> None:
+    """Raise WrongContent for files that are named like shards of a model and do not fit it."""
+    findings = [Finding(Kind.MALFORMED, str(p), expected, "another shard") for p in sorted(paths)]
+    if findings:
+        raise WrongContent("the shards do not fit together", findings[:MAX_FINDINGS])

@@ -92,8 +92,9 @@ class Format:
 
     `name` is the manifest's word for it; `choice` is people's (`--only ckpt`),
     and the name of the folder below chunks/; `filename` is a model's file of
-    it. `sniff` tells by the first `HEAD` bytes whether a file is of the format.
-    `read_index` raises MissingInput and WrongContent.
+    it. `suffixes` are its endings, `shared_suffixes` those that other kinds of
+    files have too. `sniff` tells by the first `HEAD` bytes whether a file is of
+    the format. `read_index` raises MissingInput and WrongContent.
     """
 
     name: str
@@ -102,10 +103,11 @@ class Format:
     suffixes: tuple[str, ...]
     sniff: Callable[[bytes], bool]
     read_index: Callable[[Path | str | MultipartFile], TensorIndex]
+    shared_suffixes: tuple[str, ...] = ()
 
 
 #: Bytes from the beginning of a file that `Format.sniff` is given.
-HEAD = 16
+HEAD = 512
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

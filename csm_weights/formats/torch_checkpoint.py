@@ -93,12 +93,19 @@ def read_checkpoint(path: Path | str | MultipartFile) -> TensorIndex:
     return TensorIndex(tensors, size)
 
 
+def _is_torch(head: bytes) -> bool:
+    """Check for a zip whose first record is a data.pkl, or for the magic number before 1.6."""
+    is_zip = head.startswith(LOCAL_SIGN) and b"/data.pkl" in head
+    return is_zip or (head.startswith(PROTO) and MAGIC.to_bytes(10, "little") in head[:32])
+
+
 FORMAT = Format(
     name="torch-zip",
     choice="ckpt",
     filename="ckpt.pt",
-    suffixes=(".pt", ".pth", ".ckpt", ".bin"),
-    sniff=lambda head: head.startswith((LOCAL_SIGN, PROTO)),
+    suffixes=(".pt", ".pth", ".ckpt"),
+    shared_suffixes=(".bin",),
+    sniff=_is_torch,
     read_index=read_checkpoint,
 )
 

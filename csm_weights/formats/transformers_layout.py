@@ -15,11 +15,13 @@ from pathlib import Path
 from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.formats.architecture import FLAVORS, CsmConfig, TransformerConfig, parse_config
 from csm_weights.formats.multipart import MultipartFile
-from csm_weights.formats.shards import read_small
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import ITEM_BITS, TensorInfo
 from csm_weights.formats.weights_file import WeightsFile
 from csm_weights.untrusted import show
+
+#: Most bytes of a config.json that are read; real ones have a few thousand.
+MAX_CONFIG = 1 << 20
 
 #: transformers' names of CSM's tensors, and ours. Source: CsmForConditionalGeneration.
 _NAMES = {
@@ -201,7 +203,10 @@ def _in_our_order(
 
 def _config(folder: Path) -> CsmConfig | None:
     path = folder / "config.json"
-    return parse_config(read_small(path), str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return parse_config(file.read(MAX_CONFIG), str(path))
 
 
 def _head_dim(

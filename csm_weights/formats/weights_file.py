@@ -54,7 +54,7 @@ def open_weights(paths: Sequence[Path | str]) -> WeightsFile:
         found = sniff(head, source.paths[0].name.partition(".part-")[0])
         if found is None:
             expected = f"weights as {' or '.join(one.name for one in FORMATS)}"
-            words = (expected, f"a file that starts {show(head)}")
+            words = (expected, f"a file that starts {show(head[:16])}")
             finding = Finding(Kind.UNSUPPORTED, source.where, *words)
             raise WrongContent("the weights cannot be read", [finding])
         return WeightsFile(source, found.read_index(source), found.name)

@@ -25,12 +25,8 @@ LOCKED_SIZE = "64MiB"
 #: Pieces of one manifest at most, so that its text stays below what `parse` takes.
 MAX_PIECES = 10_000
 
-#: File name endings that stand for a format and a group.
-_KNOWN = {
-    ".safetensors": ("safetensors", "safetensors"),
-    ".pt": ("torch-zip", "ckpt"),
-    ".json": ("opaque", "config"),
-}
+#: File name endings that stand for a group.
+_GROUPS = {".safetensors": "safetensors", ".pt": "ckpt", ".json": "config"}
 
 
 def suffix(index: int) -> str:
@@ -39,15 +35,10 @@ def suffix(index: int) -> str:
     return letters[index // 26] + letters[index % 26]
 
 
-def format_of(name: str) -> str:
-    """Return the format of a file by its name: opaque unless the ending says more."""
-    return _KNOWN.get(Path(name).suffix, ("opaque",))[0]
-
-
 def group_of(name: str) -> str:
     """Return a word for --only: that of the known ending, else the file's stem."""
-    if known := _KNOWN.get(Path(name).suffix):
-        return known[1]
+    if known := _GROUPS.get(Path(name).suffix):
+        return known
     return re.sub(r"[^a-z0-9._-]", "-", Path(name).stem.lower()).lstrip("._-")[:64] or "file"
 
 

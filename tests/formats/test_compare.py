@@ -382,6 +382,86 @@ def test_missing_shards_are_named(ours: Path, tmp_path: Path) -> None:
         assert [finding.where for finding in caught.value.findings] == list(map(str, lost))
 
 
+def numbered(folder: Path, *names: str) -> Path:
+    """A folder with a shard of one tensor under each name; no two have the same tensor."""
+    folder.mkdir()
+    for number, name in enumerate(names):
+        state = {f"t{number}": torch.full((3,), float(number))}
+        torch.save(state, folder / name) if name.endswith(".bin") else save_file(
+            state, folder / name
+        )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "tensors"),
+    [
+        (["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"], 2),
+        (["m-00000-of-00002.safetensors", "m-00001-of-00002.safetensors"], 2),
+        (["m-1-of-2.safetensors", "m-2-of-2.safetensors"], 2),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"], 2),
+    ],
+)
+def test_every_shard_of_a_set_is_read(names: list[str], tensors: int, tmp_path: Path) -> None:
+    """Shards are numbered from 1 or from 0, in either format; each counts, named or by folder."""
+    folder = numbered(tmp_path / "shards", *names)
+    for path in (folder, *sorted(folder.iterdir())):
+        assert held(path, path).equal == tensors
+        assert held(path, path).error is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["m-00000-of-00002", "m-00001-of-00002", "m-00002-of-00002"],
+        ["m-00001-of-00002", "m-00002-of-00002", "m-00003-of-00002"],
+        ["m-00001-of-00002", "m-00002-of-00002", "m-2-of-2"],
+    ],
+)
+def test_a_shard_too_many_is_refused(names: list[str], tmp_path: Path) -> None:
+    """A shard with a number that the set does not have is never left out of a comparison."""
+    folder = numbered(tmp_path / "shards", *(f"{name}.safetensors" for name in names))
+    other = numbered(tmp_path / "other", *(f"{name}.safetensors" for name in names))
+    (folder / f"{names[0]}.safetensors").write_bytes(b"")
+    for path in (folder, *sorted(folder.iterdir())):
+        with pytest.raises(WrongContent, match="do not fit together"):
+            held(path, other)
+
+
+def test_an_index_and_the_shards_must_agree(tmp_path: Path) -> None:
+    """A shard that the index does not list, and one that only it lists, are refused."""
+    paths = sharded(tmp_path / "theirs", tiny_state(), count=3)
+    index = paths[0].parent / "transformers.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    assert held(index, paths[0].parent).error is None
+    listed = {n: f for n, f in whole["weight_map"].items() if f != paths[2].name}
+    index.write_text(json.dumps({"weight_map": listed}))
+    for path in (index, paths[0], paths[0].parent):
+        with pytest.raises(WrongContent, match=f"{paths[2].name}.*another shard"):
+            held(path, path)
+    more = whole["weight_map"] | {"more": "extra.safetensors"}
+    index.write_text(json.dumps({"weight_map": more}))
+    with pytest.raises(MissingInput, match=r"extra\.safetensors"):
+        held(paths[0], paths[0])
+
+
+def test_an_index_may_be_large(tmp_path: Path) -> None:
+    """An index of many megabytes is read: large models have a hundred thousand tensors."""
+    paths = sharded(tmp_path / "theirs", tiny_state())
+    index = paths[0].parent / "transformers.safetensors.index.json"
+    names = {f"{'layer.' * 12}{n}": paths[n % 2].name for n in range(60_000)}
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    assert index.stat().st_size > 6 * MiB
+    assert held(index, index).error is None
+
+
+def test_a_file_and_its_shards_in_one_folder_are_not_guessed_at(ours: Path) -> None:
+    """A folder with model.safetensors and shards of the same name needs a word which is meant."""
+    shutil.copy(ours, ours.with_name("model-00001-of-00001.safetensors"))
+    with pytest.raises(UsageError, match="name one of them"):
+        held(ours.parent, ours)
+
+
 # ---- bad input
 
 
