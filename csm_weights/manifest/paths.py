@@ -29,8 +29,8 @@ CHUNKS = "chunks"
 #: Folders of a checkout that hold nothing but data.
 DATA_FOLDERS = ("models", "output")
 
-#: The files of the manifests that ship, all of them data: the only ones that a
-#: checkout's own folder takes.
+#: The files of the manifests that ship, all of them data that no program takes up by
+#: itself: the only ones that a checkout takes elsewhere.
 SHIPPED = frozenset(
     {
         "model.safetensors",
@@ -111,15 +111,16 @@ def data_findings(root: Path, destination: Path, paths: Iterable[str]) -> list[F
     problems: dict[Path, str] = {}
     findings = []
     for path in paths:
+        if path in SHIPPED:
+            continue
         file = folder / path
         if home:
-            inside = file.relative_to(home).parts
-            allowed = inside[0] in DATA_FOLDERS or "/".join(inside) in SHIPPED
-            problem = "" if allowed else "a folder of the checkout that is not for data"
+            is_data = file.relative_to(home).parts[0] in DATA_FOLDERS
+            problem = "" if is_data else "a folder of the checkout that is not for data"
         else:
             if file.parent not in problems:
                 problems[file.parent] = _folder_problem(file.parent, folder)
-            problem = "" if path in SHIPPED else problems[file.parent]
+            problem = problems[file.parent]
         if problem:
             expected = "a place below models/, or in a folder of its own"
             help_text = f"--dest {DATA_FOLDERS[0]}/NAME"
