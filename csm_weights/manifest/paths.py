@@ -1,8 +1,8 @@
 """Rules for paths: what a manifest may name, and where files of a model may go.
 
-Data goes where only data lives. A checkout's own folder takes the files of
-CSM-1B, by name, and nothing else; every other file goes below models/, or to a
-folder from which no program takes up files by itself.
+Data goes where only data lives. A checkout takes the files of CSM-1B, by name;
+every other file goes below models/, or to a folder from which no program takes
+up files by itself.
 """
 
 from __future__ import annotations
