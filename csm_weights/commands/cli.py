@@ -108,7 +108,7 @@ def task(*names: str, **helps: str) -> Callable[[_Function], Task[Any]]:
 
             from csm_weights.commands import console
 
-            if code := console.run(call, as_json):
+            if code := console.run(call, as_json, name):
                 raise Exit(code=code)
 
         shared = [n for n in names if n not in {parameter.name for parameter in own}]

@@ -29,12 +29,12 @@ _OK = re.compile(r"^(OK)\b", re.MULTILINE)
 _NOT_OK = re.compile(r"^(NOT OK|error)\b", re.MULTILINE)
 
 
-def run(call: Callable[[], object], as_json: bool) -> int:
-    """Show what a call returns or raises, and return the exit code."""
+def run(call: Callable[[], object], as_json: bool = False, command: str = "") -> int:
+    """Show what a call of the task `command` returns or raises; return the exit code."""
     _open_streams()
     try:
         with _interruptible():
-            return _show(_result_of(call), as_json)
+            return _show(_result_of(call), as_json, command)
     except KeyboardInterrupt:
         # During an import, or while the result was printed.
         return errors.Interrupted.exit_code
@@ -72,7 +72,7 @@ def _result_of(call: Callable[[], object]) -> object:
         return CsmWeightsError("out of memory: free some, or raise the limit (ulimit -v)")
 
 
-def _show(result: object, as_json: bool) -> int:
+def _show(result: object, as_json: bool, command: str) -> int:
     """Print a result on stdout and its error on stderr; return the exit code."""
     error = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
     code: int = error.exit_code if error else 0
@@ -80,7 +80,7 @@ def _show(result: object, as_json: bool) -> int:
         if as_json:
             from csm_weights.commands.render import json
 
-            _print(json.render(result), sys.stdout)
+            _print(json.render(result, command), sys.stdout)
         elif result is not error:
             from csm_weights.commands.render import text
 

@@ -30,6 +30,7 @@ from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target
 from csm_weights.progress import format_size
 from csm_weights.verify.gates import Gate, GateResult
+from tests.support.schema import checked
 from tests.support.toy import Toy, flip
 
 ESCAPE = "\x1b[2J\x1b]0;title\x07"
@@ -261,7 +262,7 @@ def test_a_survey_says_how_to_get_what_is_missing(toy: Toy) -> None:
     first, *_, last = survey.advice.split("\n")
     text = as_text.render(survey)
     assert first in text and text.endswith(last)
-    assert read(as_json.render(survey))["advice"] == survey.advice
+    assert checked(as_json.render(survey, "status"))["advice"] == survey.advice
 
 
 def test_a_survey_says_what_an_earlier_run_proved(toy: Toy) -> None:
@@ -301,20 +302,9 @@ def test_reports_are_pure(toy: Toy, outcome: Outcome, capsys: pytest.CaptureFixt
 # ---- JSON
 
 
-def read(text: str) -> dict[str, Any]:
-    """JSON as a strict reader has it: ASCII, and no NaN or Infinity."""
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
-
-    data = json.loads(text.encode("ascii"), parse_constant=refuse)
-    assert isinstance(data, dict)
-    return data
-
-
 def test_every_gate_says_what_it_expected_and_found(toy: Toy, outcome: Outcome) -> None:
     """The JSON of an outcome has a result for each gate and file, with both words."""
-    data = read(as_json.render(outcome))
+    data = checked(as_json.render(outcome, "verify"))
     places = {(gate["gate"], gate["path"]) for gate in data["gates"]}
     gates = ("present", "size", "digest")
     assert places == {(g, a.path) for g in gates for a in toy.manifest.artifacts}
@@ -327,7 +317,7 @@ def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
     apply.weights(toy.request(), smoke=False)
     flip(toy.installed("a.bin"))
     failed = verify.verify(toy.request())
-    data = read(as_json.render(failed))
+    data = checked(as_json.render(failed, "verify"))
     assert (data["ok"], data["exit_code"]) == (False, 4)
     assert failed.error is not None
     (finding,) = failed.error.findings
@@ -337,7 +327,7 @@ def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
 
 def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None:
     """What the table shortens, the JSON has in full, with where each piece came from."""
-    data = read(as_json.render(outcome))
+    data = checked(as_json.render(outcome, "verify"))
     entry = next(file for file in data["files"] if file["path"] == "a.bin")
     assert entry["receipt"]["sha256"] == toy.artifact("a.bin").sha256
     sources = [piece["source"] for piece in entry["receipt"]["pieces"]]
@@ -348,7 +338,7 @@ def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None
 def test_json_of_a_survey_adds_up(toy: Toy) -> None:
     """Steps, bytes and pieces of `status --json` are those of the plan."""
     survey = apply.status(toy.request())
-    data = read(as_json.render(survey))
+    data = checked(as_json.render(survey, "status"))
     assert data["bytes_to_read"] == sum(step["reads"] for step in data["steps"])
     assert data["bytes_to_write"] == sum(step["writes"] for step in data["steps"])
     assert data["bytes_free"] == survey.state.free_staging
@@ -360,17 +350,20 @@ def test_json_of_a_checked_survey_has_its_exit_code(toy: Toy) -> None:
     """`status --check --json` says 3 while something is missing, and 0 when all is proven."""
     toy.chunk_file("a.bin", 0).unlink()
     missing = apply.status(toy.request("a.bin"), check=True)
-    assert read(as_json.render(missing))["exit_code"] == 3
+    assert checked(as_json.render(missing, "status"))["exit_code"] == 3
     apply.weights(toy.request("b.bin"), smoke=False)
-    done = read(as_json.render(apply.status(toy.request("b.bin"), check=True)))
+    done = checked(as_json.render(apply.status(toy.request("b.bin"), check=True), "status"))
     assert (done["ok"], done["exit_code"]) == (True, 0)
 
 
 def test_json_of_a_smoke_report_is_whole(outcome: Outcome) -> None:
     """The smoke report is in the JSON with its numbers."""
-    data = read(as_json.render(replace(outcome, smoke=SMOKE)))["smoke"]
+    data = checked(as_json.render(replace(outcome, smoke=SMOKE), "verify"))["smoke"]
     assert (data["device"], data["load_seconds"]) == ("cpu", 0.25)
     assert [check["ok"] for check in data["checks"]] == [True, False]
+    assert [check["value"] for check in data["checks"]] == [1.0, 0.5]
+    assert [check["limit"] for check in data["checks"]] == ["all", 0.1]
+    assert data["earlier"] is False
 
 
 FINDING = Finding(Kind.NO_SPACE, "a/\udc80\x1b", "10 bytes", "9", "free some disk")
@@ -386,10 +379,35 @@ FINDING = Finding(Kind.NO_SPACE, "a/\udc80\x1b", "10 bytes", "9", "free some dis
 )
 def test_an_error_is_a_result_too(error: CsmWeightsError, code: int) -> None:
     """`--json` has an object also when a command fails, with code, message, findings, advice."""
-    data = read(as_json.render(error))
+    data = checked(as_json.render(error, "verify"))
     assert (data["ok"], data["exit_code"]) == (False, code)
     assert (data["message"], data["advice"]) == (error.message, error.advice)
     assert [set(f) for f in data["findings"]] == [set(vars(FINDING))] * len(error.findings)
+
+
+SHARED = ["schema", "command", "model", "ok", "exit_code", "message", "findings", "notes", "advice"]
+
+
+def test_every_result_begins_with_the_same_keys(toy: Toy, outcome: Outcome) -> None:
+    """The version of the schema, the command and the verdict are first, whatever the result."""
+    results = [
+        (outcome, "weights"),
+        (apply.status(toy.request()), "status"),
+        (NoSpace("a"), "lock"),
+    ]
+    for result, command in results:
+        data = checked(as_json.render(result, command))
+        assert list(data)[: len(SHARED)] == SHARED
+        assert (data["schema"], data["command"]) == (1, command)
+
+
+def test_the_schema_refuses_what_is_not_in_it(outcome: Outcome) -> None:
+    """A key too many, or one of another type, is found by the schema that these tests use."""
+    data = json.loads(as_json.render(outcome, "weights"))
+    wrongs: list[dict[str, Any]] = [{"more": 1}, {"exit_code": "0"}, {"steps": [{}]}, {"schema": 2}]
+    for wrong in wrongs:
+        with pytest.raises(AssertionError, match=r"\$"):
+            checked(json.dumps(data | wrong))
 
 
 def test_an_error_in_words_has_every_finding_and_the_help() -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from csm_weights.store.journal import journal_path, partial_path
 from tests.support.clone import INV, REPOSITORY, Clone, Result
+from tests.support.schema import checked
 
 TINY = ("--model", "csm-tiny")
 WEIGHT_FILES = ("model.safetensors", "ckpt.pt")
@@ -357,7 +358,7 @@ def test_inv_ends_with_the_code_of_the_readme_and_says_so_in_json(
 ) -> None:
     """Each exit code is what the process ends with, and what its JSON on stdout says."""
     result = end(clone)
-    data = json.loads(result.stdout)
+    data = checked(result.stdout)
     assert (result.returncode, data["exit_code"], data["ok"]) == (code, code, code == 0)
     assert code in readme_codes()
     assert "Traceback" not in result.stderr
@@ -424,7 +425,34 @@ def test_every_task_with_json_prints_just_that(
 ) -> None:
     """With --json, stdout is one JSON object with the exit code, whatever the task has to say."""
     result = clone.inv(*command, "--json")
-    assert (result.returncode, json.loads(result.stdout)["exit_code"]) == (code, code)
+    assert (result.returncode, checked(result.stdout)["exit_code"]) == (code, code)
+
+
+WITH_RESULTS = [
+    ("weights", "--no-smoke", "--seal"),
+    ("status", "--check"),
+    ("verify",),
+    ("attest",),
+    ("verify", "--attestation", "models/csm-tiny/csm-tiny.intoto.json"),
+    ("doctor", "--no-smoke"),
+    ("doctor", "--offline"),
+    ("compare",),
+    ("seed-cache", "--dry"),
+    ("seed-cache",),
+    ("fetch", "--dest", "models/other", "--dry"),
+]
+
+
+def test_json_is_of_the_documented_schema(clone: Clone) -> None:
+    """What each task prints with --json is valid by docs/json-schema/v1.json."""
+    path = clone.root / "manifests" / "csm-tiny.toml"
+    hub = f'[hub]\nrepo = "org/tiny"\nrevision = "{"a" * 40}"\n\n[smoke]'
+    path.write_text(path.read_text().replace("[smoke]", hub))
+    for task, *options in WITH_RESULTS:
+        result = clone.inv(task, *TINY, *options, "--json")
+        data = checked(result.stdout)
+        assert (data["command"], data["exit_code"]) == (task, result.returncode), result.stderr
+        assert len(data) > 9
 
 
 # --- interrupted

@@ -48,7 +48,7 @@ def _status(report: StatusReport) -> str:
     ]
     shown += [_pieces(path, some) for path, some in plan.origins.items() if len(some) > 1]
     names = ("bytes_read", "bytes_written", "bytes_fetched")
-    reads, writes, fetches = (_sum(plan.actions, name) for name in names)
+    reads, writes, fetches = (total(plan.actions, name) for name in names)
     over_network = f"{format_size(fetches)} to fetch, " if fetches else ""
     sums = f"{format_size(reads)} to read, {format_size(writes)} to write"
     shown.append(f"{over_network}{sums}; {format_size(state.free_staging)} free")
@@ -111,7 +111,8 @@ def origin_words(origin: PieceOrigin) -> str:
     }.get(origin.source, origin.where)
 
 
-def _sum(steps: Iterable[Action], name: str) -> int:
+def total(steps: Iterable[Action], name: str) -> int:
+    """Return the sum of an attribute of actions, in bytes."""
     return sum(getattr(step, name) for step in steps)
 
 
