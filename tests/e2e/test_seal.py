@@ -16,10 +16,10 @@ def test_the_commands_seal(tmp_path: Path) -> None:
     refused = clone.inv("fetch", *tiny, "--seal")
     assert (refused.returncode, "--dest" in refused.stderr) == (2, True)
     assert clone.inv("fetch", *tiny).returncode == 0
-    for command in (("place", *tiny), ("fetch", *tiny, "--dest", "elsewhere")):
+    for command in (("place", *tiny), ("fetch", *tiny, "--dest", "models/elsewhere")):
         done = clone.inv(*command, "--seal", "--json")
         assert (done.returncode, len(json.loads(done.stdout)["sealed"])) == (0, 2)
-    for folder in ("models/csm-tiny", "elsewhere"):
+    for folder in ("models/csm-tiny", "models/elsewhere"):
         assert mode(clone.root / folder / "model.safetensors") == 0o444
     again = clone.inv("weights", *tiny, "--no-smoke", "--seal")
     assert (again.returncode, "read-only" in again.stdout) == (0, True)
