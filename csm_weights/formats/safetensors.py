@@ -49,7 +49,7 @@ FORMAT = Format(
     choice="safetensors",
     filename="model.safetensors",
     suffixes=(".safetensors",),
-    sniff=lambda head: head[8:9] == b"{",
+    sniff=lambda head: head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER,
     read_index=read_safetensors,
 )
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm_weights.errors import Kind, MissingInput, WrongContent
+from csm_weights.formats import format_named, sniff
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.safetensors import read_safetensors
 from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, check_against, row_major
@@ -436,3 +437,9 @@ def test_architecture_of_another_model() -> None:
     findings = check_against(TensorIndex({}, 0), TINY, "model")
     assert len(findings) == 21
     assert f"{len(TINY.tensor_shapes()) - 20} more findings" == findings[-1].found
+
+
+def test_other_bytes_are_no_safetensors_file() -> None:
+    """A brace where a header would begin does not make a file one, if no header is so long."""
+    assert sniff(b"\xff" * 8 + b"{") is None
+    assert sniff((100).to_bytes(8, "little") + b"{") is format_named("safetensors")
