@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from csm_weights.api import Generator, Model, Segment, load_csm_1b
+
+# torch does without NumPy, and warns of it when it is imported; nothing here needs it
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 __all__ = ["Generator", "Model", "Segment", "load_csm_1b"]
 

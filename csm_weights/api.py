@@ -37,7 +37,7 @@ class Model(plain.Model):
         cls,
         path: str | Path | Sequence[Path],
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.bfloat16,
+        dtype: plain.DType = "fast",
         *,
         config: CsmConfig | None = None,
         digests: Sequence[ByteRange] = (),
@@ -45,7 +45,7 @@ class Model(plain.Model):
     ) -> Self:
         """Load a folder, a file of weights, a folder of chunk files, or a chunk repository.
 
-        Either format, by its content. `dtype` None keeps the file's. The
+        Either format, by its content. `dtype` "fast" is bfloat16 on a GPU and float32 on the CPU; None keeps the file's. The
         network is `config`, else that of config.json; where there is none, that
         of the manifest that pins weights of this size.
 
@@ -94,7 +94,7 @@ class Model(plain.Model):
         repo: str,
         revision: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.bfloat16,
+        dtype: plain.DType = "fast",
     ) -> Self:
         """Load the model of a repository of the Hub, "org/name".
 
@@ -110,9 +110,7 @@ class Model(plain.Model):
         return cls._obtain(locate.of_repo(locate.checkout(), repo, revision), device, dtype)
 
     @classmethod
-    def _obtain(
-        cls, request: Request, device: str | torch.device, dtype: torch.dtype | None
-    ) -> Self:
+    def _obtain(cls, request: Request, device: str | torch.device, dtype: plain.DType) -> Self:
         """Load what is here of a model and right, else what is fetched."""
         weights = locate.Weights(request)
         for found in weights.candidates():
@@ -125,9 +123,7 @@ class Model(plain.Model):
         return cls._open(weights.fetch(), device, dtype)
 
     @classmethod
-    def _open(
-        cls, found: LocalWeights, device: str | torch.device, dtype: torch.dtype | None
-    ) -> Self:
+    def _open(cls, found: LocalWeights, device: str | torch.device, dtype: plain.DType) -> Self:
         model = super().from_local(
             found.paths, device, dtype, config=found.config, digests=found.digests
         )
@@ -135,9 +131,7 @@ class Model(plain.Model):
         return model
 
 
-def load_csm_1b(
-    device: str | torch.device = "cuda", dtype: torch.dtype | None = torch.bfloat16
-) -> Generator:
+def load_csm_1b(device: str | torch.device = "cuda", dtype: plain.DType = "fast") -> Generator:
     """Load CSM-1B, ready to generate: from this machine where it is right, else from the Hub.
 
     Raises as `Model.from_pretrained`, and UsageError without the GPU asked for.

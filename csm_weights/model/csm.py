@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,10 @@ from csm_weights.formats.architecture import CsmConfig, TransformerConfig, parse
 from csm_weights.formats.tensor_index import check_against
 from csm_weights.formats.weights_file import locate, missing, open_weights
 from csm_weights.model.load import load_tensors
+
+#: A dtype to load weights in: None is the file's, "fast" the faster one, which is bfloat16 on a
+#: GPU and float32 on the CPU.
+DType = torch.dtype | Literal["fast"] | None
 
 #: Picks one code a row from logits (B, V): codes (B,).
 Sampler = Callable[[Tensor], Tensor]
@@ -214,7 +218,7 @@ class Model(nn.Module):
         cls,
         path: str | Path | Sequence[Path],
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = torch.float32,
+        dtype: DType = "fast",
         *,
         config: CsmConfig | None = None,
         digests: Sequence[ByteRange] = (),
@@ -224,7 +228,7 @@ class Model(nn.Module):
         `path` is a folder with config.json and model.safetensors or ckpt.pt
         (the first is taken where both are), or their chunk files, or one of
         these weight files with config.json beside it, or chunk files in order.
-        `config` takes the place of config.json. `dtype` None keeps the file's.
+        `config` takes the place of config.json. `dtype` is as in DType.
         `digests` are byte ranges that tile the file; each is verified as its
         bytes pass. On the CPU a file that needs no conversion is mapped, not
         copied; otherwise there is no second copy either.
@@ -234,6 +238,9 @@ class Model(nn.Module):
         config.json describes. No pickle is run.
         """
         paths, folder = locate(path)
+        device = torch.device(device)
+        if dtype == "fast":
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         config = config or _read_config(folder, paths[0].parent)
         with open_weights(paths) as weights:
             if findings := check_against(weights.index, config, weights.source.where):
@@ -241,7 +248,7 @@ class Model(nn.Module):
                 raise WrongContent(f"{name} is not the network of its config.json", findings)
             tensors = load_tensors(
                 weights,
-                torch.device(device),
+                device,
                 dtype,
                 together=config.fused_tensors(),
                 digests=digests,

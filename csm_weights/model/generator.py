@@ -8,6 +8,7 @@ of audio (80 ms each), K codebooks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from csm_weights.errors import UsageError
 from csm_weights.model.codec import Codec, as_codec, find_codec
@@ -111,15 +113,35 @@ class Generator:
         text: Text,
         speaker: int,
         context: Sequence[Segment],
-        max_audio_length_ms: float = 90_000,
+        max_audio_length_ms: float = 10_000,
         temperature: float = 0.9,
         topk: int = 50,
     ) -> Tensor:
-        """Return the codes (T, K) of `speaker` saying `text` after `context`, without a codec.
+        """Return the codes (T, K) of `iter_frames`; a bar on a terminal shows progress."""
+        prompt = (text, speaker, context, max_audio_length_ms)
+        limit = int(max_audio_length_ms / FRAME_MS)
+        made = self.iter_frames(*prompt, temperature, topk)
+        # disable=None: no bar where stderr is no terminal
+        bar = tqdm(made, "generating", limit, False, sys.stderr, unit=" frames", disable=None)
+        frames = list(bar)
+        none = torch.zeros(0, self._model.config.codebooks, dtype=torch.long, device=self.device)
+        return torch.stack(frames) if frames else none
+
+    def iter_frames(
+        self,
+        text: Text,
+        speaker: int,
+        context: Sequence[Segment],
+        max_audio_length_ms: float = 10_000,
+        temperature: float = 0.9,
+        topk: int = 50,
+    ) -> Iterator[Tensor]:
+        """Yield codes (K,), as they are made, of `speaker` saying `text` after `context`.
 
         At most `max_audio_length_ms`, in frames of 80 ms; a frame of zeros ends
-        it before, and is not among them. Text as token ids needs no tokenizer,
-        and context as codes no codec. Temperature 0 or topk 1 is greedy.
+        it before, and is not among them. The caller may stop at any frame. Text
+        as token ids needs no tokenizer, and context as codes no codec.
+        Temperature 0 or topk 1 is greedy.
 
         Raises InputsTooLong, a ValueError, where prompt and audio together do
         not stay below the model's positions; MissingInput without a tokenizer
@@ -129,14 +151,6 @@ class Generator:
         limit = int(max_audio_length_ms / FRAME_MS)
         tokens, tokens_mask = self._prompt(text, speaker, context)
         self._check_length(len(tokens), limit)
-        frames = list(self._frames(tokens, tokens_mask, limit, temperature, topk))
-        none = tokens.new_zeros(0, self._model.config.codebooks)
-        return torch.stack(frames) if frames else none
-
-    def _frames(
-        self, tokens: Tensor, tokens_mask: Tensor, limit: int, temperature: float, topk: int
-    ) -> Iterator[Tensor]:
-        """Yield frames (K,) until there are `limit` of them or one is all zeros."""
         for number in range(limit):
             if number:
                 codes = self._decoder.step()

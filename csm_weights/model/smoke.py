@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,8 +220,6 @@ def _check_count(frames: int) -> None:
 def _find_device(device: str | None, require_gpu: bool) -> torch.device:
     """Return the device asked for; raises SmokeUnavailable where it cannot be used."""
     try:
-        # torch looks for numpy, does without, and warns; nothing here needs it
-        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         import torch
     except (ImportError, OSError) as error:
         raise SmokeUnavailable(

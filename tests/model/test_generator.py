@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import socket
 import sys
 import types
@@ -171,14 +172,18 @@ def columns(text: Sequence[int]) -> tuple[Tensor, Tensor]:
 # ---- the prompt
 
 
-@pytest.mark.parametrize("name", ["generate", "generate_frames"])
-def test_signature_is_that_of_sesames_generator(name: str) -> None:
-    """Callers of Sesame's generator need not change a word."""
+@pytest.mark.parametrize(
+    ("name", "longest"),
+    [("generate", 90_000), ("generate_frames", 10_000), ("iter_frames", 10_000)],
+)
+def test_signature_is_that_of_sesames_generator(name: str, longest: int) -> None:
+    """Callers of Sesame's generator need not change a word; frames alone end after ten seconds."""
     parameters = dict(inspect.signature(getattr(Generator, name)).parameters)
     del parameters["self"]
+    expected = SIGNATURE | {"max_audio_length_ms": longest}
 
-    assert {key: value.default for key, value in parameters.items()} == SIGNATURE
-    assert list(SIGNATURE) == list(parameters)
+    assert {key: value.default for key, value in parameters.items()} == expected
+    assert list(expected) == list(parameters)
 
 
 def test_text_is_speaker_and_text_between_bos_and_eos(model: Model) -> None:
@@ -287,6 +292,37 @@ def test_length_is_whole_frames_of_80_ms(model: Model, milliseconds: float, coun
 
     assert (count, 32) == frames.shape
     assert 8 - count == len(script.frames)
+
+
+def test_frames_come_one_by_one_and_may_be_stopped(model: Model) -> None:
+    """A caller that has heard enough takes no further frame, and none is made."""
+    script = Script(1, 2, 3, 4)
+    frames = scripted(model, script).iter_frames([1], 0, [])
+    assert next(frames).tolist() == [1] * 32
+    assert next(frames).tolist() == [2] * 32
+    frames.close()  # type: ignore[attr-defined]
+    assert script.frames == [3, 4]
+
+
+def test_progress_is_shown_on_a_terminal_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar counts the frames on a terminal's stderr; elsewhere nothing is written."""
+
+    class Terminal(io.StringIO):
+        is_terminal = True
+
+        def isatty(self) -> bool:
+            return self.is_terminal
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    scripted(model, Script(7, 8, 0)).generate_frames([1], 0, [], 800)
+    assert "generating" in shown.getvalue() and "/10" in shown.getvalue()
+    monkeypatch.setattr(sys, "stderr", quiet := Terminal())
+    quiet.is_terminal = False
+    scripted(model, Script(7, 8, 0)).generate_frames([1], 0, [], 800)
+    assert quiet.getvalue() == ""
 
 
 def test_prompt_and_audio_must_stay_below_the_positions() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from csm_weights.byte_ranges import ByteRange
@@ -159,6 +159,20 @@ def test_without_conversion_the_file_is_mapped(files: dict[str, Path]) -> None:
 
     assert len(storages) == 1
     assert files["safetensors"].read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_data_may_begin_at_any_byte(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A header without padding lets the data begin where no element could be mapped."""
+    state = {"a": torch.randn(5, 3), "b": torch.randn(7)}
+    content = save(state)
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip()
+    for odd in range(4):
+        padded = header + b" " * odd
+        path = tmp_path / f"{odd}.safetensors"
+        data = content[-sum(tensor.nbytes for tensor in state.values()) :]
+        path.write_bytes(len(padded).to_bytes(8, "little") + padded + data)
+        assert_same(loaded([path], dtype), state, dtype)
 
 
 def test_tensors_may_share_bytes(tmp_path: Path) -> None:
