@@ -45,9 +45,10 @@ class Model(plain.Model):
     ) -> Self:
         """Load a folder, a file of weights, a folder of chunk files, or a chunk repository.
 
-        Either format, by its content. `dtype` "fast" is bfloat16 on a GPU and float32 on the CPU; None keeps the file's. The
-        network is `config`, else that of config.json; where there is none, that
-        of the manifest that pins weights of this size.
+        Either format, by its content. `dtype` "fast" is bfloat16 on a GPU and
+        float32 on the CPU; None keeps the file's. The network is `config`, else
+        that of config.json; where there is none, that of the manifest that pins
+        weights of this size.
 
         A file with a valid receipt was verified before. Any other is hashed
         while it is loaded, where a manifest pins a file of its name and size:
