@@ -133,11 +133,19 @@ def collection(root: Path, *more: Task[Any]) -> Collection:
 
 def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
     """Raise Exit with a suggestion where Invoke's own parser would refuse a command line."""
+    helps = {name: tasks[name].help.copy() for name in tasks.task_names}
+    core = Parser(initial=Program().initial_context, ignore_unknown=True)
     try:
-        Parser(tasks.to_contexts(), Program().initial_context).parse_argv(list(words))
+        parsed = core.parse_argv(list(words))
+        Parser(tasks.to_contexts(), Program().initial_context).parse_argv(parsed.unparsed)
+        if isinstance(asked := parsed[0].args.help.value, str) and asked not in helps:
+            raise ParseError(f"No idea what {asked!r} is!")
     except ParseError as error:
         message = printable(f"error: {_explained(error, tasks)}")
         raise Exit(message, code=UsageError.exit_code) from None
+    finally:  # to_contexts takes the help out of the tasks
+        for name, texts in helps.items():
+            tasks[name].help = texts
 
 
 def _explained(error: ParseError, tasks: Collection) -> str:

@@ -374,6 +374,7 @@ def test_an_unknown_option_is_a_usage_error(clone: Clone) -> None:
 TRAPS = [
     (("weights", "csm-tiny"), "inv weights --model csm-tiny"),
     (("wieghts",), "did you mean weights?"),
+    (("--help", "wieghts"), "did you mean weights?"),
     (("weights", "--sorce", "hf"), "did you mean --source?"),
     (("weights", "--model"), "--model needs a value"),
     (("weights", "--model", "csm-tinny"), "did you mean csm-tiny?"),
@@ -397,11 +398,13 @@ def test_a_slip_is_refused_with_what_was_meant(
     assert said in " ".join(result.stderr.split())
 
 
-def test_h_is_help(clone: Clone) -> None:
-    """`inv status -h` shows the help of status, as everywhere."""
-    result = clone.inv("status", "-h")
+@pytest.mark.parametrize("words", [("status", "-h"), ("--help", "status"), ("status", "--help")])
+def test_help_of_a_task_explains_its_options(clone: Clone, words: tuple[str, ...]) -> None:
+    """`inv status -h` and `inv --help status` show the help of status and of its options."""
+    result = clone.inv(*words)
     assert (result.returncode, "Show what is here" in result.stdout) == (0, True)
     assert "-h" not in result.stdout
+    assert "the result as JSON on stdout" in " ".join(result.stdout.split())
 
 
 JSON_COMMANDS = [
