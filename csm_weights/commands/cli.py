@@ -140,7 +140,7 @@ def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
         Parser(tasks.to_contexts(), Program().initial_context).parse_argv(parsed.unparsed)
         if isinstance(asked := parsed[0].args.help.value, str) and asked not in helps:
             raise ParseError(f"No idea what {asked!r} is!")
-    except ParseError as error:
+    except (ParseError, ValueError) as error:
         message = printable(f"error: {_explained(error, tasks)}")
         raise Exit(message, code=UsageError.exit_code) from None
     finally:  # to_contexts takes the help out of the tasks
@@ -148,8 +148,10 @@ def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
             tasks[name].help = texts
 
 
-def _explained(error: ParseError, tasks: Collection) -> str:
+def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
     """Return what Invoke's parser found, and what was most likely meant."""
+    if isinstance(error, ValueError):
+        return f"{str(error).rpartition(': ')[2]} is not a number"
     if valueless := re.match("Flag <Argument: ([a-z-]+)", str(error)):
         return f"--{valueless[1]} needs a value"
     unknown = re.match("No idea what '(.*)' is!", str(error), re.DOTALL)
@@ -315,6 +317,7 @@ def attest(request: Request, out: str = "", key: str = "", new_key: str = "") ->
     device="torch's word: cpu, cuda, cuda:1; default a GPU if there is one",
     frames="how many frames of 80 ms to make (default 8)",
     dtype="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on the CPU",
+    max_rtf="fail where a second of audio takes more seconds than this (default: no limit)",
     record="record golden frames in manifests/ instead (CPU)",
 )
 def smoke(
@@ -323,14 +326,15 @@ def smoke(
     require_gpu: bool = False,
     frames: int = 8,
     dtype: str = "",
+    max_rtf: float = 0.0,
     record: bool = False,
 ) -> object:
-    """Load the model that is in place, let it speak, and check it."""
+    """Load the installed model, generate some frames, and check them."""
     from csm_weights.commands import smoke
 
     if record:
         return str(smoke.record_golden(request, frames))
-    return smoke.smoke(request, device or None, require_gpu, frames, dtype or None)
+    return smoke.smoke(request, device or None, require_gpu, frames, dtype or None, max_rtf or None)
 
 
 @task(

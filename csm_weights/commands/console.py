@@ -84,7 +84,8 @@ def _show(result: object, as_json: bool, command: str) -> int:
         elif result is not error:
             from csm_weights.commands.render import text
 
-            _print(_painted(_as_typed(text.render(result)), sys.stdout), sys.stdout)
+            shown = text.render(result) + ("\n" if error else "")
+            _print(_painted(_as_typed(shown), sys.stdout), sys.stdout)
     except OSError as problem:
         error = NoSpace(f"the result cannot be printed: {problem.strerror}")
         code = error.exit_code

@@ -19,14 +19,15 @@ def smoke(
     require_gpu: bool = False,
     frames: int = smoke_test.FRAMES,
     dtype: str | None = None,
+    max_rtf: float | None = None,
 ) -> Outcome:
-    """Gate the model that is installed, load it and let it speak."""
+    """Run the gates, load the installed model and check what it generates."""
     session, state = _begin(request)
     results = session.gate(state, rehash=False)
     outcome = Outcome(state, results=results, error=gate_error(results))
     if outcome.error:
         return outcome
-    return smoke_test.run(outcome, device, require_gpu, frames, dtype)
+    return smoke_test.run(outcome, device, require_gpu, frames, dtype, max_rtf)
 
 
 def record_golden(request: Request, frames: int) -> Path:

@@ -16,12 +16,16 @@ from csm_weights.model.smoke import run as run_smoke
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.session import now
+from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import State
 from csm_weights.untrusted import dump_record
 
 #: Frames that a smoke test generates: 0.64 seconds of audio.
 FRAMES = 8
+
+#: What holds whatever the smoke test ends in: the gates come before it.
+VERIFIED = "The files are installed and verified."
 
 
 def is_for(manifest: Manifest) -> bool:
@@ -53,28 +57,37 @@ def run(
     require_gpu: bool = False,
     frames: int = FRAMES,
     dtype: str | None = None,
+    max_rtf: float | None = None,
 ) -> Outcome:
     """Load the installed model, generate some frames, and record the report.
 
-    Returns the outcome with the report, or with the error that the test ends in.
+    `max_rtf` is the largest real-time factor that passes; None leaves the speed
+    unchecked. Returns the outcome with the report, or with the error that the
+    test ends in.
     """
     state = outcome.state
     try:
-        report = run_smoke(
-            state.paths.destination,
-            device=device,
-            require_gpu=require_gpu,
-            frames=frames,
-            golden=_golden(state),
-            weights=_weights_word(state),
-            dtype=dtype,
-        )
+        with Progress("loading the model and generating frames", 0):
+            report = run_smoke(
+                state.paths.destination,
+                device=device,
+                require_gpu=require_gpu,
+                frames=frames,
+                golden=_golden(state),
+                weights=_weights_word(state),
+                dtype=dtype,
+                max_rtf=max_rtf,
+            )
     except CsmWeightsError as error:
+        error.advice = "\n".join(filter(None, [error.advice, VERIFIED]))
         return replace(outcome, error=error)
     report = replace(report, bound_to=_binding(state), made_at=now())
     if not report.ok:
-        wrong = ", ".join(check.name for check in report.checks if not check.ok)
-        return replace(outcome, smoke=report, error=SmokeFailed(f"NOT OK: {wrong}"))
+        wrong = "; ".join(
+            f"{c.name}: {c.value}, limit {c.limit}" for c in report.checks if not c.ok
+        )
+        failed = SmokeFailed(f"the smoke test failed: {wrong}", advice=VERIFIED)
+        return replace(outcome, smoke=report, error=failed)
     try:
         path = smoke_report.report_path(state.paths.destination)
         atomic.write_whole(path, dump_record(report) + "\n")

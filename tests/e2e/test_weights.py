@@ -382,6 +382,7 @@ TRAPS = [
     (("weights", *TINY, "--only", "safetensor"), "did you mean safetensors?"),
     (("--dry", "fetch", *TINY), "put it after the task: inv fetch --dry"),
     (("verify", *TINY, "--write-sums", "--dry"), "verify has no --dry"),
+    (("smoke", *TINY, "--frames", "x"), "'x' is not a number"),
     (("weights", *TINY, "-e"), "weights has no -e, only long options"),
     (("weights", *TINY, "-r", "main"), "weights has no -r, only long options"),
 ]
@@ -481,6 +482,17 @@ def test_an_interrupted_smoke_test_leaves_the_files_in_place(clone: Clone) -> No
     result = terminate(clone)
     assert "interrupted; what was verified is kept" in result.stderr
     assert clone.inv("status", *TINY, "--check").returncode == 0
+
+
+def test_speed_is_a_gate_only_where_asked(clone: Clone) -> None:
+    """However slow, a model passes; with --max-rtf a slow one ends with 8, its files verified."""
+    assert clone.inv("weights", *TINY).returncode == 0
+    slow = clone.inv("smoke", *TINY, "--max-rtf", "0.0001")
+    assert slow.returncode == 8
+    assert "error: the smoke test failed: real-time factor" in slow.stderr
+    assert "The files are installed and verified." in slow.stderr
+    assert slow.stderr.count("NOT OK") == 0 and slow.stdout.count("NOT OK") == 1
+    assert clone.inv("smoke", *TINY, "--max-rtf", "1000000").returncode == 0
 
 
 def test_a_failed_smoke_test_is_not_taken_for_a_good_one(clone: Clone) -> None:
