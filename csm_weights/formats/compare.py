@@ -227,7 +227,8 @@ def _difference(pair: _Pair, on_progress: OnProgress, cancel: threading.Event) -
         for tensor, buffer in zip((first, second), buffers, strict=True):
             read_elements(tensor.source, tensor.info, start, buffer)
         if buffers[0] != buffers[1]:
-            number = start + _bisect(*buffers, item)
+            bits = int.from_bytes(buffers[0], "little") ^ int.from_bytes(buffers[1], "little")
+            number = start + ((bits & -bits).bit_length() - 1) // (8 * item)
             values = first.value(number), second.value(number)
             # packed elements are counted by their bytes
             is_packed = math.prod(first.shape) != total
@@ -244,16 +245,6 @@ def _step(first: NamedTensor, second: NamedTensor) -> int:
     most = (BLOCK if are_plain else VIEW_BLOCK) // first.info.itemsize
     row = first.shape[-1] if first.shape else 1
     return most - most % row if 0 < row <= most else most
-
-
-def _bisect(first: bytearray, second: bytearray, item: int) -> int:
-    """Return the number of the first element in which two different blocks differ."""
-    begin, end = 0, len(first) // item
-    while end - begin > 1:
-        middle = (begin + end) // 2
-        half = slice(begin * item, middle * item)
-        begin, end = (begin, middle) if first[half] != second[half] else (middle, end)
-    return begin
 
 
 def _index(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:

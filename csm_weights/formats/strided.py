@@ -87,23 +87,20 @@ class _Reader:
         self._format = _MOVED[info.itemsize]
 
     def read(self, box: _Box) -> None:
-        """Read a box in one go if its elements lie densely enough, else in halves."""
+        """Read a box in one go if its elements lie densely enough, else in parts."""
         reach = 1 + sum((axis.size - 1) * axis.step for axis in box.axes)
         wanted = math.prod(axis.size for axis in box.axes)
         if reach * self._item <= max(_FLOOR, _DENSITY * wanted * self._item):
             self._take(box, reach)
             return
-        if len(box.axes) == 2 and (runs := self._runs(box)):
-            self._take_runs(box, *runs)
-            return
-        widest = max(range(len(box.axes)), key=lambda i: _reach(box.axes[i]))
-        for half in _split(box, widest, self._item):
-            self.read(half)
-
-    def _runs(self, box: _Box) -> tuple[_Axis, _Axis] | None:
-        """Return the axes of runs of neighbours that are too far apart to be read together."""
-        run, apart = sorted(box.axes, key=lambda axis: axis.step)
-        return (run, apart) if run.step == 1 and apart.step * self._item > _FLOOR else None
+        if len(box.axes) == 2:
+            run, apart = sorted(box.axes, key=lambda axis: axis.step)
+            if run.step == 1 and apart.step * self._item > _FLOOR:
+                self._take_runs(box, run, apart)
+                return
+        reaches = [(axis.size - 1) * axis.step for axis in box.axes]
+        for part in _split(box, reaches.index(max(reaches)), self._item):
+            self.read(part)
 
     def _take_runs(self, box: _Box, run: _Axis, apart: _Axis) -> None:
         """Read each run alone, without the overhead of `read`."""
@@ -135,18 +132,11 @@ class _Reader:
             for number, axis in zip(index, others, strict=True):
                 begin += number * axis.step
                 at += number * axis.out_step
-            run = self._run(span, begin, size, step)
+            if step:
+                run = span[begin : begin + (size - 1) * step + 1 : step]
+            else:  # no slice repeats one element
+                run = memoryview(span[begin : begin + 1].tobytes() * size).cast(self._format)
             self._target[at : at + (size - 1) * place + 1 : place] = run
-
-    def _run(self, span: memoryview, begin: int, size: int, step: int) -> memoryview:
-        if step:
-            return span[begin : begin + (size - 1) * step + 1 : step]
-        # no slice stays where it is
-        return memoryview(span[begin : begin + 1].tobytes() * size).cast(self._format)
-
-
-def _reach(axis: _Axis) -> int:
-    return (axis.size - 1) * axis.step
 
 
 def _split(box: _Box, number: int, item: int) -> Iterator[_Box]:
@@ -192,16 +182,13 @@ def _boxes(
         first += 1
     last, tail = divmod(stop, inner)
     if last > first:
-        yield _Box(_axes([(last - first, step), *rest]), begin + first * step, at)
+        sizes, steps = zip((last - first, step), *rest, strict=True)
+        axes = zip(sizes, steps, row_major(sizes), strict=True)
+        kept = tuple(_Axis(*axis) for axis in axes if axis[0] > 1)
+        yield _Box(kept, begin + first * step, at)
         at += (last - first) * inner
     if tail and last >= first:
         yield from _boxes(rest, 0, tail, begin + last * step, at)
-
-
-def _axes(dims: Sequence[tuple[int, int]]) -> tuple[_Axis, ...]:
-    places = row_major(tuple(size for size, _ in dims))
-    zipped = zip(dims, places, strict=True)
-    return tuple(_Axis(size, step, place) for (size, step), place in zipped if size > 1)
 
 
 def to_number(dtype: str, element: bytes) -> int | float | complex:

@@ -71,8 +71,7 @@ def read_records(file: MultipartFile, size: int) -> dict[str, Record]:
         if entry.header != position:
             found = f"at byte {entry.header}"
             raise Malformed(f"a record at byte {position}", found, show(entry.name))
-        record, numbers = _check_local(file, entry, start)
-        position = _check_descriptor(file, record, numbers, start)
+        record, position = _check_record(file, entry, start)
         records.append(record)
     if position != start:
         raise Malformed(f"records up to byte {start}", f"up to byte {position}", "zip")
@@ -172,45 +171,40 @@ def _read_end64(
 
 def _read_directory(directory: bytes, count: int) -> list[Record]:
     entries: list[Record] = []
-    at = 0
-    while at < len(directory):
-        if len(directory) - at < CENTRAL.size:
+    end = 0
+    while end < len(directory):
+        at, end = end, end + CENTRAL.size
+        if end > len(directory):
             raise Malformed("a whole entry", "a truncated one", "zip directory")
-        entry, at = _directory_entry(directory, at)
-        entries.append(entry)
+        fields = CENTRAL.unpack_from(directory, at)
+        sign, _, _, flags, method, _, _, crc, packed, size = fields[:10]
+        names, extras, comment, disk, _, _, header = fields[10:]
+        name = directory[end : end + names].decode("ascii", "backslashreplace")
+        end += names + extras
+        if sign != CENTRAL_SIGN or end > len(directory) or comment or disk:
+            raise Malformed("a directory entry without comment", "something else", show(name))
+        if method != 0 or flags != torch_flags(size):
+            found = f"method {method}, flags {flags:#06x}"
+            raise Malformed(f"a stored entry, flags {torch_flags(size):#06x}", found, show(name))
+        wide = extra_fields(directory[end - extras : end], show(name)).get(ZIP64, b"")
+        shorts = (size, packed, header)
+        if len(wide) != 8 * shorts.count(FULL32):
+            raise Malformed("zip64 sizes where they are needed", f"{len(wide)} bytes", show(name))
+        wider = iter(struct.unpack(f"<{len(wide) // 8}Q", wide))
+        size, packed, header = (next(wider) if short == FULL32 else short for short in shorts)
+        if packed != size:
+            raise Malformed(f"{size} bytes stored", f"{packed}", show(name))
+        entries.append(Record(name, crc, size, header))
     if len(entries) != count:
         raise Malformed(f"{count} entries", f"{len(entries)}", "zip directory")
     return entries
 
 
-def _directory_entry(directory: bytes, at: int) -> tuple[Record, int]:
-    """Read the entry at byte `at` of the directory; return it and where the next one begins."""
-    fields = CENTRAL.unpack_from(directory, at)
-    sign, _, _, flags, method, _, _, crc, packed, size = fields[:10]
-    names, extras, comment, disk, _, _, header = fields[10:]
-    end = at + CENTRAL.size + names + extras
-    raw = directory[at + CENTRAL.size : at + CENTRAL.size + names]
-    name = raw.decode("ascii", "backslashreplace")
-    if sign != CENTRAL_SIGN or end > len(directory) or comment or disk:
-        raise Malformed("a directory entry without comment", "something else", show(name))
-    if method != 0 or flags != torch_flags(size):
-        found = f"method {method}, flags {flags:#06x}"
-        raise Malformed(f"a stored entry, flags {torch_flags(size):#06x}", found, show(name))
-    wide = extra_fields(directory[end - extras : end], show(name)).get(ZIP64, b"")
-    shorts = (size, packed, header)
-    if len(wide) != 8 * shorts.count(FULL32):
-        raise Malformed("zip64 sizes where they are needed", f"{len(wide)} bytes", show(name))
-    wider = iter(struct.unpack(f"<{len(wide) // 8}Q", wide))
-    size, packed, header = (next(wider) if short == FULL32 else short for short in shorts)
-    if packed != size:
-        raise Malformed(f"{size} bytes stored", f"{packed}", show(name))
-    return Record(name, crc, size, header), end
+def _check_record(file: MultipartFile, entry: Record, limit: int) -> tuple[Record, int]:
+    """Find the data of a record; return it and where the next record begins.
 
-
-def _check_local(file: MultipartFile, entry: Record, limit: int) -> tuple[Record, str]:
-    """Find the data of a record; return it and the struct code of its descriptor's two sizes.
-
-    The local header must agree with the directory, and the data end before byte `limit`.
+    The local header and the descriptor after the data must agree with the
+    directory, and both end before byte `limit`.
     """
     at = show(entry.name)
     if entry.header + LOCAL.size > limit:
@@ -219,8 +213,9 @@ def _check_local(file: MultipartFile, entry: Record, limit: int) -> tuple[Record
         read_at(file, entry.header, LOCAL.size)
     )
     data = entry.header + LOCAL.size + names + extras
-    if data + entry.size > limit:
-        raise Malformed(f"data before byte {limit}", f"up to byte {data + entry.size}", at)
+    end = data + entry.size
+    if end > limit:
+        raise Malformed(f"data before byte {limit}", f"up to byte {end}", at)
     tail = read_at(file, entry.header + LOCAL.size, names + extras)
     same = tail[:names] == entry.name.encode() and (flags, method) == (torch_flags(entry.size), 0)
     # torch knows neither CRC nor sizes yet when it writes this header
@@ -228,24 +223,16 @@ def _check_local(file: MultipartFile, entry: Record, limit: int) -> tuple[Record
     if sign != LOCAL_SIGN or not same:
         raise Malformed("a local header like the directory's entry", "another", at)
     wide = extra_fields(tail[names:], at).get(ZIP64)
-    if wide is None:
-        return replace(entry, data=data), "2I"
-    numbers = {wide[i : i + 8] for i in range(0, len(wide), 8)}
+    if wide is None and entry.size > FULL32:
+        raise Malformed("zip64 sizes", "none", at)
+    numbers = {wide[i : i + 8] for i in range(0, len(wide), 8)} if wide else set()
     if not numbers <= {struct.pack("<Q", known) for known in (0, entry.size, entry.header)}:
         raise Malformed("zip64 sizes like the directory's", "others", at)
-    return replace(entry, data=data), "2Q"
-
-
-def _check_descriptor(file: MultipartFile, record: Record, numbers: str, limit: int) -> int:
-    """Check that the descriptor repeats the directory; return where the next record begins."""
-    layout = struct.Struct(f"<4sI{numbers}")
-    at = show(record.name)
-    if numbers == "2I" and record.size > FULL32:
-        raise Malformed("zip64 sizes", "none", at)
-    expected = layout.pack(DESCRIPTOR_SIGN, record.crc, record.size, record.size)
-    end = record.data + record.size
-    if not record.size:
-        return end
-    if end + layout.size > limit or read_at(file, end, layout.size) != expected:
+    descriptor = b""
+    if entry.size:
+        layout = "<4sI2I" if wide is None else "<4sI2Q"
+        descriptor = struct.pack(layout, DESCRIPTOR_SIGN, entry.crc, entry.size, entry.size)
+    after = end + len(descriptor)
+    if after > limit or read_at(file, end, len(descriptor)) != descriptor:
         raise Malformed("a data descriptor like the directory's entry", "another", at)
-    return end + layout.size
+    return replace(entry, data=data), after

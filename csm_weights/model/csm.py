@@ -61,22 +61,23 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-class Linear(nn.Linear):
-    """torch's, but drawing nothing on the meta device: torch would import 800 modules for it."""
+class _Undrawn:
+    """A module that draws nothing on the meta device: torch would import 800 modules for it."""
+
+    weight: Tensor
 
     def reset_parameters(self) -> None:
         """Draw random weights, except on the meta device."""
         if not self.weight.is_meta:
-            super().reset_parameters()
+            super().reset_parameters()  # type: ignore[misc]
 
 
-class Embedding(nn.Embedding):
-    """torch's, but drawing nothing on the meta device, as `Linear`."""
+class Linear(_Undrawn, nn.Linear):
+    """torch's linear layer."""
 
-    def reset_parameters(self) -> None:
-        """Draw random weights, except on the meta device."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
+
+class Embedding(_Undrawn, nn.Embedding):
+    """torch's embedding."""
 
 
 class KVCache:

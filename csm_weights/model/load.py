@@ -56,11 +56,6 @@ class StagingBuffers:
     count: int
     threads: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return self.block * self.count * self.threads
-
 
 def host_buffers() -> StagingBuffers:
     """Return buffers on the way to the CPU's own memory: they stay in the cores' caches."""
