@@ -45,8 +45,8 @@ def tiny_state(seed: int = 1) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def held(first: Path, second: Path) -> Comparison:
-    """What comes of comparing two paths."""
+def compared_paths(first: Path, second: Path) -> Comparison:
+    """Compare two paths."""
     return compare(Request(REPOSITORY, "csm-tiny"), first, second)
 
 
@@ -66,7 +66,7 @@ def compared(tmp_path: Path) -> Compared:
     def run(first: dict[str, Tensor], second: dict[str, Tensor]) -> Comparison:
         save_file(first, tmp_path / "a.safetensors")
         torch.save(second, tmp_path / "b.pt")
-        return held(tmp_path / "a.safetensors", tmp_path / "b.pt")
+        return compared_paths(tmp_path / "a.safetensors", tmp_path / "b.pt")
 
     return run
 
@@ -81,7 +81,7 @@ def ours(tmp_path: Path) -> Path:
 
 
 def transformers_state(codec: bool = True) -> dict[str, Tensor]:
-    """What transformers' own model of the tiny weights saves, the tied copy included."""
+    """Return the state that transformers' own tiny model saves, the tied copy included."""
     model = transformers_model(TINY, tiny_state())
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return {n: t for n, t in state.items() if codec or not n.startswith("codec_model.")}
@@ -119,12 +119,12 @@ def test_two_formats_of_one_model_are_equal(compared: Compared) -> None:
 
 @pytest.mark.parametrize("name", ["", "model.safetensors", "model.safetensors.part-ac"])
 def test_a_file_is_compared_with_parts(name: str, tmp_path: Path) -> None:
-    """Parts are named by their folder, by the file they make, or by any one of them."""
+    """Chunk files are named by their folder, by the file they make, or by any one of them."""
     parts = REPOSITORY / "chunks" / "csm-tiny"
     checkpoint = tmp_path / "ckpt.pt"
     pieces = sorted((parts / "ckpt").glob("*.part-*"))
     checkpoint.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
-    comparison = held(parts / "safetensors" / name, checkpoint)
+    comparison = compared_paths(parts / "safetensors" / name, checkpoint)
 
     assert (len(TINY.tensor_shapes()), ()) == (comparison.equal, comparison.differences)
     assert comparison.first.where.endswith("part-aa and 5 more chunk files")
@@ -173,8 +173,8 @@ def test_views_of_a_checkpoint_are_read_as_they_are(compared: Compared) -> None:
     assert [(d.name, d.index) for d in found] == [("cube", (516, 29, 9)), ("turned", (300, 200))]
 
 
-def test_two_files_without_tensors_prove_nothing(compared: Compared) -> None:
-    """That nothing differs is no proof where there is nothing."""
+def test_two_files_without_tensors_are_an_error(compared: Compared) -> None:
+    """Two files without tensors are an error, although nothing differs."""
     error = compared({}, {}).error
     assert error
     assert error.exit_code == 4
@@ -217,7 +217,7 @@ def test_an_index_has_all_dimensions(index: tuple[int, int, int], compared: Comp
     assert second[index].item() == difference.values[1].number
 
 
-def test_each_kind_of_difference_is_told_in_the_order_of_names(compared: Compared) -> None:
+def test_each_kind_of_difference_is_listed_in_the_order_of_names(compared: Compared) -> None:
     """Missing here, missing there, another dtype, another shape, other elements; the rest equal."""
     first = tiny_state()
     second = dict(first)
@@ -245,7 +245,7 @@ def test_each_kind_of_difference_is_told_in_the_order_of_names(compared: Compare
 
 
 def test_a_difference_is_wrong_content(compared: Compared) -> None:
-    """The error says how many differ and where the first is; of very many, 20 are spelled out."""
+    """The error has the count of differences and the place of the first; it lists at most 20."""
     first = {f"t{number:02}": torch.zeros(4) for number in range(30)}
     second = {name: tensor + (name != "t00") for name, tensor in first.items()}
     error = compared(first, second).error
@@ -268,7 +268,7 @@ def shards(tmp_path: Path) -> list[Path]:
 
 def test_transformers_shards_are_the_same_model(ours: Path, shards: list[Path]) -> None:
     """All tensors are equal once renamed and reordered; the tied copy counts, the codec not."""
-    comparison = held(ours, shards[0])
+    comparison = compared_paths(ours, shards[0])
 
     assert comparison.differences == ()
     assert len(TINY.tensor_shapes()) + 1 == comparison.equal
@@ -298,8 +298,8 @@ def test_a_transformers_checkpoint_may_come_in_any_form(
         path = tmp_path / "theirs.safetensors"
         save_file(transformers_state(codec=False), path)
 
-    assert held(path, ours).differences == ()
-    assert held(path, path).differences == ()
+    assert compared_paths(path, ours).differences == ()
+    assert compared_paths(path, path).differences == ()
 
 
 @pytest.mark.parametrize("name", [Q_PROJ, K_PROJ])
@@ -309,7 +309,7 @@ def test_an_element_of_q_or_k_is_found_in_our_order(name: str, ours: Path, tmp_p
     state[name][5, 7] += 1
     model = transformers_model(TINY, state)
     shard = sharded(tmp_path / "other", dict(model.state_dict()))[0]
-    difference = only(held(ours, shard))
+    difference = only(compared_paths(ours, shard))
 
     assert (name, (5, 7)) == (difference.name, difference.index)
     assert difference.values
@@ -321,37 +321,37 @@ def test_a_projection_in_the_wrong_order_differs(ours: Path, tmp_path: Path) -> 
     state = transformers_state()
     theirs = "backbone_model.layers.1.self_attn.q_proj.weight"
     state[theirs] = tiny_state()[Q_PROJ]
-    difference = only(held(ours, sharded(tmp_path / "other", state)[0]))
+    difference = only(compared_paths(ours, sharded(tmp_path / "other", state)[0]))
 
     assert (difference.name, difference.index) == (Q_PROJ, (1, 0))
 
 
-def test_a_tied_copy_that_differs_is_told(ours: Path, tmp_path: Path) -> None:
+def test_a_tied_copy_that_differs_is_a_difference(ours: Path, tmp_path: Path) -> None:
     """The copy of the audio embeddings is compared under its own name."""
     state = transformers_state()
     state[TIED][1119, 63] += 1
-    difference = only(held(ours, sharded(tmp_path / "other", state)[0]))
+    difference = only(compared_paths(ours, sharded(tmp_path / "other", state)[0]))
 
     assert (difference.name, difference.index) == (TIED, (1119, 63))
 
 
 def test_the_tied_copy_alone_is_enough(ours: Path, tmp_path: Path) -> None:
-    """Where only one of the two tied names is saved, it is the audio embeddings."""
+    """If only one of the two tied names is saved, it is the audio embeddings."""
     state = transformers_state()
     del state["backbone_model.embed_tokens.embed_audio_tokens.weight"]
 
-    comparison = held(ours, sharded(tmp_path / "other", state)[0])
+    comparison = compared_paths(ours, sharded(tmp_path / "other", state)[0])
     assert (len(TINY.tensor_shapes()), None) == (comparison.equal, comparison.error)
 
 
-def test_a_name_that_is_not_csm_s_is_told(ours: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_not_csms_is_a_difference(ours: Path, tmp_path: Path) -> None:
     """A tensor of transformers' layout that maps to none of ours differs by its name."""
     name = "backbone_model.layers.0.self_attn.q_proj.bias"
     path = sharded(tmp_path / "other", transformers_state() | {name: torch.zeros(64)})[0]
-    difference = only(held(ours, path))
+    difference = only(compared_paths(ours, path))
 
     assert (name, What.UNKNOWN, "F32 [64]") == (difference.name, difference.what, difference.second)
-    assert [name] == [d.name for d in held(path, path).differences]
+    assert [name] == [d.name for d in compared_paths(path, path).differences]
 
 
 def test_heads_come_from_the_config(tmp_path: Path) -> None:
@@ -364,9 +364,9 @@ def test_heads_come_from_the_config(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     shard = sharded(tmp_path / "theirs", dict(transformers_model(odd, state).state_dict()))[0]
     with pytest.raises(WrongContent, match=r"put the model's config.json beside the file"):
-        held(tmp_path / "model.safetensors", shard)
+        compared_paths(tmp_path / "model.safetensors", shard)
     transformers_config(odd).to_json_file(tmp_path / "theirs" / "config.json")
-    assert held(tmp_path / "model.safetensors", shard).differences == ()
+    assert compared_paths(tmp_path / "model.safetensors", shard).differences == ()
 
 
 def test_missing_shards_are_named(ours: Path, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_missing_shards_are_named(ours: Path, tmp_path: Path) -> None:
     index = shards[0].parent / "transformers.safetensors.index.json"
     for path in (*shards, shards[0].parent, index):
         with pytest.raises(MissingInput) as caught:
-            held(ours, path)
+            compared_paths(ours, path)
         assert [finding.where for finding in caught.value.findings] == list(map(str, lost))
 
 
@@ -406,8 +406,8 @@ def test_every_shard_of_a_set_is_read(names: list[str], tensors: int, tmp_path: 
     """Shards are numbered from 1 or from 0, in either format; each counts, named or by folder."""
     folder = numbered(tmp_path / "shards", *names)
     for path in (folder, *sorted(folder.iterdir())):
-        assert held(path, path).equal == tensors
-        assert held(path, path).error is None
+        assert compared_paths(path, path).equal == tensors
+        assert compared_paths(path, path).error is None
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_a_shard_too_many_is_refused(names: list[str], tmp_path: Path) -> None:
     (folder / f"{names[0]}.safetensors").write_bytes(b"")
     for path in (folder, *sorted(folder.iterdir())):
         with pytest.raises(WrongContent, match="do not fit together"):
-            held(path, other)
+            compared_paths(path, other)
 
 
 def test_an_index_and_the_shards_must_agree(tmp_path: Path) -> None:
@@ -433,16 +433,16 @@ def test_an_index_and_the_shards_must_agree(tmp_path: Path) -> None:
     paths = sharded(tmp_path / "theirs", tiny_state(), count=3)
     index = paths[0].parent / "transformers.safetensors.index.json"
     whole = json.loads(index.read_text())
-    assert held(index, paths[0].parent).error is None
+    assert compared_paths(index, paths[0].parent).error is None
     listed = {n: f for n, f in whole["weight_map"].items() if f != paths[2].name}
     index.write_text(json.dumps({"weight_map": listed}))
     for path in (index, paths[0], paths[0].parent):
         with pytest.raises(WrongContent, match=f"{paths[2].name}.*another shard"):
-            held(path, path)
+            compared_paths(path, path)
     more = whole["weight_map"] | {"more": "extra.safetensors"}
     index.write_text(json.dumps({"weight_map": more}))
     with pytest.raises(MissingInput, match=r"extra\.safetensors"):
-        held(paths[0], paths[0])
+        compared_paths(paths[0], paths[0])
 
 
 def test_an_index_may_be_large(tmp_path: Path) -> None:
@@ -452,14 +452,14 @@ def test_an_index_may_be_large(tmp_path: Path) -> None:
     names = {f"{'layer.' * 12}{n}": paths[n % 2].name for n in range(60_000)}
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
     assert index.stat().st_size > 6 * MiB
-    assert held(index, index).error is None
+    assert compared_paths(index, index).error is None
 
 
 def test_a_file_and_its_shards_in_one_folder_are_not_guessed_at(ours: Path) -> None:
     """A folder with model.safetensors and shards of the same name needs a word which is meant."""
     shutil.copy(ours, ours.with_name("model-00001-of-00001.safetensors"))
     with pytest.raises(UsageError, match="name one of them"):
-        held(ours.parent, ours)
+        compared_paths(ours.parent, ours)
 
 
 # ---- bad input
@@ -482,37 +482,37 @@ def test_a_hostile_index_is_refused(content: bytes, ours: Path, shards: list[Pat
     index = shards[0].parent / "transformers.safetensors.index.json"
     index.write_bytes(content)
     with pytest.raises(WrongContent, match="shards"):
-        held(ours, index)
+        compared_paths(ours, index)
 
 
 def test_absurdly_many_shards_are_refused(ours: Path, tmp_path: Path) -> None:
-    """A name that speaks of 99,999 shards is not followed."""
+    """A name of one of 99,999 shards is refused."""
     path = tmp_path / "model-00001-of-99999.safetensors"
     shutil.copy(ours, path)
     with pytest.raises(WrongContent, match="1 to 200 shards"):
-        held(ours, path)
+        compared_paths(ours, path)
 
 
 def test_a_tensor_in_two_shards_is_refused(ours: Path, shards: list[Path]) -> None:
-    """Shards that both have a tensor do not say which one it is."""
+    """A tensor that two shards have is refused."""
     shutil.copy(shards[0], shards[1])
     with pytest.raises(WrongContent, match="each tensor once"):
-        held(ours, shards[0])
+        compared_paths(ours, shards[0])
 
 
 def test_shards_of_several_models_are_not_guessed_at(ours: Path, shards: list[Path]) -> None:
     """A folder with two sets of shards needs a word which are meant."""
     shutil.copy(shards[0], shards[0].with_name("other-00001-of-00001.safetensors"))
     with pytest.raises(UsageError, match="several models"):
-        held(ours, shards[0].parent)
+        compared_paths(ours, shards[0].parent)
 
 
 @pytest.mark.parametrize("name", ["one_tensor_inside_another", "header_not_json", "access_page"])
 def test_a_hostile_file_is_refused(name: str, ours: Path, tmp_path: Path) -> None:
-    """What the readers refuse is not compared."""
+    """A file that the readers refuse is not compared."""
     content, _ = hostile.BAD_SAFETENSORS[name]
     with pytest.raises(WrongContent, match="cannot be read"):
-        held(ours, hostile.written(tmp_path, content))
+        compared_paths(ours, hostile.written(tmp_path, content))
 
 
 def test_a_pickle_that_runs_something_is_not_run(ours: Path, tmp_path: Path) -> None:
@@ -522,7 +522,7 @@ def test_a_pickle_that_runs_something_is_not_run(ours: Path, tmp_path: Path) -> 
     for pickle, _ in pickles.values():
         path = hostile.written(tmp_path, hostile.checkpoint(pickle))
         with pytest.raises(WrongContent):
-            held(ours, path)
+            compared_paths(ours, path)
     assert not mark.exists()
 
 
@@ -532,13 +532,13 @@ def test_a_path_to_nothing_is_missing_input(ours: Path, tmp_path: Path) -> None:
     empty.mkdir()
     for path in (tmp_path / "none.pt", empty, tmp_path / "none.safetensors.index.json"):
         with pytest.raises(MissingInput):
-            held(ours, path)
+            compared_paths(ours, path)
 
 
 def test_a_file_that_is_written_to_meanwhile_is_refused(
     ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read while someone writes proves nothing, in either direction."""
+    """A write during the comparison is an error, whatever the result."""
     other = tmp_path / "other.safetensors"
     shutil.copy(ours, other)
     read = strided.read_elements
@@ -551,7 +551,7 @@ def test_a_file_that_is_written_to_meanwhile_is_refused(
 
     monkeypatch.setattr(stage, "read_elements", disturbed)
     with pytest.raises(WrongContent) as caught:
-        held(ours, other)
+        compared_paths(ours, other)
     assert [(Kind.CHANGED, str(other))] == [(f.kind, f.where) for f in caught.value.findings]
 
 
@@ -569,15 +569,15 @@ def test_a_file_that_is_cut_meanwhile_is_refused(
 
     monkeypatch.setattr(stage, "read_elements", cutting)
     with pytest.raises(WrongContent, match="became shorter"):
-        held(ours, other)
+        compared_paths(ours, other)
 
 
-# ---- what is here of a model
+# ---- the files of a model
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository with csm-tiny's manifest and parts."""
+    """A repository with csm-tiny's manifest and chunk files."""
     root = tmp_path / "repository"
     shutil.copytree(REPOSITORY / "chunks" / "csm-tiny", root / "chunks" / "csm-tiny")
     (root / "manifests").mkdir()
@@ -594,7 +594,7 @@ def joined(root: Path, name: str, folder: str) -> Path:
 
 
 def test_the_two_formats_are_found_wherever_they_are(repository: Path) -> None:
-    """In place before staged before parts."""
+    """Installed files come before staged ones, and these before chunk files."""
     request = Request(repository, "csm-tiny")
     assert "part-aa" in compare(request).first.where
     staged = joined(repository, "model.safetensors", "output")
@@ -606,7 +606,7 @@ def test_the_two_formats_are_found_wherever_they_are(repository: Path) -> None:
     assert (len(TINY.tensor_shapes()), None) == (comparison.equal, comparison.error)
 
 
-def test_one_file_is_held_against_what_is_here(repository: Path) -> None:
+def test_one_file_is_compared_with_an_installed_one(repository: Path) -> None:
     """That is the safetensors, unless it is the very file that was named."""
     request = Request(repository, "csm-tiny")
     placed = joined(repository, "model.safetensors", "models")
@@ -616,8 +616,8 @@ def test_one_file_is_held_against_what_is_here(repository: Path) -> None:
     assert str(checkpoint) == compare(request, placed).second.where
 
 
-def test_what_is_not_here_is_named_with_the_command_that_brings_it(repository: Path) -> None:
-    """A format without a file and without all of its parts is a missing input."""
+def test_a_missing_file_is_named_with_the_command_for_it(repository: Path) -> None:
+    """A format without a file and without all of its chunk files is a missing input."""
     (repository / "chunks/csm-tiny/ckpt/ckpt.pt.part-ab").unlink()
     with pytest.raises(MissingInput) as caught:
         compare(Request(repository, "csm-tiny"))
@@ -630,8 +630,8 @@ def test_what_is_not_here_is_named_with_the_command_that_brings_it(repository: P
 
 
 def test_the_text_has_a_verdict(ours: Path, shards: list[Path]) -> None:
-    """Both sides, what was left out, and OK."""
-    text = as_text.render(held(ours, shards[0]))
+    """The text has both files, the tensors left out, and OK."""
+    text = as_text.render(compared_paths(ours, shards[0]))
     assert "safetensors, transformers' names" in text
     assert "left out of" in text
     assert text.splitlines()[-1].startswith("OK: 53 tensors, ")

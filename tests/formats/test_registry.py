@@ -1,4 +1,4 @@
-"""The registry of weight formats: everything that knows a format by name knows each of them."""
+"""The registry of weight formats, and the lists elsewhere that have to agree with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_usual_file_of_a_format_is_chosen_by_its_word() -> None:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_content_outweighs_the_ending(name: str) -> None:
-    """The first bytes decide; only where they say nothing does the ending."""
+    """The first bytes decide; the ending does only if no format has such bytes."""
     for other in FORMATS:
         assert sniff(GOOD[name][:512], other.filename) is format_named(name)
         assert sniff(b"nothing known", other.filename) is other
@@ -42,7 +42,7 @@ def test_content_outweighs_the_ending(name: str) -> None:
 
 
 def test_content_of_no_format_is_named(tmp_path: Path) -> None:
-    """A file that neither begins nor ends like weights is told by how it begins."""
+    """A file that neither begins nor ends like weights is refused with its first bytes."""
     path = hostile.written(tmp_path, b"\x08\x07onnx", "model.onnx")
     with pytest.raises(WrongContent, match=r"not supported: .*safetensors or torch-zip.*onnx"):
         open_weights([path])

@@ -67,7 +67,7 @@ def test_any_view_reads_as_torch_has_it(
     dtype: str,
     cuts: tuple[float, float],
 ) -> None:
-    """Any range of elements, of any shape, stride and offset, is what as_strided gives."""
+    """Any range of elements, of any shape, stride and offset, is that of as_strided."""
     path, data = noise
     shape, stride = view
     info = TensorInfo("t", dtype, shape, LEAD + 3 * 8, stride)
@@ -126,8 +126,8 @@ def test_memory_is_bounded(stride: tuple[int, int], tmp_path: Path) -> None:
     assert peak < 6 * MiB
 
 
-def test_parts_are_read_as_one(noise: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
-    """A tensor may begin in one part and end in another."""
+def test_chunk_files_are_read_as_one(noise: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    """A tensor may begin in one chunk file and end in another."""
     path, _ = noise
     content = path.read_bytes()
     parts = [tmp_path / name for name in "abc"]

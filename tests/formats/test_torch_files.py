@@ -1,4 +1,4 @@
-"""Files of torch in all their variety: what torch.load reads is read alike, bit by bit."""
+"""Files of torch in all their variety, read bit by bit as torch.load reads them."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_the_ending_of_a_name_says_nothing(name: str, tmp_path: Path) -> None:
 
 
 def test_crcs_that_were_not_computed_are_not_checked(tmp_path: Path) -> None:
-    """torch writes 0 for every CRC where it is told not to compute them."""
+    """torch writes 0 for every CRC if its option says not to compute them."""
     path = tmp_path / "file.pt"
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -250,8 +250,8 @@ def _deep(levels: int) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", UNREAD)
-def test_what_only_torch_reads_is_named(name: str, tmp_path: Path) -> None:
-    """What torch.load reads and this package does not is not called malformed."""
+def test_a_value_that_only_torch_reads_is_not_supported(name: str, tmp_path: Path) -> None:
+    """A value that only torch.load reads is not supported, rather than malformed."""
     make, reason = UNREAD[name]
     path = tmp_path / "file.pt"
     torch.save(make(), path)

@@ -1,4 +1,4 @@
-"""The two weight formats, read as data: what is accepted, and what is refused and why."""
+"""The two weight formats, read as data: files accepted, and files refused with the reason."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_safetensors_findings_are_collected(tmp_path: Path) -> None:
     assert caught.value.findings[-1].found == "480 more findings"
 
 
-def test_safetensors_overlap_is_told_once(tmp_path: Path) -> None:
+def test_safetensors_overlap_is_one_finding(tmp_path: Path) -> None:
     """A tensor inside another is one finding: the data still reach the end of the file."""
     content, _ = hostile.BAD_SAFETENSORS["one_tensor_inside_another"]
     with pytest.raises(WrongContent) as caught:
@@ -152,14 +152,14 @@ def test_zip_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", hostile.BAD_PICKLES)
 def test_pickle_refused(name: str, tmp_path: Path) -> None:
-    """A pickle that does anything but name tensors is refused, and what it does is named."""
+    """A pickle that does anything but hold data is refused, with the opcode or global."""
     content, reason = hostile.BAD_PICKLES[name]
     path = hostile.written(tmp_path, hostile.checkpoint(content))
     assert reason in _message(read_checkpoint, path)
 
 
-def test_pickle_position_is_told(tmp_path: Path) -> None:
-    """The finding tells the byte of the pickle at which the refused opcode stands."""
+def test_pickle_position_is_in_the_finding(tmp_path: Path) -> None:
+    """The finding has the byte of the pickle at which the refused opcode stands."""
     path = hostile.written(tmp_path, hostile.checkpoint(b"\x80\x02}K\1\x93."))
     assert "data.pkl byte 5: malformed" in _message(read_checkpoint, path)
 
@@ -244,7 +244,7 @@ VARIANTS = (
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_torch_checkpoint(variant: str, tmp_path: Path) -> None:
-    """Whatever plain state dict torch saves reads back equal to what torch itself loads."""
+    """Any plain state dict that torch saves reads back equal to the one that torch loads."""
     torch = pytest.importorskip("torch")
     path = _saved(tmp_path, _state_dict(variant))
     expected = torch.load(path, weights_only=True)
@@ -289,7 +289,7 @@ def test_torch_checkpoint_beyond_4_gib(tmp_path: Path) -> None:
 def test_torch_checkpoint_refused(
     value: str, options: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    """What torch can save but is not a plain state dict is refused."""
+    """A value that torch.load(weights_only=True) refuses, or only torch reads, is refused."""
     torch = pytest.importorskip("torch")
     values = {
         "sparse": {"w": torch.eye(3).to_sparse()},
@@ -377,7 +377,7 @@ def test_memory_is_bounded(name: str, tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-# --- where there is no file to read
+# --- no file to read
 
 
 @pytest.mark.parametrize("reader", READERS.values())

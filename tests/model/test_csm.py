@@ -1,4 +1,4 @@
-"""CSM in plain PyTorch: held against transformers and torchtune, cached against parallel."""
+"""CSM in plain PyTorch, compared with transformers and torchtune, and cached with parallel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES_SHA256 = "4599e6510bc0198383c220f3da32348946868ab47e8cd6e24ef81cee1a4a17f5
 #: without RoPE scaling the smallest difference is 6e-2.
 TOLERANCE = 4e-5
 
-#: What gives the next frame for tokens, mask and positions.
+#: A function from tokens, mask and positions to the next frame.
 NextFrame = Callable[[Tensor, Tensor, Tensor], Any]
 
 ALL_POSITIONS = torch.arange(2048)[None]
@@ -106,7 +106,7 @@ def frames(text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def generate(model: Model, text: Tensor, count: int, next_frame: NextFrame) -> list[Any]:
-    """What `next_frame` returns at each of `count` frames after a text prompt (B, S)."""
+    """Return the results of `next_frame` for `count` frames after a text prompt (B, S)."""
     model.setup_caches(len(text))
     tokens, mask = frames(text, torch.zeros(len(text), 0, 32, dtype=torch.long))
     results, end = [], 0
@@ -181,7 +181,7 @@ def test_transformers_config_of_the_real_size_is_csm_1b() -> None:
 
 
 def test_transformers_default_config_is_csm_1b() -> None:
-    """transformers' own default sizes, which nobody here chose, are those of CSM-1B."""
+    """transformers' own default sizes are those of CSM-1B."""
     from transformers import CsmConfig
 
     assert parse_config(CsmConfig().to_json_string().encode(), "config.json") == CSM_1B
@@ -288,7 +288,7 @@ def test_rows_of_a_batch_do_not_meet(model: Model) -> None:
 
 
 def test_masked_columns_have_no_influence(model: Model, sequence: tuple[Tensor, Tensor]) -> None:
-    """What stands in a masked column of a frame changes nothing."""
+    """The value in a masked column of a frame changes nothing."""
     tokens, mask = (part[:, 990:1010] for part in sequence)
     other = torch.where(mask, tokens, 7)
     positions = torch.arange(20)[None]
@@ -409,7 +409,7 @@ def test_from_local_converts_to_the_dtype(
 
 
 def test_loaded_model_generates(directory: Path, model: Model) -> None:
-    """A model read from a file speaks as the one that was saved."""
+    """A model read from a file generates the frames of the one that was saved."""
     text = torch.randint(512, (1, 7))
     loaded = Model.from_local(directory)
 

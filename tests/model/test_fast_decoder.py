@@ -1,4 +1,4 @@
-"""Fast decoding held against the readable reference: same codes, same logits, same draws."""
+"""Fast decoding compared with the readable reference: same codes, same logits, same draws."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def reference(model: Model, count: int, tokens: Tensor, mask: Tensor, **how: Any
     return found
 
 
-def spoken(decoder: Decoder, count: int, tokens: Tensor, mask: Tensor, **how: Any) -> list[Any]:
+def generated(decoder: Decoder, count: int, tokens: Tensor, mask: Tensor, **how: Any) -> list[Any]:
     """Codes and logits of `count` frames, as a decoder gives them."""
     found = [(decoder.start(tokens, mask, **how), decoder.logits)]
     found += [(decoder.step(), decoder.logits) for _ in range(count - 1)]
@@ -69,7 +69,7 @@ def test_frames_are_those_of_the_reference(model: Model, how: dict[str, Any]) ->
     expected = reference(model, 40, *prompt(), **how)
     torch.manual_seed(5)
 
-    assert_same_frames(spoken(Decoder(model, keep_logits=True), 40, *prompt(), **how), expected)
+    assert_same_frames(generated(Decoder(model, keep_logits=True), 40, *prompt(), **how), expected)
 
 
 def test_a_model_whose_weights_lie_side_by_side_is_used_without_copies(model: Model) -> None:
@@ -91,7 +91,7 @@ def test_a_model_whose_weights_lie_side_by_side_is_used_without_copies(model: Mo
         assert layer.qkv[0].untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
     assert [len(layer.qkv) for layer in Decoder(model)._decoder._layers] == [3, 3]
     expected = reference(model, 5, *prompt(), temperature=0)
-    assert_same_frames(spoken(decoder, 5, *prompt(), temperature=0), expected)
+    assert_same_frames(generated(decoder, 5, *prompt(), temperature=0), expected)
 
 
 def test_a_loaded_model_is_fused_and_a_mapped_one_is_right(tmp_path: Path) -> None:
@@ -106,17 +106,17 @@ def test_a_loaded_model_is_fused_and_a_mapped_one_is_right(tmp_path: Path) -> No
     assert [len(layer.w13) for layer in layers] == [1, 2]
     expected = reference(mapped, 5, *prompt(), temperature=0)
     assert_same_frames(
-        spoken(Decoder(mapped, keep_logits=True), 5, *prompt(), temperature=0), expected
+        generated(Decoder(mapped, keep_logits=True), 5, *prompt(), temperature=0), expected
     )
 
 
 def test_a_second_sequence_remembers_nothing_of_the_first(model: Model) -> None:
-    """A decoder that has spoken gives for another prompt what a fresh one gives."""
+    """A decoder that was used gives for another prompt the frames of a fresh one."""
     decoder = Decoder(model, keep_logits=True)
-    spoken(decoder, 20, *prompt(40), temperature=0)
+    generated(decoder, 20, *prompt(40), temperature=0)
 
-    expected = spoken(Decoder(model, keep_logits=True), 10, *prompt(3), temperature=0)
-    assert_same_frames(spoken(decoder, 10, *prompt(3), temperature=0), expected)
+    expected = generated(Decoder(model, keep_logits=True), 10, *prompt(3), temperature=0)
+    assert_same_frames(generated(decoder, 10, *prompt(3), temperature=0), expected)
 
 
 def test_each_sequence_may_be_drawn_its_own_way(model: Model) -> None:
@@ -127,7 +127,7 @@ def test_each_sequence_may_be_drawn_its_own_way(model: Model) -> None:
         torch.manual_seed(1)
         expected = reference(model, 4, *prompt(), **how)
         torch.manual_seed(1)
-        assert_same_frames(spoken(decoder, 4, *prompt(), **how), expected)
+        assert_same_frames(generated(decoder, 4, *prompt(), **how), expected)
 
 
 def test_the_last_position_can_be_used_and_no_more(model: Model) -> None:
@@ -136,7 +136,7 @@ def test_the_last_position_can_be_used_and_no_more(model: Model) -> None:
     decoder = Decoder(model, keep_logits=True)
     expected = reference(model, 3, tokens, mask, temperature=0)
 
-    assert_same_frames(spoken(decoder, 3, tokens, mask, temperature=0), expected)
+    assert_same_frames(generated(decoder, 3, tokens, mask, temperature=0), expected)
     with pytest.raises(UsageError, match="Inputs too long"):
         decoder.step()
     longer = frames(torch.zeros(1, 2049, dtype=torch.long), torch.zeros(1, 0, 32, dtype=torch.long))
@@ -163,7 +163,7 @@ def test_bfloat16_stays_within_rounding() -> None:
     """In bfloat16 the logits of each step are those of a parallel pass over the same codes."""
     rounded = random_model(TINY).to(torch.bfloat16)
     tokens, mask = prompt()
-    found = spoken(Decoder(rounded, keep_logits=True), 12, tokens, mask, temperature=0)
+    found = generated(Decoder(rounded, keep_logits=True), 12, tokens, mask, temperature=0)
     codes = torch.cat([codes for codes, _ in found])
     empty = torch.zeros(1, 0, dtype=torch.long)
     rest, rest_mask = frames(empty, codes[None, :-1])
@@ -200,5 +200,5 @@ def test_each_fault_of_a_step_is_seen_by_these_tests(
     monkeypatch.setattr(fast_decoder, "_product", shuffled)
     with pytest.raises(AssertionError):
         assert_same_frames(
-            spoken(Decoder(model, keep_logits=True), 2, *prompt(), temperature=0), expected
+            generated(Decoder(model, keep_logits=True), 2, *prompt(), temperature=0), expected
         )

@@ -1,4 +1,4 @@
-"""Prompts as Sesame's generator makes them, where tokenizer, codec and watermark come from."""
+"""Prompts as Sesame's generator makes them; the sources of tokenizer, codec and watermark."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = replace(TINY, max_positions=20)
 #: The ids of BOS and EOS in the tokenizer of these tests: they follow 256 bytes.
 BOS, EOS = 256, 257
 
-#: What a caller of Sesame's generator may write.
+#: The arguments of Sesame's generator, and their defaults.
 SIGNATURE = {
     "text": inspect.Parameter.empty,
     "speaker": inspect.Parameter.empty,
@@ -88,7 +88,7 @@ def no_silentcipher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Script:
-    """A decoder that says what it was told to, and keeps what it was asked."""
+    """A decoder that gives scripted frames, and keeps the calls."""
 
     def __init__(self, *frames: int) -> None:
         self.frames = list(frames)
@@ -105,7 +105,7 @@ class Script:
 
 
 class FakeCodec:
-    """A codec whose codes are told, and whose audio is the codes of the first codebook."""
+    """A codec with given codes, whose audio is the codes of the first codebook."""
 
     sample_rate = 24_000
     codebooks = 32
@@ -398,7 +398,7 @@ def test_tokenizer_beside_the_model_comes_before_the_cache(cache: Path, tmp_path
 
 
 def test_a_snapshot_that_main_does_not_name_is_found(cache: Path) -> None:
-    """What `hf download --revision` left in the cache will do."""
+    """A snapshot that `hf download --revision` left in the cache is enough."""
     folder = snapshot(cache, "sesame/csm-1b", main=False)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
 
@@ -418,7 +418,7 @@ def test_the_models_folder_is_looked_in(model: Model, tmp_path: Path) -> None:
 
 
 def test_without_a_tokenizer_the_error_has_the_command(model: Model) -> None:
-    """Text without a tokenizer is a missing input, with what brings it and what does without."""
+    """Text without a tokenizer is a missing input, with the command for it and the way without."""
     with pytest.raises(MissingInput) as caught:
         Generator(model).generate_frames("x", 0, [])
 
@@ -513,7 +513,7 @@ def test_without_codec_the_error_has_the_command(model: Model) -> None:
 def test_without_the_package_the_error_has_the_command(
     cache: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    """Files without the library that reads them: what installs it is said."""
+    """Files without the library that reads them: the error has the command that installs it."""
     byte_tokenizer().save(str(snapshot(cache, "sesame/csm-1b") / "tokenizer.json"))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingInput, match=rf"{package}: not installed.*\[speak\]"):
@@ -571,7 +571,7 @@ def test_audio_that_is_not_mono_is_refused(mimi: Any, shape: tuple[int, ...]) ->
 
 
 class FakeCipher(types.ModuleType):
-    """silentcipher, as far as it is used: adds a hundredth, and keeps what it was asked."""
+    """silentcipher, as far as it is used: adds a hundredth, and keeps the calls."""
 
     def __init__(self) -> None:
         super().__init__("silentcipher")
@@ -615,7 +615,7 @@ def test_audio_carries_sesames_watermark(model: Model, cipher: FakeCipher) -> No
 def test_silentciphers_weights_come_from_the_cache(
     model: Model, cipher: FakeCipher, cache: Path
 ) -> None:
-    """Where the Hub's cache has the weights silentcipher is told so, and asks no server."""
+    """silentcipher gets the paths of weights in the Hub's cache, and asks no server."""
     home = snapshot(cache, watermark.REPO) / watermark.FOLDER
     home.mkdir(parents=True)
     (home / "hparams.yaml").write_text("")
@@ -626,7 +626,7 @@ def test_silentciphers_weights_come_from_the_cache(
 
 
 def test_without_silentcipher_the_result_says_so(model: Model) -> None:
-    """No watermark is said once in a warning, and by every result."""
+    """A missing watermark is in one warning, and on every result."""
     generator = scripted(model, Script(1, 0, 1, 0), codec=FakeCodec())
     with pytest.warns(UserWarning, match=r"no watermark.*pip install git\+https") as caught:
         results: list[Any] = [generator.generate([1], 0, []) for _ in range(2)]
@@ -637,7 +637,7 @@ def test_without_silentcipher_the_result_says_so(model: Model) -> None:
 
 
 def test_silence_carries_no_watermark(model: Model, cipher: FakeCipher) -> None:
-    """Audio without a frame is empty, is not sent to silentcipher, and says that it is unmarked."""
+    """Audio without a frame is empty, is not sent to silentcipher, and has watermarked False."""
     generator = scripted(model, Script(9, 0, 0), codec=FakeCodec())
     generator.generate([1], 0, [])
     audio: Any = generator.generate([1], 0, [])
@@ -664,7 +664,7 @@ def test_resampling_keeps_a_tone(rate: int, wanted: int, samples: int) -> None:
 
 
 def test_errors_of_the_generator_are_this_packages() -> None:
-    """What does not fit is a usage error, with its exit code, and a ValueError."""
+    """A prompt that does not fit is a usage error, with its exit code, and a ValueError."""
     error = generators.InputsTooLong("Inputs too long")
 
     assert isinstance(error, CsmWeightsError) and isinstance(error, ValueError)

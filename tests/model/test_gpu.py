@@ -1,4 +1,4 @@
-"""What only a GPU can show; `make test-gpu` runs it, and elsewhere it says why it does not."""
+"""Tests that need a GPU; `make test-gpu` runs them, elsewhere they are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BUFFERS = [None, StagingBuffers(4096, 2, 3), StagingBuffers(1 << 20, 1, 1)]
 def test_a_gpu_gets_the_same_tensors(
     format_: str, dtype: torch.dtype, buffers: StagingBuffers | None
 ) -> None:
-    """From parts, in either format, through rings of any shape: bit for bit the CPU's tensors."""
+    """Chunk files of either format, through buffers of any size, give the CPU's tensors."""
     found = []
     for device in ("cpu", "cuda"):
         with open_weights(find_weights(CHUNKS / format_)) as checkpoint:
@@ -48,7 +48,7 @@ def test_a_gpu_gets_the_same_tensors(
 
 
 def test_a_flipped_byte_is_refused_on_the_way_to_a_gpu(tmp_path: Path) -> None:
-    """Digests are held against the bytes that are copied to the device."""
+    """Digests are checked against the bytes that are copied to the device."""
     (tmp_path / "w").write_bytes(b"".join(p.read_bytes() for p in find_weights(CHUNKS / "ckpt")))
     digests = [ByteRange(0, (tmp_path / "w").stat().st_size, "0" * 64)]
     with (
@@ -62,7 +62,7 @@ def on_gpu(dtype: torch.dtype) -> Model:
     return Model.from_local(CHUNKS / "safetensors", "cuda", dtype, config=TINY)
 
 
-def spoken(decoder: Decoder, count: int, **how: Any) -> list[Tensor]:
+def generated(decoder: Decoder, count: int, **how: Any) -> list[Tensor]:
     tokens, mask = prompt()
     first = decoder.start(tokens.cuda(), mask.cuda(), **how)
     return [first, *(decoder.step() for _ in range(count - 1))]
@@ -73,25 +73,25 @@ def test_graphs_give_the_frames_of_the_reference() -> None:
     torch.set_float32_matmul_precision("highest")
     model = Model.from_local(CHUNKS / "safetensors", config=TINY)
     expected = [codes for codes, _ in reference(model, 40, *prompt(), temperature=0)]
-    found = spoken(Decoder(on_gpu(torch.float32)), 40, temperature=0)
+    found = generated(Decoder(on_gpu(torch.float32)), 40, temperature=0)
 
     assert [codes.tolist() for codes in expected] == [codes.tolist() for codes in found]
 
 
 def test_a_seed_gives_the_same_frames_again() -> None:
-    """What is drawn follows the seed, in the first sequence (which captures) as in later ones."""
+    """Codes drawn follow the seed, in the first sequence (which captures) as in later ones."""
     decoder = Decoder(on_gpu(torch.bfloat16))
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append([codes.tolist() for codes in spoken(decoder, 10)])
+        drawn.append([codes.tolist() for codes in generated(decoder, 10)])
 
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_draws_of_one_sequence_differ() -> None:
     """A replayed graph draws anew each time, not the same again."""
-    frames = spoken(Decoder(on_gpu(torch.bfloat16)), 30, temperature=2.0)
+    frames = generated(Decoder(on_gpu(torch.bfloat16)), 30, temperature=2.0)
 
     assert len({str(codes.tolist()) for codes in frames}) > 20
 
@@ -110,7 +110,7 @@ def test_smoke_is_ok_on_a_gpu_in_every_dtype(tmp_path: Path, dtype: str) -> None
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
 def test_a_second_gpu_is_as_good_as_the_first(tmp_path: Path) -> None:
-    """`cuda:1` loads and speaks there, and nothing goes to the first."""
+    """With `cuda:1` the model loads and runs there, and nothing goes to the first GPU."""
     folder = saved(tmp_path, tiny_state(seed=1))
     torch.cuda.reset_peak_memory_stats(0)
     report = smoke.run(folder, device="cuda:1", require_gpu=True)

@@ -1,4 +1,4 @@
-"""Loading: the tensors of a file, from wherever its bytes lie, on a device, proven on the way."""
+"""Loading the tensors of a file, or of its chunk files, to a device, verified on the way."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def files(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
-def in_parts(path: Path, folder: Path, size: int) -> list[Path]:
-    """The parts of a file, `size` bytes each."""
+def in_chunk_files(path: Path, folder: Path, size: int) -> list[Path]:
+    """Cut a file into chunk files of `size` bytes each."""
     folder.mkdir()
     content = path.read_bytes()
     for number, start in enumerate(range(0, len(content), size)):
@@ -73,7 +73,7 @@ def in_parts(path: Path, folder: Path, size: int) -> list[Path]:
 
 
 def pinned(content: bytes, size: int) -> list[ByteRange]:
-    """Spans of `size` bytes with their digests."""
+    """Return ranges of `size` bytes with their digests."""
     return [
         ByteRange(
             s.offset, s.size, hashlib.sha256(content[s.offset : s.offset + s.size]).hexdigest()
@@ -98,7 +98,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: to
 @pytest.mark.parametrize("format_", ["safetensors", "torch-zip"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    "how", ["whole", "parts", "small blocks", "proven", "proven in odd pieces"]
+    "how", ["whole", "parts", "small blocks", "verified", "verified in odd pieces"]
 )
 def test_tensors_are_those_that_were_saved(
     files: dict[str, Path],
@@ -108,16 +108,16 @@ def test_tensors_are_those_that_were_saved(
     dtype: torch.dtype,
     how: str,
 ) -> None:
-    """Both formats give the saved tensors in any dtype, whole or from parts, proven or not."""
+    """Both formats give the saved tensors in any dtype, whole or in chunk files."""
     paths = [files[format_]]
     options: dict[str, Any] = {}
     if how == "parts":
-        paths = in_parts(paths[0], tmp_path / "parts", 3001)
+        paths = in_chunk_files(paths[0], tmp_path / "parts", 3001)
     if how == "small blocks":
         options = {"buffers": SMALL}
-    if how == "proven":
+    if how == "verified":
         options = {"digests": pinned(paths[0].read_bytes(), 8192)}
-    if how == "proven in odd pieces":
+    if how == "verified in odd pieces":
         options = {"digests": pinned(paths[0].read_bytes(), 1237), "buffers": SMALL}
 
     assert_same(loaded(paths, dtype, **options), state, dtype)
@@ -130,7 +130,7 @@ def test_tensors_are_those_that_were_saved(
     threads=st.integers(1, 4),
     piece=st.none() | st.integers(97, 9000),
 )
-def test_no_cut_loses_a_byte(
+def test_tensors_are_right_wherever_files_are_cut(
     files: dict[str, Path],
     state: dict[str, Tensor],
     tmp_path_factory: pytest.TempPathFactory,
@@ -139,9 +139,9 @@ def test_no_cut_loses_a_byte(
     threads: int,
     piece: int | None,
 ) -> None:
-    """Wherever parts, blocks and pieces are cut, within elements too, all tensors are right."""
+    """Files, blocks and pieces may be cut anywhere, within elements too."""
     source = files["torch-zip"]
-    parts = in_parts(source, tmp_path_factory.mktemp("cut") / "parts", part)
+    parts = in_chunk_files(source, tmp_path_factory.mktemp("cut") / "parts", part)
     digests = pinned(source.read_bytes(), piece) if piece else ()
 
     found = loaded(
@@ -188,7 +188,7 @@ def test_tensors_may_share_bytes(tmp_path: Path) -> None:
 
 
 def test_tensors_of_a_group_lie_side_by_side(files: dict[str, Path]) -> None:
-    """What is to be used as one matrix is one in memory, in the order asked for."""
+    """Tensors that are used as one matrix are one in memory, in the order asked for."""
     found = loaded([files["safetensors"]], torch.bfloat16, together=[("long", "a")])
     long, a = found["long"], found["a"]
 
@@ -216,7 +216,7 @@ def test_a_flipped_byte_is_refused_while_it_is_loaded(
 
 
 def test_digests_of_a_shorter_file_are_refused(files: dict[str, Path]) -> None:
-    """Digests that leave bytes unproven prove nothing."""
+    """Digests that leave bytes unverified are refused."""
     digests = pinned(files["safetensors"].read_bytes(), 4096)
     for wrong in (digests[:-1], digests[1:]):
         with pytest.raises(WrongContent, match="wrong size"):
@@ -248,10 +248,10 @@ def test_a_file_that_is_cut_while_it_is_loaded_is_refused(
             load_tensors(checkpoint, CPU, torch.bfloat16)
 
 
-def test_a_missing_last_part_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    """Parts that do not make up the file are refused by its structure."""
+def test_a_missing_chunk_file_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    """Chunk files that do not make up the file are refused by its structure."""
     for format_, path in files.items():
-        parts = in_parts(path, tmp_path / format_, 3001)
+        parts = in_chunk_files(path, tmp_path / format_, 3001)
         for missing in (parts[-1], parts[1]):
             with pytest.raises(WrongContent):
                 loaded([part for part in parts if part != missing])
@@ -273,12 +273,12 @@ def test_torchs_threads_are_as_before(files: dict[str, Path]) -> None:
         torch.set_num_threads(before)
 
 
-# ---- where weights are found
+# ---- finding weights
 
 
 def test_weights_are_found_in_every_layout(files: dict[str, Path], tmp_path: Path) -> None:
-    """A file, a folder with one, a folder of parts, and the root of a chunk repository."""
-    parts = in_parts(files["torch-zip"], tmp_path / "chunks", 3001)
+    """A file, a folder with one, a folder of chunk files, and the root of a chunk repository."""
+    parts = in_chunk_files(files["torch-zip"], tmp_path / "chunks", 3001)
     below = tmp_path / "repository" / "chunks" / "ckpt"
     below.parent.mkdir(parents=True)
     parts[0].parent.rename(below)
@@ -289,8 +289,8 @@ def test_weights_are_found_in_every_layout(files: dict[str, Path], tmp_path: Pat
     assert [part.name for part in find_weights(below)] == [part.name for part in parts]
 
 
-def test_parts_come_in_the_order_of_split(tmp_path: Path) -> None:
-    """After `zz` split goes on with three letters; other files are no parts."""
+def test_chunk_files_come_in_the_order_of_split(tmp_path: Path) -> None:
+    """After `zz` split goes on with three letters; other files are no chunk files."""
     names = ["w.part-aa", "w.part-zz", "w.part-aaa", "w.part-", "w.part-aa.partial", "v.part-aa"]
     for name in names:
         (tmp_path / name).touch()
@@ -308,7 +308,7 @@ def test_what_is_not_there_is_missing(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    """A folder in the place of a part is refused, and nothing waits for a pipe."""
+    """A folder in the place of a chunk file is refused, and nothing waits for a pipe."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(WrongContent, match="regular file"):
         open_weights([tmp_path / "pipe"])
@@ -351,7 +351,7 @@ def test_every_byte_passes_once(tmp_path: Path) -> None:
 
 
 class FakeEvent:
-    """An event that knows whether the copy before it is done."""
+    """An event that logs when it is recorded and waited for."""
 
     def __init__(self, log: list[str], number: int) -> None:
         self._log, self._number = log, number
@@ -432,10 +432,10 @@ def test_pinned_buffers_are_within_their_bound() -> None:
     assert buffers.count >= 2
 
 
-def test_a_gpu_that_is_too_small_is_told_before_anything_is_read(
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is needed and what is free are said, as torch's own error of this kind."""
+    """The error has the bytes needed and free, and is torch's own of this kind."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a small one")
     with (

@@ -270,7 +270,7 @@ def test_one_changed_matrix_changes_the_golden_frames(tmp_path: Path, golden: Pa
 
 
 def test_golden_frames_after_another_prompt_are_not_ok(directory: Path, golden: Path) -> None:
-    """Golden frames that were recorded after another prompt prove nothing."""
+    """Golden frames that were recorded after another prompt fail the check."""
     recorded = json.loads(golden.read_text())
     recorded["prompt"][0] += 1
     golden.write_text(json.dumps(recorded))
@@ -279,14 +279,14 @@ def test_golden_frames_after_another_prompt_are_not_ok(directory: Path, golden: 
 
 
 def test_golden_file_without_frames_is_not_ok(directory: Path, golden: Path) -> None:
-    """A golden file with no frame at all is no proof."""
+    """A golden file without frames fails the check."""
     golden.write_text(json.dumps(json.loads(golden.read_text()) | {"frames": []}))
 
     assert not_ok(run(directory, golden=golden)) == [GOLDEN]
 
 
 def test_all_golden_frames_are_compared(directory: Path, tmp_path: Path) -> None:
-    """More golden frames than were asked for make the model speak longer."""
+    """With more golden frames than were asked for, as many are generated."""
     path = tmp_path / "golden.json"
     record_golden(directory, path, 12)
 
@@ -394,7 +394,7 @@ def test_too_little_memory_is_unavailable(directory: Path, monkeypatch: pytest.M
 
 
 def test_without_torch_it_is_unavailable(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without torch the smoke test ends with exit code 77 and says what to do."""
+    """Without torch the smoke test ends with exit code 77 and the command that installs it."""
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SmokeUnavailable, match=r"\[smoke\].*SMOKE=no") as refusal:
         smoke.run(directory)
