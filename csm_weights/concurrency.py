@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from types import FrameType
 from typing import TypeVar
 
-#: Seconds between two looks at whether a task has failed.
+#: Seconds between two checks whether a task has failed or an interrupt has come.
 POLL_SECONDS = 0.2
 
 T = TypeVar("T")
@@ -38,16 +41,17 @@ def run_all(tasks: Iterable[Callable[[], T]], cancel: threading.Event, waiting: 
     """
     pool = ThreadPoolExecutor(workers() + waiting)
     try:
-        futures = [pool.submit(task) for task in tasks]
-        # An interrupt that comes just before a wait begins is seen when it ends, so none is long.
-        done, unfinished = wait(futures, timeout=0)
-        while unfinished and not any(f.exception() for f in done):
-            done, unfinished = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
-        if unfinished:
-            cancel.set()
-            for future in unfinished:
-                future.cancel()
-            wait(futures)
+        with deferred_interrupts() as raise_pending:
+            futures = [pool.submit(task) for task in tasks]
+            done, unfinished = wait(futures, timeout=0)
+            while unfinished and not any(f.exception() for f in done):
+                raise_pending()
+                done, unfinished = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+            if unfinished:
+                cancel.set()
+                for future in unfinished:
+                    future.cancel()
+                wait(futures)
     except BaseException:
         cancel.set()
         raise
@@ -59,3 +63,33 @@ def run_all(tasks: Iterable[Callable[[], T]], cancel: threading.Event, waiting: 
                 continue
             raise error
     return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Hold back SIGINT and SIGTERM; yield a function that raises what has come meanwhile.
+
+    An exception in the middle of a wait can leave a lock held that a worker
+    needs, and then both wait for ever. Only the main thread gets signals;
+    in another thread nothing is held back.
+    """
+    pending: list[int] = []
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+
+    def raise_pending() -> None:
+        while pending:
+            number = pending.pop()
+            handlers[number](number, None)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, lambda number, _: pending.append(number))
+    try:
+        yield raise_pending
+    finally:
+        for held_back, before in handlers.items():
+            signal.signal(held_back, before)
+    raise_pending()

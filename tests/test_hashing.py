@@ -10,13 +10,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from csm_weights import concurrency
 from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import WrongContent
 from csm_weights.hashing import BLOCK, HashJob, ShortRead, blob_id, feed, measure, sha256
@@ -193,6 +196,32 @@ def test_an_interrupt_stops_the_tasks() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_all([work], stop)
     assert asked == [True]
+
+
+def test_an_interrupt_in_the_middle_of_a_wait_leaves_no_lock_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The interrupt is raised after the wait, so that no worker waits for its lock for ever."""
+    lock, waits = threading.Lock(), threading.Event()
+    acquired: list[bool] = []
+
+    def wait_with_a_lock(futures: Any, **options: Any) -> Any:
+        if not waits.is_set():
+            lock.acquire()  # as a wait does inside, where an exception would leave it held
+            waits.set()
+            signal.raise_signal(signal.SIGINT)
+            lock.release()
+        return wait(futures, **options)
+
+    monkeypatch.setattr(concurrency, "wait", wait_with_a_lock)
+
+    def work() -> None:
+        waits.wait(PATIENCE)
+        acquired.append(lock.acquire(timeout=PATIENCE))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all([work], threading.Event())
+    assert acquired == [True]
 
 
 # ---- InOrderDigest
