@@ -237,7 +237,8 @@ def from_os_error(error: OSError) -> CsmWeightsError:
     """Return the error of this package for one of the operating system's that got this far."""
     found, where = error.strerror or str(error), str(error.filename or "the disk")
     expected = "a file or folder that can be used"
-    finding = Finding(Kind.UNREADABLE, where, expected, found, "check it")
+    help_text = "check its permissions, and the disk"
+    finding = Finding(Kind.UNREADABLE, where, expected, found, help_text)
     return WrongContent("the operating system refused", [finding])
 
 

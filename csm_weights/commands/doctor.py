@@ -95,7 +95,7 @@ def examine(request: Request, smoke: bool = True) -> DoctorReport:
     return DoctorReport(
         f"{name} -> {status.state.paths.destination}",
         checks,
-        f"inv weights --model {name}{options} could succeed",
+        f"{session.paths.command('weights')}{options} could succeed",
         error_for(message, findings, status.advice) if findings else None,
     )
 

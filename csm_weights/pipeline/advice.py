@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from csm_weights.manifest.types import Artifact
-from csm_weights.store.inspect import FileState, State
+from csm_weights.store.inspect import FileState
 from csm_weights.transfer.policy import SourcePolicy
+
+if TYPE_CHECKING:
+    from csm_weights.pipeline.plan import Plan
 
 
 def way_around(artifacts: Iterable[Artifact]) -> str:
@@ -18,21 +22,24 @@ def way_around(artifacts: Iterable[Artifact]) -> str:
     return f"No file was installed. To go on without the rest: --only {','.join(by_path)}"
 
 
-def ways_to_get(state: State, policy: SourcePolicy) -> str:
-    """Return the ways to get the first file that is missing, in a few lines."""
-    wanted = [s.artifact for s in state.artifacts if s.installed.state is not FileState.VERIFIED]
+def ways_to_get(plan: Plan, policy: SourcePolicy) -> str:
+    """Return the ways to get the first file that the plan cannot get, in a few lines."""
+    possible = {action.artifact.path for action in plan.actions}
+    items = [item for item in plan.state.artifacts if item.artifact.path not in possible]
+    wanted = [i.artifact for i in items if i.installed.state is not FileState.VERIFIED]
     if not wanted:
         return ""
-    manifest, artifact = state.manifest, next((a for a in wanted if a.is_weights), wanted[0])
+    manifest, command = plan.state.manifest, plan.state.paths.command("weights")
+    artifact = next((artifact for artifact in wanted if artifact.is_weights), wanted[0])
     ways = []
     if artifact.pieces:
         folder = Path(artifact.pieces[0].part).parent.as_posix()
         ways = [f"chunk files: put them in {folder}/; in a clone that has them, git lfs pull"]
     if manifest.repo:
         first = next((f"{problem.help}, then " for problem in policy.problems if problem.help), "")
-        ways.append(f"the Hub: {first}inv weights --model {manifest.name} --source=hf")
+        ways.append(f"the Hub: {first}{command} --source=hf")
     ways += [
-        f"a mirror: inv weights --model {manifest.name} --source=mirror --url=https://...",
+        f"a mirror: {command} --source=mirror --url=https://...",
         f"a copy from anywhere: put it at {manifest.staging}/{artifact.path}",
     ]
     lines = [f"  {number}. {way}" for number, way in enumerate(ways, start=1)]

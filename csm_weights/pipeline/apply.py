@@ -43,7 +43,7 @@ def status_of(session: Session, check: bool = False) -> StatusReport:
     """Return the status of a session; see `status`."""
     plan = session.plan(Target.BOTH)
     error = _unfinished(plan) if check and not plan.is_done else None
-    advice = ways_to_get(plan.state, session.policy) if _is_missing(plan.findings) else ""
+    advice = ways_to_get(plan, session.policy) if _is_missing(plan.findings) else ""
     return StatusReport(plan.state, plan, advice, error)
 
 
@@ -115,17 +115,20 @@ def run(session: Session, target: Target) -> Outcome:
 
 def _unfinished(plan: Plan) -> CsmWeightsError:
     """Return the error that not everything is verified and in place."""
-    mend = f"inv weights --model {plan.state.manifest.name}"
+    mend = plan.state.paths.command("weights")
+    steps: dict[str, list[Action]] = {}
+    for action in plan.actions:
+        if not isinstance(action, Keep):
+            steps.setdefault(action.artifact.path, []).append(action)
     to_do = [
         Finding(
-            Kind.CHANGED if action.file.receipt else Kind.MISSING,
-            action.artifact.path,
+            Kind.CHANGED if any(action.file.receipt for action in actions) else Kind.MISSING,
+            path,
             "a verified file in place",
-            f"to be done: {action.verb}",
+            f"to be done: {', then '.join(action.verb for action in actions)}",
             mend,
         )
-        for action in plan.actions
-        if not isinstance(action, Keep)
+        for path, actions in steps.items()
     ]
     return error_for("not everything is verified", [*plan.findings, *plan.notes, *to_do])
 
@@ -159,8 +162,10 @@ def _require(plan: Plan, findings: Sequence[Finding], session: Session) -> None:
     """Raise what stands in the way of a plan, with the ways out of it."""
     name = session.manifest.name
     if _is_missing(findings):
-        ways = ways_to_get(plan.state, session.policy)
+        ways = ways_to_get(plan, session.policy)
         raise error_for(f"{name}: not all of it is here", findings, ways)
     if findings:
-        advice = way_around(action.artifact for action in plan.actions)
+        possible = {action.artifact.path: action.artifact for action in plan.actions}
+        is_way = len(possible) < len(plan.state.artifacts)
+        advice = way_around(possible.values()) if is_way else ""
         raise error_for(f"{name}: cannot go on", findings, advice)

@@ -158,7 +158,7 @@ def _decide(
         if file.state is FileState.UNVERIFIED:
             return Verify(item, file)
     if target is Target.PLACED:
-        return _absent(item, item.staged, f"inv fetch --model {state.manifest.name}")
+        return _absent(item, item.staged, state.paths.command("fetch"))
     if item.stranded:
         return [item.stranded]
     is_linked = policy.cache and state.links_to_cache and not item.journal.consumed

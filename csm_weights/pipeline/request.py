@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,12 @@ class Request:
             raise UsageError(f"--consume is about chunk files; --source={self.source} takes none")
         if self.revision and not REVISION.fullmatch(self.revision):
             raise UsageError(f"--revision {self.revision!r} is not a commit, branch or tag")
+
+    @property
+    def options(self) -> str:
+        """The options of a command line that name the same model, files and folders."""
+        words = {"model": self.model, "only": ",".join(self.only), "dest": self.dest}
+        return " ".join(f"--{name} {shlex.quote(word)}" for name, word in words.items() if word)
 
 
 def manifests(root: Path) -> list[Path]:

@@ -75,7 +75,7 @@ class Session:
 
     def subject(self, artifact: Artifact, file: FileStatus) -> gates.Subject:
         """Return an inspected file as the gates take it."""
-        return gates.Subject(artifact, file, f"inv weights --model {self.manifest.name}")
+        return gates.Subject(artifact, file, self.paths.command("weights"))
 
     def gate(self, state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
         """Run every gate over the installed files; see `gates.check`."""
@@ -120,6 +120,7 @@ def begin(
     environment = HubEnvironment.read()
     cache = environment.cache if manifest.repo else None
     paths = Paths.of(manifest, request.root, request.dest, cache)
+    paths = replace(paths, options=request.options)
     if choose:
         chosen = choose(manifest)
     elif words := request.only or manifest.default:

@@ -108,13 +108,15 @@ class ArtifactState:
 class Paths:
     """The folders of a run: chunk files are below `root`, then `staging`, then `destination`.
 
-    `cache` is the Hub's on this machine, None where it is not to be used.
+    `cache` is the Hub's on this machine, None where it is not to be used. `options` are
+    those of a command line that name the same model, files and folders.
     """
 
     root: Path
     staging: Path
     destination: Path
     cache: Path | None = None
+    options: str = ""
 
     @classmethod
     def of(
@@ -126,7 +128,11 @@ class Paths:
     ) -> Paths:
         """Return the manifest's folders below `root`; `destination` overrides the last."""
         last = root / Path(destination or manifest.destination).expanduser()
-        return cls(root, root / manifest.staging, last, cache)
+        return cls(root, root / manifest.staging, last, cache, f"--model {manifest.name}")
+
+    def command(self, task: str) -> str:
+        """Return the command that runs a task on the same files and folders."""
+        return f"inv {task} {self.options}".rstrip()
 
 
 @dataclass(frozen=True)

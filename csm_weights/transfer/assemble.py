@@ -383,8 +383,8 @@ class PartialWriter:
             what, pinned, found = "git blob id", git, self.git_sha1
         if found != pinned:
             help_text = "its content is damaged or not the published one; get it again"
-            finding = Finding(Kind.WRONG_DIGEST, where, f"{what} {pinned}", found, help_text)
-            raise SourceError([finding])
+            words = f"{what} {pinned}", f"{what} {found}"
+            raise SourceError([Finding(Kind.WRONG_DIGEST, where, *words, help_text)])
 
 
 def write_text(target: Path, text: str) -> VerifiedFile:

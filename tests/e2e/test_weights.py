@@ -194,6 +194,32 @@ def test_without_weights_four_ways_to_get_them_are_told(clone: Clone) -> None:
     assert clone.tree() == before
 
 
+def test_the_ways_are_those_of_the_file_that_is_missing(clone: Clone) -> None:
+    """Where only a chunk file of ckpt.pt is missing, the ways to get ckpt.pt are named."""
+    clone.chunk_files("ckpt.pt")[2].unlink()
+    result = clone.inv("weights", *TINY)
+    assert (result.returncode, "Ways to get ckpt.pt:" in result.stderr) == (3, True)
+
+
+def test_a_full_disk_has_no_way_around_that_is_the_same_again(clone: Clone) -> None:
+    """Where the disk has room for no file, nobody is told to ask for the very same files."""
+    full = "import shutil\nshutil.disk_usage = lambda _: type('Usage', (), {'free': 9})\n"
+    clone.fake("sitecustomize", full)
+    result = clone.inv("weights", *TINY)
+    assert (result.returncode, "To go on without the rest" in result.stderr) == (7, False)
+
+
+def test_advice_is_about_the_files_and_the_folder_that_were_named(clone: Clone) -> None:
+    """The commands in results and errors have the --only and --dest of the one that was typed."""
+    named = "--model csm-tiny --only ckpt --dest models/other"
+    missing = clone.inv("verify", *named.split())
+    assert (missing.returncode, f"inv weights {named}\n" in missing.stderr) == (3, True)
+    done = clone.inv("weights", *named.split(), "--no-smoke")
+    assert (done.returncode, f"inv smoke {named}\n" in done.stdout) == (0, True)
+    by_path = clone.inv("verify", "--model", "manifests/csm-tiny.toml")
+    assert "inv weights --model manifests/csm-tiny.toml\n" in by_path.stderr
+
+
 def test_make_turns_a_failure_into_exit_code_2(clone: Clone) -> None:
     """`make weights` without weights says what inv says, and ends with make's own 2."""
     result = clone.make_target("weights")

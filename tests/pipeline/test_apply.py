@@ -624,6 +624,14 @@ def test_too_little_disk_is_reported_before_anything_is_written(
     assert not (toy.root / "output").exists()
 
 
+def test_check_names_each_file_once(toy: Toy) -> None:
+    """A file that is to be assembled and then moved is one finding of `status --check`."""
+    error = apply.status(toy.request("a.bin"), check=True).error
+    assert error
+    assert [f.where for f in error.findings] == ["a.bin"]
+    assert error.findings[0].help == "inv weights --model toy --only a.bin"
+
+
 def test_clean_removes_unfinished_files_only(toy: Toy) -> None:
     """`clean` takes partials and journals away and leaves what is verified."""
     weights(toy, "a.bin")

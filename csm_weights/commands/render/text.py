@@ -169,18 +169,18 @@ def _verdict(outcome: Outcome) -> str:
 
 def _what_next(outcome: Outcome) -> list[str]:
     """Return where the files are, and the command that a person most likely wants now."""
-    state, name = outcome.state, outcome.state.manifest.name
+    state = outcome.state
     is_staged = any(item.installed.state is FileState.ABSENT for item in state.artifacts)
     folder = state.paths.staging if is_staged else state.paths.destination
     rows = [("files", str(folder))]
     has_weights = any(item.artifact.is_weights for item in state.artifacts)
     if is_staged:
-        rows.append(("next", f"inv place --model {name}"))
+        rows.append(("next", state.paths.command("place")))
     elif outcome.smoke:
         below = os.path.relpath(folder, state.paths.root)
         rows.append(("next", f'in Python: csm_weights.Model.from_local("{below}")'))
     elif has_weights and any(item.artifact.format == "config" for item in state.artifacts):
-        rows.append(("next", f"inv smoke --model {name}"))
+        rows.append(("next", state.paths.command("smoke")))
     return [printable(f"  {word:7}{text}") for word, text in rows]
 
 
