@@ -11,7 +11,8 @@ extracts an archive, imports torch, or writes.
             print(info.name, info.dtype, info.shape, info.offset)
 
 This module is the registry. A further format is one new module with a
-`FORMAT`, one entry in `FORMATS`, and its name in `manifest/types.py`.
+`FORMAT`, one entry in `FORMATS`, and a line of `WEIGHT_FORMATS` in
+`manifest/types.py`.
 """
 
 from __future__ import annotations

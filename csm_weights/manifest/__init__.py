@@ -4,6 +4,7 @@ Promises: a manifest is read whole or refused with every broken rule, within
 limits of time and memory; `render` and `parse` are inverse. Never: asks a
 server, or opens any other file than the manifest.
 
+    from pathlib import Path
     from csm_weights.manifest.parse import load
 
     manifest = load(Path("manifests/csm-1b.toml"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from csm_weights.errors import UsageError
 from csm_weights.hashing import blob_id, git_sha1
-from csm_weights.manifest.types import Artifact, Manifest, Piece
+from csm_weights.manifest.types import WEIGHT_FORMATS, Artifact, Manifest, Piece
 
 #: Default size of a chunk file in bytes: below the 2 GB that GitHub takes, and that of
 #: `split -b 1G`.
@@ -26,7 +26,7 @@ LOCKED_SIZE = "64MiB"
 MAX_PIECES = 10_000
 
 #: File name endings that stand for a group.
-_GROUPS = {".safetensors": "safetensors", ".pt": "ckpt", ".json": "config"}
+_GROUPS = {ending: word for word, ending in WEIGHT_FORMATS.values()} | {".json": "config"}
 
 
 def suffix(index: int) -> str:

@@ -10,11 +10,15 @@ from csm_weights.manifest.paths import is_code
 
 SCHEMA = 1
 
-#: Formats whose structure the gates can read; "opaque" has size and digest only.
-FORMATS = ("safetensors", "torch-zip", "config", "opaque")
+#: Formats that hold the weights, each a whole model by itself, with the word for --only and
+#: the ending of their files.
+WEIGHT_FORMATS = {
+    "safetensors": ("safetensors", ".safetensors"),
+    "torch-zip": ("ckpt", ".pt"),
+}
 
-#: Formats that hold the weights, each of which is a whole model by itself.
-WEIGHT_FORMATS = ("safetensors", "torch-zip")
+#: Formats whose structure the gates can read; "opaque" has size and digest only.
+FORMATS = (*WEIGHT_FORMATS, "config", "opaque")
 
 #: Evidence marks: A read in a real artefact and recomputed, B one public
 #: source, C inferred or simulated, H the Hub's own metadata.

@@ -8,6 +8,7 @@ Only this room imports torch.
     from csm_weights.model.csm import Model
     from csm_weights.model.generator import Generator
 
-    model = Model.from_local("models/csm-1b", device="cuda")
-    codes = Generator(model).generate_frames("Hello.", speaker=0, context=[])
+    model = Model.from_local("models/csm-1b", device="cpu")
+    tokens = [1, 2, 3]  # or a text, where the model's folder has its tokenizer.json
+    codes = Generator(model).generate_frames(tokens, 0, context=[], max_audio_length_ms=240)
 """

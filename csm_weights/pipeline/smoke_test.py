@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from csm_weights.errors import CsmWeightsError, SmokeFailed, UsageError
+from csm_weights.formats import format_named
 from csm_weights.hashing import sha256_of
 from csm_weights.manifest.types import Manifest
 from csm_weights.model import smoke_report
@@ -107,7 +108,7 @@ def _weights_word(state: State) -> str:
     chosen = [item.artifact for item in state.artifacts if item.artifact.is_weights]
     if not chosen:
         raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
-    return "safetensors" if chosen[0].format == "safetensors" else "ckpt"
+    return format_named(chosen[0].format).choice
 
 
 def _binding(state: State) -> tuple[tuple[str, str], ...]:

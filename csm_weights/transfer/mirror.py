@@ -10,7 +10,7 @@ import requests
 from csm_weights.config import MIRROR_HEADERS
 from csm_weights.errors import Category, Finding, Kind
 from csm_weights.manifest.types import Artifact, Manifest, Piece
-from csm_weights.transfer.http.auth import mirror_auth
+from csm_weights.transfer.http.auth import OriginAuth, mirror_auth
 from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, expired_url
 from csm_weights.transfer.http.responses import redact
 from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
@@ -19,17 +19,20 @@ from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
 class Mirror:
     """One server: whether it has whole files or chunk files shows when it is asked.
 
+    `auth` are its credentials, by default those of `mirror_auth`.
     Once it has refused, or could not be reached after all retries, it is not
     asked again in this run.
     """
 
     is_remote = True
 
-    def __init__(self, downloader: RangeDownloader, url: str) -> None:
+    def __init__(
+        self, downloader: RangeDownloader, url: str, auth: OriginAuth | None = None
+    ) -> None:
         self._downloader = downloader
         self.url = url
         self._base = url.rstrip("/")
-        self._auth = mirror_auth(self._base)
+        self._auth = auth or mirror_auth(self._base)
         self._lock = threading.Lock()
         self._files: dict[str, _MirrorFile | None] = {}
         self._forbidden: dict[str, Finding] = {}

@@ -21,13 +21,14 @@ GOOD = {"safetensors": hostile.good_safetensors(), "torch-zip": hostile.good_che
 
 def test_the_manifest_knows_every_format() -> None:
     """The formats that a manifest may name are those of the registry, and no others."""
-    assert tuple(one.name for one in FORMATS) == WEIGHT_FORMATS
+    assert [one.name for one in FORMATS] == list(WEIGHT_FORMATS)
     assert [format_named(one.name) for one in FORMATS] == list(FORMATS)
 
 
 def test_the_usual_file_of_a_format_is_chosen_by_its_word() -> None:
     """The word for --only, that lock and split give a file, is the one of its format."""
     assert [group_of(one.filename) for one in FORMATS] == [one.choice for one in FORMATS]
+    assert [(one.choice, one.suffixes[0]) for one in FORMATS] == list(WEIGHT_FORMATS.values())
     assert all(one.filename.endswith(one.suffixes) for one in FORMATS)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from csm_weights.commands.split import split_file as split
 from csm_weights.transfer.assemble import Assembly, assemble
+from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.mirror import Mirror
 from csm_weights.transfer.source import first_of
@@ -34,3 +35,20 @@ def test_chunk_files_are_asked_for_where_the_whole_file_is_absent(
         job = Assembly(replace(artifact), tmp_path / "out" / "x.bin", source)
         made = assemble([job], lambda _: None)[0]
         assert made.path.read_bytes() == bytes(1000)
+
+
+def test_a_mirror_is_asked_with_the_credentials_that_it_was_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source on top of a mirror brings its own, and those in the environment stay unsent."""
+    monkeypatch.setenv("CSM_MIRROR_HEADERS", "X-Key: of another mirror")
+    (tmp_path / "x.bin").write_bytes(bytes(1000))
+    artifact = split(tmp_path / "x.bin", tmp_path, "chunks", 400, lambda _: None)
+    with (
+        serving(tmp_path, ranges=True) as server,
+        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
+    ):
+        auth = OriginAuth(server.url, {"X-Key": "own"})
+        source = first_of(Mirror(downloader, server.url, auth))
+        assemble([Assembly(artifact, tmp_path / "out" / "x.bin", source)], lambda _: None)
+    assert {request.headers["x-key"] for request in server.log} == {"own"}
