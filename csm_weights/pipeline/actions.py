@@ -15,7 +15,7 @@ from functools import partial as bind
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from csm_weights.byte_ranges import Ranges
-from csm_weights.errors import CsmWeightsError, Finding, Kind, error_for
+from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, error_for
 from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.pipeline.advice import way_around
 from csm_weights.progress import Progress, label_for
@@ -467,7 +467,8 @@ def _assemble(
     except CsmWeightsError as error:
         bad = {finding.where for finding in error.findings}
         # A finding about a remote source does not say which file to leave out.
-        if bad <= set[str]().union(*map(_local_names, actions)):
+        is_about_files = bad <= set[str]().union(*map(_local_names, actions))
+        if is_about_files and not isinstance(error, NoSpace):
             error.advice = way_around(a.artifact for a in actions if not bad & _local_names(a))
         raise
     for action, assembled in zip(actions, done, strict=True):

@@ -163,7 +163,7 @@ def _require(plan: Plan, findings: Sequence[Finding], session: Session) -> None:
     name = session.manifest.name
     if _is_missing(findings):
         ways = ways_to_get(plan, session.policy)
-        raise error_for(f"{name}: not all of it is here", findings, ways)
+        raise error_for(f"{name}: not all files are here", findings, ways)
     if findings:
         possible = {action.artifact.path: action.artifact for action in plan.actions}
         is_way = len(possible) < len(plan.state.artifacts)

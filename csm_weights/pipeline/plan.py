@@ -219,8 +219,11 @@ def _absent(item: ArtifactState, file: FileStatus, help_text: str = "") -> list[
 
 def _space(plan: Plan) -> list[Finding]:
     """Return that there is too little room for what will be written, before anything is."""
-    help_text = "free some disk, ask for one format with --only, or choose another --dest"
-    state = plan.state
+    state, ways = plan.state, ["free some disk", "choose another --dest"]
+    formats = [a.artifact.group for a in plan.actions if a.artifact.is_weights and a.bytes_written]
+    if len(formats) > 1:
+        ways.insert(1, f"ask for one format with --only={formats[0]}")
+    help_text = ", or ".join([", ".join(ways[:-1]), ways[-1]])
     free = {"staging": state.free_staging, "destination": state.free_destination}
     return [
         Finding(

@@ -295,7 +295,7 @@ class _Disk:
             return FileStatus(path, FileState.CONSUMED)
         status, finding = stat_of(path, piece.part)
         if status is None and (finding is None or finding.kind is Kind.MISSING):
-            mend = "get the chunk file (`git lfs pull`, or copy it there)"
+            mend = "copy the chunk file there, or restore it from git"
             finding = finding or Finding.missing(piece.part, piece.size, mend)
             return FileStatus(path, FileState.ABSENT, None, finding)
         if status is None:

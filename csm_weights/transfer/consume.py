@@ -153,7 +153,7 @@ class _Verification:
                 return stake, both
             where = f"{moved:,} bytes of it in {self._subject.partial}: " if moved else ""
             words = (f"sha256 {piece.sha256}", f"{where}{digest}")
-            help_text = "get the chunk file again (`git lfs checkout`, or copy it there)"
+            help_text = "get the chunk file again: restore it from git, or copy it there"
             findings.append(Finding(Kind.WRONG_DIGEST, piece.part, *words, help_text))
         return findings[0]
 

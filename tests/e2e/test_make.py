@@ -77,9 +77,9 @@ def test_an_unknown_value_is_refused(clone: Clone, variable: str, said: str) -> 
 def test_make_users_are_told_make_commands(clone: Clone) -> None:
     """Commands and options in messages are make's for those who use it, and inv's for others."""
     by_make, by_inv = clone.make_target("weights"), clone.inv("weights")
-    assert "make weights MODEL=csm-1b SOURCE=hf" in by_make.stderr
+    assert "make weights SOURCE=hf" in by_make.stderr
     assert "inv " not in by_make.stderr.replace(".venv/bin/inv ", "")
-    assert "inv weights --model csm-1b --source=hf" in by_inv.stderr
+    assert "inv weights --source=hf" in by_inv.stderr
     assert "make " not in by_inv.stderr
     refused = clone.make_target("fetch", "SOURCE=mirror")
     assert "SOURCE=mirror needs URL=" in refused.stderr

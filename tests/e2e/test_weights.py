@@ -775,7 +775,7 @@ def test_a_bad_part_of_one_format_says_how_to_go_on_with_the_other(clone: Clone)
     part = clone.chunk_files("ckpt.pt")[2]
     part.write_bytes(bytes(len(part.read_bytes())))
     failed = clone.inv("weights", *TINY, "--no-smoke")
-    advice = re.search(r"--only (\S+)", failed.stderr)
+    advice = re.search(r"--only=(\S+)", failed.stderr)
     assert (failed.returncode, advice is not None) == (4, True)
     assert advice is not None
     assert clone.inv("weights", *TINY, "--no-smoke", "--only", advice[1]).returncode == 0
