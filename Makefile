@@ -67,47 +67,47 @@ help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-weights: $(VENV)/.base ## Assemble, place, gate and smoke-test MODEL: the whole line
-	@# What is missing is told before torch is installed.
+weights: $(VENV)/.base ## Join or download, verify, install and smoke-test MODEL
+	@# Report what is missing before torch is installed.
 	@$(INV) weights $(WHAT) $(FROM) $(GOING) --dry > /dev/null
 	@$(MAKE) --silent --no-print-directory $(RUN_ENV)
 	@$(INV) weights $(WHAT) $(FROM) $(GOING) $(WAITING) $(SEALED) $(SMOKE_OPT)
 
-doctor: $(VENV)/.base ## Find out what stands in the way of weights, before it fetches anything
+doctor: $(VENV)/.base ## Find out what stands in the way of weights
 	@$(INV) doctor $(WHAT) $(FROM) $(GOING) $(SMOKE_OPT)
 
 status: $(VENV)/.base ## Show what is here, what is missing, and what would be done
 	@$(INV) status $(WHAT) $(FROM) $(GOING)
 
-fetch: $(VENV)/.base ## Bring the files into output/, proven
+fetch: $(VENV)/.base ## Join or download the files into output/, and verify them
 	@$(INV) fetch $(WHAT) $(FROM) $(GOING) $(WAITING) $(SEALED)
 
-place: $(VENV)/.base ## Move proven files from output/ to their place
+place: $(VENV)/.base ## Install verified files: move them from output/
 	@$(INV) place $(WHAT) $(SEALED)
 
-verify: $(VENV)/.base ## Hash every file in place again and run all gates
+verify: $(VENV)/.base ## Hash the installed files again and run all gates
 	@$(INV) verify $(WHAT)
 
-attest: $(VENV)/.attest ## Write where the files come from, signed with KEY=file or NEW_KEY=file
+attest: $(VENV)/.attest ## Write where the files come from (KEY=file signs it)
 	@$(INV) attest $(WHAT) $(call option,KEY,key) $(call option,NEW_KEY,new-key)
 
-smoke: $(VENV)/.smoke ## Load the model, let it speak, and check it
+smoke: $(VENV)/.smoke ## Load the installed model and run the smoke test
 	@$(INV) smoke $(WHAT)
 
-seed-cache: $(VENV)/.base ## Give the files in place to the Hub's cache, for other programs
+seed-cache: $(VENV)/.base ## Link the installed files into the Hub's cache
 	@$(INV) seed-cache $(WHAT)
 
-compare: $(VENV)/.base ## Show that MODEL's two formats, or FILE='one other', hold equal tensors
+compare: $(VENV)/.base ## Check that two formats, or FILE='A B', are equal
 	@$(INV) compare --model $(call quoted,$(MODEL)) $(call option,DEST,dest) \
 		$(foreach file,$(FILE),--file $(call quoted,$(file)))
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest)
 
-split: $(VENV)/.base ## Cut FILE=... into parts with digests and a manifest entry
+split: $(VENV)/.base ## Split FILE=... into chunk files, with digests
 	@$(INV) split $(call quoted,$(FILE))
 
-lock: $(VENV)/.base ## Add digests that proven files show to MODEL's manifest
+lock: $(VENV)/.base ## Add digests of verified files to MODEL's manifest
 	@$(INV) lock --model $(call quoted,$(MODEL))
 
 standin: $(VENV)/.base ## Write a full-size stand-in of CSM-1B (needs 25 GB of disk)
@@ -135,7 +135,7 @@ test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
 messages: $(VENV)/.test ## Write docs/messages.md anew: every message of the package, to be read
 	@UPDATE_GOLDEN=1 $(VENV)/bin/python -m pytest -q tests/commands/test_messages.py
 
-torture: $(VENV)/.test ## Kill, cut off, race and deceive every command (SEED=1 MINUTES=10)
+torture: $(VENV)/.test ## Kill and race every command (SEED=1 MINUTES=10)
 	@$(VENV)/bin/python -m tools.torture $(if $(SEED),--seed $(SEED)) \
 		$(if $(MINUTES),--minutes $(MINUTES))
 
@@ -145,7 +145,7 @@ fuzz: $(VENV)/.fuzz ## Fuzz the readers of manifests and weights, FUZZ_SECONDS=3
 			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1; \
 	done
 
-scanners: $(VENV)/.test ## Hold the hostile files of the tests before other scanners (docs/security-table.md)
+scanners: $(VENV)/.test ## Write docs/security-table.md: hostile files and other scanners
 	@$(VENV)/bin/python -m benchmarks.scanners
 
 bench: $(VENV)/.base ## Measure against cat and sha256sum at full size (needs 40 GB of disk)

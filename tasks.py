@@ -9,9 +9,9 @@ from csm_weights.commands import console
 from csm_weights.commands.cli import collection, refuse_typos, task
 
 
-@task(name="which stand-in: csm-1b-standin (12.4 GB) or csm-tiny")
+@task(name="the stand-in: csm-1b-standin (12.4 GB) or csm-tiny")
 def standin(root: Path, name: str = "csm-1b-standin", dry: bool = False) -> object:
-    """Write a stand-in of CSM-1B with random weights, its parts and manifest."""
+    """Write a stand-in of CSM-1B with random weights: chunk files and manifest."""
     sys.path.append(str(ROOT))
     from tools.standin import make_standin
 

@@ -46,23 +46,23 @@ OPTIONS = {
         "", "the folder for the files, instead of the manifest's; relative to the repository"
     ),
     "source": Option(
-        "auto", "where pieces come from: auto (parts, mirrors, the Hub), chunks, hf or mirror"
+        "auto", "where pieces come from: auto (chunk files, mirrors, the Hub), chunks, hf or mirror"
     ),
     "url": Option(
-        None, "a mirror: the URL of a folder with the files, or the parts; may be repeated"
+        None, "a mirror: the URL of a folder with the files, or their chunk files; may be repeated"
     ),
     "revision": Option(
         "", "another commit, branch or tag of the Hub's repository; the digests still decide"
     ),
     "consume": Option(
-        False, "remove the parts as their file grows, on a disk without room for both"
+        False, "free the chunk files as their file grows, on a disk without room for both"
     ),
     "patience": Option(
         "", "seconds that a server may give nothing before the run gives up (default 60)"
     ),
     "seal": Option(
         False,
-        "make the files read-only once they are placed, and turn on fs-verity where there is",
+        "make the installed files read-only, and turn on fs-verity where there is",
     ),
     "dry": Option(False, "show what would be done, and do nothing"),
     "require_gpu": Option(False, "exit 77 unless the smoke test runs on a GPU"),
@@ -224,7 +224,7 @@ def weights(
     seal: bool = False,
     dry: bool = False,
 ) -> object:
-    """Assemble, place, gate and smoke-test a model: the whole line."""
+    """Join or download, verify, install and smoke-test a model."""
     from csm_weights.pipeline import apply
     from csm_weights.pipeline.plan import Target
 
@@ -233,7 +233,7 @@ def weights(
     return _sealed(request, apply.weights(request, smoke, require_gpu), seal)
 
 
-@task(*SOURCES, "consume", check="exit 3 or 4 unless everything is in place and proven")
+@task(*SOURCES, "consume", check="exit 3 or 4 unless every file is installed and verified")
 def status(request: Request, check: bool = False) -> object:
     """Show what is here, what is missing, and what would be done."""
     from csm_weights.pipeline import apply
@@ -243,17 +243,17 @@ def status(request: Request, check: bool = False) -> object:
 
 @task(*SOURCES, "consume", "patience", "seal", "dry")
 def fetch(request: Request, seal: bool = False, dry: bool = False) -> object:
-    """Bring the files into the staging folder (output/), or into --dest, proven."""
+    """Join or download the files into output/, or into --dest, and verify them."""
     from csm_weights.pipeline.plan import Target
 
     if seal and not request.dest:
-        raise UsageError("--seal is about files in place; with fetch it goes with --dest")
+        raise UsageError("--seal makes installed files read-only; fetch installs only with --dest")
     return _act(request, Target.BOTH if request.dest else Target.STAGED, seal, dry)
 
 
 @task(*FILES, "seal", "dry")
 def place(request: Request, seal: bool = False, dry: bool = False) -> object:
-    """Move proven files from the staging folder to the destination."""
+    """Install verified files: move them from output/ to the destination."""
     from csm_weights.pipeline.plan import Target
 
     return _act(request, Target.PLACED, seal, dry)
@@ -277,9 +277,9 @@ def _sealed(request: Request, done: Outcome, seal: bool) -> Outcome:
 
 @task(
     *FILES,
-    sums="also hold the files against this SHA256SUMS file",
-    write_sums="write SHA256SUMS beside the files, once they are proven",
-    attestation="a file of `inv attest`: check that it is true of the files in place",
+    sums="also check the files against this SHA256SUMS file",
+    write_sums="write SHA256SUMS beside the files, once they are verified",
+    attestation="a file of `inv attest`: check the installed files against it",
     key="the public key (PEM) that must have signed the attestation",
 )
 def verify(
@@ -289,13 +289,15 @@ def verify(
     attestation: str = "",
     key: str = "",
 ) -> object:
-    """Hash every file in place again and run all gates; offline."""
+    """Hash the installed files again and run all gates; asks no server."""
     from csm_weights.commands import attest, verify
 
     if attestation:
         return attest.verify(request, attestation, key, sums or None, write_sums)
     if key:
-        raise UsageError("--key is whose signature --attestation FILE must have")
+        raise UsageError(
+            "--key goes with --attestation FILE: it is the public key that must have signed it"
+        )
     return verify.verify(request, sums or None, write_sums)
 
 
@@ -306,7 +308,7 @@ def verify(
     new_key="sign with a new Ed25519 key, kept in this file and, the public one, in FILE.pub",
 )
 def attest(request: Request, out: str = "", key: str = "", new_key: str = "") -> object:
-    """Hash the files in place and write where they come from, as an in-toto statement."""
+    """Hash the installed files and write where they come from, as an in-toto statement."""
     from csm_weights.commands import attest
 
     return attest.attest_files(request, out, key, new_key)
@@ -314,7 +316,7 @@ def attest(request: Request, out: str = "", key: str = "", new_key: str = "") ->
 
 @task(
     *(*FILES, "require_gpu"),
-    device="torch's word: cpu, cuda, cuda:1; default a GPU if there is one",
+    device="a device of torch: cpu, cuda, cuda:1; default a GPU if there is one",
     frames="how many frames of 80 ms to make (default 8)",
     dtype="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on the CPU",
     max_rtf="fail where a second of audio takes more seconds than this (default: no limit)",
@@ -339,11 +341,11 @@ def smoke(
 
 @task(
     *(*SOURCES, "consume"),
-    smoke="--no-smoke asks for no torch, as that of weights",
-    offline="look instead for the repositories that CSM needs to speak offline",
+    smoke="--no-smoke leaves out what the smoke test needs, as with weights",
+    offline="check instead which repositories that CSM needs to speak offline are in the cache",
 )
 def doctor(request: Request, smoke: bool = True, offline: bool = False) -> object:
-    """Find out what stands in the way of weights, before anything is fetched."""
+    """Find out what stands in the way of weights, before anything is downloaded."""
     from csm_weights.commands import doctor
 
     return doctor.closure(request) if offline else doctor.examine(request, smoke)
@@ -354,7 +356,7 @@ def doctor(request: Request, smoke: bool = True, offline: bool = False) -> objec
     move_main="let main stand for these files, even where it stands for another commit",
 )
 def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> object:
-    """Give the files in place to the Hub's cache, for other programs."""
+    """Link the installed files into the Hub's cache, for other programs."""
     from csm_weights.commands import seed_cache
 
     return (seed_cache.rehearse if dry else seed_cache.seed_cache)(request, move_main)
@@ -362,23 +364,23 @@ def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> 
 
 @task(
     *("model", "dest", "json"),
-    file="a file of weights, its parts, shards, or a folder; may be given twice (default: "
+    file="a file of weights, its chunk files, shards, or a folder; may be given twice (default: "
     "the model's two formats, or with one file what is here of the model)",
 )
 def compare(request: Request, file: Sequence[str] | None = None) -> object:
-    """Show that two files of weights hold equal tensors, or which differs first and where."""
+    """Check that two files of weights hold equal tensors; name the first that differs."""
     from csm_weights.commands import compare
 
     paths = [Path(name) for name in file or ()]
     if len(paths) > 2:
-        raise UsageError("compare holds two files against each other; --file at most twice")
+        raise UsageError("compare takes two files: give --file at most twice")
     return compare.compare(request, *paths)
 
 
 @task(
-    file="the file to cut into parts",
-    chunks="the folder for the parts, below the repository root",
-    size="bytes of a part: 1073741824, 1GiB, 500MB, ...",
+    file="the file to split",
+    chunks="the folder for the chunk files, below chunks/",
+    size="bytes of a chunk file: 1073741824, 1GiB, 500MB, ...",
     manifest="the manifest to write the entry to (made if new); else it is printed",
 )
 def split(
@@ -389,7 +391,7 @@ def split(
     manifest: str = "",
     dry: bool = False,
 ) -> object:
-    """Cut any file into parts, with SHA256SUMS and a manifest entry."""
+    """Split a file into chunk files, with SHA256SUMS and a manifest entry."""
     from csm_weights.commands import split
 
     return split.split(root, Path(file), chunks, size, manifest, dry)
@@ -414,12 +416,14 @@ def lock(
     patience: str = "",
     dry: bool = False,
 ) -> object:
-    """Write the digests to a manifest that proven local files show, or those the Hub tells."""
+    """Write digests to a manifest: of verified local files, or as the Hub reports them."""
     from csm_weights.commands import lock
     from csm_weights.config import parse_patience
 
     if repo and (dest or size):
-        raise UsageError("--dest and --size are about files in place; --repo asks the Hub only")
+        raise UsageError(
+            "--dest and --size are about installed files, and --repo only asks the Hub"
+        )
     if (revision or patience) and not repo:
         raise UsageError("--revision and --patience go with --repo")
     if repo:
@@ -430,7 +434,7 @@ def lock(
 
 @task("model", "dest")
 def clean(request: Request, dry: bool = False) -> object:
-    """Remove unfinished files; what is proven, staged or placed stays."""
+    """Remove unfinished files; verified files stay, in output/ and installed."""
     from csm_weights.commands import clean as cleaning
 
     return cleaning.clean(replace(request, only=("all",)), dry)
