@@ -1,4 +1,4 @@
-"""Attesting the files in place, and holding them against what was attested."""
+"""Attest installed files, and check installed files against an attestation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Attesting:
 
 
 def attest_files(request: Request, out: str = "", key: str = "", make_key: str = "") -> Attesting:
-    """Writes what is true of the files in place, after hashing all of them again.
+    """Write an attestation of the installed files, after hashing all of them again.
 
     `out` is the file for it, default NAME.intoto.json in the destination. It
     is signed with the private key in the file `key`, or with a new one:
@@ -95,7 +95,7 @@ def _verified(item: ArtifactState, sha256: str) -> tuple[Artifact, VerifiedFile]
 
 
 def _time() -> str:
-    """The time, or that of SOURCE_DATE_EPOCH, which makes the statement reproducible."""
+    """Return the time, or that of SOURCE_DATE_EPOCH, which makes the statement reproducible."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     if not epoch.isdecimal():
         return now()
@@ -106,7 +106,7 @@ def _time() -> str:
 
 
 def _make_keys(name: str) -> tuple[Path, ...]:
-    """A new key pair in two files that were not there; the private one is its owner's alone."""
+    """Write a new key pair to two new files; only the owner can read the private one."""
     if not name:
         return ()
     private, public = Path(name), Path(f"{name}.pub")
@@ -166,7 +166,7 @@ def verify(
 
 
 def _others(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """The sha256 of files that are attested and not among the chosen ones, if they are there."""
+    """Return the sha256 of attested files that are here and not among the chosen ones."""
     jobs = []
     for name in names:
         path = folder / name

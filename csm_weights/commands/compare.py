@@ -20,7 +20,7 @@ _READABLE = (FileState.VERIFIED, FileState.UNVERIFIED)
 
 
 def compare(request: Request, first: Path | None = None, second: Path | None = None) -> Comparison:
-    """Holds two files of weights against each other; see `shards.find` for what a path may be.
+    """Compare two files of weights; see `shards.find` for what a path may be.
 
     Without paths these are the model's two formats, wherever they are here;
     with one, that file and what is here of the model. Raises MissingInput,
@@ -47,7 +47,7 @@ def _chosen(request: Request, paths: Sequence[Path]) -> tuple[Files, Files]:
 
 
 def _weights(request: Request) -> list[ArtifactState]:
-    """The model's files of weights, safetensors first."""
+    """Return the model's files of weights, safetensors first."""
     state = begin(replace(request, only=("all",))).inspect()
     some = [item for item in state.artifacts if item.artifact.is_weights]
     return sorted(some, key=lambda item: item.artifact.format)
@@ -61,7 +61,7 @@ def _both(request: Request, items: Sequence[ArtifactState]) -> tuple[Files, File
 
 
 def _here(item: ArtifactState) -> Files | None:
-    """The file in place, or else staged, or in the Hub's cache, or else its parts."""
+    """Return the installed file, or else the staged one, the Hub cache's, or the chunk files."""
     for look in (item.installed, item.staged, item.cached):
         if look and look.state in _READABLE:
             return [[look.path]]
@@ -77,12 +77,12 @@ def _is_same(some: Files, others: Files) -> bool:
 
 
 def _missing(request: Request, items: Iterable[ArtifactState]) -> CsmWeightsError:
-    """The error for weights that are not here, or not whole."""
+    """Return the error for weights that are not here, or not whole."""
     findings = []
     for item in items:
         wrong = [look.finding for look in (item.installed, item.staged) if look.finding]
         command = f"inv fetch --model {request.model} --only {item.artifact.group}"
-        size = f"{item.artifact.size:,} bytes, or all of its parts"
+        size = f"{item.artifact.size:,} bytes, or all of its chunk files"
         absent = Finding(Kind.MISSING, str(item.installed.path), size, "neither", command)
         findings += wrong or [absent]
     return error_for("there is nothing to compare with", findings)

@@ -1,4 +1,4 @@
-"""Manifests from what is known: the Hub's own metadata, or files that are proven.
+"""Manifests from the Hub's own metadata, or from verified files.
 
 Like `pipeline`, this module knows an order and does nothing by itself.
 """
@@ -28,11 +28,11 @@ from csm_weights.verify import gates
 
 
 def lock(request: Request, dry: bool, size: str = "") -> str:
-    """Fills in the digests that proven files in place show; returns the difference.
+    """Add the digests of the installed, verified files; return the difference.
 
     A file without pieces that is larger than `size` gets some of that size,
     or of larger ones where there would be too many. Raises the gates' error
-    unless every chosen file is proven.
+    unless every chosen file is verified.
     """
     wanted = pin.parse_size(size or pin.LOCKED_SIZE)
     session = begin(request)
@@ -49,11 +49,11 @@ def lock(request: Request, dry: bool, size: str = "") -> str:
         for artifact in _in_pieces(items, cuts, manifest.name, progress.advance):
             manifest = pin.with_artifact(manifest, artifact)
     difference = _write(Path(manifest.where), manifest, dry)
-    return difference or f"{manifest.where} says all that the files show"
+    return difference or f"{manifest.where}: nothing to add, it has every digest of these files"
 
 
 def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
-    """The ranges, by path, that files without pieces are to be cut into."""
+    """Return the ranges, by path, of the pieces that files without pieces get."""
     artifacts = [
         item.artifact
         for item in state.artifacts
@@ -63,7 +63,7 @@ def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
     return {
         a.path: pin.tiling(a.size, piece_size)
         for a in artifacts
-        # A part's name is longer than the file's, perhaps by too much.
+        # A chunk file's name is longer than the file's, perhaps by too much.
         if a.size > piece_size and not path_problem(pin.chunk_file_of(a, state.manifest.name, 0))
     }
 
@@ -71,7 +71,7 @@ def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
 def _shown(
     items: Sequence[ArtifactState], session: Session, on_progress: OnProgress
 ) -> list[Artifact]:
-    """The entries of files that keep their pieces, with what hashing them shows."""
+    """Return the entries of files that keep their pieces, with the digests of the files."""
     found = gates.verify([session.subject(i.artifact, i.installed) for i in items], on_progress)
     _require([f for file in found if isinstance(file, gates.Rejected) for f in file.findings])
     return [
@@ -88,7 +88,7 @@ def _in_pieces(
     model: str,
     on_progress: OnProgress,
 ) -> list[Artifact]:
-    """The entries of files with pieces, taken in the read that proves the whole once more."""
+    """Return the entries of files with pieces, hashed in one read with the whole."""
     jobs = [
         HashJob(i.installed.path, i.artifact.size, tuple(cuts[i.artifact.path]), True, True)
         for i in items
@@ -114,7 +114,7 @@ def _wrong(item: ArtifactState, found: Digests) -> list[Finding]:
 
 def _require(findings: Sequence[Finding]) -> None:
     if findings:
-        raise error_for("nothing is locked to files that are not right", findings)
+        raise error_for("no digest was written: verification failed", findings)
 
 
 def lock_repo(
@@ -142,12 +142,12 @@ def lock_repo(
     manifest = repo_manifest.from_hub(path, repo, revision, globs, patience)
     difference = _write(path, manifest, dry)
     if is_known:
-        return difference or f"{path} says all that the Hub tells"
+        return difference or f"{path}: nothing to add, it has all that the Hub reports"
     return render(manifest) if dry else _summary(manifest, model or path.stem)
 
 
 def _write(path: Path, manifest: Manifest, dry: bool) -> str:
-    """Writes a manifest unless it is there already, and returns the difference."""
+    """Write a manifest unless it is there already; return the difference."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = (before.splitlines(keepends=True), render(manifest).splitlines(keepends=True))
     difference = "".join(difflib.unified_diff(*lines, str(path), "locked"))
@@ -160,5 +160,5 @@ def _summary(manifest: Manifest, model: str) -> str:
     count, total = len(manifest.artifacts), sum(a.size for a in manifest.artifacts)
     return (
         f"{manifest.where}: {count:,} files, {total:,} bytes, commit {manifest.revision}\n"
-        f"what they must be is the Hub's word; now run inv weights --model {model}"
+        f"these are the sizes and digests that the Hub reported; next: inv weights --model {model}"
     )

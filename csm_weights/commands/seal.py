@@ -1,4 +1,4 @@
-"""After placing: the files in place are sealed, and their receipts renewed."""
+"""Seal the installed files, and renew their receipts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from csm_weights.verify.seal import Sealed, seal
 
 
 def seal_placed(request: Request, outcome: Outcome) -> Outcome:
-    """Seals what a command has placed; a second time there is nothing to do.
+    """Seal what a command has installed; a second time there is nothing to do.
 
     Files that failed verification are left as they are. A smoke test that failed
     or could not run changes nothing of that: it says nothing against the bytes.
@@ -35,26 +35,26 @@ def seal_placed(request: Request, outcome: Outcome) -> Outcome:
 
 
 def _seal(run: Session, item: ArtifactState) -> Sealed:
-    """Seals one file and renews its receipt at once, so that a kill costs one hashing at most."""
+    """Seal one file and renew its receipt at once, so that a kill costs one hashing at most."""
     receipt = item.installed.receipt
     if item.installed.state is not FileState.VERIFIED or receipt is None:
         finding = Finding.changed(item.installed.path, str(item.installed.state))
-        raise WrongContent("only proven files are sealed; run the command again", [finding])
+        raise WrongContent("only verified files are sealed; run the same command again", [finding])
     done = seal(run.paths.destination, receipt)
     sealed = Fingerprint.of(item.installed.path.stat())
     if sealed == receipt.fingerprint:
         return done
     if not sealed.same_bytes(receipt.fingerprint):
-        receipt = _proven_again(run, item.artifact, receipt)
+        receipt = _verified_again(run, item.artifact, receipt)
     install.record(run.paths.destination, receipt)
     return done
 
 
-def _proven_again(run: Session, artifact: Artifact, receipt: Receipt) -> Receipt:
-    """The receipt for what the kernel has just frozen: it has set the time of writing."""
+def _verified_again(run: Session, artifact: Artifact, receipt: Receipt) -> Receipt:
+    """Return the receipt of a file whose times fs-verity has changed, after hashing it."""
     look = next(i.installed for i in run.inspect().artifacts if i.artifact.path == artifact.path)
-    (proven,) = run.verify([(artifact, look)])
-    if proven is None or proven.sha256 != receipt.sha256:
+    (verified,) = run.verify([(artifact, look)])
+    if verified is None or verified.sha256 != receipt.sha256:
         found = run.known_bad.get(look.path) or Finding.changed(look.path)
         raise WrongContent("a file was changed while it was being sealed", [found])
-    return replace(receipt, fingerprint=proven.fingerprint, verified_at=time_now())
+    return replace(receipt, fingerprint=verified.fingerprint, verified_at=time_now())

@@ -1,4 +1,4 @@
-"""Giving the files that are in place to the Hub's standard cache, for other programs."""
+"""Link the installed files into the Hub's standard cache, for other programs."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Seeding:
 
 
 def seed_cache(request: Request, move_main: bool = False) -> Seeding:
-    """Gives the chosen files to the Hub's cache, once all of them are proven in place.
+    """Link the chosen files into the Hub's cache, once all of them are verified.
 
     Files without a valid receipt are hashed first. `move_main` lets main
     stand for the manifest's revision even where it stands for another commit.
     Raises UsageError without a Hub repository in the manifest, MissingInput or
-    WrongContent unless every file is in place and right: then nothing is done.
+    WrongContent unless every file is installed and right: then nothing is done.
     """
     run = begin(request)
     repo, revision = _repository(run.manifest)
@@ -72,7 +72,7 @@ def seed_cache(request: Request, move_main: bool = False) -> Seeding:
 
 
 def _seed(run: Session, repo: str, revision: str, move_main: bool) -> Seeding:
-    state, cache = _proven(run), _cache()
+    state, cache = _verified(run), _cache()
     seeds, notes = _seeds(state, cache, repo, revision)
     try:
         with Progress("into the Hub's cache", sum(s.size for s in seeds)) as progress:
@@ -87,13 +87,13 @@ def _seed(run: Session, repo: str, revision: str, move_main: bool) -> Seeding:
 
 
 def rehearse(request: Request, move_main: bool = False) -> Seeding:
-    """A dry run of `seed_cache`: what can be said without hashing, and nothing is written."""
+    """Return what `seed_cache` would do; nothing is hashed or written."""
     run = begin(request)
     repo, revision = _repository(run.manifest)
     state, cache = run.inspect(), _cache()
     subjects = [run.subject(i.artifact, i.installed) for i in state.artifacts]
     if findings := [s.finding for s in subjects if s.finding]:
-        raise error_for("not every file is in place", findings)
+        raise error_for("not every file is installed", findings)
     home = hub_cache.repository(cache, repo) / "snapshots" / revision
     notes = [
         f"{item.artifact.path}: {item.installed.size:,} bytes, {item.installed.state},"
@@ -118,22 +118,22 @@ def _cache() -> Path:
     return HubEnvironment.read().cache.absolute()
 
 
-def _proven(run: Session) -> State:
-    """The chosen files, every one in place and past its gates; else the error for all."""
-    _prove(run, run.inspect())
+def _verified(run: Session) -> State:
+    """Return the state of the chosen files, all verified; else raise the error for all."""
+    _verify(run, run.inspect())
     state = run.inspect()
     if error := gate_error(run.gate(state, rehash=False)):
         raise error
     return state
 
 
-def _prove(run: Session, state: State) -> None:
-    """Hashes the files in place that have no valid receipt; the right ones get theirs."""
+def _verify(run: Session, state: State) -> None:
+    """Hash the installed files that have no valid receipt; write one for the right ones."""
     items = [i for i in state.artifacts if i.installed.state is FileState.UNVERIFIED]
     found = run.verify([(item.artifact, item.installed) for item in items])
-    for item, proven in zip(items, found, strict=True):
-        if proven:
-            install.record(run.paths.destination, run.receipt(item.artifact, proven))
+    for item, verified in zip(items, found, strict=True):
+        if verified:
+            install.record(run.paths.destination, run.receipt(item.artifact, verified))
 
 
 def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Seed], list[str]]:
@@ -156,12 +156,12 @@ def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Se
 
 
 def _receipt_of(item: ArtifactState) -> Receipt:
-    assert item.installed.receipt is not None, "what is proven has a receipt"
+    assert item.installed.receipt is not None, "a verified file has a receipt"
     return item.installed.receipt
 
 
 def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
-    """The name of a file's blob: the sha256 of what the Hub keeps outside of git, else git's."""
+    """Return the name of a blob: the sha256 of what the Hub keeps outside of git, else git's."""
     is_pinned = receipt.size == artifact.size
     if is_pinned and artifact.git_sha1:
         return artifact.git_sha1
@@ -170,12 +170,12 @@ def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
     found = measure([HashJob(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
     if found.whole != receipt.sha256 or not found.git_sha1:
         finding = Finding.changed(file, f"sha256 {found.whole}")
-        raise WrongContent("a file is no longer the one that was proven", [finding])
+        raise WrongContent("a file is no longer the one that was verified", [finding])
     return found.git_sha1
 
 
 def _record_again(state: State) -> list[str]:
-    """New receipts for files whose change time a link has set; why one could not be written.
+    """Renew receipts of files whose change time a link has set; return which failed, and why.
 
     Raises WrongContent where more has changed than that.
     """

@@ -15,7 +15,7 @@ from csm_weights.verify.sums import MAX_SUMS, SUMS, parse_sums, render_sums
 
 
 def verify(request: Request, sums: str | None = None, write_sums: bool = False) -> Outcome:
-    """Hashes everything that is in place and runs every gate.
+    """Hash the installed files and run every gate.
 
     `sums` is a SHA256SUMS file whose digests are held against the files as
     well. With `write_sums`, one is written beside files that passed; nothing
@@ -34,17 +34,17 @@ def verify(request: Request, sums: str | None = None, write_sums: bool = False) 
 
 
 def write_sums_of(outcome: Outcome) -> None:
-    """Writes SHA256SUMS beside files that have just passed every gate."""
+    """Write SHA256SUMS beside files that have just passed every gate."""
     _write_sums(outcome.state.paths.destination / SUMS, digests_of(outcome.results))
 
 
 def digests_of(results: Sequence[gates.GateResult]) -> dict[str, str]:
-    """The sha256 of every file that has passed its digest gate, by path."""
+    """Return the sha256 of every file that has passed its digest gate, by path."""
     return {r.path: r.sha256 for r in results if r.gate is gates.Gate.DIGEST and r.sha256}
 
 
 def _write_sums(path: Path, digests: dict[str, str]) -> None:
-    """Writes SHA256SUMS; lines that are there about other files stay."""
+    """Write SHA256SUMS; lines about other files stay."""
     others = {}
     if path.is_file():
         text = read_file(path, MAX_SUMS, "a SHA256SUMS file").decode(errors="replace")
@@ -55,7 +55,7 @@ def _write_sums(path: Path, digests: dict[str, str]) -> None:
 def _gate_sums(
     results: Sequence[gates.GateResult], sums: Path, folder: Path
 ) -> list[gates.GateResult]:
-    """A result for each line of a SHA256SUMS file, hashing only what is not hashed yet."""
+    """Return a result for each line of a SHA256SUMS file, hashing only what is not hashed yet."""
     text = read_file(sums, MAX_SUMS, "a SHA256SUMS file").decode(errors="replace")
     listed = parse_sums(text, str(sums))
     known = {r.path: r.sha256 for r in results if r.sha256}

@@ -117,7 +117,7 @@ def snapshots(repo: str, names: tuple[str, ...]) -> Iterator[Path]:
 
 def not_installed(package: str, purpose: str) -> MissingInput:
     """Return the error for a package that is needed to speak and is not installed."""
-    command = "pip install -c constraints.txt -e '.[speak]'"
+    command = ".venv/bin/pip install -c constraints.txt -e '.[speak]'"
     words = (f"the package, which {purpose}", "not installed", command)
     finding = Finding(Kind.NOT_INSTALLED, package, *words)
     return MissingInput(f"{package} is not installed", [finding])

@@ -31,7 +31,7 @@ def require_library() -> None:
         import securesystemslib.dsse  # noqa: F401
         from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: F401
     except ImportError as error:
-        help_text = "pip install -c constraints.txt -e '.[attest]'"
+        help_text = ".venv/bin/pip install -c constraints.txt -e '.[attest]'"
         found = f"no {error.name or 'such module'}"
         finding = Finding(Kind.MISSING, "signatures", "securesystemslib", found, help_text)
         raise MissingInput("what signs and checks signatures is not installed", [finding]) from None

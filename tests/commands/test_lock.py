@@ -1,4 +1,4 @@
-"""Manifests of any repository, by the Hub's word, and the pieces that proven files add."""
+"""Manifests of any repository as the Hub reports it, and the pieces that verified files add."""
 
 from __future__ import annotations
 
@@ -524,7 +524,7 @@ def test_what_is_known_of_the_same_files_stays(hub: HubServer, root: Path) -> No
     lock.lock(Request(root, NAME), False, "100000")
     mine = replace(manifest(root), description="mine", destination="weights")
     write_manifest(root / "manifests" / f"{NAME}.toml", mine)
-    assert "says all that the Hub tells" in lock_repo(root)
+    assert "nothing to add, it has all that the Hub reports" in lock_repo(root)
     assert manifest(root) == mine
     changed = safetensors(200_000, 9)
     commit = hub.push(REPO, {TWO: changed, "new.txt": b"new", "config.json": None})

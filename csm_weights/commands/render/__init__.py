@@ -9,5 +9,6 @@ a released key of JSON stays. Never: prints, or reads a file.
     from csm_weights.pipeline.request import Request
 
     report = apply.status(Request(Path.cwd(), model="csm-1b"))
-    print(text.render(report), json.render(report, "status"), sep="\\n")
+    print(text.render(report))
+    print(json.render(report, "status"))
 """
