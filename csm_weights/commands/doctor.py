@@ -9,6 +9,7 @@ import contextlib
 import enum
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -26,17 +27,7 @@ from csm_weights.pipeline.outcome import StatusReport
 from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.pipeline.session import Session, begin
-from csm_weights.store.inspect import ArtifactState
 from csm_weights.transfer.policy import HUB
-
-#: Kinds that are about the token, rather than about what its owner may do.
-OF_THE_TOKEN = frozenset({Kind.NO_TOKEN, Kind.UNKNOWN_TOKEN, Kind.SCOPE})
-
-#: Kinds that are about the way to a host, rather than about what it answers.
-OF_THE_WAY = frozenset({Kind.NO_NETWORK, Kind.CERTIFICATE})
-
-#: Seconds that nvidia-smi may take.
-PATIENCE = 10.0
 
 _ELSEWHERE = "nothing comes from there"
 _NO_REPOSITORY = "the manifest names no repository of the Hub"
@@ -187,23 +178,18 @@ def _chunk_files(case: _Case) -> CheckResult:
         return CheckResult("parts", Verdict.NOT_ASKED, "the source named takes none")
     if not items:
         return CheckResult("parts", Verdict.NOT_ASKED, "the manifest names none")
-    bad = [finding for item in items for finding in _bad_chunk_files(item)]
-    verdict = Verdict.NOTE if bad else Verdict.OK
-    if set(bad).intersection(case.plan.findings):
-        verdict = Verdict.NOT_OK
-    return CheckResult("parts", verdict, "; ".join(map(_count, items)))
-
-
-def _bad_chunk_files(item: ArtifactState) -> list[Finding]:
-    return [*(part.finding for part in item.chunks if part.finding), *item.extras]
-
-
-def _count(item: ArtifactState) -> str:
-    """Return how many chunk files of a file are here, and what is wrong with others."""
-    good = sum(part.is_usable for part in item.chunks)
-    wrong = [f.kind for f in _bad_chunk_files(item) if f.kind is not Kind.MISSING]
-    text = f"{item.artifact.path} {good} of {len(item.chunks)}"
-    return f"{text} ({', '.join(dict.fromkeys(wrong))})" if wrong else text
+    verdict, texts = Verdict.OK, []
+    for item in items:
+        bad = [*(part.finding for part in item.chunks if part.finding), *item.extras]
+        if set(bad).intersection(case.plan.findings):
+            verdict = Verdict.NOT_OK
+        elif bad and verdict is Verdict.OK:
+            verdict = Verdict.NOTE
+        wrong = dict.fromkeys(f.kind for f in bad if f.kind is not Kind.MISSING)
+        good = sum(part.is_usable for part in item.chunks)
+        text = f"{item.artifact.path} {good} of {len(item.chunks)}"
+        texts.append(f"{text} ({', '.join(wrong)})" if wrong else text)
+    return CheckResult("parts", verdict, "; ".join(texts))
 
 
 def _cache(case: _Case) -> CheckResult:
@@ -223,12 +209,12 @@ def _token(case: _Case) -> CheckResult:
     if not case.session.manifest.repo:
         return CheckResult("token", Verdict.NOT_ASKED, _NO_REPOSITORY)
     if hub is None:
-        check = case.unasked(
-            "token", f"{holder or 'none'}; {_ELSEWHERE}", case.problems(Kind.NO_TOKEN)
-        )
+        found, problems = f"{holder or 'none'}; {_ELSEWHERE}", case.problems(Kind.NO_TOKEN)
+        check = case.unasked("token", found, problems)
         is_none = check.verdict is Verdict.NOT_ASKED and not holder
         return CheckResult("token", Verdict.NOTE, check.found) if is_none else check
-    blamed = [finding for finding in hub.findings if finding.kind in OF_THE_TOKEN]
+    of_the_token = (Kind.NO_TOKEN, Kind.UNKNOWN_TOKEN, Kind.SCOPE)
+    blamed = [finding for finding in hub.findings if finding.kind in of_the_token]
     if blamed:
         return case.judge("token", f"{holder or 'none'}: {blamed[0].kind}", blamed)
     if not holder:
@@ -273,7 +259,7 @@ def _hosts(case: _Case) -> CheckResult:
     hosts, endpoint = case.results.hosts, case.environment.endpoint
     if not hosts:
         return CheckResult("hosts", Verdict.NOT_ASKED, "none: nothing comes over the network")
-    findings = [f for f in case.results.findings if f.kind in OF_THE_WAY]
+    findings = [f for f in case.results.findings if f.kind in (Kind.NO_NETWORK, Kind.CERTIFICATE)]
     check = case.judge("hosts", ", ".join(hosts), findings)
     is_sent = case.results.hub and case.environment.token_from
     if not is_sent or endpoint == PUBLIC_ENDPOINT:
@@ -285,21 +271,16 @@ def _hosts(case: _Case) -> CheckResult:
 
 
 def _proxy(case: _Case) -> CheckResult:
-    if not case.results.hosts:
-        return CheckResult("proxy", Verdict.NOT_ASKED, "none: nothing comes over the network")
-    ways = {host: _proxy_for(url) for host, url in case.results.hosts.items()}
-    texts = [f"{host} {f'by {way}' if way else 'directly'}" for host, way in ways.items()]
-    findings = [f for f in case.results.findings if f.kind is Kind.PROXY]
-    return case.judge("proxy", ", ".join(texts) if any(ways.values()) else "none", findings)
-
-
-def _proxy_for(url: str) -> str:
-    """Return the proxy for a URL without the credentials in it, or an empty string."""
     from csm_weights.transfer.http.environment import proxy_for
 
-    scheme, colon, rest = proxy_for(url).rpartition("://")
-    credentials, _, address = rest.rpartition("@")
-    return f"{scheme}{colon}{'***@' if credentials else ''}{address}"
+    if not case.results.hosts:
+        return CheckResult("proxy", Verdict.NOT_ASKED, "none: nothing comes over the network")
+    ways = {host: proxy_for(url) for host, url in case.results.hosts.items()}
+    # Without the credentials that a proxy's URL may have.
+    shown = {host: re.sub(r"^([\w+.-]+://)?.*@", r"\1***@", way) for host, way in ways.items()}
+    texts = [f"{host} {f'by {way}' if way else 'directly'}" for host, way in shown.items()]
+    findings = [f for f in case.results.findings if f.kind is Kind.PROXY]
+    return case.judge("proxy", ", ".join(texts) if any(ways.values()) else "none", findings)
 
 
 def _disk(case: _Case) -> CheckResult:
@@ -349,8 +330,7 @@ def _gpu(loads: bool) -> CheckResult:
         figures = "--query-gpu=name,memory.free,memory.total"
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = [program, figures, "--format=csv,noheader"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-            listed = done.stdout
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
     cards = [line.split(", ") for line in listed.splitlines() if line.count(", ") == 2]
     if cards:
         found = "; ".join(f"{name}, {free} of {total} free" for name, free, total in cards)

@@ -23,8 +23,8 @@ from csm_weights.transfer.reorder import Buffer
 from csm_weights.transfer.source import NotAvailable, SourceError
 
 if TYPE_CHECKING:
+    from csm_weights.transfer.http.ranges import RemoteSource
     from csm_weights.transfer.hub import Hub
-    from csm_weights.transfer.mirror import Mirror
 
 #: Limits of a client, by their names in `Timeouts`, in seconds: someone waits for the answers.
 LIMITS = {"connect": 5.0, "read": 10.0, "patience": 3.0, "longest_wait": 10.0}
@@ -38,11 +38,9 @@ class _FirstByte:
     def __init__(self, piece: Piece) -> None:
         self._at = piece.offset
 
-    def reset(self) -> None:
-        """Do nothing: nothing was taken."""
+    def reset(self) -> None: ...
 
-    def copy_from(self, fd: int, offset: int) -> None:
-        """Do nothing: only servers are asked."""
+    def copy_from(self, fd: int, offset: int) -> None: ...
 
     def wanted(self) -> list[tuple[int, int]]:
         return [(self._at, self._at + 1)]
@@ -50,14 +48,11 @@ class _FirstByte:
     def acquire_buffer(self) -> Buffer:
         return Buffer()
 
-    def write(self, buffer: Buffer, offset: int, size: int) -> None:
-        """Do nothing: that the byte came is all that was asked."""
+    def write(self, buffer: Buffer, offset: int, size: int) -> None: ...
 
-    def verify(self, where: str) -> None:
-        """Do nothing: one byte has no digest."""
+    def verify(self, where: str) -> None: ...
 
-    def add_notes(self, findings: Sequence[Finding]) -> None:
-        """Do nothing: there is no other source."""
+    def add_notes(self, findings: Sequence[Finding]) -> None: ...
 
 
 @dataclass
@@ -65,7 +60,7 @@ class Server:
     """A server with the paths that it was asked for and gives, and what was wrong."""
 
     url: str
-    source: Hub | Mirror
+    source: RemoteSource
     is_hub: bool
     asked: dict[str, None] = field(default_factory=dict)
     gives: dict[str, None] = field(default_factory=dict)
@@ -144,12 +139,10 @@ def probe(session: Session, plan: Plan) -> ProbeResults:
     actions = [action for action in plan.having(Assemble) if action.remote]
     if not actions:
         return results
-    cancel = threading.Event()
+    cancel, names = threading.Event(), session.policy.remote
     with (
         Progress("asking", 0) as progress,
-        RemoteSources(
-            session.policy.remote, session.manifest, cancel, progress.log, limits=LIMITS
-        ) as sources,
+        RemoteSources(names, session.manifest, cancel, progress.log, limits=LIMITS) as sources,
     ):
         try:
             for action in actions:
@@ -167,7 +160,7 @@ def _probe_action(action: Assemble, sources: Sequence[LazySource], results: Prob
         if not left:
             return
         if lazy.name not in results.servers:
-            source = cast("Hub | Mirror", lazy.open())
+            source = cast("RemoteSource", lazy.open())
             results.servers[lazy.name] = Server(source.url, source, lazy.name == HUB)
         left, found = results.servers[lazy.name].probe(action.artifact, left)
         findings += found
@@ -177,12 +170,9 @@ def _probe_action(action: Assemble, sources: Sequence[LazySource], results: Prob
 
 def _probe_owner(results: ProbeResults) -> None:
     """Find out whose the token is; that the Hub does not know it is a finding."""
-    from csm_weights.transfer.hub import Hub
-
-    for server in results.servers.values():
-        if isinstance(server.source, Hub):
-            try:
-                results.owner = server.source.owner()
-            except SourceError as error:
-                unknown = [f for f in error.findings if f.kind is Kind.UNKNOWN_TOKEN]
-                server.findings |= dict.fromkeys(unknown)
+    if hub := results.hub:
+        try:
+            results.owner = cast("Hub", hub.source).owner()
+        except SourceError as error:
+            unknown = [f for f in error.findings if f.kind is Kind.UNKNOWN_TOKEN]
+            hub.findings |= dict.fromkeys(unknown)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial as bind
+from operator import itemgetter
 from pathlib import Path
 
 from csm_weights.concurrency import OnProgress, run_all
@@ -75,49 +77,21 @@ def assemble(
     findings: dict[Finding, None] = {}
     done: list[VerifiedFile] = []
     for start in range(0, len(jobs), OPEN_FILES):
-        some = jobs[start : start + OPEN_FILES]
-        wrong, files = _assemble_some(some, on_progress, cancel, buffers)
-        findings |= dict.fromkeys(wrong)
-        done += files
+        with ExitStack() as open_files:
+            partials: list[_Partial] = []
+            for job in jobs[start : start + OPEN_FILES]:
+                partials.append(_Partial(job, on_progress, cancel, buffers))
+                open_files.callback(partials[-1].close)
+            queues = sorted(((q, p) for p in partials for q in p.queues()), key=itemgetter(0))
+            remote = sum(p.tiles[q[0]].offset in p.job.remote for q, p in queues)
+            tasks = [bind(p.run, q) for q, p in queues]
+            run_all(tasks, cancel, waiting=min(FILES_AT_ONCE, remote))
+            wrong = [finding for partial in partials for finding in partial.findings()]
+            findings |= dict.fromkeys(wrong)
+            done += [] if wrong else [partial.verified() for partial in partials]
     if findings:
         raise error_for("no file was assembled; what was verified is kept", list(findings))
     return done
-
-
-def _assemble_some(
-    jobs: Sequence[Assembly], on_progress: OnProgress, cancel: threading.Event, buffers: BufferPool
-) -> tuple[list[Finding], list[VerifiedFile]]:
-    """Assemble files that may be open at once; return what is wrong with them, or the files."""
-    partials: list[_Partial] = []
-    try:
-        partials.extend(_Partial(job, on_progress, cancel, buffers) for job in jobs)
-        queues = sorted(
-            (queue, number) for number, p in enumerate(partials) for queue in _queues(p.job)
-        )
-        remote = sum(partials[number].is_remote(queue[0]) for queue, number in queues)
-        tasks = [bind(partials[number].run, queue) for queue, number in queues]
-        run_all(tasks, cancel, waiting=min(FILES_AT_ONCE, remote))
-        findings = [f for partial in partials for f in partial.all_findings()]
-        return findings, [] if findings else [partial.verified() for partial in partials]
-    finally:
-        for partial in partials:
-            partial.close()
-
-
-def _queues(job: Assembly) -> list[tuple[int, ...]]:
-    """Return which pieces, by index, are done one after the other by one worker.
-
-    The remote ones, and each other by itself; where chunk files are consumed,
-    all of them, and those last.
-    """
-    offsets = [piece.offset for piece in job.artifact.tiles]
-    if job.consuming:
-        return [tuple(sorted(range(len(offsets)), key=lambda i: (offsets[i] in job.consuming, i)))]
-    remote = tuple(i for i, offset in enumerate(offsets) if offset in job.remote)
-    local: list[tuple[int, ...]] = [
-        (i,) for i, offset in enumerate(offsets) if offset not in job.remote
-    ]
-    return [remote, *local] if remote else local
 
 
 class _Partial:
@@ -145,7 +119,7 @@ class _Partial:
         self.target = OutputFile(self.path)
         with writing(self.path):
             os.ftruncate(self.target.fd, job.artifact.size)
-        self._device, self._is_named = os.fstat(self.target.fd).st_dev, False
+        self._is_named = False
         starts = [piece.offset for piece in self.tiles] + [job.artifact.size]
         self._whole = InOrderDigest(self.target.fd, starts, cancel)
 
@@ -153,8 +127,20 @@ class _Partial:
         self.target.close()
         os.close(self._journal)
 
-    def is_remote(self, index: int) -> bool:
-        return self.tiles[index].offset in self.job.remote
+    def queues(self) -> list[tuple[int, ...]]:
+        """Return which pieces, by index, are done one after the other by one worker.
+
+        The remote ones, and each other by itself; where chunk files are consumed,
+        all of them, and those last.
+        """
+        remote, consuming = (
+            [i for i, piece in enumerate(self.tiles) if piece.offset in offsets]
+            for offsets in (self.job.remote, self.job.consuming)
+        )
+        others = range(len(self.tiles))
+        if consuming:
+            return [(*(i for i in others if i not in consuming), *consuming)]
+        return [*([tuple(remote)] if remote else []), *((i,) for i in others if i not in remote)]
 
     def run(self, queue: Sequence[int]) -> None:
         """Do some pieces, one after the other.
@@ -167,7 +153,6 @@ class _Partial:
                 self._run_piece(index, is_consumed)
 
     def _run_piece(self, index: int, is_consumed: bool) -> None:
-        """Verify a piece where it lies, or else have it delivered."""
         piece, writer = self.tiles[index], PartialWriter(self, index, self._whole.claim(index))
         record: PieceRecord | None = None
         try:
@@ -222,8 +207,9 @@ class _Partial:
             self.journal(record)
             os.fsync(self._journal)
         if not self._is_named:
+            device = os.fstat(self.target.fd).st_dev
             for folder in self.path.parents:
-                if not os.access(folder, os.R_OK) or folder.stat().st_dev != self._device:
+                if not os.access(folder, os.R_OK) or folder.stat().st_dev != device:
                     break
                 sync(folder)
             self._is_named = True
@@ -234,13 +220,12 @@ class _Partial:
             # A line may follow one that a crash has torn, so it brings its own start.
             write_all(self._journal, f"\n{dump_record(record)}\n".encode(), self.path)
 
-    def all_findings(self) -> list[Finding]:
-        """Return what is wrong with the pieces, or else with the whole; each thing once."""
-        findings = [f for index in sorted(self._findings) for f in self._findings[index]]
-        if not findings:
-            artifact, digests = self.job.artifact, (self._sha256(), self._git_sha1)
-            findings = digest_findings(artifact, artifact.editions[0], *digests, self.path)
-        return list(dict.fromkeys(findings))
+    def findings(self) -> list[Finding]:
+        """Return what is wrong with the pieces, or else with the whole."""
+        if self._findings:
+            return [f for index in sorted(self._findings) for f in self._findings[index]]
+        artifact, digests = self.job.artifact, (self._sha256(), self._git_sha1)
+        return digest_findings(artifact, artifact.editions[0], *digests, self.path)
 
     def _sha256(self) -> str:
         digest = self._whole.hexdigest()

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -51,9 +52,10 @@ class Subject:
         """Return what is to be consumed of an artifact, by the offsets of its pieces."""
         kept = {record.offset: record.size for record in item.journal.pieces}
         gone = {record.offset: record.consumed for record in item.journal.consumed}
-        moved = {o: {kept.get(o, 0), gone.get(o, 0), 0} for o in offsets}
-        known = {offset: tuple(sorted(sizes, reverse=True)) for offset, sizes in moved.items()}
-        return cls(item.artifact, partial_path(item.staged.path), root, known)
+        moved = {
+            o: tuple(sorted({kept.get(o, 0), gone.get(o, 0), 0}, reverse=True)) for o in offsets
+        }
+        return cls(item.artifact, partial_path(item.staged.path), root, moved)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -94,12 +96,8 @@ def require_punching(subjects: Sequence[Subject]) -> None:
         stay_inside(folder, subjects[0].root / CHUNKS)
     words = ("a file system that frees parts of a file", "one that does not")
     help_text = "leave --consume out, and have room for the whole file"
-    findings = [
-        Finding(Kind.NOT_CONSUMABLE, str(folder), *words, help_text)
-        for folder in sorted(folders)
-        if folder.is_dir() and not can_punch(folder)
-    ]
-    if findings:
+    wrong = [str(f) for f in sorted(folders) if f.is_dir() and not can_punch(f)]
+    if findings := [Finding(Kind.NOT_CONSUMABLE, f, *words, help_text) for f in wrong]:
         raise error_for("the chunk files cannot be consumed; none was touched", findings)
 
 
@@ -109,73 +107,66 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
     `on_progress` gets bytes. Nothing is written.
     """
     cancel = Event()
-    return run_all([_Verification(s, on_progress, cancel).proof for s in subjects], cancel)
+    return run_all([partial(_verify, s, on_progress, cancel) for s in subjects], cancel)
 
 
-class _Verification:
-    """The hashing of one subject."""
-
-    def __init__(self, subject: Subject, on_progress: OnProgress, cancel: Event) -> None:
-        self._subject = subject
-        self._on_progress = on_progress
-        self._cancel = cancel
-
-    def proof(self) -> Proof:
-        """Hash all pieces, and hold the whole against the manifest where all are consumed."""
-        subject, artifact = self._subject, self._subject.artifact
-        stakes: dict[int, Stake] = {}
-        findings: dict[Path, Finding] = {}
-        whole = sha256()
-        for piece in subject.pieces:
-            found = self._piece(piece, whole)
-            if isinstance(found, Finding):
-                findings[subject.root / piece.part] = found
-            else:
-                stakes[piece.offset], whole = found
-        if len(stakes) == len(artifact.pieces):
-            made = (whole.hexdigest(), None, subject.partial)
-            for wrong in digest_findings(artifact, artifact.editions[0], *made):
-                findings[subject.partial] = wrong
-        return Proof(stakes, findings)
-
-    def _piece(self, piece: Piece, whole: Hasher) -> tuple[Stake, Hasher] | Finding:
-        """Return the stake of a piece, and the whole file's digest after it."""
-        findings = []
-        for moved in self._subject.moved[piece.offset]:
+def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
+    """Hash all pieces, and hold the whole against the manifest where all are consumed."""
+    artifact, whole = subject.artifact, sha256()
+    stakes: dict[int, Stake] = {}
+    findings: dict[Path, Finding] = {}
+    for piece in subject.pieces:
+        wrong: list[Finding] = []
+        for moved in subject.moved[piece.offset]:
             both = whole.copy()
             try:
-                stake = self._hash(piece, moved, both)
+                stake = _hash(subject, piece, moved, both, on_progress, cancel)
             except (OSError, ShortRead) as error:
-                findings.append(Finding.unreadable(piece.part, error))
+                wrong.append(Finding.unreadable(piece.part, error))
                 continue
             end, digest = stake.marks[-1]
             if (end, digest) == (piece.size, piece.sha256):
-                return stake, both
-            where = f"{moved:,} bytes of it in {self._subject.partial}: " if moved else ""
+                stakes[piece.offset], whole = stake, both
+                break
+            where = f"{moved:,} bytes of it in {subject.partial}: " if moved else ""
             words = (f"sha256 {piece.sha256}", f"{where}{digest}")
             help_text = "get the chunk file again: restore it from git, or copy it there"
-            findings.append(Finding(Kind.WRONG_DIGEST, piece.part, *words, help_text))
-        return findings[0]
+            wrong.append(Finding(Kind.WRONG_DIGEST, piece.part, *words, help_text))
+        else:
+            findings[subject.root / piece.part] = wrong[0]
+    if len(stakes) == len(artifact.pieces):
+        made = (whole.hexdigest(), None, subject.partial)
+        for finding in digest_findings(artifact, artifact.editions[0], *made):
+            findings[subject.partial] = finding
+    return Proof(stakes, findings)
 
-    def _hash(self, piece: Piece, moved: int, whole: Hasher) -> Stake:
-        """Hash a piece: in the partial up to byte `moved`, and in its chunk file from there."""
-        digest = sha256()
-        if moved:
-            with _open(self._subject.partial, os.O_RDONLY) as fd:
-                feed(fd, piece.offset, moved, [digest, whole], self._on_progress, self._cancel)
-        marks = [(moved, digest.hexdigest())]
-        chunk = self._subject.root / piece.part
-        if moved == piece.size and not chunk.exists():
-            return Stake(piece, moved, tuple(marks), None)
-        with _open(chunk, os.O_RDONLY) as fd:
-            before = Fingerprint.of(os.fstat(fd))
-            for start in range(moved, piece.size, STEP):
-                size = min(STEP, piece.size - start)
-                feed(fd, start, size, [digest, whole], self._on_progress, self._cancel)
-                marks.append((start + size, digest.hexdigest()))
-            if before != Fingerprint.of(os.fstat(fd)):
-                raise OSError(None, "a write meanwhile")
-        return Stake(piece, moved, tuple(marks), before)
+
+def _hash(
+    subject: Subject,
+    piece: Piece,
+    moved: int,
+    whole: Hasher,
+    on_progress: OnProgress,
+    cancel: Event,
+) -> Stake:
+    """Hash a piece: in the partial up to byte `moved`, and in its chunk file from there."""
+    digest = sha256()
+    if moved:
+        with _open(subject.partial, os.O_RDONLY) as fd:
+            feed(fd, piece.offset, moved, [digest, whole], on_progress, cancel)
+    marks = [(moved, digest.hexdigest())]
+    chunk = subject.root / piece.part
+    if moved == piece.size and not chunk.exists():
+        return Stake(piece, moved, tuple(marks), None)
+    with _open(chunk, os.O_RDONLY) as fd:
+        before = Fingerprint.of(os.fstat(fd))
+        for start in range(moved, piece.size, STEP):
+            size = min(STEP, piece.size - start)
+            feed(fd, start, size, [digest, whole], on_progress, cancel)
+            marks.append((start + size, digest.hexdigest()))
+        if before != Fingerprint.of(os.fstat(fd)):
+            raise OSError(None, "a write meanwhile")
+    return Stake(piece, moved, tuple(marks), before)
 
 
 @contextmanager
@@ -196,8 +187,7 @@ def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> s
     piece = writer.piece
     stake = stakes[piece.offset]
     if writer.rehash(stake.moved) != stake.marks[0][1]:
-        where = f"the unfinished file, where {piece.part} has moved"
-        raise SourceError([Finding.changed(where)])
+        raise SourceError([Finding.changed(f"the unfinished file, where {piece.part} has moved")])
     # Also where nothing has moved: the journal may say of a chunk file that is whole again
     # that it was consumed.
     writer.secure(stake.moved)
@@ -211,15 +201,15 @@ def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> s
 
 
 def _move(fd: int, stake: Stake, seen: Fingerprint, writer: PartialWriter) -> None:
-    """Move what is left of a chunk file, step by step."""
     at = stake.moved
+    changed = SourceError([Finding.changed(stake.piece.part)])
     for end, digest in stake.marks:
         if end > at:
             if writer.copy_step(fd, at, end - at) != digest:
-                raise SourceError([Finding.changed(stake.piece.part)])
+                raise changed
             writer.secure(end)
         if Fingerprint.of(os.fstat(fd)) != seen:
-            raise SourceError([Finding.changed(stake.piece.part)])
+            raise changed
         if end:
             # From the start: a run that was killed here has left the last hole undone.
             punch(fd, 0, end)

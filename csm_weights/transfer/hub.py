@@ -13,81 +13,49 @@ from urllib.parse import quote
 import requests
 
 from csm_weights.config import no_token
-from csm_weights.errors import Category, Finding, Kind
+from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.transfer.http.auth import TOKENS, HubCredentials
-from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, expired_url
+from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, RemoteSource, expired_url
 from csm_weights.transfer.http.responses import (
     portal_finding,
     redact,
     redirect_target,
     wrong_answer,
 )
-from csm_weights.transfer.source import PieceWriter, SourceError
+from csm_weights.transfer.source import SourceError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
-class Hub:
-    """One repository at one revision of a Hub.
-
-    Once it has refused, or could not be reached after all retries, it is not
-    asked again in this run.
-    """
-
-    is_remote = True
+class Hub(RemoteSource):
+    """One repository at one revision of a Hub."""
 
     def __init__(
-        self,
-        downloader: RangeDownloader,
-        credentials: HubCredentials,
-        repo: str,
-        revision: str,
+        self, downloader: RangeDownloader, credentials: HubCredentials, repo: str, revision: str
     ) -> None:
-        self._downloader = downloader
+        super().__init__(downloader, credentials.endpoint, f"{credentials.endpoint}/{repo}")
         self.credentials = credentials
+        self.refusal = credentials.problem(self.page)
         self._repo = repo
         self._revision = revision
-        self._lock = threading.Lock()
         self._files: dict[str, _HubFile] = {}
-        self._refusal = credentials.problem(self.page)
-        self.url = credentials.endpoint
-        #: The URLs, without their queries, where its files are handed out.
-        self.reached: set[str] = set()
 
-    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
-        """See `Source`; the place is repository and path."""
-        with self._lock:
-            file = self._files.setdefault(artifact.path, _HubFile(self, artifact))
-        try:
-            if self._refusal:
-                raise SourceError([self._refusal])
-            self._downloader.fetch(file, writer)
-        except SourceError as error:
-            first = error.findings[0]
-            is_final = first.kind.category in (Category.ACCESS, Category.NETWORK)
-            if is_final or first.where == self.page:
-                self._refusal = first
-            raise
-        return file.where
-
-    @property
-    def page(self) -> str:
-        """The repository's page."""
-        return f"{self.credentials.endpoint}/{self._repo}"
+    def find(self, artifact: Artifact, piece: Piece) -> RemoteFile:  # noqa: ARG002
+        """See `RemoteSource`: all files are taken to be there until they are resolved."""
+        return self._files.setdefault(artifact.path, _HubFile(self, artifact))
 
     def owner(self) -> str:
         """Return whose the token is and of which kind, in words; "" without a token.
 
         Raises SourceError where the Hub refuses or cannot be asked.
         """
-        if self._refusal:
-            raise SourceError([self._refusal])
+        self.raise_refusal()
         if not self.credentials.token:
             return ""
         url = f"{self.credentials.endpoint}/api/whoami-v2"
-        response, data = self._downloader.get_json(url, self.credentials.auth)
+        response, data = self.downloader.get_json(url, self.credentials.auth)
         if data is None:
             raise SourceError([self.classify_refusal(response, "")])
         try:
@@ -99,11 +67,10 @@ class Hub:
 
     def resolve(self, artifact: Artifact) -> str:
         """Return where a file is just now; raise SourceError unless it is the one pinned."""
-        if self._refusal:
-            raise SourceError([self._refusal])
+        self.raise_refusal()
         auth, revision = self.credentials.auth, quote(self._revision, safe="")
         url = f"{self.page}/resolve/{revision}/{quote(artifact.path)}"
-        response = self._downloader.head(url, auth, _names_commit, is_own_host_only=True)
+        response = self.downloader.head(url, auth, _names_commit, is_own_host_only=True)
         if response.status_code >= 400:
             raise SourceError([self.classify_refusal(response, artifact.path)])
         if not _names_commit(response) and "html" in response.headers.get("Content-Type", ""):
@@ -136,8 +103,8 @@ class Hub:
         if size is None and response.status_code == 200:
             size = headers.get("Content-Length")
         if size is not None and size != str(artifact.size):
-            words = (f"{artifact.size:,} bytes", f"{size[:20]} bytes")
-            raise SourceError([Finding(Kind.WRONG_SIZE, where, *words)])
+            sizes = (f"{artifact.size:,} bytes", f"{size[:20]} bytes")
+            raise SourceError([Finding(Kind.WRONG_SIZE, where, *sizes)])
 
     def classify_refusal(self, response: requests.Response, path: str) -> Finding:
         """Return what a refusal by the Hub itself means."""
@@ -208,7 +175,7 @@ def classify_refusal(
     code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
     page, tokens = f"{credentials.endpoint}/{repo}", f"{credentials.endpoint}/{TOKENS}"
     found = credentials.mask(" ".join(filter(None, [str(status), code, message])))[:300]
-    lower = message.lower()
+    lower, granted = message.lower(), "access that was granted"
     if status == 401 and credentials.token:
         # Whatever else it says: what a known token may not do is a 403.
         help_text = f"make a new one at {tokens}; HF_TOKEN goes before hf auth login"
@@ -218,7 +185,17 @@ def classify_refusal(
         help_text = f"see {page}/tree/main"
         return Finding(Kind.NOT_THERE, f"{page} {what}", "a file of that name", found, help_text)
     if code == "GatedRepo" or (status == 403 and "gated" in lower):
-        return _classify_gated(found, lower, credentials, repo)
+        if not credentials.token:
+            return no_token(page, found)
+        if "fine-grained" in lower:
+            help_text = f"let the token read public gated repositories, at {tokens}"
+            return Finding(Kind.SCOPE, page, "a token that may read gated files", found, help_text)
+        kind, expected, help_text = Kind.TERMS, "terms that you have accepted", "accept them at"
+        if "awaiting" in lower or "pending" in lower:
+            kind, expected, help_text = Kind.PENDING, granted, "its authors decide; see"
+        elif "reject" in lower:
+            kind, expected, help_text = Kind.REJECTED, granted, "its authors have refused; see"
+        return Finding(kind, page, expected, found, f"{help_text} {page}")
     if code == "RepoNotFound" or status == 404:
         help_text = "check the name"
         if not credentials.token:
@@ -230,26 +207,6 @@ def classify_refusal(
         return Finding(Kind.NO_TOKEN, page, "a token", found, help_text)
     help_text = f"visit {page}, and {tokens} for what the token may do"
     return Finding(Kind.FORBIDDEN, page, "access", found, help_text)
-
-
-def _classify_gated(found: str, message: str, credentials: HubCredentials, repo: str) -> Finding:
-    """Return which of the reasons it is that gated files are not given."""
-    page = f"{credentials.endpoint}/{repo}"
-    if not credentials.token:
-        return no_token(page, found)
-    if "fine-grained" in message:
-        where = f"{credentials.endpoint}/{TOKENS}"
-        help_text = f"let the token read public gated repositories, at {where}"
-        return Finding(Kind.SCOPE, page, "a token that may read gated files", found, help_text)
-    if "awaiting" in message or "pending" in message:
-        help_text = f"its authors decide; see {page}"
-        return Finding(Kind.PENDING, page, "access that was granted", found, help_text)
-    if "reject" in message:
-        help_text = f"its authors have refused; see {page}"
-        return Finding(Kind.REJECTED, page, "access that was granted", found, help_text)
-    return Finding(
-        Kind.TERMS, page, "terms that you have accepted", found, f"accept them at {page}"
-    )
 
 
 def _changed(where: str, expected: str, found: str) -> SourceError:

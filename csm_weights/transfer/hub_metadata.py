@@ -98,23 +98,23 @@ class File:
     lfs_size: int | None = None
 
 
+@dataclass(frozen=True)
 class _Metadata:
     """The Hub's API for one repository at one revision; all its methods raise SourceError."""
 
-    def __init__(
-        self, client: HttpClient, credentials: HubCredentials, repo: str, revision: str | None
-    ) -> None:
-        self._client = client
-        self._credentials = credentials
-        self._repo = repo
-        self._revision = revision
-        self._page = f"{credentials.endpoint}/{repo}"
-        self._url = f"{credentials.endpoint}/api/models/{repo}"
+    client: HttpClient
+    credentials: HubCredentials
+    repo: str
+    revision: str | None
+
+    @property
+    def _url(self) -> str:
+        return f"{self.credentials.endpoint}/api/models/{self.repo}"
 
     def info(self) -> tuple[str, bool]:
         """Return the commit that the revision stands for, and whether the files are gated."""
-        asked = self._revision or "main"
-        at = f"/revision/{quote(asked, safe='')}" if self._revision else ""
+        asked = self.revision or "main"
+        at = f"/revision/{quote(asked, safe='')}" if self.revision else ""
         found, _ = self._ask(self._url + at)
         commit = found.get("sha") if isinstance(found, dict) else None
         if not isinstance(commit, str) or not _SHA1.fullmatch(commit):
@@ -129,26 +129,28 @@ class _Metadata:
         until, files = time.monotonic() + LISTING, list[File]()
         while url:
             if time.monotonic() > until:
+                page = f"{self.credentials.endpoint}/{self.repo}"
                 expected = f"a list of files within {LISTING:g} s"
                 words = (expected, f"{len(files):,} files by then", "try again later")
-                raise SourceError([Finding(Kind.TOO_SLOW, self._page, *words)])
+                raise SourceError([Finding(Kind.TOO_SLOW, page, *words)])
             rows, url = self._ask(url)
             if not isinstance(rows, list):
                 raise self._nonsense("a list of files", f"a {type(rows).__name__}")
-            is_folder = [isinstance(row, dict) and row.get("type") == "directory" for row in rows]
-            files += [self._file(r) for r, skip in zip(rows, is_folder, strict=True) if not skip]
+            for row in rows:
+                if not (isinstance(row, dict) and row.get("type") == "directory"):
+                    files.append(self._file(row))
             if len(files) > MAX_FILES:
                 raise self._nonsense(f"at most {MAX_FILES:,} files", "more")
         return files
 
     def _ask(self, url: str) -> tuple[Any, str | None]:
         """Return the JSON at a URL, and the URL of the next page on the same host."""
-        auth = self._credentials.auth
-        response, data = self._client.get_json(url, auth)
+        auth = self.credentials.auth
+        response, data = self.client.get_json(url, auth)
         if data is None:
-            revision = self._revision or "main"
-            finding = classify_refusal(response, self._credentials, self._repo, revision)
-            raise SourceError([finding])
+            revision = self.revision or "main"
+            refusal = classify_refusal(response, self.credentials, self.repo, revision)
+            raise SourceError([refusal])
         links = parse_header_links(response.headers.get("Link", ""))
         following = next((link["url"] for link in links if link.get("rel") == "next"), None)
         if following is None:
@@ -172,10 +174,8 @@ class _Metadata:
         return File(texts[0], sizes[0], texts[1], digest, lfs_size)
 
     def _nonsense(self, expected: str, found: str) -> SourceError:
-        """Return the error for an answer that cannot be what the Hub means."""
-        return SourceError(
-            [wrong_answer(self._page, expected, self._credentials.mask(found)[:200])]
-        )
+        page, shown = f"{self.credentials.endpoint}/{self.repo}", self.credentials.mask(found)[:200]
+        return SourceError([wrong_answer(page, expected, shown)])
 
 
 def choose(
@@ -186,10 +186,13 @@ def choose(
     `page` names the repository in messages. Raises as `list_repo`.
     """
     files = sorted(files, key=lambda file: file.path)
-    hostile = [_left_out(page, f.path, "a path out of its folder") for f in files if _leaves(f)]
-    if hostile:
+    split = [(file.path, re.split(r"[/\\]", file.path)) for file in files]
+    leaving = [path for path, names in split if ".." in names or not names[0]]
+    if hostile := [_left_out(page, path, "a path out of its folder") for path in leaving]:
         raise WrongContent(f"{page} has files that no one should save", hostile)
-    wanted = [file for file in files if not globs or _matches(file.path, globs)]
+    # As in `hf download`, a * crosses folders.
+    patterns = [f"{glob}*" if glob.endswith("/") else glob for glob in globs] or ["*"]
+    wanted = [f for f in files if any(fnmatchcase(f.path, pattern) for pattern in patterns)]
     kept, left_out = _with_names(wanted, page)
     if wrong := [finding for file in kept for finding in _findings(file, page)]:
         raise WrongContent(f"{page}: the Hub contradicts itself", wrong)
@@ -207,25 +210,13 @@ def artifact_of(file: File) -> Artifact:
         group=group_of(file.path),
         format="safetensors" if is_model else "opaque",
         size=file.size,
+        text=None if file.size else "",
+        sha256=file.sha256 if file.size else _NOTHING,
+        blob_id=file.oid if file.sha256 else None,
+        git_sha1=None if file.sha256 else file.oid,
     )
-    if file.sha256:
-        artifact = replace(artifact, sha256=file.sha256, blob_id=file.oid)
-    else:
-        artifact = replace(artifact, git_sha1=file.oid)
-    if file.size == 0:
-        artifact = replace(artifact, sha256=_NOTHING, text="")
     figures = [name for name in ("sha256", "blob_id", "git_sha1") if getattr(artifact, name)]
     return replace(artifact, evidence=dict.fromkeys(["size", *figures], "H"))
-
-
-def _matches(path: str, globs: Iterable[str]) -> bool:
-    """Return whether a path matches a glob, whose * crosses folders as in `hf download`."""
-    return any(fnmatchcase(path, f"{glob}*" if glob.endswith("/") else glob) for glob in globs)
-
-
-def _leaves(file: File) -> bool:
-    parts = re.split(r"[/\\]", file.path)
-    return ".." in parts or not parts[0]
 
 
 def _with_names(files: Iterable[File], page: str) -> tuple[list[File], tuple[Finding, ...]]:
@@ -267,14 +258,12 @@ def _findings(file: File, page: str) -> list[Finding]:
         wrong.append(("a sha256", repr(file.sha256[:80])))
     elif file.size == 0 and file.sha256 not in (None, _NOTHING):
         wrong.append((f"sha256 {_NOTHING}, of no bytes", f"sha256 {file.sha256}"))
-    if not wrong and file.oid != _implied_id(file):
-        wrong.append((f"git blob id {_implied_id(file)}", f"git blob id {file.oid}"))
+    if not wrong:
+        # What follows from the other figures, where something does.
+        implied = file.oid if file.size else _NO_BYTES
+        if file.sha256 is not None:
+            implied = blob_id(file.sha256, file.size)
+        if file.oid != implied:
+            wrong.append((f"git blob id {implied}", f"git blob id {file.oid}"))
     where = f"{page} {file.path}"
     return [Finding(Kind.WRONG_ANSWER, where, expected, found) for expected, found in wrong]
-
-
-def _implied_id(file: File) -> str:
-    """Return the git blob id that follows from the other figures, or else the reported one."""
-    if file.sha256 is not None:
-        return blob_id(file.sha256, file.size)
-    return file.oid if file.size else _NO_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
@@ -12,30 +13,30 @@ from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
 
 
+@dataclass(frozen=True)
 class ChunkFiles:
     """The chunk files of a repository: one file a piece, below `root`."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    root: Path
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
         """See `Source`; the place is the chunk file's path relative to the root."""
-        _deliver(self._root / piece.part, piece.part, piece.size, 0, writer)
+        _deliver(self.root / piece.part, piece.part, piece.size, 0, writer)
         return piece.part
 
 
+@dataclass(frozen=True)
 class WholeFile:
     """A copy of the artifact at `path`; a damaged one may have another `size` in bytes."""
 
-    def __init__(self, path: Path, size: int | None = None) -> None:
-        self._path = path
-        self._size = size
+    path: Path
+    size: int | None = None
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         """See `Source`; the place is the file's path."""
-        size = artifact.size if self._size is None else self._size
-        _deliver(self._path, str(self._path), size, piece.offset, writer)
-        return str(self._path)
+        size = artifact.size if self.size is None else self.size
+        _deliver(self.path, str(self.path), size, piece.offset, writer)
+        return str(self.path)
 
 
 def _deliver(path: Path, where: str, size: int, offset: int, writer: PieceWriter) -> None:

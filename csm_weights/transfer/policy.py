@@ -12,17 +12,17 @@ import importlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial as bind
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
 
 from csm_weights.errors import Finding
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
 from csm_weights.transfer.local import ChunkFiles, WholeFile
-from csm_weights.transfer.source import NotAvailable, PieceWriter, Source, SourceError, first_of
+from csm_weights.transfer.source import FirstOf, NotAvailable, PieceWriter, Source, SourceError
 
 if TYPE_CHECKING:
     from csm_weights.transfer.http.ranges import RangeDownloader
@@ -95,18 +95,13 @@ class SourcePolicy:
 
         `root` is the folder that the paths of chunk files are relative to.
         """
-        artifact, parts = item.artifact, list(zip(item.artifact.pieces, item.chunks, strict=True))
         kept = dict.fromkeys((r.offset for r in item.journal.pieces), str(item.staged.path))
-        consumed = {
-            piece.offset: piece.part for piece, part in parts if part.state is FileState.CONSUMED
-        }
-        ready = FileState.UNVERIFIED
-        here = {piece.offset: piece.part for piece, part in parts if part.state is ready}
+        consumed, here = (
+            {p.offset: p.part for p, part in _chunk_files(item) if part.state is state}
+            for state in (FileState.CONSUMED, FileState.UNVERIFIED)
+        )
         chunks = Candidate(PieceSource.CHUNK, here if self.chunks else {}, ChunkFiles(root))
-        damaged = [
-            _of_copy(PieceSource.SALVAGED, file, file.good)
-            for file in (item.installed, item.staged)
-        ]
+        damaged = [_of_copy(PieceSource.SALVAGED, f, f.good) for f in (item.installed, item.staged)]
         found = [
             Candidate(PieceSource.KEPT, kept),
             Candidate(PieceSource.CONSUMED, consumed),
@@ -115,47 +110,45 @@ class SourcePolicy:
         ]
         if self.cache and (cached := item.cached):
             is_whole = cached.state is FileState.UNVERIFIED
-            offsets = (tile.offset for tile in artifact.tiles) if is_whole else cached.good
+            offsets = (tile.offset for tile in item.artifact.tiles) if is_whole else cached.good
             found.append(_of_copy(PieceSource.CACHED, cached, offsets))
         return found
 
     def origins(self, item: ArtifactState, root: Path) -> tuple[PieceOrigin, ...]:
         """Return where each piece of an artifact comes from: the first candidate that has it."""
-        candidates = self.candidates(item, root)
+        here: dict[int, tuple[PieceSource, str]] = {}
+        for candidate in reversed(self.candidates(item, root)):
+            here |= {offset: (candidate.kind, where) for offset, where in candidate.pieces.items()}
         return tuple(
-            next(
-                (
-                    PieceOrigin(piece, candidate.kind, candidate.pieces[piece.offset])
-                    for candidate in candidates
-                    if piece.offset in candidate.pieces
-                ),
-                self._elsewhere(item, piece),
-            )
+            PieceOrigin(piece, *(here.get(piece.offset) or self._elsewhere(item, piece)))
             for piece in item.artifact.tiles
         )
 
-    def _elsewhere(self, item: ArtifactState, piece: Piece) -> PieceOrigin:
+    def _elsewhere(self, item: ArtifactState, piece: Piece) -> tuple[PieceSource, str]:
         """Return where a piece comes from that is not on this machine."""
         if self.remote:
-            return PieceOrigin(piece, PieceSource.REMOTE, self.remote[0])
-        pairs = zip(item.artifact.pieces, item.chunks, strict=True)
-        wrong = [p.finding.kind for own, p in pairs if own == piece and p.finding]
+            return PieceSource.REMOTE, self.remote[0]
+        wrong = [p.finding.kind for own, p in _chunk_files(item) if own == piece and p.finding]
         why = f"{piece.part} is {wrong[0]}" if self.chunks and wrong else "no source has it"
-        return PieceOrigin(piece, PieceSource.NOWHERE, why)
+        return PieceSource.NOWHERE, why
 
     def source(self, item: ArtifactState, root: Path, remote: Sequence[Source]) -> Source:
         """Return the source that asks all candidates and then `remote`, in order.
 
         Where none has a piece, it raises what is known to be wrong with the chunk file.
         """
-        pairs = zip(item.artifact.pieces, item.chunks, strict=True)
-        wrong = {p.offset: part.finding for p, part in pairs if part.state is FileState.INVALID}
+        invalid = FileState.INVALID
+        wrong = {p.offset: f.finding for p, f in _chunk_files(item) if f.state is invalid}
         last = [_KnownBad(wrong)] if self.chunks else []
-        return first_of(*self.candidates(item, root), *remote, *last)
+        return FirstOf(*self.candidates(item, root), *remote, *last)
 
 
 #: What is on this machine, and nothing else.
 LOCAL = SourcePolicy()
+
+
+def _chunk_files(item: ArtifactState) -> list[tuple[Piece, FileStatus]]:
+    return list(zip(item.artifact.pieces, item.chunks, strict=True))
 
 
 def _of_copy(kind: PieceSource, file: FileStatus, offsets: Iterable[int]) -> Candidate:
@@ -163,18 +156,19 @@ def _of_copy(kind: PieceSource, file: FileStatus, offsets: Iterable[int]) -> Can
     return Candidate(kind, pieces, WholeFile(file.path, file.size))
 
 
+@dataclass(frozen=True)
 class _KnownBad:
     """What is wrong with chunk files, by the offsets of their pieces."""
 
-    def __init__(self, findings: Mapping[int, Finding | None]) -> None:
-        self._findings = findings
+    findings: Mapping[int, Finding | None]
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
-        if finding := self._findings.get(piece.offset):
+        if finding := self.findings.get(piece.offset):
             raise SourceError([finding])
         raise NotAvailable
 
 
+@dataclass
 class RemoteSources:
     """The remote sources of a run, which share one downloader; each is opened when first asked.
 
@@ -183,28 +177,19 @@ class RemoteSources:
     than the usual ones, by their names in `Timeouts`.
     """
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        manifest: Manifest,
-        cancel: threading.Event,
-        log: Callable[[str], None],
-        patience: float | None = None,
-        limits: Mapping[str, float] | None = None,
-    ) -> None:
-        self._names = tuple(names)
-        self._manifest = manifest
-        self._cancel = cancel
-        self._log = log
-        self._patience = patience
-        self._limits = limits or {}
-        self._lock = threading.Lock()
-        self._closing = ExitStack()
-        self._downloader: RangeDownloader | None = None
-        self._opened: dict[str, Source] = {}
+    names: Iterable[str]
+    manifest: Manifest
+    cancel: threading.Event
+    log: Callable[[str], None]
+    patience: float | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _closing: ExitStack = field(default_factory=ExitStack)
+    _downloader: RangeDownloader | None = None
+    _opened: dict[str, Source] = field(default_factory=dict)
 
     def __enter__(self) -> Sequence[LazySource]:
-        return [LazySource(name, bind(self._open, name)) for name in self._names]
+        return [LazySource(name, bind(self._open, name)) for name in self.names]
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
@@ -215,30 +200,23 @@ class RemoteSources:
 
         with self._lock:
             if self._downloader is None:
-                timeouts = replace(Timeouts.with_patience(self._patience), **self._limits)
-                downloader = RangeDownloader(self._cancel, self._log, timeouts)
+                timeouts = replace(Timeouts.with_patience(self.patience), **self.limits)
+                downloader = RangeDownloader(self.cancel, self.log, timeouts)
                 self._downloader = self._closing.enter_context(downloader)
             if name not in self._opened:
-                self._opened[name] = open_remote(name, self._manifest, self._downloader)
+                kind = REMOTE[HUB if name == HUB else urlsplit(name).scheme]
+                module = importlib.import_module(f"csm_weights.transfer.{kind}")
+                self._opened[name] = module.open_source(name, self.manifest, self._downloader)
             return self._opened[name]
 
 
-def open_remote(name: str, manifest: Manifest, downloader: RangeDownloader) -> Source:
-    """Return the remote source of a name: `HUB`, or a URL with a scheme of `REMOTE`."""
-    kind = REMOTE[HUB if name == HUB else urlsplit(name).scheme]
-    module = importlib.import_module(f"csm_weights.transfer.{kind}")
-    source: Source = module.open_source(name, manifest, downloader)
-    return source
-
-
+@dataclass(frozen=True)
 class LazySource:
     """A source that is opened when it is first asked: most runs ask no server."""
 
-    is_remote = True
-
-    def __init__(self, name: str, open_source: Callable[[], Source]) -> None:
-        self.name = name
-        self.open = open_source
+    name: str
+    open: Callable[[], Source]
+    is_remote: ClassVar[bool] = True
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         """See `Source`."""

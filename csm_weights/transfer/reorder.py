@@ -84,8 +84,7 @@ class Buffer:
     """Memory for `BLOCK` bytes, aligned to pages as direct writes need it."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, BLOCK)
-        self.view = memoryview(self._memory)
+        self.view = memoryview(mmap.mmap(-1, BLOCK))
 
 
 class BufferPool:
@@ -249,10 +248,10 @@ class ReorderBuffer:
                 self._starved_since = None
             if here is not None:
                 self._hash_block(*here)
-            else:
-                fd, size = self._target.fd, end - self._next
-                feed(fd, self._next, size, self._sinks, lambda _: None, self._cancel)
-                self._next = end
+                continue
+            fd, size = self._target.fd, end - self._next
+            feed(fd, self._next, size, self._sinks, lambda _: None, self._cancel)
+            self._next = end
 
     def _hash_block(self, buffer: Buffer, size: int) -> None:
         try:

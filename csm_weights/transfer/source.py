@@ -79,11 +79,18 @@ class Source(Protocol):
         """
 
 
-class _FirstOf:
-    def __init__(self, sources: Sequence[Source]) -> None:
+class FirstOf:
+    """A source that asks each in turn until one delivers the right bytes.
+
+    It raises SourceError with every source's finding, or NotAvailable where none
+    has the piece.
+    """
+
+    def __init__(self, *sources: Source) -> None:
         self._sources = sources
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+        """See `Source`."""
         findings: list[Finding] = []
         sources = list(self._sources)
         for source in sources:
@@ -117,12 +124,3 @@ def _deliver_verified(source: Source, artifact: Artifact, piece: Piece, writer: 
             raise
         return _deliver_verified(source, artifact, piece, writer)
     return place
-
-
-def first_of(*sources: Source) -> Source:
-    """Return a source that asks each in turn until one delivers the right bytes.
-
-    It raises SourceError with every source's finding, or NotAvailable where none
-    has the piece.
-    """
-    return _FirstOf(sources)

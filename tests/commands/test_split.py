@@ -34,7 +34,7 @@ from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.transfer.assemble import Assembly, assemble
 from csm_weights.transfer.local import ChunkFiles
-from csm_weights.transfer.source import first_of
+from csm_weights.transfer.source import FirstOf
 from csm_weights.verify.sums import parse_sums, render_sums
 from tools.standin.recipes import RECIPES, standin_manifest
 
@@ -201,7 +201,7 @@ def test_split_and_assemble_is_the_identity(size: int, count: int) -> None:
         root = Path(name)
         file = file_with(root, size)
         artifact = split(file, root, "chunks", -(-size // count), ignore)
-        job = Assembly(artifact, root / "out" / "model.bin", first_of(ChunkFiles(root)))
+        job = Assembly(artifact, root / "out" / "model.bin", FirstOf(ChunkFiles(root)))
         (made,) = assemble([job], ignore)
         assert made.path.read_bytes() == file.read_bytes()
         assert made.sha256 == artifact.sha256

@@ -28,7 +28,7 @@ from csm_weights.store.journal import PieceRecord, journal_path, parse_line, par
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer.assemble import Assembly, assemble, write_text
 from csm_weights.transfer.local import ChunkFiles, WholeFile
-from csm_weights.transfer.source import NotAvailable, PieceWriter, Source, SourceError, first_of
+from csm_weights.transfer.source import FirstOf, NotAvailable, PieceWriter, Source, SourceError
 from tests.support.toy import flip
 
 #: Bytes of a piece: more than a block of hashing, and not a multiple of one.
@@ -58,7 +58,7 @@ class Sample:
 
     def job(self, *sources: Source, journaled: tuple[PieceRecord, ...] = ()) -> Assembly:
         """A job from the sources, or from the chunk files where none is given."""
-        source = first_of(*(sources or (ChunkFiles(self.root),)))
+        source = FirstOf(*(sources or (ChunkFiles(self.root),)))
         return Assembly(self.artifact, self.target, source, journaled)
 
     def run(self, *sources: Source, journaled: tuple[PieceRecord, ...] = ()) -> VerifiedFile:

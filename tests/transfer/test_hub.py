@@ -30,7 +30,7 @@ from csm_weights.transfer.http.auth import HubCredentials
 from csm_weights.transfer.http.client import Timeouts
 from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
 from csm_weights.transfer.hub import Hub
-from csm_weights.transfer.source import first_of
+from csm_weights.transfer.source import FirstOf
 from tests.support.hub import Fault, HubServer
 
 SIZE = 2 * SPAN + 300_007
@@ -68,7 +68,7 @@ class Shop:
         timeouts = replace(HASTY, patience=patience)
         with RangeDownloader(stop, self.said.append, timeouts) as downloader:
             credentials = HubCredentials(self.hub.endpoint, token)
-            source = first_of(Hub(downloader, credentials, repo, revision or self.commit))
+            source = FirstOf(Hub(downloader, credentials, repo, revision or self.commit))
             far = frozenset(piece.offset for piece in wanted.tiles)
             job = Assembly(wanted, self.folder / "file", source, remote=far)
             return assemble([job], self.on_progress, stop)[0]

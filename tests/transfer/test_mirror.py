@@ -13,7 +13,7 @@ from csm_weights.transfer.assemble import Assembly, assemble
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.mirror import Mirror
-from csm_weights.transfer.source import first_of
+from csm_weights.transfer.source import FirstOf
 from tests.support.network import HASTY
 from tests.support.servers import serving
 
@@ -31,7 +31,7 @@ def test_chunk_files_are_asked_for_where_the_whole_file_is_absent(
         RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
     ):
         server.absent = status
-        source = first_of(Mirror(downloader, server.url))
+        source = FirstOf(Mirror(downloader, server.url))
         job = Assembly(replace(artifact), tmp_path / "out" / "x.bin", source)
         made = assemble([job], lambda _: None)[0]
         assert made.path.read_bytes() == bytes(1000)

@@ -26,7 +26,7 @@ from csm_weights.transfer.hub import Hub
 from csm_weights.transfer.local import ChunkFiles, WholeFile
 from csm_weights.transfer.mirror import Mirror
 from csm_weights.transfer.policy import Candidate, PieceSource
-from csm_weights.transfer.source import PieceWriter, Source, SourceError, first_of
+from csm_weights.transfer.source import FirstOf, PieceWriter, Source, SourceError
 from tests.support.hub import HubServer
 from tests.support.servers import serving
 from tests.support.toy import flip
@@ -160,7 +160,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
 def run(case: Case, out: Path, *others: Source, whole: bool = False) -> VerifiedFile:
     """Assembles the file from the source, then from others; as a whole with one digest if asked."""
     artifact = replace(case.artifact, pieces=()) if whole else case.artifact
-    return assemble([job(artifact, out, first_of(case.source, *others))], ignore, case.stop)[0]
+    return assemble([job(artifact, out, FirstOf(case.source, *others))], ignore, case.stop)[0]
 
 
 def job(
@@ -253,7 +253,7 @@ def test_what_was_journaled_and_is_not_so_is_fetched_again(tmp_path: Path) -> No
     """Ranges that a power cut has lost cost the piece once more, and blame nobody."""
     with CASES["Hub"](tmp_path) as case:
         arrival = Arrival(0, 2_000_000, case.artifact.pieces[0].sha256)
-        again = job(case.artifact, tmp_path / "out", first_of(case.source), (arrival,))
+        again = job(case.artifact, tmp_path / "out", FirstOf(case.source), (arrival,))
         made = assemble([again], ignore)[0]
         assert (made.path.read_bytes(), made.notes) == (DATA, ())
 
@@ -264,7 +264,7 @@ def test_every_block_that_arrives_is_journaled(tmp_path: Path) -> None:
         commit = hub.add_repo("org/name", {NAME: DATA})
         artifact, _ = _published(tmp_path)
         hub.fault("status", host="storage", code=500, after=2)
-        source = first_of(Hub(wire, HubCredentials(hub.endpoint), "org/name", commit))
+        source = FirstOf(Hub(wire, HubCredentials(hub.endpoint), "org/name", commit))
         with pytest.raises(NetworkFailed):
             assemble([job(artifact, tmp_path / "out", source)], ignore)
         lines = (tmp_path / "out" / "file.partial.journal").read_text().splitlines()
@@ -294,7 +294,7 @@ class BreakingOff:
 def test_a_server_goes_on_where_a_disk_breaks_off(name: str, tmp_path: Path) -> None:
     """A chunk file that ends in a read error is repaired by a server, which is not blamed."""
     with CASES[name](tmp_path) as case:
-        source = first_of(BreakingOff(), case.source)
+        source = FirstOf(BreakingOff(), case.source)
         made = assemble([job(case.artifact, tmp_path / "out", source)], ignore)[0]
         assert made.path.read_bytes() == DATA
         assert {note.kind for note in made.notes} == {Kind.UNREADABLE}

@@ -19,7 +19,6 @@ from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Finding, Kind
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.deadlines import MOMENT, Deadline, Watchdog, WatchedAdapter
-from csm_weights.transfer.http.environment import trust_context
 from csm_weights.transfer.http.responses import (
     busy_finding,
     cause_of,
@@ -77,6 +76,7 @@ class Timeouts:
         return cls(patience=seconds, longest_wait=max(seconds, cls.longest_wait))
 
 
+@dataclass(eq=False)
 class TransientError(Exception):
     """A failure that may pass.
 
@@ -85,18 +85,10 @@ class TransientError(Exception):
     no sense: it gets one more try, not the whole patience.
     """
 
-    def __init__(
-        self,
-        finding: Finding,
-        seconds: float | None = None,
-        is_first_contact: bool = False,
-        is_doubtful: bool = False,
-    ) -> None:
-        super().__init__(finding.line())
-        self.finding = finding
-        self.seconds = seconds
-        self.is_first_contact = is_first_contact
-        self.is_doubtful = is_doubtful
+    finding: Finding
+    seconds: float | None = None
+    is_first_contact: bool = False
+    is_doubtful: bool = False
 
 
 @dataclass
@@ -107,10 +99,6 @@ class Outage:
     until: float
     is_logged: bool = False
     verdict: Finding | None = None
-
-
-#: A host, and whether it is asked for bodies rather than for answers about files.
-_Host = tuple[str, bool]
 
 
 class HttpClient:
@@ -131,8 +119,9 @@ class HttpClient:
         self.log = log
         self.timeouts = timeouts or Timeouts()
         self.lock = threading.Lock()
-        self.outages: dict[_Host, Outage] = {}
-        self.progress: dict[_Host, float] = {}
+        # By host, and by whether it is asked for bodies rather than for answers about files.
+        self.outages: dict[tuple[str, bool], Outage] = {}
+        self.progress: dict[tuple[str, bool], float] = {}
         self.watchdog = Watchdog(cancel)
         self._quiet_until: dict[str, float] = {}
         self._answered: set[str] = set()
@@ -140,8 +129,8 @@ class HttpClient:
         self._session.headers["User-Agent"] = f"csm-weights/{version('csm-weights')}"
         self._session.headers["Accept-Encoding"] = "identity"
         for scheme in ("http://", "https://"):
-            options = (self.watchdog, self.timeouts.read, trust_context(), connections)
-            self._session.mount(scheme, WatchedAdapter(*options))
+            adapter = WatchedAdapter(self.watchdog, self.timeouts.read, connections)
+            self._session.mount(scheme, adapter)
         # Signed URLs are secrets for as long as they live, and urllib3's warnings have them.
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
@@ -241,19 +230,12 @@ class HttpClient:
     def _request(
         self, method: str, url: str, auth: OriginAuth, headers: dict[str, str]
     ) -> requests.Response:
-        """Return the answer to one request; raise TransientError where it may pass."""
         host, timeouts = host_of(url), self.timeouts
+        limits = (timeouts.connect, timeouts.read)
+        options: dict[str, Any] = {"stream": True, "allow_redirects": False, "timeout": limits}
         self.pause(self._quiet_until.get(host, 0.0) - time.monotonic())
         try:
-            response = self._session.request(
-                method,
-                url,
-                headers=headers,
-                auth=auth,
-                stream=True,
-                allow_redirects=False,
-                timeout=(timeouts.connect, timeouts.read),
-            )
+            response = self._session.request(method, url, headers=headers, auth=auth, **options)
         except (requests.exceptions.RequestException, HTTPError, OSError, ValueError) as error:
             if self.cancel.is_set():
                 raise Cancelled from None

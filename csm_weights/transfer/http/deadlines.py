@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +17,10 @@ from typing import Any
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool
 
+from csm_weights.transfer.http.environment import trust_context
+
 #: Seconds between two checks.
 MOMENT = 0.5
-
-
-#: Ends a wait if it has taken too long, or if the run was cancelled.
-Check = Callable[[bool], None]
 
 
 class Deadline:
@@ -48,14 +45,14 @@ class Watchdog:
     def __init__(self, cancel: threading.Event) -> None:
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._checks: set[Check] = set()
+        self._checks: set[Callable[[bool], None]] = set()
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
-    def watching(self, check: Check) -> Iterator[None]:
-        """Call `check` until the block ends."""
+    def watching(self, check: Callable[[bool], None]) -> Iterator[None]:
+        """Call `check` until the block ends, with whether the run was cancelled."""
         with self._lock:
             self._checks.add(check)
         try:
@@ -80,12 +77,10 @@ class Watchdog:
 class WatchedAdapter(HTTPAdapter):
     """The adapter of requests with a TLS context of ours, and a deadline for every answer."""
 
-    def __init__(
-        self, watchdog: Watchdog, seconds: float, context: ssl.SSLContext | None, pool_size: int
-    ) -> None:
+    def __init__(self, watchdog: Watchdog, seconds: float, pool_size: int) -> None:
         self._watchdog = watchdog
         self._seconds = seconds
-        self._context = context
+        self._context = trust_context()
         super().__init__(pool_maxsize=pool_size, max_retries=0)
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
@@ -116,7 +111,6 @@ class WatchedAdapter(HTTPAdapter):
         manager.pool_classes_by_scheme = {s: self._watched_pool(pool) for s, pool in known}
 
     def _watched_pool(self, pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
-        """Return a kind of pool whose connections have a deadline for every answer."""
         watchdog, seconds, parent = self._watchdog, self._seconds, pool.ConnectionCls
 
         def getresponse(connection: Any) -> Any:

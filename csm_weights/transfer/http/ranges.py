@@ -13,14 +13,16 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 
 import requests
 from urllib3.exceptions import HTTPError
 
 from csm_weights.concurrency import Cancelled
-from csm_weights.errors import Finding, Kind
+from csm_weights.errors import Category, Finding, Kind
+from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, Log, RetryPolicy, Timeouts, TransientError
 from csm_weights.transfer.http.responses import (
@@ -41,9 +43,6 @@ READ = 256 << 10
 
 #: Bytes that a stream must have brought for a failure to count as the first one again.
 PROGRESS = 16 << 10
-
-#: Streams that are open at the same time.
-STREAMS = 5
 
 #: Bytes of a refusal or a wrong page that are read, to say what it is.
 PEEK = 2048
@@ -81,6 +80,55 @@ class RemoteFile(ABC):
         """Return what a refusal at `url` means: SourceError, or TransientError if it may pass."""
 
 
+class RemoteSource(ABC):
+    """A server as a source.
+
+    Once it has refused, or could not be reached after all retries, it is not
+    asked again in this run. `page` names all of it in findings; `reached` are
+    the URLs, without their queries, where it hands files out.
+    """
+
+    is_remote = True
+
+    def __init__(self, downloader: RangeDownloader, url: str, page: str) -> None:
+        self.downloader = downloader
+        self.url = url
+        self.page = page
+        self.refusal: Finding | None = None
+        self.reached: set[str] = set()
+        self._lock = threading.Lock()
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+        """See `Source`; the place is the file's URL."""
+        try:
+            with self._lock:
+                self.raise_refusal()
+                file = self.find(artifact, piece)
+            self.downloader.fetch(file, writer)
+        except SourceError as error:
+            first = error.findings[0]
+            is_final = first.kind.category in (Category.ACCESS, Category.NETWORK)
+            if is_final or first.where == self.page:
+                self.refusal = first
+            raise
+        return file.where
+
+    def raise_refusal(self) -> None:
+        """Raise SourceError where the server has refused already."""
+        if self.refusal:
+            raise SourceError([self.refusal])
+
+    @abstractmethod
+    def find(self, artifact: Artifact, piece: Piece) -> RemoteFile:
+        """Return the file with a piece; raise NotAvailable or SourceError."""
+
+
+#: Opens the bytes of a file at a URL from one byte of the artifact to another.
+_Open = Callable[
+    [RemoteFile, str, int, int, threading.Event], AbstractContextManager["RangeStream"]
+]
+
+
 class _NoRanges(Exception):
     """The server answers a range with the whole file."""
 
@@ -93,7 +141,7 @@ class RangeDownloader(HttpClient):
         cancel: threading.Event,
         log: Log = lambda _: None,
         timeouts: Timeouts | None = None,
-        streams: int = STREAMS,
+        streams: int = 5,
     ) -> None:
         super().__init__(cancel, log, timeouts, 2 * streams)
         self._pool = ThreadPoolExecutor(streams)
@@ -107,19 +155,25 @@ class RangeDownloader(HttpClient):
 
         Raises SourceError; what was written until then stays.
         """
-        try:
-            if file.has_ranges:
+        if file.has_ranges:
+            try:
                 self._fetch_spans(file, writer)
                 return
-        except _NoRanges:
-            file.has_ranges = False
-        self._read_through(file, writer)
+            except _NoRanges:
+                file.has_ranges = False
+        # From its start, once for pieces that follow each other.
+        with file.lock:
+            for span in writer.wanted():
+                self._fetch_span(self._open_whole, file, span, writer, self.cancel)
+            if file.stream and file.stream.at == file.offset + file.size:
+                self._close(file)
 
     def _fetch_spans(self, file: RemoteFile, writer: PieceWriter) -> None:
         over = threading.Event()
-        spans = [span for wanted in writer.wanted() for span in _spans(*wanted)]
         futures: list[Future[None]] = [
-            self._pool.submit(self._fetch_span, file, span, writer, over) for span in spans
+            self._pool.submit(self._fetch_span, self._open, file, span, writer, over)
+            for wanted in writer.wanted()
+            for span in _spans(*wanted)
         ]
         try:
             _, left = wait(futures, return_when=FIRST_EXCEPTION)
@@ -134,7 +188,12 @@ class RangeDownloader(HttpClient):
             raise errors[0]
 
     def _fetch_span(
-        self, file: RemoteFile, span: tuple[int, int], writer: PieceWriter, over: threading.Event
+        self,
+        open_stream: _Open,
+        file: RemoteFile,
+        span: tuple[int, int],
+        writer: PieceWriter,
+        over: threading.Event,
     ) -> None:
         (at, end), retry = span, None
         while at < end:
@@ -145,13 +204,15 @@ class RangeDownloader(HttpClient):
             stream: RangeStream | None = None
             failure: TransientError | None = None
             try:
-                with self._open(file, url, at, end, over) as stream:
-                    stream.read_into(writer)
+                with open_stream(file, url, at, end, over) as stream:
+                    stream.read_into(writer, at)
             except TransientError as error:
                 failure = error
-                if stream is None:
-                    _doubt_url(file, url, error)
-            came, at = (stream.at - at, stream.at) if stream else (0, at)
+                is_about_url = error.is_doubtful or error.seconds == 0
+                if not stream and (is_about_url or error.finding.kind is Kind.NO_NETWORK):
+                    file.forget(url)
+            came = stream.at - at if stream else 0
+            at += max(came, 0)
             if at == end or (came >= PROGRESS and not (stream and stream.is_too_slow)):
                 retry.progressed()
             if failure is None and at < end and came < PROGRESS:
@@ -167,36 +228,57 @@ class RangeDownloader(HttpClient):
         """Open a stream of the bytes `[at, end)` of the artifact, or of the first of them."""
         start, stop = at - file.offset, end - file.offset
         headers = {"Range": f"bytes={start}-{stop - 1}"}
-        response = self.follow("GET", url, file.auth, headers)
-        with contextlib.closing(response):
+        with contextlib.closing(self.follow("GET", url, file.auth, headers)) as response:
             stop = self._check_answer(file, url, response, start, stop)
             stream = RangeStream(response, at, file.offset + stop, self.timeouts, over)
             with self.watchdog.watching(stream.check):
                 yield stream
 
+    @contextlib.contextmanager
+    def _open_whole(
+        self, file: RemoteFile, url: str, at: int, end: int, over: threading.Event
+    ) -> Iterator[RangeStream]:
+        """Go on with the stream of the whole file, or open one; a failure ends it."""
+        if file.stream is None or file.stream.at > at:
+            self._close(file)
+            response = self.follow("GET", url, file.auth)
+            self._check_answer(file, url, response, 0, file.size)
+            file.stream = RangeStream(response, file.offset, end, self.timeouts, over)
+        stream = file.stream
+        stream.end = end
+        stream.is_reading(True)
+        try:
+            with self.watchdog.watching(stream.check):
+                yield stream
+        except TransientError:
+            self._close(file)
+            raise
+
     def _check_answer(
-        self,
-        file: RemoteFile,
-        url: str,
-        response: requests.Response,
-        start: int,
-        stop: int,
+        self, file: RemoteFile, url: str, response: requests.Response, start: int, stop: int
     ) -> int:
         """Return where the body ends, of the bytes `[start, stop)` of this file asked for.
 
         Raises unless the answer is about them and begins with the first.
         """
         headers, status = response.headers, response.status_code
-        expected = f"bytes {start}-{stop - 1}/{file.size}"
         if status not in (200, 206, 416):
             raise file.classify_refusal(url, response)
         if (encoding := headers.get("Content-Encoding", "identity")).lower() != "identity":
             raise _doubtful(file, "the bytes as they are", f"them encoded as {encoding}")
         if status == 200:
-            _check_whole(file, response)
+            length = headers.get("Content-Length", str(file.size))
+            if length != str(file.size):
+                head = b""
+                with contextlib.suppress(HTTPError, OSError):
+                    head = response.raw.read(PEEK)
+                body = describe_body(head, headers.get("Content-Type", ""))
+                raise _doubtful(file, f"a file of {file.size:,} bytes", f"{length} bytes: {body}")
+            _check_etag(file, headers.get("ETag"))
             if (start, stop) != (0, file.size):
                 raise _NoRanges
             return stop
+        expected = f"bytes {start}-{stop - 1}/{file.size}"
         found = headers.get("Content-Range", "no Content-Range")
         match = _CONTENT_RANGE.fullmatch(found)
         if status == 416 or not match:
@@ -209,49 +291,6 @@ class RangeDownloader(HttpClient):
             raise _doubtful(file, expected, f"{found}, {length} bytes of body")
         _check_etag(file, headers.get("ETag"))
         return last + 1
-
-    # ---- a file on a server without ranges
-
-    def _read_through(self, file: RemoteFile, writer: PieceWriter) -> None:
-        """Read the file from its start, once for pieces that follow each other."""
-        with file.lock:
-            for start, end in writer.wanted():
-                at, retry = start, None
-                while at < end:
-                    url, started = file.resolve(), time.monotonic()
-                    retry = retry or RetryPolicy(self, url, self.cancel)
-                    try:
-                        self._stream_to(file, url, at, end, writer)
-                    except TransientError as error:
-                        if stream := file.stream:
-                            if stream.at - at >= PROGRESS and not stream.is_too_slow:
-                                retry.progressed()
-                            at = max(at, min(stream.at, end))
-                            self._close(file)
-                        else:
-                            _doubt_url(file, url, error)
-                        retry.wait(error, started)
-                    else:
-                        at = end
-                        retry.progressed()
-            if file.stream and file.stream.at == file.offset + file.size:
-                self._close(file)
-
-    def _stream_to(
-        self, file: RemoteFile, url: str, at: int, end: int, writer: PieceWriter
-    ) -> None:
-        if file.stream is None or file.stream.at > at:
-            self._close(file)
-            response = self.follow("GET", url, file.auth)
-            self._check_answer(file, url, response, 0, file.size)
-            begin = file.offset
-            file.stream = RangeStream(response, begin, begin, self.timeouts, self.cancel)
-        stream = file.stream
-        stream.is_reading(True)
-        with self.watchdog.watching(stream.check):
-            stream.skip_to(at)
-            stream.end = end
-            stream.read_into(writer)
 
     def _close(self, file: RemoteFile) -> None:
         if file.stream:
@@ -284,8 +323,14 @@ class RangeStream:
         """End the connection: what is left of the body is not wanted."""
         self._response.close()
 
-    def read_into(self, writer: PieceWriter) -> None:
-        """Read up to `end`, block by block; what came before a failure is written too."""
+    def read_into(self, writer: PieceWriter, at: int) -> None:
+        """Read from byte `at` to `end`, by blocks; what came before a failure is written too."""
+        with memoryview(bytearray(READ)) as waste:
+            while self.at < at:
+                if self._over.is_set():
+                    raise Cancelled
+                with waste[: min(READ, at - self.at)] as view:
+                    self.at += self._read(view)
         while self.at < self.end:
             if self._over.is_set():
                 raise Cancelled
@@ -305,15 +350,6 @@ class RangeStream:
             if failure:
                 raise failure
 
-    def skip_to(self, at: int) -> None:
-        """Read and throw away what comes before byte `at`."""
-        with memoryview(bytearray(READ)) as waste:
-            while self.at < at:
-                if self._over.is_set():
-                    raise Cancelled
-                with waste[: min(READ, at - self.at)] as view:
-                    self.at += self._read(view)
-
     def _read(self, view: memoryview) -> int:
         """Return the number of bytes read into `view`, one at least; raise TransientError."""
         try:
@@ -330,8 +366,7 @@ class RangeStream:
             return TransientError(lost_finding(self._host, found))
         rate, seconds = self._timeouts.least_rate, self._timeouts.slow_seconds
         least = f"at least {rate:,.0f} bytes a second over {seconds:g} s"
-        help_text = "try again later"
-        return TransientError(Finding(Kind.TOO_SLOW, self._host, least, "less", help_text))
+        return TransientError(Finding(Kind.TOO_SLOW, self._host, least, "less", "try again later"))
 
     def is_reading(self, reading: bool) -> None:
         """Note whether the server is waited for; what else takes time is not its fault."""
@@ -367,29 +402,11 @@ def _doubtful(file: RemoteFile, expected: str, found: str) -> TransientError:
     return TransientError(wrong_answer(file.where, expected, found), is_doubtful=True)
 
 
-def _doubt_url(file: RemoteFile, url: str, error: TransientError) -> None:
-    """Have a file resolved anew unless its server has answered that it is busy."""
-    if error.is_doubtful or error.seconds == 0 or error.finding.kind is Kind.NO_NETWORK:
-        file.forget(url)
-
-
 def expired_url(where: str, response: requests.Response) -> TransientError:
     """Return the error for a URL that a server has just given and that is refused elsewhere."""
     found = f"{response.status_code} {response.reason} for the URL that was given for it"
     finding = Finding(Kind.SERVER_TROUBLE, where, "the file", found, "try again later")
     return TransientError(finding, seconds=0)
-
-
-def _check_whole(file: RemoteFile, response: requests.Response) -> None:
-    """Raise unless an answer without a range can be the whole file."""
-    length = response.headers.get("Content-Length")
-    if length is not None and length != str(file.size):
-        head = b""
-        with contextlib.suppress(HTTPError, OSError):
-            head = response.raw.read(PEEK)
-        body = describe_body(head, response.headers.get("Content-Type", ""))
-        raise _doubtful(file, f"a file of {file.size:,} bytes", f"{length} bytes: {body}")
-    _check_etag(file, response.headers.get("ETag"))
 
 
 def _check_etag(file: RemoteFile, etag: str | None) -> None:

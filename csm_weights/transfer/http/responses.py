@@ -67,30 +67,24 @@ def redirect_target(url: str, location: str, allow_private: bool = False) -> str
     from a public host into a private network only with `allow_private`, to
     this machine or its link never. Raises SourceError.
     """
+    target = problem = ""
     try:
         target = urljoin(url, location)
         origin(target)
-        problem = _redirect_problem(url, target, allow_private)
+        before, after = urlsplit(url), urlsplit(target)
+        if after.scheme != before.scheme and not is_upgrade(url, target):
+            problem = f"another scheme, {after.scheme}"
+        elif after.username or after.password:
+            problem = "a URL with credentials in it"
+        elif _nearness(after) > max(_nearness(before), int(allow_private)):
+            problem = f"{after.hostname}, an address inside this machine or network"
     except ValueError:
-        target, problem = "", "a URL that cannot be read"
+        problem = "a URL that cannot be read"
     if problem:
         help_text = "if that is meant, name the final URL yourself"
         expected = f"a redirect within {urlsplit(url).scheme} to a public host"
-        finding = Finding(Kind.REDIRECT, redact(url), expected, problem, help_text)
-        raise SourceError([finding])
+        raise SourceError([Finding(Kind.REDIRECT, redact(url), expected, problem, help_text)])
     return target
-
-
-def _redirect_problem(url: str, target: str, allow_private: bool) -> str:
-    """Return why a redirect is not followed, or an empty string."""
-    before, after = urlsplit(url), urlsplit(target)
-    if after.scheme != before.scheme and not is_upgrade(url, target):
-        return f"another scheme, {after.scheme}"
-    if after.username or after.password:
-        return "a URL with credentials in it"
-    if _nearness(after) > max(_nearness(before), int(allow_private)):
-        return f"{after.hostname}, an address inside this machine or network"
-    return ""
 
 
 def _nearness(parts: SplitResult) -> int:
@@ -205,9 +199,9 @@ def wrong_answer(where: str, expected: str, found: str) -> Finding:
 def classify_error(url: str, error: BaseException) -> Finding:
     """Return what the failure of a request means, without naming a library's objects."""
     host, causes = host_of(url), list(_causes(error))
-    names = {type(cause).__name__ for cause in causes}
     found = cause_of(error)
-    if "ProxyError" in names or any(type(c).__module__ == "socks" for c in causes):
+    kinds = {name for cause in causes for name in (type(cause).__name__, type(cause).__module__)}
+    if kinds & {"ProxyError", "socks"}:
         return proxy_finding(url, found)
     if any(isinstance(c, ssl.SSLCertVerificationError) for c in causes):
         expected = f"a certificate for {host} from an authority that is trusted"

@@ -98,7 +98,7 @@ def test_a_slow_disk_is_not_the_servers_fault() -> None:
                 time.sleep(0.01)
                 stream.check(is_cancelled=False)
 
-    stream.read_into(SlowDisk(BLOCK))
+    stream.read_into(SlowDisk(BLOCK), 0)
     assert body.cuts == 0
     for _ in range(3):
         time.sleep(0.01)
