@@ -6,6 +6,7 @@ that what works for `hf` works here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Collection, Mapping
@@ -19,11 +20,6 @@ PUBLIC_ENDPOINT = "https://huggingface.co"
 
 #: The variable with headers for mirrors, one a line: `Authorization: Bearer ...`.
 MIRROR_HEADERS = "CSM_MIRROR_HEADERS"
-
-_TRUE = {"1", "ON", "YES", "TRUE"}
-
-#: Variables that hold a token or get one by an exchange; the last is a former name.
-_TOKENS = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -48,11 +44,12 @@ class HubEnvironment:
         def first(*names: str, default: str = "") -> str:
             return next(filter(None, map(values.get, names)), default)
 
+        is_offline = first("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE").upper()
         caches = first("XDG_CACHE_HOME", default="~/.cache")
         home = _folder(first("HF_HOME", default=f"{caches}/huggingface"))
         return cls(
             endpoint=first("HF_ENDPOINT", default=PUBLIC_ENDPOINT).rstrip("/"),
-            offline=first("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE").upper() in _TRUE,
+            offline=is_offline in {"1", "ON", "YES", "TRUE"},
             cache=_folder(first("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=f"{home}/hub")),
             token_from=_token_from(values, home),
         )
@@ -68,8 +65,8 @@ class HubEnvironment:
         """
         if self.offline:
             help_text = "unset HF_HUB_OFFLINE, or copy the files to this machine"
-            expected = "permission to ask the Hub"
-            return Finding(Kind.OFFLINE, self.page(repo), expected, "HF_HUB_OFFLINE", help_text)
+            words = ("permission to ask the Hub", "HF_HUB_OFFLINE", help_text)
+            return Finding(Kind.OFFLINE, self.page(repo), *words)
         if not _is_plain_url(self.endpoint):
             expected = "an http:// or https:// URL without credentials or a query"
             raise UsageError(f"HF_ENDPOINT is not {expected}; unset it for {PUBLIC_ENDPOINT}")
@@ -89,15 +86,14 @@ def _folder(text: str) -> Path:
 
 def _token_from(values: Mapping[str, str], home: Path) -> str:
     """Return the name of what holds a token, in the order of huggingface_hub, or ""."""
-    for name in _TOKENS:
+    # The last is a former name; the first gets a token by an exchange.
+    for name in ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if values.get(name, "").strip():
             return name
     path = _folder(values.get("HF_TOKEN_PATH") or str(home / "token"))
-    try:
-        has_token = bool(path.read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return str(path) if has_token else ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return str(path) if path.read_text(encoding="utf-8").strip() else ""
+    return ""
 
 
 def parse_patience(text: str) -> float | None:

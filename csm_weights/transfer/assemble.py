@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial as bind
 from operator import itemgetter
@@ -156,9 +156,10 @@ class _Partial:
         piece, writer = self.tiles[index], PartialWriter(self, index, self._whole.claim(index))
         record: PieceRecord | None = None
         try:
+            place = ""
             if is_consumed and self.job.consume:
                 writer.reset()
-                record = self._verified(writer, self.job.consume(writer))
+                place = self.job.consume(writer)
             elif not (record := self._reverify(writer)):
                 writer.reset()
                 writer.arrived = tuple(
@@ -167,7 +168,10 @@ class _Partial:
                     if piece.offset <= a.offset and a.offset + a.size <= piece.end
                 )
                 place = self.job.source.deliver(self.job.artifact, piece, writer)
-                record = self._verified(writer, place)
+            if not record:
+                writer.verify(place)
+                record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
+                self.journal(record)
         except NotAvailable:
             missing = Finding(Kind.MISSING, piece.part, f"{piece.size:,} bytes", "in no source")
             self._findings[index] = (missing,)
@@ -182,23 +186,13 @@ class _Partial:
 
     def _reverify(self, writer: PartialWriter) -> PieceRecord | None:
         """Return the record of a piece that an earlier run has journaled, if it is right."""
-        record = self._kept.get(writer.piece.offset)
-        if record is None:
-            return None
-        writer.reset()
-        writer.rehash(writer.piece.size)
-        try:
-            writer.verify(str(self.path))
-        except SourceError:
-            return None
-        return record
-
-    def _verified(self, writer: PartialWriter, place: str) -> PieceRecord:
-        piece = writer.piece
-        writer.verify(place)
-        record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
-        self.journal(record)
-        return record
+        if record := self._kept.get(writer.piece.offset):
+            writer.reset()
+            writer.rehash(writer.piece.size)
+            with suppress(SourceError):
+                writer.verify(str(self.path))
+                return record
+        return None
 
     def secure(self, record: Consumed) -> None:
         """Make what was written durable, and then a line of the journal, each under its name."""
@@ -292,12 +286,11 @@ class PartialWriter:
         self._copy(Extent(fd, offset, self.piece.size), self.piece.offset)
 
     def _copy(self, extent: Extent, offset: int) -> None:
-        partial = self._partial
         # A piece whose turn it is not is read again for the whole digest, so it stays in
         # the page cache; nobody needs the others there.
         direct = self.whole is not None
-        sinks, on_progress, cancel = self._sinks(), partial.on_progress, partial.cancel
-        copy_hashed(extent, partial.target, offset, sinks, direct, on_progress, cancel)
+        rest = (self._sinks(), direct, self._partial.on_progress, self._partial.cancel)
+        copy_hashed(extent, self._partial.target, offset, *rest)
 
     def wanted(self) -> list[tuple[int, int]]:
         """See `PieceWriter`."""

@@ -57,7 +57,7 @@ class Hub(RemoteSource):
         url = f"{self.credentials.endpoint}/api/whoami-v2"
         response, data = self.downloader.get_json(url, self.credentials.auth)
         if data is None:
-            raise SourceError([self.classify_refusal(response, "")])
+            raise self.classify_refusal(response, "")
         try:
             role = data["auth"]["accessToken"]["role"].replace("fineGrained", "fine-grained")
             return self.credentials.mask(f"of {data['name']}, {role}")[:100]
@@ -72,7 +72,7 @@ class Hub(RemoteSource):
         url = f"{self.page}/resolve/{revision}/{quote(artifact.path)}"
         response = self.downloader.head(url, auth, _names_commit, is_own_host_only=True)
         if response.status_code >= 400:
-            raise SourceError([self.classify_refusal(response, artifact.path)])
+            raise self.classify_refusal(response, artifact.path)
         if not _names_commit(response) and "html" in response.headers.get("Content-Type", ""):
             raise SourceError([portal_finding(self.page)])
         self._check(artifact, response)
@@ -106,9 +106,10 @@ class Hub(RemoteSource):
             sizes = (f"{artifact.size:,} bytes", f"{size[:20]} bytes")
             raise SourceError([Finding(Kind.WRONG_SIZE, where, *sizes)])
 
-    def classify_refusal(self, response: requests.Response, path: str) -> Finding:
+    def classify_refusal(self, response: requests.Response, path: str) -> SourceError:
         """Return what a refusal by the Hub itself means."""
-        return classify_refusal(response, self.credentials, self._repo, self._revision, path)
+        whose = (self.credentials, self._repo, self._revision)
+        return SourceError([classify_refusal(response, *whose, path)])
 
 
 def open_source(_: str, manifest: Manifest, downloader: RangeDownloader) -> Hub:
@@ -151,7 +152,7 @@ class _HubFile(RemoteFile):
 
     def classify_refusal(self, url: str, response: requests.Response) -> Exception:
         if self.auth.covers(url):
-            return SourceError([self._hub.classify_refusal(response, self._artifact.path)])
+            return self._hub.classify_refusal(response, self._artifact.path)
         return expired_url(self.where, response)
 
 

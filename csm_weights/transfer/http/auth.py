@@ -1,15 +1,10 @@
-"""Who gets which credentials: every header belongs to one origin and goes nowhere else.
-
-To give mirrors another way to authenticate, change `mirror_auth`: it may
-return any `requests.auth.AuthBase`-like object that keeps to an origin.
-"""
+"""Who gets which credentials: every header belongs to one origin and goes nowhere else."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 
 from requests import PreparedRequest
 from requests.auth import AuthBase
@@ -82,11 +77,14 @@ class HubCredentials:
         if not found.token_from or found.offline:
             return cls(found.endpoint)
         try:
-            return cls(found.endpoint, import_huggingface_hub().get_token())
+            # Read when it is imported: it shall send no request of its own accord.
+            os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+            from huggingface_hub import get_token
+
+            return cls(found.endpoint, get_token())
         except Exception as error:
             # The library's message may quote what it has sent.
-            help_text = f"check {found.token_from}, or set HF_TOKEN"
-            words = ("a token", type(error).__name__, help_text)
+            words = ("a token", type(error).__name__, f"check {found.token_from}, or set HF_TOKEN")
             finding = Finding(Kind.NO_TOKEN, found.token_from, *words)
             raise AccessRefused("no token could be read", [finding]) from None
 
@@ -107,15 +105,3 @@ class HubCredentials:
     def mask(self, text: str) -> str:
         """Return a text of the Hub's without the token that it may repeat."""
         return text.replace(self.token, "***") if self.token else text
-
-
-def import_huggingface_hub() -> ModuleType:
-    """Import huggingface_hub so that it sends no request of its own accord.
-
-    It reads this variable when it is imported. Without it, it asks the Hub for
-    a registry of AI agents and reports what else is installed.
-    """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import huggingface_hub
-
-    return huggingface_hub

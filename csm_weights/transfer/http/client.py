@@ -40,9 +40,6 @@ from csm_weights.transfer.source import SourceError
 #: Redirects that are followed from one request.
 REDIRECTS = 5
 
-#: Seconds between two tries at most, unless the server asks for more.
-LONGEST_BACKOFF = 30.0
-
 #: Bytes of a JSON answer at most.
 MAX_JSON = 64 << 20
 
@@ -191,11 +188,10 @@ class HttpClient:
             started = time.monotonic()
             try:
                 answer = ask()
-            except TransientError as error:
-                retry.wait(error, started)
-            else:
                 retry.progressed()
                 return answer
+            except TransientError as error:
+                retry.wait(error, started)
 
     def follow(
         self,
@@ -239,13 +235,13 @@ class HttpClient:
         except (requests.exceptions.RequestException, HTTPError, OSError, ValueError) as error:
             if self.cancel.is_set():
                 raise Cancelled from None
-            finding, has_answered = classify_error(url, error), host in self._answered
-            is_settled = finding.kind is Kind.PROXY and not has_answered
-            if is_settled or finding.kind is Kind.CERTIFICATE or isinstance(error, ValueError):
+            finding, is_new = classify_error(url, error), host not in self._answered
+            settled = (Kind.CERTIFICATE, Kind.PROXY) if is_new else (Kind.CERTIFICATE,)
+            if finding.kind in settled or isinstance(error, ValueError):
                 raise SourceError([finding]) from None
             # What the pool gave up before it asked; all else broke off after that.
             is_unreached = bool(error.args) and isinstance(error.args[0], MaxRetryError)
-            raise TransientError(finding, None, is_unreached and not has_answered) from None
+            raise TransientError(finding, None, is_unreached and is_new) from None
         self._answered.add(host)
         if response.status_code == 407:
             response.close()
@@ -300,7 +296,7 @@ class RetryPolicy:
         if self._doubts > 1:
             raise SourceError([error.finding])
         backoff = client.timeouts.backoff * 2 ** min(self._tries - 1, 10)
-        delay = min(backoff * random.uniform(0.5, 1.5), LONGEST_BACKOFF)
+        delay = min(backoff * random.uniform(0.5, 1.5), 30)
         if error.seconds is not None:
             is_first = error.seconds == 0 and self._tries == 1
             delay = 0.0 if is_first else max(delay, error.seconds)

@@ -98,10 +98,8 @@ class WatchedAdapter(HTTPAdapter):
         return self.proxy_manager[proxy]
 
     def send(self, request: Any, *arguments: Any, **options: Any) -> Any:
-        """Send a request."""
-        # The context has the authorities of all variables, not only those that requests reads.
-        options["verify"] = True
-        return super().send(request, *arguments, **options)
+        """Send a request, verified by the context: it has the authorities of all variables."""
+        return super().send(request, *arguments, **{**options, "verify": True})
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Leave the choice of authorities to the context."""

@@ -95,18 +95,15 @@ def _nearness(parts: SplitResult) -> int:
         # Behind a proxy it is the proxy who looks the name up.
         with contextlib.suppress(OSError, UnicodeError):
             names += [str(info[4][0]) for info in socket.getaddrinfo(host, None)]
-    return max(map(_address_nearness, names))
-
-
-def _address_nearness(name: str) -> int:
-    if name.lower().rstrip(".").endswith("localhost"):
-        return 2
-    address = _address(name)
-    if address is None:
-        return 0
-    if address.is_loopback or address.is_link_local or address.is_unspecified:
-        return 2
-    return 0 if address.is_global or address in _INVENTED else 1
+    nearness = 2 if host.lower().rstrip(".").endswith("localhost") else 0
+    for address in map(_address, names):
+        if address is None:
+            continue
+        if address.is_loopback or address.is_link_local or address.is_unspecified:
+            return 2
+        if not address.is_global and address not in _INVENTED:
+            nearness = max(nearness, 1)
+    return nearness
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -149,11 +146,10 @@ def is_busy(status: int) -> bool:
 
 def busy_finding(host: str, response: requests.Response, seconds: float | None) -> Finding:
     """Describe an answer after which the same request may succeed."""
-    status = f"{response.status_code} {response.reason}"
+    status, kind, when = f"{response.status_code} {response.reason}", Kind.SERVER_TROUBLE, "later"
     if response.status_code == 429:
-        when = "later" if seconds is None else f"in {seconds:.0f} s"
-        return Finding(Kind.RATE_LIMITED, host, "an answer", status, f"try again {when}")
-    return Finding(Kind.SERVER_TROUBLE, host, "an answer", status, "try again later")
+        kind, when = Kind.RATE_LIMITED, "later" if seconds is None else f"in {seconds:.0f} s"
+    return Finding(kind, host, "an answer", status, f"try again {when}")
 
 
 def describe_body(head: bytes, content_type: str) -> str:
@@ -184,8 +180,8 @@ def foreign_redirect(url: str, target: str) -> Finding:
 
 def lost_finding(host: str, found: str) -> Finding:
     """Describe an answer that broke off."""
-    expected = "the whole body of an answer"
-    return Finding(Kind.NO_NETWORK, host, expected, found, "run the same command again")
+    words = ("the whole body of an answer", found, "run the same command again")
+    return Finding(Kind.NO_NETWORK, host, *words)
 
 
 def wrong_answer(where: str, expected: str, found: str) -> Finding:
