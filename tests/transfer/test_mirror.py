@@ -49,6 +49,6 @@ def test_a_mirror_is_asked_with_the_credentials_that_it_was_made_with(
         RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
     ):
         auth = OriginAuth(server.url, {"X-Key": "own"})
-        source = first_of(Mirror(downloader, server.url, auth))
+        source = FirstOf(Mirror(downloader, server.url, auth))
         assemble([Assembly(artifact, tmp_path / "out" / "x.bin", source)], lambda _: None)
     assert {request.headers["x-key"] for request in server.log} == {"own"}
