@@ -74,9 +74,11 @@ def examine(request: Request, smoke: bool = True) -> DoctorReport:
     status = apply.status_of(session)
     case = _Case(session, status, HubEnvironment.read(), probe(session, status.plan))
     loads = smoke and any(item.artifact.is_weights for item in status.state.artifacts)
-    disk, torch = _disk(case), _torch(loads)
+    disk = _disk(case)
+    unneeded = [(name, Verdict.NOT_ASKED, "no smoke test is to run") for name in ("torch", "GPU")]
+    torch, gpu = (_torch(), _gpu()) if loads else (CheckResult(*check) for check in unneeded)
     network = (_token(case), _access(case), _mirrors(case), _hosts(case), _proxy(case))
-    checks = (_plan(case), _chunk_files(case), _cache(case), *network, disk, torch, _gpu(loads))
+    checks = (_plan(case), _chunk_files(case), _cache(case), *network, disk, torch, gpu)
     # inv weights ends with the first of these that it meets.
     hurdles = (case.plan.findings, disk.findings, tuple(case.results.blocking), torch.findings)
     findings = next(filter(None, hurdles), ())
@@ -124,8 +126,6 @@ def _needed(need: offline_assets.Asset, environment: HubEnvironment) -> CheckRes
 
 @dataclass(frozen=True)
 class _Case:
-    """All that the checks are made of."""
-
     session: Session
     status: StatusReport
     environment: HubEnvironment
@@ -232,17 +232,13 @@ def _access(case: _Case) -> CheckResult:
         reason = "no token to ask with" if lacks_token else _ELSEWHERE
         return case.unasked("access", reason, case.problems(Kind.OFFLINE))
     revision = (manifest.revision or "")[:12]
-    found = f"{_given(hub)} of {manifest.repo} at {revision}{_kinds(hub.findings)}"
-    return case.judge("access", found, hub.findings)
+    return case.judge("access", _given(hub, f"of {manifest.repo} at {revision}"), hub.findings)
 
 
-def _given(server: Server) -> str:
-    return f"{len(server.gives)} of {len(server.asked)} files"
-
-
-def _kinds(findings: Iterable[Finding]) -> str:
-    words = ", ".join(dict.fromkeys(str(finding.kind) for finding in findings))
-    return f": {words}" if words else ""
+def _given(server: Server, place: str) -> str:
+    kinds = ", ".join(dict.fromkeys(str(finding.kind) for finding in server.findings))
+    found = f"{len(server.gives)} of {len(server.asked)} files {place}"
+    return f"{found}: {kinds}" if kinds else found
 
 
 def _mirrors(case: _Case) -> CheckResult:
@@ -251,7 +247,7 @@ def _mirrors(case: _Case) -> CheckResult:
         problems = case.problems(Kind.OFFLINE, of_hub=False)
         is_named = problems or any(name != HUB for name in case.session.policy.remote)
         return case.unasked("mirrors", _ELSEWHERE if is_named else "none was named", problems)
-    found = "; ".join(f"{_given(m)} from {m.url}{_kinds(m.findings)}" for m in mirrors)
+    found = "; ".join(_given(mirror, f"from {mirror.url}") for mirror in mirrors)
     return case.judge("mirrors", found, [f for m in mirrors for f in m.findings])
 
 
@@ -303,9 +299,7 @@ def _disk(case: _Case) -> CheckResult:
     return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
 
 
-def _torch(loads: bool) -> CheckResult:
-    if not loads:
-        return CheckResult("torch", Verdict.NOT_ASKED, "no smoke test is to run")
+def _torch() -> CheckResult:
     with contextlib.suppress(PackageNotFoundError):
         if importlib.util.find_spec("torch"):
             return CheckResult("torch", Verdict.OK, version("torch"))
@@ -318,11 +312,9 @@ def _torch(loads: bool) -> CheckResult:
     return CheckResult("torch", Verdict.NOT_OK, "not installed", (finding,))
 
 
-def _gpu(loads: bool) -> CheckResult:
+def _gpu() -> CheckResult:
     """Name the graphics cards without importing torch; having none is not an error."""
     on_cpu = "the smoke test runs on the CPU"
-    if not loads:
-        return CheckResult("GPU", Verdict.NOT_ASKED, "no smoke test is to run")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return CheckResult("GPU", Verdict.NOTE, f"hidden by CUDA_VISIBLE_DEVICES: {on_cpu}")
     program, listed = shutil.which("nvidia-smi"), ""

@@ -84,7 +84,6 @@ class Server:
         return [piece for piece in pieces if failed.get(piece.offset)], findings
 
     def _failure(self, artifact: Artifact, piece: Piece) -> Sequence[Finding]:
-        """Return what keeps the first byte of a piece from coming."""
         try:
             self.source.deliver(artifact, piece, _FirstByte(piece))
         except NotAvailable:

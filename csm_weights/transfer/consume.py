@@ -9,7 +9,7 @@ or durable in the unfinished file with a journal that says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -107,10 +107,11 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
     `on_progress` gets bytes. Nothing is written.
     """
     cancel = Event()
-    return run_all([partial(_verify, s, on_progress, cancel) for s in subjects], cancel)
+    read = partial(feed, on_progress=on_progress, cancel=cancel)
+    return run_all([partial(_verify, subject, read) for subject in subjects], cancel)
 
 
-def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
+def _verify(subject: Subject, read: Callable[..., None]) -> Proof:
     """Hash all pieces, and hold the whole against the manifest where all are consumed."""
     artifact, whole = subject.artifact, sha256()
     stakes: dict[int, Stake] = {}
@@ -120,7 +121,7 @@ def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
         for moved in subject.moved[piece.offset]:
             both = whole.copy()
             try:
-                stake = _hash(subject, piece, moved, both, on_progress, cancel)
+                stake = _hash(subject, piece, moved, both, read)
             except (OSError, ShortRead) as error:
                 wrong.append(Finding.unreadable(piece.part, error))
                 continue
@@ -142,18 +143,13 @@ def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
 
 
 def _hash(
-    subject: Subject,
-    piece: Piece,
-    moved: int,
-    whole: Hasher,
-    on_progress: OnProgress,
-    cancel: Event,
+    subject: Subject, piece: Piece, moved: int, whole: Hasher, read: Callable[..., None]
 ) -> Stake:
     """Hash a piece: in the partial up to byte `moved`, and in its chunk file from there."""
     digest = sha256()
     if moved:
         with _open(subject.partial, os.O_RDONLY) as fd:
-            feed(fd, piece.offset, moved, [digest, whole], on_progress, cancel)
+            read(fd, piece.offset, moved, [digest, whole])
     marks = [(moved, digest.hexdigest())]
     chunk = subject.root / piece.part
     if moved == piece.size and not chunk.exists():
@@ -162,7 +158,7 @@ def _hash(
         before = Fingerprint.of(os.fstat(fd))
         for start in range(moved, piece.size, STEP):
             size = min(STEP, piece.size - start)
-            feed(fd, start, size, [digest, whole], on_progress, cancel)
+            read(fd, start, size, [digest, whole])
             marks.append((start + size, digest.hexdigest()))
         if before != Fingerprint.of(os.fstat(fd)):
             raise OSError(None, "a write meanwhile")

@@ -82,7 +82,6 @@ class Hub(RemoteSource):
         return target
 
     def _check(self, artifact: Artifact, response: requests.Response) -> None:
-        """Raise SourceError when the answer is about another version or another file."""
         headers, where = response.headers, f"{self.page} {artifact.path}"
         commit = headers.get("X-Repo-Commit", "")
         if _SHA1.fullmatch(self._revision) and commit != self._revision:

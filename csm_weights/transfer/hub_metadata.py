@@ -246,7 +246,6 @@ def _left_out(page: str, path: str, problem: str) -> Finding:
 
 
 def _findings(file: File, page: str) -> list[Finding]:
-    """Return what makes no sense in what is reported of a file."""
     wrong: list[tuple[str, str]] = []
     if not 0 <= file.size <= MAX_SIZE:
         wrong.append((f"a size up to {MAX_SIZE:,}", str(file.size)))

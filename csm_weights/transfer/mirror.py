@@ -74,8 +74,6 @@ def open_source(url: str, _: Manifest, downloader: RangeDownloader) -> Mirror:
 
 
 class _MirrorFile(RemoteFile):
-    """A whole file, or a chunk file, that a mirror has."""
-
     def resolve(self) -> str:
         return self.where
 

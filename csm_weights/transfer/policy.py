@@ -125,7 +125,6 @@ class SourcePolicy:
         )
 
     def _elsewhere(self, item: ArtifactState, piece: Piece) -> tuple[PieceSource, str]:
-        """Return where a piece comes from that is not on this machine."""
         if self.remote:
             return PieceSource.REMOTE, self.remote[0]
         wrong = [p.finding.kind for own, p in _chunk_files(item) if own == piece and p.finding]

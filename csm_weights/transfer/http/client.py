@@ -106,11 +106,7 @@ class HttpClient:
     """
 
     def __init__(
-        self,
-        cancel: threading.Event,
-        log: Log = lambda _: None,
-        timeouts: Timeouts | None = None,
-        connections: int = 8,
+        self, cancel: threading.Event, log: Log = lambda _: None, timeouts: Timeouts | None = None
     ) -> None:
         self.cancel = cancel
         self.log = log
@@ -126,8 +122,7 @@ class HttpClient:
         self._session.headers["User-Agent"] = f"csm-weights/{version('csm-weights')}"
         self._session.headers["Accept-Encoding"] = "identity"
         for scheme in ("http://", "https://"):
-            adapter = WatchedAdapter(self.watchdog, self.timeouts.read, connections)
-            self._session.mount(scheme, adapter)
+            self._session.mount(scheme, WatchedAdapter(self.watchdog, self.timeouts.read))
         # Signed URLs are secrets for as long as they live, and urllib3's warnings have them.
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 

@@ -77,11 +77,11 @@ class Watchdog:
 class WatchedAdapter(HTTPAdapter):
     """The adapter of requests with a TLS context of ours, and a deadline for every answer."""
 
-    def __init__(self, watchdog: Watchdog, seconds: float, pool_size: int) -> None:
+    def __init__(self, watchdog: Watchdog, seconds: float) -> None:
         self._watchdog = watchdog
         self._seconds = seconds
         self._context = trust_context()
-        super().__init__(pool_maxsize=pool_size, max_retries=0)
+        super().__init__(max_retries=0)
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
         """Make the pools for hosts that need no proxy."""

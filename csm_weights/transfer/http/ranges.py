@@ -44,8 +44,8 @@ READ = 256 << 10
 #: Bytes that a stream must have brought for a failure to count as the first one again.
 PROGRESS = 16 << 10
 
-#: Bytes of a refusal or a wrong page that are read, to say what it is.
-PEEK = 2048
+#: Streams that are open at the same time.
+STREAMS = 5
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 
@@ -137,14 +137,10 @@ class RangeDownloader(HttpClient):
     """All transfers of one run, by a pool of streams."""
 
     def __init__(
-        self,
-        cancel: threading.Event,
-        log: Log = lambda _: None,
-        timeouts: Timeouts | None = None,
-        streams: int = 5,
+        self, cancel: threading.Event, log: Log = lambda _: None, timeouts: Timeouts | None = None
     ) -> None:
-        super().__init__(cancel, log, timeouts, 2 * streams)
-        self._pool = ThreadPoolExecutor(streams)
+        super().__init__(cancel, log, timeouts)
+        self._pool = ThreadPoolExecutor(STREAMS)
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -271,7 +267,7 @@ class RangeDownloader(HttpClient):
             if length != str(file.size):
                 head = b""
                 with contextlib.suppress(HTTPError, OSError):
-                    head = response.raw.read(PEEK)
+                    head = response.raw.read(2048)
                 body = describe_body(head, headers.get("Content-Type", ""))
                 raise _doubtful(file, f"a file of {file.size:,} bytes", f"{length} bytes: {body}")
             _check_etag(file, headers.get("ETag"))
