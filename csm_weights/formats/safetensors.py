@@ -11,11 +11,12 @@ from csm_weights.formats.multipart import MultipartFile, read_at
 from csm_weights.formats.tensor_index import (
     ITEM_BITS,
     MAX_DIMS,
-    MAX_TENSORS,
+    MAX_INDEX,
     Findings,
     Format,
     TensorIndex,
     TensorInfo,
+    index_cost,
     reading,
     row_major,
 )
@@ -72,6 +73,7 @@ def _read_header(
     if (head := file.read(8, 16)[:1]) != b"{":
         raise Malformed("a header that starts with '{'", show(head), "header")
     names: set[str] = set()
+    room = MAX_INDEX
     for name in stream.read_keys():
         if name in names:
             raise ValueError(f"the name {show(name)} twice")
@@ -82,11 +84,12 @@ def _read_header(
                 raise Malformed("text to text", show(str(error)), "header: __metadata__") from None
             continue
         names.add(name)
-        if len(names) > MAX_TENSORS:
-            raise Unsupported(f"at most {MAX_TENSORS:,} tensors", "more", "header")
         entry = stream.read_value()
         with found.collecting(show(name)):
             tensors[name] = _read_entry(name, entry, start)
+        room -= index_cost(name, len(tensors[name].shape) if name in tensors else 0)
+        if room < 0:
+            raise Unsupported("an index of about 100,000 tensors", "a larger one", "header")
     stream.finish()
 
 

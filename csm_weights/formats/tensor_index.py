@@ -32,8 +32,9 @@ ITEM_BITS = {
 #: Most dimensions of a tensor that are read; CSM-1B's have at most 3.
 MAX_DIMS = 64
 
-#: Most tensors of a file that are read; the largest published shards have about 20,000.
-MAX_TENSORS = 100_000
+#: Ceiling of the memory for one file's index, bytes, as `index_cost` counts it: enough for
+#: 100,000 tensors. The largest published shards have about 20,000.
+MAX_INDEX = 48 << 20
 
 #: Most findings of one file that are spelled out; the rest are counted.
 MAX_FINDINGS = 20
@@ -108,6 +109,11 @@ class Format:
 
 #: Bytes from the beginning of a file that `Format.sniff` is given.
 HEAD = 512
+
+
+def index_cost(name: str, dims: int) -> int:
+    """Return about how many bytes of memory a tensor takes in an index, at the most."""
+    return 400 + len(name) + 32 * dims
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

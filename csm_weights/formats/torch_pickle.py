@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
-from csm_weights.formats.tensor_index import ITEM_BITS, MAX_DIMS
+from csm_weights.formats.tensor_index import ITEM_BITS, MAX_DIMS, MAX_INDEX, index_cost
 from csm_weights.untrusted import Malformed, Unsupported, are_sizes, is_text, show
 
 #: Ceiling of a pickle, bytes, and of the objects it makes. CSM-1B's has 22 kB.
@@ -21,10 +21,9 @@ MAX_PICKLE = 4 << 20
 MAX_OBJECTS = 300_000
 #: Most objects on the stack; a pickler sets items at most 1,000 pairs at a time.
 MAX_STACK = 10_000
-#: Most values searched for tensors, their deepest nesting, and bytes of names, 256 more a tensor.
+#: Most values searched for tensors, and their deepest nesting.
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 100
-MAX_NAMES = 16 << 20
 
 #: torch's names of dtypes and of older files' storage types, by safetensors' word or one like it.
 _WORDS = {
@@ -182,9 +181,9 @@ def tensors_of(value: Any) -> dict[str, View]:
     Raises Unsupported where two tensors get one name, or the value is too large.
     """
     found: dict[str, View] = {}
-    room = MAX_NAMES
+    room = MAX_INDEX
     for name, view in _walk(value, "", 0, iter(range(MAX_VALUES))):
-        room -= len(name) + 256
+        room -= index_cost(name, len(view.shape))
         if name in found or room < 0:
             raise Unsupported("a name for each tensor", f"{show(name)} twice, or too many")
         found[name] = view

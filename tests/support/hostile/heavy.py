@@ -17,7 +17,7 @@ def heavy_safetensors() -> dict[str, tuple[bytes, str]]:
         f'"{i}":{{"dtype":"U8","shape":[],"data_offsets":[0,1]}}' for i in range(16_000)
     )
     empty = ",".join(
-        f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(100_001)
+        f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(130_000)
     )
     ints = ",".join(["9" * 4_299] * 240)
     return {
@@ -27,7 +27,7 @@ def heavy_safetensors() -> dict[str, tuple[bytes, str]]:
             safetensors(b'{"__metadata__": {"a": "' + b"\\n" * 5_000_000 + b'", "b": 1}}'),
             "__metadata__",
         ),
-        "header_of_tensors": (safetensors("{" + empty + "}"), "at most 100,000 tensors"),
+        "header_of_tensors": (safetensors("{" + empty + "}"), "an index of about 100,000 tensors"),
         "header_deep": (safetensors("{" + '"a":{' * 150_000), "RecursionError"),
         "header_wide": (safetensors('{"a":[' + "[]," * 340_000 + "[]]}"), "a: malformed"),
         "header_of_names": (safetensors("{" + names + "}"), "more findings"),
