@@ -1,7 +1,5 @@
 """What a program imports: models whose bytes are verified, and the generator of their speech."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from csm_weights.model.generator import Generator, InputsTooLong, Segment
 from csm_weights.pipeline import locate
 from csm_weights.pipeline.locate import CONFIG, LocalWeights, Pinned
 from csm_weights.pipeline.request import Request
+from csm_weights.progress import Progress
 
 __all__ = ["Generator", "InputsTooLong", "Model", "Segment", "load_csm_1b"]
 
@@ -66,20 +65,17 @@ class Model(plain.Model):
         paths, folder = weights_file.locate(path)
         size = sum(file.stat().st_size for file in paths)
         config = config or _read_config(folder, locate.pinned(folder, size))
-        is_verified = bool(digests)
-        if verify and not digests:
-            insisted = locate.pinned(folder, size)
-            if not insisted:
+        is_verified = False
+        if verify is not False and not digests:
+            name = "" if verify else paths[0].name.rpartition(".part-")[0] or paths[0].name
+            known = locate.pinned(folder, size, name)
+            if verify and not known:
                 raise UsageError(
                     f"nothing is pinned for {paths[0]}: no manifest here has weights of {size:,}"
                     " bytes; inv lock makes one, or leave verify out"
                 )
-            digests = insisted.digests
-        elif verify is None and not digests:
-            known = locate.pinned(
-                folder, size, paths[0].name.rpartition(".part-")[0] or paths[0].name
-            )
-            is_verified = len(paths) == 1 and locate.has_receipt(paths[0], known)
+            has_receipt = len(paths) == 1 and locate.has_receipt(paths[0], known)
+            is_verified = has_receipt and not verify
             digests = known.digests if known and not is_verified else ()
             if not known and not is_verified:
                 text = "no manifest pins a file of its name and size, so it is loaded unverified"
@@ -118,9 +114,9 @@ class Model(plain.Model):
             try:
                 return cls._open(found, device, dtype)
             except WrongContent as error:
-                if found.is_verified:
+                if not found.digests:
                     raise
-                locate.log_skipped(found, error)
+                Progress("loading", 0).log(f"{found.paths[0]} is not loaded: {error}")
         return cls._open(weights.fetch(), device, dtype)
 
     @classmethod

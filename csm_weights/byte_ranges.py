@@ -1,7 +1,5 @@
 """Half-open byte ranges of a file: one range, and sets of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Run tasks on all cores, and cancel them together."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -114,12 +114,6 @@ class Category(enum.Enum):
     MISSING = MissingInput
     SMOKE = SmokeUnavailable
 
-    @property
-    def error(self) -> type[CsmWeightsError]:
-        """The class of that error."""
-        found: type[CsmWeightsError] = self.value
-        return found
-
 
 class Kind(enum.StrEnum):
     """A kind of finding: the word that a person reads, and its category."""
@@ -247,4 +241,5 @@ def error_for(message: str, findings: Iterable[Finding], advice: str = "") -> Cs
     findings = tuple(findings)
     categories = {f.kind.category for f in findings}
     first = next((c for c in Category if c in categories), Category.MISSING)
-    return first.error(message, findings, advice)
+    error: type[CsmWeightsError] = first.value
+    return error(message, findings, advice)

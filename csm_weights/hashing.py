@@ -77,9 +77,9 @@ def sha256() -> Hasher:
     return hashlib.sha256()
 
 
-def git_sha1(size: int) -> Hasher:
-    """Return the git blob SHA-1 of a content of `size` bytes, to be fed with just that content."""
-    return hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+def git_sha1(size: int, content: bytes = b"") -> Hasher:
+    """Return the git blob SHA-1 of `size` bytes, to be fed with those that follow `content`."""
+    return hashlib.sha1(f"blob {size}\0".encode() + content, usedforsecurity=False)
 
 
 def blob_id(sha256_hex: str, size: int) -> str:
@@ -89,9 +89,7 @@ def blob_id(sha256_hex: str, size: int) -> str:
     as git hashes a blob.
     """
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256_hex}\nsize {size}\n"
-    digest = git_sha1(len(pointer))
-    digest.update(memoryview(pointer.encode()))
-    return digest.hexdigest()
+    return git_sha1(len(pointer), pointer.encode()).hexdigest()
 
 
 def feed(

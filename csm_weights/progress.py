@@ -118,16 +118,13 @@ class Progress:
             if self._bar is not None:
                 self._bar.update(count)
             elif self._plain:
-                self._maybe_line()
-
-    def _maybe_line(self) -> None:
-        now = time.monotonic()
-        percent = min(100, self._done * 100 // self._total)
-        quiet = now - self._shown_at
-        further = percent >= self._shown_percent + LINE_PERCENT
-        if quiet >= LINE_SECONDS or (further and quiet >= LEAST_SECONDS):
-            self._shown_at, self._shown_percent = now, percent
-            self.log(f"{percent} %, {_pace(self._done, self._total, now - self._started)}")
+                now = time.monotonic()
+                percent = min(100, self._done * 100 // self._total)
+                quiet = now - self._shown_at
+                further = percent >= self._shown_percent + LINE_PERCENT
+                if quiet >= LINE_SECONDS or (further and quiet >= LEAST_SECONDS):
+                    self._shown_at, self._shown_percent = now, percent
+                    self.log(f"{percent} %, {_pace(self._done, self._total, now - self._started)}")
 
     def log(self, text: str) -> None:
         """Print a line under this label at once."""

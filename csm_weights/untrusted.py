@@ -1,7 +1,5 @@
 """Text that anyone may have written: check it, show it, read records from it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -113,6 +111,4 @@ def _build(kind: Any, value: Any) -> Any:
     return value
 
 
-@functools.cache
-def _field_types(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+_field_types = functools.cache(typing.get_type_hints)

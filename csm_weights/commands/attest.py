@@ -1,7 +1,5 @@
 """Attest installed files, and check installed files against an attestation."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,22 +9,15 @@ from pathlib import Path
 
 from csm_weights.commands.verify import digests_of, write_sums_of
 from csm_weights.commands.verify import verify as verify_files
-from csm_weights.errors import (
-    Finding,
-    Kind,
-    UsageError,
-    WrongContent,
-    error_for,
-)
+from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.files import Fingerprint, read_file
 from csm_weights.hashing import HashJob, measure, sha256_of
-from csm_weights.manifest.types import Artifact
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import begin, gate_error, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
-from csm_weights.store.inspect import ArtifactState, FileState, State
+from csm_weights.store.inspect import FileState, State
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.verify import envelope, keys, statement
 from csm_weights.verify.envelope import Attestation, Attested, Signer
@@ -81,17 +72,14 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
 
 
 def _facts(state: State, digests: Mapping[str, str]) -> Facts:
-    manifest, where = state.manifest, Path(state.manifest.where)
-    files = tuple(_verified(item, digests[item.artifact.path]) for item in state.artifacts)
-    at = _time()
-    return Facts(manifest, where.name, sha256_of(where), files, version("csm-weights"), at)
-
-
-def _verified(item: ArtifactState, sha256: str) -> tuple[Artifact, VerifiedFile]:
-    file = item.installed
-    receipt = file.receipt if file.state is FileState.VERIFIED else None
-    pieces, fingerprint = receipt.pieces if receipt else (), Fingerprint.of(file.path.stat())
-    return item.artifact, VerifiedFile(file.path, sha256, pieces, fingerprint)
+    where, files = Path(state.manifest.where), []
+    for item in state.artifacts:
+        artifact, file = item.artifact, item.installed
+        pieces = file.receipt.pieces if file.receipt and file.state is FileState.VERIFIED else ()
+        stat = Fingerprint.of(file.path.stat())
+        files.append((artifact, VerifiedFile(file.path, digests[artifact.path], pieces, stat)))
+    of = (state.manifest, where.name, sha256_of(where))
+    return Facts(*of, tuple(files), version("csm-weights"), _time())
 
 
 def _time() -> str:
@@ -131,12 +119,12 @@ def verify(
     sums: str | None = None,
     write_sums: bool = False,
 ) -> Outcome:
-    """All that `proving.verify` does, and the attestation is signed by `key` and true.
+    """Do what `verify` does, and check that an attestation is signed by `key` and true.
 
     Offline. The statement is checked before anything is hashed. The subjects
-    have to be in place with the digests that were attested, and the chosen
-    files among them; with names in `request.only`, those are what is held
-    against it. Without `key` nobody vouches for it, and the result says so.
+    have to be installed with the digests that were attested, and the chosen
+    files among them; with names in `request.only`, only those are compared.
+    Without `key` nobody has signed for it, and the result says so.
     Raises WrongContent or MissingInput.
     """
     said = envelope.read(
@@ -167,14 +155,11 @@ def verify(
 
 def _others(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the sha256 of attested files that are here and not among the chosen ones."""
-    jobs = []
-    for name in names:
-        path = folder / name
-        if path.is_file():
-            jobs.append((name, HashJob(path, path.stat().st_size, whole=True)))
-    with Progress("hashing what else is attested", sum(j.size for _, j in jobs)) as progress:
-        measured = measure([job for _, job in jobs], progress.advance)
-    return {name: m.whole or "" for (name, _), m in zip(jobs, measured, strict=True)}
+    there = {name: folder / name for name in names if (folder / name).is_file()}
+    jobs = [HashJob(path, path.stat().st_size, whole=True) for path in there.values()]
+    with Progress("hashing what else is attested", sum(job.size for job in jobs)) as progress:
+        measured = measure(jobs, progress.advance)
+    return {name: found.whole or "" for name, found in zip(there, measured, strict=True)}
 
 
 def _notes(said: Attestation, state: State, left_out: int) -> tuple[str, ...]:

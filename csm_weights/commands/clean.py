@@ -1,7 +1,5 @@
 """Clean: remove what interrupted runs have left unfinished."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import ExitStack
 from pathlib import Path

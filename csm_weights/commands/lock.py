@@ -1,9 +1,4 @@
-"""Manifests from the Hub's own metadata, or from verified files.
-
-Like `pipeline`, this module knows an order and does nothing by itself.
-"""
-
-from __future__ import annotations
+"""Manifests from the Hub's own metadata, or from verified files."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -11,7 +6,7 @@ from pathlib import Path
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, error_for
-from csm_weights.hashing import Digests, HashJob, measure
+from csm_weights.hashing import HashJob, measure
 from csm_weights.manifest import pin
 from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.paths import path_problem
@@ -95,7 +90,11 @@ def _in_pieces(
     ]
     found = measure(jobs, on_progress)
     pairs = list(zip(items, found, strict=True))
-    _require([finding for item, measured in pairs for finding in _wrong(item, measured)])
+    wrong = []
+    for item, measured in pairs:
+        artifact, digests = item.artifact, (measured.whole or "", measured.git_sha1)
+        wrong += digest_findings(artifact, artifact.editions[0], *digests, item.installed.path)
+    _require(wrong)
     return [
         pin.with_pieces(
             pin.with_sha256(pin.recomputed(item.artifact), measured.whole or ""),
@@ -105,11 +104,6 @@ def _in_pieces(
         )
         for item, measured in pairs
     ]
-
-
-def _wrong(item: ArtifactState, found: Digests) -> list[Finding]:
-    artifact, digests = item.artifact, (found.whole or "", found.git_sha1)
-    return digest_findings(artifact, artifact.editions[0], *digests, item.installed.path)
 
 
 def _require(findings: Sequence[Finding]) -> None:
@@ -143,7 +137,14 @@ def lock_repo(
     difference = _write(path, manifest, dry)
     if is_known:
         return difference or f"{path}: nothing to add, it has all that the Hub reports"
-    return render(manifest) if dry else _summary(manifest, model or path.stem)
+    if dry:
+        return render(manifest)
+    count, total = len(manifest.artifacts), sum(a.size for a in manifest.artifacts)
+    return (
+        f"{manifest.where}: {count:,} files, {total:,} bytes, commit {manifest.revision}\n"
+        "these are the sizes and digests that the Hub reported; next:"
+        f" inv weights --model {model or path.stem}"
+    )
 
 
 def _write(path: Path, manifest: Manifest, dry: bool) -> str:
@@ -154,11 +155,3 @@ def _write(path: Path, manifest: Manifest, dry: bool) -> str:
     if difference and not dry:
         write_manifest(path, manifest)
     return difference
-
-
-def _summary(manifest: Manifest, model: str) -> str:
-    count, total = len(manifest.artifacts), sum(a.size for a in manifest.artifacts)
-    return (
-        f"{manifest.where}: {count:,} files, {total:,} bytes, commit {manifest.revision}\n"
-        f"these are the sizes and digests that the Hub reported; next: inv weights --model {model}"
-    )

@@ -1,20 +1,15 @@
 """Seal the installed files, and renew their receipts."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from csm_weights.errors import Finding, WrongContent
 from csm_weights.files import Fingerprint
-from csm_weights.manifest.types import Artifact
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Session, begin, gate_error
-from csm_weights.pipeline.session import now as time_now
+from csm_weights.pipeline.session import Session, begin, gate_error, now
 from csm_weights.store import install
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.lock import locked
-from csm_weights.store.receipts import Receipt
 from csm_weights.verify.seal import Sealed, seal
 
 
@@ -45,16 +40,12 @@ def _seal(run: Session, item: ArtifactState) -> Sealed:
     if sealed == receipt.fingerprint:
         return done
     if not sealed.same_bytes(receipt.fingerprint):
-        receipt = _verified_again(run, item.artifact, receipt)
+        # The kernel has set the time of writing as it froze the file: hash what it froze.
+        file = next(i.installed for i in run.inspect().artifacts if i.artifact == item.artifact)
+        (verified,) = run.verify([(item.artifact, file)])
+        if verified is None or verified.sha256 != receipt.sha256:
+            found = run.known_bad.get(file.path) or Finding.changed(file.path)
+            raise WrongContent("a file was changed while it was being sealed", [found])
+        receipt = replace(receipt, fingerprint=verified.fingerprint, verified_at=now())
     install.record(run.paths.destination, receipt)
     return done
-
-
-def _verified_again(run: Session, artifact: Artifact, receipt: Receipt) -> Receipt:
-    """Return the receipt of a file whose times fs-verity has changed, after hashing it."""
-    look = next(i.installed for i in run.inspect().artifacts if i.artifact.path == artifact.path)
-    (verified,) = run.verify([(artifact, look)])
-    if verified is None or verified.sha256 != receipt.sha256:
-        found = run.known_bad.get(look.path) or Finding.changed(look.path)
-        raise WrongContent("a file was changed while it was being sealed", [found])
-    return replace(receipt, fingerprint=verified.fingerprint, verified_at=time_now())

@@ -1,7 +1,5 @@
 """Link the installed files into the Hub's standard cache, for other programs."""
 
-from __future__ import annotations
-
 import re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -39,10 +37,10 @@ LARGE = 10_000_000
 
 @dataclass(frozen=True)
 class Seeding:
-    """What the cache was given: each file, and how it came.
+    """The files that were added to the cache, and how each came.
 
     `main` is the commit that main stands for now. `notes` are what a person
-    should know of it; of a rehearsal they are what would be done.
+    should know of it; of a dry run they are what would be done.
     """
 
     manifest: Manifest
@@ -68,19 +66,15 @@ def seed_cache(request: Request, move_main: bool = False) -> Seeding:
         with suppress(NoSpace):
             if folder.is_dir():
                 stack.enter_context(lock(folder, f"{RECEIPTS}/{LOCK}"))
-        return _seed(run, repo, revision, move_main)
-
-
-def _seed(run: Session, repo: str, revision: str, move_main: bool) -> Seeding:
-    state, cache = _verified(run), _cache()
-    seeds, notes = _seeds(state, cache, repo, revision)
-    try:
-        with Progress("into the Hub's cache", sum(s.size for s in seeds)) as progress:
-            seeded = hub_cache.seed(cache, repo, revision, seeds, move_main, progress.advance)
-    finally:
-        unrecorded = _record_again(state)
-    with suppress(NoSpace):
-        run.remove_leftovers(run.inspect(), is_staged=True)
+        state, cache = _verified(run), HubEnvironment.read().cache.absolute()
+        seeds, notes = _seeds(state, cache, repo, revision)
+        try:
+            with Progress("into the Hub's cache", sum(s.size for s in seeds)) as progress:
+                seeded = hub_cache.seed(cache, repo, revision, seeds, move_main, progress.advance)
+        finally:
+            unrecorded = _record_again(state)
+        with suppress(NoSpace):
+            run.remove_leftovers(run.inspect(), is_staged=True)
     main = hub_cache.main_of(cache, repo)
     notes += [*_main_notes(revision, main, run.manifest.name), *unrecorded]
     return Seeding(run.manifest, cache, tuple(seeded), main, tuple(notes))
@@ -90,7 +84,7 @@ def rehearse(request: Request, move_main: bool = False) -> Seeding:
     """Return what `seed_cache` would do; nothing is hashed or written."""
     run = begin(request)
     repo, revision = _repository(run.manifest)
-    state, cache = run.inspect(), _cache()
+    state, cache = run.inspect(), HubEnvironment.read().cache.absolute()
     subjects = [run.subject(i.artifact, i.installed) for i in state.artifacts]
     if findings := [s.finding for s in subjects if s.finding]:
         raise error_for("not every file is installed", findings)
@@ -114,26 +108,17 @@ def _repository(manifest: Manifest) -> tuple[str, str]:
     return manifest.repo, manifest.revision
 
 
-def _cache() -> Path:
-    return HubEnvironment.read().cache.absolute()
-
-
 def _verified(run: Session) -> State:
-    """Return the state of the chosen files, all verified; else raise the error for all."""
-    _verify(run, run.inspect())
-    state = run.inspect()
-    if error := gate_error(run.gate(state, rehash=False)):
-        raise error
-    return state
-
-
-def _verify(run: Session, state: State) -> None:
-    """Hash the installed files that have no valid receipt; write one for the right ones."""
-    items = [i for i in state.artifacts if i.installed.state is FileState.UNVERIFIED]
+    """Return the state once each chosen file has a receipt; raise what the gates find."""
+    items = [i for i in run.inspect().artifacts if i.installed.state is FileState.UNVERIFIED]
     found = run.verify([(item.artifact, item.installed) for item in items])
     for item, verified in zip(items, found, strict=True):
         if verified:
             install.record(run.paths.destination, run.receipt(item.artifact, verified))
+    state = run.inspect()
+    if error := gate_error(run.gate(state, rehash=False)):
+        raise error
+    return state
 
 
 def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Seed], list[str]]:

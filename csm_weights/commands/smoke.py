@@ -1,7 +1,5 @@
 """Smoke-test an installed model: load it, generate some frames, and check them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from csm_weights.errors import UsageError

@@ -1,7 +1,5 @@
 """Split a file into chunk files, with SHA256SUMS and a manifest entry."""
 
-from __future__ import annotations
-
 import glob
 import os
 import threading
@@ -27,13 +25,10 @@ from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.lock import are_real, lock
 from csm_weights.store.manifest_file import write_manifest
 from csm_weights.transfer.reorder import InOrderDigest
-from csm_weights.verify.sums import SUMS, render_chunk_list
+from csm_weights.verify.sums import MAX_SUMS, SUMS, render_chunk_list
 
 #: Name of the lock in output/ that one split holds at a time.
 SPLIT_LOCK = ".split.lock"
-
-#: Largest SHA256SUMS that is extended, in bytes.
-MAX_SUMS = 16 << 20
 
 
 def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bool) -> str:
@@ -60,7 +55,10 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     locks = root / "output"
     with lock(locks, SPLIT_LOCK), Progress("splitting", total) as progress:
         if are_real(locks / SPLIT_LOCK):
-            remove_unfinished(root / folder, file.name)
+            # What killed splits of this file have left.
+            for left in (root / folder).glob(f"{glob.escape(file.name)}.part-*.partial"):
+                with writing(left):
+                    left.unlink(missing_ok=True)
         artifact = split_file(file, root, folder, piece_size, progress.advance)
         write_chunk_list(root, artifact)
     if current is None:
@@ -76,13 +74,6 @@ def _manifest_to_extend(path: Path) -> Manifest:
     if problem := pin.name_problem(path.stem):
         raise UsageError(f"--manifest {path}: {problem}")
     return Manifest(path.stem, f"output/{path.stem}", f"models/{path.stem}", (), where=str(path))
-
-
-def remove_unfinished(folder: Path, name: str) -> None:
-    """Remove the partial chunk files that killed splits of the file `name` have left."""
-    for left in folder.glob(f"{glob.escape(name)}.part-*.partial"):
-        with writing(left):
-            left.unlink(missing_ok=True)
 
 
 def write_chunk_list(root: Path, artifact: Artifact) -> None:

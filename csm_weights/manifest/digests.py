@@ -1,7 +1,5 @@
 """Compare the digests of a whole file with what a manifest pins."""
 
-from __future__ import annotations
-
 from csm_weights.errors import Finding, Kind
 from csm_weights.hashing import blob_id
 from csm_weights.manifest.types import Artifact, Edition

@@ -13,20 +13,10 @@ from typing import Any
 
 from csm_weights.errors import Finding, Kind, ManifestInvalid
 from csm_weights.files import read_file
+from csm_weights.manifest import types
 from csm_weights.manifest.paths import CHUNKS, folded, path_problem
 from csm_weights.manifest.toml import read_toml
-from csm_weights.manifest.types import (
-    FIGURES,
-    FORMATS,
-    MARKS,
-    MAX_SIZE,
-    MAX_TEXT,
-    SCHEMA,
-    Artifact,
-    Edition,
-    Manifest,
-    Piece,
-)
+from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
 from csm_weights.untrusted import Malformed, show
 
 _NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
@@ -42,7 +32,7 @@ def load(path: Path) -> Manifest:
     Raises MissingInput where there is none, WrongContent for what is no
     regular file or too large, ManifestInvalid with every broken rule.
     """
-    return parse(read_file(path, MAX_TEXT, "a manifest"), str(path))
+    return parse(read_file(path, types.MAX_TEXT, "a manifest"), str(path))
 
 
 def parse(text: bytes, where: str) -> Manifest:
@@ -51,8 +41,8 @@ def parse(text: bytes, where: str) -> Manifest:
     Raises ManifestInvalid with every broken rule, each by its key.
     """
     problems = _Problems(where)
-    if len(text) > MAX_TEXT:
-        problems.add("", f"at most {MAX_TEXT:,} bytes", "more")
+    if len(text) > types.MAX_TEXT:
+        problems.add("", f"at most {types.MAX_TEXT:,} bytes", "more")
         raise problems.error()
     try:
         data = read_toml(text)
@@ -116,9 +106,9 @@ class _Table:
 
     def number(self, name: str, low: int) -> int:
         value = self.left.pop(name, None)
-        if type(value) is not int or not low <= value <= MAX_SIZE:
+        if type(value) is not int or not low <= value <= types.MAX_SIZE:
             found = "nothing" if value is None else show(value)
-            self.refuse(name, f"an integer of bytes from {low} to {MAX_SIZE}", found)
+            self.refuse(name, f"an integer of bytes from {low} to {types.MAX_SIZE}", found)
             return low
         return value
 
@@ -160,8 +150,8 @@ class _Table:
 
 def _manifest(table: _Table, where: str) -> Manifest:
     schema = table.left.pop("schema", None)
-    if type(schema) is not int or schema != SCHEMA:
-        table.refuse("schema", f"{SCHEMA}", "another, or none")
+    if type(schema) is not int or schema != types.SCHEMA:
+        table.refuse("schema", f"{types.SCHEMA}", "another, or none")
     layout, hub, smoke = table.table("layout"), table.table("hub"), table.table("smoke")
     has_hub = bool(hub.left)
     gated, default = hub.left.pop("gated", False), table.left.pop("default", [])
@@ -236,8 +226,8 @@ def _artifact(table: _Table) -> Artifact:
         note=table.text("note", ""),
     )
     table.finish()
-    if artifact.format not in FORMATS:
-        table.refuse("format", " or ".join(FORMATS), repr(artifact.format))
+    if artifact.format not in types.FORMATS:
+        table.refuse("format", " or ".join(types.FORMATS), repr(artifact.format))
     if artifact.is_pinned_by_git and artifact.git_sha1 is None:
         table.refuse("sha256", "a digest, or pieces that have one", "neither")
     sizes: set[int] = set()
@@ -285,10 +275,10 @@ def _edition(table: _Table) -> Edition:
 def _evidence(table: _Table) -> dict[str, str]:
     marks = {name: table.text(name) for name in list(table.left)}
     for name, mark in marks.items():
-        if name not in FIGURES:
-            table.refuse(name, " or ".join(FIGURES), "another figure")
-        if mark not in MARKS:
-            table.refuse(name, " or ".join(MARKS), repr(mark))
+        if name not in types.FIGURES:
+            table.refuse(name, " or ".join(types.FIGURES), "another figure")
+        if mark not in types.MARKS:
+            table.refuse(name, " or ".join(types.MARKS), repr(mark))
     return marks
 
 

@@ -5,8 +5,7 @@ every other file goes below models/, or to a folder from which no program takes
 up files by itself.
 """
 
-from __future__ import annotations
-
+import functools
 import os
 import re
 import sys
@@ -108,19 +107,15 @@ def data_findings(root: Path, destination: Path, paths: Iterable[str]) -> list[F
     folder = Path(os.path.realpath(given))
     above = [folder, *folder.parents]
     home = next((one for one in above if one.exists() and one.samefile(root)), None)
-    problems: dict[Path, str] = {}
+    folder_problem = functools.cache(_folder_problem)
     findings = []
-    for path in paths:
-        if path in SHIPPED:
-            continue
-        file = folder / path
-        if home:
-            is_data = file.relative_to(home).parts[0] in DATA_FOLDERS
-            problem = "" if is_data else "a folder of the checkout that is not for data"
+    for file in [folder / path for path in paths if path not in SHIPPED]:
+        if not home:
+            problem = folder_problem(file.parent, folder)
+        elif file.relative_to(home).parts[0] in DATA_FOLDERS:
+            problem = ""
         else:
-            if file.parent not in problems:
-                problems[file.parent] = _folder_problem(file.parent, folder)
-            problem = problems[file.parent]
+            problem = "a folder of the checkout that is not for data"
         if problem:
             expected = "a place below models/, or in a folder of its own"
             help_text = f"--dest {DATA_FOLDERS[0]}/NAME"

@@ -1,7 +1,5 @@
 """Make manifest entries: sizes and names of chunk files, digests found or reported."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections.abc import Sequence
@@ -91,9 +89,7 @@ def is_same(known: Artifact, reported: Artifact) -> bool | None:
         pairs += [(known.blob_id, reported.blob_id), (known.git_sha1, reported.git_sha1)]
     if edition.text is not None:
         content = edition.text.encode()
-        digest = git_sha1(len(content))
-        digest.update(memoryview(content))
-        pairs.append((digest.hexdigest(), reported.git_sha1))
+        pairs.append((git_sha1(len(content), content).hexdigest(), reported.git_sha1))
     verdicts = [one == other for one, other in pairs if one and other]
     return all(verdicts) if verdicts else None
 

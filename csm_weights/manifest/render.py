@@ -1,7 +1,5 @@
 """Write a manifest as canonical TOML: one key a line, one piece a line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 

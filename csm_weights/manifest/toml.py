@@ -5,8 +5,6 @@ and up to two hundred times the text for tables of a few letters: 40 kB take
 4 s and 1.5 GB. So the marks that make tables, keys and items are counted first.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections import Counter

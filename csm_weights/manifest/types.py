@@ -1,7 +1,5 @@
 """The values that say what a model's files must be: manifest, artifact, edition, piece."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from csm_weights.byte_ranges import Ranges
 from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, error_for
-from csm_weights.manifest.types import Artifact, Edition, Piece
+from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline.advice import way_around
 from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install
@@ -39,14 +39,16 @@ ActionT = TypeVar("ActionT", bound="Action")
 class Action:
     """One act on one artifact; `file` is the one that is read, or the staged one that results.
 
-    `verb` and `detail` are the words for a person. `writes_to` is the folder
-    that gets the bytes: the name of a field of `Paths`, or empty.
+    `verb` and `detail` are the words for a person. `reads_file` says whether
+    `file` is read. `writes_to` is the folder that gets the bytes: the name of a
+    field of `Paths`, or empty.
     """
 
     item: ArtifactState
     file: FileStatus
 
     verb: ClassVar[str]
+    reads_file: ClassVar[bool] = False
     writes_to: ClassVar[str] = ""
 
     @property
@@ -62,7 +64,7 @@ class Action:
     @property
     def bytes_read(self) -> int:
         """Bytes read from disks of this machine."""
-        return 0
+        return (self.file.size or self.artifact.size) if self.reads_file else 0
 
     @property
     def bytes_written(self) -> int:
@@ -103,12 +105,7 @@ class Keep(Action):
 class Verify(Action):
     """Hash a file that lies where it should; a right one gets its receipt."""
 
-    verb = "verify in place"
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the file."""
-        return self.file.size or 0
+    verb, reads_file = "verify in place", True
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
@@ -125,13 +122,6 @@ class WriteText(Action):
     verb, writes_to = "write", "staging"
 
     @property
-    def edition(self) -> Edition:
-        """The edition whose text is written."""
-        edition = text_edition(self.artifact)
-        assert edition, "only a file whose text is known is written"
-        return edition
-
-    @property
     def detail(self) -> str:
         """The origin of the bytes."""
         return "from its known text"
@@ -139,25 +129,20 @@ class WriteText(Action):
     @property
     def bytes_written(self) -> int:
         """Bytes of the text."""
-        return self.edition.size
+        return len((known_text(self.artifact) or "").encode())
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
         """See `Action`."""
         for action in actions:
-            made = write_text(action.file.path, action.edition.text or "")
+            made = write_text(action.file.path, known_text(action.artifact) or "")
             session.install_staged(action.artifact, made)
 
 
 class LinkFromCache(Action):
     """Verify a file of the Hub's cache and give it a second name in staging."""
 
-    verb = "link from the Hub's cache"
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the file."""
-        return self.artifact.size
+    verb, reads_file = "link from the Hub's cache", True
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
@@ -303,7 +288,14 @@ class Consume(Assemble):
         actions = sorted(actions, key=lambda action: not action.item.held_twice)
         subjects = [consume.Subject.of(a.item, a.consumed, root) for a in actions]
         consume.require_punching(subjects)
-        _require_locks(session)
+        if not are_real(session.paths.staging / NAME):
+            # Two that consume at once would destroy bytes.
+            words = ("a file system with locks that keep others out", "locks that do nothing")
+            help_text = "leave --consume out, or put the checkout on a local disk"
+            where = str(session.paths.staging)
+            finding = Finding(Kind.NOT_CONSUMABLE, where, *words, help_text)
+            name = session.manifest.name
+            raise error_for(f"{name}: its chunk files cannot be consumed there", [finding])
         total = sum(piece.size for subject in subjects for piece in subject.pieces)
         with Progress("verifying the chunk files", total) as progress:
             proofs = consume.verify(subjects, progress.advance)
@@ -341,12 +333,7 @@ class Move(Action):
 class Copy(Action):
     """Copy a staged file to the destination on another file system; the staged one goes."""
 
-    verb, writes_to = "copy into place", "destination"
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the staged file."""
-        return self.file.size or self.artifact.size
+    verb, reads_file, writes_to = "copy into place", True, "destination"
 
     @property
     def bytes_written(self) -> int:
@@ -359,7 +346,7 @@ class Copy(Action):
         staging, destination = session.paths.staging, session.paths.destination
         jobs = [
             Assembly(
-                _as_staged(action.artifact, _receipt(action)),
+                _as_staged(action),
                 destination / action.artifact.path,
                 WholeFile(action.file.path),
                 action.item.copied,
@@ -379,25 +366,12 @@ class Copy(Action):
 
 
 #: The kinds of actions, cheapest first: what one finds out may change what is left to do.
-ORDER: tuple[type[Action], ...] = (
-    Verify,
-    WriteText,
-    LinkFromCache,
-    Assemble,
-    Consume,
-    Move,
-    Copy,
-)
+ORDER: tuple[type[Action], ...] = (Verify, WriteText, LinkFromCache, Assemble, Consume, Move, Copy)
 
 
-def apply_all(actions: Sequence[Action], session: Session) -> None:
-    """Apply actions of one kind, on all their files at once."""
-    type(actions[0]).apply(actions, session)
-
-
-def text_edition(artifact: Artifact) -> Edition | None:
-    """Return the edition of a file whose text the manifest has, if there is one."""
-    return next((e for e in artifact.editions if e.text is not None), None)
+def known_text(artifact: Artifact) -> str | None:
+    """Return the text of a file, where the manifest has it."""
+    return next((e.text for e in artifact.editions if e.text is not None), None)
 
 
 def _count(number: int, noun: str) -> str:
@@ -415,8 +389,9 @@ def _receipt(action: Action) -> Receipt:
     return action.file.receipt
 
 
-def _as_staged(artifact: Artifact, receipt: Receipt) -> Artifact:
+def _as_staged(action: Copy) -> Artifact:
     """Return the artifact as it was verified in staging, in the pieces of that time."""
+    artifact, receipt = action.artifact, _receipt(action)
     pieces = tuple(Piece(r.source, r.offset, r.size, r.sha256) for r in receipt.pieces)
     pieces = pieces or (Piece(receipt.path, 0, receipt.size, receipt.sha256),)
     # The Hub blob id is that of the pinned edition; another one may have been accepted.
@@ -424,17 +399,6 @@ def _as_staged(artifact: Artifact, receipt: Receipt) -> Artifact:
     return replace(
         artifact, size=receipt.size, sha256=receipt.sha256, blob_id=blob_id, pieces=pieces
     )
-
-
-def _require_locks(session: Session) -> None:
-    """Raise NoSpace where locks do nothing: two that consume at once would destroy bytes."""
-    folder = session.paths.staging
-    if not are_real(folder / NAME):
-        words = ("a file system with locks that keep others out", "locks that do nothing")
-        help_text = "leave --consume out, or put the checkout on a local disk"
-        finding = Finding(Kind.NOT_CONSUMABLE, str(folder), *words, help_text)
-        name = session.manifest.name
-        raise error_for(f"{name}: its chunk files cannot be consumed there", [finding])
 
 
 def _assemble(

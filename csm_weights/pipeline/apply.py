@@ -5,14 +5,12 @@ what it found out into the next inspection: a file whose hash was wrong is
 planned around.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, error_for
 from csm_weights.pipeline import smoke_test
-from csm_weights.pipeline.actions import Action, Keep, apply_all
+from csm_weights.pipeline.actions import Action, Keep
 from csm_weights.pipeline.advice import way_around, ways_to_get
 from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import Plan, Target
@@ -80,8 +78,7 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
     if not smoke or not any(item.artifact.is_weights for item in outcome.state.artifacts):
         return outcome
     if not smoke_test.is_for(session.manifest):
-        with Progress("smoke", 0) as progress:
-            progress.log("there is no smoke test for this model; it is not run")
+        Progress("smoke", 0).log("there is no smoke test for this model; it is not run")
         return outcome
     if known := smoke_test.known_report(outcome.state, require_gpu):
         return replace(outcome, smoke=known, smoke_is_known=True)
@@ -108,7 +105,7 @@ def run(session: Session, target: Target) -> Outcome:
                 is_tidied = session.remove_leftovers(plan.state, is_staged)
                 state = session.inspect() if is_tidied else plan.state
                 return Outcome(state, tuple(done), tuple(session.notes))
-            apply_all(plan.ready, session)
+            type(plan.ready[0]).apply(plan.ready, session)
             done += plan.ready
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 

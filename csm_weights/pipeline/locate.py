@@ -4,8 +4,7 @@ What is not verified yet comes with the digests that it must have, so that it is
 verified while it is loaded. Nothing is written but by `apply`.
 """
 
-from __future__ import annotations
-
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,17 @@ from urllib.parse import quote
 
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.config import HubEnvironment
-from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
+from csm_weights.errors import Finding, Kind, MissingInput
 from csm_weights.files import Fingerprint
 from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.weights_file import WEIGHT_FILES
-from csm_weights.hashing import git_sha1, sha256
+from csm_weights.hashing import git_sha1
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply, repo_manifest
+from csm_weights.pipeline.actions import known_text
 from csm_weights.pipeline.plan import Target
-from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.request import Request, manifests
 from csm_weights.pipeline.session import begin
 from csm_weights.progress import Progress
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
@@ -60,21 +60,17 @@ def of_repo(root: Path, repo: str, revision: str | None) -> Request:
     branch stays at the commit that it named then. Raises UsageError,
     AccessRefused, NetworkFailed, MissingInput or WrongContent.
     """
-    for path in _manifests(root):
+    for path in manifests(root):
         if load(path).repo == repo:
             return Request(root, path.stem, revision=revision)
     above = HubEnvironment.read().cache.parent / "csm-weights"
     folder = quote(repo, safe="").replace("%2F", "--")
     home = above / folder / quote(revision or "main", safe="")
-    if not (known := _manifests(home)):
+    if not (known := manifests(home)):
         path = repo_manifest.path_of(home, repo, revision or "")
         write_manifest(path, repo_manifest.from_hub(path, repo, revision or "", WANTED))
         known = [path]
     return Request(home, known[0].stem)
-
-
-def _manifests(root: Path) -> list[Path]:
-    return sorted((root / "manifests").glob("*.toml"))
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,6 @@ class LocalWeights:
     folder: Path
     config: CsmConfig | None
     digests: tuple[ByteRange, ...] = ()
-
-    @property
-    def is_verified(self) -> bool:
-        """True where the bytes are known to be right."""
-        return not self.digests
 
 
 class Weights:
@@ -134,7 +125,6 @@ class Weights:
     def _unverified(
         self, item: ArtifactState, files: Sequence[FileStatus]
     ) -> Iterator[LocalWeights]:
-        """Yield a file, or chunk files, of the right size where there are digests for them."""
         digests = _digests(item.artifact)
         size = sum(file.size or 0 for file in files)
         is_whole = bool(files) and all(file.state is FileState.UNVERIFIED for file in files)
@@ -146,7 +136,6 @@ class Weights:
         return LocalWeights(paths, folder, self._read_config(), digests)
 
     def _read_config(self) -> CsmConfig | None:
-        """Return the network that the manifest, or else a right config.json, describes."""
         if written := _written(self._session.manifest):
             return written
         for item in self._state.artifacts:
@@ -164,9 +153,8 @@ class Weights:
         """
         session = self._session
         wanted = next((item for item in self._items if item.is_here), self._items[0]).artifact
-        with Progress("loading", 0) as progress:
-            name = session.manifest.name
-            progress.log(f"{wanted.path} of {name} is not here and verified: getting it")
+        name = session.manifest.name
+        Progress("loading", 0).log(f"{wanted.path} of {name} is not here and verified: getting it")
         session.chosen = tuple(a for a in session.chosen if a.path in (wanted.path, CONFIG))
         self._state = apply.run(session, Target.BOTH).state
         return self._found((session.paths.destination / wanted.path,))
@@ -186,26 +174,16 @@ def _loadable(manifest: Manifest) -> tuple[Artifact, ...]:
     return (*weights, *(a for a in manifest.artifacts if a.path == CONFIG))
 
 
-def log_skipped(found: LocalWeights, error: WrongContent) -> None:
-    """Log on stderr that weights are not right, and that others are tried."""
-    with Progress("loading", 0) as progress:
-        progress.log(f"{found.paths[0]} is not loaded: {error}")
-
-
 # ---- what manifests say of a file that someone names
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """What a manifest pins of a file of weights: the file, and the network where it is known."""
+    """What a manifest pins of a file of weights: its ranges, and the network where it is known."""
 
     artifact: Artifact
+    digests: tuple[ByteRange, ...]
     config: CsmConfig | None
-
-    @property
-    def digests(self) -> tuple[ByteRange, ...]:
-        """Ranges that tile the file, with their sha256."""
-        return _digests(self.artifact)
 
 
 def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
@@ -216,12 +194,12 @@ def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
     """
     above = (folder.absolute(), *folder.absolute().parents)
     for root in (*[f for f in above if (f / "tasks.py").is_file()][:1], checkout()):
-        for path in _manifests(root):
+        for path in manifests(root):
             manifest = load(path)
             for artifact in manifest.artifacts:
-                is_it = artifact.is_weights and artifact.size == size and _digests(artifact)
-                if is_it and name in ("", Path(artifact.path).name):
-                    return Pinned(artifact, _written(manifest))
+                is_it = artifact.is_weights and artifact.size == size
+                if is_it and name in ("", Path(artifact.path).name) and (d := _digests(artifact)):
+                    return Pinned(artifact, d, _written(manifest))
     return None
 
 
@@ -242,9 +220,8 @@ def _digests(artifact: Artifact) -> tuple[ByteRange, ...]:
 def _written(manifest: Manifest) -> CsmConfig | None:
     """Return the network of the edition of config.json whose text is in the manifest."""
     for artifact in manifest.artifacts:
-        for edition in artifact.editions if artifact.path == CONFIG else ():
-            if edition.text is not None:
-                return parse_config(edition.text.encode(), f"{artifact.path} in the manifest")
+        if artifact.path == CONFIG and (text := known_text(artifact)) is not None:
+            return parse_config(text.encode(), f"{artifact.path} in the manifest")
     return None
 
 
@@ -256,9 +233,7 @@ def _right_text(artifact: Artifact, path: Path) -> bytes | None:
         content = path.read_bytes()
     except OSError:
         return None
-    whole, git = sha256(), git_sha1(len(content))
-    for digest in (whole, git):
-        digest.update(memoryview(content))
     known = {edition.sha256 for edition in artifact.editions}
-    is_right = whole.hexdigest() in known or git.hexdigest() == artifact.git_sha1
+    git = git_sha1(len(content), content).hexdigest()
+    is_right = hashlib.sha256(content).hexdigest() in known or git == artifact.git_sha1
     return content if is_right else None

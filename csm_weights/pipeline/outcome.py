@@ -1,7 +1,5 @@
 """The results of the pipeline's commands."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from csm_weights.errors import CsmWeightsError, Finding

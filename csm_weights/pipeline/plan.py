@@ -4,28 +4,14 @@ Pure: no file is opened here. `status` prints a plan and a dry run stops after
 it, so both show exactly what would be done.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.pipeline.actions import (
-    ORDER,
-    Action,
-    ActionT,
-    Assemble,
-    Consume,
-    Copy,
-    Keep,
-    LinkFromCache,
-    Move,
-    Verify,
-    WriteText,
-    text_edition,
-)
+from csm_weights.pipeline import actions as act
+from csm_weights.pipeline.actions import Action, ActionT, Assemble, Consume, Keep
 from csm_weights.store.consumed import CONSUMING_ROOM
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
 from csm_weights.transfer import consume
@@ -65,7 +51,7 @@ class Plan:
     @property
     def ready(self) -> tuple[Action, ...]:
         """The actions of the cheapest kind: what they find out may change the others."""
-        for kind in ORDER:
+        for kind in act.ORDER:
             if found := tuple(action for action in self.actions if type(action) is kind):
                 return found
         return ()
@@ -99,21 +85,17 @@ def default_selection(state: State) -> tuple[Artifact, ...]:
     if not weights:
         return tuple(s.artifact for s in state.artifacts)
     wanted = [s for s in weights if s.is_here] or weights[:1]
-    paths = {s.artifact.path for s in wanted}
     for other in state.artifacts:
         if not other.artifact.is_weights and (other.is_here or other.artifact.format == "config"):
-            paths.add(other.artifact.path)
-    return tuple(s.artifact for s in state.artifacts if s.artifact.path in paths)
+            wanted.append(other)
+    return tuple(s.artifact for s in state.artifacts if s in wanted)
 
 
 def with_config(manifest: Manifest, chosen: Iterable[Artifact]) -> tuple[Artifact, ...]:
     """Return the chosen artifacts, and config.json if weights are among them: they need it."""
     chosen = list(chosen)
-    needs_config = any(a.is_weights for a in chosen)
-    paths = {a.path for a in chosen}
-    return tuple(
-        a for a in manifest.artifacts if a.path in paths or (needs_config and a.format == "config")
-    )
+    needed = {"config"} if any(a.is_weights for a in chosen) else set()
+    return tuple(a for a in manifest.artifacts if a in chosen or a.format in needed)
 
 
 def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Plan:
@@ -129,7 +111,7 @@ def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Pla
                 actions.append(found)
             if is_moved:
                 can_rename = state.same_filesystem and not found.file.is_link
-                actions.append((Move if can_rename else Copy)(item, found.file))
+                actions.append((act.Move if can_rename else act.Copy)(item, found.file))
         else:
             findings += found
             findings += [file.finding for file in (item.installed, item.staged) if file.finding]
@@ -156,7 +138,7 @@ def _decide(
         if file.state is FileState.VERIFIED:
             return Keep(item, file)
         if file.state is FileState.UNVERIFIED:
-            return Verify(item, file)
+            return act.Verify(item, file)
     if target is Target.PLACED:
         return _absent(item, item.staged, state.paths.command("fetch"))
     if item.stranded:
@@ -164,34 +146,30 @@ def _decide(
     is_linked = policy.cache and state.links_to_cache and not item.journal.consumed
     cached = item.cached if is_linked else None
     if cached and cached.state is FileState.UNVERIFIED:
-        return LinkFromCache(item, cached)
+        return act.LinkFromCache(item, cached)
     origins = policy.origins(item, state.paths.root)
     kinds = {origin.source for origin in origins}
     is_whole = PieceSource.NOWHERE not in kinds and not (PieceSource.CHUNK in kinds and item.extras)
-    text = text_edition(item.artifact)
-    if is_whole and not (text and PieceSource.REMOTE in kinds and not policy.remote_first):
-        if not _is_consuming(item, state, policy):
-            remark = _why_not_consumed(item, state, policy)
+    has_text = act.known_text(item.artifact) is not None
+    if is_whole and not (has_text and PieceSource.REMOTE in kinds and not policy.remote_first):
+        remark = _why_not_consumed(item, state, policy)
+        if remark is not None:
             return Assemble(item, item.staged, origins, policy, state.shares_blocks, remark)
         return list(item.unfit) or Consume(item, item.staged, origins, policy, state.shares_blocks)
-    if text and not item.journal.consumed:
-        return WriteText(item, item.staged)
+    if has_text and not item.journal.consumed:
+        return act.WriteText(item, item.staged)
     return _blocking(item, origins, policy)
 
 
-def _is_consuming(item: ArtifactState, state: State, policy: SourcePolicy) -> bool:
-    """Check whether chunk files are to go: that was begun, or is asked for and makes room."""
-    makes_room = policy.consume and not item.saves_nothing and not state.shares_blocks
-    return bool(item.artifact.pieces) and (bool(item.journal.consumed) or makes_room)
-
-
-def _why_not_consumed(item: ArtifactState, state: State, policy: SourcePolicy) -> str:
-    """Say why chunk files stay though consuming them was asked for."""
+def _why_not_consumed(item: ArtifactState, state: State, policy: SourcePolicy) -> str | None:
+    """Return None if chunk files go; else why they stay, or "" where nobody asks that they go."""
+    if item.artifact.pieces and item.journal.consumed:
+        return None
     if not policy.consume or not item.artifact.pieces:
         return ""
     if state.shares_blocks:
         return ", sharing their blocks: there is nothing to consume"
-    return f", not consumed: {item.saves_nothing}"
+    return f", not consumed: {item.saves_nothing}" if item.saves_nothing else None
 
 
 def _blocking(
@@ -200,10 +178,8 @@ def _blocking(
     """Return why a file cannot be assembled: wrong or extra chunk files, or no source."""
     if not policy.chunks:
         return list(policy.problems) or _absent(item, item.installed)
-    is_begun = (
-        any(part.state is not FileState.ABSENT for part in item.chunks) or item.journal.pieces
-    )
-    if not is_begun:
+    is_begun = any(part.state is not FileState.ABSENT for part in item.chunks)
+    if not (is_begun or item.journal.pieces):
         return _absent(item, item.installed)
     pairs = zip(origins, item.chunks, strict=False)
     wrong = [part.finding for origin, part in pairs if origin.source is PieceSource.NOWHERE]
@@ -247,7 +223,21 @@ def _with_consuming(
     """
     if policy.consume:
         stuck = [i for i in state.artifacts if i.saves_nothing and i.artifact.pieces]
-        return [*findings, *dict.fromkeys(map(_makes_no_room, stuck))]
+        expected, mend = (
+            "chunk files that make room when they go",
+            "free some disk, or choose another --dest",
+        )
+        why = [
+            Finding(
+                Kind.NOT_CONSUMABLE,
+                i.artifact.pieces[0].part.rpartition("/")[0],
+                expected,
+                i.saves_nothing,
+                mend,
+            )
+            for i in stuck
+        ]
+        return [*findings, *dict.fromkeys(why)]
     plan = make_plan(state, target, replace(policy, consume=True))
     if plan.findings or not plan.having(Consume):
         return findings
@@ -256,10 +246,3 @@ def _with_consuming(
         " file grows"
     )
     return [replace(f, help=f"{way}; or {f.help}") for f in findings]
-
-
-def _makes_no_room(item: ArtifactState) -> Finding:
-    where = item.artifact.pieces[0].part.rpartition("/")[0]
-    expected = "chunk files that make room when they go"
-    help_text = "free some disk, or choose another --dest"
-    return Finding(Kind.NOT_CONSUMABLE, where, expected, item.saves_nothing, help_text)

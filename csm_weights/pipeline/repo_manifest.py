@@ -90,9 +90,8 @@ def _listing(repo: str, revision: str, globs: Sequence[str], patience: float | N
     credentials = HubCredentials.from_environment(environment)
     with Progress("asking the Hub", 0) as progress:
         listing = list_repo(credentials, repo, revision or None, globs, progress.log, patience)
-    with Progress("left out", 0) as progress:
-        for finding in listing.left_out:
-            progress.log(finding.line())
+    for finding in listing.left_out:
+        Progress("left out", 0).log(finding.line())
     return listing
 
 
@@ -108,7 +107,9 @@ def _manifest(base: Manifest, listing: Listing) -> Manifest:
             # At another commit only an id that both know tells that it is the same file.
             same = same is True
         elif same is False:
-            findings.append(_contradiction(base.where, before, reported))
+            where = f"{base.where}: {before.path}"
+            mend = "one of the two is not true; move the manifest away to believe the Hub"
+            findings.append(Finding(Kind.CHANGED, where, _ids(before), _ids(reported), mend))
         naming = replace(reported, group=before.group, format=before.format)
         artifacts.append(naming if same is False else pin.with_reported(before, reported))
     if findings:
@@ -124,10 +125,6 @@ def _manifest(base: Manifest, listing: Listing) -> Manifest:
     )
 
 
-def _contradiction(where: str, known: Artifact, reported: Artifact) -> Finding:
-    ids = [a.sha256 or a.blob_id or a.git_sha1 or "pieces" for a in (known, reported)]
-    expected, found = (
-        f"{a.size:,} bytes, {i}" for a, i in zip((known, reported), ids, strict=True)
-    )
-    help_text = "one of the two is not true; move the manifest away to believe the Hub"
-    return Finding(Kind.CHANGED, f"{where}: {known.path}", expected, found, help_text)
+def _ids(artifact: Artifact) -> str:
+    one = artifact.sha256 or artifact.blob_id or artifact.git_sha1 or "pieces"
+    return f"{artifact.size:,} bytes, {one}"

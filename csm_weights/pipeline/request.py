@@ -1,7 +1,5 @@
 """The values that a command is asked for."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One run of a command: what was asked, and what it has found out so far."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime

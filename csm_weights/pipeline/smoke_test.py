@@ -1,7 +1,5 @@
 """The smoke test of an installed model, and the report of an earlier one."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Create, write and replace files safely and durably."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -98,7 +96,7 @@ def stay_inside(folder: Path, base: Path) -> None:
     if led.is_relative_to(home):
         return
     words = (f"a folder inside {base}", f"a link that leads to {led}")
-    mend = "remove the link; with --dest another folder can be named"
+    mend = "remove the link, or name another folder: with --dest, or the cache's with HF_HUB_CACHE"
     finding = Finding(Kind.IN_THE_WAY, str(folder), *words, mend)
     raise WrongContent("nothing is written through a link out of the folder", [finding])
 

@@ -1,7 +1,5 @@
 """Write large files: direct I/O, shared blocks, and freed ranges."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno
@@ -25,18 +23,14 @@ if sys.platform == "linux":
 #: Bytes copied and hashed at a time.
 STEP = 4 << 20
 
-
 #: Bytes that direct writes must be aligned to: no disk block is larger.
 ALIGNMENT = 4096
-
 
 #: The ioctl of linux/fs.h that shares a range of blocks.
 _FICLONERANGE = 0x4020940D
 
-
 #: fallocate's mode of linux/falloc.h that frees a range and keeps the size.
 _PUNCH_HOLE = 0x02 | 0x01
-
 
 #: File systems that never give back blocks in the middle of a file.
 NOT_PUNCHING = frozenset({"vfat", "msdos", "exfat", "hfsplus", "ntfs", "9p", "iso9660"})

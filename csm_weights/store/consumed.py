@@ -1,7 +1,5 @@
 """Chunk files whose bytes have moved to an unfinished file, or may move there."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -12,8 +12,6 @@ The layout is huggingface_hub's. Since its 1.32 a blob may itself be a link
 into a store that all repositories of the cache share, `blobs/xx/<xet hash>`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import enum
 import os
@@ -21,8 +19,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -161,14 +158,23 @@ def seed(
     copied, WrongContent where something is in the way or a file no longer has
     the digest that names its blob; no blob has its name before it is whole.
     """
+    from filelock import FileLock
+
     for item in seeds:
         if item.file.stat().st_size != item.size:
             raise _changed(item)
     home = repository(cache, repo)
     snapshot, blobs = home / "snapshots" / revision, home / "blobs"
     folders = [blobs, home / "refs", *((snapshot / item.path).parent for item in seeds)]
-    _make_folders(cache, folders)
-    with _locked(cache, repo):
+    for folder in folders:
+        with atomic.writing(folder):
+            atomic.make_folder(folder)
+        atomic.stay_inside(folder, cache)
+    path = cache / ".locks" / home.name / "csm-weights.lock"
+    os.close(atomic.create(path))
+    # The standard client needs no lock against us: both sides give a blob its name by a
+    # rename, and only when it is whole.
+    with FileLock(path):
         kept = {
             s.path: file for s in seeds if (file := _kept(s, cache, snapshot, blobs, on_progress))
         }
@@ -190,32 +196,6 @@ def seed(
     return [
         Seeded(s.path, kept.get(s.path, blobs / s.blob), added.get(s.blob, How.KEPT)) for s in seeds
     ]
-
-
-def _make_folders(cache: Path, folders: Iterable[Path]) -> None:
-    """Make folders of the cache; none may lead out of it by a link."""
-    for folder in folders:
-        with atomic.writing(folder):
-            atomic.make_folder(folder)
-        if not folder.resolve().is_relative_to(cache.resolve()):
-            words = (f"a folder inside {cache}", f"a link to {folder.resolve()}", "remove the link")
-            finding = Finding(Kind.IN_THE_WAY, str(folder), *words)
-            raise WrongContent("the files cannot be added to the cache", [finding])
-
-
-@contextmanager
-def _locked(cache: Path, repo: str) -> Iterator[None]:
-    """Let one run at a time add to a repository.
-
-    The standard client needs no lock against us: both sides give a blob its
-    name by a rename, and only when it is whole.
-    """
-    from filelock import FileLock
-
-    path = cache / ".locks" / repository(cache, repo).name / "csm-weights.lock"
-    os.close(atomic.create(path))
-    with FileLock(path):
-        yield
 
 
 def _kept(

@@ -23,12 +23,7 @@ from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.block_io import NOT_PUNCHING
 from csm_weights.store.consumed import BLOCK, held_twice, why_stranded, why_unfit
 from csm_weights.store.hub_cache import CachedRepo
-from csm_weights.store.journal import (
-    Journal,
-    PieceRecord,
-    is_unfinished,
-    read_journal,
-)
+from csm_weights.store.journal import Journal, PieceRecord, is_unfinished, read_journal
 from csm_weights.store.receipts import Receipt, read_receipt
 
 #: File systems on which a copy within the file system can share blocks.
@@ -177,22 +172,19 @@ def inspect(
     )
 
 
+@dataclass(eq=False)
 class _Disk:
     """The disk in one inspection: each thing is asked about a folder once."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        paths: Paths,
-        known_bad: Mapping[Path, Finding],
-        good: Mapping[Path, frozenset[int]],
-    ) -> None:
-        self.manifest = manifest
-        self.paths = paths
-        self.known_bad = known_bad
-        self.good = good
+    manifest: Manifest
+    paths: Paths
+    known_bad: Mapping[Path, Finding]
+    good: Mapping[Path, frozenset[int]]
+
+    def __post_init__(self) -> None:
+        manifest, paths = self.manifest, self.paths
         self.nearest = functools.cache(self._nearest)
-        self.device = functools.cache(self._device)
+        self.device = functools.cache(lambda folder: self.nearest(folder).stat().st_dev)
         self.names = functools.cache(self._names)
         self.type = functools.cache(filesystem_type)
         self.strays = functools.cache(self._strays)
@@ -211,16 +203,10 @@ class _Disk:
         folder = folder.absolute()
         return folder if folder.is_dir() else self.nearest(folder.parent)
 
-    def _device(self, folder: Path) -> int:
-        """Return the number of the file system that `folder` is on, or would be."""
-        return self.nearest(folder).stat().st_dev
-
     def _names(self, folder: Path) -> list[str]:
-        """Return the names in a folder, in order; none where it does not exist."""
         return sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
 
     def artifact(self, artifact: Artifact) -> ArtifactState:
-        """Inspect one artifact."""
         paths = self.paths
         installed = self.file(paths.destination, artifact)
         staged = self.file(paths.staging, artifact)
@@ -304,8 +290,7 @@ class _Disk:
         if finding is None and not os.access(path, os.R_OK):
             finding = Finding.unreadable(piece.part, "permission denied")
         state = FileState.CONSUMED if moved else FileState.UNVERIFIED
-        state = FileState.INVALID if finding else state
-        return FileStatus(path, state, status.st_size, finding)
+        return FileStatus(path, FileState.INVALID if finding else state, status.st_size, finding)
 
     def extras(self, artifact: Artifact) -> Iterator[Finding]:
         """Yield a finding for files that are named like the artifact's chunk files and are none."""

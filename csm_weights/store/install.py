@@ -6,8 +6,6 @@ these leaves either no file or a good file without a receipt, which the next
 run verifies again.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

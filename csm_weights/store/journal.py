@@ -5,8 +5,6 @@ are about other pieces than the manifest's, are left out, and the bytes that the
 others name are hashed again before they count.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Find what interrupted runs have left behind."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -70,9 +70,9 @@ def _acquired(lock: BaseFileLock, hint: str) -> AbstractContextManager[object]:
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        with Progress(f"waiting for another run in {Path(lock.lock_file).parent}", 0) as progress:
-            progress.log(f"it holds the lock; {hint}")
-            return lock.acquire()
+        label = f"waiting for another run in {Path(lock.lock_file).parent}"
+        Progress(label, 0).log(f"it holds the lock; {hint}")
+        return lock.acquire()
 
 
 def are_real(path: Path) -> bool:

@@ -1,7 +1,5 @@
 """Write a manifest, durably and only if it can be read back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from csm_weights.manifest.parse import parse

@@ -5,8 +5,6 @@ They are read with bounds of size, depth and number, and strictly.
 Source: the DSSE envelope of secure-systems-lab/dsse.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import re

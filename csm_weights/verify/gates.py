@@ -4,8 +4,6 @@ They yield every finding and repair nothing. A gate that cannot run because a
 cheaper one failed is reported as not run, which is not a pass.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,8 +125,9 @@ def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) ->
         results.append(_result(Gate.PRESENT, subject, "a readable file", found, wrong))
     results += [_size(subject) for subject in subjects]
     results += _structures(subjects)
-    results += _digests(subjects, rehash, on_progress)
-    return results
+    to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
+    hashed = {file.path: file for file in verify(to_hash, on_progress)}
+    return results + [_digest(subject, hashed.get(subject.path)) for subject in subjects]
 
 
 def _is_absent(subject: Subject) -> bool:
@@ -148,8 +147,7 @@ def _structures(subjects: Sequence[Subject]) -> list[GateResult]:
     config: CsmConfig | None = None
     has_config = any(s.artifact.format == "config" for s in subjects)
     results = []
-    configs_first = sorted(subjects, key=lambda s: s.artifact.format != "config")
-    for subject in configs_first:
+    for subject in sorted(subjects, key=lambda s: s.artifact.format != "config"):
         if subject.artifact.format == "config":
             result, config = _config_structure(subject)
             results.append(result)
@@ -192,14 +190,6 @@ def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: b
             found = f"not read: expected {findings[0].expected}, found {findings[0].found}"
             return GateResult(Gate.STRUCTURE, subject.artifact.path, None, expected, found)
     return _result(Gate.STRUCTURE, subject, expected, found, findings)
-
-
-def _digests(
-    subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress
-) -> list[GateResult]:
-    to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
-    hashed = {file.path: file for file in verify(to_hash, on_progress)}
-    return [_digest(subject, hashed.get(subject.path)) for subject in subjects]
 
 
 def _digest(subject: Subject, hashed: VerifiedFile | Rejected | None) -> GateResult:
@@ -277,9 +267,8 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Verifie
     Every byte is read once, and covered by a sha256 of the manifest: by its
     piece's, or by the whole file's. Damage is reported piece by piece.
     """
-    jobs = [_hash_job(subject) for subject in subjects]
     before = [_fingerprint(subject.path) for subject in subjects]
-    measured = _measure(jobs, on_progress)
+    measured = _measure([_hash_job(subject) for subject in subjects], on_progress)
     return [
         _judge(subject, found, first, on_progress)
         for subject, found, first in zip(subjects, measured, before, strict=True)
@@ -319,10 +308,7 @@ def _fingerprint(path: Path) -> Fingerprint | None:
 
 
 def _judge(
-    subject: Subject,
-    found: Digests | Finding,
-    before: Fingerprint | None,
-    on_progress: OnProgress,
+    subject: Subject, found: Digests | Finding, before: Fingerprint | None, on_progress: OnProgress
 ) -> VerifiedFile | Rejected:
     path, after = subject.path, _fingerprint(subject.path)
     if isinstance(found, Finding):
@@ -342,15 +328,10 @@ def _measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests |
     """Return the digests of each file, or why it could not be read to its end."""
     try:
         return [*measure(jobs, on_progress)]
-    except (OSError, ShortRead):
-        return [_measure_alone(job, on_progress) for job in jobs]
-
-
-def _measure_alone(job: HashJob, on_progress: OnProgress) -> Digests | Finding:
-    try:
-        return measure([job], on_progress)[0]
     except (OSError, ShortRead) as error:
-        return Finding.unreadable(job.path, error)
+        if len(jobs) == 1:
+            return [Finding.unreadable(jobs[0].path, error)]
+        return [found for job in jobs for found in _measure([job], on_progress)]
 
 
 def _compare(

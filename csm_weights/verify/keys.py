@@ -3,18 +3,12 @@
 Imported only when something is signed or checked: it needs the extra `attest`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 from csm_weights.untrusted import show
 from csm_weights.verify.envelope import PAYLOAD_TYPE, Signature, Signer, first_line
-
-if TYPE_CHECKING:
-    from securesystemslib.signer import SSlibKey
 
 #: Environment variable with the passphrase of an encrypted private key.
 PASSPHRASE = "CSM_KEY_PASSPHRASE"
@@ -81,11 +75,19 @@ def check(body: bytes, signatures: Sequence[Signature], key: bytes, where: str) 
     not believed. Raises WrongContent unless one is by that key.
     """
     require_library()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import UnverifiedSignatureError
     from securesystemslib.signer import Signature as LibrarySignature
+    from securesystemslib.signer import SSlibKey
 
-    public = _public_key(key, where)
+    if b"PRIVATE KEY" in key:
+        raise _wrong_key(where, _KEYS.format("public"), "a private key; never hand that out")
+    try:
+        public = SSlibKey.from_crypto(load_pem_public_key(key))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise _wrong_key(where, _KEYS.format("public"), first_line(error)) from None
     message = Envelope(body, PAYLOAD_TYPE, {}).pae()
     for _, value in signatures:
         try:
@@ -99,19 +101,6 @@ def check(body: bytes, signatures: Sequence[Signature], key: bytes, where: str) 
     help_text = "it was changed, or it is someone else's: get both again from whom you trust"
     finding = Finding(Kind.DIFFERENT, where, expected, found, help_text)
     raise WrongContent("the attestation is not signed by this key", [finding])
-
-
-def _public_key(key: bytes, where: str) -> SSlibKey:
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    from securesystemslib.signer import SSlibKey
-
-    if b"PRIVATE KEY" in key:
-        raise _wrong_key(where, _KEYS.format("public"), "a private key; never hand that out")
-    try:
-        return SSlibKey.from_crypto(load_pem_public_key(key))
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise _wrong_key(where, _KEYS.format("public"), first_line(error)) from None
 
 
 def _wrong_key(where: str, expected: str, found: str) -> WrongContent:

@@ -6,8 +6,6 @@ nobody can change any more: a disk that rots or is tampered with gives an
 error, not wrong bytes. The file can still be renamed and removed.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

@@ -6,8 +6,6 @@ subjects are the files by sha256, its resolved dependencies their materials.
 Sources: in-toto.io/Statement/v1, slsa.dev/provenance/v1.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 describes each joined file in a comment, which both skip and recombine.sh reads.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
