@@ -12,6 +12,9 @@ from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.types import Manifest
 from csm_weights.transfer.policy import HUB, REMOTE
 
+#: The model of a request that names none.
+DEFAULT_MODEL = "csm-1b"
+
 #: Words for where pieces may come from; auto is every source there is.
 SOURCES = ("auto", "chunks", "hf", "mirror")
 
@@ -34,7 +37,7 @@ class Request:
     """
 
     root: Path
-    model: str = "csm-1b"
+    model: str = DEFAULT_MODEL
     only: tuple[str, ...] = ()
     dest: str | None = None
     source: str = "auto"
@@ -63,7 +66,8 @@ class Request:
     @property
     def options(self) -> str:
         """The options of a command line that name the same model, files and folders."""
-        words = {"model": self.model, "only": ",".join(self.only), "dest": self.dest}
+        model = self.model if self.model != DEFAULT_MODEL else ""
+        words = {"model": model, "only": ",".join(self.only), "dest": self.dest}
         return " ".join(f"--{name} {shlex.quote(word)}" for name, word in words.items() if word)
 
 
