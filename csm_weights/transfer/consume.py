@@ -107,7 +107,10 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
     `on_progress` gets bytes. Nothing is written.
     """
     cancel = Event()
-    read = partial(feed, on_progress=on_progress, cancel=cancel)
+
+    def read(fd: int, start: int, size: int, sinks: Sequence[Hasher]) -> None:
+        feed(fd, start, size, sinks, on_progress, cancel)
+
     return run_all([partial(_verify, subject, read) for subject in subjects], cancel)
 
 
