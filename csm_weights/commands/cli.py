@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -30,43 +30,20 @@ if TYPE_CHECKING:
     from csm_weights.pipeline.request import Request
 
 
-class Option(NamedTuple):
-    """An option that several tasks have; a default of None makes it repeatable."""
-
-    default: str | bool | None
-    help: str
-
-
-OPTIONS = {
-    "model": Option("csm-1b", "a name in manifests/, or the path of a manifest (default csm-1b)"),
-    "only": Option(
-        "", "formats, groups or files, comma-separated: safetensors, ckpt, prompts, all, ..."
-    ),
-    "dest": Option(
-        "", "the folder for the files, instead of the manifest's; relative to the repository"
-    ),
-    "source": Option(
-        "auto", "where pieces come from: auto (chunk files, mirrors, the Hub), chunks, hf or mirror"
-    ),
-    "url": Option(
-        None, "a mirror: the URL of a folder with the files, or their chunk files; may be repeated"
-    ),
-    "revision": Option(
-        "", "another commit, branch or tag of the Hub's repository; the digests still decide"
-    ),
-    "consume": Option(
-        False, "free the chunk files as their file grows, on a disk without room for both"
-    ),
-    "patience": Option(
-        "", "seconds that a server may give nothing before the run gives up (default 60)"
-    ),
-    "seal": Option(
-        False,
-        "make the installed files read-only, and turn on fs-verity where there is",
-    ),
-    "dry": Option(False, "show what would be done, and do nothing"),
-    "require_gpu": Option(False, "exit 77 unless the smoke test runs on a GPU"),
-    "json": Option(False, "the result as JSON on stdout, also when it fails"),
+#: Options that several tasks have: the default (None: it may be repeated), and the help.
+OPTIONS: dict[str, tuple[str | bool | None, str]] = {
+    "model": ("csm-1b", "a name in manifests/, or the path of a manifest (default csm-1b)"),
+    "only": ("", "formats, groups or files: safetensors, ckpt, prompts, all, ...; with commas"),
+    "dest": ("", "the folder for the files, instead of the manifest's; below the repository"),
+    "source": ("auto", "where pieces come from: auto (any of them), chunks, mirror or hf"),
+    "url": (None, "a mirror: the URL of a folder with the files or chunk files; may be repeated"),
+    "revision": ("", "another commit, branch or tag of the repository; the same digests decide"),
+    "consume": (False, "free the chunk files as their file grows, on a disk without room for both"),
+    "patience": ("", "seconds that a server may give nothing before the run gives up (default 60)"),
+    "seal": (False, "make the installed files read-only, and turn on fs-verity where there is"),
+    "dry": (False, "show what would be done, and do nothing"),
+    "require_gpu": (False, "exit 77 unless the smoke test runs on a GPU"),
+    "json": (False, "print the result as JSON on stdout, also when it fails"),
 }
 
 #: Options of every task about files that are here, and of those that fetch them.
@@ -113,11 +90,11 @@ def task(*names: str, **helps: str) -> Callable[[_Function], Task[Any]]:
 
         shared = [n for n in names if n not in {parameter.name for parameter in own}]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(n, kind, default=OPTIONS[n].default) for n in shared]
+        parameters = [inspect.Parameter(n, kind, default=OPTIONS[n][0]) for n in shared]
         parameters = [inspect.Parameter("context", kind), *own, *parameters]
         body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         body.__name__, body.__doc__ = function.__name__, function.__doc__
-        known = {n: OPTIONS[n].help for n in [*shared, *(p.name for p in own)] if n in OPTIONS}
+        known = {n: OPTIONS[n][1] for n in [*shared, *(p.name for p in own)] if n in OPTIONS}
         iterable = [parameter.name for parameter in parameters if parameter.default is None]
         return Task(body, name, iterable=iterable, help=known | helps, auto_shortflags=False)
 
@@ -359,7 +336,7 @@ def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> 
     """Link the installed files into the Hub's cache, for other programs."""
     from csm_weights.commands import seed_cache
 
-    return (seed_cache.rehearse if dry else seed_cache.seed_cache)(request, move_main)
+    return (seed_cache.plan if dry else seed_cache.seed_cache)(request, move_main)
 
 
 @task(

@@ -80,7 +80,7 @@ def seed_cache(request: Request, move_main: bool = False) -> Seeding:
     return Seeding(run.manifest, cache, tuple(seeded), main, tuple(notes))
 
 
-def rehearse(request: Request, move_main: bool = False) -> Seeding:
+def plan(request: Request, move_main: bool = False) -> Seeding:
     """Return what `seed_cache` would do; nothing is hashed or written."""
     run = begin(request)
     repo, revision = _repository(run.manifest)

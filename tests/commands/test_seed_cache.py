@@ -358,7 +358,7 @@ def test_a_rehearsal_says_what_would_be_done_and_does_nothing(model: Toy, home: 
     """Each file with its size, what is known of it and where it would be; nothing is written."""
     receipt_path(model.installed("b.bin").parent, "b.bin").unlink()
     before = stamps(model.root)
-    seeded = command.rehearse(model.request())
+    seeded = command.plan(model.request())
     assert stamps(model.root) == before
     assert not home.exists()
     a, b, _ = seeded.notes
@@ -371,7 +371,7 @@ def test_a_rehearsal_fails_on_what_is_missing(model: Toy) -> None:
     """It ends as the real run would, as far as a look can tell."""
     model.installed("a.bin").unlink()
     with pytest.raises(MissingInput):
-        command.rehearse(model.request())
+        command.plan(model.request())
 
 
 # ---- the real client

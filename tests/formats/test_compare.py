@@ -623,7 +623,7 @@ def test_a_missing_file_is_named_with_the_command_for_it(repository: Path) -> No
         compare(Request(repository, "csm-tiny"))
     (finding,) = caught.value.findings
     assert finding.where.endswith("models/csm-tiny/ckpt.pt")
-    assert finding.help == "inv fetch --model csm-tiny --only ckpt"
+    assert finding.help == "inv fetch --model csm-tiny --only=ckpt"
 
 
 # ---- reports
