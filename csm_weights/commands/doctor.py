@@ -267,10 +267,11 @@ def _hosts(case: _Case) -> CheckResult:
 
 
 def _proxy(case: _Case) -> CheckResult:
-    from csm_weights.transfer.http.environment import proxy_for
-
     if not case.results.hosts:
         return CheckResult("proxy", Verdict.NOT_ASKED, "none: nothing comes over the network")
+    # The import loads requests, and with it urllib3, which opens a socket to look for IPv6.
+    from csm_weights.transfer.http.environment import proxy_for
+
     ways = {host: proxy_for(url) for host, url in case.results.hosts.items()}
     # Without the credentials that a proxy's URL may have.
     shown = {host: re.sub(r"^([\w+.-]+://)?.*@", r"\1***@", way) for host, way in ways.items()}

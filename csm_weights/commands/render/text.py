@@ -277,7 +277,7 @@ def _doctor(report: DoctorReport) -> str:
         some = [check for check in report.checks if (check.verdict is not Verdict.NOT_OK) is is_ok]
         found = dict.fromkeys(finding for check in some for finding in check.findings)
         shown += blocks.findings(title, [finding for finding in found if finding not in told])
-    return "\n\n".join(shown if report.error else [*shown, f"OK: {report.promise}"])
+    return "\n\n".join(shown if report.error else [*shown, printable(f"OK: {report.promise}")])
 
 
 @render.register
