@@ -49,7 +49,7 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     written.
     """
     if key and make_key:
-        raise UsageError("--key signs with a key that is there, --new-key makes one; choose")
+        raise UsageError("--key signs with an existing key, --new-key makes one: give one of them")
     secret = read_file(Path(key), keys.MAX_KEY, "a private key") if key else None
     if key or make_key:
         keys.require_library()
@@ -90,7 +90,7 @@ def _time() -> str:
     try:
         return datetime.fromtimestamp(int(epoch), UTC).isoformat(timespec="seconds")
     except (ValueError, OverflowError, OSError):
-        raise UsageError(f"SOURCE_DATE_EPOCH={epoch[:40]} is no time") from None
+        raise UsageError(f"SOURCE_DATE_EPOCH={epoch[:40]} is not a time") from None
 
 
 def _make_keys(name: str) -> tuple[Path, ...]:
@@ -100,8 +100,10 @@ def _make_keys(name: str) -> tuple[Path, ...]:
     private, public = Path(name), Path(f"{name}.pub")
     for file in (private, public):
         if os.path.lexists(file):
-            finding = Finding(Kind.IN_THE_WAY, str(file), "no file", "one", "choose another name")
-            raise WrongContent("a key is never written over", [finding])
+            finding = Finding(
+                Kind.IN_THE_WAY, str(file), "no such file", "one", "choose another name"
+            )
+            raise WrongContent("keys are not written over existing files", [finding])
     for file, content, mode in zip((private, public), keys.new_key(), (0o600, 0o644), strict=True):
         with atomic.writing(file):
             fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)

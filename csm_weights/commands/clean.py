@@ -30,12 +30,12 @@ def clean(request: Request, dry: bool) -> str:
                 with atomic.writing(path):
                     is_folder = path.is_dir() and not path.is_symlink()
                     shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
-    return "\n".join([*map(str, left), *kept]) or "nothing unfinished"
+    return "\n".join([*map(str, left), *kept]) or "nothing to remove"
 
 
 def _find(session: Session) -> tuple[list[Path], list[str]]:
     """Return what may be removed, and in words what is kept."""
     state = session.inspect()
     held = [partial_path(i.staged.path) for i in state.artifacts if holds_consumed(i)]
-    why = "it has the bytes of consumed chunk files; inv weights goes on with it"
+    why = "it has the bytes of consumed chunk files, and inv weights continues it"
     return unfinished(state), [f"kept: {partial}: {why}" for partial in held]

@@ -330,7 +330,7 @@ def doctor(request: Request, smoke: bool = True, offline: bool = False) -> objec
 
 @task(
     *(*FILES, "dry"),
-    move_main="let main stand for these files, even where it stands for another commit",
+    move_main="make main this commit, even where it is another one",
 )
 def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> object:
     """Link the installed files into the Hub's cache, for other programs."""

@@ -69,7 +69,7 @@ def seed_cache(request: Request, move_main: bool = False) -> Seeding:
         state, cache = _verified(run), HubEnvironment.read().cache.absolute()
         seeds, notes = _seeds(state, cache, repo, revision)
         try:
-            with Progress("into the Hub's cache", sum(s.size for s in seeds)) as progress:
+            with Progress("linking into the Hub's cache", sum(s.size for s in seeds)) as progress:
                 seeded = hub_cache.seed(cache, repo, revision, seeds, move_main, progress.advance)
         finally:
             unrecorded = _record_again(state)
@@ -102,9 +102,13 @@ def plan(request: Request, move_main: bool = False) -> Seeding:
 
 def _repository(manifest: Manifest) -> tuple[str, str]:
     if manifest.repo is None or manifest.revision is None:
-        raise UsageError(f"{manifest.name} is in no Hub repository: its manifest has no [hub]")
+        raise UsageError(
+            f"the manifest of {manifest.name} names no repository of the Hub: it has no [hub]"
+        )
     if not REVISION.fullmatch(manifest.revision):
-        raise UsageError(f"the cache keeps files by commit, which {manifest.revision!r} is not")
+        raise UsageError(
+            f"the Hub's cache keeps files by commit, and {manifest.revision!r} is not one"
+        )
     return manifest.repo, manifest.revision
 
 
@@ -129,11 +133,11 @@ def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Se
         if receipt.size != artifact.size:
             known = hub_cache.snapshot_file(cache, repo, revision, artifact.path)
             if known and known.stat().st_size != receipt.size:
-                notes.append(f"{artifact.path}: left as the cache has it, from the Hub")
+                notes.append(f"{artifact.path}: left as it is in the cache, from the Hub")
                 continue
             notes.append(
-                f"{artifact.path}: an edition that commit {revision} does not have;"
-                " `hf cache verify` will say so"
+                f"{artifact.path}: not the edition of commit {revision};"
+                " `hf cache verify` will report it"
             )
         blob = _blob(artifact, receipt, item.installed.path)
         seeds.append(Seed(artifact.path, item.installed.path, receipt.size, blob))
@@ -155,7 +159,7 @@ def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
     found = measure([HashJob(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
     if found.whole != receipt.sha256 or not found.git_sha1:
         finding = Finding.changed(file, f"sha256 {found.whole}")
-        raise WrongContent("a file is no longer the one that was verified", [finding])
+        raise WrongContent("a file was changed since it was verified", [finding])
     return found.git_sha1
 
 
@@ -183,6 +187,6 @@ def _main_notes(revision: str, main: str | None, model: str) -> list[str]:
     if main == revision:
         return []
     return [
-        f"main stands for commit {main} in the cache: programs that name no revision do not get"
-        f" these files; `inv seed-cache --model {model} --move-main` would let it stand for them"
+        f"main is commit {main} in the cache: programs that name no revision do not get these"
+        f" files; inv seed-cache --model {model} --move-main makes main this commit"
     ]

@@ -23,6 +23,9 @@ findings expect and find and advise, help of options, log lines, and what the sc
 A word in braces is filled in. Written by `make messages`; a test holds it against the code.
 """
 
+#: Modules whose texts go into files.
+NOT_READ = {"manifest/render.py"}
+
 #: Calls whose texts are for a parser or a program, not for a person.
 NOT_SHOWN = {"compile", "fullmatch", "match", "sub", "split", "getattr", "import_module"}
 
@@ -74,6 +77,8 @@ def messages(node: ast.AST, label: str = "text") -> Iterator[tuple[str, str]]:
         return
     if isinstance(node, ast.Call):
         label = label_of(node) or label
+    if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "OPTIONS":
+        label = "help"
     if isinstance(node, ast.expr) and (text := template(node)) is not None:
         if is_prose(text, label):
             yield label, text
@@ -97,6 +102,9 @@ def bare(node: ast.expr) -> str:
 
 def children(node: ast.AST) -> Iterator[ast.AST]:
     """Yield the parts of a node that may hold texts: no docstrings, but those of tasks."""
+    if isinstance(node, ast.Dict):
+        yield from node.values
+        return
     is_task = isinstance(node, ast.Call) and name_of(node) == "task"
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns") or (is_task and name == "args"):
@@ -116,17 +124,23 @@ def is_docstring(node: object) -> bool:
 def is_prose(text: str, label: str) -> bool:
     """Tell words for a person from keys, patterns, names of files and format codes."""
     words = re.sub(r"\{[^}]*\}", "", text)
-    return bool(re.search(r"[A-Za-z]{2}", words)) and (label == "error" or " " in text.strip())
+    return (
+        bool(re.search(r"[A-Za-z]{2}", words))
+        and "\\" not in text
+        and (label == "error" or " " in text.strip())
+    )
 
 
 def page() -> str:
     """Return the page as it is to be."""
     blocks, room = [HEAD], ""
-    for path in sorted(PACKAGE.rglob("*.py"), key=lambda p: (len(p.parts) > 2, p)):
+    paths = {path: path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    for path, below in sorted(paths.items(), key=lambda item: (len(item[1].parts) > 1, item[1])):
+        if below.as_posix() in NOT_READ:
+            continue
         found = list(dict.fromkeys(messages(ast.parse(path.read_text(encoding="utf-8")))))
         if not found:
             continue
-        below = path.relative_to(PACKAGE)
         if (new := below.parts[0] if len(below.parts) > 1 else "ground") != room:
             room = new
             blocks.append(f"## {room}\n")

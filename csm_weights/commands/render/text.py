@@ -273,7 +273,7 @@ def _doctor(report: DoctorReport) -> str:
     shown = [printable(report.subject), table(("verdict", "check", "found"), rows)]
     # What the command would end with is told as its error.
     told = report.error.findings if report.error else ()
-    for title, is_ok in (("in the way besides:", False), ("good to know:", True)):
+    for title, is_ok in (("also in the way:", False), ("good to know:", True)):
         some = [check for check in report.checks if (check.verdict is not Verdict.NOT_OK) is is_ok]
         found = dict.fromkeys(finding for check in some for finding in check.findings)
         shown += blocks.findings(title, [finding for finding in found if finding not in told])
