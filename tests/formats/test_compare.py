@@ -147,6 +147,20 @@ def test_zeros_of_two_signs_differ(compared: Compared) -> None:
     assert (difference.first, difference.second) == ("0.0 (0x00000000)", "-0.0 (0x80000000)")
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("F4", 12), ("F6_E3M2", 18)])
+def test_elements_smaller_than_a_byte_are_compared_by_bytes(
+    dtype: str, size: int, tmp_path: Path
+) -> None:
+    """Packed elements that differ are found by their byte."""
+    header = {"w": hostile.entry(0, size, [4, 6], dtype)}
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path, last in zip(paths, (0, 7), strict=True):
+        path.write_bytes(hostile.safetensors(header, bytes(size - 1) + bytes([last])))
+    assert compared_paths(paths[0], paths[0]).nbytes == size
+    difference = only(compared_paths(*paths))
+    assert (difference.index, difference.what) == ((size - 1,), What.ELEMENTS)
+
+
 def test_empty_tensors_are_equal(compared: Compared) -> None:
     """A tensor without elements has none that differ."""
     state = {"a": torch.zeros(3, 0), "b": torch.tensor(1, dtype=torch.int64)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -86,6 +87,17 @@ def test_safetensors_findings_are_collected(tmp_path: Path) -> None:
     assert caught.value.findings[-1].found == "480 more findings"
 
 
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_findings_beyond_those_listed_keep_their_kind(is_broken: bool, tmp_path: Path) -> None:
+    """One broken tensor after thirty that are only not supported is not lost among them."""
+    header = {f"t{n}": hostile.entry(n, n + 1, [1] * 65, "U8") for n in range(30)}
+    header["last"] = hostile.entry(30, 31, [2 if is_broken else 1], "U8")
+    with pytest.raises(WrongContent) as caught:
+        read_safetensors(hostile.written(tmp_path, hostile.safetensors(header, bytes(31))))
+    kinds = {finding.kind for finding in caught.value.findings}
+    assert kinds == {Kind.UNSUPPORTED} | ({Kind.MALFORMED} if is_broken else set())
+
+
 def test_safetensors_overlap_is_one_finding(tmp_path: Path) -> None:
     """A tensor inside another is one finding: the data still reach the end of the file."""
     content, _ = hostile.BAD_SAFETENSORS["one_tensor_inside_another"]
@@ -111,6 +123,100 @@ def test_safetensors_library_agrees(tmp_path: Path) -> None:
     for name, info in table.tensors.items():
         assert arrays[name].shape == info.shape
         assert arrays[name].tobytes() == content[info.offset : info.offset + info.nbytes]
+
+
+def _tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Return dtype, shape and bytes of each tensor, as our index places them."""
+    content = path.read_bytes()
+    tensors = read_safetensors(path).tensors
+    return {
+        name: (info.dtype, list(info.shape), content[info.offset : info.offset + info.nbytes])
+        for name, info in tensors.items()
+    }
+
+
+def assert_read_as_by_the_library(content: bytes, tmp_path: Path) -> None:
+    """Check that the safetensors library finds the same tensors in the same file."""
+    library = pytest.importorskip("safetensors")
+    expected = {
+        name: (entry["dtype"], list(entry["shape"]), bytes(entry["data"]))
+        for name, entry in library.deserialize(content)
+    }
+    assert _tensors(hostile.written(tmp_path, content)) == expected
+    assert expected
+
+
+#: Every dtype of the format, and the bytes of 24 elements.
+SAFETENSORS_DTYPES = {
+    "BOOL": 24,
+    "F4": 12,
+    "F6_E2M3": 18,
+    "F6_E3M2": 18,
+    "U8": 24,
+    "I8": 24,
+    "F8_E5M2": 24,
+    "F8_E4M3": 24,
+    "F8_E8M0": 24,
+    "F8_E4M3FNUZ": 24,
+    "F8_E5M2FNUZ": 24,
+    "I16": 48,
+    "U16": 48,
+    "F16": 48,
+    "BF16": 48,
+    "I32": 96,
+    "U32": 96,
+    "F32": 96,
+    "C64": 192,
+    "F64": 192,
+    "I64": 192,
+    "U64": 192,
+}
+
+
+@pytest.mark.parametrize("dtype", SAFETENSORS_DTYPES)
+def test_safetensors_of_every_dtype(dtype: str, tmp_path: Path) -> None:
+    """All dtypes of the current safetensors are read, those smaller than a byte too."""
+    size = SAFETENSORS_DTYPES[dtype]
+    header = {"w": hostile.entry(0, size, [4, 6], dtype)}
+    assert_read_as_by_the_library(hostile.safetensors(header, bytes(range(size))), tmp_path)
+
+
+@pytest.mark.parametrize("dims", [9, 30, 64])
+def test_safetensors_of_many_dimensions(dims: int, tmp_path: Path) -> None:
+    """The format sets no limit to the dimensions of a tensor."""
+    header = {"w": hostile.entry(0, 4, [1] * dims)}
+    assert_read_as_by_the_library(hostile.safetensors(header, bytes(4)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "null",
+        "{}",
+        json.dumps({"ss_tag_frequency": json.dumps({'a "tag"': 1}) * 200_000}),
+        json.dumps({str(number): "x" * 40 for number in range(60_000)}),
+        json.dumps({"a": "\u00e9\n\\" * 700_000}),
+        json.dumps({"a": "\u4e2d" * 1_200_000}, ensure_ascii=False),
+    ],
+    ids=["null", "empty", "tags", "many", "escapes", "not ASCII"],
+)
+def test_safetensors_with_any_metadata(metadata: str, tmp_path: Path) -> None:
+    """Metadata may be null, or megabytes of text, before or after the tensors."""
+    tensor = json.dumps(hostile.entry())
+    for header in (
+        f'{{"__metadata__":{metadata},"w":{tensor}}}',
+        f'{{"w":{tensor},"__metadata__":{metadata}}}   ',
+    ):
+        assert_read_as_by_the_library(hostile.safetensors(header, bytes(8)), tmp_path)
+
+
+def test_safetensors_of_18432_experts(tmp_path: Path) -> None:
+    """A header of some megabytes is read to its last tensor."""
+    name = "model.layers.{}.mlp.experts.{}.down_proj.weight_scale_inverse"
+    entries = (hostile.entry(n, n + 1, [1], "U8") for n in range(18_432))
+    header = {name.format(n // 256, n % 256): entry for n, entry in enumerate(entries)}
+    content = hostile.safetensors(header, bytes(n % 251 for n in range(18_432)))
+    assert_read_as_by_the_library(content, tmp_path)
 
 
 # --- checkpoints
