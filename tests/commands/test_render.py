@@ -61,7 +61,7 @@ SMOKE = SmokeReport(
 
 @pytest.fixture
 def outcome(toy: Toy) -> Outcome:
-    """What `weights` says of a toy repository that had nothing in place."""
+    """The outcome of `weights` in a toy repository that had nothing installed."""
     return apply.weights(toy.request(), smoke=False)
 
 
@@ -141,30 +141,30 @@ def refusal(toy: Toy) -> CsmWeightsError:
     return caught.value
 
 
-def test_a_hostile_part_name_cannot_drive_the_terminal(toy: Toy) -> None:
+def test_a_hostile_chunk_file_name_cannot_drive_the_terminal(toy: Toy) -> None:
     """An escape sequence in the name of a file that is found is cleaned in every text."""
     toy.chunk_file("a.bin", 0).with_name(f"a.bin.part-{ESCAPE}").touch()
-    survey = apply.status(toy.request())
-    assert "unexpected chunk file" in as_text.render(survey)
-    assert is_clean(as_text.render(survey))
+    report = apply.status(toy.request())
+    assert "unexpected chunk file" in as_text.render(report)
+    assert is_clean(as_text.render(report))
     assert is_clean(str(refusal(toy)))
 
 
-def test_a_line_end_in_a_part_name_cannot_forge_a_line(toy: Toy) -> None:
+def test_a_line_end_in_a_chunk_file_name_cannot_forge_a_line(toy: Toy) -> None:
     """A file name with a line end does not make a line of its own in any text."""
     forged = "OK: in place and proven"
     toy.chunk_file("a.bin", 0).with_name(f"a.bin.part-\n{forged}").touch()
-    survey = as_text.render(apply.status(toy.request()))
+    report = as_text.render(apply.status(toy.request()))
     error = str(refusal(toy))
-    lines = [*survey.split("\n"), *error.split("\n")]
+    lines = [*report.split("\n"), *error.split("\n")]
     assert [line for line in lines if line.startswith(forged)] == []
 
 
 def test_a_hostile_destination_cannot_drive_the_terminal(toy: Toy) -> None:
     """What a person, or a script, gave as --dest is cleaned too."""
-    survey = apply.status(toy.request(dest=f"models/there{ESCAPE}"))
-    assert is_clean(as_text.render(survey))
-    state = replace(survey.state)
+    report = apply.status(toy.request(dest=f"models/there{ESCAPE}"))
+    assert is_clean(as_text.render(report))
+    state = replace(report.state)
     assert is_clean(as_text.render(Outcome(state)))
 
 
@@ -195,7 +195,7 @@ def test_an_outcome_shows_files_gates_and_verdict(toy: Toy, outcome: Outcome) ->
 
 
 def test_a_fetch_says_what_places_the_files(toy: Toy) -> None:
-    """Files that are only staged are told with their folder and the command that installs them."""
+    """Files that are only staged are shown with their folder and the command that installs them."""
     text = as_text.render(apply.apply(toy.request(), Target.STAGED))
     assert text.split("\n")[-3:] == [
         "OK: verified",
@@ -234,39 +234,39 @@ def test_a_gate_that_did_not_run_is_not_ok(outcome: Outcome) -> None:
     assert line.split() == ["not", "run", "structure", "0", "of", "1", "file"]
 
 
-def test_a_survey_shows_steps_and_bytes(toy: Toy) -> None:
+def test_a_status_shows_steps_and_bytes(toy: Toy) -> None:
     """The plan has a line for each file and piece, and the sums of bytes."""
-    survey = apply.status(toy.request())
-    text = as_text.render(survey)
-    reads = sum(step.bytes_read for step in survey.plan.actions)
-    writes = sum(step.bytes_written for step in survey.plan.actions)
+    report = apply.status(toy.request())
+    text = as_text.render(report)
+    reads = sum(step.bytes_read for step in report.plan.actions)
+    writes = sum(step.bytes_written for step in report.plan.actions)
     assert f"{format_size(reads)} to read, {format_size(writes)} to write" in text
     assert all(piece.part in text for piece in toy.artifact("a.bin").pieces)
     assert "assemble from 5 chunk files, then move into place" in text
 
 
-def test_a_survey_says_why_a_part_is_of_no_use(toy: Toy) -> None:
-    """A missing part is named where its bytes would come from."""
+def test_a_status_says_why_a_chunk_file_is_of_no_use(toy: Toy) -> None:
+    """A missing chunk file is named where its bytes would come from."""
     toy.chunk_file("a.bin", 2).unlink()
     text = as_text.render(apply.status(toy.request()))
     assert f"nowhere: {toy.artifact('a.bin').pieces[2].part} is missing" in text
     assert "no source has it" in text
 
 
-def test_a_survey_says_how_to_get_what_is_missing(toy: Toy) -> None:
+def test_a_status_says_how_to_get_what_is_missing(toy: Toy) -> None:
     """With nothing here, the ways to get the files are in the text and in the JSON."""
     for piece in toy.artifact("a.bin").pieces:
         (toy.root / piece.part).unlink()
-    survey = apply.status(toy.request("a.bin"))
-    assert "output/toy/a.bin" in survey.advice
-    first, *_, last = survey.advice.split("\n")
-    text = as_text.render(survey)
+    report = apply.status(toy.request("a.bin"))
+    assert "output/toy/a.bin" in report.advice
+    first, *_, last = report.advice.split("\n")
+    text = as_text.render(report)
     assert first in text and text.endswith(last)
-    assert checked(as_json.render(survey, "status"))["advice"] == survey.advice
+    assert checked(as_json.render(report, "status"))["advice"] == report.advice
 
 
-def test_a_survey_says_what_an_earlier_run_proved(toy: Toy) -> None:
-    """Pieces that are kept in the unfinished file are told as such, those in a row together."""
+def test_a_status_says_what_an_earlier_run_verified(toy: Toy) -> None:
+    """Pieces that an earlier run verified are shown as kept, those in a row together."""
     flip(toy.chunk_file("a.bin", 2))
     refusal(toy)
     text = as_text.render(apply.status(toy.request()))
@@ -282,7 +282,7 @@ def test_the_smoke_test_has_its_limits_and_verdicts(outcome: Outcome) -> None:
 
 
 def test_a_smoke_report_of_an_earlier_run_says_so(outcome: Outcome) -> None:
-    """What an earlier run has found of the same files is told with its time, and not in full."""
+    """A report of an earlier run is shown with its time, and not in full."""
     text = as_text.render(replace(outcome, smoke=SMOKE, smoke_is_known=True))
     assert "smoke test on cpu: passed in an earlier run, of 2025-01-01T00:00:00+00:00" in text
     assert "finite" not in text
@@ -335,19 +335,19 @@ def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None
     assert (entry["state"], entry["file"]) == ("verified", str(toy.installed("a.bin")))
 
 
-def test_json_of_a_survey_adds_up(toy: Toy) -> None:
+def test_json_of_a_status_adds_up(toy: Toy) -> None:
     """Steps, bytes and pieces of `status --json` are those of the plan."""
-    survey = apply.status(toy.request())
-    data = checked(as_json.render(survey, "status"))
+    report = apply.status(toy.request())
+    data = checked(as_json.render(report, "status"))
     assert data["bytes_to_read"] == sum(step["reads"] for step in data["steps"])
     assert data["bytes_to_write"] == sum(step["writes"] for step in data["steps"])
-    assert data["bytes_free"] == survey.state.free_staging
+    assert data["bytes_free"] == report.state.free_staging
     assert [len(a["pieces"]) for a in data["artifacts"]] == [5, 3, 0]
     assert (data["ok"], data["exit_code"]) == (False, 0)
 
 
-def test_json_of_a_checked_survey_has_its_exit_code(toy: Toy) -> None:
-    """`status --check --json` says 3 while something is missing, and 0 when all is proven."""
+def test_json_of_a_checked_status_has_its_exit_code(toy: Toy) -> None:
+    """`status --check --json` has exit code 3 while a file is missing, 0 when all are verified."""
     toy.chunk_file("a.bin", 0).unlink()
     missing = apply.status(toy.request("a.bin"), check=True)
     assert checked(as_json.render(missing, "status"))["exit_code"] == 3

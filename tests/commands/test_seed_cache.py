@@ -1,4 +1,4 @@
-"""Files in place given to the Hub's cache: only proven ones, and as the real client wants them."""
+"""Installed files in the Hub's cache: only verified ones, and as the real client wants them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model(toy: Toy) -> Toy:
-    """The toy model, in place and proven, with a repository on the Hub."""
+    """The toy model, installed and verified, with a repository on the Hub."""
     toy.write_manifest(replace(toy.manifest, repo=REPO, revision=COMMIT))
     assert apply.weights(toy.request(), smoke=False).error is None
     return toy
@@ -80,7 +80,7 @@ def model(toy: Toy) -> Toy:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are hashed to be proven."""
+    """The names of the files that are hashed to be verified."""
     names: list[str] = []
     real = hashing.measure
 
@@ -104,7 +104,7 @@ def names(seeded: Seeding) -> dict[str, str]:
     return {item.path: item.blob.name for item in seeded.files}
 
 
-def is_proven(toy: Toy) -> bool:
+def is_verified(toy: Toy) -> bool:
     return apply.status(toy.request(), check=True).error is None
 
 
@@ -115,7 +115,7 @@ def edit(toy: Toy, path: str, change: Callable[[Artifact], Artifact]) -> None:
 
 
 def pin_note(artifact: Artifact) -> Artifact:
-    """The edition of the note that is in place, as the pinned one."""
+    """The edition of the note that is installed, as the pinned one."""
     own = artifact.alternatives[0]
     return replace(artifact, size=own.size, sha256=own.sha256, text=own.text, alternatives=())
 
@@ -123,7 +123,7 @@ def pin_note(artifact: Artifact) -> Artifact:
 # ---- what is seeded
 
 
-def test_proven_files_are_linked_into_the_cache(model: Toy, home: Path) -> None:
+def test_verified_files_are_linked_into_the_cache(model: Toy, home: Path) -> None:
     """Every chosen file is in the snapshot of the manifest's commit, which main stands for."""
     seeded = seed_cache(model.request())
     assert (seeded.cache, seeded.main) == (home / "hub", COMMIT)
@@ -140,7 +140,7 @@ def test_what_is_not_chosen_is_not_seeded(model: Toy) -> None:
 def test_a_seeded_file_is_still_known_without_hashing(model: Toy, counted: list[str]) -> None:
     """The link changes a file's change time; its receipt is written anew, so nothing is hashed."""
     seed_cache(model.request())
-    assert is_proven(model)
+    assert is_verified(model)
     assert seed_cache(model.request()).main == COMMIT
     assert counted == []
 
@@ -213,15 +213,15 @@ def test_a_file_of_ten_megabytes_is_named_by_its_sha256(
 
 
 def test_files_without_a_receipt_are_hashed_first(model: Toy, counted: list[str]) -> None:
-    """A right file that nobody has proven yet is hashed once, and then has a receipt."""
+    """A right file that nobody has verified yet is hashed once, and then has a receipt."""
     for path in ("a.bin", "note.txt"):
         receipt_path(model.installed(path).parent, path).unlink()
     seed_cache(model.request())
     assert counted == ["a.bin", "note.txt"]
-    assert is_proven(model)
+    assert is_verified(model)
 
 
-def test_a_file_proven_by_its_git_id_alone_gets_a_receipt(model: Toy, counted: list[str]) -> None:
+def test_a_file_verified_by_its_git_id_alone_gets_a_receipt(model: Toy, counted: list[str]) -> None:
     """Where the manifest has no other digest, the receipt has the git id too."""
     good = git_sha1(model.good("note.txt"))
     edit(model, "note.txt", lambda a: replace(pin_note(a), sha256=None, git_sha1=good))
@@ -232,7 +232,7 @@ def test_a_file_proven_by_its_git_id_alone_gets_a_receipt(model: Toy, counted: l
 
 
 def test_one_wrong_file_and_nothing_is_seeded(model: Toy, home: Path) -> None:
-    """A file that was changed since it was proven is found out; the right ones wait for it."""
+    """A file that was changed since it was verified is found out; the right ones wait for it."""
     flip(model.installed("b.bin"))
     with pytest.raises(WrongContent) as caught:
         seed_cache(model.request())
@@ -241,7 +241,7 @@ def test_one_wrong_file_and_nothing_is_seeded(model: Toy, home: Path) -> None:
 
 
 def test_missing_files_are_named_with_the_command_for_them(model: Toy, home: Path) -> None:
-    """What is not in place ends with 3 and says which command brings it there."""
+    """A file that is not installed ends the command with 3, and names the one that installs it."""
     model.installed("a.bin").unlink()
     with pytest.raises(MissingInput) as caught:
         seed_cache(model.request())
@@ -250,7 +250,7 @@ def test_missing_files_are_named_with_the_command_for_them(model: Toy, home: Pat
 
 
 def test_a_model_without_a_repository_has_no_cache_to_go_to(toy: Toy) -> None:
-    """A manifest without a [hub] section is told to have none."""
+    """A manifest without a [hub] section is refused by that name."""
     with pytest.raises(UsageError, match="no \\[hub\\]"):
         seed_cache(toy.request())
 
@@ -319,7 +319,7 @@ def test_after_a_failure_receipts_hold_all_the_same(
     monkeypatch.setattr(hub_cache, "seed", seed_and_fail)
     with pytest.raises(NoSpace):
         seed_cache(model.request())
-    assert is_proven(model)
+    assert is_verified(model)
     assert counted == []
 
 
@@ -351,10 +351,10 @@ def test_a_bad_blob_is_mended_once_the_file_is(model: Toy, home: Path) -> None:
     assert snapshot(home, "a.bin") == model.good("a.bin")
 
 
-# ---- a rehearsal
+# ---- a dry run
 
 
-def test_a_rehearsal_says_what_would_be_done_and_does_nothing(model: Toy, home: Path) -> None:
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(model: Toy, home: Path) -> None:
     """Each file with its size, what is known of it and where it would be; nothing is written."""
     receipt_path(model.installed("b.bin").parent, "b.bin").unlink()
     before = stamps(model.root)
@@ -367,8 +367,8 @@ def test_a_rehearsal_says_what_would_be_done_and_does_nothing(model: Toy, home: 
     assert "not verified yet" in b
 
 
-def test_a_rehearsal_fails_on_what_is_missing(model: Toy) -> None:
-    """It ends as the real run would, as far as a look can tell."""
+def test_a_dry_run_fails_on_what_is_missing(model: Toy) -> None:
+    """It ends as the real run would, as far as is known without hashing."""
     model.installed("a.bin").unlink()
     with pytest.raises(MissingInput):
         command.plan(model.request())
@@ -379,7 +379,7 @@ def test_a_rehearsal_fails_on_what_is_missing(model: Toy) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Request:
-    """csm-tiny with a repository on the Hub, safetensors and config.json in place."""
+    """csm-tiny with a repository on the Hub, safetensors and config.json installed."""
     root = tmp_path_factory.mktemp("tiny")
     shutil.copytree(REPOSITORY / "chunks" / "csm-tiny", root / "chunks" / "csm-tiny")
     text = (REPOSITORY / "manifests" / "csm-tiny.toml").read_text()

@@ -64,8 +64,8 @@ class Desk:
             self.clone.variables.clear()
             self.clone.variables.update(before)
 
-    def without_parts(self, *names: str) -> None:
-        """Removes parts: all, or those whose names end so."""
+    def without_chunk_files(self, *names: str) -> None:
+        """Remove chunk files: all, or those whose names end so."""
         for part in (self.clone.root / "chunks").rglob("*.part-*"):
             if not names or part.name.endswith(names):
                 part.unlink()
@@ -117,29 +117,29 @@ def text_of(result: Result) -> str:
 
 
 def test_everything_comes_from_the_hub(desk: Desk) -> None:
-    """Without a part, one command fetches, proves and places all files."""
-    desk.without_parts()
+    """Without chunk files, one command fetches, verifies and installs all files."""
+    desk.without_chunk_files()
     result = desk.inv("weights", *TINY, "--only=all", "--source=hf", "--no-smoke")
     assert (result.returncode, desk.is_right()) == (0, True)
     assert "\nOK: installed and verified\n" in result.stdout
 
 
 def test_a_second_run_asks_nobody(desk: Desk) -> None:
-    """What is in place and proven is not asked for again."""
+    """Installed and verified files are not asked for again."""
     desk.inv("weights", *TINY, "--source=hf", "--no-smoke")
     desk.hub.clear()
     assert desk.inv("weights", *TINY, "--source=hf", "--no-smoke").returncode == 0
     assert desk.hub.log == []
 
 
-def test_parts_that_are_here_need_no_network(desk: Desk) -> None:
-    """With all parts here, auto asks nobody, token or not."""
+def test_chunk_files_that_are_here_need_no_network(desk: Desk) -> None:
+    """With all chunk files here, auto asks no server, with a token and without."""
     result = desk.inv("weights", *TINY, "--no-smoke")
     assert (result.returncode, desk.is_right(), desk.hub.log) == (0, True, [])
 
 
-def test_one_bad_part_means_one_piece_of_the_hub(desk: Desk) -> None:
-    """Of twelve parts one is bad: just that piece is fetched, and the part is named."""
+def test_one_bad_chunk_file_means_one_piece_of_the_hub(desk: Desk) -> None:
+    """Of twelve chunk files one is bad: only its piece is fetched, and the file is named."""
     flip(desk.clone.chunk_files("ckpt.pt")[2])
     result = desk.inv("weights", *TINY, "--no-smoke")
     assert (result.returncode, desk.is_right()) == (0, True)
@@ -148,9 +148,9 @@ def test_one_bad_part_means_one_piece_of_the_hub(desk: Desk) -> None:
     assert re.search(r"wrong digest: .*ckpt.pt.part-ac\n", result.stdout)
 
 
-def test_one_missing_part_means_one_piece_of_the_hub(desk: Desk) -> None:
-    """A missing part is foreseen by status, and fetched alone."""
-    desk.without_parts("model.safetensors.part-af")
+def test_one_missing_chunk_file_means_one_piece_of_the_hub(desk: Desk) -> None:
+    """The piece of a missing chunk file is planned by status, and fetched alone."""
+    desk.without_chunk_files("model.safetensors.part-af")
     status = desk.inv("status", *TINY)
     assert re.search(r"6 of 6 +163.7 KiB +the Hub", status.stdout)
     assert "163.7 KiB to fetch" in status.stdout
@@ -160,9 +160,9 @@ def test_one_missing_part_means_one_piece_of_the_hub(desk: Desk) -> None:
 
 
 def test_a_damaged_file_in_place_is_repaired_by_its_bad_piece(desk: Desk) -> None:
-    """Without parts, a flipped byte in place costs one piece, and keeps the rest."""
+    """Without chunk files, a flipped byte in an installed file costs one piece."""
     desk.inv("weights", *TINY, "--no-smoke")
-    desk.without_parts()
+    desk.without_chunk_files()
     flip(desk.clone.installed / "model.safetensors", 300_000)
     result = desk.inv("weights", *TINY, "--no-smoke")
     assert (result.returncode, desk.is_right()) == (0, True)
@@ -172,7 +172,7 @@ def test_a_damaged_file_in_place_is_repaired_by_its_bad_piece(desk: Desk) -> Non
 
 def test_a_file_that_was_cut_short_is_completed(desk: Desk) -> None:
     """Of a truncated copy in output/ the whole pieces are used, and the rest is fetched."""
-    desk.without_parts()
+    desk.without_chunk_files()
     desk.clone.staged.mkdir(parents=True)
     cut = desk.content["model.safetensors"][:500_000]
     (desk.clone.staged / "model.safetensors").write_bytes(cut)
@@ -228,7 +228,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_revision_main_that_moved_is_refused_in_time(desk: Desk) -> None:
     """With --revision=main the manifest's digests decide: another file is refused unread."""
-    desk.without_parts()
+    desk.without_chunk_files()
     desk.hub.push("org/tiny", {"model.safetensors": b"x" * 1_191_632})
     only = ("--only=safetensors", "--source=hf", "--no-smoke")
     result = desk.inv("weights", *TINY, *only, "--revision=main")
@@ -254,7 +254,7 @@ def test_a_refusal_says_what_helps(
     desk: Desk, variables: dict[str, str], code: int, help_text: str
 ) -> None:
     """One block with the page or the command that helps, once, and the exit code of its kind."""
-    desk.without_parts()
+    desk.without_chunk_files()
     asks = ("--only=safetensors", "--source=hf", "--patience=5")
     result = desk.inv("fetch", *TINY, *asks, **variables)
     assert result.returncode == code
@@ -263,9 +263,9 @@ def test_a_refusal_says_what_helps(
     assert "hf_" not in result.stderr.replace("hf_hub", "") and "Traceback" not in result.stderr
 
 
-def test_without_a_token_auto_tells_the_ways(desk: Desk) -> None:
+def test_without_a_token_auto_shows_the_ways(desk: Desk) -> None:
     """Parts missing and no token: what is missing, and what to do for the Hub, exit 3."""
-    desk.without_parts()
+    desk.without_chunk_files()
     result = desk.inv("weights", *TINY, "--no-smoke", HF_TOKEN="")
     assert result.returncode == 3
     assert f"accept the terms at {desk.hub.endpoint}/org/tiny" in " ".join(result.stderr.split())
@@ -277,7 +277,7 @@ def test_offline_opens_no_socket(desk: Desk) -> None:
     desk.clone.fake("sitecustomize", NO_SOCKETS)
     offline = {"HF_HUB_OFFLINE": "1"}
     assert desk.inv("weights", *TINY, "--no-smoke", **offline).returncode == 0
-    desk.without_parts()
+    desk.without_chunk_files()
     for source in ("hf", "mirror", "auto"):
         url = () if source == "hf" else (f"--url={desk.hub.endpoint}",)
         asks = (f"--source={source}", *url, "--dest=models/elsewhere")
@@ -289,14 +289,14 @@ def test_offline_opens_no_socket(desk: Desk) -> None:
 
 def test_no_request_that_nobody_asked_for(desk: Desk) -> None:
     """A fetch asks for its files and for nothing else: no telemetry, no updates, no registry."""
-    desk.without_parts()
+    desk.without_chunk_files()
     desk.inv("weights", *TINY, "--only=all", "--source=hf", "--no-smoke")
     assert {"/resolve/" in r.path for r in desk.hub.requests(host="hub")} == {True}
 
 
 def test_the_token_is_written_nowhere(desk: Desk) -> None:
     """After a fetch and a failure no file and no line has the token, nor a signed URL."""
-    desk.without_parts()
+    desk.without_chunk_files()
     said = text_of(desk.inv("weights", *TINY, "--source=hf", "--no-smoke"))
     desk.hub.fault("status", host="storage", code=403)
     said += text_of(
@@ -327,7 +327,7 @@ def mirror(request: pytest.FixtureRequest, desk: Desk) -> Iterator[FileServer]:
 
 def test_everything_comes_from_a_mirror(desk: Desk, mirror: FileServer) -> None:
     """A static server with the whole files is enough, with ranges and without."""
-    desk.without_parts()
+    desk.without_chunk_files()
     result = desk.inv(
         "weights", *TINY, "--only=all", "--source=mirror", f"--url={mirror.url}", "--no-smoke"
     )
@@ -339,7 +339,7 @@ def test_a_mirror_without_ranges_sends_a_file_once(desk: Desk) -> None:
     folder = desk.folder / "plain"
     folder.mkdir()
     (folder / "ckpt.pt").write_bytes(desk.content["ckpt.pt"])
-    desk.without_parts()
+    desk.without_chunk_files()
     with serving(folder, ranges=False) as server:
         result = desk.inv("fetch", *TINY, "--only=ckpt", "--source=mirror", f"--url={server.url}")
         assert result.returncode == 0
@@ -347,7 +347,7 @@ def test_a_mirror_without_ranges_sends_a_file_once(desk: Desk) -> None:
         assert len([asked for asked in server.gets() if asked.path == "/ckpt.pt"]) <= 2
 
 
-def test_the_parts_may_be_on_a_mirror(desk: Desk) -> None:
+def test_the_chunk_files_may_be_on_a_mirror(desk: Desk) -> None:
     """A copy of the repository's chunk folders behind a web server serves as well."""
     (desk.clone.root / "chunks").rename(desk.folder / "chunks")
     with serving(desk.folder, ranges=True) as server:
@@ -356,8 +356,8 @@ def test_the_parts_may_be_on_a_mirror(desk: Desk) -> None:
     assert (desk.clone.staged / "ckpt.pt").read_bytes() == desk.content["ckpt.pt"]
 
 
-def test_parts_are_found_where_what_is_missing_is_forbidden(desk: Desk) -> None:
-    """S3 answers 403 for a file that it does not have: the parts are asked for all the same."""
+def test_chunk_files_are_found_where_absent_files_are_forbidden(desk: Desk) -> None:
+    """S3 answers 403 for files that it does not have: chunk files are asked for all the same."""
     (desk.clone.root / "chunks").rename(desk.folder / "chunks")
     with serving(desk.folder, ranges=True) as server:
         server.absent = 403
@@ -376,7 +376,7 @@ def test_a_bad_mirror_is_named_and_the_next_one_is_asked(desk: Desk, mirror: Fil
     data = bytearray(desk.content["model.safetensors"])
     data[300_000] ^= 1
     (bad / "model.safetensors").write_bytes(data)
-    desk.without_parts()
+    desk.without_chunk_files()
     with serving(bad, ranges=True) as other:
         urls = (f"--url={other.url}", f"--url={mirror.url}")
         only = ("--only=safetensors", "--source=mirror", "--no-smoke")
@@ -395,7 +395,7 @@ def test_a_bad_mirror_is_named_and_the_next_one_is_asked(desk: Desk, mirror: Fil
 def test_auto_asks_mirrors_before_the_hub(desk: Desk, mirror: FileServer) -> None:
     """Parts first, then mirrors, and the Hub for what they lack."""
     (desk.folder / "mirror" / "ckpt.pt").unlink()
-    desk.without_parts("part-aa")
+    desk.without_chunk_files("part-aa")
     result = desk.inv("weights", *TINY, f"--url={mirror.url}", "--no-smoke")
     assert (result.returncode, desk.is_right()) == (0, True)
     assert [r.sent for r in desk.hub.requests(host="storage", method="GET")] == [204800]
@@ -403,8 +403,8 @@ def test_auto_asks_mirrors_before_the_hub(desk: Desk, mirror: FileServer) -> Non
 
 
 def test_a_mirror_that_lacks_the_file_is_missing_input(desk: Desk) -> None:
-    """An empty mirror is told as such, exit 3."""
-    desk.without_parts()
+    """An empty mirror is a missing input, exit 3."""
+    desk.without_chunk_files()
     (desk.folder / "empty").mkdir()
     with serving(desk.folder / "empty", ranges=True) as server:
         result = desk.inv("fetch", *TINY, "--only=ckpt", "--source=mirror", f"--url={server.url}")
@@ -414,7 +414,7 @@ def test_a_mirror_that_lacks_the_file_is_missing_input(desk: Desk) -> None:
 
 def test_headers_for_mirrors_come_from_the_environment(desk: Desk, mirror: FileServer) -> None:
     """A secret for a mirror is sent to it, and the Hub's token is not."""
-    desk.without_parts()
+    desk.without_chunk_files()
     variables = {"CSM_MIRROR_HEADERS": "Authorization: Basic c2VjcmV0\nX-Other: 1"}
     result = desk.inv(
         "fetch", *TINY, "--only=ckpt", "--source=mirror", f"--url={mirror.url}", **variables
@@ -442,7 +442,7 @@ def test_headers_for_mirrors_come_from_the_environment(desk: Desk, mirror: FileS
     ],
 )
 def test_a_command_line_that_makes_no_sense_exits_2(desk: Desk, arguments: tuple[str, ...]) -> None:
-    """Wrong words are told before anything is asked, and secrets are not repeated."""
+    """Misuse is refused before any server is asked, and secrets are not repeated."""
     result = desk.inv("fetch", *TINY, *arguments)
     assert (result.returncode, desk.hub.log) == (2, [])
     assert "s3cr3t" not in result.stderr and "Traceback" not in result.stderr
@@ -464,8 +464,8 @@ def fill_cache(desk: Desk, damage: bool = False) -> Path:
 
 
 def test_the_hubs_cache_is_used_by_link(desk: Desk) -> None:
-    """A file in the cache is proven and linked: no request, no copy."""
-    desk.without_parts()
+    """A file in the cache is verified and linked: no request, no copy."""
+    desk.without_chunk_files()
     blob = fill_cache(desk)
     result = desk.inv("weights", *TINY, "--only=safetensors", "--no-smoke")
     assert (result.returncode, desk.hub.log) == (0, [])
@@ -476,7 +476,7 @@ def test_the_hubs_cache_is_used_by_link(desk: Desk) -> None:
 
 def test_a_damaged_blob_gives_its_good_pieces(desk: Desk) -> None:
     """Of a blob with a wrong byte five pieces are used and one is fetched; the blob stays."""
-    desk.without_parts()
+    desk.without_chunk_files()
     blob = fill_cache(desk, damage=True)
     before = blob.read_bytes()
     result = desk.inv("weights", *TINY, "--only=safetensors", "--no-smoke")
@@ -491,8 +491,8 @@ def test_a_damaged_blob_gives_its_good_pieces(desk: Desk) -> None:
     ["huggingface.co", "ftp://host", "http://[::1", "http://h:99999", "https://me:s3cr3t@host"],
 )
 def test_an_endpoint_that_is_none_exits_2(desk: Desk, endpoint: str) -> None:
-    """HF_ENDPOINT that is no plain URL is told by its name, and a secret in it is not repeated."""
-    desk.without_parts()
+    """An HF_ENDPOINT that is not a plain URL is refused by its name, without a secret in it."""
+    desk.without_chunk_files()
     result = desk.inv("fetch", *TINY, "--source=hf", HF_ENDPOINT=endpoint)
     assert (result.returncode, "HF_ENDPOINT" in result.stderr) == (2, True)
     assert "s3cr3t" not in text_of(result) and "Traceback" not in result.stderr
@@ -500,8 +500,8 @@ def test_an_endpoint_that_is_none_exits_2(desk: Desk, endpoint: str) -> None:
 
 @pytest.mark.parametrize("headers", [": x", "X-Name", "X-Name: \u20ac"])
 def test_headers_that_cannot_be_sent_exit_2(desk: Desk, headers: str) -> None:
-    """What is no header is told by the variable's name."""
-    desk.without_parts()
+    """A line that is not a header is refused with the variable's name."""
+    desk.without_chunk_files()
     asks = ("--source=mirror", f"--url={desk.hub.endpoint}", "--only=ckpt")
     result = desk.inv("fetch", *TINY, *asks, CSM_MIRROR_HEADERS=headers)
     assert (result.returncode, "CSM_MIRROR_HEADERS" in result.stderr) == (2, True)
@@ -514,8 +514,8 @@ def test_a_home_that_cannot_be_found_is_no_traceback(desk: Desk) -> None:
 
 
 def test_a_captive_portal_is_no_hub(desk: Desk) -> None:
-    """A web page in place of the Hub's answer is network trouble, and told as what it is."""
-    desk.without_parts()
+    """A web page in place of the Hub's answer is a captive portal: network trouble."""
+    desk.without_chunk_files()
     desk.hub.fault("html", host="hub")
     result = desk.inv("fetch", *TINY, "--source=hf", "--only=ckpt")
     assert (result.returncode, "captive portal" in result.stderr) == (6, True)
@@ -523,7 +523,7 @@ def test_a_captive_portal_is_no_hub(desk: Desk) -> None:
 
 def test_no_signed_url_is_logged_when_debugging(desk: Desk) -> None:
     """With every library's log on, neither the token nor a signature is in it."""
-    desk.without_parts()
+    desk.without_chunk_files()
     logging = "import logging; logging.basicConfig(level=logging.DEBUG)\n"
     desk.clone.fake("sitecustomize", logging)
     result = desk.inv("fetch", *TINY, "--source=hf", "--only=ckpt")
@@ -545,7 +545,7 @@ def test_more_files_than_may_be_open_are_fetched(desk: Desk) -> None:
 
 def test_a_mirrors_secret_does_not_follow_its_redirects(desk: Desk, mirror: FileServer) -> None:
     """Sent on to another origin by the mirror, we go there without its headers."""
-    desk.without_parts()
+    desk.without_chunk_files()
     desk.hub.fault("redirect", host="hub", location=f"{mirror.url}/ckpt.pt", code=302)
     asks = ("--source=mirror", f"--url={desk.hub.endpoint}", "--only=ckpt")
     result = desk.inv("fetch", *TINY, *asks, CSM_MIRROR_HEADERS="Authorization: Basic c2VjcmV0")

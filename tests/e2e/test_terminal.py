@@ -26,7 +26,7 @@ SHORT = "\x1b[2J\x9b\u202e\n"
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """A checkout whose folder and Hub cache have such names, with csm-tiny in place."""
+    """A checkout whose folder and Hub cache have such names, with csm-tiny installed."""
     root = tmp_path_factory.mktemp("clone") / "root"
     clone = Clone(Clone.make(root).root, {"HF_HOME": f"/tmp/none{SHORT}", "HF_HUB_OFFLINE": "1"})
     assert clone.inv("weights", "--model", "csm-tiny", "--no-smoke").returncode == 0
@@ -44,14 +44,14 @@ def shown(result: Result) -> str:
 @pytest.mark.parametrize("evil", [EVIL, SHORT, "\udcff"])
 @pytest.mark.parametrize("command", ["status", "verify", "fetch", "doctor", "weights", "clean"])
 def test_a_model_of_that_name(command: str, evil: str, clone: Clone) -> None:
-    """A model that does not exist is told by a name that does no harm."""
+    """The name of a model that does not exist is shown without control characters."""
     result = clone.inv(command, "--model", evil)
     assert (result.returncode, "model" in shown(result)) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "fetch", "doctor", "weights"])
 def test_a_manifest_of_that_name(command: str, clone: Clone, tmp_path: Path) -> None:
-    """A broken manifest is told by its path, and its values by what is safe of them."""
+    """The path and the values of a broken manifest are shown without control characters."""
     text = hostile.manifest(path=r"a\u001b[2J").replace(b"group", rb'"\u001b[2J"')
     path = hostile.written(tmp_path, text, f"{SHORT}.toml")
     result = clone.inv(command, "--model", str(path))
@@ -68,8 +68,8 @@ def test_a_destination_of_that_name(command: str, evil: str, clone: Clone, tmp_p
 
 
 @pytest.mark.parametrize("command", ["status", "fetch", "verify", "doctor", "weights"])
-def test_parts_of_that_name(command: str, clone: Clone, tmp_path: Path) -> None:
-    """A part too many, of a name that would drive the terminal, is told by one that does not."""
+def test_chunk_files_of_that_name(command: str, clone: Clone, tmp_path: Path) -> None:
+    """The name of an unexpected chunk file is shown without control characters."""
     part = clone.chunk_files("ckpt.pt")[-1]
     stray = part.with_name(f"ckpt.pt.part-{SHORT}")
     stray.write_bytes(b"more")
@@ -113,7 +113,7 @@ def test_a_checkpoint_with_names_like_that(clone: Clone, tmp_path: Path) -> None
 
 
 def test_shards_of_that_name(clone: Clone, tmp_path: Path) -> None:
-    """Shards that are missing or of several models are told by names that do no harm."""
+    """The names of missing shards, and of several models, are shown without control characters."""
     for name in (SHORT, f"other{SHORT}"):
         hostile.written(tmp_path, b"", f"{name}-00001-of-00002.safetensors")
     shard = str(tmp_path / f"{SHORT}-00001-of-00002.safetensors")
@@ -205,7 +205,7 @@ def test_any_error_is_lines_of_printable_text(text: str) -> None:
 
 
 def test_a_folder_of_that_name_can_be_worked_in(clone: Clone, tmp_path: Path) -> None:
-    """A whole checkout below such a name assembles, proves and tells it all the same."""
+    """A whole checkout below such a name assembles and verifies files all the same."""
     root = tmp_path / f"here{SHORT}"
     shutil.copytree(clone.root, root, symlinks=True)
     shutil.rmtree(root / "models")

@@ -106,7 +106,7 @@ def flip_byte(path: Path) -> None:
 
 
 def verdict(text: str) -> str:
-    """The one line that says that all is well."""
+    """The line with the verdict that all is well."""
     (line,) = [line for line in text.splitlines() if line.startswith("OK:")]
     return line
 
@@ -128,7 +128,7 @@ def top_level(modules: set[str]) -> set[str]:
 def test_make_weights_ends_with_the_verdict_and_the_right_files(
     spoken: tuple[Clone, Result],
 ) -> None:
-    """From a fresh clone, one command ends with OK, and the files are their parts joined."""
+    """From a fresh clone, one command ends with OK, and the files are their chunk files joined."""
     clone, result = spoken
     assert result.returncode == 0, result.stderr
     assert verdict(result.stdout) == "OK: installed, verified, smoke test passed"
@@ -138,7 +138,7 @@ def test_make_weights_ends_with_the_verdict_and_the_right_files(
 def test_a_second_make_weights_writes_nothing_and_loads_no_torch(
     spoken: tuple[Clone, Result],
 ) -> None:
-    """When all is proven, a second run ends the same, touches no file and imports no torch."""
+    """When all is verified, a second run ends the same, touches no file and imports no torch."""
     clone, _ = spoken
     before = clone.tree()
     clone.fake("torch", FORBIDDEN_TORCH)
@@ -172,8 +172,8 @@ def test_no_smoke_needs_no_torch(clone: Clone) -> None:
     assert (result.returncode, verdict(result.stdout)) == (0, "OK: installed and verified")
 
 
-def test_without_torch_the_way_around_is_told(clone: Clone) -> None:
-    """On a machine without torch, weights ends with 77, says how to do without, keeps the files."""
+def test_without_torch_the_way_around_is_shown(clone: Clone) -> None:
+    """Without torch, weights ends with 77, names the option that needs none, keeps the files."""
     clone.fake("torch", NO_TORCH)
     result = clone.inv("weights", *TINY)
     assert result.returncode == 77
@@ -181,7 +181,7 @@ def test_without_torch_the_way_around_is_told(clone: Clone) -> None:
     assert files_are_right(clone)
 
 
-def test_without_weights_four_ways_to_get_them_are_told(clone: Clone) -> None:
+def test_without_weights_four_ways_to_get_them_are_shown(clone: Clone) -> None:
     """Without CSM-1B a few lines name the file and four ways to get it, and nothing changes."""
     clone.inv("--list")
     before = clone.tree()
@@ -202,7 +202,7 @@ def test_the_ways_are_those_of_the_file_that_is_missing(clone: Clone) -> None:
 
 
 def test_a_full_disk_has_no_way_around_that_is_the_same_again(clone: Clone) -> None:
-    """Where the disk has room for no file, nobody is told to ask for the very same files."""
+    """Where the disk has room for no file, the advice is not to ask for the same files."""
     full = "import shutil\nshutil.disk_usage = lambda _: type('Usage', (), {'free': 9})\n"
     clone.fake("sitecustomize", full)
     result = clone.inv("weights", *TINY)
@@ -221,7 +221,7 @@ def test_advice_is_about_the_files_and_the_folder_that_were_named(clone: Clone) 
 
 
 def test_make_turns_a_failure_into_exit_code_2(clone: Clone) -> None:
-    """`make weights` without weights says what inv says, and ends with make's own 2."""
+    """`make weights` without weights prints what inv prints, and ends with make's own 2."""
     result = clone.make_target("weights")
     assert result.returncode == 2
     assert clone.inv("weights").stderr.splitlines()[:6] == result.stderr.splitlines()[:6]
@@ -382,7 +382,7 @@ def test_the_readme_has_every_exit_code() -> None:
 def test_inv_ends_with_the_code_of_the_readme_and_says_so_in_json(
     clone: Clone, code: int, end: Callable[[Clone], Result]
 ) -> None:
-    """Each exit code is what the process ends with, and what its JSON on stdout says."""
+    """The exit code of the process is the one in its JSON on stdout."""
     result = end(clone)
     data = checked(result.stdout)
     assert (result.returncode, data["exit_code"], data["ok"]) == (code, code, code == 0)
@@ -489,7 +489,7 @@ def test_json_is_of_the_documented_schema(clone: Clone) -> None:
 
 
 def test_an_interrupted_run_is_taken_up_again(clone: Clone) -> None:
-    """Ctrl-C while parts are read leaves no file; the next run keeps the pieces proven by then."""
+    """Ctrl-C while chunk files are read leaves no file; the next run keeps the verified pieces."""
     assert interrupt_reading(clone).returncode == 130
     (clone.extra / "sitecustomize.py").unlink()
     for name in WEIGHT_FILES:
@@ -504,7 +504,7 @@ def test_an_interrupted_run_is_taken_up_again(clone: Clone) -> None:
 
 
 def test_an_interrupted_smoke_test_leaves_the_files_in_place(clone: Clone) -> None:
-    """A termination signal during the smoke test ends in a sentence, and the files stay proven."""
+    """A termination signal during the smoke test ends in a sentence; the files stay verified."""
     result = terminate(clone)
     assert "interrupted; what was verified is kept" in result.stderr
     assert clone.inv("status", *TINY, "--check").returncode == 0
@@ -544,7 +544,7 @@ def test_recombine_and_fetch_give_the_same_bytes(clone: Clone, tmp_path: Path) -
 
 
 def test_what_recombine_made_is_adopted_where_it_lies(clone: Clone) -> None:
-    """After recombine.sh, weights proves and moves its files instead of copying them."""
+    """After recombine.sh, weights verifies and moves its files instead of copying them."""
     clone.run("bash", "recombine.sh", *TINY)
     inodes = [(clone.staged / name).stat().st_ino for name in WEIGHT_FILES]
     result = clone.inv("weights", *TINY, "--no-smoke")
@@ -690,7 +690,7 @@ def test_a_dry_run_writes_nothing(
 
 
 def test_status_shows_where_each_piece_would_come_from(clone: Clone) -> None:
-    """For every piece status names its part, or says what is wrong with that."""
+    """For every piece status names its chunk file, or what is wrong with it."""
     parts = [p.relative_to(clone.root).as_posix() for p in clone.chunk_files("ckpt.pt")]
     (clone.root / parts[1]).unlink()
     os.truncate(clone.root / parts[3], 5)
@@ -770,7 +770,7 @@ def test_looking_imports_no_torch(clone: Clone) -> None:
     assert top_level(modules) & {"torch", "numpy"} == set()
 
 
-def test_a_bad_part_of_one_format_says_how_to_go_on_with_the_other(clone: Clone) -> None:
+def test_a_bad_chunk_file_of_one_format_leaves_the_other(clone: Clone) -> None:
     """The error about ckpt.pt names the --only that places the other format, and it does."""
     part = clone.chunk_files("ckpt.pt")[2]
     part.write_bytes(bytes(len(part.read_bytes())))
