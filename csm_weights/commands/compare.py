@@ -38,7 +38,8 @@ def _chosen(request: Request, paths: Sequence[Path]) -> tuple[Files, Files]:
     state = begin(replace(request, only=("all",))).inspect()
     items = [item for item in state.artifacts if item.artifact.is_weights]
     items.sort(key=lambda item: item.artifact.format)
-    if not found and [item.artifact.format for item in items] != ["safetensors", "torch-zip"]:
+    formats = {item.artifact.format for item in items}
+    if not found and (len(items), len(formats)) != (2, 2):
         raise UsageError(f"{request.model} has not one file of each format; name two files")
     here = [_here(item) for item in items]
     others = [files for files in here if files and not (found and _is_same(files, found[0]))]
