@@ -27,6 +27,7 @@ from csm_weights.pipeline.outcome import StatusReport
 from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.pipeline.session import Session, begin
+from csm_weights.progress import format_size
 from csm_weights.transfer.policy import HUB
 
 _ELSEWHERE = "nothing comes from there"
@@ -166,9 +167,9 @@ def _plan(case: _Case) -> CheckResult:
         sum(getattr(action, f"bytes_{name}") for action in plan.actions)
         for name in ("fetched", "read", "written")
     )
-    over_network = f"to fetch {fetches:,} bytes, " if fetches else ""
+    over_network = f"{format_size(fetches)} to fetch, " if fetches else ""
     found = f"{len(planned)} of {len(items)} files can be had"
-    found += f": {over_network}to read {reads:,} bytes, to write {writes:,}"
+    found += f": {over_network}{format_size(reads)} to read, {format_size(writes)} to write"
     return case.judge("plan", found, plan.findings)
 
 
@@ -288,7 +289,7 @@ def _disk(case: _Case) -> CheckResult:
         ("destination", state.paths.destination, state.free_destination),
     ):
         if needed := case.plan.room(name):
-            texts.append(f"{needed:,} bytes to write in {folder}, {free:,} free")
+            texts.append(f"{format_size(needed)} to write in {folder}, {format_size(free)} free")
     findings = [f for f in case.plan.findings if f.kind is Kind.NO_SPACE]
     for folder in () if case.plan.is_done else (state.paths.staging, state.paths.destination):
         above = (folder.absolute(), *folder.absolute().parents)

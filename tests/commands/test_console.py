@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from invoke.program import Program
 
 from csm_weights.commands import console
+from csm_weights.commands.cli import collection
 from csm_weights.errors import CsmWeightsError, Finding, MissingInput
 from tests.support.clone import INV, REPOSITORY
 
@@ -125,6 +127,17 @@ def test_commands_are_told_as_they_are_typed(
     monkeypatch.delenv("CSM_WEIGHTS_TYPED")
     console.run(lambda: text, as_json=False)
     assert capsys.readouterr().out.splitlines() == [typed, text]
+
+
+def test_a_program_of_its_own_can_have_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Invoke's Program runs the same tasks as a console program, for any root."""
+    program = Program(namespace=collection(REPOSITORY), name="csm-weights", version="1")
+    program.run(["csm-weights", "status", "--model", "csm-tiny", "--only", "config"], exit=False)
+    out, err = capsys.readouterr()
+    assert (out.startswith("csm-tiny -> "), err) == (True, "")
+    with pytest.raises(SystemExit) as caught:
+        program.run(["csm-weights", "status", "--model", "none"])
+    assert caught.value.code == 2
 
 
 # ---- whole processes

@@ -584,7 +584,7 @@ def test_too_little_disk_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPat
     diagnosis = bench.examine()
     row = checks(diagnosis)["disk"]
     assert (code(diagnosis), row.verdict) == (7, Verdict.NOT_OK)
-    assert "2,395,447 bytes to write" in row.found and "1,000 free" in row.found
+    assert "2.3 MiB to write" in row.found and "1000 B free" in row.found
 
 
 def test_a_folder_that_takes_no_files_is_reported(

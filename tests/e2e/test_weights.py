@@ -485,6 +485,25 @@ def test_json_is_of_the_documented_schema(clone: Clone) -> None:
         assert len(data) > 9
 
 
+def test_screens_are_at_most_80_columns_wide(clone: Clone) -> None:
+    """Whatever a task prints fits 80 columns, but for lines that hold a path or a digest."""
+    path = clone.root / "manifests" / "csm-tiny.toml"
+    hub = f'[hub]\nrepo = "org/tiny"\nrevision = "{"a" * 40}"\n\n[smoke]'
+    path.write_text(path.read_text().replace("[smoke]", hub))
+    shown = []
+    for task, *options in [("status",), ("doctor",), *WITH_RESULTS, ("place",), ("lock",)]:
+        result = clone.inv(task, *TINY, *options)
+        shown += [*result.stdout.splitlines(), *result.stderr.splitlines()]
+    os.truncate(clone.installed / "ckpt.pt", 5)
+    for model in ("csm-tiny", "csm-1b", "csm-2b"):
+        for task in ("verify", "status", "weights", "doctor"):
+            result = clone.inv(task, "--model", model)
+            shown += [*result.stdout.splitlines(), *result.stderr.splitlines()]
+    wide = [line for line in dict.fromkeys(shown) if len(line) > 80]
+    assert len(shown) > 200
+    assert [line for line in wide if "/" not in line and not re.search("[0-9a-f]{40}", line)] == []
+
+
 # --- interrupted
 
 
