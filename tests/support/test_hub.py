@@ -665,6 +665,14 @@ def test_short(hub: HubServer) -> None:
     assert part.headers["content-range"] == f"bytes 100-189/{len(BIG)}"
 
 
+def test_cap(hub: HubServer) -> None:
+    """The fault `cap` serves the beginning of a range, with headers that say so."""
+    hub.fault("cap", size=60)
+    part = ask(signed(hub), Range="bytes=100-199")
+    assert (part.status, part.broken, part.body) == (206, None, BIG[100:160])
+    assert part.headers["content-range"] == f"bytes 100-159/{len(BIG)}"
+
+
 def test_long(hub: HubServer) -> None:
     """The fault `long` serves more than was requested."""
     hub.fault("long", by=10)
