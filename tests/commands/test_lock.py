@@ -598,7 +598,7 @@ def test_what_else_the_hub_tells_is_added_as_its_word() -> None:
     assert merged.evidence == {"size": "A", "blob_id": "B", "sha256": "H"}
 
 
-# ---- pieces of proven files
+# ---- pieces of verified files
 
 
 def test_proven_files_add_pieces_and_digests(hub: HubServer, root: Path) -> None:
@@ -660,7 +660,7 @@ def test_a_file_with_an_endless_name_stays_whole(hub: HubServer, root: Path) -> 
 
 
 def test_a_git_id_beside_a_sha256_stays_the_hubs_word() -> None:
-    """What is proven by its sha256 says nothing of an id that nobody has taken."""
+    """A file verified by its sha256 says nothing about an id that was not taken."""
     artifact = replace(artifact_of(told("a", b"12", lfs=True)), git_sha1="5" * 40)
     marked = replace(artifact, evidence={"size": "H", "sha256": "H", "git_sha1": "H"})
     assert recomputed(marked).evidence == {"size": "A", "sha256": "A", "git_sha1": "H"}

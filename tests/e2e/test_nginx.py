@@ -87,7 +87,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nginx_serves_whole_files(clone: Clone, tmp_path: Path, kind: str) -> None:
-    """Both files come whole, are proven, and get their place."""
+    """Both files come whole, are verified and installed."""
     mirror = tmp_path / "mirror"
     with nginx(tmp_path / "nginx", mirror, *KINDS[kind]) as url:
         folder = f"{url}/old" if "redirect" in kind else url

@@ -751,10 +751,10 @@ def test_an_interrupted_copy_goes_on_where_it_stopped(
     """Across file systems, too, verified pieces are kept for the next run."""
     real = install.install
 
-    def fail(proven: Path, directory: Path, receipt: Receipt) -> Receipt:
+    def fail(verified: Path, directory: Path, receipt: Receipt) -> Receipt:
         if directory == other_disk:
             raise KeyboardInterrupt
-        return real(proven, directory, receipt)
+        return real(verified, directory, receipt)
 
     monkeypatch.setattr(install, "install", fail)
     with pytest.raises(KeyboardInterrupt):
