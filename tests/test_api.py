@@ -404,7 +404,7 @@ def test_a_gpu_that_is_not_here_is_said_at_once(
 
 
 def test_order_of_preference(root: Path) -> None:
-    """Verified files come first, then the cache, chunk files of either format, and unverified files."""
+    """Verified files come first, then the cache, chunk files, and unverified files."""
     give_chunk_files(root, "model.safetensors")
     give_chunk_files(root, "ckpt.pt")
     parts = [["root", "safetensors"], ["root", "ckpt"]]
