@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from functools import singledispatch
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-from csm_weights.commands.attest import Attesting
-from csm_weights.commands.doctor import DoctorReport, Verdict
 from csm_weights.commands.render import blocks
 from csm_weights.commands.render.blocks import SHORT, count, paragraph, table
-from csm_weights.commands.seed_cache import Seeding
 from csm_weights.errors import printable
-from csm_weights.formats.compare import Comparison, Difference
-from csm_weights.formats.tensor_index import MAX_FINDINGS
-from csm_weights.formats.transformers_layout import Layout, Summary
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action, Consume
 from csm_weights.pipeline.outcome import Outcome, StatusReport
@@ -25,17 +19,30 @@ from csm_weights.store.inspect import ArtifactState, FileState, State
 from csm_weights.transfer.policy import PieceOrigin, PieceSource
 from csm_weights.verify.gates import Gate, GateResult
 
+if TYPE_CHECKING:  # what a task does not show need not be imported for it
+    from csm_weights.commands.attest import Attesting
+    from csm_weights.commands.doctor import DoctorReport
+    from csm_weights.commands.seed_cache import Seeding
+    from csm_weights.formats.compare import Comparison, Difference
+    from csm_weights.formats.transformers_layout import Summary
 
-@singledispatch
+
 def render(result: object) -> str:
     """Return what a task shows of its result; its error is told by itself, by `blocks.error`."""
-    return str(result)
+    renderers: dict[str, Callable[[Any], str]] = {
+        "StatusReport": _status,
+        "Outcome": _outcome,
+        "Attesting": _attesting,
+        "Comparison": _comparison,
+        "DoctorReport": _doctor,
+        "Seeding": _seeding,
+    }
+    return renderers.get(type(result).__name__, str)(result)
 
 
 # ---- status, and dry runs
 
 
-@render.register
 def _status(report: StatusReport) -> str:
     state, plan = report.state, report.plan
     rows = [
@@ -119,7 +126,6 @@ def total(steps: Iterable[Action], name: str) -> int:
 # ---- what a command did
 
 
-@render.register
 def _outcome(outcome: Outcome) -> str:
     state = outcome.state
     shown = [printable(f"{state.manifest.name} -> {state.paths.destination}")]
@@ -224,7 +230,6 @@ def _rate(rate: float) -> str:
 # ---- attest, compare, doctor, seed-cache
 
 
-@render.register
 def _attesting(done: Attesting) -> str:
     shown = [printable(f"{done.model} -> {done.file}")]
     shown.append(table(("sha256", "subject"), [(sha, name) for name, sha in done.subjects.items()]))
@@ -238,7 +243,6 @@ def _attesting(done: Attesting) -> str:
     return "\n\n".join(shown)
 
 
-@render.register
 def _comparison(comparison: Comparison) -> str:
     sides = [("first", comparison.first), ("second", comparison.second)]
     rows = [(word, f"{side.tensors:,}", _kind(side), side.where) for word, side in sides]
@@ -256,19 +260,24 @@ def _comparison(comparison: Comparison) -> str:
 
 
 def _kind(side: Summary) -> str:
+    from csm_weights.formats.transformers_layout import Layout
+
     names = ", transformers' names" if side.layout is Layout.TRANSFORMERS else ""
     return f"{side.format}{names}"
 
 
 def _differences(differences: Sequence[Difference]) -> str:
+    from csm_weights.formats.tensor_index import MAX_FINDINGS
+
     rows = [(str(d.what), d.where, f"{d.first} against {d.second}") for d in differences]
     text = table(("differs in", "tensor", "first against second"), rows[:MAX_FINDINGS])
     rest = len(rows) - MAX_FINDINGS
     return f"{text}\nand {rest:,} more" if rest > 0 else text
 
 
-@render.register
 def _doctor(report: DoctorReport) -> str:
+    from csm_weights.commands.doctor import Verdict
+
     rows = [(str(check.verdict), check.name, check.found) for check in report.checks]
     shown = [printable(report.subject), table(("verdict", "check", "found"), rows)]
     # What the command would end with is told as its error.
@@ -280,7 +289,6 @@ def _doctor(report: DoctorReport) -> str:
     return "\n\n".join(shown if report.error else [*shown, printable(f"OK: {report.promise}")])
 
 
-@render.register
 def _seeding(seeding: Seeding) -> str:
     repo = seeding.manifest.repo
     shown = [printable(f"{repo} in {seeding.cache}")]
