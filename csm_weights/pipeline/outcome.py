@@ -1,15 +1,20 @@
 """The results of the pipeline's commands."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from csm_weights.errors import CsmWeightsError, Finding
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action
 from csm_weights.pipeline.plan import Plan
 from csm_weights.store.inspect import State
-from csm_weights.verify.envelope import Attested
 from csm_weights.verify.gates import GateResult
-from csm_weights.verify.seal import Sealed
+
+if TYPE_CHECKING:  # few runs attest or seal
+    from csm_weights.verify.envelope import Attested
+    from csm_weights.verify.seal import Sealed
 
 
 @dataclass(frozen=True)
