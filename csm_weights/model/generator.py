@@ -8,7 +8,6 @@ of audio (80 ms each), K codebooks.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,7 +121,7 @@ class Generator:
         limit = int(max_audio_length_ms / FRAME_MS)
         made = self.iter_frames(*prompt, temperature, topk)
         # disable=None: no bar where stderr is no terminal
-        bar = tqdm(made, "generating", limit, False, sys.stderr, unit=" frames", disable=None)
+        bar = tqdm(made, desc="generating", total=limit, leave=False, unit=" frames", disable=None)
         frames = list(bar)
         none = torch.zeros(0, self._model.config.codebooks, dtype=torch.long, device=self.device)
         return torch.stack(frames) if frames else none

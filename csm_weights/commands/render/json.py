@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import singledispatch
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from csm_weights.commands.attest import Attesting
-from csm_weights.commands.doctor import DoctorReport
 from csm_weights.commands.render.text import origin_words, total
-from csm_weights.commands.seed_cache import Seeding
 from csm_weights.errors import CsmWeightsError
-from csm_weights.formats.compare import Comparison, Difference
-from csm_weights.formats.transformers_layout import Value
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action
 from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import Plan
 from csm_weights.store.inspect import ArtifactState, FileState
+
+if TYPE_CHECKING:  # what a task does not show need not be imported for it
+    from csm_weights.commands.attest import Attesting
+    from csm_weights.commands.doctor import DoctorReport
+    from csm_weights.commands.seed_cache import Seeding
+    from csm_weights.formats.compare import Comparison, Difference
+    from csm_weights.formats.transformers_layout import Value
 
 #: The version of the schema: keys are added to it; one that goes or changes makes a new version.
 SCHEMA = 1
@@ -49,18 +51,24 @@ def render(result: object, command: str = "") -> str:
     return json.dumps(shared | _keys(result), indent=2, ensure_ascii=True)
 
 
-@singledispatch
 def _keys(result: object) -> dict[str, Any]:
     """Return the keys of a result that are its own, and the shared ones that differ."""
-    raise TypeError(f"{type(result).__name__} has no JSON")
+    if isinstance(result, CsmWeightsError):
+        return {}
+    renderers: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "StatusReport": _status,
+        "Outcome": _outcome,
+        "Attesting": _attesting,
+        "Comparison": _comparison,
+        "DoctorReport": _doctor,
+        "Seeding": _seeding,
+    }
+    name = type(result).__name__
+    if name not in renderers:
+        raise TypeError(f"{name} has no JSON")
+    return renderers[name](result)
 
 
-@_keys.register
-def _error(_: CsmWeightsError) -> dict[str, Any]:
-    return {}
-
-
-@_keys.register
 def _status(report: StatusReport) -> dict[str, Any]:
     state, plan = report.state, report.plan
     return {
@@ -106,7 +114,6 @@ def _step(action: Action) -> dict[str, Any]:
     }
 
 
-@_keys.register
 def _outcome(outcome: Outcome) -> dict[str, Any]:
     state, attested = outcome.state, outcome.attested
     signer = attested.signer._asdict() if attested and attested.signer else None
@@ -148,7 +155,6 @@ def _number(text: str) -> float | str:
     return json.loads(found[1]) if found else text
 
 
-@_keys.register
 def _attesting(done: Attesting) -> dict[str, Any]:
     return {
         "model": done.model,
@@ -160,7 +166,6 @@ def _attesting(done: Attesting) -> dict[str, Any]:
     }
 
 
-@_keys.register
 def _comparison(comparison: Comparison) -> dict[str, Any]:
     return {
         "first": asdict(comparison.first),
@@ -190,12 +195,10 @@ def _value(value: Value) -> dict[str, Any]:
     return {"number": number if is_json else repr(number), "bits": value.bits}
 
 
-@_keys.register
 def _doctor(report: DoctorReport) -> dict[str, Any]:
     return {"subject": report.subject, "checks": [asdict(check) for check in report.checks]}
 
 
-@_keys.register
 def _seeding(seeding: Seeding) -> dict[str, Any]:
     return {
         "model": seeding.manifest.name,
