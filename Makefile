@@ -61,7 +61,7 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare split lock \
 	standin clean test lint test-full test-integration test-gpu messages torture bench \
-	bench-download bench-load fuzz scanners
+	bench-download bench-load fuzz scanners mutation
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
@@ -145,6 +145,9 @@ fuzz: $(VENV)/.fuzz ## Fuzz the readers of manifests and weights, FUZZ_SECONDS=3
 			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1; \
 	done
 
+mutation: $(VENV)/.mutation ## Change the code in places and list what no test notices (SEED=1)
+	@$(VENV)/bin/python -m tools.mutation $(if $(SEED),--seed $(SEED))
+
 scanners: $(VENV)/.test ## Write docs/security-table.md: hostile files and other scanners
 	@$(VENV)/bin/python -m benchmarks.scanners
 
@@ -180,6 +183,6 @@ $(VENV)/.test: $(VENV)/.smoke
 	@$(PIP) --editable '.[smoke,test]' >&2
 	@touch $@
 
-$(VENV)/.fuzz: $(VENV)/.test
-	@$(PIP) --quiet --editable '.[fuzz]'
+$(VENV)/.fuzz $(VENV)/.mutation: $(VENV)/.%: $(VENV)/.test
+	@$(PIP) --quiet --editable '.[$*]'
 	@touch $@
