@@ -36,6 +36,20 @@ ActionT = TypeVar("ActionT", bound="Action")
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Bytes that an action takes.
+
+    Read from disks of this machine, written to the disk of `writes_to`, fetched
+    from remote sources, and given back to that disk while it is written to.
+    """
+
+    read: int = 0
+    written: int = 0
+    fetched: int = 0
+    freed: int = 0
+
+
+@dataclass(frozen=True)
 class Action:
     """One act on one artifact; `file` is the one that is read, or the staged one that results.
 
@@ -62,24 +76,9 @@ class Action:
         return ""
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes read from disks of this machine."""
-        return (self.file.size or self.artifact.size) if self.reads_file else 0
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes written to the disk of `writes_to`."""
-        return 0
-
-    @property
-    def bytes_fetched(self) -> int:
-        """Bytes fetched from remote sources."""
-        return 0
-
-    @property
-    def bytes_freed(self) -> int:
-        """Bytes given back to the disk of `writes_to` while they are written there."""
-        return 0
+    def cost(self) -> Cost:
+        """What it takes."""
+        return Cost(read=(self.file.size or self.artifact.size) if self.reads_file else 0)
 
     @property
     def replaced(self) -> list[FileStatus]:
@@ -127,9 +126,9 @@ class WriteText(Action):
         return "from its known text"
 
     @property
-    def bytes_written(self) -> int:
-        """Bytes of the text."""
-        return len((known_text(self.artifact) or "").encode())
+    def cost(self) -> Cost:
+        """What it takes: the text."""
+        return Cost(written=len((known_text(self.artifact) or "").encode()))
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
@@ -191,23 +190,15 @@ class Assemble(Action):
         return frozenset(piece.offset for piece in self.pieces_from(PieceSource.REMOTE))
 
     @property
-    def bytes_fetched(self) -> int:
-        """Bytes of remote pieces that no earlier run has written."""
+    def cost(self) -> Cost:
+        """What it takes: no fetching of what an earlier run wrote, no writing of shared blocks."""
         here = Ranges([(a.offset, a.offset + a.size) for a in self.item.journal.arrived])
         remote = self.pieces_from(PieceSource.REMOTE)
         gaps = [gap for piece in remote for gap in here.missing(piece.offset, piece.end)]
-        return sum(end - start for start, end in gaps)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from disks of this machine."""
-        return self.artifact.size - self.bytes_fetched
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes written to staging: none for shared blocks."""
+        fetched = sum(end - start for start, end in gaps)
         there = self.size_from(PieceSource.KEPT, PieceSource.REMOTE)
-        return self.bytes_fetched + (0 if self.shares_blocks else self.artifact.size - there)
+        copied = 0 if self.shares_blocks else self.artifact.size - there
+        return Cost(self.artifact.size - fetched, fetched + copied, fetched)
 
     @property
     def replaced(self) -> list[FileStatus]:
@@ -258,27 +249,22 @@ class Consume(Assemble):
         return frozenset(piece.offset for piece in (*moved, *kept))
 
     @property
-    def _moved_before(self) -> int:
-        """Bytes that an earlier run has moved out of chunk files."""
-        moved = self.pieces_from(PieceSource.CHUNK, PieceSource.CONSUMED)
-        offsets = {piece.offset for piece in moved}
-        return sum(c.consumed for c in self.item.journal.consumed if c.offset in offsets)
+    def cost(self) -> Cost:
+        """What it takes: each chunk file is hashed before it goes, and read again as it is copied.
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read: each chunk file is hashed before it goes, and read again as it is copied."""
-        pieces = (o.piece for o in self.origins if o.piece.offset in self.consumed)
-        return super().bytes_read + sum(piece.size for piece in pieces)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes written to staging."""
-        return max(0, super().bytes_written - self._moved_before)
-
-    @property
-    def bytes_freed(self) -> int:
-        """Bytes of chunk files that are given back while the file grows."""
-        return self.size_from(PieceSource.CHUNK, PieceSource.CONSUMED) - self._moved_before
+        What an earlier run has moved out of them is neither written nor given back again.
+        """
+        plain = super().cost
+        hashed = sum(p.size for p in self.artifact.pieces if p.offset in self.consumed)
+        kinds = (PieceSource.CHUNK, PieceSource.CONSUMED)
+        offsets = {piece.offset for piece in self.pieces_from(*kinds)}
+        moved = sum(c.consumed for c in self.item.journal.consumed if c.offset in offsets)
+        return replace(
+            plain,
+            read=plain.read + hashed,
+            written=max(0, plain.written - moved),
+            freed=self.size_from(*kinds) - moved,
+        )
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
@@ -336,23 +322,32 @@ class Copy(Action):
     verb, reads_file, writes_to = "copy into place", True, "destination"
 
     @property
-    def bytes_written(self) -> int:
-        """Bytes that no earlier run has copied."""
-        return self.bytes_read - sum(record.size for record in self.item.copied)
+    def cost(self) -> Cost:
+        """What it takes: what an earlier run has copied is not written again."""
+        read = super().cost.read
+        return Cost(read, read - sum(record.size for record in self.item.copied))
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
         """See `Action`: each is verified as written there, and then removed here."""
         staging, destination = session.paths.staging, session.paths.destination
-        jobs = [
-            Assembly(
-                _as_staged(action),
-                destination / action.artifact.path,
-                WholeFile(action.file.path),
-                action.item.copied,
+        jobs = []
+        for action in actions:
+            artifact, receipt = action.artifact, _receipt(action)
+            # The artifact as it was verified in staging, in the pieces of that time.
+            pieces = tuple(Piece(r.source, r.offset, r.size, r.sha256) for r in receipt.pieces)
+            whole = Piece(receipt.path, 0, receipt.size, receipt.sha256)
+            as_staged = replace(
+                artifact,
+                size=receipt.size,
+                sha256=receipt.sha256,
+                # That of the pinned edition; another one may have been accepted.
+                blob_id=artifact.blob_id if receipt.size == artifact.size else None,
+                pieces=pieces or (whole,),
             )
-            for action in actions
-        ]
+            target = destination / artifact.path
+            source = WholeFile(action.file.path)
+            jobs.append(Assembly(as_staged, target, source, action.item.copied))
         label = label_for("copying", [job.artifact.path for job in jobs])
         with Progress(label, sum(job.artifact.size for job in jobs)) as progress:
             done = assemble(jobs, progress.advance)
@@ -389,18 +384,6 @@ def _receipt(action: Action) -> Receipt:
     return action.file.receipt
 
 
-def _as_staged(action: Copy) -> Artifact:
-    """Return the artifact as it was verified in staging, in the pieces of that time."""
-    artifact, receipt = action.artifact, _receipt(action)
-    pieces = tuple(Piece(r.source, r.offset, r.size, r.sha256) for r in receipt.pieces)
-    pieces = pieces or (Piece(receipt.path, 0, receipt.size, receipt.sha256),)
-    # The Hub blob id is that of the pinned edition; another one may have been accepted.
-    blob_id = artifact.blob_id if receipt.size == artifact.size else None
-    return replace(
-        artifact, size=receipt.size, sha256=receipt.sha256, blob_id=blob_id, pieces=pieces
-    )
-
-
 def _assemble(
     actions: Sequence[Assemble], session: Session, stakes: Mapping[int, consume.Stake]
 ) -> None:
@@ -430,10 +413,14 @@ def _assemble(
             done = assemble(jobs, progress.advance, cancel)
     except CsmWeightsError as error:
         bad = {finding.where for finding in error.findings}
+        here = [
+            {*(p.part for p in a.artifact.pieces), str(partial_path(a.item.staged.path))}
+            for a in actions
+        ]
         # A finding about a remote source does not say which file to leave out.
-        is_about_files = bad <= set[str]().union(*map(_local_names, actions))
-        if is_about_files and not isinstance(error, NoSpace):
-            error.advice = way_around(a.artifact for a in actions if not bad & _local_names(a))
+        if bad <= set[str]().union(*here) and not isinstance(error, NoSpace):
+            pairs = zip(actions, here, strict=True)
+            error.advice = way_around(a.artifact for a, names in pairs if not bad & names)
         raise
     for action, assembled in zip(actions, done, strict=True):
         session.note(assembled.notes)
@@ -442,9 +429,3 @@ def _assemble(
         if gone := [p for p in action.artifact.pieces if p.offset in begun | stakes.keys()]:
             consume.remove_chunk_files(paths.root, assembled.path, gone)
         session.install_staged(action.artifact, assembled)
-
-
-def _local_names(action: Action) -> set[str]:
-    """Return what findings about the assembling of a file name: chunk files, the partial."""
-    parts = {piece.part for piece in action.artifact.pieces}
-    return {*parts, str(partial_path(action.item.staged.path))}

@@ -71,7 +71,7 @@ def room(actions: Iterable[Action]) -> int:
     # The step that a killed run has left half done takes no room a second time.
     begun = min(consume.STEP, sum(action.item.held_twice for action in consuming))
     start = CONSUMING_ROOM - begun if consuming else 0
-    return start + sum(action.bytes_written - action.bytes_freed for action in actions)
+    return start + sum(action.cost.written - action.cost.freed for action in actions)
 
 
 def default_selection(state: State) -> tuple[Artifact, ...]:
@@ -196,7 +196,7 @@ def _absent(item: ArtifactState, file: FileStatus, help_text: str = "") -> list[
 def _space(plan: Plan) -> list[Finding]:
     """Return that there is too little room for what will be written, before anything is."""
     state, ways = plan.state, ["free some disk", "choose another --dest"]
-    formats = [a.artifact.group for a in plan.actions if a.artifact.is_weights and a.bytes_written]
+    formats = [a.artifact.group for a in plan.actions if a.artifact.is_weights and a.cost.written]
     if len(formats) > 1:
         ways.insert(1, f"ask for one format with --only={formats[0]}")
     help_text = ", or ".join([", ".join(ways[:-1]), ways[-1]])

@@ -238,8 +238,8 @@ def test_a_status_shows_steps_and_bytes(toy: Toy) -> None:
     """The plan has a line for each file and piece, and the sums of bytes."""
     report = apply.status(toy.request())
     text = as_text.render(report)
-    reads = sum(step.bytes_read for step in report.plan.actions)
-    writes = sum(step.bytes_written for step in report.plan.actions)
+    reads = sum(step.cost.read for step in report.plan.actions)
+    writes = sum(step.cost.written for step in report.plan.actions)
     assert f"{format_size(reads)} to read, {format_size(writes)} to write" in text
     assert all(piece.part in text for piece in toy.artifact("a.bin").pieces)
     assert "assemble from 5 chunk files, then move into place" in text

@@ -761,7 +761,7 @@ def test_an_interrupted_copy_goes_on_where_it_stopped(
         weights(toy, "a.bin", dest=str(other_disk))
     monkeypatch.undo()
     report = apply.status(toy.request("a.bin", dest=str(other_disk)))
-    assert [(type(s), s.bytes_written) for s in report.plan.actions] == [(Copy, 0)]
+    assert [(type(s), s.cost.written) for s in report.plan.actions] == [(Copy, 0)]
 
 
 def test_an_unfinished_chunk_file_is_not_taken_for_one_too_many(toy: Toy) -> None:

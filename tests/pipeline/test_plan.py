@@ -169,8 +169,8 @@ def test_bytes_to_read_and_write_are_plausible(state: State, target: Target) -> 
     """No count is negative, and no step handles more than its whole file."""
     for step in make_plan(state, target).actions:
         most = max(edition.size for edition in step.artifact.editions)
-        assert 0 <= step.bytes_read <= most
-        assert 0 <= step.bytes_written <= most
+        assert 0 <= step.cost.read <= most
+        assert 0 <= step.cost.written <= most
 
 
 @many
@@ -180,7 +180,7 @@ def test_what_is_written_is_what_is_not_kept(state: State, target: Target) -> No
     for step in make_plan(state, target).having(Assemble):
         kept = sum(record.size for record in step.item.journal.pieces)
         expected = 0 if state.shares_blocks else step.artifact.size - kept
-        assert (step.bytes_read, step.bytes_written) == (step.artifact.size, expected)
+        assert (step.cost.read, step.cost.written) == (step.artifact.size, expected)
 
 
 @many
@@ -230,8 +230,8 @@ def test_placing_makes_nothing_new(state: State) -> None:
 def test_space_is_counted_before_anything_is_written(state: State, target: Target) -> None:
     """Too little room is a finding if, and only if, more is to be written than is free."""
     plan = make_plan(state, target)
-    staged = sum(s.bytes_written for s in plan.having(Assemble, WriteText))
-    copied = sum(s.bytes_written for s in plan.having(Copy))
+    staged = sum(s.cost.written for s in plan.having(Assemble, WriteText))
+    copied = sum(s.cost.written for s in plan.having(Copy))
     expected = [
         str(folder)
         for folder, needed, free in (
@@ -266,7 +266,7 @@ def test_a_verified_file_in_place_is_kept() -> None:
 def test_chunk_files_are_assembled_and_moved() -> None:
     """From chunk files alone a file is assembled, then moved into place."""
     plan = make_plan(a_state(an_item(pieces=3)), Target.BOTH)
-    assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [
+    assert [(type(s), s.cost.read, s.cost.written) for s in plan.actions] == [
         (Assemble, 30, 30),
         (Move, 0, 0),
     ]
@@ -283,7 +283,7 @@ def test_a_chunk_file_that_is_kept_in_the_partial_may_be_missing() -> None:
     parts = (chunk_status(item.artifact.pieces[0], ABSENT), *item.chunks[1:])
     kept = (PieceRecord(0, 10, SHA, "x"),)
     plan = make_plan(a_state(replace(item, chunks=parts, journal=Journal(kept))), Target.STAGED)
-    assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [(Assemble, 30, 20)]
+    assert [(type(s), s.cost.read, s.cost.written) for s in plan.actions] == [(Assemble, 30, 20)]
 
 
 def test_every_bad_chunk_file_is_reported_at_once() -> None:
@@ -306,7 +306,7 @@ def test_a_known_text_stands_in_for_bad_chunk_files() -> None:
     item = an_item(pieces=2, part=ABSENT)
     text = replace(item.artifact, alternatives=(Edition(4, SHA, "text"),))
     plan = make_plan(a_state(replace(item, artifact=text)), Target.STAGED)
-    assert [(type(s), s.bytes_written) for s in plan.actions] == [(WriteText, 4)]
+    assert [(type(s), s.cost.written) for s in plan.actions] == [(WriteText, 4)]
 
 
 def test_nothing_here_is_one_finding_a_file() -> None:
@@ -334,7 +334,7 @@ def test_a_copy_is_counted_in_bytes() -> None:
     """Across file systems the staged file is read and written whole."""
     state = a_state(an_item(staged=VERIFIED, pieces=3), same_filesystem=False)
     plan = make_plan(state, Target.PLACED)
-    assert [(type(s), s.bytes_read, s.bytes_written) for s in plan.actions] == [(Copy, 30, 30)]
+    assert [(type(s), s.cost.read, s.cost.written) for s in plan.actions] == [(Copy, 30, 30)]
 
 
 def test_shared_blocks_need_no_room() -> None:

@@ -85,9 +85,9 @@ def test_what_is_fetched_is_what_nothing_here_has(
     """The bytes to fetch are those of the remote pieces, and with the others they make the file."""
     for step in make_plan(state, target, policy).having(Assemble):
         far = [p for p in step.artifact.tiles if p.offset in step.remote]
-        assert step.bytes_fetched == sum(p.size for p in far)
-        assert step.bytes_read + step.bytes_fetched == step.artifact.size
-        assert 0 <= step.bytes_written <= step.artifact.size
+        assert step.cost.fetched == sum(p.size for p in far)
+        assert step.cost.read + step.cost.fetched == step.artifact.size
+        assert 0 <= step.cost.written <= step.artifact.size
 
 
 @many
@@ -133,7 +133,7 @@ def test_the_order_is_kept_salvaged_chunk_file_cached_remote() -> None:
     ]
     assert origins(plan) == expected
     (step,) = plan.having(Assemble)
-    assert (step.bytes_read, step.bytes_fetched, step.remote) == (40, 10, frozenset({40}))
+    assert (step.cost.read, step.cost.fetched, step.remote) == (40, 10, frozenset({40}))
     for words in (
         "1 piece of the damaged file",
         "1 chunk file ",
@@ -154,7 +154,7 @@ def test_what_has_arrived_is_not_counted_again() -> None:
     """Ranges that an earlier run wrote are read back, not fetched."""
     item = replace(an_item(pieces=0), journal=Journal(arrived=(Arrival(0, 3, SHA),)))
     step = make_plan(a_state(item), Target.STAGED, AUTO).actions[0]
-    assert (step.bytes_read, step.bytes_fetched, step.bytes_written) == (3, 4, 4)
+    assert (step.cost.read, step.cost.fetched, step.cost.written) == (3, 4, 4)
 
 
 def test_a_file_of_the_cache_is_taken_where_a_link_will_do() -> None:
@@ -162,11 +162,9 @@ def test_a_file_of_the_cache_is_taken_where_a_link_will_do() -> None:
     cached = FileStatus(CACHED, UNVERIFIED, 7)
     item = replace(an_item(), cached=cached)
     linked = make_plan(a_state(item, links_to_cache=True), Target.BOTH, AUTO)
-    assert [(type(s), s.bytes_written) for s in linked.actions] == [(LinkFromCache, 0), (Move, 0)]
+    assert [(type(s), s.cost.written) for s in linked.actions] == [(LinkFromCache, 0), (Move, 0)]
     copied = make_plan(a_state(item), Target.STAGED, AUTO)
-    assert [(type(s), s.bytes_written, s.bytes_fetched) for s in copied.actions] == [
-        (Assemble, 7, 0)
-    ]
+    assert [(type(s), s.cost.written, s.cost.fetched) for s in copied.actions] == [(Assemble, 7, 0)]
     assert "from the Hub's cache" in copied.actions[0].detail
 
 

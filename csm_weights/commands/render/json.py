@@ -80,10 +80,10 @@ def _status(report: StatusReport) -> dict[str, Any]:
         "destination": str(state.paths.destination),
         "artifacts": [_artifact(item, plan) for item in state.artifacts],
         "steps": [_step(action) for action in plan.actions],
-        "bytes_to_read": total(plan.actions, "bytes_read"),
-        "bytes_to_write": total(plan.actions, "bytes_written"),
-        "bytes_to_fetch": total(plan.actions, "bytes_fetched"),
-        "bytes_freed_meanwhile": total(plan.actions, "bytes_freed"),
+        "bytes_to_read": total(plan.actions, "read"),
+        "bytes_to_write": total(plan.actions, "written"),
+        "bytes_to_fetch": total(plan.actions, "fetched"),
+        "bytes_freed_meanwhile": total(plan.actions, "freed"),
         "bytes_free": state.free_staging,
     }
 
@@ -108,9 +108,9 @@ def _step(action: Action) -> dict[str, Any]:
         "path": action.artifact.path,
         "verb": str(action.verb),
         "detail": action.detail,
-        "reads": action.bytes_read,
-        "writes": action.bytes_written,
-        "fetches": action.bytes_fetched,
+        "reads": action.cost.read,
+        "writes": action.cost.written,
+        "fetches": action.cost.fetched,
     }
 
 

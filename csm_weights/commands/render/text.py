@@ -54,7 +54,7 @@ def _status(report: StatusReport) -> str:
         table(("state", "file", "size", "next"), rows),
     ]
     shown += [_pieces(path, some) for path, some in plan.origins.items() if len(some) > 1]
-    names = ("bytes_read", "bytes_written", "bytes_fetched")
+    names = ("read", "written", "fetched")
     reads, writes, fetches = (total(plan.actions, name) for name in names)
     over_network = f"{format_size(fetches)} to fetch, " if fetches else ""
     sums = f"{format_size(reads)} to read, {format_size(writes)} to write"
@@ -119,8 +119,8 @@ def origin_words(origin: PieceOrigin) -> str:
 
 
 def total(steps: Iterable[Action], name: str) -> int:
-    """Return the sum of an attribute of actions, in bytes."""
-    return sum(getattr(step, name) for step in steps)
+    """Return the sum of a field of the costs of actions, in bytes."""
+    return sum(getattr(step.cost, name) for step in steps)
 
 
 # ---- what a command did
