@@ -8,7 +8,6 @@ from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, error_for
 from csm_weights.hashing import HashJob, measure
 from csm_weights.manifest import pin
-from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
@@ -70,7 +69,7 @@ def _shown(
     found = gates.verify([session.subject(i.artifact, i.installed) for i in items], on_progress)
     _require([f for file in found if isinstance(file, gates.Rejected) for f in file.findings])
     return [
-        pin.with_sha256(pin.recomputed(item.artifact), file.sha256)
+        pin.recomputed(item.artifact, file.sha256)
         if isinstance(file, VerifiedFile) and file.size == item.artifact.size
         else item.artifact
         for item, file in zip(items, found, strict=True)
@@ -93,11 +92,11 @@ def _in_pieces(
     wrong = []
     for item, measured in pairs:
         artifact, digests = item.artifact, (measured.whole or "", measured.git_sha1)
-        wrong += digest_findings(artifact, artifact.editions[0], *digests, item.installed.path)
+        wrong += artifact.digest_findings(artifact.editions[0], *digests, item.installed.path)
     _require(wrong)
     return [
         pin.with_pieces(
-            pin.with_sha256(pin.recomputed(item.artifact), measured.whole or ""),
+            pin.recomputed(item.artifact, measured.whole or ""),
             model,
             cuts[item.artifact.path],
             measured.ranges,

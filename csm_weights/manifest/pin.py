@@ -65,20 +65,6 @@ def with_artifact(manifest: Manifest, artifact: Artifact) -> Manifest:
     return replace(manifest, artifacts=tuple(others))
 
 
-def with_sha256(artifact: Artifact, digest: str) -> Artifact:
-    """Return the artifact with the sha256 that its verified file was found to have.
-
-    Weight files are LFS files on the Hub, unless it reports a git blob id of
-    their content, so their blob id follows from the sha256.
-    """
-    known = {name: mark for name, mark in artifact.evidence.items() if name != "sha256"}
-    if artifact.sha256 is not None or not digest:
-        return artifact
-    is_lfs = artifact.is_weights and artifact.git_sha1 is None
-    blob = artifact.blob_id or (blob_id(digest, artifact.size) if is_lfs else None)
-    return replace(artifact, sha256=digest, blob_id=blob, evidence={**known, "sha256": "A"})
-
-
 def is_same(known: Artifact, reported: Artifact) -> bool | None:
     """Return whether both are about the same bytes, by size and ids; None if they share no id."""
     edition = next((e for e in known.editions if e.size == reported.size), None)
@@ -109,16 +95,24 @@ def with_reported(known: Artifact, reported: Artifact) -> Artifact:
     )
 
 
-def recomputed(artifact: Artifact) -> Artifact:
-    """Return the artifact of a verified file: what was reported by the Hub is now A.
+def recomputed(artifact: Artifact, digest: str) -> Artifact:
+    """Return the artifact of a verified file with its sha256; what the Hub reported is now A.
 
     Except a git blob id beside a sha256: the file is not hashed for that.
+    Weight files are LFS files on the Hub, unless it reports a git blob id of
+    their content, so their blob id follows from the sha256.
     """
     taken = {"size", "sha256", "blob_id"}
     if artifact.is_pinned_by_git or artifact.size == 0:
         taken.add("git_sha1")
     marks = artifact.evidence.items()
-    return replace(artifact, evidence={f: "A" if m == "H" and f in taken else m for f, m in marks})
+    evidence = {f: "A" if m == "H" and f in taken else m for f, m in marks}
+    if artifact.sha256 is not None or not digest:
+        return replace(artifact, evidence=evidence)
+    is_lfs = artifact.is_weights and artifact.git_sha1 is None
+    blob = artifact.blob_id or (blob_id(digest, artifact.size) if is_lfs else None)
+    evidence.pop("sha256", None)
+    return replace(artifact, sha256=digest, blob_id=blob, evidence={**evidence, "sha256": "A"})
 
 
 def lock_size(sizes: Sequence[int], piece_size: int) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from csm_weights.errors import Finding
 from csm_weights.files import Fingerprint, read_bounded
-from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.manifest.types import Artifact
 from csm_weights.store.journal import PieceRecord
@@ -79,7 +78,7 @@ class Receipt:
         if artifact.sha256 is None and artifact.pieces and not self.covers_pieces(artifact):
             return False
         return any(
-            not digest_findings(artifact, edition, self.sha256, self.git_sha1, self.path)
+            not artifact.digest_findings(edition, self.sha256, self.git_sha1, self.path)
             for edition in artifact.editions
             if edition.size == self.size
         )

@@ -22,7 +22,6 @@ from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import Hasher, feed, git_sha1, sha256
-from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import create, sync, unlink_shared, write_all, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
@@ -219,7 +218,7 @@ class _Partial:
         if self._findings:
             return [f for index in sorted(self._findings) for f in self._findings[index]]
         artifact, digests = self.job.artifact, (self._sha256(), self._git_sha1)
-        return digest_findings(artifact, artifact.editions[0], *digests, self.path)
+        return artifact.digest_findings(artifact.editions[0], *digests, self.path)
 
     def _sha256(self) -> str:
         digest = self._whole.hexdigest()

@@ -20,7 +20,6 @@ from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.files import Fingerprint, open_regular
 from csm_weights.hashing import Hasher, ShortRead, feed, sha256
-from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.paths import CHUNKS
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import stay_inside, sync, writing
@@ -140,7 +139,7 @@ def _verify(subject: Subject, read: Callable[..., None]) -> Proof:
             findings[subject.root / piece.part] = wrong[0]
     if len(stakes) == len(artifact.pieces):
         made = (whole.hexdigest(), None, subject.partial)
-        for finding in digest_findings(artifact, artifact.editions[0], *made):
+        for finding in artifact.digest_findings(artifact.editions[0], *made):
             findings[subject.partial] = finding
     return Proof(stakes, findings)
 

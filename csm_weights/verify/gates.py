@@ -16,7 +16,6 @@ from csm_weights.formats import format_named
 from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.tensor_index import check_against
 from csm_weights.hashing import Digests, HashJob, ShortRead, measure, sha256_of
-from csm_weights.manifest.digests import digest_findings
 from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.store.inspect import FileState, FileStatus
 from csm_weights.store.journal import PieceRecord
@@ -342,7 +341,7 @@ def _compare(
     findings = [] if not digests else _bad_pieces(subject, digests)
     if not findings:
         edition = subject.edition
-        findings = digest_findings(artifact, edition, whole, found.git_sha1, subject.path)
+        findings = artifact.digest_findings(edition, whole, found.git_sha1, subject.path)
         if not findings or digests or not (subject.is_pinned and artifact.pieces):
             return findings, frozenset()
         # The whole is wrong: hash the pieces to say where.

@@ -663,10 +663,10 @@ def test_a_git_id_beside_a_sha256_stays_the_hubs_word() -> None:
     """A file verified by its sha256 says nothing about an id that was not taken."""
     artifact = replace(artifact_of(told("a", b"12", lfs=True)), git_sha1="5" * 40)
     marked = replace(artifact, evidence={"size": "H", "sha256": "H", "git_sha1": "H"})
-    assert recomputed(marked).evidence == {"size": "A", "sha256": "A", "git_sha1": "H"}
-    assert recomputed(artifact_of(told("a"))).evidence == {"size": "A", "git_sha1": "A"}
+    assert recomputed(marked, "").evidence == {"size": "A", "sha256": "A", "git_sha1": "H"}
+    assert recomputed(artifact_of(told("a")), "").evidence == {"size": "A", "git_sha1": "A"}
     public = replace(marked, evidence={"size": "B", "sha256": "C"})
-    assert recomputed(public) == public
+    assert recomputed(public, "") == public
 
 
 @given(st.lists(st.integers(0, 1 << 42), max_size=9), st.integers(1, 1 << 30))

@@ -25,10 +25,10 @@ from csm_weights.manifest.pin import (
     MAX_CHUNK_FILES,
     PIECE_SIZE,
     parse_size,
+    recomputed,
     suffix,
     tiling,
     with_artifact,
-    with_sha256,
 )
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
@@ -366,7 +366,7 @@ def entry(path: str = "ckpt.pt", **changes: object) -> Artifact:
 
 def test_locking_adds_the_digest_and_its_blob_id() -> None:
     """A verified file's sha256 enters the manifest, marked A, with the blob id it implies."""
-    done = with_sha256(entry(evidence={"size": "B"}), "5" * 64)
+    done = recomputed(entry(evidence={"size": "B"}), "5" * 64)
     assert (done.sha256, done.blob_id) == ("5" * 64, blob_id("5" * 64, 10))
     assert done.evidence == {"size": "B", "sha256": "A"}
 
@@ -374,15 +374,15 @@ def test_locking_adds_the_digest_and_its_blob_id() -> None:
 def test_locking_keeps_what_is_pinned() -> None:
     """A digest or blob id that is there already stays, and no digest changes nothing."""
     pinned = entry(sha256="6" * 64)
-    assert with_sha256(pinned, "5" * 64) == pinned
-    assert with_sha256(entry(), "") == entry()
-    assert with_sha256(entry(blob_id="7" * 40), "5" * 64).blob_id == "7" * 40
+    assert recomputed(pinned, "5" * 64) == pinned
+    assert recomputed(entry(), "") == entry()
+    assert recomputed(entry(blob_id="7" * 40), "5" * 64).blob_id == "7" * 40
 
 
 def test_only_weights_are_lfs_files() -> None:
     """The blob id of a small file does not follow from its sha256, so it gets none."""
     note = Artifact("note.txt", "note", "opaque", 10)
-    assert with_sha256(note, "5" * 64).blob_id is None
+    assert recomputed(note, "5" * 64).blob_id is None
 
 
 def test_an_entry_replaces_the_one_of_its_path() -> None:
