@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from csm_weights.commands import console
-from csm_weights.commands.cli import collection, refuse_typos, task
+# Invoke lets Python keep no bytecode; without it each call would compile all modules anew.
+sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
+
+from csm_weights.commands import console  # noqa: E402
+from csm_weights.commands.cli import collection, refuse_typos, task  # noqa: E402
 
 
 @task(name="the stand-in: csm-1b-standin (12.4 GB) or csm-tiny")

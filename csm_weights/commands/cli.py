@@ -114,7 +114,8 @@ def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
     core = Parser(initial=Program().initial_context, ignore_unknown=True)
     try:
         parsed = core.parse_argv(list(words))
-        Parser(tasks.to_contexts(), Program().initial_context).parse_argv(parsed.unparsed)
+        if parsed.unparsed:
+            Parser(tasks.to_contexts(), Program().initial_context).parse_argv(parsed.unparsed)
         if isinstance(asked := parsed[0].args.help.value, str) and asked not in helps:
             raise ParseError(f"No idea what {asked!r} is!")
     except (ParseError, ValueError) as error:

@@ -11,7 +11,6 @@ from csm_weights.formats import format_named
 from csm_weights.hashing import sha256_of
 from csm_weights.manifest.types import Manifest
 from csm_weights.model import smoke_report
-from csm_weights.model.smoke import run as run_smoke
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.session import now
@@ -64,6 +63,8 @@ def run(
     unchecked. Returns the outcome with the report, or with the error that the
     test ends in.
     """
+    from csm_weights.model.smoke import run as run_smoke
+
     state = outcome.state
     try:
         with Progress("loading the model and generating frames", 0):
