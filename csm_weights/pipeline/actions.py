@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial as bind
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 from csm_weights.byte_ranges import Ranges
 from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, error_for
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.pipeline.advice import way_around
 from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
@@ -77,7 +76,7 @@ class Action:
 
     @property
     def cost(self) -> Cost:
-        """What it takes."""
+        """The bytes that it takes."""
         return Cost(read=(self.file.size or self.artifact.size) if self.reads_file else 0)
 
     @property
@@ -127,7 +126,7 @@ class WriteText(Action):
 
     @property
     def cost(self) -> Cost:
-        """What it takes: the text."""
+        """Bytes of the text."""
         return Cost(written=len((known_text(self.artifact) or "").encode()))
 
     @classmethod
@@ -191,7 +190,7 @@ class Assemble(Action):
 
     @property
     def cost(self) -> Cost:
-        """What it takes: no fetching of what an earlier run wrote, no writing of shared blocks."""
+        """Nothing that an earlier run wrote is fetched again; shared blocks are not written."""
         here = Ranges([(a.offset, a.offset + a.size) for a in self.item.journal.arrived])
         remote = self.pieces_from(PieceSource.REMOTE)
         gaps = [gap for piece in remote for gap in here.missing(piece.offset, piece.end)]
@@ -250,7 +249,7 @@ class Consume(Assemble):
 
     @property
     def cost(self) -> Cost:
-        """What it takes: each chunk file is hashed before it goes, and read again as it is copied.
+        """Each chunk file is hashed before it goes, and read again as it is copied.
 
         What an earlier run has moved out of them is neither written nor given back again.
         """
@@ -323,7 +322,7 @@ class Copy(Action):
 
     @property
     def cost(self) -> Cost:
-        """What it takes: what an earlier run has copied is not written again."""
+        """Nothing that an earlier run has copied is written again."""
         read = super().cost.read
         return Cost(read, read - sum(record.size for record in self.item.copied))
 
@@ -367,6 +366,14 @@ ORDER: tuple[type[Action], ...] = (Verify, WriteText, LinkFromCache, Assemble, C
 def known_text(artifact: Artifact) -> str | None:
     """Return the text of a file, where the manifest has it."""
     return next((e.text for e in artifact.editions if e.text is not None), None)
+
+
+def way_around(artifacts: Iterable[Artifact]) -> str:
+    """Return how to go on with these files alone, where weights are among them."""
+    by_path = {artifact.path: artifact for artifact in artifacts}
+    if not any(artifact.is_weights for artifact in by_path.values()):
+        return ""
+    return f"No file was installed. To go on without the rest: --only={','.join(by_path)}"
 
 
 def _count(number: int, noun: str) -> str:

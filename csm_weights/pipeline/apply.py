@@ -5,13 +5,16 @@ what it found out into the next inspection: a file whose hash was wrong is
 planned around.
 """
 
+import contextlib
+import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, error_for
+from csm_weights.files import read_bounded
 from csm_weights.pipeline import smoke_test
-from csm_weights.pipeline.actions import Action, Keep
-from csm_weights.pipeline.advice import way_around, ways_to_get
+from csm_weights.pipeline.actions import Action, Keep, way_around
 from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import Plan, Target
 from csm_weights.pipeline.request import Request
@@ -20,6 +23,7 @@ from csm_weights.progress import Progress
 from csm_weights.store.inspect import FileState
 from csm_weights.store.leftovers import leftovers
 from csm_weights.store.lock import locked
+from csm_weights.transfer.policy import SourcePolicy
 from csm_weights.verify import gates
 
 #: More rounds than this mean that something else keeps changing the files.
@@ -40,9 +44,26 @@ def status(request: Request, check: bool = False) -> StatusReport:
 def status_of(session: Session, check: bool = False) -> StatusReport:
     """Return the status of a session; see `status`."""
     plan = session.plan(Target.BOTH)
-    error = _unfinished(plan) if check and not plan.is_done else None
-    advice = ways_to_get(plan, session.policy) if _is_missing(plan.findings) else ""
-    return StatusReport(plan.state, plan, advice, error)
+    advice = _ways_to_get(plan, session.policy) if _is_missing(plan.findings) else ""
+    report = StatusReport(plan.state, plan, advice)
+    if plan.is_done or not check:
+        return report
+    steps: dict[str, list[Action]] = {}
+    for action in plan.actions:
+        if not isinstance(action, Keep):
+            steps.setdefault(action.artifact.path, []).append(action)
+    to_do = [
+        Finding(
+            Kind.CHANGED if any(action.file.receipt for action in actions) else Kind.MISSING,
+            path,
+            "a verified file in place",
+            f"to be done: {', then '.join(action.verb for action in actions)}",
+            plan.state.paths.command("weights"),
+        )
+        for path, actions in steps.items()
+    ]
+    findings = [*plan.findings, *plan.notes, *to_do]
+    return replace(report, error=error_for("not everything is verified", findings))
 
 
 def plan(request: Request, target: Target) -> StatusReport:
@@ -110,26 +131,6 @@ def run(session: Session, target: Target) -> Outcome:
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 
 
-def _unfinished(plan: Plan) -> CsmWeightsError:
-    """Return the error that not everything is verified and in place."""
-    mend = plan.state.paths.command("weights")
-    steps: dict[str, list[Action]] = {}
-    for action in plan.actions:
-        if not isinstance(action, Keep):
-            steps.setdefault(action.artifact.path, []).append(action)
-    to_do = [
-        Finding(
-            Kind.CHANGED if any(action.file.receipt for action in actions) else Kind.MISSING,
-            path,
-            "a verified file in place",
-            f"to be done: {', then '.join(action.verb for action in actions)}",
-            mend,
-        )
-        for path, actions in steps.items()
-    ]
-    return error_for("not everything is verified", [*plan.findings, *plan.notes, *to_do])
-
-
 def _is_missing(findings: Iterable[Finding]) -> bool:
     """Check whether all that stands in the way is that something is not here."""
     return {finding.kind.category for finding in findings} == {Category.MISSING}
@@ -159,10 +160,43 @@ def _require(plan: Plan, findings: Sequence[Finding], session: Session) -> None:
     """Raise what stands in the way of a plan, with the ways out of it."""
     name = session.manifest.name
     if _is_missing(findings):
-        ways = ways_to_get(plan, session.policy)
+        ways = _ways_to_get(plan, session.policy)
         raise error_for(f"{name}: not all files are here", findings, ways)
     if findings:
         possible = {action.artifact.path: action.artifact for action in plan.actions}
         is_way = len(possible) < len(plan.state.artifacts)
         advice = way_around(possible.values()) if is_way else ""
         raise error_for(f"{name}: cannot go on", findings, advice)
+
+
+def _ways_to_get(plan: Plan, policy: SourcePolicy) -> str:
+    """Return the ways to get the first file that the plan cannot get, in a few lines."""
+    possible = {action.artifact.path for action in plan.actions}
+    items = [item for item in plan.state.artifacts if item.artifact.path not in possible]
+    wanted = [i.artifact for i in items if i.installed.state is not FileState.VERIFIED]
+    if not wanted:
+        return ""
+    manifest, command = plan.state.manifest, plan.state.paths.command("weights")
+    artifact = next((artifact for artifact in wanted if artifact.is_weights), wanted[0])
+    ways = []
+    if artifact.pieces:
+        part = PurePosixPath(artifact.pieces[0].part)
+        attributes = ""
+        with contextlib.suppress(OSError):
+            path = plan.state.paths.root / ".gitattributes"
+            attributes = read_bounded(path, 1 << 16).decode(errors="replace")
+        words = [line.split() for line in attributes.splitlines() if "filter=lfs" in line.split()]
+        names = (str(part), part.name)
+        is_lfs = any(fnmatch.fnmatch(name, pattern) for pattern, *_ in words for name in names)
+        git = "git lfs pull" if is_lfs else f"git restore {part.parent}"
+        ways = [f"chunk files: put them in {part.parent}/; in a clone that has them, {git}"]
+    if manifest.repo:
+        first = next((f"{problem.help}, then " for problem in policy.problems if problem.help), "")
+        ways.append(f"the Hub: {first}{command} --source=hf")
+    ways += [
+        f"a mirror: {command} --source=mirror --url=https://...",
+        f"a copy from anywhere: put it at {manifest.staging}/{artifact.path}",
+    ]
+    lines = [f"  {number}. {way}" for number, way in enumerate(ways, start=1)]
+    last = "Then run the same command again: every file is verified before it is used."
+    return "\n".join([f"Ways to get {artifact.path}:", *lines, last])

@@ -115,34 +115,36 @@ class Weights:
         for _, file in files:
             if file.state is FileState.VERIFIED:
                 yield self._found((file.path,))
-        for item in items:
-            yield from self._unverified(item, [item.cached] if item.cached else [])
-        for item in items:
-            yield from self._unverified(item, item.chunks)
-        for item, file in files:
-            yield from self._unverified(item, [file])
-
-    def _unverified(
-        self, item: ArtifactState, files: Sequence[FileStatus]
-    ) -> Iterator[LocalWeights]:
-        digests = _digests(item.artifact)
-        size = sum(file.size or 0 for file in files)
-        is_whole = bool(files) and all(file.state is FileState.UNVERIFIED for file in files)
-        if is_whole and size == item.artifact.size and digests:
-            yield self._found(tuple(file.path for file in files), digests)
+        unverified: list[tuple[ArtifactState, Sequence[FileStatus]]] = [
+            *((item, [item.cached]) for item in items if item.cached),
+            *((item, item.chunks) for item in items if item.chunks),
+            *((item, [file]) for item, file in files),
+        ]
+        for item, parts in unverified:
+            size, digests = sum(part.size or 0 for part in parts), _digests(item.artifact)
+            is_whole = all(part.state is FileState.UNVERIFIED for part in parts)
+            if is_whole and size == item.artifact.size and digests:
+                yield self._found(tuple(part.path for part in parts), digests)
 
     def _found(self, paths: tuple[Path, ...], digests: tuple[ByteRange, ...] = ()) -> LocalWeights:
-        folder = self._session.paths.destination
-        return LocalWeights(paths, folder, self._read_config(), digests)
+        config = _written(self._session.manifest) or self._read_config()
+        return LocalWeights(paths, self._session.paths.destination, config, digests)
 
     def _read_config(self) -> CsmConfig | None:
-        if written := _written(self._session.manifest):
-            return written
+        """Return the network of a config.json that is here, if the manifest accepts its bytes."""
         for item in self._state.artifacts:
-            if item.artifact.path == CONFIG:
-                for file in (item.installed, item.staged, item.cached):
-                    if file and (text := _right_text(item.artifact, file.path)):
-                        return parse_config(text, str(file.path))
+            sizes = {edition.size for edition in item.artifact.editions}
+            known = {edition.sha256 for edition in item.artifact.editions}
+            for file in (item.installed, item.staged, item.cached):
+                if item.artifact.path != CONFIG or file is None or file.size not in sizes:
+                    continue
+                try:
+                    text = file.path.read_bytes()
+                except OSError:
+                    continue
+                git = git_sha1(len(text), text).hexdigest()
+                if hashlib.sha256(text).hexdigest() in known or git == item.artifact.git_sha1:
+                    return parse_config(text, str(file.path))
         return None
 
     def fetch(self) -> LocalWeights:
@@ -223,17 +225,3 @@ def _written(manifest: Manifest) -> CsmConfig | None:
         if artifact.path == CONFIG and (text := known_text(artifact)) is not None:
             return parse_config(text.encode(), f"{artifact.path} in the manifest")
     return None
-
-
-def _right_text(artifact: Artifact, path: Path) -> bytes | None:
-    """Return the content of a small file, if it is an edition that the manifest accepts."""
-    try:
-        if path.stat().st_size not in [edition.size for edition in artifact.editions]:
-            return None
-        content = path.read_bytes()
-    except OSError:
-        return None
-    known = {edition.sha256 for edition in artifact.editions}
-    git = git_sha1(len(content), content).hexdigest()
-    is_right = hashlib.sha256(content).hexdigest() in known or git == artifact.git_sha1
-    return content if is_right else None

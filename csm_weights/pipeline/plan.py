@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.manifest.types import Artifact, Manifest
+from csm_weights.manifest.types import Artifact
 from csm_weights.pipeline import actions as act
 from csm_weights.pipeline.actions import Action, ActionT, Assemble, Consume, Keep
 from csm_weights.store.consumed import CONSUMING_ROOM
@@ -84,18 +84,11 @@ def default_selection(state: State) -> tuple[Artifact, ...]:
     weights = [s for s in state.artifacts if s.artifact.is_weights]
     if not weights:
         return tuple(s.artifact for s in state.artifacts)
-    wanted = [s for s in weights if s.is_here] or weights[:1]
+    wanted = {s.artifact.path for s in weights if s.is_here} or {weights[0].artifact.path}
     for other in state.artifacts:
         if not other.artifact.is_weights and (other.is_here or other.artifact.format == "config"):
-            wanted.append(other)
-    return tuple(s.artifact for s in state.artifacts if s in wanted)
-
-
-def with_config(manifest: Manifest, chosen: Iterable[Artifact]) -> tuple[Artifact, ...]:
-    """Return the chosen artifacts, and config.json if weights are among them: they need it."""
-    chosen = list(chosen)
-    needed = {"config"} if any(a.is_weights for a in chosen) else set()
-    return tuple(a for a in manifest.artifacts if a in chosen or a.format in needed)
+            wanted.add(other.artifact.path)
+    return tuple(s.artifact for s in state.artifacts if s.artifact.path in wanted)
 
 
 def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Plan:
@@ -119,9 +112,7 @@ def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Pla
             origins[item.artifact.path] = policy.origins(item, state.paths.root)
     notes = [file.finding for action in actions for file in action.replaced if file.finding]
     plan = Plan(state, tuple(actions), tuple(dict.fromkeys(findings)), tuple(notes), origins)
-    if not findings and (short := _space(plan)):
-        return replace(plan, findings=tuple(_with_consuming(short, state, target, policy)))
-    return plan
+    return plan if findings else replace(plan, findings=tuple(_space(plan, target, policy)))
 
 
 def _decide(
@@ -193,15 +184,19 @@ def _absent(item: ArtifactState, file: FileStatus, help_text: str = "") -> list[
     return [Finding.missing(file.path, item.artifact.size, help_text)]
 
 
-def _space(plan: Plan) -> list[Finding]:
-    """Return that there is too little room for what will be written, before anything is."""
+def _space(plan: Plan, target: Target, policy: SourcePolicy) -> list[Finding]:
+    """Return that there is too little room for what will be written, before anything is.
+
+    With `--consume` in the help, where that would do; and where it was asked
+    for and makes no room, why.
+    """
     state, ways = plan.state, ["free some disk", "choose another --dest"]
     formats = [a.artifact.group for a in plan.actions if a.artifact.is_weights and a.cost.written]
     if len(formats) > 1:
         ways.insert(1, f"ask for one format with --only={formats[0]}")
     help_text = ", or ".join([", ".join(ways[:-1]), ways[-1]])
     free = {"staging": state.free_staging, "destination": state.free_destination}
-    return [
+    short = [
         Finding(
             Kind.NO_SPACE,
             str(getattr(state.paths, folder)),
@@ -212,37 +207,20 @@ def _space(plan: Plan) -> list[Finding]:
         for folder in free
         if (needed := plan.room(folder)) > free[folder]
     ]
-
-
-def _with_consuming(
-    findings: list[Finding], state: State, target: Target, policy: SourcePolicy
-) -> list[Finding]:
-    """Return the findings with `--consume` in their help, where that would do.
-
-    And where it was asked for and makes no room, why.
-    """
+    if not short:
+        return []
     if policy.consume:
-        stuck = [i for i in state.artifacts if i.saves_nothing and i.artifact.pieces]
-        expected, mend = (
-            "chunk files that make room when they go",
-            "free some disk, or choose another --dest",
-        )
-        why = [
-            Finding(
-                Kind.NOT_CONSUMABLE,
-                i.artifact.pieces[0].part.rpartition("/")[0],
-                expected,
-                i.saves_nothing,
-                mend,
-            )
-            for i in stuck
-        ]
-        return [*findings, *dict.fromkeys(why)]
-    plan = make_plan(state, target, replace(policy, consume=True))
-    if plan.findings or not plan.having(Consume):
-        return findings
-    way = (
-        f"--consume needs only {plan.room('staging'):,} bytes: it removes the chunk files as the"
-        " file grows"
-    )
-    return [replace(f, help=f"{way}; or {f.help}") for f in findings]
+        expected = "chunk files that make room when they go"
+        mend = "free some disk, or choose another --dest"
+        for item in state.artifacts:
+            if item.saves_nothing and item.artifact.pieces:
+                where = item.artifact.pieces[0].part.rpartition("/")[0]
+                words = (expected, item.saves_nothing, mend)
+                short.append(Finding(Kind.NOT_CONSUMABLE, where, *words))
+        return list(dict.fromkeys(short))
+    consuming = make_plan(state, target, replace(policy, consume=True))
+    if consuming.findings or not consuming.having(Consume):
+        return short
+    needed = consuming.room("staging")
+    way = f"--consume needs only {needed:,} bytes: it removes the chunk files as the file grows"
+    return [replace(f, help=f"{way}; or {f.help}") for f in short]

@@ -51,36 +51,29 @@ def from_hub(
     """Return the manifest that the Hub's metadata give for the files that match `globs`.
 
     A manifest at `path` keeps what it knows of files that are still the same;
-    nothing is written. `revision` is a commit, branch or tag, "" the main
-    branch; `patience` is how many seconds it may give nothing. Raises
-    UsageError where the manifest at `path` is of another repository;
-    AccessRefused, NetworkFailed, MissingInput or WrongContent for what the
-    Hub answers.
+    nothing is written, and names that no manifest may have are logged. `revision`
+    is a commit, branch or tag, "" the main branch; `patience` is how many seconds
+    the Hub may give nothing. Raises UsageError where the manifest at `path` is of
+    another repository; AccessRefused, NetworkFailed, MissingInput or WrongContent
+    for what the Hub answers.
     """
-    base = load(path) if path.exists() else _empty(path, repo)
+    if path.exists():
+        base = load(path)
+    else:
+        words = "Evidence marks: H the Hub's own metadata, A recomputed from a verified file."
+        base = Manifest(
+            name=path.stem,
+            description=f"{repo} as the Hub lists it. {words}",
+            staging=f"output/{path.stem}",
+            destination=f"models/{path.stem}",
+            artifacts=(),
+            repo=repo,
+            default=("all",),
+            where=str(path),
+        )
     if base.repo != repo:
         of = f"of {base.repo}" if base.repo else "of no repository of the Hub"
         raise UsageError(f"{path} is {of}; choose another name with --model")
-    return _manifest(base, _listing(repo, revision, globs, patience))
-
-
-def _empty(path: Path, repo: str) -> Manifest:
-    """Return a manifest of a repository's name, without files yet."""
-    words = "Evidence marks: H the Hub's own metadata, A recomputed from a verified file."
-    return Manifest(
-        name=path.stem,
-        description=f"{repo} as the Hub lists it. {words}",
-        staging=f"output/{path.stem}",
-        destination=f"models/{path.stem}",
-        artifacts=(),
-        repo=repo,
-        default=("all",),
-        where=str(path),
-    )
-
-
-def _listing(repo: str, revision: str, globs: Sequence[str], patience: float | None) -> Listing:
-    """Ask the Hub; names that no manifest may have are logged on stderr."""
     environment = HubEnvironment.read()
     if problem := environment.problem(repo, gated=False):
         raise error_for(f"{repo}: the Hub may not be asked", [problem])
@@ -92,7 +85,7 @@ def _listing(repo: str, revision: str, globs: Sequence[str], patience: float | N
         listing = list_repo(credentials, repo, revision or None, globs, progress.log, patience)
     for finding in listing.left_out:
         Progress("left out", 0).log(finding.line())
-    return listing
+    return _manifest(base, listing)
 
 
 def _manifest(base: Manifest, listing: Listing) -> Manifest:

@@ -10,7 +10,7 @@ from csm_weights.config import HubEnvironment
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan, with_config
+from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install, journal
@@ -125,7 +125,10 @@ def begin(
         chosen = manifest.select(words)
     else:
         chosen = default_selection(inspect(manifest, manifest.artifacts, paths, {}))
-    chosen = with_config(manifest, chosen)
+    taken = {artifact.path for artifact in chosen}
+    # Weights need the config.json that describes them.
+    needed = {"config"} if any(a.is_weights for a in chosen) else set()
+    chosen = tuple(a for a in manifest.artifacts if a.path in taken or a.format in needed)
     for folder in (paths.staging, paths.destination):
         if findings := data_findings(paths.root, folder, [a.path for a in chosen]):
             raise WrongContent("a file of a model may not go there", findings[:20])

@@ -39,14 +39,11 @@ def known_report(state: State, require_gpu: bool) -> SmokeReport | None:
     known = smoke_report.read_report(state.paths.destination)
     if known is None or not known.ok or known.bound_to != _binding(state):
         return None
+    # Whether a GPU may be here, without torch: an earlier run may have had none.
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    may_have_gpu = not is_hidden and Path("/dev/nvidiactl").exists()
     is_on_gpu = not known.device.startswith("cpu")
-    return known if is_on_gpu or not (require_gpu or _may_have_gpu()) else None
-
-
-def _may_have_gpu() -> bool:
-    """Return whether a GPU may be here, without torch: an earlier run may have had none."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and Path("/dev/nvidiactl").exists()
+    return known if is_on_gpu or not (require_gpu or may_have_gpu) else None
 
 
 def run(
@@ -59,14 +56,17 @@ def run(
 ) -> Outcome:
     """Load the installed model, generate some frames, and record the report.
 
-    `max_rtf` is the largest real-time factor that passes; None leaves the speed
-    unchecked. Returns the outcome with the report, or with the error that the
-    test ends in.
+    The first weight file of the manifest's order is loaded. `max_rtf` is the largest
+    real-time factor that passes; None leaves the speed unchecked. Returns the
+    outcome with the report, or with the error that the test ends in.
     """
     from csm_weights.model.smoke import run as run_smoke
 
     state = outcome.state
     try:
+        chosen = [item.artifact for item in state.artifacts if item.artifact.is_weights]
+        if not chosen:
+            raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
         with Progress("loading the model and generating frames", 0):
             report = run_smoke(
                 state.paths.destination,
@@ -74,7 +74,7 @@ def run(
                 require_gpu=require_gpu,
                 frames=frames,
                 golden=_golden(state),
-                weights=_weights_word(state),
+                weights=format_named(chosen[0].format).choice,
                 dtype=dtype,
                 max_rtf=max_rtf,
             )
@@ -100,14 +100,6 @@ def run(
 def _golden(state: State) -> Path | None:
     golden = state.manifest.golden
     return state.paths.root / "manifests" / golden if golden else None
-
-
-def _weights_word(state: State) -> str:
-    """Return which of the chosen weight files is loaded: the first of the manifest's order."""
-    chosen = [item.artifact for item in state.artifacts if item.artifact.is_weights]
-    if not chosen:
-        raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
-    return format_named(chosen[0].format).choice
 
 
 def _binding(state: State) -> tuple[tuple[str, str], ...]:

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint
+from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
 from csm_weights.pipeline.actions import Action, Assemble, Copy, Keep, Move, WriteText
-from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan, with_config
+from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import begin
 from csm_weights.store.inspect import (
     ArtifactState,
     FileState,
@@ -406,10 +409,15 @@ def test_without_weights_everything_is_meant() -> None:
     assert selected(an_item("a.wav"), an_item("b.wav")) == ["a.wav", "b.wav"]
 
 
-def test_weights_bring_their_config() -> None:
+def test_weights_bring_their_config(tmp_path: Path) -> None:
     """Chosen weights come with config.json, in manifest order; a prompt does not."""
     kinds = {"config.json": "config", "m.pt": "torch-zip", "a.wav": "opaque"}
     manifest = a_state(*(an_item(n, kind=k) for n, k in kinds.items())).manifest
-    config, model, prompt = manifest.artifacts
-    assert with_config(manifest, [model]) == (config, model)
-    assert with_config(manifest, [prompt]) == (prompt,)
+    manifest = replace(manifest, staging="output/toy", destination="models/toy")
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / f"{manifest.name}.toml").write_text(render(manifest))
+    chosen = {
+        only: [a.path for a in begin(Request(tmp_path, manifest.name, (only,))).chosen]
+        for only in ("m.pt", "a.wav")
+    }
+    assert chosen == {"m.pt": ["config.json", "m.pt"], "a.wav": ["a.wav"]}
