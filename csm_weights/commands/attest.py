@@ -12,9 +12,8 @@ from csm_weights.commands.verify import verify as verify_files
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.files import Fingerprint, read_file
 from csm_weights.hashing import HashJob, measure, sha256_of
-from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import begin, gate_error, now
+from csm_weights.pipeline.session import Outcome, begin, gate_error, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import FileState, State

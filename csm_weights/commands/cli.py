@@ -25,9 +25,9 @@ from invoke.tasks import Task
 from csm_weights.errors import UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
-    from csm_weights.pipeline.outcome import Outcome
     from csm_weights.pipeline.plan import Target
     from csm_weights.pipeline.request import Request
+    from csm_weights.pipeline.session import Outcome
 
 
 #: Options that several tasks have: the default (None: it may be repeated), and the help.

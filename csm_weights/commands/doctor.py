@@ -23,10 +23,9 @@ from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment
 from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, error_for
 from csm_weights.model import offline_assets
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.outcome import StatusReport
 from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.request import Request, find_manifest
-from csm_weights.pipeline.session import Session, begin
+from csm_weights.pipeline.session import Session, StatusReport, begin
 from csm_weights.progress import format_size
 from csm_weights.transfer.policy import HUB
 

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 from csm_weights.errors import Finding, WrongContent
 from csm_weights.files import Fingerprint
-from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Session, begin, gate_error, now
+from csm_weights.pipeline.session import Outcome, Session, begin, gate_error, now
 from csm_weights.store import install
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.lock import locked

@@ -5,9 +5,8 @@ from pathlib import Path
 from csm_weights.errors import UsageError
 from csm_weights.model.smoke import record_golden as write_golden
 from csm_weights.pipeline import smoke_test
-from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Session, begin, gate_error
+from csm_weights.pipeline.session import Outcome, Session, begin, gate_error
 from csm_weights.store.inspect import State
 
 

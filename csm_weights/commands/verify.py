@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csm_weights.files import read_file
-from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import begin, gate_error
+from csm_weights.pipeline.session import Outcome, begin, gate_error
 from csm_weights.store import atomic
 from csm_weights.verify import gates
 from csm_weights.verify.sums import MAX_SUMS, SUMS, parse_sums, render_sums

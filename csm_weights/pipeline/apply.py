@@ -15,10 +15,9 @@ from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, error_f
 from csm_weights.files import read_bounded
 from csm_weights.pipeline import smoke_test
 from csm_weights.pipeline.actions import Action, Keep, way_around
-from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import Plan, Target
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Session, begin, gate_error
+from csm_weights.pipeline.session import Outcome, Session, StatusReport, begin, gate_error
 from csm_weights.progress import Progress
 from csm_weights.store.inspect import FileState
 from csm_weights.store.leftovers import leftovers

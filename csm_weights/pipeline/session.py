@@ -1,15 +1,20 @@
-"""One run of a command: what was asked, and what it has found out so far."""
+"""One run of a command: what was asked, what it has found out so far, and its results."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from csm_weights.config import HubEnvironment
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
+from csm_weights.model.smoke_report import SmokeReport
+from csm_weights.pipeline.actions import Action
 from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.progress import Progress, label_for
@@ -19,6 +24,43 @@ from csm_weights.store.leftovers import leftovers
 from csm_weights.store.receipts import Receipt, VerifiedFile
 from csm_weights.transfer.policy import HUB, SourcePolicy
 from csm_weights.verify import gates
+
+if TYPE_CHECKING:  # few runs attest or seal
+    from csm_weights.verify.envelope import Attested
+    from csm_weights.verify.seal import Sealed
+
+
+@dataclass(frozen=True)
+class StatusReport:
+    """The state of the disk, and the plan that follows from it.
+
+    `advice` says how to get what is missing.
+    """
+
+    state: State
+    plan: Plan
+    advice: str = ""
+    error: CsmWeightsError | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did, and what is verified now.
+
+    `actions` are those taken, in order. `smoke` is the last smoke report of
+    these very files; `smoke_is_known` says that it is an earlier run's. `sealed`
+    are the files that were sealed, `attested` is what an attestation says of them.
+    """
+
+    state: State
+    actions: tuple[Action, ...] = ()
+    notes: tuple[Finding, ...] = ()
+    results: tuple[gates.GateResult, ...] = ()
+    smoke: SmokeReport | None = None
+    smoke_is_known: bool = False
+    error: CsmWeightsError | None = None
+    sealed: tuple[Sealed, ...] = ()
+    attested: Attested | None = None
 
 
 @dataclass

@@ -12,8 +12,7 @@ from csm_weights.hashing import sha256_of
 from csm_weights.manifest.types import Manifest
 from csm_weights.model import smoke_report
 from csm_weights.model.smoke_report import SmokeReport
-from csm_weights.pipeline.outcome import Outcome
-from csm_weights.pipeline.session import now
+from csm_weights.pipeline.session import Outcome, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import State

@@ -26,8 +26,8 @@ from csm_weights.errors import (
 )
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target
+from csm_weights.pipeline.session import Outcome
 from csm_weights.progress import format_size
 from csm_weights.verify.gates import Gate, GateResult
 from tests.support.schema import checked

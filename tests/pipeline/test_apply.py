@@ -24,9 +24,9 @@ from csm_weights.commands.clean import clean
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.pipeline import apply, session
 from csm_weights.pipeline.actions import Action, Assemble, Copy, Move, Verify
-from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Outcome
 from csm_weights.store import atomic, install
 from csm_weights.store.inspect import FileState, State, inspect
 from csm_weights.store.journal import journal_path, partial_path

@@ -25,9 +25,9 @@ from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.pipeline import apply
 from csm_weights.pipeline import plan as plan_module
 from csm_weights.pipeline.actions import Assemble, Consume, Move
-from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target, make_plan
 from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Outcome
 from csm_weights.store import block_io, inspect
 from csm_weights.store.consumed import CONSUMING_ROOM
 from csm_weights.store.inspect import FileState

@@ -23,8 +23,8 @@ from csm_weights.commands.render import text as as_text
 from csm_weights.commands.seal import seal_placed
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.outcome import Outcome
 from csm_weights.pipeline.plan import Target
+from csm_weights.pipeline.session import Outcome
 from csm_weights.store import install
 from csm_weights.store.inspect import FileState
 from csm_weights.store.journal import partial_path

@@ -30,7 +30,7 @@ from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, 
 from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.outcome import Outcome
+from csm_weights.pipeline.session import Outcome
 from csm_weights.store.journal import PieceRecord
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.verify import envelope, keys, statement

@@ -19,8 +19,8 @@ from csm_weights.commands import compare, verify
 from csm_weights.commands.render import text as as_text
 from csm_weights.errors import CsmWeightsError
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Outcome, StatusReport
 
 #: Bytes of address space for the process, so that a bomb ends it and not the machine.
 ADDRESS_SPACE = 2 << 30

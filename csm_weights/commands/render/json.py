@@ -13,8 +13,8 @@ from csm_weights.commands.render.text import origin_words, total
 from csm_weights.errors import CsmWeightsError
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action
-from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import Plan
+from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.store.inspect import ArtifactState, FileState
 
 if TYPE_CHECKING:  # what a task does not show need not be imported for it

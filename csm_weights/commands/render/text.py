@@ -12,8 +12,8 @@ from csm_weights.commands.render.blocks import SHORT, count, paragraph, table
 from csm_weights.errors import printable
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action, Consume
-from csm_weights.pipeline.outcome import Outcome, StatusReport
 from csm_weights.pipeline.plan import room
+from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.progress import format_size
 from csm_weights.store.inspect import ArtifactState, FileState, State
 from csm_weights.transfer.policy import PieceOrigin, PieceSource
