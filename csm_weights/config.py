@@ -15,20 +15,23 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from csm_weights.errors import Finding, Kind, UsageError
+from csm_weights.files import read_bounded
 
 PUBLIC_ENDPOINT = "https://huggingface.co"
 
 #: The variable with headers for mirrors, one a line: `Authorization: Bearer ...`.
 MIRROR_HEADERS = "CSM_MIRROR_HEADERS"
 
+#: Most bytes read of the file that holds a token: it has less than a hundred.
+MAX_TOKEN = 64 << 10
+
 
 @dataclass(frozen=True)
 class HubEnvironment:
     """The Hub's address, whether it may be asked, and its cache on this machine.
 
-    `cache` is the folder of `models--org--name` folders. `token_from` says
-    where a token was found, by the name of a variable or file; it is empty
-    where there is none. The token itself is not kept.
+    `cache` is the folder of `models--org--name` folders. `token_from` names the
+    variable or file where a token was found, or is empty. The token is not kept.
     """
 
     endpoint: str
@@ -44,14 +47,26 @@ class HubEnvironment:
         def first(*names: str, default: str = "") -> str:
             return next(filter(None, map(values.get, names)), default)
 
+        def folder(text: str) -> Path:
+            # Unlike Path's own, this leaves a home that cannot be found as it is written.
+            return Path(os.path.expanduser(os.path.expandvars(text)))  # noqa: PTH111
+
         is_offline = first("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE").upper()
         caches = first("XDG_CACHE_HOME", default="~/.cache")
-        home = _folder(first("HF_HOME", default=f"{caches}/huggingface"))
+        home = folder(first("HF_HOME", default=f"{caches}/huggingface"))
+        # The order is huggingface_hub's; its last variable is a former name, and the first
+        # gets a token by an exchange.
+        tokens = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+        token_from = next((name for name in tokens if values.get(name, "").strip()), "")
+        if not token_from:
+            path = folder(first("HF_TOKEN_PATH", default=f"{home}/token"))
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                token_from = str(path) if read_bounded(path, MAX_TOKEN).decode().strip() else ""
         return cls(
             endpoint=first("HF_ENDPOINT", default=PUBLIC_ENDPOINT).rstrip("/"),
             offline=is_offline in {"1", "ON", "YES", "TRUE"},
-            cache=_folder(first("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=f"{home}/hub")),
-            token_from=_token_from(values, home),
+            cache=folder(first("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=f"{home}/hub")),
+            token_from=token_from,
         )
 
     def page(self, repo: str) -> str:
@@ -63,37 +78,21 @@ class HubEnvironment:
 
         Raises UsageError where HF_ENDPOINT is not the URL of a Hub.
         """
+        page = self.page(repo)
         if self.offline:
-            help_text = "unset HF_HUB_OFFLINE, or copy the files to this machine"
-            words = ("permission to ask the Hub", "HF_HUB_OFFLINE", help_text)
-            return Finding(Kind.OFFLINE, self.page(repo), *words)
+            mend = "unset HF_HUB_OFFLINE, or copy the files to this machine"
+            expected = "permission to ask the Hub"
+            return Finding(Kind.OFFLINE, page, expected, "HF_HUB_OFFLINE", mend)
         if not _is_plain_url(self.endpoint):
             expected = "an http:// or https:// URL without credentials or a query"
             raise UsageError(f"HF_ENDPOINT is not {expected}; unset it for {PUBLIC_ENDPOINT}")
-        return no_token(self.page(repo)) if gated and not self.token_from else None
+        return no_token(page) if gated and not self.token_from else None
 
 
 def no_token(page: str, found: str = "none") -> Finding:
     """Describe a repository whose files the Hub gives only to those who show a token."""
     help_text = f"accept the terms at {page}, then run hf auth login, or set HF_TOKEN"
     return Finding(Kind.NO_TOKEN, page, "a token", found, help_text)
-
-
-def _folder(text: str) -> Path:
-    # Unlike Path's own, this leaves a home that cannot be found as it is written.
-    return Path(os.path.expanduser(os.path.expandvars(text)))  # noqa: PTH111
-
-
-def _token_from(values: Mapping[str, str], home: Path) -> str:
-    """Return the name of what holds a token, in the order of huggingface_hub, or ""."""
-    # The last is a former name; the first gets a token by an exchange.
-    for name in ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if values.get(name, "").strip():
-            return name
-    path = _folder(values.get("HF_TOKEN_PATH") or str(home / "token"))
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return str(path) if path.read_text(encoding="utf-8").strip() else ""
-    return ""
 
 
 def parse_patience(text: str) -> float | None:

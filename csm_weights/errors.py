@@ -1,18 +1,4 @@
-"""Everything that can go wrong, one exit code a branch.
-
-::
-
-    CsmWeightsError               1   a bug
-    ├── UsageError                2   an option, name or value that does not exist
-    ├── MissingInput              3   an input is not here
-    ├── WrongContent              4   size, digest, structure, hostile file
-    │   └── ManifestInvalid       4   the manifest itself breaks a rule
-    ├── AccessRefused             5   no token, bad token, terms, scope
-    ├── NetworkFailed             6   after retries
-    ├── NoSpace                   7   not enough disk, or it cannot be written
-    ├── SmokeFailed               8   the loaded model is not right
-    ├── SmokeUnavailable         77   the smoke test could not run
-    └── Interrupted             130   Ctrl-C or a termination signal
+"""Everything that can go wrong, an error class for each exit code.
 
 An error carries `Finding`s, one for each thing that is wrong, so that a person
 can mend all of them in one round. A finding has a kind, the kind a category,
@@ -23,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class CsmWeightsError(Exception):
@@ -171,8 +157,7 @@ class Kind(enum.StrEnum):
 class Finding:
     """One thing that is wrong: where, what was expected, what was found.
 
-    `where` is a path or a manifest key; `help` is the command or act that
-    mends it, or empty.
+    `where` is a path or a manifest key; `help` is what mends it, or empty.
     """
 
     kind: Kind
@@ -204,9 +189,8 @@ class Finding:
     def wrong_digest(
         cls, where: object, expected: str, found: str | None, help: str = ""
     ) -> Finding:
-        """Return that bytes have another sha256 than the expected one, both in hex."""
-        digests = f"sha256 {expected}", f"sha256 {found}"
-        return cls(Kind.WRONG_DIGEST, str(where), *digests, help)
+        """Return that bytes have another sha256 than the expected one."""
+        return cls(Kind.WRONG_DIGEST, str(where), f"sha256 {expected}", f"sha256 {found}", help)
 
     def line(self) -> str:
         """Return the finding as one line of text that cannot drive a terminal."""
@@ -220,7 +204,7 @@ def printable(text: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of a message that suggests the known word most like this one, if any is."""
+    """Return the end of a message that suggests the known word most like this one, or ""."""
     import difflib
 
     near = difflib.get_close_matches(word, list(known), n=1)
@@ -229,11 +213,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def from_os_error(error: OSError) -> CsmWeightsError:
     """Return the error of this package for one of the operating system's that got this far."""
-    found, where = error.strerror or str(error), str(error.filename or "the disk")
+    refused = Finding.unreadable(error.filename or "the disk", error)
     expected = "a file or folder that can be used"
-    help_text = "check its permissions, and the disk"
-    finding = Finding(Kind.UNREADABLE, where, expected, found, help_text)
-    return WrongContent("the operating system refused", [finding])
+    return WrongContent("the operating system refused", [replace(refused, expected=expected)])
 
 
 def error_for(message: str, findings: Iterable[Finding], advice: str = "") -> CsmWeightsError:

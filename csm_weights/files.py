@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,16 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     return fd
 
 
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file as `open_regular` does; close it in the end."""
+    fd = open_regular(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return the first `limit` bytes of a regular file; raises OSError."""
     with open(open_regular(path), "rb") as file:
@@ -73,16 +85,14 @@ def read_file(path: Path, limit: int, what: str) -> bytes:
     for what is no regular file.
     """
     try:
-        data = read_bounded(path, limit + 1)
+        data, found = read_bounded(path, limit + 1), "more"
+        if len(data) <= limit:
+            return data
     except NotRegular as error:
         found = str(error.strerror)
     except OSError as error:
         finding = Finding(Kind.MISSING, str(path), what, error.strerror or str(error))
         raise MissingInput(f"{what} is needed", [finding]) from None
-    else:
-        if len(data) <= limit:
-            return data
-        found = "more"
     expected = f"{what}, a regular file of at most {limit:,} bytes"
     finding = Finding(Kind.MALFORMED, str(path), expected, found)
     raise WrongContent(f"{what} cannot be read", [finding])
@@ -103,7 +113,7 @@ def stat_of(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding
             return None, None
         return None, Finding.unreadable(where, error)
     if not stat.S_ISREG(status.st_mode):
-        found = "a folder" if stat.S_ISDIR(status.st_mode) else "neither file nor folder"
+        found = str(NotRegular(path, status.st_mode).strerror)
         return None, Finding(Kind.UNREADABLE, where, "a plain file", found, "move it away")
     return status, None
 

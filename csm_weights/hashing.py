@@ -17,14 +17,12 @@ from typing import Protocol
 
 from csm_weights.concurrency import Cancelled, OnProgress, run_all
 from csm_weights.errors import WrongContent
-from csm_weights.files import open_regular
+from csm_weights.files import opened
 
-#: Bytes read at a time: small enough that a block is hashed out of the L2
-#: cache it was read into, large enough that Python's share is below 1 %.
+#: Bytes read at a time: a block stays in the L2 cache, and Python's share is below 1 %.
 BLOCK = 1 << 20
 
-#: Bytes to read ahead of the hashing. By itself the kernel reads 128 KiB
-#: ahead, and a core that hashes waits for most disks.
+#: Bytes to read ahead of the hashing; by itself the kernel reads only 128 KiB ahead.
 AHEAD = 8 << 20
 
 
@@ -65,7 +63,7 @@ class HashJob:
 
 @dataclass(frozen=True)
 class Digests:
-    """The hex sha256 of each range, and the digests of the whole where they were asked for."""
+    """The hex digests of each range, and of the whole where they were asked for."""
 
     ranges: tuple[str, ...]
     whole: str | None = None
@@ -85,8 +83,7 @@ def git_sha1(size: int, content: bytes = b"") -> Hasher:
 def blob_id(sha256_hex: str, size: int) -> str:
     """Return the Hub blob id of a large file: the git blob SHA-1 of its LFS pointer.
 
-    Source: the pointer text of the git-lfs specification, version 1, hashed
-    as git hashes a blob.
+    Source: the pointer text of the git-lfs specification, version 1.
     """
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256_hex}\nsize {size}\n"
     return git_sha1(len(pointer), pointer.encode()).hexdigest()
@@ -141,8 +138,7 @@ def measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests]:
     found = dict(zip(largest_first, run_all(tasks, cancel), strict=True))
     results = [Digests(())] * len(jobs)
     for i, (number, _) in enumerate(parts):
-        ranges = results[number].ranges + found[i].ranges
-        results[number] = replace(found[i], ranges=ranges)
+        results[number] = replace(found[i], ranges=results[number].ranges + found[i].ranges)
     return results
 
 
@@ -151,16 +147,13 @@ def _hash(job: HashJob, on_progress: OnProgress, cancel: threading.Event) -> Dig
     if job.whole and job.git:
         whole.append(git_sha1(job.size))
     digests = []
-    fd = open_regular(job.path)
-    try:
+    with opened(job.path) as fd:
         for offset, size in job.ranges:
             digest = sha256()
             feed(fd, offset, size, [digest, *whole], on_progress, cancel)
             digests.append(digest.hexdigest())
         if not job.ranges:
             feed(fd, 0, job.size, whole, on_progress, cancel)
-    finally:
-        os.close(fd)
     return Digests(tuple(digests), *(digest.hexdigest() for digest in whole))
 
 

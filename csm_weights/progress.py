@@ -13,8 +13,7 @@ from typing import Any, TextIO
 
 from csm_weights.errors import printable
 
-#: Off a terminal there is a line every so many seconds, or percent if that is
-#: later than the least time between two lines.
+#: Off a terminal there is a line every so many seconds, or percent after the least time.
 LINE_SECONDS = 10.0
 LINE_PERCENT = 10
 LEAST_SECONDS = 1.0
@@ -47,12 +46,10 @@ def _pace(done: int, total: int, seconds: float) -> str:
     if seconds < NAMED_AFTER or not done:
         return text
     left = max(0, total - done) * seconds / done
-    minutes = (
-        f"{left // 3600:.0f} h {left // 60 % 60:.0f} min"
-        if left >= 3600
-        else (f"{left // 60:.0f} min" if left >= 120 else f"{left:.0f} s")
-    )
-    return f"{text}, {format_size(done / seconds)}/s, {minutes} left"
+    time_left = f"{left:.0f} s" if left < 120 else f"{left // 60:.0f} min"
+    if left >= 3600:
+        time_left = f"{left // 3600:.0f} h {left // 60 % 60:.0f} min"
+    return f"{text}, {format_size(done / seconds)}/s, {time_left} left"
 
 
 class Progress:
@@ -107,7 +104,7 @@ class Progress:
         self._name.cancel()
         if self._bar is not None:
             self._bar.close()
-        if (self._bar is not None or self._plain) and kind is None:
+        if kind is None and (self._bar is not None or self._plain):
             seconds = time.monotonic() - self._started
             self.log(f"{format_size(self._done)} in {seconds:.1f} s")
 

@@ -59,9 +59,9 @@ def is_text(value: object) -> bool:
 
 def are_sizes(values: object) -> bool:
     """Check for a list or tuple of whole numbers that a file can hold: from 0 to 2^63 - 1."""
-    if not isinstance(values, list | tuple):
-        return False
-    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    return isinstance(values, list | tuple) and all(
+        type(value) is int and 0 <= value < 1 << 63 for value in values
+    )
 
 
 def dump_record(record: Any, names: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -75,8 +75,8 @@ def parse_record(
 ) -> R | None:
     """Return the record in `text`, of the first of these dataclasses that it fits, or None.
 
-    It fits where every field is there with just the annotated type, and nothing
-    else is. `names` are fields with another name in the text.
+    It must have just the fields, each with the annotated type. `names` are
+    fields with another name in the text.
     """
     try:
         data = json.loads(text)

@@ -27,9 +27,9 @@ def create(path: Path, flags: int = 0) -> int:
     """
     with writing(path):
         make_folder(path.parent)
-        everywhere = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        always = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            fd = os.open(path, everywhere | flags & ~os.O_TRUNC, 0o644)
+            fd = os.open(path, always | flags & ~os.O_TRUNC, 0o644)
         except PermissionError:
             if os.path.lexists(path):
                 _require_ours(path.lstat(), path)
@@ -63,28 +63,22 @@ def _require_ours(status: os.stat_result, path: Path) -> None:
     The owner of a lock may hold it for ever, and the owner of an unfinished
     file may change it after it was verified.
     """
-    found = "something that is no plain file"
+    found, owner = "something that is no plain file", status.st_uid
     if stat.S_ISREG(status.st_mode):
-        if status.st_uid == os.geteuid() or status.st_uid == _owner_of_new_files(path.parent):
+        if owner == os.geteuid() or owner == _owner_of_new_files(path.parent):
             return
-        found = f"one of user {status.st_uid}"
-    finding = Finding(
-        Kind.IN_THE_WAY,
-        str(path),
-        f"a file of this user ({os.geteuid()}), or none",
-        found,
-        f"if no run of another user is at work in {path.parent}, remove the file",
-    )
+        found = f"one of user {owner}"
+    expected = f"a file of this user ({os.geteuid()}), or none"
+    mend = f"if no run of another user is at work in {path.parent}, remove the file"
+    finding = Finding(Kind.IN_THE_WAY, str(path), expected, found, mend)
     raise WrongContent("a lock or an unfinished file of another user is not trusted", [finding])
 
 
 def _owner_of_new_files(folder: Path) -> int | None:
     """Return the owner of a file that is made in `folder`: some mounts put another user."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            return os.fstat(probe.fileno()).st_uid
-    except OSError:
-        return None
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_uid
+    return None
 
 
 def stay_inside(folder: Path, base: Path) -> None:
@@ -92,8 +86,8 @@ def stay_inside(folder: Path, base: Path) -> None:
 
     `base` itself may be a link: which folder is meant is the caller's choice.
     """
-    led, home = Path(os.path.realpath(folder)), Path(os.path.realpath(base))
-    if led.is_relative_to(home):
+    led = Path(os.path.realpath(folder))
+    if led.is_relative_to(os.path.realpath(base)):
         return
     words = (f"a folder inside {base}", f"a link that leads to {led}")
     mend = "remove the link, or name another folder: with --dest, or the cache's with HF_HUB_CACHE"
@@ -110,6 +104,17 @@ def unlink_shared(path: Path) -> None:
     with writing(path), contextlib.suppress(FileNotFoundError):
         if path.lstat().st_nlink > 1:
             path.unlink()
+
+
+@contextmanager
+def created(path: Path) -> Iterator[int]:
+    """Make an empty file of ours, as `create` does; yield its descriptor and close it."""
+    unlink_shared(path)
+    fd = create(path, os.O_TRUNC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def write_all(fd: int, data: bytes, path: Path) -> None:
@@ -133,14 +138,10 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a small text file whole or not at all, durably."""
     unfinished = path.with_name(path.name + ".partial")
-    unlink_shared(unfinished)
-    fd = create(unfinished, os.O_TRUNC)
-    try:
+    with created(unfinished) as fd:
         write_all(fd, text.encode(), unfinished)
         with writing(unfinished):
             os.fsync(fd)
-    finally:
-        os.close(fd)
     with writing(path):
         unfinished.replace(path)
     sync(path.parent)
@@ -160,13 +161,13 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno == errno.EXDEV:
             raise
         if error.errno in _IN_THE_WAY:
-            expected = "a plain file or nothing"
-            wrong = Finding(Kind.IN_THE_WAY, where, expected, found, "move it away")
-            raise WrongContent("the file cannot be written", [wrong]) from error
+            words = ("a plain file or nothing", found, "move it away")
+            finding = Finding(Kind.IN_THE_WAY, where, *words)
+            raise WrongContent("the file cannot be written", [finding]) from error
         if error.errno in _FULL:
             mend = "free some disk or choose another --dest, and run the same command again"
-            full = Finding(Kind.NO_SPACE, where, "room to write", found, mend)
-            raise NoSpace("the disk is full", [full]) from error
+            finding = Finding(Kind.NO_SPACE, where, "room to write", found, mend)
+            raise NoSpace("the disk is full", [finding]) from error
         mend = "check its permissions, or choose another --dest"
-        denied = Finding(Kind.NOT_WRITABLE, where, "a place to write", found, mend)
-        raise NoSpace("the file cannot be written there", [denied]) from error
+        finding = Finding(Kind.NOT_WRITABLE, where, "a place to write", found, mend)
+        raise NoSpace("the file cannot be written there", [finding]) from error

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from csm_weights.concurrency import Cancelled, OnProgress
+from csm_weights.concurrency import Cancelled, OnProgress, deferred_interrupts
 from csm_weights.hashing import Hasher, feed
-from csm_weights.store.atomic import create, unlink_shared, write_all, writing
+from csm_weights.store.atomic import create, created, write_all, writing
 
 if sys.platform == "linux":
     import fcntl
@@ -80,10 +80,9 @@ class OutputFile:
 
 
 def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> bool:
-    """Let `dst` share the blocks of a range of `src`, as XFS and Btrfs can.
+    """Let `dst` share the blocks of a range of `src`; return whether the file system did so.
 
-    Returns whether the file system did so; a range that is not aligned to its
-    blocks is refused too.
+    XFS and Btrfs can, where the range is aligned to their blocks.
     """
     if sys.platform != "linux":
         return False
@@ -113,20 +112,18 @@ def punch(fd: int, offset: int, size: int) -> None:
 def can_punch(folder: Path) -> bool:
     """Check with a small file whether files in `folder` give blocks back; raises NoSpace."""
     probe = folder / ".punch.partial"
-    unlink_shared(probe)
-    fd = create(probe, os.O_TRUNC)
-    try:
-        write_all(fd, bytes(4 * ALIGNMENT), probe)
-        with writing(probe):
-            os.fsync(fd)
-        before = os.fstat(fd).st_blocks
-        punch(fd, 0, 4 * ALIGNMENT)
-        return os.fstat(fd).st_blocks < before
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-        probe.unlink(missing_ok=True)
+    with created(probe) as fd:
+        try:
+            write_all(fd, bytes(4 * ALIGNMENT), probe)
+            with writing(probe):
+                os.fsync(fd)
+            before = os.fstat(fd).st_blocks
+            punch(fd, 0, 4 * ALIGNMENT)
+            return os.fstat(fd).st_blocks < before
+        except OSError:
+            return False
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -147,14 +144,13 @@ def copy_hashed(
     on_progress: OnProgress,
     cancel: threading.Event,
 ) -> None:
-    """Copy `source` into `target` at byte `offset` and hashes just what was put there.
+    """Copy `source` into `target` at byte `offset` and hash just what was put there.
 
-    Shared blocks are one and the same in both files, so they are read where
-    they may be in the page cache, in the source; it must not change
-    meanwhile. Else the buffer that is hashed is the one that is written.
-    `direct` writes past the page cache. Raises EOFError where the source
-    ends early, OSError where it cannot be read, NoSpace where the target
-    takes no more.
+    Shared blocks are hashed in the source, which may be in the page cache and
+    must not change meanwhile. Else the buffer that is hashed is the one that
+    is written, with `direct` past the page cache. Raises EOFError where the
+    source ends early, OSError where it cannot be read, NoSpace where the
+    target takes no more.
     """
     size = source.size
     if clone_range(source.fd, source.offset, target.fd, offset, size):
@@ -162,12 +158,14 @@ def copy_hashed(
         return
     # Anonymous memory is aligned to pages, which direct writes need.
     with (
+        deferred_interrupts() as raise_pending,
         mmap.mmap(-1, STEP) as memory,
         memoryview(memory) as buffer,
         ThreadPoolExecutor(1) as writer,
     ):
         done = 0
         while done < size:
+            raise_pending()
             if cancel.is_set():
                 raise Cancelled
             with buffer[: min(STEP, size - done)] as room:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.files import open_regular
+from csm_weights.files import opened
 from csm_weights.manifest.types import Artifact
 from csm_weights.store.journal import Journal, partial_path
 
@@ -20,8 +20,7 @@ def why_stranded(artifact: Artifact, staged: Path, journal: Journal, root: Path)
 
     It may hold the only copy of bytes that were moved out of chunk files below `root`.
     """
-    partial = partial_path(staged)
-    found, expected = "", "the bytes of its consumed chunk files, and no others"
+    partial, found = partial_path(staged), ""
     if journal.foreign:
         found = f"chunk files that {artifact.path} no longer has"
     elif journal.consumed:
@@ -33,6 +32,7 @@ def why_stranded(artifact: Artifact, staged: Path, journal: Journal, root: Path)
             found = f"no journal, and {hole} begins with a hole"
     if not found:
         return None
+    expected = "the bytes of its consumed chunk files, and no others"
     mend = "bring the journal back, or move the unfinished file away and keep it"
     return Finding(Kind.STRANDED, str(partial), expected, found, mend)
 
@@ -69,35 +69,26 @@ def _begins_with_hole(path: Path, size: int) -> bool:
     if not hasattr(os, "SEEK_HOLE") or size < BLOCK:
         return False
     try:
-        status = path.stat()
-        # The stat alone is enough for most chunk files; 512 is the unit of st_blocks.
-        if status.st_size != size or status.st_blocks * 512 >= size:
+        # The stat alone is enough for most chunk files.
+        if path.stat().st_size != size or _allocated(path) >= size:
             return False
-        fd = open_regular(path)
+        with opened(path) as fd:
+            return os.lseek(fd, 0, os.SEEK_HOLE) == 0
     except OSError:
         return False
-    try:
-        return os.lseek(fd, 0, os.SEEK_HOLE) == 0
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def why_unfit(chunk: Path, where: str) -> Finding | None:
     """Return why a chunk file that is here cannot be consumed, by what its stat says."""
-    try:
-        links = chunk.lstat().st_nlink
-    except FileNotFoundError:
+    if not os.path.lexists(chunk):
         return None
-    found = ""
     if chunk.is_symlink():
         found = "a symbolic link"
-    elif links > 1:
+    elif (links := chunk.lstat().st_nlink) > 1:
         found = f"{links} hard links to it"
     elif not (os.access(chunk, os.W_OK) and os.access(chunk.parent, os.W_OK)):
         found = "no permission to write"
-    if not found:
+    else:
         return None
     expected, mend = "a plain file of its own that may go", "leave --consume out, or make it one"
     return Finding(Kind.NOT_CONSUMABLE, where, expected, found, mend)

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, Kind, WrongContent, error_for
-from csm_weights.files import open_regular, read_bounded
+from csm_weights.files import opened, read_bounded
 from csm_weights.hashing import Hasher, HashJob, ShortRead, git_sha1, measure, sha256
 from csm_weights.manifest.types import Artifact
 from csm_weights.store import atomic, block_io
@@ -35,9 +35,6 @@ UNFINISHED = ".incomplete"
 
 #: A commit: only a branch that names a whole one can be followed offline.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-#: Write permission for everyone.
-_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
 class How(enum.StrEnum):
@@ -85,15 +82,11 @@ def repository(cache: Path, repo: str) -> Path:
 
 def main_of(cache: Path, repo: str) -> str | None:
     """Return the commit that an offline client takes "main" for, or None."""
-    text = _main_text(repository(cache, repo)).strip()
-    return text if _COMMIT.fullmatch(text) else None
-
-
-def _main_text(home: Path) -> str:
     try:
-        return read_bounded(home / "refs" / "main", 100).decode(errors="replace")
-    except OSError:
-        return ""
+        text = read_bounded(repository(cache, repo) / "refs" / "main", 100).decode("ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if _COMMIT.fullmatch(text) else None
 
 
 def snapshot_file(cache: Path, repo: str, commit: str, path: str) -> Path | None:
@@ -175,10 +168,8 @@ def seed(
     # The standard client needs no lock against us: both sides give a blob its name by a
     # rename, and only when it is whole.
     with FileLock(path):
-        kept = {
-            s.path: file for s in seeds if (file := _kept(s, cache, snapshot, blobs, on_progress))
-        }
-        lacking = {item.blob: item for item in seeds if item.path not in kept}
+        kept = {s.path: _kept(s, cache, snapshot, blobs, on_progress) for s in seeds}
+        lacking = {item.blob: item for item in seeds if not kept[item.path]}
         added = _add_blobs(blobs, list(lacking.values()), on_progress)
         for item in seeds:
             _point(snapshot, item.path, blobs / item.blob)
@@ -186,15 +177,14 @@ def seed(
             marker = home / ".no_exist" / revision / item.path
             with atomic.writing(marker), contextlib.suppress(NotADirectoryError):
                 marker.unlink(missing_ok=True)
-        main = _main_text(home)
-        names_another = _COMMIT.fullmatch(main.strip()) and main.strip() != revision
-        if main != revision and (move_main or not names_another):
+        main = main_of(cache, repo)
+        if main != revision and (move_main or main is None):
             atomic.write_whole(home / "refs" / "main", revision)
         above = {p for f in folders for p in (f, *f.parents) if p.is_relative_to(cache)}
         for folder in sorted(above):
             atomic.sync(folder)
     return [
-        Seeded(s.path, kept.get(s.path, blobs / s.blob), added.get(s.blob, How.KEPT)) for s in seeds
+        Seeded(s.path, kept[s.path] or blobs / s.blob, added.get(s.blob, How.KEPT)) for s in seeds
     ]
 
 
@@ -233,15 +223,14 @@ def _add_blobs(blobs: Path, seeds: Sequence[Seed], on_progress: OnProgress) -> d
                 on_progress(item.size)
             else:
                 _write(item, unfinished[item.blob], on_progress)
-        for item in seeds:
-            blob, path = blobs / item.blob, unfinished[item.blob]
-            if os.path.lexists(blob):
-                ways[item.blob] = How.REPLACED
+        for name, path in unfinished.items():
+            if os.path.lexists(blobs / name):
+                ways[name] = How.REPLACED
             with atomic.writing(path):
-                path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_WRITE)
+                path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o555)
             atomic.sync(path)
-            with atomic.writing(blob):
-                path.replace(blob)
+            with atomic.writing(blobs / name):
+                path.replace(blobs / name)
     finally:
         for path in unfinished.values():
             path.unlink(missing_ok=True)
@@ -258,13 +247,8 @@ def _start(seed: Seed, unfinished: Path) -> How:
         with contextlib.suppress(OSError):
             unfinished.hardlink_to(source)
             return How.LINKED
-    with os.fdopen(open_regular(source), "rb") as file:
-        fd = atomic.create(unfinished)
-        try:
-            shares = block_io.clone_range(file.fileno(), 0, fd, 0, seed.size)
-        finally:
-            os.close(fd)
-    return How.SHARED if shares else How.COPIED
+    with opened(source) as src, atomic.created(unfinished) as dst:
+        return How.SHARED if block_io.clone_range(src, 0, dst, 0, seed.size) else How.COPIED
 
 
 def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:
@@ -272,8 +256,8 @@ def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:
     sink: Hasher = git_sha1(seed.size) if seed.is_git else sha256()
     target = block_io.OutputFile(unfinished)
     try:
-        with os.fdopen(open_regular(seed.file), "rb") as file:
-            whole = block_io.Extent(file.fileno(), 0, seed.size)
+        with opened(seed.file) as fd:
+            whole = block_io.Extent(fd, 0, seed.size)
             block_io.copy_hashed(whole, target, 0, [sink], False, on_progress, threading.Event())
     except (EOFError, ShortRead):
         raise _changed(seed) from None
@@ -291,8 +275,7 @@ def _changed(seed: Seed) -> WrongContent:
 def _point(snapshot: Path, path: str, blob: Path) -> None:
     """Link `path` of a snapshot to a blob, unless it leads to right bytes under another name."""
     pointer = snapshot / path
-    up = "../" * (len(PurePosixPath(path).parts) + 1)
-    target = f"{up}blobs/{blob.name}"
+    target = "../" * (len(PurePosixPath(path).parts) + 1) + f"blobs/{blob.name}"
     if not os.path.lexists(blob) or (pointer.is_symlink() and str(pointer.readlink()) == target):
         return
     unfinished = pointer.with_name(f".{pointer.name}.csm-weights{UNFINISHED}")

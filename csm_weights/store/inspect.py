@@ -44,9 +44,9 @@ class FileState(enum.StrEnum):
 class FileStatus:
     """One file as it is on disk; `size` is in bytes, None where it is absent.
 
-    A symbolic link is followed, and `is_link` says that it is one. `good` are
-    the offsets of pieces that can be salvaged from an invalid file. A chunk
-    file is consumed where bytes of it have moved to the unfinished file.
+    A symbolic link, as `is_link` says, is followed. `good` are the offsets of
+    pieces that can be salvaged from an invalid file. A chunk file is consumed
+    where bytes of it have moved to the unfinished file.
     """
 
     path: Path
@@ -68,13 +68,12 @@ class ArtifactState:
     """All that is on disk of one artifact.
 
     `journal` is that of an unfinished staged file, `copied` are the journaled
-    pieces of an unfinished copy in the destination; both are hashed again
-    before they count. `chunks` has the status of each piece's chunk file,
-    `extras` are about others beside them. `cached` is the file in the Hub's
-    cache. `stranded` says why the unfinished file cannot be continued, `unfit`
-    which chunk files cannot be consumed, `saves_nothing` why consuming would
-    make no room, if so. `held_twice` are the bytes of disk that an interrupted
-    run gives back first.
+    pieces of an unfinished copy in the destination. `chunks` has the status of
+    each piece's chunk file, `extras` are about others beside them. `cached` is
+    the file in the Hub's cache. `stranded` says why the unfinished file cannot
+    be continued, `unfit` which chunk files cannot be consumed, `saves_nothing`
+    why consuming would make no room, if so. `held_twice` are the bytes of disk
+    that an interrupted run gives back first.
     """
 
     artifact: Artifact
@@ -94,9 +93,8 @@ class ArtifactState:
     def is_here(self) -> bool:
         """True where anything of the artifact is on this machine, or was."""
         journal, files = self.journal, (self.installed, self.staged, *self.chunks)
-        return bool(journal.pieces or journal.arrived or journal.consumed) or any(
-            file.state is not FileState.ABSENT or file.receipt for file in files
-        )
+        seen = any(file.state is not FileState.ABSENT or file.receipt for file in files)
+        return seen or bool(journal.pieces or journal.arrived or journal.consumed)
 
 
 @dataclass(frozen=True)
@@ -158,14 +156,13 @@ def inspect(
     the pieces that are right in them.
     """
     disk = _Disk(manifest, paths, known_bad, good or {})
-    staging, destination = disk.nearest(paths.staging), disk.nearest(paths.destination)
     device = disk.device(paths.staging)
     return State(
         manifest=manifest,
         paths=paths,
         artifacts=tuple(map(disk.artifact, artifacts)),
-        free_staging=shutil.disk_usage(staging).free,
-        free_destination=shutil.disk_usage(destination).free,
+        free_staging=shutil.disk_usage(disk.nearest(paths.staging)).free,
+        free_destination=shutil.disk_usage(disk.nearest(paths.destination)).free,
         same_filesystem=device == disk.device(paths.destination),
         shares_blocks=disk.shares_blocks(artifacts),
         links_to_cache=paths.cache is not None and disk.device(paths.cache) == device,
@@ -185,7 +182,7 @@ class _Disk:
         manifest, paths = self.manifest, self.paths
         self.nearest = functools.cache(self._nearest)
         self.device = functools.cache(lambda folder: self.nearest(folder).stat().st_dev)
-        self.names = functools.cache(self._names)
+        self.names = functools.cache(lambda folder: sorted(f.name for f in folder.iterdir()))
         self.type = functools.cache(filesystem_type)
         self.strays = functools.cache(self._strays)
         self.cache = None
@@ -203,9 +200,6 @@ class _Disk:
         folder = folder.absolute()
         return folder if folder.is_dir() else self.nearest(folder.parent)
 
-    def _names(self, folder: Path) -> list[str]:
-        return sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-
     def artifact(self, artifact: Artifact) -> ArtifactState:
         paths = self.paths
         installed = self.file(paths.destination, artifact)
@@ -214,6 +208,7 @@ class _Disk:
         moved = {record.offset: record.consumed for record in journal.consumed}
         chunks = tuple(self.chunk(p, moved.get(p.offset, 0)) for p in artifact.pieces)
         pairs = zip(artifact.pieces, chunks, strict=True)
+        unfit = [why_unfit(chunk.path, piece.part) for piece, chunk in pairs if chunk.is_usable]
         return ArtifactState(
             artifact=artifact,
             installed=installed,
@@ -224,11 +219,7 @@ class _Disk:
             chunks=chunks,
             extras=tuple(self.extras(artifact)),
             stranded=why_stranded(artifact, staged.path, journal, paths.root),
-            unfit=tuple(
-                finding
-                for piece, chunk in pairs
-                if chunk.is_usable and (finding := why_unfit(chunk.path, piece.part))
-            ),
+            unfit=tuple(filter(None, unfit)),
             saves_nothing=self.saves_nothing(chunks),
             held_twice=held_twice(artifact, staged.path, journal, paths.root),
         )
@@ -238,10 +229,10 @@ class _Disk:
         path = directory / artifact.path
         receipt = read_receipt(directory, artifact.path)
         status, finding = stat_of(path)
-        if finding and path.is_dir():
-            expected = "a plain file or nothing"
-            finding = Finding(Kind.IN_THE_WAY, str(path), expected, "a folder", "move it away")
         if status is None:
+            if finding and path.is_dir():
+                words = ("a plain file or nothing", "a folder", "move it away")
+                finding = Finding(Kind.IN_THE_WAY, str(path), *words)
             is_here = finding and finding.kind is not Kind.MISSING
             state = FileState.INVALID if is_here else FileState.ABSENT
             return FileStatus(path, state, None, finding, receipt)
@@ -280,12 +271,12 @@ class _Disk:
         if moved == piece.size and not known:
             return FileStatus(path, FileState.CONSUMED)
         status, finding = stat_of(path, piece.part)
-        if status is None and (finding is None or finding.kind is Kind.MISSING):
+        if status is None:
             mend = "copy the chunk file there, or restore it from git"
             finding = finding or Finding.missing(piece.part, piece.size, mend)
-            return FileStatus(path, FileState.ABSENT, None, finding)
-        if status is None:
-            return FileStatus(path, FileState.INVALID, None, finding)
+            is_absent = finding.kind is Kind.MISSING
+            state = FileState.ABSENT if is_absent else FileState.INVALID
+            return FileStatus(path, state, None, finding)
         finding = known or size_finding(path, [piece.size], status.st_size, piece.part)
         if finding is None and not os.access(path, os.R_OK):
             finding = Finding.unreadable(piece.part, "permission denied")
@@ -305,7 +296,8 @@ class _Disk:
 
     def _strays(self, folder: Path, prefix: str) -> list[str]:
         """Return names in a folder that begin like those of chunk files, and are of none."""
-        names, known = self.names(folder), self.chunk_names.get(folder, set())
+        names = self.names(folder) if folder.is_dir() else []
+        known = self.chunk_names.get(folder, set())
         alike = itertools.takewhile(
             lambda name: name.startswith(prefix),
             itertools.islice(names, bisect_left(names, prefix), None),
@@ -322,10 +314,7 @@ class _Disk:
         return f"{kind} cannot free parts of a file" if kind in NOT_PUNCHING else ""
 
     def shares_blocks(self, artifacts: Sequence[Artifact]) -> bool:
-        """Check whether assembling takes no room.
-
-        All pieces begin at a block, on the disk of the staging folder, which can share blocks.
-        """
+        """Check whether assembling takes no room: every piece begins at a block and is near."""
         pieces = [piece for artifact in artifacts for piece in artifact.pieces]
         if not pieces or any(piece.offset % BLOCK for piece in pieces):
             return False

@@ -18,11 +18,10 @@ from csm_weights.store.receipts import Receipt, dump_receipt, receipt_path
 def install(source: Path, directory: Path, receipt: Receipt) -> Receipt:
     """Rename a verified file to `directory/receipt.path` and write its receipt.
 
-    Both must be on one file system. `receipt.fingerprint` is that of the
-    moment the bytes were verified: WrongContent is raised for a file that was
-    touched since, which keeps its name, and where a link leads out of
-    `directory`. Returns the receipt as written, with the fingerprint of the
-    file under its final name.
+    Both must be on one file system. Returns the receipt as written, with the
+    fingerprint of the file under its final name. Raises WrongContent for a
+    file that was touched since `receipt.fingerprint` was taken, which keeps
+    its name, and where a link leads out of `directory`.
     """
     final = directory / receipt.path
     sync(source)
@@ -49,8 +48,7 @@ def record(directory: Path, receipt: Receipt) -> Receipt:
 
     Raises WrongContent when the file was touched since it was verified.
     """
-    now = _require_unchanged(directory / receipt.path, receipt)
-    written = replace(receipt, fingerprint=now)
+    written = replace(receipt, fingerprint=_require_unchanged(directory / receipt.path, receipt))
     path = receipt_path(directory, receipt.path)
     stay_inside(path.parent, directory)
     write_whole(path, dump_receipt(written) + "\n")

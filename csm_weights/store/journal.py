@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from csm_weights.files import read_bounded
 from csm_weights.manifest.types import Artifact, Piece
@@ -37,7 +36,7 @@ class PieceRecord:
 class Arrival:
     """A range of an unfinished file that was written and is not verified yet.
 
-    `piece` is the sha256 that the piece must have to which it belongs.
+    `piece` is the sha256 of the piece to which it belongs.
     """
 
     offset: int
@@ -51,11 +50,10 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Consumed:
-    """The part of a piece that has moved from its chunk file to the unfinished file.
+    """The first `consumed` bytes of a piece: durable in the unfinished file.
 
-    It is durable there. The piece begins at byte `offset` of the file and has the sha256 `piece`;
-    its first `consumed` bytes count, and the chunk file need not have them any
-    more. Of several about one piece the last holds.
+    The chunk file need not have them any more. The piece begins at byte
+    `offset` and has the sha256 `piece`. Of several about one the last holds.
     """
 
     offset: int
@@ -68,9 +66,6 @@ class Consumed:
 
 
 Record = PieceRecord | Arrival | Consumed
-
-#: Most lines are about arrivals.
-_RECORDS: tuple[type[Any], ...] = (Arrival, PieceRecord, Consumed)
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,9 @@ def is_unfinished(name: str) -> bool:
 
 def parse_line(line: str) -> Record | None:
     """Return the record on a line of a journal, or None where it cannot be understood."""
-    record: Record | None = parse_record(line, *_RECORDS)
-    return record
+    # Most lines are about arrivals.
+    kinds: tuple[type[Record], ...] = (Arrival, PieceRecord, Consumed)
+    return parse_record(line, *kinds)
 
 
 def read_journal(file: Path, artifact: Artifact) -> Journal:

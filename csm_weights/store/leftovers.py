@@ -1,7 +1,6 @@
 """Find what interrupted runs have left behind."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from csm_weights.store.inspect import ArtifactState, FileState, State
@@ -43,29 +42,23 @@ def leftovers(state: State, goal_is_staged: bool) -> list[Path]:
     were moved on or half written, and, unless files are wanted there, the
     staged copies of files that went to another disk.
     """
-    return [path for item in state.artifacts for path in _leftovers(state, item, goal_is_staged)]
-
-
-def _leftovers(state: State, item: ArtifactState, goal_is_staged: bool) -> Iterator[Path]:
-    files = (item.staged, item.installed)
-    verified = [file for file in files if file.state is FileState.VERIFIED]
-    if not verified:
-        return
-    for file in files:
-        journal = journal_path(file.path)
-        if journal.is_file() and not os.path.lexists(partial_path(file.path)):
-            yield journal
-    for folder in (state.paths.staging, state.paths.destination):
-        unfinished_receipt = partial_path(receipt_path(folder, item.artifact.path))
-        if unfinished_receipt.is_file():
-            yield unfinished_receipt
-    if item.installed not in verified or item.installed.path == item.staged.path:
-        return
-    receipt = receipt_path(state.paths.staging, item.artifact.path)
-    if item.staged in verified and not goal_is_staged:
-        if item.staged.path.samefile(item.installed.path):
-            return
-        yield item.staged.path
-        yield receipt
-    elif item.staged.state is FileState.ABSENT and receipt.is_file():
-        yield receipt
+    left = []
+    for item in state.artifacts:
+        files = (item.staged, item.installed)
+        verified = [file for file in files if file.state is FileState.VERIFIED]
+        if not verified:
+            continue
+        named = [f.path for f in files if not os.path.lexists(partial_path(f.path))]
+        folders = (state.paths.staging, state.paths.destination)
+        receipts = [receipt_path(folder, item.artifact.path) for folder in folders]
+        left += [
+            f for f in (*map(journal_path, named), *map(partial_path, receipts)) if f.is_file()
+        ]
+        if item.installed not in verified or item.installed.path == item.staged.path:
+            continue
+        if item.staged in verified and not goal_is_staged:
+            if not item.staged.path.samefile(item.installed.path):
+                left += [item.staged.path, receipts[0]]
+        elif item.staged.state is FileState.ABSENT and receipts[0].is_file():
+            left.append(receipts[0])
+    return left

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from csm_weights.files import opened
 from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
@@ -29,13 +30,13 @@ NAME = ".lock"
 def locked(paths: Paths, with_destination: bool) -> Iterator[None]:
     """Let one run at a time act on one folder; a second one waits.
 
-    Other models, and other checkouts, may have the same destination. Folders
-    are locked in one order, so that two runs never wait for each other.
+    Other models, and other checkouts, may have the same destination.
     """
     folders = {paths.staging: NAME}
     if with_destination:
         folders.setdefault(paths.destination, f"{RECEIPTS}/{NAME}")
     with contextlib.ExitStack() as locks:
+        # In one order, so that two runs never wait for each other.
         for folder in sorted(folders, key=lambda folder: str(folder.resolve())):
             locks.enter_context(lock(folder, folders[folder]))
         yield
@@ -53,12 +54,10 @@ def lock(folder: Path, name: str) -> Iterator[None]:
     path = folder / name
     os.close(atomic.create(path))
     with contextlib.ExitStack() as held:
-        held.enter_context(_acquired(FileLock(path), "this one goes on when it ends"))
+        held.enter_context(_acquired(FileLock(path), ""))
         if not are_real(path):
             marker = path.with_name(f"{path.name}.held")
-            hint = (
-                f"this one goes on when it ends; if there is none on any machine, remove {marker}"
-            )
+            hint = f"; if there is none on any machine, remove {marker}"
             held.enter_context(_acquired(SoftFileLock(marker), hint))
         yield
 
@@ -71,22 +70,20 @@ def _acquired(lock: BaseFileLock, hint: str) -> AbstractContextManager[object]:
         return lock.acquire(timeout=0)
     except Timeout:
         label = f"waiting for another run in {Path(lock.lock_file).parent}"
-        Progress(label, 0).log(f"it holds the lock; {hint}")
+        Progress(label, 0).log(f"it holds the lock; this one goes on when it ends{hint}")
         return lock.acquire()
 
 
 def are_real(path: Path) -> bool:
-    """Return whether a lock that this run holds, at `path`, would keep another one out.
+    """Check that a lock that this run holds, at `path`, would keep another one out.
 
     On some network file systems every flock succeeds.
     """
     if sys.platform == "win32":
         return True
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
+    with opened(path, os.O_RDWR | os.O_NOFOLLOW) as fd:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False

@@ -27,10 +27,9 @@ _ON_DISK = {"verified_at": "proven_at"}
 class VerifiedFile:
     """A file whose bytes have just been hashed and found right, under whatever name.
 
-    `sha256` is of the whole file, and so is `git_sha1`, the git blob id, where
-    it was taken. `pieces` tell where its pieces came from. `fingerprint` is the
-    stat of the bytes that were hashed. `notes` are findings about sources for
-    which another one stepped in.
+    `git_sha1` is the git blob id, where it was taken. `pieces` tell where its
+    pieces came from. `fingerprint` is the stat of the bytes that were hashed.
+    `notes` are findings about sources for which another one stepped in.
     """
 
     path: Path
