@@ -18,7 +18,7 @@ from csm_weights.progress import Progress
 from csm_weights.store import atomic
 from csm_weights.store.inspect import FileState, State
 from csm_weights.store.receipts import VerifiedFile
-from csm_weights.verify import envelope, keys, statement
+from csm_weights.verify import envelope, statement
 from csm_weights.verify.envelope import Attestation, Attested, Signer
 from csm_weights.verify.statement import Facts
 
@@ -49,9 +49,9 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     """
     if key and make_key:
         raise UsageError("--key signs with an existing key, --new-key makes one: give one of them")
-    secret = read_file(Path(key), keys.MAX_KEY, "a private key") if key else None
+    secret = read_file(Path(key), envelope.MAX_KEY, "a private key") if key else None
     if key or make_key:
-        keys.require_library()
+        envelope.require_library()
     session = begin(request)
     state = session.inspect()
     results = session.gate(state, rehash=True)
@@ -61,10 +61,10 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     body = statement.payload(statement.statement(_facts(state, subjects)))
     new_keys, text, signer = _make_keys(make_key), body.decode(), None
     if new_keys:
-        text, signer = keys.sign(body, new_keys[0].read_bytes(), make_key, None)
+        text, signer = envelope.sign(body, new_keys[0].read_bytes(), make_key, None)
     elif secret is not None:
-        password = os.environ.get(keys.PASSPHRASE)
-        text, signer = keys.sign(body, secret, key, password.encode() if password else None)
+        password = os.environ.get(envelope.PASSPHRASE)
+        text, signer = envelope.sign(body, secret, key, password.encode() if password else None)
     file = Path(out) if out else state.paths.destination / f"{name}.intoto.json"
     atomic.write_whole(file, text)
     return Attesting(name, file, subjects, signer, new_keys)
@@ -103,7 +103,9 @@ def _make_keys(name: str) -> tuple[Path, ...]:
                 Kind.IN_THE_WAY, str(file), "no such file", "one", "choose another name"
             )
             raise WrongContent("keys are not written over existing files", [finding])
-    for file, content, mode in zip((private, public), keys.new_key(), (0o600, 0o644), strict=True):
+    for file, content, mode in zip(
+        (private, public), envelope.new_key(), (0o600, 0o644), strict=True
+    ):
         with atomic.writing(file):
             fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -133,8 +135,8 @@ def verify(
     )
     signer = None
     if key:
-        public = read_file(Path(key), keys.MAX_KEY, "a public key")
-        signer = keys.check(said.body, said.signatures, public, key)
+        public = read_file(Path(key), envelope.MAX_KEY, "a public key")
+        signer = envelope.check(said.body, said.signatures, public, key)
     outcome = verify_files(request, sums)
     if outcome.error:
         return outcome

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, NoSpace, WrongContent
+from csm_weights.files import NotRegular
 
 #: Errors of a write where the file system is full, or a limit is reached.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -160,7 +161,7 @@ def writing(path: Path) -> Iterator[None]:
         where, found = str(path), error.strerror or str(error)
         if error.errno == errno.EXDEV:
             raise
-        if error.errno in _IN_THE_WAY:
+        if error.errno in _IN_THE_WAY or isinstance(error, NotRegular):
             words = ("a plain file or nothing", found, "move it away")
             finding = Finding(Kind.IN_THE_WAY, where, *words)
             raise WrongContent("the file cannot be written", [finding]) from error

@@ -1,6 +1,7 @@
-"""Attestations of others: statements, alone or in a DSSE envelope with signatures.
+"""Attestations: statements, alone or in a DSSE envelope, and the signatures over them.
 
-They are read with bounds of size, depth and number, and strictly.
+Those of others are read strictly, with bounds of size, depth and number. What
+signs and checks is the ecosystem's own library, of the extra `attest`.
 
 Source: the DSSE envelope of secure-systems-lab/dsse.
 """
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 from csm_weights.manifest.paths import path_problem
 from csm_weights.untrusted import Malformed, is_text, show
 from csm_weights.verify.statement import PREDICATE_TYPE, STATEMENT_TYPE
@@ -29,10 +30,15 @@ MAX_VALUES = 1_000_000
 MAX_SIGNATURES = 16
 MAX_SUBJECTS = 10_000
 
-#: DSSE allows both alphabets of base64.
-_URL_SAFE = str.maketrans("-_", "+/")
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+#: Environment variable with the passphrase of an encrypted private key.
+PASSPHRASE = "CSM_KEY_PASSPHRASE"
+
+#: Largest key file that is read, in bytes.
+MAX_KEY = 64 << 10
+
+_KEYS = "a {} key in PEM: Ed25519, ECDSA on P-256, P-384 or P-521, or RSA"
 
 
 class Signer(NamedTuple):
@@ -51,7 +57,7 @@ class Signature(NamedTuple):
 
 @dataclass(frozen=True)
 class Attestation:
-    """A statement as it was read: its files, and the signatures of its envelope.
+    """A statement as it was read, and the signatures of its envelope.
 
     `subjects` gives the sha256 of each file by name. `manifests` are the
     sha256 of its materials, the manifest among them.
@@ -65,10 +71,9 @@ class Attestation:
 
 @dataclass(frozen=True)
 class Attested:
-    """The result of checking an attestation: the key that signed it, and its files.
+    """The result of checking an attestation: whose signature was checked, and its files.
 
-    `signer` is the key whose signature was checked, None without one;
-    `signatures` is how many there are. `notes` are what a person should know.
+    `signatures` is how many there are, `notes` what a person should know.
     """
 
     file: str
@@ -114,11 +119,6 @@ def read(data: bytes, where: str) -> Attestation:
         raise WrongContent("the attestation cannot be read", [finding]) from None
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, in at most 80 ASCII characters."""
-    return show(str(error).partition("\n")[0]) if str(error) else "something else"
-
-
 def _json(data: bytes, at: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # Two readers may take different ones of two equal keys.
@@ -135,8 +135,12 @@ def _json(data: bytes, at: str) -> dict[str, Any]:
     try:
         found = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise Malformed("JSON, in UTF-8", first_line(error), at) from None
+        raise Malformed("JSON, in UTF-8", _first_line(error), at) from None
     return _dict(found, at)
+
+
+def _first_line(error: Exception) -> str:
+    return show(str(error).partition("\n")[0]) if str(error) else "something else"
 
 
 def _dict(value: object, at: str) -> dict[str, Any]:
@@ -149,15 +153,16 @@ def _base64(text: object, at: str) -> bytes:
     if not isinstance(text, str):
         raise Malformed("base64", show(text), at)
     try:
-        return base64.b64decode(text.translate(_URL_SAFE).encode(), validate=True)
+        # DSSE allows both alphabets.
+        return base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
     except ValueError:
         raise Malformed("base64", "something else", at) from None
 
 
 def _signatures(found: object) -> tuple[Signature, ...]:
     if not isinstance(found, list) or len(found) > MAX_SIGNATURES:
-        expected = f"a list of at most {MAX_SIGNATURES} signatures"
-        raise Malformed(expected, f"{len(found)}" if isinstance(found, list) else show(found))
+        count = str(len(found)) if isinstance(found, list) else show(found)
+        raise Malformed(f"a list of at most {MAX_SIGNATURES} signatures", count)
     signatures = []
     for number, one in enumerate(found):
         at = f"signatures[{number}]"
@@ -177,29 +182,30 @@ def _statement(
             raise Malformed(wanted, show(found.get(key)), key)
     build = _dict(found.get("predicate"), "predicate").get("buildDefinition")
     given = _dict(build, "buildDefinition").get("resolvedDependencies")
-    listed = given if isinstance(given, list) else []
-    digests = [d.get("digest") for d in listed if isinstance(d, dict)]
-    known = {d["sha256"] for d in digests if isinstance(d, dict) and is_text(d.get("sha256"))}
-    return Attestation(body, _subjects(found.get("subject")), signatures, frozenset(known))
-
-
-def _subjects(found: object) -> dict[str, str]:
-    if not isinstance(found, list) or not 0 < len(found) <= MAX_SUBJECTS:
-        raise Malformed(f"a list of 1 to {MAX_SUBJECTS:,} subjects", show(found), "subject")
+    materials = given if isinstance(given, list) else []
+    known = {sha256 for one in materials if is_text(sha256 := _sha256(one))}
+    listed = found.get("subject")
+    if not isinstance(listed, list) or not 0 < len(listed) <= MAX_SUBJECTS:
+        raise Malformed(f"a list of 1 to {MAX_SUBJECTS:,} subjects", show(listed), "subject")
     subjects: dict[str, str] = {}
-    for number, one in enumerate(found):
+    for number, one in enumerate(listed):
         at = f"subject[{number}]"
         name = one.get("name") if isinstance(one, dict) else None
         if not isinstance(name, str) or path_problem(name):
             raise Malformed("a file below the folder", show(name), at)
         if name in subjects:
             raise Malformed("every file once", show(name), at)
-        digest = one.get("digest")
-        sha256 = digest.get("sha256") if isinstance(digest, dict) else None
+        sha256 = _sha256(one)
         if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
             raise Malformed("a sha256 of 64 hex digits", show(sha256), at)
         subjects[name] = sha256
-    return subjects
+    return Attestation(body, subjects, signatures, frozenset(known))
+
+
+def _sha256(resource: object) -> Any:
+    """Return what a subject or a material has as its sha256, None for none."""
+    digest = resource.get("digest") if isinstance(resource, dict) else None
+    return digest.get("sha256") if isinstance(digest, dict) else None
 
 
 def differences(
@@ -218,11 +224,97 @@ def differences(
         elif present != wanted:
             help_text = "it is not the file that was attested"
             findings.append(Finding(Kind.DIFFERENT, name, expected, f"sha256 {present}", help_text))
-    for name in chosen:
-        if name not in attestation.subjects:
-            names = ",".join(attestation.subjects)
-            expected = f"to be among the subjects of {where}"
-            findings.append(
-                Finding(Kind.DIFFERENT, name, expected, f"only {names}"[:200], f"--only {names}")
-            )
-    return findings
+    names = ",".join(attestation.subjects)
+    words = (f"to be among the subjects of {where}", f"only {names}"[:200], f"--only {names}")
+    others = [name for name in chosen if name not in attestation.subjects]
+    return findings + [Finding(Kind.DIFFERENT, name, *words) for name in others]
+
+
+def require_library() -> None:
+    """Raise MissingInput, with the command that helps, unless signatures can be made."""
+    try:
+        import securesystemslib.dsse  # noqa: F401
+        from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: F401
+    except ImportError as error:
+        help_text = ".venv/bin/pip install -c constraints.txt -e '.[attest]'"
+        found = f"no {error.name or 'such module'}"
+        finding = Finding(Kind.MISSING, "signatures", "securesystemslib", found, help_text)
+        raise MissingInput("what signs and checks signatures is not installed", [finding]) from None
+
+
+def new_key() -> tuple[bytes, bytes]:
+    """Return a fresh Ed25519 key pair in PEM: the private one, PKCS #8, and the public one."""
+    require_library()
+    from cryptography.hazmat.primitives import serialization as forms
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    pem, plain = forms.Encoding.PEM, forms.NoEncryption()
+    private = key.private_bytes(pem, forms.PrivateFormat.PKCS8, plain)
+    return private, key.public_key().public_bytes(pem, forms.PublicFormat.SubjectPublicKeyInfo)
+
+
+def sign(body: bytes, key: bytes, where: str, password: bytes | None) -> tuple[str, Signer]:
+    """Sign a statement with a private key in PEM, read from the file `where`.
+
+    Returns the DSSE envelope as JSON, and the key that signed. Raises
+    WrongContent for what is no such key, MissingInput without the library.
+    """
+    require_library()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import CryptoSigner
+
+    try:
+        signer = CryptoSigner(load_pem_private_key(key, password))
+    except TypeError:
+        found = f"a passphrase that is missing, or one too many; set it in {PASSPHRASE}"
+        raise _wrong_key(where, "a private key and its passphrase", found) from None
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise _wrong_key(where, _KEYS.format("private"), _first_line(error)) from None
+    envelope = Envelope(body, PAYLOAD_TYPE, {})
+    envelope.sign(signer)
+    text = json.dumps(envelope.to_dict(), sort_keys=True, indent=1) + "\n"
+    return text, Signer(signer.public_key.keyid, signer.public_key.scheme)
+
+
+def check(body: bytes, signatures: Sequence[Signature], key: bytes, where: str) -> Signer:
+    """Check that one of the signatures over a statement is by a public key in PEM; return it.
+
+    `where` is the key's file. The key decides; the key id of a signature is
+    not believed. Raises WrongContent unless one is by that key.
+    """
+    require_library()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import UnverifiedSignatureError
+    from securesystemslib.signer import Signature as LibrarySignature
+    from securesystemslib.signer import SSlibKey
+
+    if b"PRIVATE KEY" in key:
+        raise _wrong_key(where, _KEYS.format("public"), "a private key; never hand that out")
+    try:
+        public = SSlibKey.from_crypto(load_pem_public_key(key))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise _wrong_key(where, _KEYS.format("public"), _first_line(error)) from None
+    message = Envelope(body, PAYLOAD_TYPE, {}).pae()
+    for _, value in signatures:
+        try:
+            public.verify_signature(LibrarySignature(public.keyid, value.hex()), message)
+        except UnverifiedSignatureError:
+            continue
+        return Signer(public.keyid, public.scheme)
+    expected = f"a signature by the {public.scheme} key {public.keyid[:16]}"
+    ids = ", ".join(show(keyid[:16]) for keyid, _ in signatures)
+    found = f"none by it, but of the keys {ids}" if ids else "a statement that nobody signed"
+    help_text = "it was changed, or it is someone else's: get both again from whom you trust"
+    finding = Finding(Kind.DIFFERENT, where, expected, found, help_text)
+    raise WrongContent("the attestation is not signed by this key", [finding])
+
+
+def _wrong_key(where: str, expected: str, found: str) -> WrongContent:
+    help_text = "openssl genpkey -algorithm ed25519, openssl pkey -pubout, or inv attest --new-key"
+    finding = Finding(Kind.MALFORMED, where, expected, found, help_text)
+    return WrongContent("the key cannot be used", [finding])

@@ -24,9 +24,6 @@ from csm_weights.store.receipts import Receipt, VerifiedFile
 #: Most bytes read of a config.json: it has a few thousand.
 MAX_CONFIG = 1 << 20
 
-#: Kinds of findings that say that there is no file to look into.
-_NOT_PRESENT = frozenset({Kind.MISSING, Kind.UNREADABLE})
-
 
 class Gate(enum.StrEnum):
     """The gates in their order, cheap ones first."""
@@ -49,6 +46,11 @@ class Subject:
     def path(self) -> Path:
         """The path of the file."""
         return self.file.path
+
+    @property
+    def is_absent(self) -> bool:
+        """True where there is no file to look into."""
+        return self.finding is not None and self.finding.kind in (Kind.MISSING, Kind.UNREADABLE)
 
     @property
     def finding(self) -> Finding | None:
@@ -92,10 +94,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file that hashing has found wrong.
-
-    `good` are the offsets of the pieces that are right all the same.
-    """
+    """A file that hashing has found wrong; `good` are the offsets of pieces that are right."""
 
     path: Path
     findings: tuple[Finding, ...]
@@ -117,47 +116,40 @@ def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) ->
     With `rehash` every digest is taken again; otherwise a receipt that fits the
     file's stat answers for it. `on_progress` gets bytes as they are hashed.
     """
-    results = []
-    for subject in subjects:
-        wrong = [subject.finding] if subject.finding and _is_absent(subject) else []
-        found = wrong[0].found if wrong else "present"
-        results.append(_result(Gate.PRESENT, subject, "a readable file", found, wrong))
+    results = [_present(subject) for subject in subjects]
     results += [_size(subject) for subject in subjects]
-    results += _structures(subjects)
-    to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
-    hashed = {file.path: file for file in verify(to_hash, on_progress)}
-    return results + [_digest(subject, hashed.get(subject.path)) for subject in subjects]
-
-
-def _is_absent(subject: Subject) -> bool:
-    return subject.finding is not None and subject.finding.kind in _NOT_PRESENT
-
-
-def _size(subject: Subject) -> GateResult:
-    expected = " or ".join(f"{e.size:,}" for e in subject.artifact.editions) + " bytes"
-    if _is_absent(subject):
-        return _not_run(Gate.SIZE, subject, expected, "the file is not present")
-    finding = subject.finding
-    found = finding.found if finding else f"{subject.file.size:,} bytes"
-    return _result(Gate.SIZE, subject, expected, found, [finding] if finding else [])
-
-
-def _structures(subjects: Sequence[Subject]) -> list[GateResult]:
+    # config.json first: it says which tensors the others have to have.
     config: CsmConfig | None = None
     has_config = any(s.artifact.format == "config" for s in subjects)
-    results = []
     for subject in sorted(subjects, key=lambda s: s.artifact.format != "config"):
         if subject.artifact.format == "config":
             result, config = _config_structure(subject)
             results.append(result)
         elif subject.artifact.is_weights:
             results.append(_weights_structure(subject, config, has_config))
-    return results
+    to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
+    hashed = {file.path: file for file in verify(to_hash, on_progress)}
+    return results + [_digest(subject, hashed.get(subject.path)) for subject in subjects]
+
+
+def _present(subject: Subject) -> GateResult:
+    wrong = [subject.finding] if subject.finding and subject.is_absent else []
+    found = wrong[0].found if wrong else "present"
+    return _result(Gate.PRESENT, subject, "a readable file", found, wrong)
+
+
+def _size(subject: Subject) -> GateResult:
+    expected = " or ".join(f"{e.size:,}" for e in subject.artifact.editions) + " bytes"
+    if subject.is_absent:
+        return _not_run(Gate.SIZE, subject, expected, "the file is not present")
+    wrong = [subject.finding] if subject.finding else []
+    found = wrong[0].found if wrong else f"{subject.file.size:,} bytes"
+    return _result(Gate.SIZE, subject, expected, found, wrong)
 
 
 def _config_structure(subject: Subject) -> tuple[GateResult, CsmConfig | None]:
     expected = "a description of a CSM network"
-    if _is_absent(subject):
+    if subject.is_absent:
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present"), None
     try:
         config = parse_config(read_bounded(subject.path, MAX_CONFIG), str(subject.path))
@@ -171,7 +163,7 @@ def _config_structure(subject: Subject) -> tuple[GateResult, CsmConfig | None]:
 
 def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: bool) -> GateResult:
     expected = "the tensors that config.json implies" if has_config else "a well-formed file"
-    if _is_absent(subject):
+    if subject.is_absent:
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present")
     if has_config and config is None:
         return _not_run(Gate.STRUCTURE, subject, expected, "config.json cannot be used")
@@ -193,30 +185,24 @@ def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: b
 
 def _digest(subject: Subject, hashed: VerifiedFile | Rejected | None) -> GateResult:
     """Return the result of the digest gate, by the receipt where the file was not hashed."""
-    expected, sha256 = _pinned(subject), None
+    artifact = subject.artifact
+    if subject.edition.sha256:
+        expected = f"sha256 {subject.edition.sha256}"
+    elif artifact.is_pinned_by_git:
+        expected = f"git blob id {artifact.git_sha1}"
+    else:
+        expected = f"the sha256 of {len(artifact.pieces)} pieces"
+        expected += f" and Hub blob id {artifact.blob_id}" if artifact.blob_id else ""
     if isinstance(hashed, Rejected):
         found = "; ".join(f.found for f in hashed.findings)
         return _result(Gate.DIGEST, subject, expected, found, hashed.findings)
-    if hashed:
-        sha256 = hashed.sha256
-        found = f"sha256 {sha256}"
-    elif subject.receipt:
-        sha256 = subject.receipt.sha256
-        found = f"sha256 {sha256}, by its receipt of {subject.receipt.verified_at}"
-    else:
+    known = hashed or subject.receipt
+    if not known:
         why = "the file is not present or has the wrong size"
         return _not_run(Gate.DIGEST, subject, expected, why)
-    return GateResult(Gate.DIGEST, subject.artifact.path, True, expected, found, (), sha256)
-
-
-def _pinned(subject: Subject) -> str:
-    if subject.edition.sha256:
-        return f"sha256 {subject.edition.sha256}"
-    if subject.artifact.is_pinned_by_git:
-        return f"git blob id {subject.artifact.git_sha1}"
-    pieces = f"the sha256 of {len(subject.artifact.pieces)} pieces"
-    blob = subject.artifact.blob_id
-    return f"{pieces} and Hub blob id {blob}" if blob else pieces
+    by = f", by its receipt of {known.verified_at}" if isinstance(known, Receipt) else ""
+    found = f"sha256 {known.sha256}{by}"
+    return GateResult(Gate.DIGEST, artifact.path, True, expected, found, (), known.sha256)
 
 
 def _result(
@@ -267,21 +253,20 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Verifie
     piece's, or by the whole file's. Damage is reported piece by piece.
     """
     before = [_fingerprint(subject.path) for subject in subjects]
-    measured = _measure([_hash_job(subject) for subject in subjects], on_progress)
+    jobs = []
+    for subject in subjects:
+        # The pieces, on all cores, or the whole file, or both.
+        artifact, attested = subject.artifact, _attested(subject)
+        ranges = tuple((p.offset, p.size) for p in artifact.pieces)
+        if not subject.is_pinned or (artifact.sha256 is not None and not attested):
+            ranges = ()
+        whole, git = attested is None, artifact.is_pinned_by_git
+        jobs.append(HashJob(subject.path, subject.edition.size, ranges, whole, git))
+    measured = _measure(jobs, on_progress)
     return [
         _judge(subject, found, first, on_progress)
         for subject, found, first in zip(subjects, measured, before, strict=True)
     ]
-
-
-def _hash_job(subject: Subject) -> HashJob:
-    """Return what to hash: the pieces, on all cores, or the whole file, or both."""
-    artifact, attested = subject.artifact, _attested(subject)
-    ranges = tuple((p.offset, p.size) for p in artifact.pieces)
-    if not subject.is_pinned or (artifact.sha256 is not None and not attested):
-        ranges = ()
-    whole, git = attested is None, artifact.is_pinned_by_git
-    return HashJob(subject.path, subject.edition.size, ranges, whole, git)
 
 
 def _attested(subject: Subject) -> str | None:
@@ -292,11 +277,10 @@ def _attested(subject: Subject) -> str | None:
     pieces make up this whole is arithmetic, not a claim about the disk.
     """
     receipt, artifact = subject.file.receipt, subject.artifact
-    pins_whole = artifact.sha256 is not None or artifact.blob_id is not None
-    if not (receipt and subject.is_pinned and pins_whole):
+    pins_whole = subject.is_pinned and (artifact.sha256 or artifact.blob_id)
+    if not (receipt and pins_whole and receipt.covers_pieces(artifact)):
         return None
-    is_right = receipt.covers_pieces(artifact) and receipt.fits(artifact)
-    return receipt.sha256 if is_right else None
+    return receipt.sha256 if receipt.fits(artifact) else None
 
 
 def _fingerprint(path: Path) -> Fingerprint | None:
@@ -309,16 +293,26 @@ def _fingerprint(path: Path) -> Fingerprint | None:
 def _judge(
     subject: Subject, found: Digests | Finding, before: Fingerprint | None, on_progress: OnProgress
 ) -> VerifiedFile | Rejected:
-    path, after = subject.path, _fingerprint(subject.path)
+    path, artifact, after = subject.path, subject.artifact, _fingerprint(subject.path)
     if isinstance(found, Finding):
         return Rejected(path, (found,))
-    whole = found.whole or _attested(subject) or ""
-    findings, good = _compare(subject, found, whole, on_progress)
+    whole, blamed = found.whole or _attested(subject) or "", found.ranges
+    findings = _bad_pieces(subject, blamed) if blamed else []
+    if not findings:
+        findings = artifact.digest_findings(subject.edition, whole, found.git_sha1, path)
+        blamed = ()
+        if findings and not found.ranges and subject.is_pinned and artifact.pieces:
+            # The whole is wrong: hash the pieces to say where.
+            ranges = tuple((p.offset, p.size) for p in artifact.pieces)
+            blamed = measure([HashJob(path, artifact.size, ranges)], on_progress)[0].ranges
+            findings = _bad_pieces(subject, blamed) or findings
     if after is None or before != after:
         return Rejected(path, (*findings, Finding.changed(path)))
     if findings:
+        pairs = zip(artifact.pieces, blamed, strict=bool(blamed))
+        good = frozenset(p.offset for p, digest in pairs if digest == p.sha256)
         return Rejected(path, tuple(findings), good)
-    pieces = subject.artifact.pieces if found.ranges else ()
+    pieces = artifact.pieces if found.ranges else ()
     records = tuple(PieceRecord(p.offset, p.size, p.sha256, "in place") for p in pieces)
     return VerifiedFile(path, whole, records, after, found.git_sha1)
 
@@ -333,25 +327,6 @@ def _measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests |
         return [found for job in jobs for found in _measure([job], on_progress)]
 
 
-def _compare(
-    subject: Subject, found: Digests, whole: str, on_progress: OnProgress
-) -> tuple[list[Finding], frozenset[int]]:
-    """Return what is wrong with a file, and the offsets of pieces that are right all the same."""
-    artifact, digests = subject.artifact, found.ranges
-    findings = [] if not digests else _bad_pieces(subject, digests)
-    if not findings:
-        edition = subject.edition
-        findings = artifact.digest_findings(edition, whole, found.git_sha1, subject.path)
-        if not findings or digests or not (subject.is_pinned and artifact.pieces):
-            return findings, frozenset()
-        # The whole is wrong: hash the pieces to say where.
-        ranges = tuple((p.offset, p.size) for p in artifact.pieces)
-        digests = measure([HashJob(subject.path, artifact.size, ranges)], on_progress)[0].ranges
-        findings = _bad_pieces(subject, digests) or findings
-    pairs = zip(artifact.pieces, digests, strict=True)
-    return findings, frozenset(p.offset for p, digest in pairs if digest == p.sha256)
-
-
 def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
     """Return a finding for each wrong piece, or one for a file of which no piece is right."""
     pieces, path = subject.artifact.pieces, subject.path
@@ -360,8 +335,9 @@ def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
         expected = f"the sha256 of {len(pieces)} pieces"
         found = "none of them: another file of the same size"
         return [Finding(Kind.WRONG_DIGEST, str(path), expected, found, subject.mend)]
-    places = [f"{path} bytes {piece.offset:,} to {piece.end - 1:,}" for piece, _ in bad]
     return [
-        Finding.wrong_digest(place, piece.sha256, digest, subject.mend)
-        for place, (piece, digest) in zip(places, bad, strict=True)
+        Finding.wrong_digest(
+            f"{path} bytes {p.offset:,} to {p.end - 1:,}", p.sha256, d, subject.mend
+        )
+        for p, d in bad
     ]

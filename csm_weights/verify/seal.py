@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, WrongContent, from_os_error
-from csm_weights.files import Fingerprint
+from csm_weights.files import Fingerprint, open_regular
 from csm_weights.store.atomic import writing
 from csm_weights.store.receipts import Receipt
 
@@ -26,12 +26,9 @@ if sys.platform == "linux":
 _FS_IOC_ENABLE_VERITY = 0x40806685
 _FS_IOC_MEASURE_VERITY = 0xC0046686
 
-#: struct fsverity_enable_arg: version, hash algorithm, bytes of a block, of the
-#: salt, the salt; bytes of a signature, a reserved word, the signature, eleven
-#: reserved words.
-_ENABLE_ARG = struct.Struct("=IIIIQIIQ11Q")
-_SHA256 = 1
-_BLOCK = 4096
+#: struct fsverity_enable_arg: version 1, hash algorithm 1 (SHA-256), bytes of a block; no
+#: salt, no signature, reserved words.
+_ENABLE_ARG = struct.pack("=III116x", 1, 1, 4096)
 
 #: The permissions that a sealed file may have.
 _READABLE = 0o444
@@ -61,7 +58,7 @@ def seal(directory: Path, receipt: Receipt) -> Sealed:
     """
     file = directory / receipt.path
     with writing(file):
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = open_regular(file, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         status = os.fstat(fd)
         if Fingerprint.of(status) != receipt.fingerprint:
@@ -92,34 +89,28 @@ def enable_verity(fd: int, file: Path) -> bool:
         return True
     except OSError:
         pass
-    argument = _ENABLE_ARG.pack(1, _SHA256, _BLOCK, 0, 0, 0, 0, 0, *[0] * 11)
     try:
         try:
-            fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, argument)
+            fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, _ENABLE_ARG)
         except PermissionError as error:
             if error.errno != errno.EACCES:
                 raise
             # The kernel wants a file that may be written; one sealed elsewhere may not.
             os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IWUSR)
-            fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, argument)
+            fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, _ENABLE_ARG)
     except OSError as error:
         if error.errno in _NO_VERITY:
             return False
-        raise _refused(error, file) from error
+        if error.errno == errno.ETXTBSY:
+            raise _changed(file) from error
+        if error.errno in (errno.EACCES, errno.EROFS):
+            raise _not_ours(error, file) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            words = ("room for its hash tree", error.strerror or "no room", "free some")
+            finding = Finding(Kind.NO_SPACE, str(file), *words)
+            raise NoSpace("the file could not be sealed", [finding]) from error
+        raise from_os_error(OSError(error.errno, error.strerror, str(file))) from error
     return True
-
-
-def _refused(error: OSError, file: Path) -> CsmWeightsError:
-    """Return the error for a file system that has fs-verity and did not turn it on."""
-    if error.errno == errno.ETXTBSY:
-        return _changed(file)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        found = error.strerror or "no room"
-        finding = Finding(Kind.NO_SPACE, str(file), "room for its hash tree", found, "free some")
-        return NoSpace("the file could not be sealed", [finding])
-    if error.errno in (errno.EACCES, errno.EROFS):
-        return _not_ours(error, file)
-    return from_os_error(OSError(error.errno, error.strerror, str(file)))
 
 
 def _not_ours(error: OSError, file: Path) -> CsmWeightsError:

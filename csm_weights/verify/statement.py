@@ -25,11 +25,11 @@ Descriptor = dict[str, Any]
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a statement says: the files, the manifest's digest, the tool, the time.
+    """All that a statement says: the files, the manifest, the tool, the time.
 
-    `manifest_name` is the manifest's file name. `files` are artifacts and what
-    hashing them found just now; their pieces are empty where no receipt fits.
-    `version` is that of this package, `at` the time in ISO 8601, UTC.
+    `files` are artifacts and what hashing them found just now; their pieces
+    are empty where no receipt fits. `version` is that of this package, `at`
+    the time in ISO 8601, UTC.
     """
 
     manifest: Manifest
@@ -98,8 +98,11 @@ def _materials(manifest: Manifest, artifact: Artifact, file: VerifiedFile) -> li
             materials[0]["annotations"] = {"from": "identified by its ids; its way is unknown"}
     chunk_files = {piece.offset: piece.part for piece in artifact.pieces}
     for piece in local:
+        # Without the names of this machine's folders, and without what a URL may hide.
+        is_path = piece.source.startswith(("/", "~"))
+        source = piece.source.partition("?")[0] if "://" in piece.source else piece.source
         notes = {"file": artifact.path, "offset": piece.offset, "size": piece.size}
-        notes["from"] = _origin(piece.source)
+        notes["from"] = "a file on this machine" if is_path else source
         name = chunk_files.get(piece.offset, artifact.path)
         digest = {"sha256": piece.sha256}
         materials.append({"name": name, "digest": digest, "annotations": notes})
@@ -109,10 +112,3 @@ def _materials(manifest: Manifest, artifact: Artifact, file: VerifiedFile) -> li
         digest = {"sha256": file.sha256}
         materials.append({"name": artifact.path, "digest": digest, "annotations": notes})
     return materials
-
-
-def _origin(source: str) -> str:
-    """Return the source of a piece without the names of this machine's folders."""
-    if "://" in source:
-        return source.partition("?")[0]
-    return "a file on this machine" if source.startswith(("/", "~")) else source

@@ -70,10 +70,8 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
         path = match["path"].removeprefix("./") if match else ""
         digest = match["digest"].lower() if match else ""
         if path_problem(path) or sums.setdefault(path, digest) != digest:
-            expected = "DIGEST  PATH, each path once"
-            findings.append(
-                Finding(Kind.MALFORMED, f"{where}:{number}", expected, repr(line[:100]))
-            )
+            words = ("DIGEST  PATH, each path once", repr(line[:100]))
+            findings.append(Finding(Kind.MALFORMED, f"{where}:{number}", *words))
     if findings or not sums:
         raise WrongContent(f"{where} is not a SHA256SUMS file", findings[:MAX_BAD_LINES])
     return sums

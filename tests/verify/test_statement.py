@@ -33,7 +33,7 @@ from csm_weights.pipeline import apply
 from csm_weights.pipeline.session import Outcome
 from csm_weights.store.journal import PieceRecord
 from csm_weights.store.receipts import VerifiedFile
-from csm_weights.verify import envelope, keys, statement
+from csm_weights.verify import envelope, statement
 from csm_weights.verify.statement import Facts
 from tests.support.toy import Toy, flip
 
@@ -313,10 +313,10 @@ def test_an_encrypted_key_needs_its_passphrase(desk: Desk, monkeypatch: pytest.M
     subprocess.run([*command, "-passout", "pass:word"], check=True, capture_output=True)
     with pytest.raises(WrongContent, match="CSM_KEY_PASSPHRASE"):
         desk.attest(key=str(locked))
-    monkeypatch.setenv(keys.PASSPHRASE, "another")
+    monkeypatch.setenv(envelope.PASSPHRASE, "another")
     with pytest.raises(WrongContent):
         desk.attest(key=str(locked))
-    monkeypatch.setenv(keys.PASSPHRASE, "word")
+    monkeypatch.setenv(envelope.PASSPHRASE, "word")
     desk.attest(key=str(locked))
     assert desk.verify().attested
 
