@@ -9,19 +9,30 @@ import hashlib
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from csm_weights.errors import Finding, Kind, ManifestInvalid
 from csm_weights.files import read_file
 from csm_weights.manifest import types
-from csm_weights.manifest.paths import CHUNKS, folded, path_problem
+from csm_weights.manifest.paths import CHUNKS, NAME, folded, path_problem
 from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
 from csm_weights.untrusted import Malformed, show
 
-_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
-_REPO = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+#: What the strings of a key must match whole, and that in words.
+_RULES = {
+    "name": (re.compile(NAME), "lowercase letters, digits, '.', '_', '-'"),
+    "group": (re.compile(NAME), "a lowercase word"),
+    "repo": (re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII), "ORG/NAME"),
+    **{
+        key: (re.compile(f"[0-9a-f]{{{digits}}}"), f"{digits} lowercase hex digits")
+        for key, digits in (("revision", 40), ("sha256", 64), ("blob_id", 40), ("git_sha1", 40))
+    },
+}
+
+#: The keys that are paths inside a folder; a destination may be the folder itself.
+_PATHS = ("path", "part", "staging", "destination", "golden")
 
 #: Most broken rules that become findings; the rest are counted.
 MAX_FINDINGS = 50
@@ -146,10 +157,17 @@ class _Table:
         self.problems.add(self.at(name), expected, found)
 
     def text(self, name: str, default: str | None = None) -> str:
+        """Take a string that keeps the rule of its key."""
         value = self.left.pop(name, default)
         if not isinstance(value, str):
             self.refuse(name, "a string", "nothing" if value is None else show(value))
             return ""
+        if name in _PATHS and (name, value) != ("destination", "."):
+            if problem := path_problem(value):
+                found = f"{value[:80]!r}: {problem}"
+                self.refuse(name, "a path that stays inside its folder", found)
+        elif name in _RULES and not _RULES[name][0].fullmatch(value):
+            self.refuse(name, _RULES[name][1], repr(value))
         return value
 
     def optional(self, name: str) -> str | None:
@@ -161,26 +179,6 @@ class _Table:
             found = "nothing" if value is None else show(value)
             self.refuse(name, f"an integer of bytes from {low} to {types.MAX_SIZE}", found)
             return low
-        return value
-
-    def matching(self, name: str, pattern: str, expected: str) -> str:
-        is_text = isinstance(self.left.get(name), str)
-        value = self.text(name)
-        if is_text and not re.fullmatch(pattern, value):
-            self.refuse(name, expected, repr(value))
-        return value
-
-    def hex(self, name: str, digits: int) -> str:
-        return self.matching(name, f"[0-9a-f]{{{digits}}}", f"{digits} lowercase hex digits")
-
-    def digest(self, name: str, digits: int) -> str | None:
-        return self.hex(name, digits) if name in self.left else None
-
-    def path(self, name: str, *, allow_here: bool = False) -> str:
-        is_text = isinstance(self.left.get(name), str)
-        value = self.text(name)
-        if is_text and not (allow_here and value == ".") and (problem := path_problem(value)):
-            self.refuse(name, "a path that stays inside its folder", f"{value[:80]!r}: {problem}")
         return value
 
     def table(self, name: str) -> _Table:
@@ -212,15 +210,15 @@ def _manifest(table: _Table, where: str) -> Manifest:
         table.refuse("default", "an array of strings", show(default))
         default = []
     manifest = Manifest(
-        name=table.matching("name", _NAME, "lowercase letters, digits, '.', '_', '-'"),
+        name=table.text("name"),
         description=table.text("description", ""),
-        staging=layout.path("staging"),
-        destination=layout.path("destination", allow_here=True),
-        repo=hub.matching("repo", _REPO, "ORG/NAME") if has_hub else None,
-        revision=hub.hex("revision", 40) if has_hub else None,
+        staging=layout.text("staging"),
+        destination=layout.text("destination"),
+        repo=hub.text("repo") if has_hub else None,
+        revision=hub.text("revision") if has_hub else None,
         gated=gated is True,
         default=tuple(default),
-        golden=smoke.path("golden") if smoke.left else None,
+        golden=smoke.text("golden") if smoke.left else None,
         artifacts=tuple(_artifact(t) for t in table.tables("artifact")),
         where=where,
     )
@@ -234,12 +232,6 @@ def _manifest(table: _Table, where: str) -> Manifest:
     for word in manifest.default:
         if word not in known:
             table.refuse("default", "groups or paths of artifacts, or all", repr(word))
-    _check_unique(manifest, table)
-    return manifest
-
-
-def _check_unique(manifest: Manifest, table: _Table) -> None:
-    """Refuse two artifacts, or two chunk files, that are one file on some file system."""
     artifacts = list(enumerate(manifest.artifacts))
     paths = {f"artifact[{i}].path": a.path for i, a in artifacts}
     parts = {
@@ -248,28 +240,37 @@ def _check_unique(manifest: Manifest, table: _Table) -> None:
         for j, piece in enumerate(a.pieces)
     }
     for names in (paths, parts):
-        seen: dict[str, str] = {}
-        for key, name in names.items():
-            if path_problem(name):
-                continue  # refused already, and it may be megabytes long
-            first = seen.setdefault(folded(name), key)
-            if first != key:
-                table.refuse(key, "a path of its own", f"{name!r}, as at {first}")
-        for name, key in seen.items():
-            above = next((p.as_posix() for p in Path(name).parents if p.as_posix() in seen), "")
-            if above:
-                table.refuse(key, "a path of its own", f"{name!r}, below the file at {seen[above]}")
+        _check_unique(names, table)
+    return manifest
+
+
+def _check_unique(names: Mapping[str, str], table: _Table) -> None:
+    """Refuse two paths, by their keys, that are one file on some file system."""
+    seen: dict[str, str] = {}
+    for key, name in names.items():
+        if path_problem(name):
+            continue  # refused already, and it may be megabytes long
+        first = seen.setdefault(folded(name), key)
+        if first != key:
+            table.refuse(key, "a path of its own", f"{name!r}, as at {first}")
+    for name, key in seen.items():
+        above = name
+        while above := above.rpartition("/")[0]:
+            if above in seen:
+                found = f"{name!r}, below the file at {seen[above]}"
+                table.refuse(key, "a path of its own", found)
+                break
 
 
 def _artifact(table: _Table) -> Artifact:
     artifact = Artifact(
-        path=table.path("path"),
-        group=table.matching("group", _NAME, "a lowercase word"),
+        path=table.text("path"),
+        group=table.text("group"),
         format=table.text("format"),
         size=table.number("size", 0),
-        sha256=table.digest("sha256", 64),
-        blob_id=table.digest("blob_id", 40),
-        git_sha1=table.digest("git_sha1", 40),
+        sha256=table.optional("sha256"),
+        blob_id=table.optional("blob_id"),
+        git_sha1=table.optional("git_sha1"),
         text=table.optional("text"),
         pieces=tuple(_piece(t) for t in table.tables("pieces")),
         alternatives=tuple(_edition(t) for t in table.tables("alternative")),
@@ -294,16 +295,24 @@ def _artifact(table: _Table) -> Artifact:
             elif edition.sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 expected = f"text with the sha256 {edition.sha256}"
                 table.refuse(f"{at}text", expected, "text with another")
-    _check_tiling(table, artifact)
+    # Pieces follow each other from 0 to the artifact's size.
+    end = 0
+    for index, piece in enumerate(artifact.pieces):
+        if piece.offset != end:
+            kind = "a hole" if piece.offset > end else "an overlap"
+            table.refuse(f"pieces[{index}].offset", str(end), f"{piece.offset}, {kind}")
+        end = piece.end
+    if artifact.pieces and end != artifact.size:
+        table.refuse("size", f"{end}, the sum of its pieces", artifact.size)
     return artifact
 
 
 def _piece(table: _Table) -> Piece:
     piece = Piece(
-        part=table.path("part"),
+        part=table.text("part"),
         offset=table.number("offset", 0),
         size=table.number("size", 1),
-        sha256=table.hex("sha256", 64),
+        sha256=table.text("sha256"),
     )
     if piece.part and not piece.part.startswith(f"{CHUNKS}/"):
         table.refuse("part", f"a file below {CHUNKS}/", repr(piece.part[:80]))
@@ -314,7 +323,7 @@ def _piece(table: _Table) -> Piece:
 def _edition(table: _Table) -> Edition:
     edition = Edition(
         size=table.number("size", 0),
-        sha256=table.hex("sha256", 64),
+        sha256=table.text("sha256"),
         text=table.optional("text"),
         evidence=_evidence(table.table("evidence")),
         note=table.text("note", ""),
@@ -324,22 +333,9 @@ def _edition(table: _Table) -> Edition:
 
 
 def _evidence(table: _Table) -> dict[str, str]:
-    marks = {name: table.text(name) for name in list(table.left)}
-    for name, mark in marks.items():
+    for name, mark in table.left.items():
         if name not in types.FIGURES:
             table.refuse(name, " or ".join(types.FIGURES), "another figure")
         if mark not in types.MARKS:
-            table.refuse(name, " or ".join(types.MARKS), repr(mark))
-    return marks
-
-
-def _check_tiling(table: _Table, artifact: Artifact) -> None:
-    """Refuse pieces that do not follow each other from 0 to the artifact's size."""
-    expected = 0
-    for index, piece in enumerate(artifact.pieces):
-        if piece.offset != expected:
-            kind = "a hole" if piece.offset > expected else "an overlap"
-            table.refuse(f"pieces[{index}].offset", str(expected), f"{piece.offset}, {kind}")
-        expected = piece.end
-    if artifact.pieces and expected != artifact.size:
-        table.refuse("size", f"{expected}, the sum of its pieces", artifact.size)
+            table.refuse(name, " or ".join(types.MARKS), show(mark))
+    return table.left

@@ -22,6 +22,9 @@ RECEIPTS = ".csm-weights"
 #: Most bytes of a path; Linux takes 4,096 with the folders above it.
 MAX_PATH = 1000
 
+#: What the name of a model, or of a group, is like.
+NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
+
 #: The folder of chunk files, below the repository root.
 CHUNKS = "chunks"
 
@@ -71,7 +74,7 @@ def path_problem(path: str) -> str:
     parts = path.split("/")
     if not path or _REFUSED.search(path):
         return "empty, or a character that some file system refuses"
-    if any(unicodedata.category(c) in ("Cf", "Zl", "Zp") for c in path):
+    if not path.isascii() and any(unicodedata.category(c) in ("Cf", "Zl", "Zp") for c in path):
         return "a character that cannot be seen"  # macOS takes .git with one in it for .git
     if path.startswith("/"):
         return "absolute"

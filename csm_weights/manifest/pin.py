@@ -8,6 +8,7 @@ from pathlib import Path
 
 from csm_weights.errors import UsageError
 from csm_weights.hashing import blob_id, git_sha1
+from csm_weights.manifest.paths import NAME
 from csm_weights.manifest.types import WEIGHT_FORMATS, Artifact, Manifest, Piece
 
 #: Default size of a chunk file in bytes: below the 2 GB that GitHub takes, and that of
@@ -52,7 +53,7 @@ def parse_size(text: str) -> int:
 
 def name_problem(name: str) -> str:
     """Return why a model cannot be called `name`, or an empty string."""
-    if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+    if re.fullmatch(NAME, name):
         return ""
     return "a model's name has lowercase letters, digits, '.', '_' and '-', at most 64"
 
