@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,18 +63,18 @@ class Mimi:
             raise not_installed("transformers", "runs the audio codec") from None
         try:
             model, report = MimiModel.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
+            # transformers fills tensors that a file lacks with random numbers
+            for key in ("missing_keys", "mismatched_keys"):
+                if report.get(key):
+                    names = ", ".join(sorted(map(str, report[key]))[:3])
+                    raise ValueError(f"{key.replace('_', ' ')}: {names}")
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise _bad_codec(folder, str(error)[:300]) from None
-        # transformers fills tensors that a file lacks with random numbers
-        for key in ("missing_keys", "mismatched_keys"):
-            if report.get(key):
-                names = ", ".join(sorted(map(str, report[key]))[:3])
-                raise _bad_codec(folder, f"{key.replace('_', ' ')}: {names}")
+            found, command = str(error)[:300], f"hf download {CODEC_REPO} --force-download"
+            words = ("Mimi for transformers, whole", found, command)
+            finding = Finding(Kind.MALFORMED, str(folder), *words)
+            raise WrongContent("the codec cannot be used", [finding]) from None
         return cls(model, codebooks, device)
 
     @torch.no_grad()
@@ -94,17 +94,6 @@ class Mimi:
             raise UsageError(f"codes {low} to {high}; the codec has 0 to {self._size - 1}")
         audio: Tensor = self._model.decode(codes[None].to(self._model.device)).audio_values
         return audio[0, 0]
-
-
-def _bad_codec(folder: Path | str, found: str) -> WrongContent:
-    words = ("Mimi for transformers, whole", found, f"hf download {CODEC_REPO} --force-download")
-    finding = Finding(Kind.MALFORMED, str(folder), *words)
-    return WrongContent("the codec cannot be used", [finding])
-
-
-def as_codec(given: Any, codebooks: int, device: torch.device) -> Codec:
-    """Wrap transformers' MimiModel; return any other codec as it is."""
-    return cast(Codec, given) if hasattr(given, "sample_rate") else Mimi(given, codebooks, device)
 
 
 def find_codec(codebooks: int, device: torch.device) -> Mimi:

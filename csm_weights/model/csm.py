@@ -67,7 +67,6 @@ class _Undrawn:
     weight: Tensor
 
     def reset_parameters(self) -> None:
-        """Draw random weights, except on the meta device."""
         if not self.weight.is_meta:
             super().reset_parameters()  # type: ignore[misc]
 
@@ -242,18 +241,18 @@ class Model(nn.Module):
         device = torch.device(device)
         if dtype == "fast":
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        config = config or _read_config(folder, paths[0].parent)
+        if config is None:
+            known = [p for p in (folder, paths[0].parent) if (p / "config.json").is_file()]
+            if not known:
+                raise missing(folder / "config.json", "a file", "no such file")
+            config_path = known[0] / "config.json"
+            config = parse_config(config_path.read_bytes(), str(config_path))
         with open_weights(paths) as weights:
             if findings := check_against(weights.index, config, weights.source.where):
                 name = paths[0].name
                 raise WrongContent(f"{name} is not the network of its config.json", findings)
-            tensors = load_tensors(
-                weights,
-                device,
-                dtype,
-                together=config.fused_tensors(),
-                digests=digests,
-            )
+            together = config.fused_tensors()
+            tensors = load_tensors(weights, device, dtype, together=together, digests=digests)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, assign=True)
@@ -316,10 +315,18 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Generate a frame with any sampler; return codes (B, K) and logits (B, K, V)."""
         self.check_inputs(tokens, tokens_mask, input_pos)
-        caches = self._caches_at(input_pos)
+        if self._caches is None or self._caches[0].k.shape[0] != input_pos.shape[0]:
+            raise UsageError(f"no caches for a batch of {input_pos.shape[0]}: call setup_caches")
+        start = self._caches[0].length
+        if not torch.equal(input_pos, _positions_like(input_pos, start)):
+            raise UsageError(
+                f"positions must go on at {start}, where the caches end; "
+                "setup_caches starts a new sequence"
+            )
         c = self.config
         # the backbone gives the hidden state (B, C) from which codebook 0 is drawn
-        last_h = self.backbone(self.embed_tokens(tokens, tokens_mask), input_pos, caches)[:, -1]
+        x = self.embed_tokens(tokens, tokens_mask)
+        last_h = self.backbone(x, input_pos, self._caches)[:, -1]
         logits = [self.codebook0_head(last_h)]
         codes = [sampler(logits[0])]
         # the depth decoder gives the others, one after the other, with a cache for this frame
@@ -348,18 +355,6 @@ class Model(nn.Module):
         """Return empty caches, one a layer, of the weights' dtype and device."""
         like = self.projection.weight
         return [KVCache(stack, batch, positions, like) for _ in range(stack.layers)]
-
-    def _caches_at(self, input_pos: Tensor) -> list[KVCache]:
-        """Return the backbone's caches; they must end where input_pos (B, S) begins."""
-        if self._caches is None or self._caches[0].k.shape[0] != input_pos.shape[0]:
-            raise UsageError(f"no caches for a batch of {input_pos.shape[0]}: call setup_caches")
-        start = self._caches[0].length
-        if not torch.equal(input_pos, _positions_like(input_pos, start)):
-            raise UsageError(
-                f"positions must go on at {start}, where the caches end; "
-                "setup_caches starts a new sequence"
-            )
-        return self._caches
 
     def check_inputs(self, tokens: Tensor, tokens_mask: Tensor, input_pos: Tensor) -> None:
         """Raise UsageError where shapes do not fit each other, or positions the model."""
@@ -406,11 +401,3 @@ def sample_topk(
 def _positions_like(x: Tensor, start: int) -> Tensor:
     """Return positions (B, S) from `start` on for x (B, S, ...)."""
     return torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[:2])
-
-
-def _read_config(*folders: Path) -> CsmConfig:
-    """Read config.json in the first of some folders that has one."""
-    for path in (folder / "config.json" for folder in folders):
-        if path.is_file():
-            return parse_config(path.read_bytes(), str(path))
-    raise missing(folders[0] / "config.json", "a file", "no such file")

@@ -1,21 +1,14 @@
-"""What a device is, how fast its memory and bus are, and how much memory was used.
-
-torch is imported only when something is asked.
-"""
+"""What a device is, and how fast its memory and bus are."""
 
 from __future__ import annotations
 
 import re
-import resource
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch import Tensor
 
 #: Bytes copied to measure a bus: enough to hide the start of a copy.
 BUS_SAMPLE = 64 << 20
@@ -30,22 +23,12 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-@dataclass(frozen=True)
-class Device:
-    """Name of a device, and its driver ("-" for a CPU)."""
-
-    name: str
-    driver: str
-
-
-def describe(device: torch.device) -> Device:
-    """Return the name and driver of a device."""
-    import torch
-
+def describe(device: torch.device) -> tuple[str, str]:
+    """Return the name of a device, and its driver's version, "-" for a CPU."""
     if device.type == "cuda":
         found = _first(_DRIVER, r"Module\s+(?:for \S+\s+)?([0-9.]+)")
-        return Device(torch.cuda.get_device_name(device), found or "unknown")
-    return Device(_first(_CPU_INFO, r"model name\s*:\s*(.+)") or "CPU", "-")
+        return torch.cuda.get_device_name(device), found or "unknown"
+    return _first(_CPU_INFO, r"model name\s*:\s*(.+)") or "CPU", "-"
 
 
 def _first(path: Path, pattern: str) -> str | None:
@@ -59,8 +42,6 @@ def _first(path: Path, pattern: str) -> str | None:
 
 def bus_rate(device: torch.device) -> float:
     """Measure bytes a second from pinned memory to a GPU; 0 for the CPU, which has no bus."""
-    import torch
-
     if device.type != "cuda":
         return 0.0
     host = torch.empty(BUS_SAMPLE, dtype=torch.uint8, pin_memory=True)
@@ -68,7 +49,7 @@ def bus_rate(device: torch.device) -> float:
     return BUS_SAMPLE / _fastest(lambda: there.copy_(host, non_blocking=True), device)
 
 
-def memory_rate(tensor: torch.Tensor) -> float:
+def memory_rate(tensor: Tensor) -> float:
     """Measure bytes a second at which a device reads a tensor; a small one is in its caches."""
     flat = tensor.flatten()[: MEMORY_SAMPLE // tensor.element_size()]
     return flat.nbytes / _fastest(lambda: flat.sum(), tensor.device)
@@ -88,28 +69,5 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
 
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done its work."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start a GPU's peak of memory anew."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def host_peak() -> int:
-    """Return the most bytes of memory that this process has held, mapped files included."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def device_peak(device: torch.device) -> int:
-    """Return the most bytes of tensors on a GPU since `reset_peak`; 0 for the CPU."""
-    import torch
-
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -12,7 +12,6 @@ Letters in shapes as in `csm`; P positions of a cache, S of a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -139,29 +138,24 @@ class Decoder:
 
     def _run_depth(self, sampler: Sampler) -> None:
         """Read the hidden state; write the codes of all codebooks."""
-        model, last_h = self._model, self._last_h
-        codes = [self._sample(0, model.codebook0_head(last_h), sampler)]
-        x = torch.stack((last_h, self._embed(0, codes[0])), dim=1)
-        for i in range(1, model.config.codebooks):
-            # the first pass has two positions, each later one only its own
-            input_pos = self._positions[0 if i == 1 else i : i + 1]
-            caches = [(c.k[:, :, : i + 1], c.v[:, :, : i + 1]) for c in self._depth_caches]
-            attn_mask = self._positions[: i + 1] <= input_pos[:, None] if i == 1 else None
-            h = self._decoder(model.projection(x), input_pos, caches, attn_mask)
-            codes.append(self._sample(i, h[:, -1] @ model.audio_head[i - 1], sampler))
-            x = self._embed(i, codes[-1])[:, None]
+        model, last_h, V = self._model, self._last_h, self._model.config.audio_vocab
+        logits, codes = [model.codebook0_head(last_h)], []
+        x = last_h[:, None]
+        for i in range(model.config.codebooks):
+            if i:
+                # the first pass has two positions, each later one only its own
+                input_pos = self._positions[0 if i == 1 else i : i + 1]
+                caches = [(c.k[:, :, : i + 1], c.v[:, :, : i + 1]) for c in self._depth_caches]
+                attn_mask = self._positions[: i + 1] <= input_pos[:, None] if i == 1 else None
+                h = self._decoder(model.projection(x), input_pos, caches, attn_mask)
+                logits.append(h[:, -1] @ model.audio_head[i - 1])
+            codes.append(sampler(logits[i]))
+            rows = model.audio_embeddings.weight[i * V : (i + 1) * V]
+            embedded = F.embedding(codes[i], rows)[:, None]  # (1, 1, C)
+            x = embedded if i else torch.cat((x, embedded), dim=1)
         torch.stack(codes, dim=1, out=self._codes)
-
-    def _sample(self, codebook: int, logits: Tensor, sampler: Sampler) -> Tensor:
         if self._logits is not None:
-            self._logits[:, codebook] = logits
-        return sampler(logits)
-
-    def _embed(self, codebook: int, code: Tensor) -> Tensor:
-        """Embed a code (1,) of a codebook: (1, C)."""
-        V = self._model.config.audio_vocab
-        rows = self._model.audio_embeddings.weight[codebook * V : (codebook + 1) * V]
-        return F.embedding(code, rows)
+            torch.stack(logits, dim=1, out=self._logits)
 
 
 class _FusedTransformer:
@@ -171,7 +165,7 @@ class _FusedTransformer:
         angles = torch.outer(torch.arange(positions), stack.freqs)
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
         self._freqs_cis = freqs_cis.to(stack.norm.scale.device)
-        self._layers = [_FusedLayer.of(cast(Layer, layer), config) for layer in stack.layers]
+        self._layers = [_FusedLayer(cast(Layer, layer), config) for layer in stack.layers]
         self._norm = stack.norm
 
     def __call__(
@@ -192,21 +186,14 @@ class _FusedTransformer:
         return _rms_norm(x, self._norm)
 
 
-@dataclass(frozen=True)
 class _FusedLayer:
-    """One layer with q, k and v in one product, and w1 and w3 in another."""
+    """One layer with q, k and v in one product, and w1 and w3 in another; no weight is copied."""
 
-    layer: Layer
-    config: TransformerConfig
-    qkv: tuple[Tensor, ...]
-    w13: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, layer: Layer, config: TransformerConfig) -> _FusedLayer:
-        """Make a view of a layer: no weight is copied."""
-        qkv = (layer.attn.q_proj.weight, layer.attn.k_proj.weight, layer.attn.v_proj.weight)
-        w13 = (layer.mlp.w1.weight, layer.mlp.w3.weight)
-        return cls(layer, config, _fused(qkv), _fused(w13))
+    def __init__(self, layer: Layer, config: TransformerConfig) -> None:
+        attn, mlp = layer.attn, layer.mlp
+        self.layer, self.config = layer, config
+        self.qkv = _fused((attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight))
+        self.w13 = _fused((mlp.w1.weight, mlp.w3.weight))
 
     def __call__(
         self,

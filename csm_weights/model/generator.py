@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from csm_weights.errors import UsageError
-from csm_weights.model.codec import Codec, as_codec, find_codec
+from csm_weights.model.codec import Codec, Mimi, find_codec
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
-from csm_weights.model.tokenizer import Tokenizer, as_tokenizer, find_tokenizer
+from csm_weights.model.tokenizer import TextTokenizer, Tokenizer, find_tokenizer
 from csm_weights.model.watermark import Watermarker, find_watermarker
 
 #: Milliseconds of audio in one frame: CSM has 12.5 frames a second.
@@ -148,8 +147,17 @@ class Generator:
         does not have.
         """
         limit = int(max_audio_length_ms / FRAME_MS)
-        tokens, tokens_mask = self._prompt(text, speaker, context)
-        self._check_length(len(tokens), limit)
+        rows: list[Frames] = []
+        for segment in context:
+            rows += [self._text_frames(segment.text, segment.speaker), self._audio_frames(segment)]
+        rows.append(self._text_frames(text, speaker))
+        tokens, tokens_mask = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        most = self._model.config.max_positions
+        if len(tokens) + limit >= most:
+            raise InputsTooLong(
+                f"Inputs too long: a prompt of {len(tokens)} frames and up to {limit} frames of"
+                f" audio; together they must stay below the model's {most} positions"
+            )
         for number in range(limit):
             if number:
                 codes = self._decoder.step()
@@ -159,27 +167,10 @@ class Generator:
                 return
             yield codes[0]
 
-    def _check_length(self, prompt: int, limit: int) -> None:
-        most = self._model.config.max_positions
-        if prompt + limit >= most:
-            raise InputsTooLong(
-                f"Inputs too long: a prompt of {prompt} frames and up to {limit} frames of audio;"
-                f" together they must stay below the model's {most} positions"
-            )
-
-    def _prompt(self, text: Text, speaker: int, context: Sequence[Segment]) -> Frames:
-        rows: list[Frames] = []
-        for segment in context:
-            rows += [self._text_frames(segment.text, segment.speaker), self._audio_frames(segment)]
-        rows.append(self._text_frames(text, speaker))
-        tokens, masks = zip(*rows, strict=True)
-        return torch.cat(tokens), torch.cat(masks)
-
     def _text_frames(self, text: Text, speaker: int) -> Frames:
         ids = self._tokenizer.encode(f"[{speaker}]{text}") if isinstance(text, str) else text
-        vocabulary = self._model.config.text_vocab
         row = torch.tensor(list(ids), dtype=torch.long, device=self.device)
-        _require_below(row, vocabulary, "text tokens")
+        _require_below(row, self._model.config.text_vocab, "text tokens")
         tokens, mask = self._empty(len(row))
         tokens[:, -1] = row
         mask[:, -1] = True
@@ -187,26 +178,20 @@ class Generator:
 
     def _audio_frames(self, segment: Segment) -> Frames:
         """Return the frames of a segment's sound, and the frame of zeros that ends it."""
-        codes = self._codes(segment)
+        c, codes = self._model.config, segment.codes
+        if (segment.audio is None) == (codes is None):
+            raise UsageError("a segment of the context has either audio or codes")
+        if segment.audio is not None:
+            codes = self._codec.encode(segment.audio.to(self.device))
+        assert codes is not None
+        if codes.ndim != 2 or len(codes) != c.codebooks or codes.is_floating_point():
+            shape = f"{tuple(codes.shape)}, {codes.dtype}"
+            raise UsageError(f"codes are ({c.codebooks}, T), whole numbers; these are {shape}")
+        _require_below(codes, c.audio_vocab, "audio codes")
         tokens, mask = self._empty(codes.shape[1] + 1)
         tokens[:-1, :-1] = codes.T
         mask[:, :-1] = True
         return tokens, mask
-
-    def _codes(self, segment: Segment) -> Tensor:
-        if (segment.audio is None) == (segment.codes is None):
-            raise UsageError("a segment of the context has either audio or codes")
-        if segment.codes is not None:
-            codes = segment.codes
-        else:
-            assert segment.audio is not None
-            codes = self._codec.encode(segment.audio.to(self.device))
-        a = self._model.config
-        if codes.ndim != 2 or len(codes) != a.codebooks or codes.is_floating_point():
-            shape = f"{tuple(codes.shape)}, {codes.dtype}"
-            raise UsageError(f"codes are ({a.codebooks}, T), whole numbers; these are {shape}")
-        _require_below(codes, a.audio_vocab, "audio codes")
-        return codes.to(self.device)
 
     def _empty(self, count: int) -> Frames:
         shape = (count, self._model.config.codebooks + 1)
@@ -220,15 +205,19 @@ class Generator:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         given = self._given[0]
-        folder: Path | None = getattr(self._model, "folder", None)
-        return find_tokenizer(folder) if given is None else as_tokenizer(given)
+        if given is None:
+            return find_tokenizer(getattr(self._model, "folder", None))
+        # the tokenizers library's own, or anything that encodes
+        is_fast = hasattr(given, "token_to_id") and hasattr(given, "to_str")
+        return TextTokenizer(given) if is_fast else given
 
     @cached_property
     def _codec(self) -> Codec:
         codebooks, given = self._model.config.codebooks, self._given[1]
         if given is None:
             return find_codec(codebooks, self.device)
-        return as_codec(given, codebooks, self.device)
+        is_codec = hasattr(given, "sample_rate")  # otherwise transformers' MimiModel
+        return given if is_codec else Mimi(given, codebooks, self.device)
 
     @cached_property
     def _watermarker(self) -> Watermarker | None:

@@ -15,7 +15,7 @@ import itertools
 import mmap
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.concurrency import workers
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.tensor_index import TensorInfo
 from csm_weights.formats.weights_file import WeightsFile
 from csm_weights.model.stream import BlockConsumer, blocks, page_buffer, stream
@@ -57,14 +56,11 @@ class StagingBuffers:
     threads: int
 
 
-def host_buffers() -> StagingBuffers:
-    """Return buffers on the way to the CPU's own memory: they stay in the cores' caches."""
-    return StagingBuffers(2 << 20, 1, workers())
-
-
-def pinned_buffers() -> StagingBuffers:
-    """Return buffers on the way to a GPU: 128 MiB of pinned memory at most."""
-    return StagingBuffers(8 << 20, 2, min(8, workers()))
+def staging_buffers(device: torch.device) -> StagingBuffers:
+    """Return the buffers on the way to a device."""
+    if device.type == "cpu":
+        return StagingBuffers(2 << 20, 1, workers())  # these stay in the cores' caches
+    return StagingBuffers(8 << 20, 2, min(8, workers()))  # 128 MiB of pinned memory at most
 
 
 def load_tensors(
@@ -85,12 +81,17 @@ def load_tensors(
     Raises WrongContent where a digest is another or the file changes, and
     torch.OutOfMemoryError where a GPU has too little memory.
     """
-    if digests:
-        _check_tiling(weights.source, digests)
+    # ranges that do not tile the file would leave bytes unverified
+    ends = [0, *(one.offset + one.size for one in digests)]
+    tiles = [one.offset for one in digests] == ends[:-1] and ends[-1] == weights.source.size
+    if digests and not tiles:
+        words = (f"{ends[-1]:,} bytes", f"{weights.source.size:,} bytes", "inv weights")
+        finding = Finding(Kind.WRONG_SIZE, weights.source.where, *words)
+        raise WrongContent("the weights are not those that are pinned", [finding])
     if device.type == "cpu" and not digests and (mapped := _map(weights, dtype)):
         return mapped
     flat = _FlatBuffer(weights, device, dtype, together)
-    buffers = buffers or (host_buffers() if device.type == "cpu" else pinned_buffers())
+    buffers = buffers or staging_buffers(device)
     ranges = digests or _needed(flat.targets, max(buffers.block, CLAIM))
     if device.type == "cuda":
         before = torch.cuda.current_stream(device)
@@ -106,15 +107,6 @@ def load_tensors(
     finally:
         torch.set_num_threads(threads)
     return flat.finished()
-
-
-def _check_tiling(source: MultipartFile, ranges: Sequence[ByteRange]) -> None:
-    """Check that the ranges tile the file: others would leave bytes unverified."""
-    ends = [0, *(one.offset + one.size for one in ranges)]
-    if [one.offset for one in ranges] != ends[:-1] or ends[-1] != source.size:
-        words = (f"{ends[-1]:,} bytes", f"{source.size:,} bytes", "inv weights")
-        finding = Finding(Kind.WRONG_SIZE, source.where, *words)
-        raise WrongContent("the weights are not those that are pinned", [finding])
 
 
 def _map(weights: WeightsFile, dtype: torch.dtype | None) -> dict[str, Tensor] | None:
@@ -165,16 +157,22 @@ class _FlatBuffer:
         self._fragments: dict[tuple[int, int], bytearray] = {}
         self._lock = threading.Lock()
         infos = weights.index.tensors
-        starts, size = _arrange(infos, dtype, together)
-        memory = _allocate(size, device)
+        # each tensor, or group of tensors, starts at an aligned byte of the buffer
+        grouped = {name for group in together for name in group}
+        spans: dict[str, tuple[int, int, torch.dtype]] = {}
+        end = 0
+        for group in (*together, *((name,) for name in infos if name not in grouped)):
+            end += -end % ALIGNMENT
+            for name in group:
+                wanted = dtype or DTYPES[infos[name].dtype]
+                start, end = end, end + infos[name].nbytes // infos[name].itemsize * wanted.itemsize
+                spans[name] = start, end, wanted
+        memory = _allocate(end, device)
         targets = []
-        for name, start in starts.items():
-            info = infos[name]
-            wanted = dtype or DTYPES[info.dtype]
-            nbytes = info.nbytes // info.itemsize * wanted.itemsize
-            flat = memory[start : start + nbytes].view(wanted)
-            self._tensors[name] = flat.view(info.shape)
-            targets.append(self._target(info, flat))
+        for name, (start, end, wanted) in spans.items():
+            flat = memory[start:end].view(wanted)
+            self._tensors[name] = flat.view(infos[name].shape)
+            targets.append(self._target(infos[name], flat))
         self.targets = sorted(targets, key=lambda target: target.offset)
         # tensors may share bytes: the first that may reach byte n is found by the ends so far
         self._ends = list(itertools.accumulate((t.end for t in self.targets), max))
@@ -244,22 +242,6 @@ class _FlatBuffer:
         return self._tensors
 
 
-def _arrange(
-    infos: Mapping[str, TensorInfo], dtype: torch.dtype | None, together: Sequence[Sequence[str]]
-) -> tuple[dict[str, int], int]:
-    """Choose the byte at which each tensor starts in the flat buffer; also return its size."""
-    grouped = {name for group in together for name in group}
-    starts: dict[str, int] = {}
-    end = 0
-    for group in (*together, *((name,) for name in infos if name not in grouped)):
-        end += -end % ALIGNMENT
-        for name in group:
-            starts[name] = end
-            item = (dtype or DTYPES[infos[name].dtype]).itemsize
-            end += infos[name].nbytes // infos[name].itemsize * item
-    return starts, end
-
-
 def _allocate(size: int, device: torch.device) -> Tensor:
     """Allocate `size` bytes on a device; raises torch.OutOfMemoryError."""
     if device.type == "cuda":
@@ -315,16 +297,14 @@ class _HostConsumer:
         self._device = device
 
     def buffer(self) -> memoryview:
-        """See `BlockConsumer`."""
         return self._buffer
 
     def consume(self, offset: int, size: int) -> None:
-        """See `BlockConsumer`."""
         with self._buffer[:size] as host:
             self._flat.put(offset, host, self._tensor[:size].to(self._device))
 
     def finish(self) -> None:
-        """See `BlockConsumer`."""
+        pass  # every block is in its place already
 
 
 class _CudaConsumer:
@@ -345,18 +325,20 @@ class _CudaConsumer:
         with torch.cuda.stream(self._stream):
             self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             self._blocks = torch.empty(shape, dtype=torch.uint8, device=device)
-        self._buffers = [_memory_of(row) for row in self._host]
+        # files are read into the memory of the tensors
+        pages = [(ctypes.c_char * row.nbytes).from_address(row.data_ptr()) for row in self._host]
+        self._buffers = [memoryview(page).cast("B") for page in pages]
         self._copied = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
         self._index = 0
 
     def buffer(self) -> memoryview:
-        """See `BlockConsumer`: the buffer whose copy is the oldest."""
+        # the buffer whose copy is the oldest
         self._index = (self._index + 1) % len(self._buffers)
         self._copied[self._index].synchronize()
         return self._buffers[self._index]
 
     def consume(self, offset: int, size: int) -> None:
-        """See `BlockConsumer`: nothing here waits for the device."""
+        # nothing here waits for the device
         index = self._index
         with torch.cuda.stream(self._stream), self._buffers[index][:size] as host:
             block = self._blocks[index, :size]
@@ -365,10 +347,4 @@ class _CudaConsumer:
             self._copied[index].record(self._stream)
 
     def finish(self) -> None:
-        """See `BlockConsumer`."""
         self._stream.synchronize()
-
-
-def _memory_of(tensor: Tensor) -> memoryview:
-    """View the bytes of a contiguous tensor in the CPU's memory, to read files into."""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

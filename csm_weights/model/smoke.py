@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +29,6 @@ from csm_weights.errors import (
     WrongContent,
 )
 from csm_weights.formats import FORMATS
-from csm_weights.model import device as devices
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport
 
 if TYPE_CHECKING:
@@ -78,15 +79,6 @@ class _Speech:
     frames_per_second: float
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model, the seconds to load it, and the bytes read for that: 0 of a mapped file."""
-
-    model: Model
-    seconds: float
-    nbytes: int
-
-
 def run(
     directory: Path,
     *,
@@ -114,58 +106,65 @@ def run(
     _check_count(frames)
     expected = None if golden is None else read_golden(golden)
     place = _find_device(device, require_gpu)
-    path = _weights_path(directory, weights)
+    import torch
+
+    from csm_weights.formats.weights_file import find_weights
+    from csm_weights.model import device as devices
+    from csm_weights.model.csm import Model
+    from csm_weights.model.fast_decoder import weights_per_frame
+
+    if weights not in (None, *WEIGHT_FILES):
+        raise UsageError(f"weights {weights!r}; known are {', '.join(WEIGHT_FILES)}")
+    path = directory / WEIGHT_FILES[weights] if weights else directory
     word = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if word not in CACHE_LIMITS:
         raise UsageError(f"the dtype {word!r}; known are {', '.join(CACHE_LIMITS)}")
-    count = max(frames, len(expected.frames) if expected else 0)
-    devices.reset_peak(place)
+    on_gpu = place.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(place)
     with _computing(place):
-        loaded = _load(path, place, word)
-        model = loaded.model
+        # load until all tensors are on the device
+        start = time.perf_counter()
+        model = Model.from_local(path, place, getattr(torch, word))
+        devices.synchronize(place)
+        seconds = time.perf_counter() - start
+        # generate, and check what came of it
         prompt = make_prompt(model.config)
+        count = max(frames, len(expected.frames) if expected else 0)
         speech = _generate(model, prompt, count)
         rtf = 1 / (speech.frames_per_second * FRAME_SECONDS)
-        checks = [
-            _check_names(model),
-            _check_finite(model),
-            _check_cache(model, prompt, speech, CACHE_LIMITS[word]),
-            _check_codes(model.config, speech),
-        ]
+        checks = _checks(model, prompt, speech, CACHE_LIMITS[word])
         if max_rtf is not None:
             name = "real-time factor, below 1 is faster"
             checks.append(Check(name, f"{rtf:.3g}", f"at most {max_rtf:g}", rtf <= max_rtf))
-        figures = _figures(loaded, place, word)
+        # measure the device, before another model takes memory
+        machine, driver = devices.describe(place)
+        is_mapped = word == "float32" and not on_gpu
+        weight = model.text_embeddings.weight
+        figures = Figures(
+            machine=machine,
+            driver=driver,
+            torch=torch.__version__,
+            dtype=word,
+            loaded_bytes=0 if is_mapped else sum(p.stat().st_size for p in find_weights(path)),
+            bus_rate=devices.bus_rate(place),
+            frame_bytes=weights_per_frame(model.config) * weight.element_size(),
+            memory_rate=devices.memory_rate(weight),
+            peak_host=_peak_memory(),
+            peak_device=torch.cuda.max_memory_allocated(place) if on_gpu else 0,
+        )
         if expected is not None:
             exact = speech
             if word != "float32":
-                exact = _generate(_load(path, place, "float32").model, prompt, count)
+                exact = _generate(Model.from_local(path, place, torch.float32), prompt, count)
             checks.append(_check_golden(expected, prompt, exact, word))
-    return SmokeReport(
-        str(place), tuple(checks), speech.frames_per_second, rtf, loaded.seconds, figures
-    )
+    return SmokeReport(str(place), tuple(checks), speech.frames_per_second, rtf, seconds, figures)
 
 
-def _figures(loaded: _Loaded, place: torch.device, dtype: str) -> Figures:
-    """Measure the device, and collect what was measured."""
-    import torch
-
-    from csm_weights.model.fast_decoder import weights_per_frame
-
-    model, machine = loaded.model, devices.describe(place)
-    weight = model.text_embeddings.weight
-    return Figures(
-        machine=machine.name,
-        driver=machine.driver,
-        torch=torch.__version__,
-        dtype=dtype,
-        loaded_bytes=loaded.nbytes,
-        bus_rate=devices.bus_rate(place),
-        frame_bytes=weights_per_frame(model.config) * weight.element_size(),
-        memory_rate=devices.memory_rate(weight),
-        peak_host=devices.host_peak(),
-        peak_device=devices.device_peak(place),
-    )
+def _peak_memory() -> int:
+    """Return the most bytes of memory that this process has held, mapped files included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def record_golden(directory: Path, path: Path, frames: int) -> None:
@@ -175,8 +174,12 @@ def record_golden(directory: Path, path: Path, frames: int) -> None:
     """
     _check_count(frames)
     place = _find_device("cpu", require_gpu=False)
+    import torch
+
+    from csm_weights.model.csm import Model
+
     with _computing(place):
-        model = _load(directory, place, "float32").model
+        model = Model.from_local(directory, place, torch.float32)
         prompt = make_prompt(model.config)
         codes = _generate(model, prompt, frames).codes.tolist()
     rows = ",\n    ".join(json.dumps(row) for row in codes)
@@ -194,8 +197,9 @@ def read_golden(path: Path) -> Golden:
     try:
         data = json.loads(path.read_bytes())
         golden = Golden(data["prompt"], data["frames"])
-        if not all(_are_codes(row) for row in (golden.prompt, *golden.frames)):
-            raise ValueError("a row that is not a list of whole numbers")
+        for row in (golden.prompt, *golden.frames):
+            if type(row) is not list or not all(type(code) is int for code in row):
+                raise ValueError("a row that is not a list of whole numbers")
     except FileNotFoundError:
         finding = Finding.missing(path, "golden frames")
         raise MissingInput("the golden frames are not here", [finding]) from None
@@ -245,14 +249,6 @@ def _find_device(device: str | None, require_gpu: bool) -> torch.device:
     return place
 
 
-def _weights_path(directory: Path, weights: str | None) -> Path:
-    if weights is None:
-        return directory
-    if weights not in WEIGHT_FILES:
-        raise UsageError(f"weights {weights!r}; known are {', '.join(WEIGHT_FILES)}")
-    return directory / WEIGHT_FILES[weights]
-
-
 @contextlib.contextmanager
 def _computing(place: torch.device) -> Iterator[None]:
     """Use float32 without TF32, whose rounding would drown what the checks look for.
@@ -269,22 +265,6 @@ def _computing(place: torch.device) -> Iterator[None]:
         raise SmokeUnavailable(f"too little memory on {place}: {error}") from None
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _load(path: Path, place: torch.device, dtype: str) -> _Loaded:
-    import torch
-
-    from csm_weights.formats.weights_file import find_weights
-    from csm_weights.model.csm import Model
-
-    kind: torch.dtype = getattr(torch, dtype)
-    start = time.perf_counter()
-    model = Model.from_local(path, place, kind)
-    devices.synchronize(place)
-    seconds = time.perf_counter() - start
-    is_mapped = place.type == "cpu" and kind == torch.float32
-    size = sum(file.stat().st_size for file in find_weights(path))
-    return _Loaded(model, seconds, 0 if is_mapped else size)
 
 
 def _frames(model: Model, prompt: list[int], codes: torch.Tensor) -> _Inputs:
@@ -305,6 +285,7 @@ def _generate(model: Model, prompt: list[int], frames: int) -> _Speech:
     """Generate greedy frames as for a listener: with caches, one after the other."""
     import torch
 
+    from csm_weights.model.device import synchronize
     from csm_weights.model.fast_decoder import Decoder
 
     place = model.projection.weight.device
@@ -313,62 +294,51 @@ def _generate(model: Model, prompt: list[int], frames: int) -> _Speech:
     decoder = Decoder(model, keep_logits=True)
     steps = [(decoder.start(tokens, mask, temperature=0), decoder.logits)]
     # the first frame also reads the prompt and sets the device up
-    devices.synchronize(place)
+    synchronize(place)
     start = time.perf_counter()
     steps += [(decoder.step(), decoder.logits) for _ in range(frames - 1)]
-    devices.synchronize(place)
+    synchronize(place)
     seconds = time.perf_counter() - start
     codes, logits = (torch.cat(part) for part in zip(*steps, strict=True))
     return _Speech(codes, logits, (frames - 1) / seconds)
 
 
-def _check_names(model: Model) -> Check:
-    expected = model.config.tensor_shapes()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted({name for name, _ in expected.items() ^ shapes.items()})
-    value = f"{len(shapes)}" + (f", wrong: {', '.join(wrong[:3])}" if wrong else "")
-    return Check("tensors of the right name and shape", value, f"{len(expected)}", not wrong)
-
-
-def _check_finite(model: Model) -> Check:
-    counts = {name: _count_not_finite(tensor) for name, tensor in model.state_dict().items()}
-    bad = [name for name, count in counts.items() if count]
-    value = f"{sum(counts.values())}" + (f", in {', '.join(bad[:3])}" if bad else "")
-    return Check("weights that are not finite", value, "0", not bad)
-
-
-def _count_not_finite(tensor: torch.Tensor) -> int:
-    flat = tensor.flatten()
-    starts = range(0, len(flat), _CHUNK)
-    return sum(int((~flat[start : start + _CHUNK].isfinite()).sum()) for start in starts)
-
-
-def _check_cache(model: Model, prompt: list[int], speech: _Speech, share: float) -> Check:
+def _checks(model: Model, prompt: list[int], speech: _Speech, tolerance: float) -> list[Check]:
+    """Check names, weights, caches and codes; `tolerance` is a share of the largest logit."""
     import torch
 
-    inputs = _frames(model, prompt, speech.codes[:-1])
+    state, c = model.state_dict(), model.config
+    # exactly the tensors of the network
+    expected = c.tensor_shapes()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted({name for name, _ in expected.items() ^ shapes.items()})
+    value = f"{len(shapes)}" + (f", wrong: {', '.join(wrong[:3])}" if wrong else "")
+    names = Check("tensors of the right name and shape", value, f"{len(expected)}", not wrong)
+    # no NaN and no infinity
+    bad = {name: count for name, tensor in state.items() if (count := _not_finite(tensor))}
+    value = f"{sum(bad.values())}" + (f", in {', '.join([*bad][:3])}" if bad else "")
+    finite = Check("weights that are not finite", value, "0", not bad)
+    # logits of one frame after the other are those of one pass without caches
     with torch.no_grad():
+        inputs = _frames(model, prompt, speech.codes[:-1])
         hidden = model.backbone_hidden(*inputs)[0, len(prompt) - 1 :]
         parallel = model.codebook_logits(hidden, speech.codes)
     difference = float((speech.logits - parallel).abs().max())
-    limit = share * float(parallel.abs().max())
-    return Check(
-        "cached against parallel logits, largest difference",
-        f"{difference:.1e}",
-        f"{limit:.1e}, {share:.0e} of the largest logit",
-        difference <= limit,
-    )
+    limit = tolerance * float(parallel.abs().max())
+    name = "cached against parallel logits, largest difference"
+    words = f"{limit:.1e}, {tolerance:.0e} of the largest logit"
+    cached = Check(name, f"{difference:.1e}", words, difference <= limit)
+    # codes are in the audio vocabulary
+    low, high, last = int(speech.codes.min()), int(speech.codes.max()), c.audio_vocab - 1
+    name, is_ok = f"codes of {len(speech.codes)} frames", 0 <= low <= high <= last
+    return [names, finite, cached, Check(name, f"{low} to {high}", f"0 to {last}", is_ok)]
 
 
-def _check_codes(config: CsmConfig, speech: _Speech) -> Check:
-    low, high = int(speech.codes.min()), int(speech.codes.max())
-    last = config.audio_vocab - 1
-    return Check(
-        f"codes of {len(speech.codes)} frames",
-        f"{low} to {high}",
-        f"0 to {last}",
-        0 <= low <= high <= last,
-    )
+def _not_finite(tensor: torch.Tensor) -> int:
+    """Count the elements that are NaN or infinite."""
+    flat = tensor.flatten()
+    starts = range(0, len(flat), _CHUNK)
+    return sum(int((~flat[start : start + _CHUNK].isfinite()).sum()) for start in starts)
 
 
 def _check_golden(golden: Golden, prompt: list[int], speech: _Speech, dtype: str) -> Check:
@@ -383,7 +353,3 @@ def _check_golden(golden: Golden, prompt: list[int], speech: _Speech, dtype: str
         first = next(i for i in range(count) if golden.frames[i] != said[i])
         value += f", frame {first} is the first that differs"
     return Check(name, value, limit, same == count > 0)
-
-
-def _are_codes(row: object) -> bool:
-    return isinstance(row, list) and all(type(code) is int for code in row)

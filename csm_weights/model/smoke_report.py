@@ -27,10 +27,6 @@ class Check:
         """The word that a person reads."""
         return "OK" if self.ok else "NOT OK"
 
-    def line(self) -> str:
-        """Return the check as one line of text."""
-        return f"{self.name}: {self.value} (limit: {self.limit}) {self.verdict}"
-
 
 @dataclass(frozen=True)
 class Figures:
@@ -84,15 +80,10 @@ def report_path(directory: Path) -> Path:
     return directory / RECEIPTS / "smoke-report"  # receipts end in .json, so none has this name
 
 
-def load_report(text: str) -> SmokeReport | None:
-    """Return the report in `text`, or None where it cannot be understood."""
-    return parse_record(text, SmokeReport)
-
-
 def read_report(directory: Path) -> SmokeReport | None:
     """Return the last report of the model in `directory`, or None where none can be read."""
     try:
         text = read_bounded(report_path(directory), MAX_REPORT)
     except OSError:
         return None
-    return load_report(text.decode(errors="replace"))
+    return parse_record(text.decode(errors="replace"), SmokeReport)

@@ -6,7 +6,7 @@ The tokenizer is Llama 3.2's, which today's sesame/csm-1b carries too.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 from csm_weights.model.offline_assets import not_installed, snapshots
@@ -37,7 +37,14 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, where: str = "the tokenizer") -> None:
         self._tokenizer = tokenizer
-        self._bos, self._eos = (_special(tokenizer, token, where) for token in (BOS, EOS))
+        self._around: list[int] = []
+        for token in (BOS, EOS):
+            number = tokenizer.token_to_id(token)
+            if number is None:
+                words = (f"the token {token} of Llama 3", "no such token")
+                finding = Finding(Kind.MALFORMED, where, *words)
+                raise WrongContent("the tokenizer is not CSM's", [finding])
+            self._around.append(number)
 
     @classmethod
     def from_file(cls, path: Path) -> TextTokenizer:
@@ -58,21 +65,8 @@ class TextTokenizer:
         """Return the token ids of a text, with BOS before them and EOS after."""
         # a file's own post-processor adds other tokens from repository to repository
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [self._bos, *ids, self._eos]
-
-
-def _special(tokenizer: tokenizers.Tokenizer, token: str, where: str) -> int:
-    number = tokenizer.token_to_id(token)
-    if number is None:
-        finding = Finding(Kind.MALFORMED, where, f"the token {token} of Llama 3", "no such token")
-        raise WrongContent("the tokenizer is not CSM's", [finding])
-    return int(number)
-
-
-def as_tokenizer(given: Tokenizer | tokenizers.Tokenizer) -> Tokenizer:
-    """Wrap a tokenizer of the tokenizers library; return any other as it is."""
-    is_fast = hasattr(given, "token_to_id") and hasattr(given, "to_str")
-    return TextTokenizer(cast("tokenizers.Tokenizer", given)) if is_fast else cast(Tokenizer, given)
+        bos, eos = self._around
+        return [bos, *ids, eos]
 
 
 def find_tokenizer(folder: Path | None) -> TextTokenizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ SDR = 36
 
 #: The repository of silentcipher's weights, and the folder of those for 44.1 kHz.
 REPO, FOLDER = "sony/silentcipher", "44_1_khz/73999_iteration"
-
-_INSTALL = "pip install git+https://github.com/SesameAILabs/silentcipher installs it"
 
 #: Seconds of silence that a resampled signal is given on either side.
 MARGIN = 0.1
@@ -63,20 +60,17 @@ def find_watermarker(device: torch.device) -> Watermarker | None:
     try:
         import silentcipher
     except ImportError as error:
-        warnings.warn(f"the audio carries no watermark: {error}; {_INSTALL}", stacklevel=2)
+        install = "pip install git+https://github.com/SesameAILabs/silentcipher installs it"
+        warnings.warn(f"the audio carries no watermark: {error}; {install}", stacklevel=2)
         return None
-    return Watermarker(silentcipher.get_model(model_type=MODEL, device=str(device), **_paths()))
-
-
-def _paths() -> dict[str, str]:
-    """Return silentcipher's options for weights that are in the Hub's cache, or none."""
+    options = {}
     cache = HubEnvironment.read().cache
     commit = hub_cache.main_of(cache, REPO)
     settings = f"{FOLDER}/hparams.yaml"
-    if commit is None or hub_cache.snapshot_file(cache, REPO, commit, settings) is None:
-        return {}
-    home: Path = hub_cache.repository(cache, REPO) / "snapshots" / commit
-    return {"ckpt_path": str(home / FOLDER), "config_path": str(home / settings)}
+    if commit and hub_cache.snapshot_file(cache, REPO, commit, settings):
+        home = hub_cache.repository(cache, REPO) / "snapshots" / commit
+        options = {"ckpt_path": str(home / FOLDER), "config_path": str(home / settings)}
+    return Watermarker(silentcipher.get_model(model_type=MODEL, device=str(device), **options))
 
 
 def resample(audio: Tensor, rate: int, wanted: int) -> Tensor:

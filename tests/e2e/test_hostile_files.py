@@ -23,10 +23,10 @@ from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.torch_checkpoint import read_checkpoint
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.model.smoke_report import load_report
+from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.store.journal import parse_line
 from csm_weights.store.receipts import dump_receipt, load_receipt
-from csm_weights.untrusted import dump_record
+from csm_weights.untrusted import dump_record, parse_record
 from tests.support import hostile
 from tests.support.clone import Clone
 from tools.fuzz import probe
@@ -318,7 +318,7 @@ RECORDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str], dict[str, A
     "receipt": (load_receipt, dump_receipt, _RECEIPT),
     "piece": (parse_line, dump_record, _PIECE),
     "arrival": (parse_line, dump_record, _ARRIVAL),
-    "smoke": (load_report, dump_record, _SMOKE),
+    "smoke": (lambda text: parse_record(text, SmokeReport), dump_record, _SMOKE),
 }
 
 

@@ -427,7 +427,7 @@ def test_a_pinned_buffer_is_filled_again_only_after_its_copy(
 
 def test_pinned_buffers_are_within_their_bound() -> None:
     """At most 256 MiB are pinned, whatever the number of cores."""
-    buffers = load.pinned_buffers()
+    buffers = load.staging_buffers(torch.device("cuda"))
     assert buffers.block * buffers.count * buffers.threads <= 256 << 20
     assert buffers.count >= 2
 

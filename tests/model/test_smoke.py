@@ -20,7 +20,7 @@ from csm_weights.model import fast_decoder, smoke
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.smoke import record_golden
-from csm_weights.model.smoke_report import Check, SmokeReport
+from csm_weights.model.smoke_report import SmokeReport
 
 TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 TINY_CONFIG = {
@@ -94,14 +94,6 @@ def test_report_gives_figures(directory: Path) -> None:
     assert f"{len(TINY.tensor_shapes())}" == value(report, NAMES)
     assert pytest.approx(report.real_time_factor * report.frames_per_second * 0.08) == 1.0
     assert report.load_seconds > 0
-
-
-def test_check_is_one_line_with_number_limit_and_verdict(directory: Path) -> None:
-    """A check prints as its name, number, limit and OK or NOT OK."""
-    lines = [check.line() for check in run(directory).checks]
-
-    assert f"{FINITE}: 0 (limit: 0) OK" == lines[1]
-    assert f"{FINITE}: 3 (limit: 0) NOT OK" == Check(FINITE, "3", "0", False).line()
 
 
 def test_either_format_can_be_asked_for(directory: Path) -> None:
