@@ -68,8 +68,8 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
     """Hold back SIGINT and SIGTERM; yield a function that raises what has come meanwhile.
 
     An exception in the middle of a wait can leave a lock held that a worker
-    needs, and then both wait for ever. Only the main thread gets signals;
-    in another thread nothing is held back.
+    needs, and then both wait for ever. In threads other than the main one,
+    which get no signals, it does nothing.
     """
     pending: list[int] = []
     handlers: dict[int, Callable[[int, FrameType | None], object]] = {}

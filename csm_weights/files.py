@@ -12,9 +12,6 @@ from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 
-#: Bytes read of a file that has the wrong size, to say what it is.
-PEEK = 256
-
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -125,7 +122,7 @@ def size_finding(path: Path, sizes: list[int], size: int, where: str = "") -> Fi
     where = where or str(path)
     expected = " or ".join(f"{s:,}" for s in sizes) + " bytes"
     try:
-        head = read_bounded(path, PEEK)
+        head = read_bounded(path, 256)
     except OSError as error:
         return Finding.unreadable(where, error)
     found = f"{size:,} bytes"

@@ -12,9 +12,6 @@ from pathlib import Path
 from csm_weights.errors import Finding, Kind, NoSpace, WrongContent
 from csm_weights.files import NotRegular
 
-#: Errors of a write where the file system is full, or a limit is reached.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
 #: Errors of a write where something else has the name.
 _IN_THE_WAY = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
 
@@ -22,9 +19,8 @@ _IN_THE_WAY = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENO
 def create(path: Path, flags: int = 0) -> int:
     """Open a file of ours for reading and writing, 0644 less umask, never through a link.
 
-    Makes its folders and returns the descriptor. Raises NoSpace when the file
-    system refuses, WrongContent where another user's file, or something else
-    than a file, has the name.
+    Makes its folders. Raises NoSpace when the file system refuses, WrongContent
+    where another user's file, or something else than a file, has the name.
     """
     with writing(path):
         make_folder(path.parent)
@@ -165,7 +161,7 @@ def writing(path: Path) -> Iterator[None]:
             words = ("a plain file or nothing", found, "move it away")
             finding = Finding(Kind.IN_THE_WAY, where, *words)
             raise WrongContent("the file cannot be written", [finding]) from error
-        if error.errno in _FULL:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             mend = "free some disk or choose another --dest, and run the same command again"
             finding = Finding(Kind.NO_SPACE, where, "room to write", found, mend)
             raise NoSpace("the disk is full", [finding]) from error

@@ -26,12 +26,6 @@ STEP = 4 << 20
 #: Bytes that direct writes must be aligned to: no disk block is larger.
 ALIGNMENT = 4096
 
-#: The ioctl of linux/fs.h that shares a range of blocks.
-_FICLONERANGE = 0x4020940D
-
-#: fallocate's mode of linux/falloc.h that frees a range and keeps the size.
-_PUNCH_HOLE = 0x02 | 0x01
-
 #: File systems that never give back blocks in the middle of a file.
 NOT_PUNCHING = frozenset({"vfat", "msdos", "exfat", "hfsplus", "ntfs", "9p", "iso9660"})
 
@@ -86,9 +80,9 @@ def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int)
     """
     if sys.platform != "linux":
         return False
-    argument = struct.pack("=qQQQ", src, src_offset, size, dst_offset)
     try:
-        fcntl.ioctl(dst, _FICLONERANGE, argument)
+        # FICLONERANGE of linux/fs.h
+        fcntl.ioctl(dst, 0x4020940D, struct.pack("=qQQQ", src, src_offset, size, dst_offset))
     except OSError:
         return False
     return True
@@ -104,7 +98,8 @@ def punch(fd: int, offset: int, size: int) -> None:
     if fallocate is None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if fallocate(fd, _PUNCH_HOLE, offset, size):
+    # FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE of linux/falloc.h
+    if fallocate(fd, 0x02 | 0x01, offset, size):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

@@ -51,8 +51,7 @@ class How(enum.StrEnum):
 class Seed:
     """A verified file for the cache: `path` in the repository, `file` here, `size` in bytes.
 
-    `blob` is its name among the blobs, which is its digest: the sha256 (64
-    hex digits) or the git blob SHA-1 (40).
+    `blob` is its name among the blobs: the sha256, or the git blob SHA-1.
     """
 
     path: str
@@ -109,9 +108,8 @@ class CachedRepo:
     def find(self, artifact: Artifact) -> Path | None:
         """Return the file that may hold an artifact, with all links followed, or None.
 
-        It has the artifact's size and lies inside the cache; nothing is hashed.
-        Blobs by name come first, then the snapshot of the revision, then that
-        of main, then any.
+        By size; nothing is hashed. Blobs by name come first, then the snapshot
+        of the revision, then that of main, then any.
         """
         digests = (artifact.sha256, artifact.git_sha1) if self._exists else ()
         paths = [self._home / "blobs" / digest for digest in digests if digest]

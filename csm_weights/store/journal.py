@@ -6,7 +6,6 @@ others name are hashed again before they count.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,17 +114,13 @@ def read_journal(file: Path, artifact: Artifact) -> Journal:
         text = read_bounded(journal_path(file), MAX_JOURNAL).decode(errors="replace")
     except OSError:
         return Journal(is_begun=True)
-    records = map(parse_line, filter(None, text.splitlines()))
-    return select(filter(None, records), artifact)
-
-
-def select(records: Iterable[Record], artifact: Artifact) -> Journal:
-    """Return the records that are about pieces of an artifact."""
     tiles, starts = artifact.tiles, [piece.offset for piece in artifact.tiles]
     pieces: dict[int, PieceRecord] = {}
     arrived: list[tuple[int, Arrival]] = []
     moved: dict[tuple[int, str], Consumed] = {}
-    for record in records:
+    for line in filter(None, text.splitlines()):
+        if not (record := parse_line(line)):
+            continue
         piece = tiles[max(0, bisect_right(starts, record.offset) - 1)]
         if isinstance(record, Consumed):
             moved[record.offset, record.piece] = record

@@ -49,7 +49,7 @@ class VerifiedFile:
 class Receipt:
     """The record of a verified file: `path` is relative to the folder it is in.
 
-    `verified_at` is ISO 8601 in UTC. `model` is the manifest's name.
+    `model` is the manifest's name, `verified_at` in ISO 8601, UTC.
     """
 
     path: str
@@ -65,8 +65,8 @@ class Receipt:
     @classmethod
     def of(cls, file: VerifiedFile, path: str, model: str, verified_at: str, tool: str) -> Receipt:
         """Return the receipt of a file that has just been verified."""
-        digests = (file.sha256, file.pieces, file.fingerprint)
-        return cls(path, model, file.size, *digests, verified_at, tool, file.git_sha1)
+        found = (file.size, file.sha256, file.pieces, file.fingerprint)
+        return cls(path, model, *found, verified_at, tool, file.git_sha1)
 
     def fits(self, artifact: Artifact) -> bool:
         """Check that what was verified is one of the editions that the manifest accepts.

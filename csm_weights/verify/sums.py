@@ -22,9 +22,6 @@ MAX_SUMS = 64 << 20
 _SUM_LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<path>.+)")
 _TAG_LINE = re.compile(r"SHA256 \((?P<path>.+)\) = (?P<digest>[0-9a-fA-F]{64})")
 
-#: Most bad lines that become findings.
-MAX_BAD_LINES = 20
-
 _CHUNK_LIST = (
     "# Chunk files. To check them: sha256sum -c SHA256SUMS, or shasum -c SHA256SUMS.\n"
     "# To join them: recombine.sh, which reads the comments on the joined files."
@@ -73,5 +70,5 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
             words = ("DIGEST  PATH, each path once", repr(line[:100]))
             findings.append(Finding(Kind.MALFORMED, f"{where}:{number}", *words))
     if findings or not sums:
-        raise WrongContent(f"{where} is not a SHA256SUMS file", findings[:MAX_BAD_LINES])
+        raise WrongContent(f"{where} is not a SHA256SUMS file", findings[:20])
     return sums
