@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from csm_weights.errors import Finding, Kind, WrongContent
 
@@ -36,6 +35,12 @@ FLAVORS = {
     "tiny-backbone": TransformerConfig(layers=3, dim=64, heads=4, kv_heads=2, ffn=160),
     "tiny-decoder": TransformerConfig(layers=2, dim=32, heads=4, kv_heads=1, ffn=96),
 }
+
+#: transformers' keys for the fields of a TransformerConfig, in their order.
+_TRANSFORMERS_KEYS = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
+    "intermediate_size",
+)
 
 #: Ceilings that keep a hostile config.json from asking for shapes that overflow, or for
 #: millions of tensors. CSM-1B's largest dimension is its text vocabulary, 128,256.
@@ -74,41 +79,31 @@ class CsmConfig:
             "audio_head": (self.codebooks - 1, decoder.dim, self.audio_vocab),
         }
         for name, stack in (("backbone", backbone), ("decoder", decoder)):
-            shapes |= _stack_shapes(name, stack)
+            kv_dim = stack.kv_heads * stack.head_dim
+            layer: dict[str, tuple[int, ...]] = {
+                "attn.q_proj.weight": (stack.dim, stack.dim),
+                "attn.k_proj.weight": (kv_dim, stack.dim),
+                "attn.v_proj.weight": (kv_dim, stack.dim),
+                "attn.output_proj.weight": (stack.dim, stack.dim),
+                "mlp.w1.weight": (stack.ffn, stack.dim),
+                "mlp.w2.weight": (stack.dim, stack.ffn),
+                "mlp.w3.weight": (stack.ffn, stack.dim),
+                "sa_norm.scale": (stack.dim,),
+                "mlp_norm.scale": (stack.dim,),
+            }
+            shapes[f"{name}.norm.scale"] = (stack.dim,)
+            for index in range(stack.layers):
+                shapes |= {f"{name}.layers.{index}.{key}": shape for key, shape in layer.items()}
         return dict(sorted(shapes.items()))
 
     def fused_tensors(self) -> list[tuple[str, ...]]:
         """Return groups of names that one product can use as one: q, k and v, and w1 and w3."""
-        layers = [
-            f"{name}.layers.{index}"
-            for name, stack in (("backbone", self.backbone), ("decoder", self.decoder))
-            for index in range(stack.layers)
-        ]
-        attention = [
-            tuple(f"{layer}.attn.{x}_proj.weight" for x in ("q", "k", "v")) for layer in layers
-        ]
-        return attention + [
-            tuple(f"{layer}.mlp.{x}.weight" for x in ("w1", "w3")) for layer in layers
-        ]
-
-
-def _stack_shapes(name: str, stack: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    kv_dim = stack.kv_heads * stack.head_dim
-    layer = {
-        "attn.q_proj.weight": (stack.dim, stack.dim),
-        "attn.k_proj.weight": (kv_dim, stack.dim),
-        "attn.v_proj.weight": (kv_dim, stack.dim),
-        "attn.output_proj.weight": (stack.dim, stack.dim),
-        "mlp.w1.weight": (stack.ffn, stack.dim),
-        "mlp.w2.weight": (stack.dim, stack.ffn),
-        "mlp.w3.weight": (stack.ffn, stack.dim),
-        "sa_norm.scale": (stack.dim,),
-        "mlp_norm.scale": (stack.dim,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.norm.scale": (stack.dim,)}
-    for index in range(stack.layers):
-        shapes |= {f"{name}.layers.{index}.{key}": shape for key, shape in layer.items()}
-    return shapes
+        groups: list[tuple[str, ...]] = []
+        for name, stack in (("backbone", self.backbone), ("decoder", self.decoder)):
+            for layer in (f"{name}.layers.{index}" for index in range(stack.layers)):
+                groups.append(tuple(f"{layer}.attn.{x}_proj.weight" for x in "qkv"))
+                groups.append(tuple(f"{layer}.mlp.{x}.weight" for x in ("w1", "w3")))
+        return groups
 
 
 def parse_config(text: bytes, where: str) -> CsmConfig:
@@ -117,55 +112,40 @@ def parse_config(text: bytes, where: str) -> CsmConfig:
     Raises WrongContent when it is not JSON, not one of the two editions, or
     describes no possible network.
     """
+
+    def malformed(expected: str, found: str) -> WrongContent:
+        finding = Finding(Kind.MALFORMED, where, expected, found[:200])
+        return WrongContent("config.json cannot be used", [finding])
+
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _malformed(where, "JSON", f"{type(error).__name__}: {error}") from None
+        raise malformed("JSON", f"{type(error).__name__}: {error}") from None
     if not isinstance(data, dict):
-        raise _malformed(where, "a JSON object", type(data).__name__)
+        raise malformed("a JSON object", type(data).__name__)
     try:
-        config = _from_flavors(data) if "backbone_flavor" in data else _from_transformers(data)
+        if "backbone_flavor" in data:
+            for key in ("backbone_flavor", "decoder_flavor"):
+                if data[key] not in FLAVORS:
+                    raise ValueError(f"{key} {data[key]!r}; known are {', '.join(FLAVORS)}")
+            stacks = FLAVORS[data["backbone_flavor"]], FLAVORS[data["decoder_flavor"]]
+            figures = ("text_vocab_size", "audio_vocab_size", "audio_num_codebooks")
+        else:
+            sides = data, data["depth_decoder_config"]
+            backbone, decoder = ([side[key] for key in _TRANSFORMERS_KEYS] for side in sides)
+            stacks = TransformerConfig(*backbone), TransformerConfig(*decoder)
+            figures = ("text_vocab_size", "vocab_size", "num_codebooks")
+        config = CsmConfig(*stacks, *(data[key] for key in figures))
         _check(config)
     except KeyError as error:
-        raise _malformed(where, f"the key {error}", "no such key") from None
+        raise malformed(f"the key {error}", "no such key") from None
     except (TypeError, ValueError) as error:
-        raise _malformed(where, "the dimensions of a CSM network", str(error)) from None
+        raise malformed("the dimensions of a CSM network", str(error)) from None
     return config
 
 
-def _from_flavors(data: dict[str, Any]) -> CsmConfig:
-    for key in ("backbone_flavor", "decoder_flavor"):
-        if data[key] not in FLAVORS:
-            raise ValueError(f"{key} {data[key]!r}; known are {', '.join(FLAVORS)}")
-    return CsmConfig(
-        backbone=FLAVORS[data["backbone_flavor"]],
-        decoder=FLAVORS[data["decoder_flavor"]],
-        text_vocab=data["text_vocab_size"],
-        audio_vocab=data["audio_vocab_size"],
-        codebooks=data["audio_num_codebooks"],
-    )
-
-
-def _from_transformers(data: dict[str, Any]) -> CsmConfig:
-    def stack(figures: dict[str, Any]) -> TransformerConfig:
-        return TransformerConfig(
-            layers=figures["num_hidden_layers"],
-            dim=figures["hidden_size"],
-            heads=figures["num_attention_heads"],
-            kv_heads=figures["num_key_value_heads"],
-            ffn=figures["intermediate_size"],
-        )
-
-    return CsmConfig(
-        backbone=stack(data),
-        decoder=stack(data["depth_decoder_config"]),
-        text_vocab=data["text_vocab_size"],
-        audio_vocab=data["vocab_size"],
-        codebooks=data["num_codebooks"],
-    )
-
-
 def _check(config: CsmConfig) -> None:
+    """Raise ValueError for figures of no possible network."""
     figures = {"text_vocab": config.text_vocab, "audio_vocab": config.audio_vocab}
     figures["codebooks"] = config.codebooks
     for name, stack in (("backbone", config.backbone), ("decoder", config.decoder)):
@@ -178,11 +158,5 @@ def _check(config: CsmConfig) -> None:
         raise ValueError("fewer than 2 codebooks")
     for stack in (config.backbone, config.decoder):
         if stack.dim % stack.heads or stack.head_dim % 2 or stack.heads % stack.kv_heads:
-            raise ValueError(
-                f"{stack.heads} heads, {stack.kv_heads} kv heads on {stack.dim} features"
-            )
-
-
-def _malformed(where: str, expected: str, found: str) -> WrongContent:
-    finding = Finding(Kind.MALFORMED, where, expected, found[:200])
-    return WrongContent("config.json cannot be used", [finding])
+            heads = f"{stack.heads} heads, {stack.kv_heads} kv heads"
+            raise ValueError(f"{heads} on {stack.dim} features")

@@ -14,7 +14,7 @@ from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.shards import Files
 from csm_weights.formats.strided import read_elements
-from csm_weights.formats.tensor_index import MAX_FINDINGS
+from csm_weights.formats.tensor_index import MAX_FINDINGS, row_major
 from csm_weights.formats.transformers_layout import (
     AUDIO,
     TIED,
@@ -98,30 +98,6 @@ class Comparison:
         return WrongContent(f"{words}, the first at {first}; {self.equal} are equal", findings)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    name: str
-    first: NamedTensor | None
-    second: NamedTensor | None
-    is_unknown: bool = False
-
-    def difference(self) -> Difference | None:
-        """Compare what the headers say of both."""
-        first, second = self.first, self.second
-        words = [t.signature if t else "no such tensor" for t in (first, second)]
-        if self.is_unknown:
-            what = What.UNKNOWN
-        elif not (first and second):
-            what = What.MISSING
-        elif first.dtype != second.dtype:
-            what = What.DTYPE
-        elif first.shape != second.shape:
-            what = What.SHAPE
-        else:
-            return None
-        return Difference(self.name, what, words[0], words[1])
-
-
 class WeightsPair:
     """Two models whose headers have been read, open for comparing."""
 
@@ -129,42 +105,63 @@ class WeightsPair:
         self, first: NamedTensors, second: NamedTensors, sources: Sequence[MultipartFile]
     ) -> None:
         self._first, self._second, self._sources = first, second, sources
-        self._pairs = sorted(_pairs(first, second), key=lambda pair: pair.name)
-        self._differences = {n: d for n, pair in enumerate(self._pairs) if (d := pair.difference())}
-        #: Bytes and number of each pair whose elements are to be compared, large ones first.
-        self._jobs = sorted(
-            (-pair.first.info.nbytes, number)
-            for number, pair in enumerate(self._pairs)
-            if pair.first and number not in self._differences
-        )
+        self._differences: list[Difference] = []
+        self._alike: list[tuple[str, NamedTensor, NamedTensor]] = []
+        names = {**first.tensors, **second.tensors}
+        pairs = [(name, first.tensors.get(name), second.tensors.get(name)) for name in names]
+        # a copy of the audio embeddings is held against the other's embeddings
+        if first.tied:
+            pairs.append((TIED, first.tied, second.tensors.get(AUDIO)))
+        if second.tied:
+            pairs.append((TIED, first.tensors.get(AUDIO), second.tied))
+        for name, one, other in pairs:
+            what = What.SHAPE
+            if not (one and other):
+                what = What.MISSING
+            elif one.dtype != other.dtype:
+                what = What.DTYPE
+            elif one.shape == other.shape:
+                self._alike.append((name, one, other))
+                continue
+            self._differences.append(Difference(name, what, _words(one), _words(other)))
+        more, others = ({t.name: t for t in named.unknown} for named in (first, second))
+        for name in {**more, **others}:
+            words = _words(more.get(name)), _words(others.get(name))
+            self._differences.append(Difference(name, What.UNKNOWN, *words))
+        self._alike.sort(key=lambda pair: -pair[1].info.nbytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes that `compare` will read of both models together."""
-        return sum(-2 * size for size, _ in self._jobs)
+        return sum(2 * one.info.nbytes for _, one, _ in self._alike)
 
     def compare(self, on_progress: OnProgress) -> Comparison:
         """Read and compare the elements; `on_progress` gets the bytes read.
 
         Raises WrongContent when a file was written to meanwhile.
         """
+        cancel = threading.Event()
+        found: list[tuple[int, Difference | None]] = []
+        waiting = iter(self._alike)  # shared by the threads, large tensors first
+
+        def work() -> None:
+            for name, one, other in waiting:
+                difference = _first_difference(name, one, other, on_progress, cancel)
+                found.append((one.info.nbytes, difference))
+
+        changed = "a file changed while it was compared; compare again"
         try:
-            found = _search([self._pairs[number] for _, number in self._jobs], on_progress)
+            run_all([work] * min(workers(), MAX_THREADS), cancel)
         except EOFError as error:
-            raise _changed([Finding.changed(error, "one that was cut")]) from None
+            raise WrongContent(changed, [Finding.changed(error, "one that was cut")]) from None
         if changes := [finding for source in self._sources for finding in source.changes()]:
-            raise _changed(changes)
-        differences = dict(self._differences)
-        differences |= {n: d for (_, n), d in zip(self._jobs, found, strict=True) if d}
-        equal = [-size for size, number in self._jobs if number not in differences]
-        ordered = tuple(differences[number] for number in sorted(differences))
+            raise WrongContent(changed, changes)
+        equal = [size for size, difference in found if difference is None]
+        differences = [*self._differences, *(d for _, d in found if d)]
+        differences.sort(key=lambda difference: difference.name)
         return Comparison(
-            self._first.summary, self._second.summary, len(equal), sum(equal), ordered
+            self._first.summary, self._second.summary, len(equal), sum(equal), tuple(differences)
         )
-
-
-def _changed(findings: Sequence[Finding]) -> WrongContent:
-    return WrongContent("a file changed while it was compared; compare again", findings)
 
 
 @contextmanager
@@ -180,43 +177,24 @@ def open_pair(first: Files, second: Files) -> Iterator[WeightsPair]:
         yield WeightsPair(*named, [file.source for files in opened for file in files])
 
 
-def _pairs(first: NamedTensors, second: NamedTensors) -> Iterator[_Pair]:
-    for name in {**first.tensors, **second.tensors}:
-        yield _Pair(name, first.tensors.get(name), second.tensors.get(name))
-    if first.tied:
-        yield _Pair(TIED, first.tied, second.tensors.get(AUDIO))
-    if second.tied:
-        yield _Pair(TIED, first.tensors.get(AUDIO), second.tied)
-    unknown = [{t.name: t for t in named.unknown} for named in (first, second)]
-    for name in {**unknown[0], **unknown[1]}:
-        yield _Pair(name, unknown[0].get(name), unknown[1].get(name), is_unknown=True)
+def _words(tensor: NamedTensor | None) -> str:
+    return tensor.signature if tensor else "no such tensor"
 
 
-def _search(pairs: Sequence[_Pair], on_progress: OnProgress) -> list[Difference | None]:
-    """Compare the elements of each pair on several threads; results are in the pairs' order."""
-    cancel = threading.Event()
-    found: list[Difference | None] = [None] * len(pairs)
-    waiting = iter(range(len(pairs)))
-    lock = threading.Lock()
-
-    def take() -> int | None:
-        with lock:
-            return next(waiting, None)
-
-    def work() -> None:
-        while (number := take()) is not None:
-            found[number] = _difference(pairs[number], on_progress, cancel)
-
-    run_all([work] * min(workers(), MAX_THREADS), cancel)
-    return found
-
-
-def _difference(pair: _Pair, on_progress: OnProgress, cancel: threading.Event) -> Difference | None:
+def _first_difference(
+    name: str,
+    first: NamedTensor,
+    second: NamedTensor,
+    on_progress: OnProgress,
+    cancel: threading.Event,
+) -> Difference | None:
     """Find the first element, in row-major order, whose bits differ."""
-    first, second = pair.first, pair.second
-    assert first and second, "both have it, for their headers agree"
     item, total = first.info.itemsize, math.prod(first.info.shape)
-    step = _step(first, second)
+    # whole rows, for parts of rows are slow to read of a view
+    are_plain = first.info.contiguous and second.info.contiguous
+    step = (BLOCK if are_plain else VIEW_BLOCK) // item
+    row = first.shape[-1] if first.shape else 1
+    step -= step % row if 0 < row <= step else 0
     buffers = bytearray(), bytearray()
     for start in range(0, total, step):
         if cancel.is_set():
@@ -231,25 +209,9 @@ def _difference(pair: _Pair, on_progress: OnProgress, cancel: threading.Event) -
             number = start + ((bits & -bits).bit_length() - 1) // (8 * item)
             values = first.value(number), second.value(number)
             # packed elements are counted by their bytes
-            is_packed = math.prod(first.shape) != total
-            index = _index(number, (total,) if is_packed else first.shape)
-            words = str(values[0]), str(values[1])
-            return Difference(pair.name, What.ELEMENTS, *words, index, values)
+            shape = first.shape if math.prod(first.shape) == total else (total,)
+            dimensions = zip(shape, row_major(shape), strict=True)
+            index = tuple(number // apart % size for size, apart in dimensions)
+            return Difference(name, What.ELEMENTS, str(values[0]), str(values[1]), index, values)
         on_progress(2 * size)
     return None
-
-
-def _step(first: NamedTensor, second: NamedTensor) -> int:
-    """Return the elements of a block: whole rows, for parts of rows are slow to read of a view."""
-    are_plain = first.info.contiguous and second.info.contiguous
-    most = (BLOCK if are_plain else VIEW_BLOCK) // first.info.itemsize
-    row = first.shape[-1] if first.shape else 1
-    return most - most % row if 0 < row <= most else most
-
-
-def _index(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    index = []
-    for size in reversed(shape):
-        number, at = divmod(number, size)
-        index.append(at)
-    return tuple(reversed(index))

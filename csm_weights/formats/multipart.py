@@ -21,13 +21,11 @@ _PART = re.compile(r"\.part-[a-z]{2,}")
 
 def find_chunk_files(folder: Path, name: str) -> list[Path]:
     """Find the chunk files of the file called `name` in a folder, in order; empty without any."""
-    if not folder.is_dir():
-        return []
-    found = (
+    found = [
         path
-        for path in folder.iterdir()
+        for path in (folder.iterdir() if folder.is_dir() else ())
         if path.name.startswith(name) and _PART.fullmatch(path.name, len(name))
-    )
+    ]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
@@ -46,20 +44,16 @@ class MultipartFile:
         self._starts = [0]
         try:
             for path in self.paths:
-                self._open(path)
+                # opening a pipe would wait for a writer
+                self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+                status = os.fstat(self._fds[-1])
+                if not stat.S_ISREG(status.st_mode):
+                    raise Malformed("a regular file", "something else")
+                self._prints.append(Fingerprint.of(status))
+                self._starts.append(self._starts[-1] + status.st_size)
         except BaseException:
             self.close()
             raise
-
-    def _open(self, path: Path) -> None:
-        # opening a pipe would wait for a writer
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        self._fds.append(fd)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise Malformed("a regular file", "something else")
-        self._prints.append(Fingerprint.of(status))
-        self._starts.append(self._starts[-1] + status.st_size)
 
     @property
     def size(self) -> int:

@@ -35,13 +35,27 @@ def read_safetensors(path: Path | str | MultipartFile) -> TensorIndex:
     """
     tensors: dict[str, TensorInfo] = {}
     with reading(path, "safetensors") as (file, size, found):
-        start = 8 + _header_length(file, size)
+        if size < 8:
+            raise Malformed("8 bytes of header length", f"a file of {size} bytes")
+        length, ceiling = int.from_bytes(read_at(file, 0, 8), "little"), min(MAX_HEADER, size - 8)
+        if not 2 <= length <= ceiling:
+            raise Malformed(f"2 to {ceiling} bytes", f"{length}", "header length")
         try:
-            _read_header(file, start, tensors, found)
+            _read_header(file, 8 + length, tensors, found)
         except (ValueError, RecursionError) as error:
             raise Malformed("JSON", show(f"{type(error).__name__}: {error}"), "header") from None
         if not found.count:
-            _check_tiling(tensors, start, size, found)
+            # they must cover the rest of the file with no hole and no overlap
+            end = 8 + length
+            for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+                if info.offset != end:
+                    what = "a hole" if info.offset > end else "an overlap"
+                    words = f"data from byte {end}", f"{what}: from byte {info.offset}"
+                    found.add(Malformed(*words, show(info.name)))
+                end = max(end, info.offset + info.nbytes)
+            if end != size:
+                words = f"data up to the end, byte {size}", f"up to byte {end}"
+                found.add(Malformed(*words, "data"))
     return TensorIndex(tensors, size)
 
 
@@ -53,16 +67,6 @@ FORMAT = Format(
     sniff=lambda head: head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER,
     read_index=read_safetensors,
 )
-
-
-def _header_length(file: MultipartFile, size: int) -> int:
-    if size < 8:
-        raise Malformed("8 bytes of header length", f"a file of {size} bytes")
-    length = int.from_bytes(read_at(file, 0, 8), "little")
-    ceiling = min(MAX_HEADER, size - 8)
-    if not 2 <= length <= ceiling:
-        raise Malformed(f"2 to {ceiling} bytes", f"{length}", "header length")
-    return length
 
 
 def _read_header(
@@ -111,16 +115,3 @@ def _read_entry(name: str, entry: Any, start: int) -> TensorInfo:
         expected = f"{info.nbytes} bytes for {info.signature}"
         raise Malformed(expected, f"{span[1] - span[0]} bytes")
     return info
-
-
-def _check_tiling(tensors: dict[str, TensorInfo], start: int, size: int, found: Findings) -> None:
-    """Check that the tensors cover `[start, size)` of the file with no hole and no overlap."""
-    end = start
-    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
-        if info.offset != end:
-            what = "a hole" if info.offset > end else "an overlap"
-            text = f"{what}: from byte {info.offset}"
-            found.add(Malformed(f"data from byte {end}", text, show(info.name)))
-        end = max(end, info.offset + info.nbytes)
-    if end != size:
-        found.add(Malformed(f"data up to the end, byte {size}", f"up to byte {end}", "data"))

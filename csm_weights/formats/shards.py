@@ -7,7 +7,7 @@ or refused: a comparison that leaves a file out would call different models equa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent, printable
@@ -42,15 +42,16 @@ def find(path: Path) -> Files:
     if match := _INDEX.fullmatch(path.name):
         if not path.is_file():
             raise missing(path, "an index of shards", "no such file")
-        return _alone(_listed(path, match[1], match[2]))
+        return [[shard] for shard in _listed(path, match[1], match[2])]
     if match := _SHARD.fullmatch(path.name):
-        return _alone(_numbered(path.parent, match))
+        return _numbered(path.parent, match)
     whole = path.parent / path.name.rpartition(".part-")[0] if ".part-" in path.name else path
     if (whole != path or not path.exists()) and (
         parts := find_chunk_files(path.parent, whole.name)
     ):
         return [parts]
-    sets = _sets(path) if path.is_dir() else {}
+    # one shard of each set in a folder, by the set's name, total and ending
+    sets = {(m[1], int(m[3]), m[4]): m for m in _matches(path)}
     try:
         found = find_weights(path)
     except MissingInput:
@@ -65,19 +66,10 @@ def find(path: Path) -> Files:
     if len(sets) > 1:
         names = ", ".join(sorted(show(match[0]) for match in sets.values()))
         raise UsageError(printable(f"{path} has the shards of several models: {names}"))
-    return _alone(_numbered(path, next(iter(sets.values()))))
+    return _numbered(path, next(iter(sets.values())))
 
 
-def _alone(paths: Iterable[Path]) -> Files:
-    return [[path] for path in paths]
-
-
-def _sets(folder: Path) -> dict[tuple[str, int, str], re.Match[str]]:
-    """Return one shard of each set in a folder, by the set's name, total and ending."""
-    return {(match[1], int(match[3]), match[4]): match for match in _matches(folder)}
-
-
-def _numbered(folder: Path, match: re.Match[str]) -> list[Path]:
+def _numbered(folder: Path, match: re.Match[str]) -> Files:
     """Find the shards of a set, of which the match is one: numbered from 1, or all from 0."""
     name, digits, total, suffix = match[1], len(match[2]), int(match[3]), match[4]
     _check_count(folder / match[0], total)
@@ -97,7 +89,7 @@ def _numbered(folder: Path, match: re.Match[str]) -> list[Path]:
     index = folder / f"{name}{suffix}.index.json"
     if index.is_file():
         _refuse(set(shards) ^ set(_listed(index, name, suffix)), f"the files that {index} lists")
-    return shards
+    return [[shard] for shard in shards]
 
 
 def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
@@ -111,7 +103,11 @@ def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
                     stream.read_value()
                     continue
                 for _ in stream.read_keys():
-                    names.add(_plain_name(stream.read_value(), suffix))
+                    name = stream.read_value()
+                    is_name = isinstance(name, str) and name.endswith(suffix)
+                    if not is_name or "/" in name or "\0" in name:
+                        raise ValueError(f"the file {show(name)}")
+                    names.add(name)
                     _check_count(index, len(names))
             stream.finish()
     except (ValueError, RecursionError) as error:
@@ -125,16 +121,10 @@ def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
     return [index.parent / name for name in sorted(names)]
 
 
-def _plain_name(name: object, suffix: str) -> str:
-    if not isinstance(name, str) or not name.endswith(suffix) or "/" in name or "\0" in name:
-        raise ValueError(f"the file {show(name)}")
-    return name
-
-
-def _matches(folder: Path) -> Iterator[re.Match[str]]:
-    """Yield what in a folder is named like a shard."""
+def _matches(folder: Path) -> list[re.Match[str]]:
+    """Return what in a folder is named like a shard, by name."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    yield from filter(None, map(_SHARD.fullmatch, names))
+    return [match for name in names if (match := _SHARD.fullmatch(name))]
 
 
 def _check_count(where: Path, count: int) -> None:

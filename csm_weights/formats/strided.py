@@ -33,10 +33,7 @@ _SMALL = {"F8_E4M3": (3, 7, 0x7F), "F8_E4M3FNUZ": (3, 8, None), "F8_E5M2FNUZ": (
 
 
 class _Axis(NamedTuple):
-    """One dimension: its size, and the distance of neighbours in the file and in the result.
-
-    All in elements.
-    """
+    """One dimension: size, distance of neighbours in the file and in the result, in elements."""
 
     size: int
     step: int
@@ -67,100 +64,65 @@ def read_elements(source: MultipartFile, info: TensorInfo, start: int, buffer: b
         return
     if info.itemsize == 16:  # moved as two halves
         shape, stride = (*info.shape, 2), (*(2 * step for step in info.stride), 1)
-        info, start, count = (
-            replace(info, dtype="U64", shape=shape, stride=stride),
-            2 * start,
-            2 * count,
-        )
-    with memoryview(buffer) as view, view.cast(_MOVED[info.itemsize]) as target:
-        reader = _Reader(source, info, view, target)
-        for box in _boxes(_merged(info), start, start + count):
-            reader.read(box)
-
-
-class _Reader:
-    def __init__(
-        self, source: MultipartFile, info: TensorInfo, buffer: memoryview, target: memoryview
-    ) -> None:
-        self._source, self._start, self._item = source, info.offset, info.itemsize
-        self._buffer, self._target = buffer, target
-        self._format = _MOVED[info.itemsize]
-
-    def read(self, box: _Box) -> None:
-        """Read a box in one go if its elements lie densely enough, else in parts."""
-        reach = 1 + sum((axis.size - 1) * axis.step for axis in box.axes)
-        wanted = math.prod(axis.size for axis in box.axes)
-        if reach * self._item <= max(_FLOOR, _DENSITY * wanted * self._item):
-            self._take(box, reach)
-            return
-        if len(box.axes) == 2:
-            run, apart = sorted(box.axes, key=lambda axis: axis.step)
-            if run.step == 1 and apart.step * self._item > _FLOOR:
-                self._take_runs(box, run, apart)
-                return
-        reaches = [(axis.size - 1) * axis.step for axis in box.axes]
-        for part in _split(box, reaches.index(max(reaches)), self._item):
-            self.read(part)
-
-    def _take_runs(self, box: _Box, run: _Axis, apart: _Axis) -> None:
-        """Read each run alone, without the overhead of `read`."""
-        buffer = memoryview(bytearray(run.size * self._item))
-        elements = buffer.cast(self._format)
-        offset, end = self._start + box.begin * self._item, (run.size - 1) * run.out_step + 1
-        for at in range(box.out, box.out + apart.size * apart.out_step, apart.out_step):
-            self._source.read_into(buffer, offset)
-            self._target[at : at + end : run.out_step] = elements
-            offset += apart.step * self._item
-
-    def _take(self, box: _Box, reach: int) -> None:
-        offset = self._start + box.begin * self._item
-        if all(axis.step == axis.out_step == 1 for axis in box.axes):
-            begin = box.out * self._item
-            with self._buffer[begin : begin + reach * self._item] as part:
-                self._source.read_into(part, offset)
-            return
-        span = memoryview(bytearray(reach * self._item))
-        self._source.read_into(span, offset)
-        self._scatter(box, span.cast(self._format))
-
-    def _scatter(self, box: _Box, span: memoryview) -> None:
-        """Move the elements to their places, a run along the longest axis at a time."""
-        *others, (size, step, place) = sorted(box.axes, key=lambda axis: axis.size)
-        ranges = [range(axis.size) for axis in others]
-        for index in itertools.product(*ranges):
-            begin, at = 0, box.out
-            for number, axis in zip(index, others, strict=True):
-                begin += number * axis.step
-                at += number * axis.out_step
-            if step:
-                run = span[begin : begin + (size - 1) * step + 1 : step]
-            else:  # no slice repeats one element
-                run = memoryview(span[begin : begin + 1].tobytes() * size).cast(self._format)
-            self._target[at : at + (size - 1) * place + 1 : place] = run
-
-
-def _split(box: _Box, number: int, item: int) -> Iterator[_Box]:
-    """Halve a box along one axis, or cut it into steps where no two can be read together."""
-    size, step, place = box.axes[number]
-    part = 1 if step * item > _FLOOR else (size + 1) // 2
-    before, after = box.axes[:number], box.axes[number + 1 :]
-    for index in range(0, size, part):
-        count = min(part, size - index)
-        own = (_Axis(count, step, place),) if count > 1 else ()
-        yield _Box((*before, *own, *after), box.begin + index * step, box.out + index * place)
-
-
-def _merged(info: TensorInfo) -> list[tuple[int, int]]:
-    """Merge dimensions into as few sizes and strides as will do, outermost first."""
-    merged: list[tuple[int, int]] = []
+        info = replace(info, dtype="U64", shape=shape, stride=stride)
+        start, count = 2 * start, 2 * count
+    # as few dimensions as will do, outermost first
+    dims: list[tuple[int, int]] = []
     for size, step in zip(info.shape, info.stride, strict=True):
         if size == 1:
             continue
-        if merged and merged[-1][1] == size * step:
-            merged[-1] = (merged[-1][0] * size, step)
+        if dims and dims[-1][1] == size * step:
+            dims[-1] = (dims[-1][0] * size, step)
         else:
-            merged.append((size, step))
-    return merged
+            dims.append((size, step))
+    with memoryview(buffer) as view, view.cast(_MOVED[info.itemsize]) as target:
+        for box in _boxes(dims, start, start + count):
+            _read(box, source, info, view, target)
+
+
+def _read(
+    box: _Box, source: MultipartFile, info: TensorInfo, buffer: memoryview, target: memoryview
+) -> None:
+    """Read a box in one go if its elements lie densely enough, else in parts.
+
+    `target` is the buffer as elements.
+    """
+    item = info.itemsize
+    reaches = [(axis.size - 1) * axis.step for axis in box.axes]
+    reach = 1 + sum(reaches)
+    wanted = math.prod(axis.size for axis in box.axes)
+    if reach * item > max(_FLOOR, _DENSITY * wanted * item):
+        # halve the longest axis, or cut it into steps where no two can be read together
+        number = reaches.index(max(reaches))
+        size, step, place = box.axes[number]
+        part = 1 if step * item > _FLOOR else (size + 1) // 2
+        for index in range(0, size, part):
+            count = min(part, size - index)
+            own = (_Axis(count, step, place),) if count > 1 else ()
+            axes = (*box.axes[:number], *own, *box.axes[number + 1 :])
+            inner = _Box(axes, box.begin + index * step, box.out + index * place)
+            _read(inner, source, info, buffer, target)
+        return
+    offset = info.offset + box.begin * item
+    if all(axis.step == axis.out_step == 1 for axis in box.axes):
+        with buffer[box.out * item : (box.out + reach) * item] as piece:
+            source.read_into(piece, offset)
+        return
+    raw = memoryview(bytearray(reach * item))
+    source.read_into(raw, offset)
+    span = raw.cast(_MOVED[item])
+    # move the elements to their places, a run along the longest axis at a time
+    *others, (size, step, place) = sorted(box.axes, key=lambda axis: axis.size)
+    for position in itertools.product(*(range(axis.size) for axis in others)):
+        begin, at = 0, box.out
+        for number, axis in zip(position, others, strict=True):
+            begin += number * axis.step
+            at += number * axis.out_step
+        if step:
+            run = span[begin : begin + (size - 1) * step + 1 : step]
+        else:  # no slice repeats one element
+            run = memoryview(span[begin : begin + 1].tobytes() * size).cast(_MOVED[item])
+        target[at : at + (size - 1) * place + 1 : place] = run
 
 
 def _boxes(

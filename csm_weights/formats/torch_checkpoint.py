@@ -14,21 +14,8 @@ from pathlib import Path
 
 from csm_weights.formats.multipart import MultipartFile, read_at
 from csm_weights.formats.tensor_index import ITEM_BITS, Format, TensorIndex, TensorInfo, reading
-from csm_weights.formats.torch_pickle import (
-    MAX_PICKLE,
-    Pickle,
-    View,
-    read_pickle,
-    tensors_of,
-)
-from csm_weights.formats.torch_zip import (
-    END,
-    END_SIGN,
-    LOCAL_SIGN,
-    Record,
-    read_content,
-    read_records,
-)
+from csm_weights.formats.torch_pickle import MAX_PICKLE, Pickle, View, read_pickle, tensors_of
+from csm_weights.formats.torch_zip import LOCAL_SIGN, Record, read_content, read_records
 from csm_weights.untrusted import Malformed, Unsupported, show
 
 #: Ceiling of a small record, bytes, and what each of them may say.
@@ -40,7 +27,6 @@ _NOTES = {
     ".storage_alignment": rb"[0-9]{1,9}\n?",
     ".data/serialization_id": rb"[0-9]{1,40}",
 }
-
 
 #: How a pickle begins, and the first two values of a file from before torch 1.6.
 PROTO = b"\x80"
@@ -64,7 +50,7 @@ def read_checkpoint(path: Path | str | MultipartFile) -> TensorIndex:
         if file.read(0, 1) == PROTO:
             pickle, places = _read_legacy(file, size)
         else:
-            records = _read_zip(file, size)
+            records = read_records(file, size)
             for name, pattern in _NOTES.items():
                 with found.collecting(name):
                     if record := records.get(name):
@@ -87,8 +73,9 @@ def read_checkpoint(path: Path | str | MultipartFile) -> TensorIndex:
                 info = _locate(name, view, places)
                 spare -= max(0, info.nbytes - view.storage.nbytes)
                 if spare < 0:
-                    words = (f"at most {MAX_REPEATED:,} bytes of repeated elements", "more")
-                    raise Unsupported(*words)
+                    raise Unsupported(
+                        f"at most {MAX_REPEATED:,} bytes of repeated elements", "more"
+                    )
                 tensors[name] = info
     return TensorIndex(tensors, size)
 
@@ -108,16 +95,6 @@ FORMAT = Format(
     sniff=_is_torch,
     read_index=read_checkpoint,
 )
-
-
-def _read_zip(file: MultipartFile, size: int) -> dict[str, Record]:
-    """Read the records of a zip; raises Unsupported for a file that is none."""
-    is_zip = file.read(0, 4) == LOCAL_SIGN or file.read(max(0, size - END.size), 4) == END_SIGN
-    if not is_zip and file.read(257, 5) == b"ustar":
-        raise Malformed("a zip archive", "a tar archive, which torch.load refuses too")
-    if not is_zip and size:
-        raise Unsupported("a torch checkpoint", f"a file that starts {show(file.read(0, 16))}")
-    return read_records(file, size)
 
 
 def _read_legacy(file: MultipartFile, size: int) -> tuple[Pickle, dict[str, Record]]:

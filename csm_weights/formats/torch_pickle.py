@@ -8,7 +8,7 @@ anything else, with the name of the opcode or global and its byte in the pickle.
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -59,22 +59,13 @@ _STORAGES = {
 } | {"torch.storage UntypedStorage": "U8"}
 #: Calls whose result holds no tensor that lies in the file.
 _INERT = {
-    "_codecs encode",
-    "builtins bytearray",
-    "builtins complex",
-    "torch device",
+    *("_codecs encode", "builtins bytearray", "builtins complex", "torch device"),
     "torch.serialization _get_layout",
 }
 _CALLED = {
-    "collections OrderedDict",
-    "collections Counter",
-    "builtins set",
-    "torch Size",
-    "torch._utils _rebuild_tensor",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_tensor_v3",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_parameter_with_state",
+    *("collections OrderedDict", "collections Counter", "builtins set", "torch Size"),
+    *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3")),
+    *(f"torch._utils _rebuild_{what}" for what in ("parameter", "parameter_with_state")),
     "torch._tensor _rebuild_from_type_v2",
 }
 _TYPES = {"torch Tensor", "torch._tensor Tensor", "torch.nn.parameter Parameter"}
@@ -92,14 +83,13 @@ _UNREAD = {
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+#: Opcodes that push their argument, and the others that have one.
 _LITERALS = {
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
 }
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_PUTS = {"BINPUT", "LONG_BINPUT"}
-_GETS = {"BINGET", "LONG_BINGET"}
+_WITH_ARGUMENT = _LITERALS | {"BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "FRAME"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +155,15 @@ def read_pickle(stream: BytesIO, where: str) -> Pickle:
     head = stream.read(2)
     if len(head) != 2 or head[0] != 0x80 or not 2 <= head[1] <= 5:
         raise Malformed("pickle protocol 2 to 5", f"bytes {show(head)}", f"{where} byte {start}")
-    machine = _Machine()
+    machine = _Machine(stream)
     while True:
         at = stream.tell()
         try:
-            if _step(machine, stream):
-                return Pickle(machine.result(), machine.storages)
+            if machine.step():
+                value = machine.pop()
+                if machine.stack or machine.marks:
+                    raise Malformed("one object and nothing after it", "more")
+                return Pickle(value, machine.storages)
         except Malformed as error:
             raise type(error)(error.expected, error.found, f"{where} byte {at}") from None
 
@@ -206,77 +199,97 @@ def _walk(value: Any, name: str, depth: int, budget: Iterator[int]) -> Iterator[
             yield from _walk(item, f"{name}.{word}" if depth else word, depth + 1, budget)
 
 
-def _step(machine: _Machine, stream: BytesIO) -> bool:
-    """Run one opcode; return True when it is STOP."""
-    code = stream.read(1)
-    if not code:
-        raise Malformed("STOP", "the end of the pickle")
-    opcode = _OPCODES.get(code.decode("latin-1"))
-    name = opcode.name if opcode else f"byte {code[0]:#04x}"
-    if name in _LITERALS:
-        machine.push(_literal(name, _argument(opcode, stream)))
-    elif name in _PUTS:
-        machine.put(_argument(opcode, stream))
-    elif name in _GETS:
-        machine.get(_argument(opcode, stream))
-    elif name == "FRAME":
-        _argument(opcode, stream)
-    elif name == "GLOBAL":
-        # two lines as they are: pickletools would undo escapes that pickle keeps
-        lines = [stream.readline().decode("latin-1") for _ in range(2)]
-        machine.push(_global(lines[0].rstrip(), lines[1].rstrip(), lines[1].endswith("\n")))
-    elif name in _CONSTANTS:
-        machine.push(_CONSTANTS[name])
-    elif name in _TUPLES:
-        items = [machine.pop() for _ in range(_TUPLES[name])]
-        machine.make(tuple(reversed(items)))
-    elif name in _ACTIONS:
-        _ACTIONS[name](machine)
-    elif name != "STOP":
-        raise Malformed("an opcode of a checkpoint", f"opcode {name}")
-    return name == "STOP"
-
-
-def _argument(opcode: pickletools.OpcodeInfo | None, stream: BytesIO) -> Any:
-    assert opcode is not None and opcode.arg is not None
-    try:
-        return opcode.arg.reader(stream)
-    except ValueError as error:
-        raise Malformed(f"the argument of {opcode.name}", show(str(error))) from None
-
-
-def _literal(name: str, value: Any) -> Any:
-    if name.endswith("BINSTRING"):  # of Python 2
-        try:
-            return value.encode("latin-1").decode()
-        except UnicodeDecodeError:
-            raise Malformed("text in UTF-8", show(value)) from None
-    return value
-
-
-def _global(module: str, name: str, is_whole: bool = True) -> _Global:
-    text = f"{module} {name}".replace("__builtin__ ", "builtins ")
-    if text in _UNREAD:
-        raise Unsupported("plain tensors", f"global {show(text)}")
-    if not is_whole or text not in _GLOBALS:
-        raise Malformed("a global of a checkpoint", f"global {show(text)}")
-    return _Global(text)
-
-
 @dataclass
 class _Machine:
-    """The stack, its marks and the memo.
+    """A stream of opcodes, the stack, its marks and the memo.
 
     Values are text, numbers, tuples, lists, dicts and the classes above. None
     is ever compared, hashed or printed as a whole: with shared references a
     short pickle can describe a value of any size.
     """
 
+    stream: BytesIO
     stack: list[Any] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
     memo: list[Any] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
     objects: int = 0
+
+    def step(self) -> bool:
+        """Run one opcode; return True when it is STOP."""
+        code = self.stream.read(1)
+        if not code:
+            raise Malformed("STOP", "the end of the pickle")
+        opcode = _OPCODES.get(code.decode("latin-1"))
+        name = opcode.name if opcode else f"byte {code[0]:#04x}"
+        argument: Any = None
+        if opcode and opcode.arg and name in _WITH_ARGUMENT:
+            try:
+                argument = opcode.arg.reader(self.stream)
+                if name.endswith("BINSTRING"):  # of Python 2
+                    argument = argument.encode("latin-1").decode()
+            except ValueError as error:
+                raise Malformed(f"the argument of {name}", show(str(error))) from None
+        match name:
+            case "STOP" | "FRAME":
+                pass
+            case _ if name in _LITERALS:
+                self.push(argument)
+            case _ if name in _CONSTANTS:
+                self.push(_CONSTANTS[name])
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                self.put(argument)
+            case "BINGET" | "LONG_BINGET":
+                if argument >= len(self.memo):
+                    raise Malformed("an object memorized before", f"memo {argument}")
+                self.push(self.memo[argument])
+            case "MARK":
+                if len(self.marks) >= MAX_STACK:
+                    raise Malformed(f"at most {MAX_STACK} marks at once", "more")
+                self.marks.append(len(self.stack))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [self.pop() for _ in range(int(name[-1]))]
+                self.make(tuple(reversed(items)))
+            case "TUPLE":
+                self.make(tuple(self.pop_mark()))
+            case "EMPTY_DICT":
+                self.make({})
+            case "EMPTY_LIST":
+                self.make([])
+            case "APPEND":
+                self.extend([self.pop()])
+            case "APPENDS":
+                self.extend(self.pop_mark())
+            case "SETITEM":
+                value, key = self.pop(), self.pop()
+                self.assign([key, value])
+            case "SETITEMS":
+                self.assign(self.pop_mark())
+            case "GLOBAL":
+                # two lines as they are: pickletools would undo escapes that pickle keeps
+                lines = [self.stream.readline().decode("latin-1") for _ in range(2)]
+                self.push(_global(lines[0].rstrip(), lines[1].rstrip(), lines[1].endswith("\n")))
+            case "STACK_GLOBAL":
+                word, module = self.pop(), self.pop()
+                if not isinstance(word, str) or not isinstance(module, str):
+                    raise Malformed("the names of a global", _kind(module))
+                self.push(_global(module, word))
+            case "REDUCE":
+                arguments = self.pop()
+                self.make(_call(self.pop(), arguments))
+            case "BUILD":  # drops the attributes of an OrderedDict, such as a module's _metadata
+                state, target = self.pop(), self.pop()
+                is_plain = type(state) is dict and not any(str(k).startswith("__") for k in state)
+                if not isinstance(target, _OrderedDict) or not is_plain:
+                    raise Malformed(
+                        "BUILD of a state dict's _metadata", f"BUILD of {_kind(target)}"
+                    )
+                self.push(target)
+            case "BINPERSID":
+                self.make(self.storage(self.pop()))
+            case _:
+                raise Malformed("an opcode of a checkpoint", f"opcode {name}")
+        return name == "STOP"
 
     def push(self, value: Any) -> None:
         if len(self.stack) >= MAX_STACK:
@@ -294,11 +307,6 @@ class _Machine:
             raise Malformed("an object on the stack", "none")
         return self.stack.pop()
 
-    def mark(self) -> None:
-        if len(self.marks) >= MAX_STACK:
-            raise Malformed(f"at most {MAX_STACK} marks at once", "more")
-        self.marks.append(len(self.stack))
-
     def pop_mark(self) -> list[Any]:
         if not self.marks:
             raise Malformed("a mark on the stack", "none")
@@ -307,7 +315,7 @@ class _Machine:
         del self.stack[start:]
         return items
 
-    def put(self, index: int | None = None) -> None:
+    def put(self, index: int | None) -> None:
         value = self.pop()
         self.stack.append(value)
         index = len(self.memo) if index is None else index
@@ -317,34 +325,43 @@ class _Machine:
             raise Malformed(f"memo {len(self.memo)}, the next one", f"memo {index}")
         self.memo[index : index + 1] = [value]
 
-    def get(self, index: int) -> None:
-        if index >= len(self.memo):
-            raise Malformed("an object memorized before", f"memo {index}")
-        self.push(self.memo[index])
+    def extend(self, items: list[Any]) -> None:
+        target = self.pop()
+        if not isinstance(target, list):
+            raise Malformed("items for a list", _kind(target))
+        target += items
+        self.push(target)
 
-    def result(self) -> Any:
-        value = self.pop()
-        if self.stack or self.marks:
-            raise Malformed("one object and nothing after it", "more")
-        return value
+    def assign(self, items: list[Any]) -> None:
+        target = self.pop()
+        if not isinstance(target, dict) or len(items) % 2:
+            raise Malformed("names and values for a dict", _kind(target))
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _set(target, key, value)
+        self.push(target)
+
+    def storage(self, value: Any) -> Storage:
+        match value:
+            case ("storage", _Global(name), str(key), str(), int(elements), *rest) if (
+                name in _STORAGES
+                and type(elements) is int
+                and elements >= 0
+                and rest in ([], [None])
+            ):
+                found = Storage(_STORAGES[name], key, elements)
+                if self.storages.setdefault(key, found).nbytes != found.nbytes:
+                    raise Malformed("one size for each storage", f"two for {show(key)}")
+                return found
+        raise Malformed("a storage: type, key, location, elements", _kind(value))
 
 
-def _storage(machine: _Machine) -> None:
-    match machine.pop():
-        case ("storage", _Global(name), str(key), str(), int(elements), *rest) if (
-            name in _STORAGES and type(elements) is int and elements >= 0 and rest in ([], [None])
-        ):
-            found = Storage(_STORAGES[name], key, elements)
-            if machine.storages.setdefault(key, found).nbytes != found.nbytes:
-                raise Malformed("one size for each storage", f"two for {show(key)}")
-            machine.make(found)
-        case other:
-            raise Malformed("a storage: type, key, location, elements", _kind(other))
-
-
-def _reduce(machine: _Machine) -> None:
-    arguments = machine.pop()
-    machine.make(_call(machine.pop(), arguments))
+def _global(module: str, name: str, is_whole: bool = True) -> _Global:
+    text = f"{module} {name}".replace("__builtin__ ", "builtins ")
+    if text in _UNREAD:
+        raise Unsupported("plain tensors", f"global {show(text)}")
+    if not is_whole or text not in _GLOBALS:
+        raise Malformed("a global of a checkpoint", f"global {show(text)}")
+    return _Global(text)
 
 
 def _call(called: Any, arguments: Any) -> Any:
@@ -352,7 +369,12 @@ def _call(called: Any, arguments: Any) -> Any:
     name = called.name if isinstance(called, _Global) else ""
     match (name, arguments):
         case ("collections OrderedDict", () | (list(),)):
-            return _from_pairs(arguments[0] if arguments else [])
+            made = _OrderedDict()
+            for pair in arguments[0] if arguments else []:
+                if not isinstance(pair, list | tuple) or len(pair) != 2:
+                    raise Malformed("pairs of name and value", _kind(pair))
+                _set(made, *pair)
+            return made
         case ("collections Counter", () | (dict(),)):
             return _Inert("Counter")
         case ("builtins set", () | (list(),)):
@@ -361,12 +383,7 @@ def _call(called: Any, arguments: Any) -> Any:
             return _Inert("set")
         case ("torch Size", (tuple(size),)):
             return size
-        case (
-            "torch._utils _rebuild_tensor"
-            | "torch._utils _rebuild_tensor_v2"
-            | "torch._utils _rebuild_tensor_v3",
-            tuple(),
-        ):
+        case (_, tuple()) if name.startswith("torch._utils _rebuild_tensor"):
             return _view(name, arguments)
         case (
             "torch._utils _rebuild_parameter" | "torch._utils _rebuild_parameter_with_state",
@@ -415,33 +432,6 @@ def _flip(dtype: str, metadata: dict[Any, Any]) -> int:
     return flip
 
 
-def _build(machine: _Machine) -> None:
-    """Drop the attributes of an OrderedDict, such as a module's `_metadata`."""
-    state, target = machine.pop(), machine.pop()
-    is_plain = type(state) is dict and not any(str(key).startswith("__") for key in state)
-    if not isinstance(target, _OrderedDict) or not is_plain:
-        raise Malformed("BUILD of a state dict's _metadata", f"BUILD of {_kind(target)}")
-    machine.push(target)
-
-
-def _assign(machine: _Machine, items: list[Any]) -> None:
-    target = machine.pop()
-    if not isinstance(target, dict) or len(items) % 2:
-        raise Malformed("names and values for a dict", _kind(target))
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        _set(target, key, value)
-    machine.push(target)
-
-
-def _from_pairs(pairs: list[Any]) -> _OrderedDict:
-    made = _OrderedDict()
-    for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise Malformed("pairs of name and value", _kind(pair))
-        _set(made, *pair)
-    return made
-
-
 def _set(target: dict[Any, Any], key: Any, value: Any) -> None:
     if isinstance(key, str) and not is_text(key):
         raise Malformed("a name that is text", _kind(key))
@@ -450,44 +440,6 @@ def _set(target: dict[Any, Any], key: Any, value: Any) -> None:
     if key in target:
         raise Malformed("each name once", f"{show(key)} twice")
     target[key] = value
-
-
-def _extend(machine: _Machine, items: list[Any]) -> None:
-    target = machine.pop()
-    if not isinstance(target, list):
-        raise Malformed("items for a list", _kind(target))
-    target += items
-    machine.push(target)
-
-
-def _set_item(machine: _Machine) -> None:
-    value, key = machine.pop(), machine.pop()
-    _assign(machine, [key, value])
-
-
-def _stack_global(machine: _Machine) -> None:
-    match (machine.pop(), machine.pop()):
-        case (str(name), str(module)):
-            machine.push(_global(module, name))
-        case (_, other):
-            raise Malformed("the names of a global", _kind(other))
-
-
-_ACTIONS: dict[str, Callable[[_Machine], None]] = {
-    "MARK": _Machine.mark,
-    "MEMOIZE": _Machine.put,
-    "EMPTY_DICT": lambda machine: machine.make({}),
-    "EMPTY_LIST": lambda machine: machine.make([]),
-    "TUPLE": lambda machine: machine.make(tuple(machine.pop_mark())),
-    "STACK_GLOBAL": _stack_global,
-    "BINPERSID": _storage,
-    "REDUCE": _reduce,
-    "BUILD": _build,
-    "APPEND": lambda machine: _extend(machine, [machine.pop()]),
-    "APPENDS": lambda machine: _extend(machine, machine.pop_mark()),
-    "SETITEM": _set_item,
-    "SETITEMS": lambda machine: _assign(machine, machine.pop_mark()),
-}
 
 
 def _kind(value: object) -> str:

@@ -13,7 +13,6 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any
 
 from csm_weights.formats.multipart import MultipartFile, read_at
 from csm_weights.untrusted import Malformed, Unsupported, show
@@ -64,18 +63,29 @@ def read_records(file: MultipartFile, size: int) -> dict[str, Record]:
     directory = read_at(file, start, length)
     if b"/code/" in directory and b"/constants.pkl" in directory:
         raise Unsupported("a torch checkpoint", "a TorchScript archive, which holds a program")
-    entries = _read_directory(directory, count)
-    records = []
+    records: dict[str, Record] = {}
+    folders = set()
     position = 0
-    for entry in sorted(entries, key=lambda entry: entry.header):
+    for entry in sorted(_read_directory(directory, count), key=lambda entry: entry.header):
+        at = show(entry.name)
         if entry.header != position:
-            found = f"at byte {entry.header}"
-            raise Malformed(f"a record at byte {position}", found, show(entry.name))
-        record, position = _check_record(file, entry, start)
-        records.append(record)
+            raise Malformed(f"a record at byte {position}", f"at byte {entry.header}", at)
+        data, position = _check_record(file, entry, start)
+        match = _NAME.fullmatch(entry.name)
+        if match is None:
+            raise Malformed("a name that torch.save writes", at, "zip directory")
+        folders.add(match["folder"])
+        if len(folders) > 1:
+            raise Malformed("one folder", f"another: {at}", "zip directory")
+        if match["name"] in records:
+            raise Malformed("each name once", f"{at} twice", "zip directory")
+        records[match["name"]] = replace(entry, name=match["name"], data=data)
     if position != start:
         raise Malformed(f"records up to byte {start}", f"up to byte {position}", "zip")
-    return _named(records)
+    for name in ("data.pkl", "version"):
+        if name not in records:
+            raise Malformed(f"a record {name}", "none", "zip directory")
+    return records
 
 
 def torch_flags(size: int) -> int:
@@ -108,25 +118,6 @@ def extra_fields(extra: bytes, at: str) -> dict[int, bytes]:
     return fields
 
 
-def _named(entries: list[Record]) -> dict[str, Record]:
-    records: dict[str, Record] = {}
-    folders = set()
-    for entry in entries:
-        match = _NAME.fullmatch(entry.name)
-        if match is None:
-            raise Malformed("a name that torch.save writes", show(entry.name), "zip directory")
-        folders.add(match["folder"])
-        if len(folders) > 1:
-            raise Malformed("one folder", f"another: {show(entry.name)}", "zip directory")
-        if match["name"] in records:
-            raise Malformed("each name once", f"{show(entry.name)} twice", "zip directory")
-        records[match["name"]] = replace(entry, name=match["name"])
-    for name in ("data.pkl", "version"):
-        if name not in records:
-            raise Malformed(f"a record {name}", "none", "zip directory")
-    return records
-
-
 def _find_directory(file: MultipartFile, size: int) -> tuple[int, int, int]:
     """Find offset, bytes and entry count of the directory; its end records must end the file."""
     if size < END.size:
@@ -134,39 +125,31 @@ def _find_directory(file: MultipartFile, size: int) -> tuple[int, int, int]:
     at = size - END.size
     sign, disk, first, here, count, length, start, comment = END.unpack(read_at(file, at, END.size))
     if sign != END_SIGN:
-        head = show(read_at(file, 0, min(16, size)))
-        raise Malformed("a zip archive that ends the file", f"a file that starts {head}")
+        if file.read(257, 5) == b"ustar":
+            raise Malformed("a zip archive", "a tar archive, which torch.load refuses too")
+        head = file.read(0, 16)
+        kind = Malformed if head.startswith(LOCAL_SIGN) else Unsupported
+        raise kind("a zip archive that ends the file", f"a file that starts {show(head)}")
     if disk or first or here != count or comment:
         raise Malformed("one disk and no comment", "something else", "zip end record")
     if at >= LOCATOR.size + END64.size:
         locator = LOCATOR.unpack(read_at(file, at - LOCATOR.size, LOCATOR.size))
         if locator[0] == LOCATOR_SIGN:
             at -= LOCATOR.size + END64.size
-            start, length, count = _read_end64(file, at, locator, (start, length, count))
+            sign, rest, _, _, disk, first, here, *wide = END64.unpack(read_at(file, at, END64.size))
+            if sign != END64_SIGN or rest != END64.size - 12 or locator[1:] != (0, at, 1):
+                raise Malformed(f"a zip64 end record at byte {at}", "none", "zip end record")
+            # what does not fit the short record is all ones there
+            shorts = ((count, FULL16), (length, FULL32), (start, FULL32))
+            agree = all(s in (w, full) for (s, full), w in zip(shorts, wide, strict=True))
+            count, length, start = wide
+            if disk or first or here != count or not agree:
+                raise Malformed("two end records that agree", "different ones", "zip end record")
     if start + length != at:
         raise Malformed(f"a directory up to byte {at}", f"{start + length}", "zip end record")
     if length > MAX_DIRECTORY:
         raise Unsupported(f"a directory of at most {MAX_DIRECTORY} bytes", f"{length}", "zip")
     return start, length, count
-
-
-def _read_end64(
-    file: MultipartFile, at: int, locator: tuple[Any, ...], short: tuple[int, int, int]
-) -> tuple[int, int, int]:
-    """Read start, bytes and count in the zip64 end record at byte `at`; check them with `short`."""
-    sign, rest, _, _, disk, first, here, count, length, start = END64.unpack(
-        read_at(file, at, END64.size)
-    )
-    if sign != END64_SIGN or rest != END64.size - 12 or locator[1:] != (0, at, 1):
-        raise Malformed(f"a zip64 end record at byte {at}", "none", "zip end record")
-    wide = (start, length, count)
-    agree = all(
-        old in (new, full)
-        for old, new, full in zip(short, wide, (FULL32, FULL32, FULL16), strict=True)
-    )
-    if disk or first or here != count or not agree:
-        raise Malformed("two end records that agree", "different ones", "zip end record")
-    return wide
 
 
 def _read_directory(directory: bytes, count: int) -> list[Record]:
@@ -200,8 +183,8 @@ def _read_directory(directory: bytes, count: int) -> list[Record]:
     return entries
 
 
-def _check_record(file: MultipartFile, entry: Record, limit: int) -> tuple[Record, int]:
-    """Find the data of a record; return it and where the next record begins.
+def _check_record(file: MultipartFile, entry: Record, limit: int) -> tuple[int, int]:
+    """Return where the data of a record begin, and where the next record does.
 
     The local header and the descriptor after the data must agree with the
     directory, and both end before byte `limit`.
@@ -235,4 +218,4 @@ def _check_record(file: MultipartFile, entry: Record, limit: int) -> tuple[Recor
     after = end + len(descriptor)
     if after > limit or read_at(file, end, len(descriptor)) != descriptor:
         raise Malformed("a data descriptor like the directory's entry", "another", at)
-    return replace(entry, data=data), after
+    return data, after

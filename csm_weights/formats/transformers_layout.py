@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.formats.architecture import FLAVORS, CsmConfig, TransformerConfig, parse_config
+from csm_weights.formats.architecture import FLAVORS, parse_config
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import ITEM_BITS, TensorInfo
@@ -45,8 +45,7 @@ _LAYER_NAMES = {
     "input_layernorm.weight": "sa_norm.scale",
     "post_attention_layernorm.weight": "mlp_norm.scale",
 }
-_IN_LAYER = re.compile(r"(backbone_model|depth_decoder\.model)\.layers\.([0-9]{1,4})\.(.+)")
-_PERMUTED = re.compile(r"(backbone|decoder)\.layers\.[0-9]+\.attn\.[qk]_proj\.weight")
+_PERMUTED = re.compile(r"(backbone|decoder)\.layers\.[0-9]+\.attn\.([qk])_proj\.weight")
 
 #: How names begin that only transformers' layout of CSM has.
 _SIGNS = ("depth_decoder.", "backbone_model.embed_tokens.embed_audio_tokens.")
@@ -95,7 +94,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor under our name: its dtype, its shape in our layout, and where its elements are.
+    """A tensor by its name in the file: its dtype, its shape, and where its elements are.
 
     The shape of `info` may be a finer one, of the same elements in the same
     order, or its bytes where elements are smaller than a byte.
@@ -166,8 +165,8 @@ def _from_transformers(
     codec = [t.info.nbytes for name, t in theirs.items() if name.startswith(CODEC)]
     named = {name: t for name, t in theirs.items() if not name.startswith(CODEC)}
     tied = named.pop(TIED, None)
-    ours = {own: t for name, t in named.items() if (own := _own_name(name))}
-    unknown = tuple(t for name, t in named.items() if not _own_name(name))
+    ours = {own: t for name, t in named.items() if (own := own_name(name))}
+    unknown = tuple(t for name, t in named.items() if not own_name(name))
     if tied and AUDIO not in ours:
         # one name of the two that are tied says it all
         ours[AUDIO], tied = tied, None
@@ -177,55 +176,44 @@ def _from_transformers(
     return NamedTensors(summary, _in_our_order(ours, where, folders), unknown, tied)
 
 
-def _own_name(theirs: str) -> str | None:
+def own_name(theirs: str) -> str | None:
     """Return our name of a tensor of transformers' CSM; None where there is none."""
-    match = _IN_LAYER.fullmatch(theirs)
-    if not match:
-        return _NAMES.get(theirs)
-    stack, layer, rest = match.groups()
-    return f"{_STACKS[stack]}.layers.{layer}.{_LAYER_NAMES[rest]}" if rest in _LAYER_NAMES else None
+    stack, _, rest = theirs.partition(".layers.")
+    layer, _, part = rest.partition(".")
+    if stack in _STACKS and part in _LAYER_NAMES and re.fullmatch("[0-9]{1,4}", layer):
+        return f"{_STACKS[stack]}.layers.{layer}.{_LAYER_NAMES[part]}"
+    return _NAMES.get(theirs)
 
 
 def _in_our_order(
     tensors: Mapping[str, NamedTensor], where: str, folders: Iterable[Path]
 ) -> dict[str, NamedTensor]:
-    configs = [_config(folder) for folder in folders]
-    sizes = {}
-    for stack in _STACKS.values():
-        known = [c.backbone if stack == "backbone" else c.decoder for c in configs if c]
-        sizes[stack] = _head_dim(stack, tensors, [*known, *FLAVORS.values()])
-    ordered = {}
-    for name, tensor in tensors.items():
-        match = _PERMUTED.fullmatch(name)
-        ordered[name] = _interleaved(tensor, sizes[match[1]], where) if match else tensor
-    return ordered
+    """Return q and k with their rows in torchtune's order, and the others as they are.
 
-
-def _config(folder: Path) -> CsmConfig | None:
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return parse_config(file.read(MAX_CONFIG), str(path))
-
-
-def _head_dim(
-    stack: str, tensors: Mapping[str, NamedTensor], known: Sequence[TransformerConfig]
-) -> int | None:
-    """Return the features of a head of the first network that has such projections."""
-    shapes = {
-        kind: {t.shape for name, t in tensors.items() if _is_projection(name, stack, kind)}
-        for kind in "qk"
+    The size of a head is that of the first network that has such projections.
+    """
+    configs = []
+    for path in (folder / "config.json" for folder in folders):
+        if path.is_file():
+            with path.open("rb") as file:
+                configs.append(parse_config(file.read(MAX_CONFIG), str(path)))
+    known = {
+        "backbone": [*(config.backbone for config in configs), *FLAVORS.values()],
+        "decoder": [*(config.decoder for config in configs), *FLAVORS.values()],
     }
-    for network in known:
-        q, k = network.dim, network.kv_heads * network.head_dim
-        if (q, network.dim) in shapes["q"] and (k, network.dim) in shapes["k"]:
-            return network.head_dim
-    return None
-
-
-def _is_projection(name: str, stack: str, kind: str) -> bool:
-    return name.startswith(f"{stack}.layers.") and name.endswith(f".attn.{kind}_proj.weight")
+    permuted = {name: match for name in tensors if (match := _PERMUTED.fullmatch(name))}
+    shapes = {(match[1], match[2], tensors[name].shape) for name, match in permuted.items()}
+    ordered = dict(tensors)
+    for name, match in permuted.items():
+        stack = match[1]
+        head_dims = (
+            network.head_dim
+            for network in known[stack]
+            if (stack, "q", (network.dim, network.dim)) in shapes
+            and (stack, "k", (network.kv_heads * network.head_dim, network.dim)) in shapes
+        )
+        ordered[name] = _interleaved(tensors[name], next(head_dims, None), where)
+    return ordered
 
 
 def _interleaved(tensor: NamedTensor, head_dim: int | None, where: str) -> NamedTensor:
@@ -233,18 +221,14 @@ def _interleaved(tensor: NamedTensor, head_dim: int | None, where: str) -> Named
 
     transformers has the first halves of all pairs of a head, then the second.
     """
+    place, found = f"{where}: {show(tensor.name)}", tensor.signature
     if head_dim is None:
-        place, found = f"{where}: {show(tensor.name)}", tensor.signature
         help_text = "put the model's config.json beside the file"
         finding = Finding(Kind.MALFORMED, place, "heads of a known size", found, help_text)
         raise WrongContent("the order of the rows of q and k cannot be told", [finding])
     if len(tensor.shape) != 2 or tensor.shape[0] % head_dim:
-        place = f"{where}: {show(tensor.name)}"
-        expected = f"whole heads of {head_dim} rows"
-        raise WrongContent(
-            "the rows of q and k are no heads",
-            [Finding(Kind.MALFORMED, place, expected, tensor.signature)],
-        )
+        finding = Finding(Kind.MALFORMED, place, f"whole heads of {head_dim} rows", found)
+        raise WrongContent("the rows of q and k are no heads", [finding])
     (rows, width), (down, right) = tensor.shape, tensor.info.stride
     half = head_dim // 2
     shape = (rows // head_dim, half, 2, width)
