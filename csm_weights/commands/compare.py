@@ -9,7 +9,7 @@ from pathlib import Path
 from csm_weights.errors import CsmWeightsError, Finding, UsageError, error_for
 from csm_weights.formats import compare as stage
 from csm_weights.formats.compare import Comparison
-from csm_weights.formats.shards import Files, find
+from csm_weights.formats.weights_file import Files, find
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import begin
 from csm_weights.progress import Progress
@@ -20,7 +20,7 @@ _READABLE = (FileState.VERIFIED, FileState.UNVERIFIED)
 
 
 def compare(request: Request, first: Path | None = None, second: Path | None = None) -> Comparison:
-    """Compare two files of weights; see `shards.find` for what a path may be.
+    """Compare two files of weights; see `weights_file.find` for what a path may be.
 
     Without paths these are the model's two formats, wherever they are here;
     with one, that file and what is here of the model. Raises MissingInput,

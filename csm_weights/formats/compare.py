@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from csm_weights.concurrency import Cancelled, OnProgress, run_all, workers
 from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.formats.multipart import MultipartFile
-from csm_weights.formats.shards import Files
 from csm_weights.formats.strided import read_elements
 from csm_weights.formats.tensor_index import MAX_FINDINGS, row_major
 from csm_weights.formats.transformers_layout import (
@@ -24,7 +23,7 @@ from csm_weights.formats.transformers_layout import (
     Value,
     name_tensors,
 )
-from csm_weights.formats.weights_file import open_weights
+from csm_weights.formats.weights_file import Files, open_weights
 from csm_weights.untrusted import show
 
 #: Bytes of each file that one thread compares at a time: two such blocks fit a core's L2

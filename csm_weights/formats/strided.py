@@ -57,11 +57,6 @@ def read_elements(source: MultipartFile, info: TensorInfo, start: int, buffer: b
     count = len(buffer) // info.itemsize
     if not 0 <= start <= start + count <= math.prod(info.shape):
         raise ValueError(f"elements [{start}, {start + count}) of {list(info.shape)}")
-    if info.flip:
-        read_elements(source, replace(info, flip=0), start, buffer)
-        mask = int.from_bytes(info.flip.to_bytes(info.itemsize, "little") * count, "little")
-        buffer[:] = (int.from_bytes(buffer, "little") ^ mask).to_bytes(len(buffer), "little")
-        return
     if info.itemsize == 16:  # moved as two halves
         shape, stride = (*info.shape, 2), (*(2 * step for step in info.stride), 1)
         info = replace(info, dtype="U64", shape=shape, stride=stride)

@@ -46,8 +46,7 @@ class TensorInfo:
 
     `dtype` is safetensors' word ("F32"), `offset` the absolute byte offset of
     element 0, `stride` the distance between neighbours along each dimension,
-    in elements. `flip` is what to xor with each stored element, as a
-    little-endian number: the sign bits of a conjugated or negated view.
+    in elements.
     """
 
     name: str
@@ -55,7 +54,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     stride: tuple[int, ...]
-    flip: int = 0
 
     @property
     def itemsize(self) -> int:
@@ -76,7 +74,7 @@ class TensorInfo:
     @property
     def signature(self) -> str:
         """Dtype and shape in words: `F32 [2, 3]`."""
-        return f"{self.dtype} {list(self.shape)}{' with flipped signs' if self.flip else ''}"
+        return f"{self.dtype} {list(self.shape)}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def check_against(index: TensorIndex, config: CsmConfig, where: str) -> list[Fin
         info = index.tensors.get(name)
         if info is None:
             found.add(Malformed(f"F32 {list(shape)}", "no such tensor", name))
-        elif (info.dtype, info.shape, info.flip) != ("F32", shape, 0):
+        elif (info.dtype, info.shape) != ("F32", shape):
             found.add(Malformed(f"F32 {list(shape)}", info.signature, name))
     for name, info in index.tensors.items():
         if name not in expected:

@@ -141,4 +141,4 @@ def _locate(name: str, view: View, places: Mapping[str, Record]) -> TensorInfo:
         expected = f"a view of {storage.nbytes // item} elements"
         raise Malformed(expected, f"one up to element {end}")
     offset = record.data + view.offset * item
-    return TensorInfo(name, view.dtype, view.shape, offset, view.stride, view.flip)
+    return TensorInfo(name, view.dtype, view.shape, offset, view.stride)

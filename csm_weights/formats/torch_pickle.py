@@ -108,14 +108,13 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A tensor; `offset` and `stride` in elements of its dtype, `flip` as in TensorInfo."""
+    """A tensor; `offset` and `stride` in elements of its dtype."""
 
     storage: Storage
     dtype: str
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    flip: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,8 @@ class _Global:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Inert:
-    """An object without tensors, by its type."""
-
-    type: str
+#: An object that holds no tensor.
+_INERT_OBJECT = object()
 
 
 class _OrderedDict(dict[Any, Any]):
@@ -376,11 +372,11 @@ def _call(called: Any, arguments: Any) -> Any:
                 _set(made, *pair)
             return made
         case ("collections Counter", () | (dict(),)):
-            return _Inert("Counter")
+            return _INERT_OBJECT
         case ("builtins set", () | (list(),)):
             if any(isinstance(item, View) for item in arguments[0] if arguments):
                 raise Unsupported("tensors with names", "tensors in a set")
-            return _Inert("set")
+            return _INERT_OBJECT
         case ("torch Size", (tuple(size),)):
             return size
         case (_, tuple()) if name.startswith("torch._utils _rebuild_tensor"):
@@ -395,41 +391,25 @@ def _call(called: Any, arguments: Any) -> Any:
         ):
             return _call(inner, inside)
         case _ if name in _INERT and isinstance(arguments, tuple):
-            return _Inert(name)
+            return _INERT_OBJECT
     raise Malformed("a call that makes a tensor or a dict", f"a call of {_kind(called)}")
 
 
 def _view(name: str, arguments: tuple[Any, ...]) -> View:
-    metadata: Any = {}
     match arguments:
         case (Storage() as storage, int(offset), tuple(shape), tuple(stride), *rest):
             dtype = storage.dtype
             if name.endswith("v3") and len(rest) > 2 and isinstance(rest[2], _Global):
                 dtype = _DTYPES.get(rest.pop(2).name, "")
-            if len(rest) == 3:
-                metadata = rest.pop()
+            if len(rest) == 3 and isinstance(rest[2], dict) and rest.pop():
+                raise Unsupported("a view that is stored as it is", "one with signs to flip")
             plain = not rest or (len(rest) == 2 and type(rest[0]) is bool and rest[1] in ({}, None))
             plain = plain and len(shape) == len(stride) and are_sizes([offset, *shape, *stride])
-            if plain and dtype and isinstance(metadata, dict):
-                if len(shape) > MAX_DIMS:
-                    raise Unsupported(f"at most {MAX_DIMS} dimensions", f"{len(shape)}")
-                return View(storage, dtype, offset, shape, stride, _flip(dtype, metadata))
+            if plain and len(shape) > MAX_DIMS:
+                raise Unsupported(f"at most {MAX_DIMS} dimensions", f"{len(shape)}")
+            if plain and dtype:
+                return View(storage, dtype, offset, shape, stride)
     raise Malformed("a tensor: storage, offset, shape, stride, flag, no hooks", "other arguments")
-
-
-def _flip(dtype: str, metadata: dict[Any, Any]) -> int:
-    """Return the sign bits that a conjugated or negated view flips in each stored element."""
-    if not metadata:
-        return 0
-    bits = ITEM_BITS[dtype]
-    if dtype[0] not in "FBC" or dtype == "BOOL" or not metadata.keys() <= {"conj", "neg"}:
-        raise Unsupported("a view that is stored as it is", f"a view of {dtype} with metadata")
-    flip = 0
-    if metadata.get("neg"):
-        flip ^= 1 << bits - 1 | (1 << bits // 2 - 1 if dtype[0] == "C" else 0)
-    if metadata.get("conj") and dtype[0] == "C":
-        flip ^= 1 << bits - 1
-    return flip
 
 
 def _set(target: dict[Any, Any], key: Any, value: Any) -> None:

@@ -1,20 +1,45 @@
-"""A file of weights in either format, whole or in chunk files: find it, open it, read its index."""
+"""Find the files of some weights, and open them: a file, its chunk files, or shards.
+
+All that is named like a shard of the model, or is listed in its index, is read
+or refused: a comparison that leaves a file out would call different models equal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from csm_weights.errors import Finding, Kind, MissingInput, WrongContent, from_os_error
+from csm_weights.errors import (
+    Finding,
+    Kind,
+    MissingInput,
+    UsageError,
+    WrongContent,
+    from_os_error,
+    printable,
+)
 from csm_weights.formats import FORMATS, sniff
+from csm_weights.formats.json_stream import JsonStream
 from csm_weights.formats.multipart import MultipartFile, find_chunk_files
-from csm_weights.formats.tensor_index import HEAD, TensorIndex
+from csm_weights.formats.tensor_index import HEAD, MAX_FINDINGS, TensorIndex
 from csm_weights.untrusted import Malformed, show
 
 #: The weight files of a folder, in the order of preference.
 WEIGHT_FILES = tuple(one.filename for one in FORMATS)
+
+MAX_SHARDS = 200
+
+_SUFFIXES = "|".join(
+    re.escape(suffix) for one in FORMATS for suffix in (*one.suffixes, *one.shared_suffixes)
+)
+_SHARD = re.compile(rf"(.+)-([0-9]{{1,6}})-of-([0-9]{{1,6}})({_SUFFIXES})", re.DOTALL)
+_INDEX = re.compile(rf"(.+)({_SUFFIXES})\.index\.json", re.DOTALL)
+
+#: The files of one model, each as its chunk files in order; one path where it is whole.
+Files = Sequence[Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -99,3 +124,121 @@ def missing(path: Path, expected: str, found: str) -> MissingInput:
     """Return the error for weights that are not there."""
     finding = Finding(Kind.MISSING, str(path), expected, found, "inv weights")
     return MissingInput("the model's files are not here", [finding])
+
+
+def find(path: Path) -> Files:
+    """Find the files that a path means.
+
+    `path` is a file of weights, or what it would be called if it were not in
+    chunk files; any of these; a folder with any of these; a shard, a folder of
+    shards, or their index. Raises MissingInput, with every shard that is not
+    there, WrongContent for shards that do not make up one model, and UsageError
+    for a folder of several models.
+    """
+    if match := _INDEX.fullmatch(path.name):
+        if not path.is_file():
+            raise missing(path, "an index of shards", "no such file")
+        return [[shard] for shard in _listed(path, match[1], match[2])]
+    if match := _SHARD.fullmatch(path.name):
+        return _numbered(path.parent, match)
+    whole = path.parent / path.name.rpartition(".part-")[0] if ".part-" in path.name else path
+    if (whole != path or not path.exists()) and (
+        parts := find_chunk_files(path.parent, whole.name)
+    ):
+        return [parts]
+    # one shard of each set in a folder, by the set's name, total and ending
+    sets = {(m[1], int(m[3]), m[4]): m for m in _matches(path)}
+    try:
+        found = find_weights(path)
+    except MissingInput:
+        if not sets:
+            raise
+    else:
+        stem = found[0].name.partition(".")[0]
+        if clash := [match[0] for (name, _, _), match in sets.items() if name == stem]:
+            words = f"{path} has {show(found[0].name)} and {show(clash[0])}: name one of them"
+            raise UsageError(printable(words))
+        return [found]
+    if len(sets) > 1:
+        names = ", ".join(sorted(show(match[0]) for match in sets.values()))
+        raise UsageError(printable(f"{path} has the shards of several models: {names}"))
+    return _numbered(path, next(iter(sets.values())))
+
+
+def _numbered(folder: Path, match: re.Match[str]) -> Files:
+    """Find the shards of a set, of which the match is one: numbered from 1, or all from 0."""
+    name, digits, total, suffix = match[1], len(match[2]), int(match[3]), match[4]
+    _check_count(folder / match[0], total)
+    found: dict[int, Path] = {}
+    strays = []
+    for other in _matches(folder):
+        if (other[1], int(other[3]), other[4]) == (name, total, suffix):
+            path = folder / other[0]
+            if found.setdefault(int(other[2]), path) != path:
+                strays.append(path)
+    first = 0 if 0 in found and total not in found else 1
+    numbers = range(first, first + total)
+    _require(found.get(n, folder / f"{name}-{n:0{digits}}-of-{match[3]}{suffix}") for n in numbers)
+    strays += [path for number, path in found.items() if number not in numbers]
+    _refuse(strays, f"the numbers {first} to {first + total - 1}, each once")
+    shards = [found[number] for number in numbers]
+    index = folder / f"{name}{suffix}.index.json"
+    if index.is_file():
+        _refuse(set(shards) ^ set(_listed(index, name, suffix)), f"the files that {index} lists")
+    return [[shard] for shard in shards]
+
+
+def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
+    """Find the files that an index names: beside it, and nowhere else."""
+    names: set[str] = set()
+    try:
+        with MultipartFile([index]) as file:
+            stream = JsonStream(file.read)
+            for key in stream.read_keys():
+                if key != "weight_map":
+                    stream.read_value()
+                    continue
+                for _ in stream.read_keys():
+                    name = stream.read_value()
+                    is_name = isinstance(name, str) and name.endswith(suffix)
+                    if not is_name or "/" in name or "\0" in name:
+                        raise ValueError(f"the file {show(name)}")
+                    names.add(name)
+                    _check_count(index, len(names))
+            stream.finish()
+    except (ValueError, RecursionError) as error:
+        expected = f"a weight_map from tensors to files *{suffix} beside it"
+        finding = Finding(Kind.MALFORMED, str(index), expected, show(str(error)))
+        raise WrongContent("the index of the shards cannot be used", [finding]) from None
+    _check_count(index, len(names))
+    _require(index.parent / name for name in names)
+    shards = {m[0] for m in _matches(index.parent) if (m[1], m[4]) == (stem, suffix)}
+    _refuse([index.parent / name for name in shards - names], f"a file that {index} lists")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _matches(folder: Path) -> list[re.Match[str]]:
+    """Return what in a folder is named like a shard, by name."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [match for name in names if (match := _SHARD.fullmatch(name))]
+
+
+def _check_count(where: Path, count: int) -> None:
+    if not 1 <= count <= MAX_SHARDS:
+        finding = Finding(Kind.MALFORMED, str(where), f"1 to {MAX_SHARDS} shards", str(count))
+        raise WrongContent("these are no shards", [finding])
+
+
+def _require(paths: Iterable[Path]) -> None:
+    wanted = sorted(paths)
+    lost = [path for path in wanted if not path.is_file()]
+    if lost:
+        findings = [Finding.missing(path, f"one of {len(wanted)} shards") for path in lost]
+        raise MissingInput("not all shards are here", findings)
+
+
+def _refuse(paths: Iterable[Path], expected: str) -> None:
+    """Raise WrongContent for files that are named like shards of a model and do not fit it."""
+    findings = [Finding(Kind.MALFORMED, str(p), expected, "another shard") for p in sorted(paths)]
+    if findings:
+        raise WrongContent("the shards do not fit together", findings[:MAX_FINDINGS])

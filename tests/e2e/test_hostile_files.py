@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm_weights.errors import CsmWeightsError, MissingInput, WrongContent
-from csm_weights.formats import shards
+from csm_weights.formats import weights_file
 from csm_weights.formats.architecture import CsmConfig, parse_config
 from csm_weights.formats.torch_checkpoint import read_checkpoint
 from csm_weights.manifest.render import render
@@ -229,7 +229,7 @@ def test_hostile_index_is_refused(name: str, tmp_path: Path) -> None:
     content, reason = hostile.BAD_INDEXES[name]
     path = hostile.written(tmp_path, content, "model.safetensors.index.json")
     with pytest.raises(WrongContent) as caught:
-        shards.find(path)
+        weights_file.find(path)
     assert reason in str(caught.value)
 
 
@@ -281,7 +281,7 @@ def test_any_index_names_shards_beside_it(content: bytes, tmp_path_factory: Any)
     path = hostile.written(folder, content, "m.safetensors.index.json")
     hostile.written(folder, b"", "m-00001-of-00001.safetensors")
     try:
-        found = shards.find(path)
+        found = weights_file.find(path)
     except (WrongContent, MissingInput) as error:
         assert error.findings
     else:
