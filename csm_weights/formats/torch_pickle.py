@@ -402,7 +402,9 @@ def _view(name: str, arguments: tuple[Any, ...]) -> View:
             if name.endswith("v3") and len(rest) > 2 and isinstance(rest[2], _Global):
                 dtype = _DTYPES.get(rest.pop(2).name, "")
             if len(rest) == 3 and isinstance(rest[2], dict) and rest.pop():
-                raise Unsupported("a view that is stored as it is", "one with signs to flip")
+                raise Unsupported(
+                    "a view that is stored as it is", f"a view of {dtype} with metadata"
+                )
             plain = not rest or (len(rest) == 2 and type(rest[0]) is bool and rest[1] in ({}, None))
             plain = plain and len(shape) == len(stride) and are_sizes([offset, *shape, *stride])
             if plain and len(shape) > MAX_DIMS:

@@ -219,8 +219,8 @@ UNREAD: dict[str, tuple[Callable[[], Any], str]] = {
     "storage": (lambda: {"w": torch.ones(3).untyped_storage()}, "a storage"),
     "one name": (lambda: {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "a.b twice"),
     "a number": (lambda: 3, "a number"),
-    "conjugated": (lambda: {"w": numbers(torch.complex64).conj()}, "signs to flip"),
-    "negated": (lambda: {"w": numbers(torch.complex64).conj().imag}, "signs to flip"),
+    "conjugated": (lambda: {"w": numbers(torch.complex64).conj()}, "with metadata"),
+    "negated": (lambda: {"w": numbers(torch.complex64).conj().imag}, "with metadata"),
     "deep": (lambda: _deep(200), "at most 100 containers"),
 }
 
