@@ -29,32 +29,35 @@ def workers() -> int:
     return os.cpu_count() or 1
 
 
-def run_all(tasks: Iterable[Callable[[], T]], cancel: threading.Event, waiting: int = 0) -> list[T]:
-    """Run tasks on all cores and return their results in order.
+def run_all(
+    tasks: Iterable[Callable[[], T]],
+    cancel: threading.Event,
+    waiting: int = 0,
+    pool: ThreadPoolExecutor | None = None,
+) -> list[T]:
+    """Run tasks on all cores, or in the threads of `pool`, and return their results in order.
 
     `waiting` of them are more likely to wait for a network than to use a
     core, and get threads of their own. The first failure, or an interrupt in
     the calling thread, sets `cancel` so that the others end at their next
     block; then it is raised.
     """
-    pool = ThreadPoolExecutor(workers() + waiting)
-    try:
-        with deferred_interrupts() as raise_pending:
-            futures = [pool.submit(task) for task in tasks]
+    if pool is None:
+        with ThreadPoolExecutor(workers() + waiting) as pool:
+            return run_all(tasks, cancel, pool=pool)
+    with deferred_interrupts() as raise_pending:
+        futures = [pool.submit(task) for task in tasks]
+        try:
             done, unfinished = wait(futures, timeout=0)
             while unfinished and not any(f.exception() for f in done):
                 raise_pending()
                 done, unfinished = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
-            if unfinished:
+        finally:
+            if not all(future.done() for future in futures):
                 cancel.set()
-                for future in unfinished:
+                for future in futures:
                     future.cancel()
                 wait(futures)
-    except BaseException:
-        cancel.set()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     for future in futures:
         if not future.cancelled() and (error := future.exception()):
             if isinstance(error, Cancelled):

@@ -7,7 +7,7 @@ origin and nowhere else.
 from __future__ import annotations
 
 import re
-import threading
+from functools import partial as bind
 from urllib.parse import quote
 
 import requests
@@ -16,7 +16,7 @@ from csm_weights.config import no_token
 from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.transfer.http.auth import TOKENS, HubCredentials
-from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, RemoteSource, expired_url
+from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, RemoteSource
 from csm_weights.transfer.http.responses import (
     portal_finding,
     redact,
@@ -38,13 +38,21 @@ class Hub(RemoteSource):
         super().__init__(downloader, credentials.endpoint, f"{credentials.endpoint}/{repo}")
         self.credentials = credentials
         self.refusal = credentials.problem(self.page)
-        self._repo = repo
         self._revision = revision
-        self._files: dict[str, _HubFile] = {}
+        self._classify = bind(classify_refusal, credentials, repo, revision)
+        self._files: dict[str, RemoteFile] = {}
 
     def find(self, artifact: Artifact, piece: Piece) -> RemoteFile:  # noqa: ARG002
         """See `RemoteSource`: all files are taken to be there until they are resolved."""
-        return self._files.setdefault(artifact.path, _HubFile(self, artifact))
+        if artifact.path not in self._files:
+            self._files[artifact.path] = RemoteFile(
+                f"{self.page}/{artifact.path}",
+                self.credentials.auth,
+                artifact.size,
+                bind(self.resolve, artifact),
+                bind(self._classify, artifact.path),
+            )
+        return self._files[artifact.path]
 
     def owner(self) -> str:
         """Return whose the token is and of which kind, in words; "" without a token.
@@ -57,7 +65,7 @@ class Hub(RemoteSource):
         url = f"{self.credentials.endpoint}/api/whoami-v2"
         response, data = self.downloader.get_json(url, self.credentials.auth)
         if data is None:
-            raise self.classify_refusal(response, "")
+            raise SourceError([self._classify("", response)])
         try:
             role = data["auth"]["accessToken"]["role"].replace("fineGrained", "fine-grained")
             return self.credentials.mask(f"of {data['name']}, {role}")[:100]
@@ -72,7 +80,7 @@ class Hub(RemoteSource):
         url = f"{self.page}/resolve/{revision}/{quote(artifact.path)}"
         response = self.downloader.head(url, auth, _names_commit, is_own_host_only=True)
         if response.status_code >= 400:
-            raise self.classify_refusal(response, artifact.path)
+            raise SourceError([self._classify(artifact.path, response)])
         if not _names_commit(response) and "html" in response.headers.get("Content-Type", ""):
             raise SourceError([portal_finding(self.page)])
         self._check(artifact, response)
@@ -83,32 +91,27 @@ class Hub(RemoteSource):
 
     def _check(self, artifact: Artifact, response: requests.Response) -> None:
         headers, where = response.headers, f"{self.page} {artifact.path}"
-        commit = headers.get("X-Repo-Commit", "")
-        if _SHA1.fullmatch(self._revision) and commit != self._revision:
-            found = f"commit {commit[:40]}" if commit else "no commit"
-            raise _changed(where, f"commit {self._revision}", found)
-        linked = headers.get("X-Linked-Etag")
+        linked, commit = headers.get("X-Linked-Etag"), headers.get("X-Repo-Commit", "")[:40]
         etag = (linked or headers.get("ETag") or "").removeprefix("W/").strip('"')
-        if linked and not (_SHA256.fullmatch(etag) or _SHA1.fullmatch(etag)):
+        is_sha1, is_sha256 = _SHA1.fullmatch(etag), _SHA256.fullmatch(etag)
+        if linked and not is_sha1 and not is_sha256:
             expected = "an X-Linked-Etag of hex digits"
             raise SourceError([wrong_answer(where, expected, repr(etag[:80]))])
-        for pattern, pinned, what in (
-            (_SHA256, artifact.sha256, "sha256"),
-            (_SHA1, artifact.git_sha1, "git blob id"),
+        for what, pinned, found in (
+            ("commit", self._revision if _SHA1.fullmatch(self._revision) else None, commit),
+            ("sha256", artifact.sha256 if is_sha256 else None, etag),
+            ("git blob id", artifact.git_sha1 if is_sha1 else None, etag),
         ):
-            if pinned and pattern.fullmatch(etag) and etag != pinned:
-                raise _changed(where, f"{what} {pinned}", f"{what} {etag}")
+            if pinned and found != pinned:
+                words = (f"{what} {pinned}", f"{what} {found}" if found else f"no {what}")
+                mend = "what the Hub has under this name is not what is pinned; see inv lock --repo"
+                raise SourceError([Finding(Kind.CHANGED, where, *words, mend)])
         size = headers.get("X-Linked-Size")
         if size is None and response.status_code == 200:
             size = headers.get("Content-Length")
         if size is not None and size != str(artifact.size):
             sizes = (f"{artifact.size:,} bytes", f"{size[:20]} bytes")
             raise SourceError([Finding(Kind.WRONG_SIZE, where, *sizes)])
-
-    def classify_refusal(self, response: requests.Response, path: str) -> SourceError:
-        """Return what a refusal by the Hub itself means."""
-        whose = (self.credentials, self._repo, self._revision)
-        return SourceError([classify_refusal(response, *whose, path)])
 
 
 def open_source(_: str, manifest: Manifest, downloader: RangeDownloader) -> Hub:
@@ -118,54 +121,13 @@ def open_source(_: str, manifest: Manifest, downloader: RangeDownloader) -> Hub:
     return Hub(downloader, credentials, manifest.repo, manifest.revision)
 
 
-class _HubFile(RemoteFile):
-    """A file of a repository: resolved once, and again where its signed URL does not work."""
-
-    def __init__(self, hub: Hub, artifact: Artifact) -> None:
-        auth = hub.credentials.auth
-        super().__init__(f"{hub.page}/{artifact.path}", auth, artifact.size)
-        self._hub = hub
-        self._artifact = artifact
-        self._resolving = threading.Lock()
-        self._url: str | None = None
-        self._failure: SourceError | None = None
-
-    def resolve(self) -> str:
-        with self._resolving:
-            if self._failure:
-                raise self._failure
-            if self._url is None:
-                try:
-                    self._url = self._hub.resolve(self._artifact)
-                except SourceError as error:
-                    # The other streams of this file wait for the same answer.
-                    self._failure = error
-                    raise
-                self.etag = None
-            return self._url
-
-    def forget(self, url: str) -> None:
-        with self._resolving:
-            if url == self._url and not self.auth.covers(url):
-                self._url = None
-
-    def classify_refusal(self, url: str, response: requests.Response) -> Exception:
-        if self.auth.covers(url):
-            return self._hub.classify_refusal(response, self._artifact.path)
-        return expired_url(self.where, response)
-
-
 def _names_commit(response: requests.Response) -> bool:
     """Return whether an answer is about a file, and not only on the way to one."""
     return "X-Repo-Commit" in response.headers
 
 
 def classify_refusal(
-    response: requests.Response,
-    credentials: HubCredentials,
-    repo: str,
-    revision: str,
-    path: str = "",
+    credentials: HubCredentials, repo: str, revision: str, path: str, response: requests.Response
 ) -> Finding:
     """Return what a refusal means, with the page to visit or the command to run.
 
@@ -207,8 +169,3 @@ def classify_refusal(
         return Finding(Kind.NO_TOKEN, page, "a token", found, help_text)
     help_text = f"visit {page}, and {tokens} for what the token may do"
     return Finding(Kind.FORBIDDEN, page, "access", found, help_text)
-
-
-def _changed(where: str, expected: str, found: str) -> SourceError:
-    help_text = "what the Hub has under this name is not what is pinned; see inv lock --repo"
-    return SourceError([Finding(Kind.CHANGED, where, expected, found, help_text)])

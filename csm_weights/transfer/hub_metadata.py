@@ -148,9 +148,8 @@ class _Metadata:
         auth = self.credentials.auth
         response, data = self.client.get_json(url, auth)
         if data is None:
-            revision = self.revision or "main"
-            refusal = classify_refusal(response, self.credentials, self.repo, revision)
-            raise SourceError([refusal])
+            whose = (self.credentials, self.repo, self.revision or "main")
+            raise SourceError([classify_refusal(*whose, "", response)])
         links = parse_header_links(response.headers.get("Link", ""))
         following = next((link["url"] for link in links if link.get("rel") == "next"), None)
         if following is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial as bind
 from urllib.parse import quote
 
 import requests
@@ -10,7 +11,7 @@ from csm_weights.config import MIRROR_HEADERS
 from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.transfer.http.auth import OriginAuth, mirror_auth
-from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, RemoteSource, expired_url
+from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, RemoteSource
 from csm_weights.transfer.http.responses import redact
 from csm_weights.transfer.source import NotAvailable, SourceError
 
@@ -27,32 +28,28 @@ class Mirror(RemoteSource):
         super().__init__(downloader, url, url)
         self._base = url.rstrip("/")
         self._auth = auth or mirror_auth(self._base)
-        self._files: dict[str, _MirrorFile | None] = {}
-        self._forbidden: dict[str, Finding] = {}
+        # What is at each path: a file, why it is refused, or None for nothing.
+        self._files: dict[str, RemoteFile | Finding | None] = {}
 
-    def find(self, artifact: Artifact, piece: Piece) -> _MirrorFile:
+    def find(self, artifact: Artifact, piece: Piece) -> RemoteFile:
         """See `RemoteSource`: a whole file, or else a chunk file."""
-        file = self._find(artifact.path, artifact.size, 0)
-        if file is None and artifact.pieces:
-            file = self._find(piece.part, piece.size, piece.offset)
-        if file is None:
-            # Where a file was not called absent, but forbidden, that is the answer.
-            paths = (artifact.path, piece.part)
-            if refusals := [self._forbidden[p] for p in paths if p in self._forbidden]:
-                raise SourceError(refusals[:1])
-            raise NotAvailable
-        return file
-
-    def _find(self, path: str, size: int, offset: int) -> _MirrorFile | None:
-        if path not in self._files:
-            try:
+        places = [(artifact.path, artifact.size, 0)]
+        if artifact.pieces:
+            places.append((piece.part, piece.size, piece.offset))
+        refusals: list[Finding] = []
+        for path, size, offset in places:
+            if path not in self._files:
                 self._files[path] = self._ask(path, size, offset)
-            except SourceError as error:
-                self.refusal = error.findings[0]
-                raise
-        return self._files[path]
+            match self._files[path]:
+                case RemoteFile() as file:
+                    return file
+                case Finding() as refusal:
+                    refusals.append(refusal)
+        if refusals:
+            raise SourceError(refusals[:1])
+        raise NotAvailable
 
-    def _ask(self, path: str, size: int, offset: int) -> _MirrorFile | None:
+    def _ask(self, path: str, size: int, offset: int) -> RemoteFile | Finding | None:
         url = f"{self._base}/{quote(path)}"
         response = self.downloader.head(url, self._auth)
         if response.status_code in (404, 410):
@@ -61,11 +58,10 @@ class Mirror(RemoteSource):
             raise SourceError([_refusal(self.url, response)])
         if response.status_code == 403:
             # S3 says so of what it does not have, too: another name may be there.
-            self._forbidden[path] = _refusal(self.url, response)
-            return None
+            return _refusal(self.url, response)
         self.reached.add(redact(response.url))
         # Whatever else a HEAD is answered (405, 501) is left to the GET.
-        return _MirrorFile(url, self._auth, size, offset)
+        return RemoteFile(url, self._auth, size, lambda: url, bind(_refusal, url), offset)
 
 
 def open_source(url: str, _: Manifest, downloader: RangeDownloader) -> Mirror:
@@ -73,21 +69,10 @@ def open_source(url: str, _: Manifest, downloader: RangeDownloader) -> Mirror:
     return Mirror(downloader, url)
 
 
-class _MirrorFile(RemoteFile):
-    def resolve(self) -> str:
-        return self.where
-
-    def classify_refusal(self, url: str, response: requests.Response) -> Exception:
-        if not self.auth.covers(response.url):
-            return expired_url(url, response)
-        if response.status_code in (404, 410):
-            found = f"{response.status_code} {response.reason}"
-            return SourceError([Finding(Kind.NOT_THERE, self.where, "the file", found)])
-        return SourceError([_refusal(self.where, response)])
-
-
 def _refusal(where: str, response: requests.Response) -> Finding:
     found = f"{response.status_code} {response.reason}"
+    if response.status_code in (404, 410):
+        return Finding(Kind.NOT_THERE, where, "the file", found)
     help_text = f"if it asks for credentials, put them as a header into {MIRROR_HEADERS}"
     kind = Kind.FORBIDDEN if response.status_code in (401, 403) else Kind.WRONG_ANSWER
     return Finding(kind, where, "the file", found, help_text)

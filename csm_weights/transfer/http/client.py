@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,14 +20,12 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Finding, Kind
 from csm_weights.transfer.http.auth import OriginAuth
-from csm_weights.transfer.http.deadlines import MOMENT, Deadline, Watchdog, WatchedAdapter
+from csm_weights.transfer.http.deadlines import MOMENT, Watchdog, WatchedAdapter
 from csm_weights.transfer.http.responses import (
-    busy_finding,
     cause_of,
     classify_error,
     foreign_redirect,
     host_of,
-    is_busy,
     is_upgrade,
     lost_finding,
     portal_finding,
@@ -90,10 +90,13 @@ class TransientError(Exception):
 
 @dataclass
 class Outage:
-    """A time in which nothing came from a host, to any of the streams that asked it."""
+    """The time `since` which nothing came from a host, to any of the streams that ask it.
 
-    since: float
-    until: float
+    It may go on until `until` (monotonic), which is infinite before a request has failed.
+    """
+
+    since: float = 0.0
+    until: float = math.inf
     is_logged: bool = False
     verdict: Finding | None = None
 
@@ -113,8 +116,7 @@ class HttpClient:
         self.timeouts = timeouts or Timeouts()
         self.lock = threading.Lock()
         # By host, and by whether it is asked for bodies rather than for answers about files.
-        self.outages: dict[tuple[str, bool], Outage] = {}
-        self.progress: dict[tuple[str, bool], float] = {}
+        self.outages: defaultdict[tuple[str, bool], Outage] = defaultdict(Outage)
         self.watchdog = Watchdog(cancel)
         self._quiet_until: dict[str, float] = {}
         self._answered: set[str] = set()
@@ -161,13 +163,12 @@ class HttpClient:
             with self.follow("GET", url, auth, is_own_host_only=True) as response:
                 if response.status_code >= 400:
                     return response, None
-                deadline = Deadline(response.raw.shutdown, self.timeouts.read)
-                try:
-                    with self.watchdog.watching(deadline.check):
+                with self.watchdog.watching(response.raw.shutdown, self.timeouts.read) as wait:
+                    try:
                         body = response.raw.read(MAX_JSON)
-                except (HTTPError, OSError, ValueError) as error:
-                    found = "less, in time" if deadline.is_over else cause_of(error)
-                    raise TransientError(lost_finding(host_of(response.url), found)) from None
+                    except (HTTPError, OSError, ValueError) as error:
+                        found = "less, in time" if wait.is_late else cause_of(error)
+                        raise TransientError(lost_finding(host_of(response.url), found)) from None
             try:
                 return response, json.loads(body)
             except ValueError:
@@ -241,12 +242,21 @@ class HttpClient:
         if response.status_code == 407:
             response.close()
             raise SourceError([proxy_finding(url, "407 Proxy Authentication Required")])
-        if is_busy(response.status_code):
+        status = response.status_code
+        if status in (408, 425, 429) or (status >= 500 and status not in (501, 505)):
+            # The same request may succeed later.
             response.close()
-            seconds = requested_wait(response.headers)
+            seconds, kind, when = requested_wait(response.headers), Kind.SERVER_TROUBLE, "later"
             if seconds is not None and seconds <= timeouts.longest_wait:
                 self._quiet_until[host] = time.monotonic() + seconds
-            raise TransientError(busy_finding(host, response, seconds), seconds)
+            if status == 429:
+                kind, when = (
+                    Kind.RATE_LIMITED,
+                    "later" if seconds is None else f"in {seconds:.0f} s",
+                )
+            found = f"{status} {response.reason}"
+            finding = Finding(kind, host, "an answer", found, f"try again {when}")
+            raise TransientError(finding, seconds)
         return response
 
     def pause(self, seconds: float, over: threading.Event | None = None) -> None:
@@ -277,8 +287,7 @@ class RetryPolicy:
         """Note that something came."""
         self._tries = self._doubts = 0
         with self._client.lock:
-            self._client.progress[self._host] = time.monotonic()
-            self._client.outages.pop(self._host, None)
+            self._client.outages[self._host] = Outage(time.monotonic())
 
     def wait(self, error: TransientError, started: float) -> None:
         """Wait before the next try of a request that was `started` (monotonic) and failed.
@@ -296,16 +305,16 @@ class RetryPolicy:
             is_first = error.seconds == 0 and self._tries == 1
             delay = 0.0 if is_first else max(delay, error.seconds)
         with client.lock:
-            since = max(started, client.progress.get(self._host, 0.0))
-            fresh = Outage(since, since + client.timeouts.patience)
-            outage = client.outages.setdefault(self._host, fresh)
+            outage = client.outages[self._host]
+            if outage.until == math.inf:
+                outage.since = max(started, outage.since)
+                outage.until = outage.since + client.timeouts.patience
+            end = outage.until
             if error.seconds:
-                is_over = now + error.seconds > outage.since + client.timeouts.longest_wait
+                end = outage.since + client.timeouts.longest_wait - error.seconds
             elif error.is_first_contact:
-                is_over = now >= outage.since + client.timeouts.patience / 10
-            else:
-                is_over = now >= outage.until
-            if outage.verdict or is_over:
+                end = outage.since + client.timeouts.patience / 10
+            if outage.verdict or now >= end:
                 outage.verdict = outage.verdict or error.finding
                 raise SourceError([outage.verdict])
             if error.seconds:

@@ -7,10 +7,12 @@ second, or one interim answer after the other, could keep a request for ever.
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
 
@@ -23,20 +25,14 @@ from csm_weights.transfer.http.environment import trust_context
 MOMENT = 0.5
 
 
-class Deadline:
-    """A wait of at most `seconds`, which `end` ends; it may be called after the wait is over."""
+@dataclass(eq=False)
+class Wait:
+    """A wait for a server, which `end` ends: at `until` (monotonic), or once `over` is set."""
 
-    def __init__(self, end: Callable[[], object], seconds: float) -> None:
-        self._end = end
-        self._until = time.monotonic() + seconds
-        self.is_over = False
-
-    def check(self, is_cancelled: bool) -> None:
-        """End the wait if its time is over, or if the run was cancelled."""
-        self.is_over = time.monotonic() >= self._until
-        if is_cancelled or self.is_over:
-            with contextlib.suppress(OSError, RuntimeError, ValueError):
-                self._end()
+    end: Callable[[], object]
+    until: float
+    over: threading.Event
+    is_late: bool = False
 
 
 class Watchdog:
@@ -45,21 +41,24 @@ class Watchdog:
     def __init__(self, cancel: threading.Event) -> None:
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._checks: set[Callable[[bool], None]] = set()
+        self._waits: set[Wait] = set()
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
-    def watching(self, check: Callable[[bool], None]) -> Iterator[None]:
-        """Call `check` until the block ends, with whether the run was cancelled."""
+    def watching(
+        self, end: Callable[[], object], seconds: float, over: threading.Event | None = None
+    ) -> Iterator[Wait]:
+        """Call `end` if the block takes longer, the run is cancelled, or `over` is set."""
+        wait = Wait(end, time.monotonic() + seconds, over or self._cancel)
         with self._lock:
-            self._checks.add(check)
+            self._waits.add(wait)
         try:
-            yield
+            yield wait
         finally:
             with self._lock:
-                self._checks.discard(check)
+                self._waits.discard(wait)
 
     def close(self) -> None:
         """End the thread."""
@@ -69,9 +68,13 @@ class Watchdog:
     def _run(self) -> None:
         while not self._is_closed.wait(MOMENT):
             with self._lock:
-                checks = list(self._checks)
-            for check in checks:
-                check(self._cancel.is_set())
+                waits = list(self._waits)
+            for wait in waits:
+                wait.is_late |= time.monotonic() >= wait.until
+                if wait.is_late or wait.over.is_set() or self._cancel.is_set():
+                    # It may have ended meanwhile, which is as good.
+                    with contextlib.suppress(OSError, RuntimeError, ValueError):
+                        wait.end()
 
 
 class WatchedAdapter(HTTPAdapter):
@@ -105,24 +108,26 @@ class WatchedAdapter(HTTPAdapter):
         """Leave the choice of authorities to the context."""
 
     def _watch(self, manager: Any) -> None:
-        known = manager.pool_classes_by_scheme.items()
-        manager.pool_classes_by_scheme = {s: self._watched_pool(pool) for s, pool in known}
+        """Let every connection that the pools of `manager` make be watched."""
 
-    def _watched_pool(self, pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
-        watchdog, seconds, parent = self._watchdog, self._seconds, pool.ConnectionCls
+        def watched(pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
+            parent = pool.ConnectionCls
 
-        def getresponse(connection: Any) -> Any:
-            sock = connection.sock
-            if sock is None:
-                return parent.getresponse(connection)
-            deadline = Deadline(lambda: sock.shutdown(socket.SHUT_RDWR), seconds)
-            try:
-                with watchdog.watching(deadline.check):
+            def getresponse(connection: Any) -> Any:
+                sock = connection.sock
+                if sock is None:
                     return parent.getresponse(connection)
-            except (OSError, HTTPException):
-                if deadline.is_over:
-                    raise TimeoutError("timed out") from None
-                raise
+                end = functools.partial(sock.shutdown, socket.SHUT_RDWR)
+                with self._watchdog.watching(end, self._seconds) as wait:
+                    try:
+                        return parent.getresponse(connection)
+                    except (OSError, HTTPException):
+                        if wait.is_late:
+                            raise TimeoutError("timed out") from None
+                        raise
 
-        watched = type(parent.__name__, (parent,), {"getresponse": getresponse})
-        return type(pool.__name__, (pool,), {"ConnectionCls": watched})
+            connection = type(parent.__name__, (parent,), {"getresponse": getresponse})
+            return type(pool.__name__, (pool,), {"ConnectionCls": connection})
+
+        known = manager.pool_classes_by_scheme.items()
+        manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in known}

@@ -139,30 +139,6 @@ def requested_wait(headers: Mapping[str, str]) -> float | None:
     return min(max(waits), FOREVER) if waits else None
 
 
-def is_busy(status: int) -> bool:
-    """Return whether the same request may succeed later."""
-    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
-
-
-def busy_finding(host: str, response: requests.Response, seconds: float | None) -> Finding:
-    """Describe an answer after which the same request may succeed."""
-    status, kind, when = f"{response.status_code} {response.reason}", Kind.SERVER_TROUBLE, "later"
-    if response.status_code == 429:
-        kind, when = Kind.RATE_LIMITED, "later" if seconds is None else f"in {seconds:.0f} s"
-    return Finding(kind, host, "an answer", status, f"try again {when}")
-
-
-def describe_body(head: bytes, content_type: str) -> str:
-    """Return what a body is that is not the file, by its first bytes."""
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "a git-lfs pointer in place of the content"
-    if head.startswith(b"Access to model ") and b" is restricted" in head:
-        return "the Hub's refusal in place of the content"
-    if "html" in content_type or head.lstrip()[:1] == b"<":
-        return "a web page; is there a login or a captive portal in between?"
-    return "another file"
-
-
 def portal_finding(where: str) -> Finding:
     """Describe a web page in place of an answer of the Hub."""
     found = "a web page; is there a login or a captive portal in between?"

@@ -15,6 +15,8 @@ import requests
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.transfer.http.auth import OriginAuth
+from csm_weights.transfer.http.client import HttpClient, TransientError
+from csm_weights.transfer.http.deadlines import MOMENT
 from csm_weights.transfer.http.ranges import RangeDownloader, RangeStream, RemoteFile
 from csm_weights.transfer.reorder import BLOCK, Buffer
 from csm_weights.transfer.source import SourceError
@@ -51,59 +53,64 @@ class Writer:
     def add_notes(self, findings: Sequence[Finding]) -> None: ...
 
 
-class AtUrl(RemoteFile):
-    """A file at a URL that never changes; every refusal is final."""
+def at_url(url: str, size: int) -> RemoteFile:
+    """Return a file at a URL that never changes; every refusal is final."""
 
-    def resolve(self) -> str:
-        return self.where
+    def refusal(response: requests.Response) -> Finding:
+        return Finding(Kind.FORBIDDEN, url, "the file", response.reason)
 
-    def classify_refusal(self, url: str, response: requests.Response) -> Exception:
-        return SourceError([Finding(Kind.FORBIDDEN, url, "the file", response.reason)])
+    return RemoteFile(url, OriginAuth(url), size, lambda: url, refusal)
 
 
 @contextlib.contextmanager
-def at_hub(data: bytes) -> Iterator[tuple[HubServer, AtUrl]]:
+def at_hub(data: bytes) -> Iterator[tuple[HubServer, RemoteFile]]:
     """A Hub that has the file itself, not on its storage host."""
     with HubServer() as hub:
         hub.add_repo("org/name", {"x": data}, lfs=lambda *_: False)
         url = f"{hub.endpoint}/org/name/resolve/main/x"
-        yield hub, AtUrl(url, OriginAuth(url), len(data))
+        yield hub, at_url(url, len(data))
 
 
 class Body:
-    """The body of a response, all of it at hand, that counts how often it is cut."""
+    """A response's body that gives all that is asked for after `seconds`, and counts its cuts."""
 
     url = "http://hub.example/x"
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self.raw = self
+        self.seconds = seconds
         self.cuts = 0
 
-    def readinto(self, view: memoryview) -> int:
-        return len(view)
+    def read1(self, size: int) -> bytes:
+        time.sleep(self.seconds)
+        return b"" if self.cuts else bytes(size)
 
     def shutdown(self) -> None:
         self.cuts += 1
 
 
+class SlowDisk(Writer):
+    """A writer that takes its time."""
+
+    def write(self, buffer: Buffer, offset: int, size: int) -> None:  # noqa: ARG002
+        time.sleep(2 * MOMENT)
+
+
 def test_a_slow_disk_is_not_the_servers_fault() -> None:
     """While a block is written nothing is expected of the server; while it is read, bytes are."""
-    body, limits = Body(), replace(HASTY, slow_seconds=0)
-    response = cast(requests.Response, body)
-    stream = RangeStream(response, 0, BLOCK, limits, threading.Event())
+    limits = replace(HASTY, slow_seconds=0.1)
+    with HttpClient(threading.Event(), timeouts=limits) as client:
 
-    class SlowDisk(Writer):
-        def write(self, buffer: Buffer, offset: int, size: int) -> None:  # noqa: ARG002
-            for _ in range(3):
-                time.sleep(0.01)
-                stream.check(is_cancelled=False)
+        def read_at_leisure(body: Body) -> int:
+            response = cast(requests.Response, body)
+            stream = RangeStream(client, response, 0, BLOCK, threading.Event())
+            stream.read_into(SlowDisk(BLOCK), 0)
+            return body.cuts
 
-    stream.read_into(SlowDisk(BLOCK), 0)
-    assert body.cuts == 0
-    for _ in range(3):
-        time.sleep(0.01)
-        stream.check(is_cancelled=False)
-    assert body.cuts > 0
+        assert read_at_leisure(Body(0)) == 0
+        with pytest.raises(TransientError) as caught:
+            read_at_leisure(Body(2 * MOMENT))
+        assert caught.value.finding.kind is Kind.TOO_SLOW
 
 
 def test_a_span_that_fails_for_good_ends_the_others() -> None:
@@ -130,7 +137,7 @@ def test_the_last_byte_of_a_server_without_ranges_ends_its_connection(tmp_path: 
         serving(tmp_path, ranges=False) as server,
         RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
     ):
-        file = AtUrl(f"{server.url}/x", OriginAuth(), len(DATA))
+        file = at_url(f"{server.url}/x", len(DATA))
         writer = Writer(len(DATA))
         downloader.fetch(file, writer)
         assert bytes(writer.data) == DATA
