@@ -87,25 +87,25 @@ def parse_record(
         return None
     for kind in kinds:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            record: R = _build(kind, data)
+            record: R = build(kind, data)
             return record
     return None
 
 
-def _build(kind: Any, value: Any) -> Any:
-    """Return JSON data as the annotated type; raises TypeError or KeyError where it is another."""
+def build(kind: Any, value: Any) -> Any:
+    """Return JSON data as a type, such as a dataclass; TypeError or KeyError where it is not."""
     if isinstance(kind, type) and is_dataclass(kind):
         fields = _field_types(kind)
-        return kind(**{name: _build(fields[name], field) for name, field in value.items()})
+        return kind(**{name: build(fields[name], field) for name, field in value.items()})
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
         if type(value) is not list:
             raise TypeError(f"expected a list, found {show(value)}")
         if inner[-1] is Ellipsis:
-            return tuple(_build(inner[0], item) for item in value)
-        return tuple(_build(*pair) for pair in zip(inner, value, strict=True))
+            return tuple(build(inner[0], item) for item in value)
+        return tuple(build(*pair) for pair in zip(inner, value, strict=True))
     if isinstance(kind, types.UnionType):
-        return None if value is None else _build(typing.get_args(kind)[0], value)
+        return None if value is None else build(typing.get_args(kind)[0], value)
     if type(value) is not kind:
         raise TypeError(f"expected {kind}, found {show(value)}")
     return value

@@ -106,6 +106,7 @@ class _Partial:
         self.on_progress = on_progress
         self.cancel = cancel
         self.notes: list[Finding] = []
+        self.is_named = False
         self._lock = threading.Lock()
         self._kept = {record.offset: record for record in job.journaled}
         self._records: dict[int, PieceRecord] = {}
@@ -114,17 +115,16 @@ class _Partial:
         unlink_shared(self.path)
         # A journal whose partial has got its name says nothing of the next one.
         is_new = not self.path.exists()
-        self._journal = create(journal_path(job.target), os.O_APPEND | (os.O_TRUNC * is_new))
+        self.journal_fd = create(journal_path(job.target), os.O_APPEND | (os.O_TRUNC * is_new))
         self.target = OutputFile(self.path)
         with writing(self.path):
             os.ftruncate(self.target.fd, job.artifact.size)
-        self._is_named = False
         starts = [piece.offset for piece in self.tiles] + [job.artifact.size]
         self._whole = InOrderDigest(self.target.fd, starts, cancel)
 
     def close(self) -> None:
         self.target.close()
-        os.close(self._journal)
+        os.close(self.journal_fd)
 
     def queues(self) -> list[tuple[int, ...]]:
         """Return which pieces, by index, are done one after the other by one worker.
@@ -142,96 +142,77 @@ class _Partial:
         return [*([tuple(remote)] if remote else []), *((i,) for i in others if i not in remote)]
 
     def run(self, queue: Sequence[int]) -> None:
-        """Do some pieces, one after the other.
-
-        No chunk file is touched while another piece is known not to come.
-        """
+        """Do some pieces, one after the other."""
         for index in queue:
             is_consumed = self.tiles[index].offset in self.job.consuming
-            if not (self._findings and is_consumed):
-                self._run_piece(index, is_consumed)
+            # No chunk file is touched while another piece is known not to come.
+            if is_consumed and self._findings:
+                continue
+            writer, record = PartialWriter(self, index, self._whole.claim(index)), None
+            try:
+                record = self._fill(writer, is_consumed)
+            except NotAvailable:
+                words = (f"{writer.piece.size:,} bytes", "in no source")
+                self._findings[index] = (Finding(Kind.MISSING, writer.piece.part, *words),)
+            except SourceError as error:
+                self._findings[index] = error.findings
+            finally:
+                writer.close()
+            self._whole.finish(index, writer.whole, verified=record is not None)
+            if record:
+                self._records[index] = record
+                self._git_sha1 = writer.git_sha1
 
-    def _run_piece(self, index: int, is_consumed: bool) -> None:
-        piece, writer = self.tiles[index], PartialWriter(self, index, self._whole.claim(index))
-        record: PieceRecord | None = None
-        try:
-            place = ""
-            if is_consumed and self.job.consume:
+    def _fill(self, writer: PartialWriter, is_consumed: bool) -> PieceRecord:
+        """Return the record of a piece once its bytes are there and right."""
+        piece, kept = writer.piece, self._kept.get(writer.piece.offset)
+        writer.reset()
+        if is_consumed and self.job.consume:
+            place = self.job.consume(writer)
+        else:
+            if kept:
+                writer.rehash(piece.size)
+                with suppress(SourceError):
+                    writer.verify(str(self.path))
+                    return kept
                 writer.reset()
-                place = self.job.consume(writer)
-            elif not (record := self._reverify(writer)):
-                writer.reset()
-                writer.arrived = tuple(
-                    (a.offset, a.offset + a.size)
-                    for a in self.job.arrived
-                    if piece.offset <= a.offset and a.offset + a.size <= piece.end
-                )
-                place = self.job.source.deliver(self.job.artifact, piece, writer)
-            if not record:
-                writer.verify(place)
-                record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
-                self.journal(record)
-        except NotAvailable:
-            missing = Finding(Kind.MISSING, piece.part, f"{piece.size:,} bytes", "in no source")
-            self._findings[index] = (missing,)
-        except SourceError as error:
-            self._findings[index] = error.findings
-        finally:
-            writer.close()
-        self._whole.finish(index, writer.whole, verified=record is not None)
-        if record:
-            self._records[index] = record
-            self._git_sha1 = writer.git_sha1
-
-    def _reverify(self, writer: PartialWriter) -> PieceRecord | None:
-        """Return the record of a piece that an earlier run has journaled, if it is right."""
-        if record := self._kept.get(writer.piece.offset):
-            writer.reset()
-            writer.rehash(writer.piece.size)
-            with suppress(SourceError):
-                writer.verify(str(self.path))
-                return record
-        return None
-
-    def secure(self, record: Consumed) -> None:
-        """Make what was written durable, and then a line of the journal, each under its name."""
-        with writing(self.path):
-            os.fdatasync(self.target.fd)
-            self.journal(record)
-            os.fsync(self._journal)
-        if not self._is_named:
-            device = os.fstat(self.target.fd).st_dev
-            for folder in self.path.parents:
-                if not os.access(folder, os.R_OK) or folder.stat().st_dev != device:
-                    break
-                sync(folder)
-            self._is_named = True
+            writer.arrived = tuple(
+                (a.offset, a.offset + a.size)
+                for a in self.job.arrived
+                if piece.offset <= a.offset and a.offset + a.size <= piece.end
+            )
+            place = self.job.source.deliver(self.job.artifact, piece, writer)
+        writer.verify(place)
+        record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
+        self.journal(record)
+        return record
 
     def journal(self, record: PieceRecord | Arrival | Consumed) -> None:
         """Write a line of the journal."""
         with self._lock:
             # A line may follow one that a crash has torn, so it brings its own start.
-            write_all(self._journal, f"\n{dump_record(record)}\n".encode(), self.path)
+            write_all(self.journal_fd, f"\n{dump_record(record)}\n".encode(), self.path)
 
     def findings(self) -> list[Finding]:
         """Return what is wrong with the pieces, or else with the whole."""
         if self._findings:
             return [f for index in sorted(self._findings) for f in self._findings[index]]
-        artifact, digests = self.job.artifact, (self._sha256(), self._git_sha1)
+        digests = self._whole.hexdigest(), self._git_sha1
+        artifact = self.job.artifact
         return artifact.digest_findings(artifact.editions[0], *digests, self.path)
-
-    def _sha256(self) -> str:
-        digest = self._whole.hexdigest()
-        assert digest is not None, "every piece is verified, so the whole was hashed"
-        return digest
 
     def verified(self) -> VerifiedFile:
         """Return the file, once there are no findings."""
-        records = tuple(self._records[index] for index in sorted(self._records))
-        fingerprint = Fingerprint.of(os.fstat(self.target.fd))
-        pieces = records if self.job.artifact.pieces else ()
-        notes = tuple(dict.fromkeys(self.notes))
-        return VerifiedFile(self.path, self._sha256(), pieces, fingerprint, self._git_sha1, notes)
+        return VerifiedFile(
+            self.path,
+            self._whole.hexdigest(),
+            tuple(
+                record for _, record in sorted(self._records.items()) if self.job.artifact.pieces
+            ),
+            Fingerprint.of(os.fstat(self.target.fd)),
+            self._git_sha1,
+            tuple(dict.fromkeys(self.notes)),
+        )
 
 
 class PartialWriter:
@@ -284,12 +265,46 @@ class PartialWriter:
         self.reset()
         self._copy(Extent(fd, offset, self.piece.size), self.piece.offset)
 
+    def copy_step(self, fd: int, start: int, size: int) -> str:
+        """Copy the bytes `[start, start + size)` of the piece, from just there in `fd`.
+
+        Raises OSError or EOFError where `fd` cannot be read that far.
+        """
+        self._copy(Extent(fd, start, size), self.piece.offset + start)
+        return self._digest.hexdigest()
+
     def _copy(self, extent: Extent, offset: int) -> None:
         # A piece whose turn it is not is read again for the whole digest, so it stays in
         # the page cache; nobody needs the others there.
         direct = self.whole is not None
         rest = (self._sinks(), direct, self._partial.on_progress, self._partial.cancel)
         copy_hashed(extent, self._partial.target, offset, *rest)
+
+    def rehash(self, size: int) -> str:
+        """Hash the piece's first `size` bytes where they lie in the partial."""
+        partial, fd = self._partial, self._partial.target.fd
+        feed(fd, self.piece.offset, size, self._sinks(), partial.on_progress, partial.cancel)
+        return self._digest.hexdigest()
+
+    def _sinks(self) -> list[Hasher]:
+        whole = None if self.whole is self._digest else self.whole
+        return [sink for sink in (self._digest, self._git, whole) if sink is not None]
+
+    def secure(self, size: int) -> None:
+        """Make the piece's first `size` bytes durable, and then a line of the journal about it."""
+        partial = self._partial
+        with writing(partial.path):
+            os.fdatasync(partial.target.fd)
+            partial.journal(Consumed(self.piece.offset, size, self.piece.sha256))
+            os.fsync(partial.journal_fd)
+        if not partial.is_named:
+            # So that both have their names after a power cut.
+            device = os.fstat(partial.target.fd).st_dev
+            for folder in partial.path.parents:
+                if not os.access(folder, os.R_OK) or folder.stat().st_dev != device:
+                    break
+                sync(folder)
+            partial.is_named = True
 
     def wanted(self) -> list[tuple[int, int]]:
         """See `PieceWriter`."""
@@ -322,28 +337,6 @@ class PartialWriter:
                 partial.cancel,
             )
         return self._arriving
-
-    def rehash(self, size: int) -> str:
-        """Hash the piece's first `size` bytes where they lie in the partial."""
-        partial, fd = self._partial, self._partial.target.fd
-        feed(fd, self.piece.offset, size, self._sinks(), partial.on_progress, partial.cancel)
-        return self._digest.hexdigest()
-
-    def copy_step(self, fd: int, start: int, size: int) -> str:
-        """Copy the bytes `[start, start + size)` of the piece, from just there in `fd`.
-
-        Raises OSError or EOFError where `fd` cannot be read that far.
-        """
-        self._copy(Extent(fd, start, size), self.piece.offset + start)
-        return self._digest.hexdigest()
-
-    def secure(self, size: int) -> None:
-        """Make the piece's first `size` bytes durable, and then a line of the journal about it."""
-        self._partial.secure(Consumed(self.piece.offset, size, self.piece.sha256))
-
-    def _sinks(self) -> list[Hasher]:
-        whole = None if self.whole is self._digest else self.whole
-        return [sink for sink in (self._digest, self._git, whole) if sink is not None]
 
     def add_notes(self, findings: Sequence[Finding]) -> None:
         """See `PieceWriter`."""

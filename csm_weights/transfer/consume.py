@@ -184,34 +184,31 @@ def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> s
     """
     piece = writer.piece
     stake = stakes[piece.offset]
-    if writer.rehash(stake.moved) != stake.marks[0][1]:
+    at, seen = stake.moved, stake.seen
+    if writer.rehash(at) != stake.marks[0][1]:
         raise SourceError([Finding.changed(f"the unfinished file, where {piece.part} has moved")])
     # Also where nothing has moved: the journal may say of a chunk file that is whole again
     # that it was consumed.
-    writer.secure(stake.moved)
-    if stake.seen is not None:
-        try:
-            with _open(root / piece.part, os.O_RDWR) as fd:
-                _move(fd, stake, stake.seen, writer)
-        except (OSError, EOFError) as error:
-            raise SourceError([Finding.unreadable(piece.part, error)]) from None
+    writer.secure(at)
+    if seen is None:
+        return piece.part
+    changed = SourceError([Finding.changed(piece.part)])
+    try:
+        with _open(root / piece.part, os.O_RDWR) as fd:
+            for end, digest in stake.marks:
+                if end > at:
+                    if writer.copy_step(fd, at, end - at) != digest:
+                        raise changed
+                    writer.secure(end)
+                if Fingerprint.of(os.fstat(fd)) != seen:
+                    raise changed
+                if end:
+                    # From the start: a run that was killed here has left the last hole undone.
+                    punch(fd, 0, end)
+                seen, at = Fingerprint.of(os.fstat(fd)), end
+    except (OSError, EOFError) as error:
+        raise SourceError([Finding.unreadable(piece.part, error)]) from None
     return piece.part
-
-
-def _move(fd: int, stake: Stake, seen: Fingerprint, writer: PartialWriter) -> None:
-    at = stake.moved
-    changed = SourceError([Finding.changed(stake.piece.part)])
-    for end, digest in stake.marks:
-        if end > at:
-            if writer.copy_step(fd, at, end - at) != digest:
-                raise changed
-            writer.secure(end)
-        if Fingerprint.of(os.fstat(fd)) != seen:
-            raise changed
-        if end:
-            # From the start: a run that was killed here has left the last hole undone.
-            punch(fd, 0, end)
-        seen, at = Fingerprint.of(os.fstat(fd)), end
 
 
 def remove_chunk_files(root: Path, partial: Path, pieces: Iterable[Piece]) -> None:

@@ -78,7 +78,7 @@ class Hub(RemoteSource):
         self.raise_refusal()
         auth, revision = self.credentials.auth, quote(self._revision, safe="")
         url = f"{self.page}/resolve/{revision}/{quote(artifact.path)}"
-        response = self.downloader.head(url, auth, _names_commit, is_own_host_only=True)
+        response, _ = self.downloader.ask("HEAD", url, auth, _names_commit, is_own_host_only=True)
         if response.status_code >= 400:
             raise SourceError([self._classify(artifact.path, response)])
         if not _names_commit(response) and "html" in response.headers.get("Content-Type", ""):

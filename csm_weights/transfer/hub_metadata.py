@@ -17,8 +17,6 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, urljoin
 
-from requests.utils import parse_header_links
-
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.hashing import blob_id, git_sha1, sha256
 from csm_weights.manifest.paths import path_problem
@@ -29,7 +27,7 @@ from csm_weights.transfer.http.client import HttpClient, Timeouts
 from csm_weights.transfer.http.responses import foreign_redirect, wrong_answer
 from csm_weights.transfer.hub import classify_refusal
 from csm_weights.transfer.source import SourceError
-from csm_weights.untrusted import is_text
+from csm_weights.untrusted import build, is_text
 
 #: Files of one repository at most: more would make no manifest that can be read.
 MAX_FILES = 20_000
@@ -41,7 +39,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 
 _NOTHING = sha256().hexdigest()
-_NO_BYTES = git_sha1(0).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -136,9 +133,15 @@ class _Metadata:
             rows, url = self._ask(url)
             if not isinstance(rows, list):
                 raise self._nonsense("a list of files", f"a {type(rows).__name__}")
-            for row in rows:
-                if not (isinstance(row, dict) and row.get("type") == "directory"):
-                    files.append(self._file(row))
+            try:
+                for row in rows:
+                    if row.get("type") != "directory":
+                        figures = {name: row[name] for name in ("path", "size", "oid")}
+                        if lfs := row.get("lfs"):
+                            figures |= {"sha256": lfs["oid"], "lfs_size": lfs["size"]}
+                        files.append(build(File, figures))
+            except (AttributeError, LookupError, TypeError) as error:
+                raise self._nonsense("a path, a size and an id", f"{error!r}") from None
             if len(files) > MAX_FILES:
                 raise self._nonsense(f"at most {MAX_FILES:,} files", "more")
         return files
@@ -150,27 +153,13 @@ class _Metadata:
         if data is None:
             whose = (self.credentials, self.repo, self.revision or "main")
             raise SourceError([classify_refusal(*whose, "", response)])
-        links = parse_header_links(response.headers.get("Link", ""))
-        following = next((link["url"] for link in links if link.get("rel") == "next"), None)
+        following = response.links.get("next", {}).get("url")
         if following is None:
             return data, None
         following = urljoin(response.url, following)
         if not auth.covers(following):
             raise SourceError([foreign_redirect(url, following)])
         return data, following
-
-    def _file(self, row: Any) -> File:
-        """Return a row of a tree, with the types that it has to have."""
-        try:
-            lfs = row.get("lfs")
-            texts = [row["path"], row["oid"], *([lfs["oid"]] if lfs else [])]
-            sizes = [row["size"], *([lfs["size"]] if lfs else [])]
-        except (AttributeError, LookupError, TypeError) as error:
-            raise self._nonsense("a path, a size and an id", f"{error!r}") from None
-        if not all(type(t) is str for t in texts) or not all(type(s) is int for s in sizes):
-            raise self._nonsense("a path, a size and an id", "values of other types")
-        digest, lfs_size = (texts[2], sizes[1]) if lfs else (None, None)
-        return File(texts[0], sizes[0], texts[1], digest, lfs_size)
 
     def _nonsense(self, expected: str, found: str) -> SourceError:
         page, shown = f"{self.credentials.endpoint}/{self.repo}", self.credentials.mask(found)[:200]
@@ -182,23 +171,42 @@ def choose(
 ) -> tuple[tuple[Artifact, ...], tuple[Finding, ...]]:
     """Return the artifacts of the files that match `globs`, or of all, and what was left out.
 
-    `page` names the repository in messages. Raises as `list_repo`.
+    Of names that are equal where case and Unicode form do not count, the first stays. `page`
+    names the repository in messages. Raises as `list_repo`.
     """
+
+    def left_out(file: File, problem: str) -> Finding:
+        where = f"{page} {file.path.encode(errors='replace').decode()}"
+        return Finding(Kind.MALFORMED, where, "a name that a manifest may have", problem)
+
     files = sorted(files, key=lambda file: file.path)
-    split = [(file.path, re.split(r"[/\\]", file.path)) for file in files]
-    leaving = [path for path, names in split if ".." in names or not names[0]]
-    if hostile := [_left_out(page, path, "a path out of its folder") for path in leaving]:
+    split = [(file, re.split(r"[/\\]", file.path)) for file in files]
+    leaving = [file for file, names in split if ".." in names or not names[0]]
+    if hostile := [left_out(file, "a path out of its folder") for file in leaving]:
         raise WrongContent(f"{page} has files that no one should save", hostile)
     # As in `hf download`, a * crosses folders.
     patterns = [f"{glob}*" if glob.endswith("/") else glob for glob in globs] or ["*"]
-    wanted = [f for f in files if any(fnmatchcase(f.path, pattern) for pattern in patterns)]
-    kept, left_out = _with_names(wanted, page)
+    kept, refused, names, folders = list[File](), list[Finding](), set[str](), set[str]()
+    for file in files:
+        if not any(fnmatchcase(file.path, pattern) for pattern in patterns):
+            continue
+        name = unicodedata.normalize("NFC", file.path.casefold())
+        above = {parent.as_posix() for parent in PurePosixPath(name).parents}
+        problem = path_problem(file.path) if is_text(file.path) else "no text"
+        if not problem and (name in names or name in folders or above & names):
+            problem = "the name of another file, or of a folder, where case does not count"
+        if problem:
+            refused.append(left_out(file, problem))
+        else:
+            kept.append(file)
+            names.add(name)
+            folders |= above
     if wrong := [finding for file in kept for finding in _findings(file, page)]:
         raise WrongContent(f"{page}: the Hub contradicts itself", wrong)
     if not kept:
         among = f"like {', '.join(globs)} " if globs else ""
-        raise UsageError(f"no file {among}among the {len(files)} of {page}", left_out)
-    return tuple(map(artifact_of, kept)), left_out
+        raise UsageError(f"no file {among}among the {len(files)} of {page}", refused)
+    return tuple(map(artifact_of, kept)), tuple(refused)
 
 
 def artifact_of(file: File) -> Artifact:
@@ -218,33 +226,8 @@ def artifact_of(file: File) -> Artifact:
     return replace(artifact, evidence=dict.fromkeys(["size", *figures], "H"))
 
 
-def _with_names(files: Iterable[File], page: str) -> tuple[list[File], tuple[Finding, ...]]:
-    """Return the files that a manifest can name, the first of equal ones, and the others."""
-    kept: list[File] = []
-    left_out: list[Finding] = []
-    names: set[str] = set()
-    folders: set[str] = set()
-    for file in files:
-        name = unicodedata.normalize("NFC", file.path.casefold())
-        above = {parent.as_posix() for parent in PurePosixPath(name).parents}
-        problem = path_problem(file.path) if is_text(file.path) else "no text"
-        if not problem and (name in names or name in folders or above & names):
-            problem = "the name of another file, or of a folder, where case does not count"
-        if problem:
-            left_out.append(_left_out(page, file.path, problem))
-            continue
-        kept.append(file)
-        names.add(name)
-        folders |= above
-    return kept, tuple(left_out)
-
-
-def _left_out(page: str, path: str, problem: str) -> Finding:
-    shown = path.encode(errors="replace").decode()
-    return Finding(Kind.MALFORMED, f"{page} {shown}", "a name that a manifest may have", problem)
-
-
 def _findings(file: File, page: str) -> list[Finding]:
+    """Return where the figures of a file contradict each other, or make no sense."""
     wrong: list[tuple[str, str]] = []
     if not 0 <= file.size <= MAX_SIZE:
         wrong.append((f"a size up to {MAX_SIZE:,}", str(file.size)))
@@ -258,7 +241,7 @@ def _findings(file: File, page: str) -> list[Finding]:
         wrong.append((f"sha256 {_NOTHING}, of no bytes", f"sha256 {file.sha256}"))
     if not wrong:
         # What follows from the other figures, where something does.
-        implied = file.oid if file.size else _NO_BYTES
+        implied = file.oid if file.size else git_sha1(0).hexdigest()
         if file.sha256 is not None:
             implied = blob_id(file.sha256, file.size)
         if file.oid != implied:

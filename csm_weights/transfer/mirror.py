@@ -51,7 +51,7 @@ class Mirror(RemoteSource):
 
     def _ask(self, path: str, size: int, offset: int) -> RemoteFile | Finding | None:
         url = f"{self._base}/{quote(path)}"
-        response = self.downloader.head(url, self._auth)
+        response, _ = self.downloader.ask("HEAD", url, self._auth)
         if response.status_code in (404, 410):
             return None
         if response.status_code == 401:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from functools import partial as bind
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -22,7 +23,7 @@ from csm_weights.errors import Finding
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
 from csm_weights.transfer.local import ChunkFiles, WholeFile
-from csm_weights.transfer.source import FirstOf, NotAvailable, PieceWriter, Source, SourceError
+from csm_weights.transfer.source import FirstOf, NotAvailable, PieceWriter, Source
 
 if TYPE_CHECKING:
     from csm_weights.transfer.http.ranges import RangeDownloader
@@ -116,30 +117,27 @@ class SourcePolicy:
 
     def origins(self, item: ArtifactState, root: Path) -> tuple[PieceOrigin, ...]:
         """Return where each piece of an artifact comes from: the first candidate that has it."""
-        here: dict[int, tuple[PieceSource, str]] = {}
-        for candidate in reversed(self.candidates(item, root)):
-            here |= {offset: (candidate.kind, where) for offset, where in candidate.pieces.items()}
-        return tuple(
-            PieceOrigin(piece, *(here.get(piece.offset) or self._elsewhere(item, piece)))
-            for piece in item.artifact.tiles
-        )
-
-    def _elsewhere(self, item: ArtifactState, piece: Piece) -> tuple[PieceSource, str]:
-        if self.remote:
-            return PieceSource.REMOTE, self.remote[0]
-        wrong = [p.finding.kind for own, p in _chunk_files(item) if own == piece and p.finding]
-        why = f"{piece.part} is {wrong[0]}" if self.chunks and wrong else "no source has it"
-        return PieceSource.NOWHERE, why
+        candidates, origins = self.candidates(item, root), []
+        known = {p.offset: f.finding for p, f in _chunk_files(item) if self.chunks}
+        for piece in item.artifact.tiles:
+            kind, where = PieceSource.NOWHERE, "no source has it"
+            if has_it := [c for c in candidates if piece.offset in c.pieces]:
+                kind, where = has_it[0].kind, has_it[0].pieces[piece.offset]
+            elif self.remote:
+                kind, where = PieceSource.REMOTE, self.remote[0]
+            elif finding := known.get(piece.offset):
+                where = f"{piece.part} is {finding.kind}"
+            origins.append(PieceOrigin(piece, kind, where))
+        return tuple(origins)
 
     def source(self, item: ArtifactState, root: Path, remote: Sequence[Source]) -> Source:
         """Return the source that asks all candidates and then `remote`, in order.
 
         Where none has a piece, it raises what is known to be wrong with the chunk file.
         """
-        invalid = FileState.INVALID
-        wrong = {p.offset: f.finding for p, f in _chunk_files(item) if f.state is invalid}
-        last = [_KnownBad(wrong)] if self.chunks else []
-        return FirstOf(*self.candidates(item, root), *remote, *last)
+        invalid = [(p, f) for p, f in _chunk_files(item) if f.state is FileState.INVALID]
+        known = {p.offset: f.finding for p, f in invalid if f.finding and self.chunks}
+        return FirstOf(*self.candidates(item, root), *remote, known=known)
 
 
 #: What is on this machine, and nothing else.
@@ -153,18 +151,6 @@ def _chunk_files(item: ArtifactState) -> list[tuple[Piece, FileStatus]]:
 def _of_copy(kind: PieceSource, file: FileStatus, offsets: Iterable[int]) -> Candidate:
     pieces = dict.fromkeys(offsets, str(file.path))
     return Candidate(kind, pieces, WholeFile(file.path, file.size))
-
-
-@dataclass(frozen=True)
-class _KnownBad:
-    """What is wrong with chunk files, by the offsets of their pieces."""
-
-    findings: Mapping[int, Finding | None]
-
-    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
-        if finding := self.findings.get(piece.offset):
-            raise SourceError([finding])
-        raise NotAvailable
 
 
 @dataclass
@@ -182,26 +168,24 @@ class RemoteSources:
     log: Callable[[str], None]
     patience: float | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _closing: ExitStack = field(default_factory=ExitStack)
-    _downloader: RangeDownloader | None = None
-    _opened: dict[str, Source] = field(default_factory=dict)
 
     def __enter__(self) -> Sequence[LazySource]:
+        self._closing, self._lock, self._opened = ExitStack(), threading.Lock(), dict[str, Source]()
         return [LazySource(name, bind(self._open, name)) for name in self.names]
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def _open(self, name: str) -> Source:
+    @cached_property
+    def _downloader(self) -> RangeDownloader:
         from csm_weights.transfer.http.client import Timeouts
         from csm_weights.transfer.http.ranges import RangeDownloader
 
+        timeouts = replace(Timeouts.with_patience(self.patience), **self.limits)
+        return self._closing.enter_context(RangeDownloader(self.cancel, self.log, timeouts))
+
+    def _open(self, name: str) -> Source:
         with self._lock:
-            if self._downloader is None:
-                timeouts = replace(Timeouts.with_patience(self.patience), **self.limits)
-                downloader = RangeDownloader(self.cancel, self.log, timeouts)
-                self._downloader = self._closing.enter_context(downloader)
             if name not in self._opened:
                 kind = REMOTE[HUB if name == HUB else urlsplit(name).scheme]
                 module = importlib.import_module(f"csm_weights.transfer.{kind}")

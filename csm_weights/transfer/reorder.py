@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 import time
@@ -62,9 +63,9 @@ class InOrderDigest:
                 self._next += 1
                 self._busy = False
 
-    def hexdigest(self) -> str | None:
-        """Return the digest of the whole, or None while a piece is not verified."""
-        return self._state.hexdigest() if self._next == len(self._starts) - 1 else None
+    def hexdigest(self) -> str:
+        """Return the digest of the whole; it is empty while a piece is not verified."""
+        return self._state.hexdigest() if self._next == len(self._starts) - 1 else ""
 
 
 #: Bytes of a buffer: what each stream loses when a run is killed.
@@ -103,10 +104,9 @@ class BufferPool:
     def reserve(self, always: bool = False) -> bool:
         """Return whether one more buffer may wait in memory, past the limit if `always`."""
         with self._lock:
-            if self._room <= 0 and not always:
-                return False
-            self._room -= 1
-            return True
+            may_wait = always or self._room > 0
+            self._room -= may_wait
+            return may_wait
 
     def release(self, buffer: Buffer, reserved: bool = False) -> None:
         """Take back a buffer, and the room that was `reserved` for it."""
@@ -146,13 +146,13 @@ class ReorderBuffer:
         self._arrived = Ranges(arrived)
         self._waiting: dict[int, tuple[Buffer, int]] = {}
         self._changed = threading.Condition()
-        self._starved_since: float | None = None
+        self._starved_since = math.inf
         self._is_over = self._is_closed = False
         if arrived:
             on_progress(sum(end - start for start, end in arrived))
-        self._hasher = ThreadPoolExecutor(1)
-        self._others = ThreadPoolExecutor(max(1, len(sinks) - 1))
-        self._hashed = self._hasher.submit(self._hash_all)
+        # One thread follows the order of the file; the sinks hash a block at the same time.
+        self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(len(sinks))
+        self._hashed = self._threads[0].submit(self._hash_all)
 
     def wanted(self) -> list[tuple[int, int]]:
         """Return the ranges that have not arrived."""
@@ -167,6 +167,10 @@ class ReorderBuffer:
 
     def write(self, buffer: Buffer, offset: int, size: int) -> None:
         """Write a buffer's first `size` bytes to byte `offset`, and leave it to be hashed.
+
+        While the hashing goes on, a stream waits for room in memory rather than
+        run further ahead. It does not where the hashing has waited a moment for
+        another stream: then the block is read back when its turn comes.
 
         Raises Cancelled, or ValueError where bytes of it have arrived already.
         """
@@ -184,32 +188,21 @@ class ReorderBuffer:
             self._target.write(data, offset, direct=True)
         self._record(offset, size)
         self._on_progress(size)
-        may_wait = self._may_wait(offset)
+        # The block whose turn it is always waits.
+        while not (is_held := self._buffers.reserve(always=offset == self._next)):
+            with self._changed:
+                if time.monotonic() - self._starved_since > MOMENT or self._hashed.done():
+                    break
+                self._changed.wait(MOMENT)
+            if self._cancel.is_set():
+                raise Cancelled
         with self._changed:
-            if may_wait:
+            if is_held:
                 self._waiting[offset] = buffer, size
             else:
                 self._buffers.release(buffer)
             self._arrived.add(offset, offset + size)
             self._changed.notify_all()
-
-    def _may_wait(self, offset: int) -> bool:
-        """Return whether a block waits in memory; the one whose turn it is always does.
-
-        While the hashing goes on, a stream waits for room rather than running
-        further ahead; when the hashing has waited a moment for another stream,
-        it does not.
-        """
-        while not self._buffers.reserve(always=offset == self._next):
-            with self._changed:
-                since = self._starved_since
-                is_starved = since is not None and time.monotonic() - since > MOMENT
-                if is_starved or self._hashed.done():
-                    return False
-                self._changed.wait(MOMENT)
-            if self._cancel.is_set():
-                raise Cancelled
-        return True
 
     def finish(self) -> bool:
         """Wait until what arrived is hashed, once nothing more comes; return whether it is all."""
@@ -224,8 +217,8 @@ class ReorderBuffer:
         with self._changed:
             self._is_over = self._is_closed = True
             self._changed.notify_all()
-        self._hasher.shutdown()
-        self._others.shutdown()
+        for threads in self._threads:
+            threads.shutdown()
         for buffer, _ in self._waiting.values():
             self._buffers.release(buffer, reserved=True)
         self._waiting.clear()
@@ -240,28 +233,22 @@ class ReorderBuffer:
                 if here is None and end == self._next:
                     if self._is_over:
                         return
-                    self._starved_since = self._starved_since or time.monotonic()
+                    self._starved_since = min(self._starved_since, time.monotonic())
                     self._changed.wait(MOMENT)
                     if self._cancel.is_set():
                         raise Cancelled
                     continue
-                self._starved_since = None
-            if here is not None:
-                self._hash_block(*here)
-                continue
-            fd, size = self._target.fd, end - self._next
-            feed(fd, self._next, size, self._sinks, lambda _: None, self._cancel)
-            self._next = end
-
-    def _hash_block(self, buffer: Buffer, size: int) -> None:
-        try:
-            with buffer.view[:size] as data:
-                others = [self._others.submit(sink.update, data) for sink in self._sinks[1:]]
-                self._sinks[0].update(data)
-                for other in others:
-                    other.result()
-        finally:
-            self._buffers.release(buffer, reserved=True)
-        with self._changed:
-            self._next += size
-            self._changed.notify_all()
+                self._starved_since = math.inf
+            if here is None:
+                fd, size = self._target.fd, end - self._next
+                feed(fd, self._next, size, self._sinks, lambda _: None, self._cancel)
+            else:
+                buffer, size = here
+                try:
+                    with buffer.view[:size] as data:
+                        list(self._threads[1].map(lambda sink: sink.update(data), self._sinks))
+                finally:
+                    self._buffers.release(buffer, reserved=True)
+            with self._changed:
+                self._next += size
+                self._changed.notify_all()

@@ -6,10 +6,11 @@ from; the writer verifies them, so no source vouches for itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from csm_weights.errors import Finding, Kind
+from csm_weights.errors import Finding
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.reorder import Buffer
 
@@ -82,45 +83,44 @@ class Source(Protocol):
 class FirstOf:
     """A source that asks each in turn until one delivers the right bytes.
 
-    It raises SourceError with every source's finding, or NotAvailable where none
-    has the piece.
+    It raises SourceError with every source's finding, and with what is `known` of a piece
+    at its offset; NotAvailable where none has the piece.
     """
 
-    def __init__(self, *sources: Source) -> None:
+    def __init__(self, *sources: Source, known: Mapping[int, Finding] | None = None) -> None:
         self._sources = sources
+        self._known = known or {}
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         """See `Source`."""
         findings: list[Finding] = []
-        sources = list(self._sources)
-        for source in sources:
+        queue, asked_twice = deque(self._sources), set[int]()
+        while queue:
+            source, is_its_own = queue.popleft(), writer.is_empty
             try:
-                place = _deliver_verified(source, artifact, piece, writer)
+                place = source.deliver(artifact, piece, writer)
             except NotAvailable:
                 continue
             except SourceError as error:
                 findings += error.findings
-                is_wrong = error.findings[0].kind is Kind.WRONG_DIGEST
-                if is_wrong and getattr(source, "is_remote", False) and sources.count(source) == 1:
-                    # Once all others were asked, it gets a second chance.
-                    sources.append(source)
-            else:
-                writer.add_notes(findings)
-                return place
+                continue
+            try:
+                writer.verify(place)
+            except SourceError as error:
+                writer.reset()
+                if not is_its_own:
+                    # Some of the bytes are an earlier run's or another source's.
+                    queue.appendleft(source)
+                    continue
+                findings += error.findings
+                if getattr(source, "is_remote", False) and id(source) not in asked_twice:
+                    asked_twice.add(id(source))
+                    queue.append(source)
+                continue
+            writer.add_notes(findings)
+            return place
+        if piece.offset in self._known:
+            findings.append(self._known[piece.offset])
         if findings:
             raise SourceError(findings)
         raise NotAvailable
-
-
-def _deliver_verified(source: Source, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
-    """Deliver a piece and verify it; wrong bytes that are not all the source's get a second try."""
-    is_its_own = writer.is_empty
-    place = source.deliver(artifact, piece, writer)
-    try:
-        writer.verify(place)
-    except SourceError:
-        writer.reset()
-        if is_its_own:
-            raise
-        return _deliver_verified(source, artifact, piece, writer)
-    return place

@@ -9,10 +9,10 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import requests
 from urllib3.exceptions import HTTPError, MaxRetryError
@@ -44,7 +44,6 @@ REDIRECTS = 5
 MAX_JSON = 64 << 20
 
 Log = Callable[[str], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,66 +134,57 @@ class HttpClient:
         self.watchdog.close()
         self._session.close()
 
-    def head(
+    def ask(
         self,
+        method: str,
         url: str,
         auth: OriginAuth,
         is_final: Callable[[requests.Response], bool] = lambda _: False,
         is_own_host_only: bool = False,
-    ) -> requests.Response:
-        """Return the answer to a HEAD, after redirects and retries; refusals are answers too.
+    ) -> tuple[requests.Response, bytes]:
+        """Return an answer and its body, after redirects and retries; refusals are answers too.
 
-        See `follow` for the options. Raises SourceError, Cancelled.
+        The body of a refusal is left out. See `follow` for the options. Raises
+        SourceError, Cancelled.
         """
-
-        def ask() -> requests.Response:
-            with self.follow("HEAD", url, auth, None, is_final, is_own_host_only) as response:
-                return response
-
-        return self._repeat(url, ask)
-
-    def get_json(self, url: str, auth: OriginAuth) -> tuple[requests.Response, Any]:
-        """Return an answer and the JSON in it, or None where it is a refusal; after retries.
-
-        Only this URL's own host is believed. Raises SourceError, Cancelled.
-        """
-
-        def ask() -> tuple[requests.Response, Any]:
-            with self.follow("GET", url, auth, is_own_host_only=True) as response:
-                if response.status_code >= 400:
-                    return response, None
-                with self.watchdog.watching(response.raw.shutdown, self.timeouts.read) as wait:
-                    try:
-                        body = response.raw.read(MAX_JSON)
-                    except (HTTPError, OSError, ValueError) as error:
-                        found = "less, in time" if wait.is_late else cause_of(error)
-                        raise TransientError(lost_finding(host_of(response.url), found)) from None
-            try:
-                return response, json.loads(body)
-            except ValueError:
-                if "html" in response.headers.get("Content-Type", "") or body[:1] == b"<":
-                    raise SourceError([portal_finding(redact(url))]) from None
-                raise SourceError([wrong_answer(redact(url), "JSON", "another text")]) from None
-
-        return self._repeat(url, ask)
-
-    def _repeat(self, url: str, ask: Callable[[], T]) -> T:
-        retry = RetryPolicy(self, url)
+        retry, body = RetryPolicy(self, url), b""
         while True:
             started = time.monotonic()
             try:
-                answer = ask()
+                with (
+                    self.follow(method, url, auth, {}, is_final, is_own_host_only) as response,
+                    self.watchdog.watching(response.raw.shutdown, self.timeouts.read) as wait,
+                ):
+                    try:
+                        if response.status_code < 400:
+                            body = response.raw.read(MAX_JSON)
+                    except (HTTPError, OSError, ValueError) as error:
+                        found = "less, in time" if wait.is_late else cause_of(error)
+                        raise TransientError(lost_finding(host_of(response.url), found)) from None
                 retry.progressed()
-                return answer
+                return response, body
             except TransientError as error:
                 retry.wait(error, started)
+
+    def get_json(self, url: str, auth: OriginAuth) -> tuple[requests.Response, Any]:
+        """Return an answer and the JSON in it, or None where it is a refusal; see `ask`.
+
+        Only this URL's own host is believed.
+        """
+        response, body = self.ask("GET", url, auth, is_own_host_only=True)
+        try:
+            return response, json.loads(body) if response.status_code < 400 else None
+        except ValueError:
+            if "html" in response.headers.get("Content-Type", "") or body[:1] == b"<":
+                raise SourceError([portal_finding(redact(url))]) from None
+            raise SourceError([wrong_answer(redact(url), "JSON", "another text")]) from None
 
     def follow(
         self,
         method: str,
         url: str,
         auth: OriginAuth,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str],
         is_final: Callable[[requests.Response], bool] = lambda _: False,
         is_own_host_only: bool = False,
     ) -> requests.Response:
@@ -208,7 +198,7 @@ class HttpClient:
         first, is_own = url, True
         for _ in range(REDIRECTS):
             is_own = is_own and auth.covers(url)
-            response = self._request(method, url, auth if is_own else OriginAuth(), headers or {})
+            response = self._request(method, url, auth if is_own else OriginAuth(), headers)
             if not response.is_redirect or is_final(response):
                 return response
             response.close()
@@ -220,7 +210,7 @@ class HttpClient:
         raise SourceError([Finding(Kind.REDIRECT, redact(first), *words)])
 
     def _request(
-        self, method: str, url: str, auth: OriginAuth, headers: dict[str, str]
+        self, method: str, url: str, auth: OriginAuth, headers: Mapping[str, str]
     ) -> requests.Response:
         host, timeouts = host_of(url), self.timeouts
         limits = (timeouts.connect, timeouts.read)

@@ -181,12 +181,11 @@ class RangeDownloader(HttpClient):
         is_whole: bool = False,
     ) -> None:
         """Write the bytes of a half-open range of the artifact, in as many tries as it takes."""
-        (at, end), retry = span, None
+        (at, end), retry = span, RetryPolicy(self, file.resolve(), over)
         while at < end:
             if over.is_set() or self.cancel.is_set():
                 raise Cancelled
             url, started = file.resolve(), time.monotonic()
-            retry = retry or RetryPolicy(self, url, over)
             stream: RangeStream | None = None
             failure: TransientError | None = None
             try:

@@ -40,7 +40,7 @@ def url_of(hub: HubServer) -> str:
 def kind_of(ask: HttpClient, url: str) -> Kind:
     """Return the kind of finding that a HEAD ends with."""
     with pytest.raises(SourceError) as caught:
-        ask.head(url, OriginAuth())
+        ask.ask("HEAD", url, OriginAuth())
     return caught.value.findings[0].kind
 
 
@@ -49,9 +49,9 @@ def test_a_wait_that_one_request_is_asked_for_holds_for_all(hub: HubServer) -> N
     hub.fault("status", code=429, headers={"Retry-After": "1"}, times=1)
     with client() as asks:
         with pytest.raises(TransientError):
-            asks.follow("GET", url_of(hub), OriginAuth())
+            asks.follow("GET", url_of(hub), OriginAuth(), {})
         started = time.monotonic()
-        asks.follow("GET", url_of(hub), OriginAuth()).close()
+        asks.follow("GET", url_of(hub), OriginAuth(), {}).close()
         assert time.monotonic() - started > 0.8
 
 
@@ -67,7 +67,7 @@ def test_a_host_that_has_answered_gets_the_whole_patience() -> None:
     """When a host that was there is gone for a moment, its connections are tried for longer."""
     with HubServer() as hub, client(replace(HASTY, patience=2)) as asks:
         url = f"{hub.endpoint}/x"
-        asks.head(url, OriginAuth())
+        asks.ask("HEAD", url, OriginAuth())
         hub.close()
         started = time.monotonic()
         assert kind_of(asks, url) is Kind.NO_NETWORK
@@ -144,7 +144,7 @@ def test_a_proxy_with_a_bad_url_is_named_without_its_password(
         client() as asks,
         pytest.raises(SourceError) as caught,
     ):
-        asks.head("http://hub.example/x", OriginAuth())
+        asks.ask("HEAD", "http://hub.example/x", OriginAuth())
     finding = caught.value.findings[0]
     assert finding.kind in (Kind.PROXY, Kind.NO_NETWORK)
     assert "s3cr" not in finding.line() and "PROXY" in finding.help
@@ -169,7 +169,7 @@ def test_an_answer_that_never_begins_is_given_up(texts: tuple[bytes, ...]) -> No
     ):
         started = time.monotonic()
         with pytest.raises(SourceError) as caught:
-            asks.head(url, OriginAuth())
+            asks.ask("HEAD", url, OriginAuth())
         assert time.monotonic() - started < 6
     assert caught.value.findings[0].kind is Kind.NO_NETWORK
 
@@ -182,7 +182,7 @@ def test_a_stop_ends_a_request_that_waits_for_its_answer() -> None:
         started = time.monotonic()
         threading.Timer(0.2, stop.set).start()
         with pytest.raises(Cancelled):
-            asks.head(url, OriginAuth())
+            asks.ask("HEAD", url, OriginAuth())
         assert time.monotonic() - started < 5
 
 
@@ -193,7 +193,7 @@ def test_a_broken_handshake_is_not_a_bad_certificate() -> None:
         client() as asks,
         pytest.raises(SourceError) as caught,
     ):
-        asks.head(url.replace("http:", "https:"), OriginAuth())
+        asks.ask("HEAD", url.replace("http:", "https:"), OriginAuth())
     assert caught.value.findings[0].kind is Kind.NO_NETWORK
 
 
