@@ -19,7 +19,7 @@ from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.session import Session
 from csm_weights.progress import Progress
 from csm_weights.transfer.policy import HUB, LazySource, RemoteSources
-from csm_weights.transfer.reorder import Buffer
+from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import NotAvailable, SourceError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class _FirstByte:
     is_empty = True
 
     def __init__(self, piece: Piece) -> None:
+        self.notes: list[Finding] = []
         self._at = piece.offset
 
     def reset(self) -> None: ...
@@ -45,14 +46,12 @@ class _FirstByte:
     def wanted(self) -> list[tuple[int, int]]:
         return [(self._at, self._at + 1)]
 
-    def acquire_buffer(self) -> Buffer:
-        return Buffer()
+    def acquire_buffer(self) -> memoryview:
+        return memoryview(bytearray(BLOCK))
 
-    def write(self, buffer: Buffer, offset: int, size: int) -> None: ...
+    def write(self, buffer: memoryview, offset: int, size: int) -> None: ...
 
     def verify(self, where: str) -> None: ...
-
-    def add_notes(self, findings: Sequence[Finding]) -> None: ...
 
 
 @dataclass

@@ -27,7 +27,7 @@ from csm_weights.store.atomic import create, sync, unlink_shared, write_all, wri
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.journal import Arrival, Consumed, PieceRecord, journal_path, partial_path
 from csm_weights.store.receipts import VerifiedFile
-from csm_weights.transfer.reorder import Buffer, BufferPool, InOrderDigest, ReorderBuffer
+from csm_weights.transfer.reorder import BufferPool, InOrderDigest, ReorderBuffer
 from csm_weights.transfer.source import NotAvailable, Source, SourceError
 from csm_weights.untrusted import dump_record
 
@@ -226,6 +226,8 @@ class PartialWriter:
         self.piece: Piece = partial.tiles[index]
         self.arrived: tuple[tuple[int, int], ...] = ()
         self.whole = claimed
+        self.notes = partial.notes
+        self.acquire_buffer = partial.buffers.acquire
         self._partial = partial
         self._before = claimed
         self._digest = sha256()
@@ -310,11 +312,7 @@ class PartialWriter:
         """See `PieceWriter`."""
         return self._reorder().wanted()
 
-    def acquire_buffer(self) -> Buffer:
-        """See `PieceWriter`."""
-        return self._partial.buffers.acquire()
-
-    def write(self, buffer: Buffer, offset: int, size: int) -> None:
+    def write(self, buffer: memoryview, offset: int, size: int) -> None:
         """See `PieceWriter`."""
         self._reorder().write(buffer, offset, size)
 
@@ -337,10 +335,6 @@ class PartialWriter:
                 partial.cancel,
             )
         return self._arriving
-
-    def add_notes(self, findings: Sequence[Finding]) -> None:
-        """See `PieceWriter`."""
-        self._partial.notes += findings
 
     def verify(self, where: str) -> None:
         """See `PieceWriter`."""

@@ -81,25 +81,21 @@ READ_BACK = 8 * BLOCK
 MOMENT = 0.1
 
 
-class Buffer:
-    """Memory for `BLOCK` bytes, aligned to pages as direct writes need it."""
-
-    def __init__(self) -> None:
-        self.view = memoryview(mmap.mmap(-1, BLOCK))
-
-
 class BufferPool:
-    """The buffers of a run, used again and again; at most `held` of them wait in memory."""
+    """Buffers of `BLOCK` bytes, used again and again; at most `held` of them wait in memory.
+
+    They are aligned to pages, as direct writes need it.
+    """
 
     def __init__(self, held: int = HELD) -> None:
-        self._free: list[Buffer] = []
+        self._free: list[memoryview] = []
         self._lock = threading.Lock()
         self._room = held
 
-    def acquire(self) -> Buffer:
+    def acquire(self) -> memoryview:
         """Return a buffer; there are as many as there are streams, and those that wait."""
         with self._lock:
-            return self._free.pop() if self._free else Buffer()
+            return self._free.pop() if self._free else memoryview(mmap.mmap(-1, BLOCK))
 
     def reserve(self, always: bool = False) -> bool:
         """Return whether one more buffer may wait in memory, past the limit if `always`."""
@@ -108,7 +104,7 @@ class BufferPool:
             self._room -= may_wait
             return may_wait
 
-    def release(self, buffer: Buffer, reserved: bool = False) -> None:
+    def release(self, buffer: memoryview, reserved: bool = False) -> None:
         """Take back a buffer, and the room that was `reserved` for it."""
         with self._lock:
             self._room += reserved
@@ -144,7 +140,7 @@ class ReorderBuffer:
         self._on_progress = on_progress
         self._cancel = cancel
         self._arrived = Ranges(arrived)
-        self._waiting: dict[int, tuple[Buffer, int]] = {}
+        self._waiting: dict[int, tuple[memoryview, int]] = {}
         self._changed = threading.Condition()
         self._starved_since = math.inf
         self._is_over = self._is_closed = False
@@ -165,7 +161,7 @@ class ReorderBuffer:
         with self._changed:
             return not self._arrived
 
-    def write(self, buffer: Buffer, offset: int, size: int) -> None:
+    def write(self, buffer: memoryview, offset: int, size: int) -> None:
         """Write a buffer's first `size` bytes to byte `offset`, and leave it to be hashed.
 
         While the hashing goes on, a stream waits for room in memory rather than
@@ -184,7 +180,7 @@ class ReorderBuffer:
         with self._changed:
             if self._arrived.missing(offset, offset + size) != [(offset, offset + size)]:
                 raise ValueError(f"bytes [{offset}, {offset + size}) have arrived already")
-        with buffer.view[:size] as data:
+        with buffer[:size] as data:
             self._target.write(data, offset, direct=True)
         self._record(offset, size)
         self._on_progress(size)
@@ -245,7 +241,7 @@ class ReorderBuffer:
             else:
                 buffer, size = here
                 try:
-                    with buffer.view[:size] as data:
+                    with buffer[:size] as data:
                         list(self._threads[1].map(lambda sink: sink.update(data), self._sinks))
                 finally:
                     self._buffers.release(buffer, reserved=True)

@@ -12,7 +12,6 @@ from typing import Protocol
 
 from csm_weights.errors import Finding
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.transfer.reorder import Buffer
 
 
 class NotAvailable(Exception):
@@ -32,8 +31,11 @@ class PieceWriter(Protocol):
 
     Bytes come from a local file (`copy_from`), or in buffers, in any order and
     from several threads (`wanted`, `acquire_buffer`, `write`). What was written
-    stays when a source fails: the next one is asked for the rest.
+    stays when a source fails: the next one is asked for the rest. `notes` are what
+    was wrong with sources for which another one stepped in.
     """
+
+    notes: list[Finding]
 
     def reset(self) -> None:
         """Forget what was written."""
@@ -52,17 +54,14 @@ class PieceWriter(Protocol):
     def wanted(self) -> list[tuple[int, int]]:
         """Return the half-open ranges of the artifact's bytes that are still to be written."""
 
-    def acquire_buffer(self) -> Buffer:
+    def acquire_buffer(self) -> memoryview:
         """Return an empty buffer; it goes back by `write`."""
 
-    def write(self, buffer: Buffer, offset: int, size: int) -> None:
+    def write(self, buffer: memoryview, offset: int, size: int) -> None:
         """Write the first `size` bytes of a buffer to byte `offset` of the artifact."""
 
     def verify(self, where: str) -> None:
         """Raise SourceError, naming `where`, unless the bytes written have the digest."""
-
-    def add_notes(self, findings: Sequence[Finding]) -> None:
-        """Keep what was wrong with sources for which another one stepped in."""
 
 
 class Source(Protocol):
@@ -117,7 +116,7 @@ class FirstOf:
                     asked_twice.add(id(source))
                     queue.append(source)
                 continue
-            writer.add_notes(findings)
+            writer.notes += findings
             return place
         if piece.offset in self._known:
             findings.append(self._known[piece.offset])

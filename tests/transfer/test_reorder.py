@@ -64,7 +64,7 @@ class SixBlocks:
         """Puts one of the six blocks."""
         data = DATA[index * BLOCK : (index + 1) * BLOCK]
         block = self.blocks.acquire()
-        block.view[: len(data)] = data
+        block[: len(data)] = data
         self.reorder.write(block, START + index * BLOCK, len(data))
 
     def digests(self) -> set[str]:
@@ -129,7 +129,7 @@ def test_what_an_earlier_run_wrote_is_read_back(six: SixBlocks) -> None:
     six.reorder = six.begin([(START, START + 2 * BLOCK + 5)])
     block = six.blocks.acquire()
     rest = DATA[2 * BLOCK + 5 : 3 * BLOCK]
-    block.view[: len(rest)] = rest
+    block[: len(rest)] = rest
     for index in (5, 4, 3):
         six.put(index)
     six.reorder.write(block, START + 2 * BLOCK + 5, len(rest))

@@ -332,7 +332,7 @@ class RangeStream:
                 block, failure, size = writer.acquire_buffer(), None, 0
                 try:
                     while size < room:
-                        with block.view[size : min(room, size + READ)] as view:
+                        with block[size : min(room, size + READ)] as view:
                             size += self._read(view, wait)
                 except TransientError as error:
                     failure = error

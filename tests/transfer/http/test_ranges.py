@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -18,7 +18,7 @@ from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, TransientError
 from csm_weights.transfer.http.deadlines import MOMENT
 from csm_weights.transfer.http.ranges import RangeDownloader, RangeStream, RemoteFile
-from csm_weights.transfer.reorder import BLOCK, Buffer
+from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import SourceError
 from tests.support.hub import HubServer
 from tests.support.network import HASTY
@@ -34,6 +34,7 @@ class Writer:
 
     def __init__(self, size: int) -> None:
         self.data = bytearray(size)
+        self.notes: list[Finding] = []
 
     def reset(self) -> None: ...
 
@@ -42,15 +43,13 @@ class Writer:
     def wanted(self) -> list[tuple[int, int]]:
         return [(0, len(self.data))]
 
-    def acquire_buffer(self) -> Buffer:
-        return Buffer()
+    def acquire_buffer(self) -> memoryview:
+        return memoryview(bytearray(BLOCK))
 
-    def write(self, buffer: Buffer, offset: int, size: int) -> None:
-        self.data[offset : offset + size] = buffer.view[:size]
+    def write(self, buffer: memoryview, offset: int, size: int) -> None:
+        self.data[offset : offset + size] = buffer[:size]
 
     def verify(self, where: str) -> None: ...
-
-    def add_notes(self, findings: Sequence[Finding]) -> None: ...
 
 
 def at_url(url: str, size: int) -> RemoteFile:
@@ -92,7 +91,7 @@ class Body:
 class SlowDisk(Writer):
     """A writer that takes its time."""
 
-    def write(self, buffer: Buffer, offset: int, size: int) -> None:  # noqa: ARG002
+    def write(self, buffer: memoryview, offset: int, size: int) -> None:  # noqa: ARG002
         time.sleep(2 * MOMENT)
 
 
