@@ -9,8 +9,7 @@ or durable in the unfinished file with a journal that says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from threading import Event
 
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, error_for
-from csm_weights.files import Fingerprint, open_regular
+from csm_weights.files import Fingerprint, opened
 from csm_weights.hashing import Hasher, ShortRead, feed, sha256
 from csm_weights.manifest.paths import CHUNKS
 from csm_weights.manifest.types import Artifact, Piece
@@ -106,14 +105,10 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
     `on_progress` gets bytes. Nothing is written.
     """
     cancel = Event()
-
-    def read(fd: int, start: int, size: int, sinks: Sequence[Hasher]) -> None:
-        feed(fd, start, size, sinks, on_progress, cancel)
-
-    return run_all([partial(_verify, subject, read) for subject in subjects], cancel)
+    return run_all([partial(_verify, subject, on_progress, cancel) for subject in subjects], cancel)
 
 
-def _verify(subject: Subject, read: Callable[..., None]) -> Proof:
+def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
     """Hash all pieces, and hold the whole against the manifest where all are consumed."""
     artifact, whole = subject.artifact, sha256()
     stakes: dict[int, Stake] = {}
@@ -123,7 +118,7 @@ def _verify(subject: Subject, read: Callable[..., None]) -> Proof:
         for moved in subject.moved[piece.offset]:
             both = whole.copy()
             try:
-                stake = _hash(subject, piece, moved, both, read)
+                stake = _hash(subject, piece, moved, both, on_progress, cancel)
             except (OSError, ShortRead) as error:
                 wrong.append(Finding.unreadable(piece.part, error))
                 continue
@@ -145,36 +140,31 @@ def _verify(subject: Subject, read: Callable[..., None]) -> Proof:
 
 
 def _hash(
-    subject: Subject, piece: Piece, moved: int, whole: Hasher, read: Callable[..., None]
+    subject: Subject,
+    piece: Piece,
+    moved: int,
+    whole: Hasher,
+    on_progress: OnProgress,
+    cancel: Event,
 ) -> Stake:
     """Hash a piece: in the partial up to byte `moved`, and in its chunk file from there."""
     digest = sha256()
     if moved:
-        with _open(subject.partial, os.O_RDONLY) as fd:
-            read(fd, piece.offset, moved, [digest, whole])
+        with opened(subject.partial, os.O_NOFOLLOW) as fd:
+            feed(fd, piece.offset, moved, [digest, whole], on_progress, cancel)
     marks = [(moved, digest.hexdigest())]
     chunk = subject.root / piece.part
     if moved == piece.size and not chunk.exists():
         return Stake(piece, moved, tuple(marks), None)
-    with _open(chunk, os.O_RDONLY) as fd:
+    with opened(chunk, os.O_NOFOLLOW) as fd:
         before = Fingerprint.of(os.fstat(fd))
         for start in range(moved, piece.size, STEP):
             size = min(STEP, piece.size - start)
-            read(fd, start, size, [digest, whole])
+            feed(fd, start, size, [digest, whole], on_progress, cancel)
             marks.append((start + size, digest.hexdigest()))
         if before != Fingerprint.of(os.fstat(fd)):
             raise OSError(None, "a write meanwhile")
     return Stake(piece, moved, tuple(marks), before)
-
-
-@contextmanager
-def _open(path: Path, flags: int) -> Iterator[int]:
-    """Open a plain file, never through a link."""
-    fd = open_regular(path, flags | os.O_NOFOLLOW)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> str:
@@ -194,7 +184,7 @@ def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> s
         return piece.part
     changed = SourceError([Finding.changed(piece.part)])
     try:
-        with _open(root / piece.part, os.O_RDWR) as fd:
+        with opened(root / piece.part, os.O_RDWR | os.O_NOFOLLOW) as fd:
             for end, digest in stake.marks:
                 if end > at:
                     if writer.copy_step(fd, at, end - at) != digest:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.files import Fingerprint
+from csm_weights.files import Fingerprint, opened
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
 
@@ -42,20 +41,15 @@ class WholeFile:
 def _deliver(path: Path, where: str, size: int, offset: int, writer: PieceWriter) -> None:
     """Write a piece from byte `offset` of a regular file of `size` bytes."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with opened(path) as fd:
+            before = os.fstat(fd)
+            if before.st_size != size:
+                sizes = (f"{size:,} bytes", f"{before.st_size:,} bytes")
+                raise SourceError([Finding(Kind.WRONG_SIZE, where, *sizes)])
+            writer.copy_from(fd, offset)
+            if Fingerprint.of(os.fstat(fd)) != Fingerprint.of(before):
+                raise SourceError([Finding.changed(where)])
     except FileNotFoundError:
         raise NotAvailable from None
-    except OSError as error:
-        raise SourceError([Finding.unreadable(where, error)]) from None
-    try:
-        before = os.fstat(fd)
-        if not stat.S_ISREG(before.st_mode) or before.st_size != size:
-            sizes = (f"{size:,} bytes", f"{before.st_size:,} bytes")
-            raise SourceError([Finding(Kind.WRONG_SIZE, where, *sizes)])
-        writer.copy_from(fd, offset)
-        if Fingerprint.of(os.fstat(fd)) != Fingerprint.of(before):
-            raise SourceError([Finding.changed(where)])
     except (OSError, EOFError) as error:
         raise SourceError([Finding.unreadable(where, error)]) from None
-    finally:
-        os.close(fd)
