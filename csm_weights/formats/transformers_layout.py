@@ -1,19 +1,21 @@
-"""The tensors of some weights under our names, whichever layout they were saved in.
+"""The tensors of some weights under our names, and under transformers'.
 
 Weights whose tensors have transformers' names are read as if they had ours:
-renamed, and with the rows of q and k projections in our order.
+renamed, and with the rows of q and k projections in our order. What a training
+loop puts before every name (`model.`, `module.`, `_orig_mod.`) is left out.
 """
 
 from __future__ import annotations
 
 import enum
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.formats.architecture import FLAVORS, parse_config
+from csm_weights.formats.architecture import FLAVORS, CsmConfig, parse_config
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import ITEM_BITS, TensorInfo
@@ -23,10 +25,18 @@ from csm_weights.untrusted import show
 #: Most bytes of a config.json that are read; real ones have a few thousand.
 MAX_CONFIG = 1 << 20
 
+AUDIO = "audio_embeddings.weight"
+
+#: What transformers ties to the audio embeddings, and may save as well, or in their place.
+TIED = "depth_decoder.model.embed_tokens.weight"
+
+#: How the names of the audio codec's tensors begin, another model in the same file.
+CODEC = "codec_model."
+
 #: transformers' names of CSM's tensors, and ours. Source: CsmForConditionalGeneration.
 _NAMES = {
     "embed_text_tokens.weight": "text_embeddings.weight",
-    "backbone_model.embed_tokens.embed_audio_tokens.weight": "audio_embeddings.weight",
+    "backbone_model.embed_tokens.embed_audio_tokens.weight": AUDIO,
     "lm_head.weight": "codebook0_head.weight",
     "depth_decoder.codebooks_head.weight": "audio_head",
     "depth_decoder.model.inputs_embeds_projector.weight": "projection.weight",
@@ -34,7 +44,7 @@ _NAMES = {
     "depth_decoder.model.norm.weight": "decoder.norm.scale",
 }
 _STACKS = {"backbone_model": "backbone", "depth_decoder.model": "decoder"}
-_LAYER_NAMES = {
+_PARTS = {
     "self_attn.q_proj.weight": "attn.q_proj.weight",
     "self_attn.k_proj.weight": "attn.k_proj.weight",
     "self_attn.v_proj.weight": "attn.v_proj.weight",
@@ -45,18 +55,16 @@ _LAYER_NAMES = {
     "input_layernorm.weight": "sa_norm.scale",
     "post_attention_layernorm.weight": "mlp_norm.scale",
 }
+#: The same the other way round.
+_THEIRS = [{own: theirs for theirs, own in table.items()} for table in (_NAMES, _STACKS, _PARTS)]
+
 _PERMUTED = re.compile(r"(backbone|decoder)\.layers\.[0-9]+\.attn\.([qk])_proj\.weight")
 
 #: How names begin that only transformers' layout of CSM has.
 _SIGNS = ("depth_decoder.", "backbone_model.embed_tokens.embed_audio_tokens.")
 
-AUDIO = "audio_embeddings.weight"
-
-#: What transformers ties to the audio embeddings, and may save as well.
-TIED = "depth_decoder.model.embed_tokens.weight"
-
-#: How the names of the audio codec's tensors begin, another model in the same file.
-CODEC = "codec_model."
+#: What stands before the names of a model's tensors in the checkpoints of training loops.
+_WRAPPERS = re.compile(r"((model|state_dict|module|_orig_mod)\.)*")
 
 
 class Layout(enum.StrEnum):
@@ -128,12 +136,21 @@ class NamedTensor:
 
 @dataclass(frozen=True)
 class NamedTensors:
-    """All tensors of some weights by our names, those that have none, and the tied copy."""
+    """All tensors of some weights: those of the model by our names, and the others.
+
+    `unknown` have no name of ours, `tied` is the copy of the audio embeddings
+    that transformers may save. `codec` are Mimi's, by their names there.
+    `wrapper` stands before the names in the file, and `beside` are tensors
+    that are not in it, such as those of an optimizer.
+    """
 
     summary: Summary
     tensors: Mapping[str, NamedTensor]
     unknown: tuple[NamedTensor, ...] = ()
     tied: NamedTensor | None = None
+    codec: Mapping[str, NamedTensor] = field(default_factory=dict)
+    wrapper: str = ""
+    beside: int = 0
 
 
 def name_tensors(files: Sequence[WeightsFile], folders: Iterable[Path]) -> NamedTensors:
@@ -146,43 +163,79 @@ def name_tensors(files: Sequence[WeightsFile], folders: Iterable[Path]) -> Named
     where = files[0].source.where
     if more := len(files) - 1:
         where += f" and {more} more shard{'s' if more > 1 else ''}"
-    tensors: dict[str, NamedTensor] = {}
-    for file in files:
-        for name, info in file.index.tensors.items():
-            if name in tensors:
-                at = f"{file.source.where}: {show(name)}"
-                finding = Finding(Kind.MALFORMED, at, "each tensor once", "a second one")
-                raise WrongContent(f"the shards of {where} do not fit together", [finding])
-            tensors[name] = NamedTensor.of(file.source, info)
-    if any(name.startswith(_SIGNS) for name in tensors):
-        return _from_transformers(tensors, where, files[0].format, folders)
-    return NamedTensors(Summary(where, files[0].format, Layout.OWN, len(tensors)), tensors)
-
-
-def _from_transformers(
-    theirs: Mapping[str, NamedTensor], where: str, format_: str, folders: Iterable[Path]
-) -> NamedTensors:
-    codec = [t.info.nbytes for name, t in theirs.items() if name.startswith(CODEC)]
-    named = {name: t for name, t in theirs.items() if not name.startswith(CODEC)}
-    tied = named.pop(TIED, None)
-    ours = {own: t for name, t in named.items() if (own := own_name(name))}
-    unknown = tuple(t for name, t in named.items() if not own_name(name))
+    infos = [(file.source, info) for file in files for info in file.index.tensors.values()]
+    wrapper = _wrapper(info.name for _, info in infos)
+    found: dict[str, NamedTensor] = {}
+    for source, info in infos:
+        if not info.name.startswith(wrapper):
+            continue
+        name = _unwrapped(info.name, wrapper)
+        if name in found:
+            at = f"{source.where}: {show(info.name)}"
+            finding = Finding(Kind.MALFORMED, at, "each tensor once", "a second one")
+            raise WrongContent(f"the shards of {where} do not fit together", [finding])
+        found[name] = NamedTensor.of(source, info)
+    beside = len(infos) - len(found)
+    if not any(name.startswith(_SIGNS) for name in found):
+        summary = Summary(where, files[0].format, Layout.OWN, len(found))
+        return NamedTensors(summary, found, wrapper=wrapper, beside=beside)
+    codec = {n[len(CODEC) :]: found.pop(n) for n in list(found) if n.startswith(CODEC)}
+    size = sum(tensor.info.nbytes for tensor in codec.values())
+    format_, count = files[0].format, len(found)
+    summary = Summary(where, format_, Layout.TRANSFORMERS, count, len(codec), size)
+    tied = found.pop(TIED, None)
+    ours = {own: t for name, t in found.items() if (own := _renamed(name, _NAMES, _STACKS, _PARTS))}
+    known = {tensor.name for tensor in ours.values()}
+    unknown = tuple(tensor for tensor in found.values() if tensor.name not in known)
     if tied and AUDIO not in ours:
         # one name of the two that are tied says it all
         ours[AUDIO], tied = tied, None
-    summary = Summary(
-        where, format_, Layout.TRANSFORMERS, len(theirs) - len(codec), len(codec), sum(codec)
-    )
-    return NamedTensors(summary, _in_our_order(ours, where, folders), unknown, tied)
+    ordered = _in_our_order(ours, where, folders)
+    return NamedTensors(summary, ordered, unknown, tied, codec, wrapper, beside)
 
 
-def own_name(theirs: str) -> str | None:
-    """Return our name of a tensor of transformers' CSM; None where there is none."""
-    stack, _, rest = theirs.partition(".layers.")
+def _unwrapped(name: str, wrapper: str) -> str:
+    return name[len(wrapper) :].replace("._orig_mod.", ".")
+
+
+def _wrapper(names: Iterable[str]) -> str:
+    """Return what stands before the names of most of CSM's tensors; mostly an empty string."""
+    counts = Counter({"": 0})
+    for name in names:
+        wrapper = _WRAPPERS.match(name)[0]  # type: ignore[index]
+        inner = _unwrapped(name, wrapper)
+        counts[wrapper] += bool(
+            _renamed(inner, _NAMES, _STACKS, _PARTS) or _renamed(inner, *_THEIRS)
+        )
+    return counts.most_common(1)[0][0]
+
+
+def in_transformers_layout(
+    tensors: Mapping[str, NamedTensor], network: CsmConfig
+) -> dict[str, NamedTensor]:
+    """Return the tensors of a network by transformers' names, the tied copy among them.
+
+    `tensors` are all those of the network, by our names.
+    """
+    head_dims = {"backbone": network.backbone.head_dim, "decoder": network.decoder.head_dim}
+    theirs = {TIED: tensors[AUDIO]}
+    for name, tensor in tensors.items():
+        if match := _PERMUTED.fullmatch(name):
+            head_dim = head_dims[match[1]]
+            tensor = _regrouped(tensor, head_dim, head_dim // 2)
+        theirs[_renamed(name, *_THEIRS) or name] = tensor
+    return theirs
+
+
+def _renamed(
+    name: str, names: Mapping[str, str], stacks: Mapping[str, str], parts: Mapping[str, str]
+) -> str | None:
+    """Return the other name of a tensor by three tables; None where there is none."""
+    stack, _, rest = name.partition(".layers.")
     layer, _, part = rest.partition(".")
-    if stack in _STACKS and part in _LAYER_NAMES and re.fullmatch("[0-9]{1,4}", layer):
-        return f"{_STACKS[stack]}.layers.{layer}.{_LAYER_NAMES[part]}"
-    return _NAMES.get(theirs)
+    if stack in stacks and part in parts and re.fullmatch("[0-9]{1,4}", layer):
+        return f"{stacks[stack]}.layers.{layer}.{parts[part]}"
+    return names.get(name)
 
 
 def _in_our_order(
@@ -197,7 +250,7 @@ def _in_our_order(
         if path.is_file():
             with path.open("rb") as file:
                 configs.append(parse_config(file.read(MAX_CONFIG), str(path)))
-    known = {
+    networks = {
         "backbone": [*(config.backbone for config in configs), *FLAVORS.values()],
         "decoder": [*(config.decoder for config in configs), *FLAVORS.values()],
     }
@@ -205,32 +258,38 @@ def _in_our_order(
     shapes = {(match[1], match[2], tensors[name].shape) for name, match in permuted.items()}
     ordered = dict(tensors)
     for name, match in permuted.items():
-        stack = match[1]
-        head_dims = (
+        stack, tensor = match[1], tensors[name]
+        place, found = f"{where}: {show(tensor.name)}", tensor.signature
+        head_dims = [
             network.head_dim
-            for network in known[stack]
+            for network in networks[stack]
             if (stack, "q", (network.dim, network.dim)) in shapes
             and (stack, "k", (network.kv_heads * network.head_dim, network.dim)) in shapes
-        )
-        ordered[name] = _interleaved(tensors[name], next(head_dims, None), where)
+        ]
+        if not head_dims:
+            help_text = "put the model's config.json beside the file"
+            finding = Finding(Kind.MALFORMED, place, "heads of a known size", found, help_text)
+            raise WrongContent("the order of the rows of q and k cannot be told", [finding])
+        if len(tensor.info.shape) != 2 or tensor.shape[0] % head_dims[0]:
+            finding = Finding(Kind.MALFORMED, place, f"whole heads of {head_dims[0]} rows", found)
+            raise WrongContent("the rows of q and k are no heads", [finding])
+        ordered[name] = _regrouped(tensor, head_dims[0], 2)
     return ordered
 
 
-def _interleaved(tensor: NamedTensor, head_dim: int | None, where: str) -> NamedTensor:
-    """Return the rows in torchtune's order, with the pairs that RoPE rotates side by side.
+def _regrouped(tensor: NamedTensor, head_dim: int, groups: int) -> NamedTensor:
+    """Return the rows of each head in another order: the first of each of its groups, and so on.
 
-    transformers has the first halves of all pairs of a head, then the second.
+    torchtune has the pairs that RoPE rotates side by side, half as many groups
+    as a head has rows. transformers has the first rows of all pairs, then the
+    second: two groups.
     """
-    place, found = f"{where}: {show(tensor.name)}", tensor.signature
-    if head_dim is None:
-        help_text = "put the model's config.json beside the file"
-        finding = Finding(Kind.MALFORMED, place, "heads of a known size", found, help_text)
-        raise WrongContent("the order of the rows of q and k cannot be told", [finding])
-    if len(tensor.shape) != 2 or tensor.shape[0] % head_dim:
-        finding = Finding(Kind.MALFORMED, place, f"whole heads of {head_dim} rows", found)
-        raise WrongContent("the rows of q and k are no heads", [finding])
-    (rows, width), (down, right) = tensor.shape, tensor.info.stride
-    half = head_dim // 2
-    shape = (rows // head_dim, half, 2, width)
-    stride = (head_dim * down, down, half * down, right)
-    return replace(tensor, info=replace(tensor.info, shape=shape, stride=stride))
+    info = tensor.info
+    if len(info.shape) == 4:  # regrouped before
+        (heads, groups, of, width), (apart, outer, inner, right) = info.shape, info.stride
+    else:
+        (rows, width), (down, right) = info.shape, info.stride
+        heads, of = rows // head_dim, head_dim // groups
+        apart, outer, inner = head_dim * down, of * down, down
+    shape, stride = (heads, of, groups, width), (apart, inner, outer, right)
+    return replace(tensor, info=replace(info, shape=shape, stride=stride))

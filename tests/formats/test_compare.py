@@ -358,6 +358,35 @@ def test_the_tied_copy_alone_is_enough(ours: Path, tmp_path: Path) -> None:
     assert (len(TINY.tensor_shapes()), None) == (comparison.equal, comparison.error)
 
 
+WRAPPED: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "model": lambda state: {"model": state, "epoch": 3},
+    "state_dict": lambda state: {"state_dict": state},
+    "module.": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "_orig_mod.": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+    "compiled in parts": lambda state: {
+        name.replace(".layers.", "._orig_mod.layers."): tensor for name, tensor in state.items()
+    },
+    "model and optimizer": lambda state: {
+        "model": {f"module.{name}": tensor for name, tensor in state.items()},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_a_training_loop_wraps_around_a_model_is_left_out(
+    name: str, layout: str, ours: Path, tmp_path: Path
+) -> None:
+    """Keys, prefixes and the state of an optimizer do not make it another model."""
+    state = tiny_state() if layout == "original" else transformers_state(codec=False)
+    torch.save(WRAPPED[name](state), tmp_path / "run.pt")
+
+    comparison = compared_paths(ours, tmp_path / "run.pt")
+    assert comparison.differences == ()
+    assert comparison.equal == len(state)
+
+
 def test_a_name_that_is_not_csms_is_a_difference(ours: Path, tmp_path: Path) -> None:
     """A tensor of transformers' layout that maps to none of ours differs by its name."""
     name = "backbone_model.layers.0.self_attn.q_proj.bias"
