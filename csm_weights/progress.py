@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, TextIO
 
 from csm_weights.errors import printable
@@ -95,12 +94,7 @@ class Progress:
             self._name.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._name.cancel()
         if self._bar is not None:
             self._bar.close()
@@ -115,11 +109,9 @@ class Progress:
             if self._bar is not None:
                 self._bar.update(count)
             elif self._plain:
-                now = time.monotonic()
-                percent = min(100, self._done * 100 // self._total)
-                quiet = now - self._shown_at
+                now, percent = time.monotonic(), min(100, self._done * 100 // self._total)
                 further = percent >= self._shown_percent + LINE_PERCENT
-                if quiet >= LINE_SECONDS or (further and quiet >= LEAST_SECONDS):
+                if now - self._shown_at >= (LEAST_SECONDS if further else LINE_SECONDS):
                     self._shown_at, self._shown_percent = now, percent
                     self.log(f"{percent} %, {_pace(self._done, self._total, now - self._started)}")
 

@@ -116,7 +116,11 @@ def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) ->
     With `rehash` every digest is taken again; otherwise a receipt that fits the
     file's stat answers for it. `on_progress` gets bytes as they are hashed.
     """
-    results = [_present(subject) for subject in subjects]
+    results = []
+    for subject in subjects:
+        wrong = [subject.finding] if subject.finding and subject.is_absent else []
+        found = wrong[0].found if wrong else "present"
+        results.append(_result(Gate.PRESENT, subject, "a readable file", found, wrong))
     results += [_size(subject) for subject in subjects]
     # config.json first: it says which tensors the others have to have.
     config: CsmConfig | None = None
@@ -130,12 +134,6 @@ def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) ->
     to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
     hashed = {file.path: file for file in verify(to_hash, on_progress)}
     return results + [_digest(subject, hashed.get(subject.path)) for subject in subjects]
-
-
-def _present(subject: Subject) -> GateResult:
-    wrong = [subject.finding] if subject.finding and subject.is_absent else []
-    found = wrong[0].found if wrong else "present"
-    return _result(Gate.PRESENT, subject, "a readable file", found, wrong)
 
 
 def _size(subject: Subject) -> GateResult:
