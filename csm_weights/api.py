@@ -10,7 +10,7 @@ import torch
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import UsageError, WrongContent
 from csm_weights.formats import weights_file
-from csm_weights.formats.architecture import CsmConfig, parse_config
+from csm_weights.formats.architecture import CsmConfig, read_config
 from csm_weights.model import csm as plain
 from csm_weights.model.generator import Generator, InputsTooLong, Segment
 from csm_weights.pipeline import locate
@@ -145,7 +145,7 @@ def _read_config(folder: Path, known: Pinned | None) -> CsmConfig | None:
     if not config.is_file():
         return fallback
     try:
-        return parse_config(config.read_bytes(), str(config))
+        return read_config(config)
     except WrongContent as error:
         # The public chunk repository has the Hub's refusal in its place.
         if fallback is None:

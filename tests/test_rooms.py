@@ -120,6 +120,46 @@ ABOVE = ("", "api")
 ROOMS = sorted({room_of(name) for name in MODULES} - {""})
 
 
+# ---- files that anyone may have put there
+
+
+#: The functions that open a file by its name. All others go through `open_regular`, which
+#: waits for nothing and takes regular files only.
+OPENING = {
+    "files.open_regular",
+    "files.read_bounded",  # what open_regular has opened
+    "store.atomic.create",  # makes the file, or requires that it is a regular one of this user
+    "store.atomic.sync",  # folders too, and nothing is read
+    "commands.attest._make_keys",  # makes the file
+    "commands.console._open_streams",  # /dev/null, as the next one
+    "commands.console._print",
+    "transfer.policy.deliver",  # a connection, as the next one
+    "commands.probe._probe_action",
+}
+
+#: Methods of a path, and functions of modules, that open a file by its name.
+OPENERS = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "ZipFile"}
+
+
+def opening(name: str) -> set[str]:
+    """The functions of a module that call something that opens a file by its name."""
+    found = set()
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for call in ast.walk(function):
+                called = call.func if isinstance(call, ast.Call) else None
+                is_method = isinstance(called, ast.Attribute) and called.attr in OPENERS
+                if is_method or (isinstance(called, ast.Name) and called.id == "open"):
+                    found.add(f"{name}.{function.name}")
+    return found
+
+
+def test_one_function_opens_what_was_not_just_made() -> None:
+    """A pipe, a device or an endless file in any file's place is refused in one place."""
+    assert {function for name in MODULES for function in opening(name)} == OPENING
+
+
 # ---- the error tree
 
 
@@ -150,12 +190,6 @@ def error_classes() -> dict[str, type[CsmWeightsError]]:
 def test_exit_codes_are_those_of_the_design() -> None:
     """Each branch of the tree has the exit code that callers rely on, and there is no other."""
     assert {name: kind.exit_code for name, kind in error_classes().items()} == EXIT_CODES
-
-
-def test_the_tree_in_the_docstring_is_the_tree() -> None:
-    """The drawing at the top of errors.py has every class with its code."""
-    drawn = re.findall(r"^ *[│├└─ ]*(\w+) +(\d+)  ", errors.__doc__ or "", re.MULTILINE)
-    assert {name: int(code) for name, code in drawn} == EXIT_CODES
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {"", "errors"}))

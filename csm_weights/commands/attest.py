@@ -10,7 +10,7 @@ from pathlib import Path
 from csm_weights.commands.verify import digests_of, write_sums_of
 from csm_weights.commands.verify import verify as verify_files
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
-from csm_weights.files import Fingerprint, read_file
+from csm_weights.files import Fingerprint, read_bounded, read_file
 from csm_weights.hashing import HashJob, measure, sha256_of
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, begin, gate_error, now
@@ -61,7 +61,9 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     body = statement.payload(statement.statement(_facts(state, subjects)))
     new_keys, text, signer = _make_keys(make_key), body.decode(), None
     if new_keys:
-        text, signer = envelope.sign(body, new_keys[0].read_bytes(), make_key, None)
+        text, signer = envelope.sign(
+            body, read_bounded(new_keys[0], envelope.MAX_KEY), make_key, None
+        )
     elif secret is not None:
         password = os.environ.get(envelope.PASSPHRASE)
         text, signer = envelope.sign(body, secret, key, password.encode() if password else None)

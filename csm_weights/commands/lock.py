@@ -6,11 +6,12 @@ from pathlib import Path
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, error_for
+from csm_weights.files import read_file
 from csm_weights.hashing import HashJob, measure
 from csm_weights.manifest import pin
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.render import render
-from csm_weights.manifest.types import Artifact, Manifest
+from csm_weights.manifest.types import MAX_TEXT, Artifact, Manifest
 from csm_weights.pipeline import repo_manifest
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Session, begin, gate_error
@@ -148,7 +149,7 @@ def lock_repo(
 
 def _write(path: Path, manifest: Manifest, dry: bool) -> str:
     """Write a manifest unless it is there already; return the difference."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = read_file(path, MAX_TEXT, "a manifest").decode() if path.exists() else ""
     lines = (before.splitlines(keepends=True), render(manifest).splitlines(keepends=True))
     difference = "".join(difflib.unified_diff(*lines, str(path), "locked"))
     if difference and not dry:

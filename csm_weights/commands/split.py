@@ -10,7 +10,7 @@ from pathlib import Path
 
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.files import read_file
+from csm_weights.files import open_regular, read_file
 from csm_weights.formats import sniff
 from csm_weights.formats.tensor_index import HEAD
 from csm_weights.hashing import blob_id, feed, sha256, sha256_of
@@ -106,7 +106,7 @@ def split_file(
         Piece(f"{folder}/{file.name}.part-{pin.suffix(i)}", *r, sha256="")
         for i, r in enumerate(ranges)
     )
-    source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    source = open_regular(file)
     try:
         cancel = threading.Event()
         chain = InOrderDigest(source, [*(offset for offset, _ in ranges), size], cancel)

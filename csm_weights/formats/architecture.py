@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.files import read_bounded
+
+#: Most bytes read of a config.json: it has a few thousand.
+MAX_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,11 @@ class CsmConfig:
                 groups.append(tuple(f"{layer}.attn.{x}_proj.weight" for x in "qkv"))
                 groups.append(tuple(f"{layer}.mlp.{x}.weight" for x in ("w1", "w3")))
         return groups
+
+
+def read_config(path: Path) -> CsmConfig:
+    """Read a config.json; raises OSError, and WrongContent as `parse_config` does."""
+    return parse_config(read_bounded(path, MAX_CONFIG), str(path))
 
 
 def parse_config(text: bytes, where: str) -> CsmConfig:

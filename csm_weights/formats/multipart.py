@@ -6,13 +6,12 @@ import bisect
 import mmap
 import os
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from csm_weights.errors import Finding
-from csm_weights.files import Fingerprint
+from csm_weights.files import Fingerprint, NotRegular, open_regular
 from csm_weights.untrusted import Malformed
 
 #: What follows a file's name in the names of its chunk files, as `split` gives them.
@@ -44,13 +43,13 @@ class MultipartFile:
         self._starts = [0]
         try:
             for path in self.paths:
-                # opening a pipe would wait for a writer
-                self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+                self._fds.append(open_regular(path))
                 status = os.fstat(self._fds[-1])
-                if not stat.S_ISREG(status.st_mode):
-                    raise Malformed("a regular file", "something else")
                 self._prints.append(Fingerprint.of(status))
                 self._starts.append(self._starts[-1] + status.st_size)
+        except NotRegular as error:
+            self.close()
+            raise Malformed("a regular file", str(error.strerror)) from None
         except BaseException:
             self.close()
             raise

@@ -15,15 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, WrongContent
-from csm_weights.formats.architecture import FLAVORS, CsmConfig, parse_config
+from csm_weights.formats.architecture import FLAVORS, CsmConfig, read_config
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import ITEM_BITS, TensorInfo
 from csm_weights.formats.weights_file import WeightsFile
 from csm_weights.untrusted import show
-
-#: Most bytes of a config.json that are read; real ones have a few thousand.
-MAX_CONFIG = 1 << 20
 
 AUDIO = "audio_embeddings.weight"
 
@@ -245,11 +242,8 @@ def _in_our_order(
 
     The size of a head is that of the first network that has such projections.
     """
-    configs = []
-    for path in (folder / "config.json" for folder in folders):
-        if path.is_file():
-            with path.open("rb") as file:
-                configs.append(parse_config(file.read(MAX_CONFIG), str(path)))
+    paths = [folder / "config.json" for folder in folders]
+    configs = [read_config(path) for path in paths if path.is_file()]
     networks = {
         "backbone": [*(config.backbone for config in configs), *FLAVORS.values()],
         "decoder": [*(config.decoder for config in configs), *FLAVORS.values()],

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import UsageError, WrongContent
-from csm_weights.formats.architecture import CsmConfig, TransformerConfig, parse_config
+from csm_weights.formats.architecture import CsmConfig, TransformerConfig, read_config
 from csm_weights.formats.tensor_index import check_against
 from csm_weights.formats.weights_file import locate, missing, open_weights
 from csm_weights.model.load import load_tensors
@@ -245,8 +245,7 @@ class Model(nn.Module):
             known = [p for p in (folder, paths[0].parent) if (p / "config.json").is_file()]
             if not known:
                 raise missing(folder / "config.json", "a file", "no such file")
-            config_path = known[0] / "config.json"
-            config = parse_config(config_path.read_bytes(), str(config_path))
+            config = read_config(known[0] / "config.json")
         with open_weights(paths) as weights:
             if findings := check_against(weights.index, config, weights.source.where):
                 name = paths[0].name

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from csm_weights.files import read_bounded
+
 #: Bytes copied to measure a bus: enough to hide the start of a copy.
 BUS_SAMPLE = 64 << 20
 
@@ -34,7 +36,7 @@ def describe(device: torch.device) -> tuple[str, str]:
 def _first(path: Path, pattern: str) -> str | None:
     """Return the first match of the pattern's group in a small text file."""
     try:
-        match = re.search(pattern, path.read_text(errors="replace"))
+        match = re.search(pattern, read_bounded(path, 64 << 10).decode(errors="replace"))
     except OSError:
         return None
     return match[1].strip() if match else None

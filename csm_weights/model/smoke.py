@@ -28,8 +28,10 @@ from csm_weights.errors import (
     UsageError,
     WrongContent,
 )
+from csm_weights.files import read_bounded
 from csm_weights.formats import FORMATS
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport
+from csm_weights.store.atomic import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +59,10 @@ WEIGHT_FILES = {one.choice: one.filename for one in FORMATS}
 
 #: Elements examined at once for being finite; bounds the extra memory to a few of MB.
 _CHUNK = 1 << 22
+
+
+#: Most bytes read of golden frames: a frame has a few hundred.
+MAX_GOLDEN = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -183,19 +189,20 @@ def record_golden(directory: Path, path: Path, frames: int) -> None:
         prompt = make_prompt(model.config)
         codes = _generate(model, prompt, frames).codes.tolist()
     rows = ",\n    ".join(json.dumps(row) for row in codes)
-    path.write_text(
+    write_whole(
+        path,
         "{\n"
         f'  "about": "greedy frames, float32, after {len(prompt)} text tokens; one row a frame",\n'
         f'  "prompt": {json.dumps(prompt)},\n'
         f'  "frames": [\n    {rows}\n  ]\n'
-        "}\n"
+        "}\n",
     )
 
 
 def read_golden(path: Path) -> Golden:
     """Read a file of `record_golden`; raises MissingInput or WrongContent."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_bounded(path, MAX_GOLDEN))
         golden = Golden(data["prompt"], data["frames"])
         for row in (golden.prompt, *golden.frames):
             if type(row) is not list or not all(type(code) is int for code in row):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
+from csm_weights.files import read_bounded
 from csm_weights.model.offline_assets import not_installed, snapshots
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 #: The file that holds a tokenizer, and the repositories that have it, in this order.
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_REPOS = ("sesame/csm-1b", "meta-llama/Llama-3.2-1B")
+
+#: Most bytes read of it: Llama 3.2's has 17 MB.
+MAX_TOKENIZER = 256 << 20
 
 #: The tokens before and after every text.
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -54,7 +58,7 @@ class TextTokenizer:
         except ImportError:
             raise not_installed("tokenizers", "turns text into tokens") from None
         try:
-            tokenizer = Fast.from_file(str(path))
+            tokenizer = Fast.from_buffer(read_bounded(path, MAX_TOKENIZER))
         except Exception as error:  # the library raises nothing narrower
             words = ("a tokenizer of the tokenizers library", str(error)[:200])
             finding = Finding(Kind.MALFORMED, str(path), *words)

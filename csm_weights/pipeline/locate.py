@@ -13,8 +13,8 @@ from urllib.parse import quote
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.config import HubEnvironment
 from csm_weights.errors import Finding, Kind, MissingInput
-from csm_weights.files import Fingerprint
-from csm_weights.formats.architecture import CsmConfig, parse_config
+from csm_weights.files import Fingerprint, read_bounded
+from csm_weights.formats.architecture import MAX_CONFIG, CsmConfig, parse_config
 from csm_weights.formats.weights_file import WEIGHT_FILES
 from csm_weights.hashing import git_sha1
 from csm_weights.manifest.parse import load
@@ -139,7 +139,7 @@ class Weights:
                 if item.artifact.path != CONFIG or file is None or file.size not in sizes:
                     continue
                 try:
-                    text = file.path.read_bytes()
+                    text = read_bounded(file.path, MAX_CONFIG)
                 except OSError:
                     continue
                 git = git_sha1(len(text), text).hexdigest()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.concurrency import Cancelled, OnProgress, deferred_interrupts
+from csm_weights.files import open_regular
 from csm_weights.hashing import Hasher, feed
 from csm_weights.store.atomic import create, created, write_all, writing
 
@@ -42,9 +43,8 @@ class OutputFile:
         self.fd = create(path, flags)
         self._direct = None
         if hasattr(os, "O_DIRECT"):
-            flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW
             with contextlib.suppress(OSError):
-                self._direct = os.open(path, flags)
+                self._direct = open_regular(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW)
 
     def close(self) -> None:
         """Close the file."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.files import Fingerprint, size_finding, stat_of
+from csm_weights.files import Fingerprint, read_bounded, size_finding, stat_of
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.block_io import NOT_PUNCHING
 from csm_weights.store.consumed import BLOCK, held_twice, why_stranded, why_unfit
@@ -330,11 +330,11 @@ def filesystem_type(path: Path) -> str:
     Source: /proc/self/mountinfo, the mount point that is the longest prefix.
     """
     try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        mounts = read_bounded(Path("/proc/self/mountinfo"), 64 << 20).decode(errors="replace")
     except OSError:
         return ""
     best, kind = "", ""
-    for line in lines:
+    for line in mounts.splitlines():
         fields, _, rest = line.partition(" - ")
         point = fields.split()[4].replace("\\040", " ")
         if len(point) >= len(best) and path.resolve().is_relative_to(point):

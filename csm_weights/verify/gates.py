@@ -11,18 +11,15 @@ from pathlib import Path
 
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
-from csm_weights.files import Fingerprint, read_bounded
+from csm_weights.files import Fingerprint
 from csm_weights.formats import format_named
-from csm_weights.formats.architecture import CsmConfig, parse_config
+from csm_weights.formats.architecture import CsmConfig, read_config
 from csm_weights.formats.tensor_index import check_against
 from csm_weights.hashing import Digests, HashJob, ShortRead, measure, sha256_of
 from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.store.inspect import FileState, FileStatus
 from csm_weights.store.journal import PieceRecord
 from csm_weights.store.receipts import Receipt, VerifiedFile
-
-#: Most bytes read of a config.json: it has a few thousand.
-MAX_CONFIG = 1 << 20
 
 
 class Gate(enum.StrEnum):
@@ -150,7 +147,7 @@ def _config_structure(subject: Subject) -> tuple[GateResult, CsmConfig | None]:
     if subject.is_absent:
         return _not_run(Gate.STRUCTURE, subject, expected, "the file is not present"), None
     try:
-        config = parse_config(read_bounded(subject.path, MAX_CONFIG), str(subject.path))
+        config = read_config(subject.path)
     except OSError as error:
         return _not_run(Gate.STRUCTURE, subject, expected, error.strerror or str(error)), None
     except WrongContent as error:
