@@ -1,6 +1,8 @@
 """What stands in the way of `inv weights`, found out before anything is fetched or written.
 
-Servers are asked only where the plan would ask them; see `probe`.
+The servers of the plan are asked as `inv weights` would ask them, by the same
+sources, for the first byte of each file: what that meets, the whole file would
+meet too.
 """
 
 from __future__ import annotations
@@ -12,25 +14,35 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
-from csm_weights.commands.probe import ProbeResults, Server, probe
 from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment
-from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, error_for
+from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, MissingInput, error_for
+from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.model import offline_assets
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.plan import Plan
+from csm_weights.pipeline.actions import Assemble
 from csm_weights.pipeline.request import Request, find_manifest
-from csm_weights.pipeline.session import Session, StatusReport, begin
-from csm_weights.progress import format_size
-from csm_weights.transfer.policy import HUB
+from csm_weights.pipeline.session import Session, begin
+from csm_weights.progress import Progress, format_size
+from csm_weights.transfer.policy import HUB, LazySource, RemoteSources
+from csm_weights.transfer.reorder import Buffer
+from csm_weights.transfer.source import NotAvailable, SourceError
 
-_ELSEWHERE = "nothing comes from there"
-_NO_REPOSITORY = "the manifest names no repository of the Hub"
+if TYPE_CHECKING:
+    from csm_weights.transfer.http.ranges import RemoteSource
+    from csm_weights.transfer.hub import Hub
+
+#: Limits of a client, by their names in `Timeouts`, in seconds: someone waits for the answers.
+LIMITS = {"connect": 5.0, "read": 10.0, "patience": 3.0, "longest_wait": 10.0}
+
+_UNUSED = "no file comes from there"
 
 
 class Verdict(enum.StrEnum):
@@ -71,233 +83,328 @@ def examine(request: Request, smoke: bool = True) -> DoctorReport:
     Nothing is hashed or written. Raises UsageError, ManifestInvalid.
     """
     session = begin(request)
-    status = apply.status_of(session)
-    case = _Case(session, status, HubEnvironment.read(), probe(session, status.plan))
-    loads = smoke and any(item.artifact.is_weights for item in status.state.artifacts)
-    disk = _disk(case)
-    unneeded = [(name, Verdict.NOT_ASKED, "no smoke test is to run") for name in ("torch", "GPU")]
-    torch, gpu = (_torch(), _gpu()) if loads else (CheckResult(*check) for check in unneeded)
-    network = (_token(case), _access(case), _mirrors(case), _hosts(case), _proxy(case))
-    checks = (_plan(case), _chunk_files(case), _cache(case), *network, disk, torch, gpu)
+    case = _Examination(session)
+    case.ask_servers()
+    disk, name = case.disk(), session.manifest.name
+    checks = [case.files(), case.chunk_files()]
+    if session.manifest.repo:
+        checks += [case.cache(), case.token(), case.served("access", is_hub=True)]
+    else:
+        why = "the manifest names no repository of the Hub"
+        checks += _not_asked(why, "Hub cache", "token", "access")
+    checks += [case.served("mirrors", is_hub=False), *case.hosts_and_proxy(), disk]
+    if smoke and any(item.artifact.is_weights for item in case.state.artifacts):
+        checks += [_torch(), _gpu()]
+    else:
+        checks += _not_asked("no smoke test is to run", "torch", "GPU")
     # inv weights ends with the first of these that it meets.
-    hurdles = (case.plan.findings, disk.findings, tuple(case.results.blocking), torch.findings)
+    hurdles = (case.plan.findings, disk.findings, tuple(case.blocking), checks[-2].findings)
     findings = next(filter(None, hurdles), ())
-    name = session.manifest.name
-    message = f"{name}: inv weights would not succeed"
+    message, advice = f"{name}: inv weights would not succeed", case.status.advice
     options = f"{' --consume' * request.consume}{'' if smoke else ' --no-smoke'}"
     return DoctorReport(
-        f"{name} -> {status.state.paths.destination}",
-        checks,
+        f"{name} -> {case.state.paths.destination}",
+        tuple(checks),
         f"{session.paths.command('weights')}{options} could succeed",
-        error_for(message, findings, status.advice) if findings else None,
+        error_for(message, findings, advice) if findings else None,
     )
+
+
+def _not_asked(why: str, *names: str) -> list[CheckResult]:
+    return [CheckResult(name, Verdict.NOT_ASKED, why) for name in names]
 
 
 def closure(request: Request) -> DoctorReport:
     """Check which repositories that CSM needs to speak are in the Hub's cache; offline."""
-    environment = HubEnvironment.read()
+    environment, checks = HubEnvironment.read(), []
     is_installed = False
     if find_manifest(request.root, request.model).repo == offline_assets.CSM:
         chosen = Request(request.root, request.model, ("safetensors",), request.dest)
         is_installed = apply.status(chosen).plan.is_done
-    needs = offline_assets.find_assets(environment.cache, is_installed)
-    checks = tuple(_needed(need, environment) for need in needs)
-    findings = [finding for check in checks for finding in check.findings]
-    error = MissingInput("CSM cannot speak offline yet", findings) if findings else None
+    for need in offline_assets.find_assets(environment.cache, is_installed):
+        help_text = need.command
+        if need.gated and need.command.startswith("hf "):
+            help_text = f"accept the terms at {environment.page(need.repo)}, then {need.command}"
+        found = f"not here: {need.purpose}"
+        if need.here:
+            check = CheckResult(need.repo, Verdict.OK, f"here: {need.purpose}")
+        elif need.optional:
+            check = CheckResult(need.repo, Verdict.NOTE, f"{found}; {help_text}")
+        else:
+            missing = f"no {', '.join(need.missing)}"
+            words = ("its files in the cache", missing, help_text)
+            findings = (Finding(Kind.MISSING, need.repo, *words),)
+            check = CheckResult(need.repo, Verdict.NOT_OK, found, findings)
+        checks.append(check)
+    needed = [finding for check in checks for finding in check.findings]
+    error = MissingInput("CSM cannot speak offline yet", needed) if needed else None
     subject = f"what CSM needs to speak offline, in {environment.cache}"
-    return DoctorReport(subject, checks, "CSM can speak with HF_HUB_OFFLINE=1", error)
+    return DoctorReport(subject, tuple(checks), "CSM can speak with HF_HUB_OFFLINE=1", error)
 
 
-def _needed(need: offline_assets.Asset, environment: HubEnvironment) -> CheckResult:
-    if need.here:
-        return CheckResult(need.repo, Verdict.OK, f"here: {need.purpose}")
-    help_text = need.command
-    if need.gated and need.command.startswith("hf "):
-        help_text = f"accept the terms at {environment.page(need.repo)}, then {need.command}"
-    if need.optional:
-        return CheckResult(need.repo, Verdict.NOTE, f"not here: {need.purpose}; {help_text}")
-    found = f"no {', '.join(need.missing)}"
-    finding = Finding(Kind.MISSING, need.repo, "its files in the cache", found, help_text)
-    return CheckResult(need.repo, Verdict.NOT_OK, f"not here: {need.purpose}", (finding,))
+# ---- asking servers
 
 
-# ---- the checks
+class _FirstByte:
+    """A writer that takes the first byte of a piece, and verifies nothing."""
+
+    is_empty = True
+
+    def __init__(self, piece: Piece) -> None:
+        self._at = piece.offset
+
+    def wanted(self) -> list[tuple[int, int]]:
+        return [(self._at, self._at + 1)]
+
+    def acquire_buffer(self) -> Buffer:
+        return Buffer()
+
+    def _ignore(self, *_: object, **__: object) -> None: ...
+
+    reset = copy_from = write = verify = add_notes = _ignore
 
 
-@dataclass(frozen=True)
-class _Case:
-    session: Session
-    status: StatusReport
-    environment: HubEnvironment
-    results: ProbeResults
+@dataclass
+class _Server:
+    """A server with the paths that it was asked for and gives, and what was wrong.
 
-    @property
-    def plan(self) -> Plan:
-        """The plan of `inv weights`."""
-        return self.status.plan
+    `place` names it in a sentence: "from URL".
+    """
 
-    def judge(self, name: str, found: str, findings: Iterable[Finding] = ()) -> CheckResult:
+    source: RemoteSource
+    place: str
+    asked: set[str] = field(default_factory=set)
+    gives: set[str] = field(default_factory=set)
+    findings: dict[Finding, None] = field(default_factory=dict)
+
+    def ask(self, artifact: Artifact, pieces: Iterable[Piece]) -> dict[int, Sequence[Finding]]:
+        """Ask for pieces; return why it does not give some of them, by their offsets."""
+        failed: dict[int, Sequence[Finding]] = {}
+        for piece in pieces:
+            try:
+                self.source.deliver(artifact, piece, _FirstByte(piece))
+            except NotAvailable:
+                where, expected = (
+                    f"{self.source.url}/{artifact.path}",
+                    "the file, or its chunk files",
+                )
+                help_text = "check that this is the folder, or name another --url"
+                words = (expected, "no such file", help_text)
+                failed[piece.offset] = [Finding(Kind.NOT_THERE, where, *words)]
+            except SourceError as error:
+                failed[piece.offset] = error.findings
+        self.asked.add(artifact.path)
+        if not failed:
+            self.gives.add(artifact.path)
+        self.findings |= dict.fromkeys(f for found in failed.values() for f in found)
+        return failed
+
+    def __str__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(str(finding.kind) for finding in self.findings))
+        text = f"{len(self.gives)} of {len(self.asked)} files {self.place}"
+        return f"{text}: {kinds}" if kinds else text
+
+
+class _Examination:
+    """A plan of `inv weights` with what its servers answer, and a check of each part of it.
+
+    `blocking` are the findings of servers that no other server makes up for.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.status = apply.status_of(session)
+        self.state, self.plan = self.status.state, self.status.plan
+        self.environment = HubEnvironment.read()
+        self.servers: dict[str, _Server] = {}
+        self.blocking: dict[Finding, None] = {}
+        self.problems = self.session.policy.problems if self.plan.findings else ()
+        self.owner = ""
+
+    def ask_servers(self) -> None:
+        """Ask the servers of the plan, in its order, for what is planned to come from them."""
+        actions = [action for action in self.plan.having(Assemble) if action.remote]
+        if not actions:
+            return
+        cancel, manifest = threading.Event(), self.session.manifest
+        names = self.session.policy.remote
+        with (
+            Progress("asking", 0) as progress,
+            RemoteSources(names, manifest, cancel, progress.log, limits=LIMITS) as sources,
+        ):
+            try:
+                for action in actions:
+                    self._ask(action, sources)
+                if HUB in self.servers:
+                    self._ask_owner(self.servers[HUB])
+            finally:
+                cancel.set()
+
+    def _ask(self, action: Assemble, sources: Iterable[LazySource]) -> None:
+        left = [piece for piece in action.artifact.tiles if piece.offset in action.remote]
+        findings: dict[Finding, None] = {}
+        for lazy in sources:
+            if not left:
+                return
+            if lazy.name not in self.servers:
+                source, manifest = cast("RemoteSource", lazy.open()), self.session.manifest
+                of_hub = f"of {manifest.repo} at {(manifest.revision or '')[:12]}"
+                place = of_hub if lazy.name == HUB else f"from {source.url}"
+                self.servers[lazy.name] = _Server(source, place)
+            # The Hub has whole files, a mirror may have some of their chunk files.
+            trials = left[:1] if lazy.name == HUB else left
+            failed = self.servers[lazy.name].ask(action.artifact, trials)
+            findings |= dict.fromkeys(f for some in failed.values() for f in some)
+            left = [piece for piece in left if piece.offset in failed]
+        if left:
+            self.blocking |= findings
+
+    def _ask_owner(self, hub: _Server) -> None:
+        """Find out whose the token is; that the Hub does not know it is a finding."""
+        try:
+            self.owner = cast("Hub", hub.source).owner()
+        except SourceError as error:
+            unknown = [f for f in error.findings if f.kind is Kind.UNKNOWN_TOKEN]
+            hub.findings |= dict.fromkeys(unknown)
+
+    def check(self, name: str, found: str, findings: Iterable[Finding] = ()) -> CheckResult:
         """Return a check with these findings: NOT OK where one of them stands in the way."""
         some = tuple(findings)
-        in_the_way = {*self.results.blocking, *self.plan.findings}
+        in_the_way = {*self.blocking, *self.plan.findings, *self.problems}
         verdict = Verdict.NOT_OK if in_the_way.intersection(some) else Verdict.NOTE
         return CheckResult(name, verdict if some else Verdict.OK, found, some)
 
-    def unasked(self, name: str, found: str, problems: Sequence[Finding]) -> CheckResult:
-        """Return a check of servers that are not asked: NOT OK where a problem keeps help away."""
-        if problems and self.plan.findings:
-            return CheckResult(name, Verdict.NOT_OK, str(problems[0].kind), tuple(problems))
-        return CheckResult(name, Verdict.NOT_ASKED, found)
+    # ---- the checks
 
-    def problems(self, kind: Kind, of_hub: bool = True) -> list[Finding]:
-        """Return why the Hub, or else the mirrors, are not among the servers of this run."""
+    def files(self) -> CheckResult:
+        actions, count = self.plan.actions, len(self.state.artifacts)
+        if self.plan.is_done:
+            found = f"nothing to do: {count} files installed and verified"
+            return CheckResult("plan", Verdict.OK, found)
+        fetches, reads, writes = (
+            sum(getattr(action, f"bytes_{name}") for action in actions)
+            for name in ("fetched", "read", "written")
+        )
+        planned = len({action.artifact.path for action in actions})
+        over_network = f"{format_size(fetches)} to fetch, " if fetches else ""
+        sums = f"{format_size(reads)} to read, {format_size(writes)} to write"
+        found = f"{planned} of {count} files can be had: {over_network}{sums}"
+        # What the disk lacks is told by its own check.
+        lacking = [f for f in self.plan.findings if f.kind.category is not Category.DISK]
+        return self.check("plan", found, lacking)
+
+    def chunk_files(self) -> CheckResult:
+        name = "chunk files"
+        items = [item for item in self.state.artifacts if item.artifact.pieces]
+        if not self.session.policy.chunks:
+            return CheckResult(name, Verdict.NOT_ASKED, "not used with this --source")
+        if not items:
+            found = "no file of this model is split into chunk files"
+            return CheckResult(name, Verdict.NOT_ASKED, found)
+        texts, bad = [], []
+        for item in items:
+            wrong = [*(part.finding for part in item.chunks if part.finding), *item.extras]
+            kinds = dict.fromkeys(f.kind for f in wrong if f.kind is not Kind.MISSING)
+            usable = sum(part.is_usable for part in item.chunks)
+            text = f"{item.artifact.path} {usable} of {len(item.chunks)}"
+            texts.append(f"{text} ({', '.join(kinds)})" if kinds else text)
+            bad += wrong
+        return CheckResult(name, self.check(name, "", bad).verdict, "; ".join(texts))
+
+    def cache(self) -> CheckResult:
+        name, cache = "Hub cache", self.environment.cache
+        if not self.session.policy.cache:
+            return CheckResult(name, Verdict.NOT_ASKED, "not used with this --source")
+        held = [item.artifact.path for item in self.state.artifacts if item.cached]
+        if not held:
+            found = f"nothing of {self.session.manifest.repo} in {cache}"
+            return CheckResult(name, Verdict.NOTE, found)
+        return CheckResult(name, Verdict.OK, f"{', '.join(held)} in {cache}")
+
+    def token(self) -> CheckResult:
+        hub, holder = self.servers.get(HUB), self.environment.token_from
+        of_the_token = (Kind.NO_TOKEN, Kind.UNKNOWN_TOKEN, Kind.SCOPE)
+        blamed = [f for f in (hub.findings if hub else self.problems) if f.kind in of_the_token]
+        if blamed:
+            return self.check("token", f"{holder or 'none'}: {blamed[0].kind}", blamed)
+        if not holder:
+            found = "none, and none is needed" if hub else f"none; {_UNUSED}"
+            return CheckResult("token", Verdict.NOTE, found)
+        if not hub:
+            return CheckResult("token", Verdict.NOT_ASKED, f"{holder}; {_UNUSED}")
+        owner = self.owner or "the Hub did not report whose"
+        return self.check("token", f"{holder}, {owner}")
+
+    def served(self, name: str, is_hub: bool) -> CheckResult:
+        """Tell how many files the Hub, or else the mirrors, give."""
+        servers = [server for key, server in self.servers.items() if (key == HUB) is is_hub]
+        if servers:
+            findings = dict.fromkeys(f for server in servers for f in server.findings)
+            return self.check(name, "; ".join(map(str, servers)), findings)
         page = self.environment.page(self.session.manifest.repo or "")
-        problems = self.session.policy.problems
-        return [f for f in problems if f.kind is kind and (f.where == page) is of_hub]
+        offline = [f for f in self.problems if f.kind is Kind.OFFLINE]
+        if problems := [f for f in offline if (f.where == page) is is_hub]:
+            return self.check(name, str(Kind.OFFLINE), problems)
+        return CheckResult(name, Verdict.NOT_ASKED, _UNUSED)
+
+    def hosts_and_proxy(self) -> list[CheckResult]:
+        """Tell which hosts are contacted, where the token goes, and by which proxy."""
+        urls = [server.source.url for server in self.servers.values()]
+        urls += sorted(url for server in self.servers.values() for url in server.source.reached)
+        hosts: dict[str, str] = {}
+        for url in urls:
+            hosts.setdefault(urlsplit(url).netloc or url, url)
+        if not hosts:
+            return _not_asked("none: nothing comes over the network", "hosts", "proxy")
+        # The import loads requests, and with it urllib3, which opens a socket to look for IPv6.
+        from csm_weights.transfer.http.environment import proxy_for
+
+        found = dict.fromkeys(f for server in self.servers.values() for f in server.findings)
+        unreached = [f for f in found if f.kind in (Kind.NO_NETWORK, Kind.CERTIFICATE)]
+        check = self.check("hosts", ", ".join(hosts), unreached)
+        endpoint = self.environment.endpoint
+        is_sent = HUB in self.servers and self.environment.token_from
+        if is_sent and endpoint != PUBLIC_ENDPOINT:
+            clear = " in the clear" if endpoint.startswith("http:") else ""
+            told = (
+                f"{check.found}; HF_ENDPOINT: the token goes{clear} to {urlsplit(endpoint).netloc}"
+            )
+            verdict = check.verdict if unreached else Verdict.NOTE
+            check = replace(check, found=told, verdict=verdict)
+        ways = {host: proxy_for(url) for host, url in hosts.items()}
+        # Without the credentials that a proxy's URL may have.
+        shown = {host: re.sub(r"^([\w+.-]+://)?.*@", r"\1***@", way) for host, way in ways.items()}
+        texts = [f"{host} {f'by {way}' if way else 'directly'}" for host, way in shown.items()]
+        proxies = ", ".join(texts) if any(ways.values()) else "none"
+        return [check, self.check("proxy", proxies, [f for f in found if f.kind is Kind.PROXY])]
+
+    def disk(self) -> CheckResult:
+        """Check the room, in bytes, and the permission for what the plan writes."""
+        paths, texts = self.state.paths, []
+        findings = [f for f in self.plan.findings if f.kind is Kind.NO_SPACE]
+        for name, folder, free in (
+            ("staging", paths.staging, self.state.free_staging),
+            ("destination", paths.destination, self.state.free_destination),
+        ):
+            if needed := self.plan.room(name):
+                texts.append(
+                    f"{format_size(needed)} to write in {folder}, {format_size(free)} free"
+                )
+            if not self.plan.is_done and (why := _refuses(folder)):
+                help_text = "check its permissions, or choose another --dest"
+                words = ("a folder that takes new files", why, help_text)
+                findings.append(Finding(Kind.NOT_WRITABLE, str(folder), *words))
+        verdict = Verdict.NOT_OK if findings else Verdict.OK
+        return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
 
 
-def _plan(case: _Case) -> CheckResult:
-    plan, items = case.plan, case.status.state.artifacts
-    if plan.is_done:
-        found = f"nothing to do: {len(items)} files installed and verified"
-        return CheckResult("plan", Verdict.OK, found)
-    planned = {action.artifact.path for action in plan.actions}
-    fetches, reads, writes = (
-        sum(getattr(action, f"bytes_{name}") for action in plan.actions)
-        for name in ("fetched", "read", "written")
-    )
-    over_network = f"{format_size(fetches)} to fetch, " if fetches else ""
-    found = f"{len(planned)} of {len(items)} files can be had"
-    found += f": {over_network}{format_size(reads)} to read, {format_size(writes)} to write"
-    return case.judge("plan", found, plan.findings)
-
-
-def _chunk_files(case: _Case) -> CheckResult:
-    items = [item for item in case.status.state.artifacts if item.artifact.pieces]
-    if not case.session.policy.chunks:
-        return CheckResult("parts", Verdict.NOT_ASKED, "the source named takes none")
-    if not items:
-        return CheckResult("parts", Verdict.NOT_ASKED, "the manifest names none")
-    verdict, texts = Verdict.OK, []
-    for item in items:
-        bad = [*(part.finding for part in item.chunks if part.finding), *item.extras]
-        if set(bad).intersection(case.plan.findings):
-            verdict = Verdict.NOT_OK
-        elif bad and verdict is Verdict.OK:
-            verdict = Verdict.NOTE
-        wrong = dict.fromkeys(f.kind for f in bad if f.kind is not Kind.MISSING)
-        good = sum(part.is_usable for part in item.chunks)
-        text = f"{item.artifact.path} {good} of {len(item.chunks)}"
-        texts.append(f"{text} ({', '.join(wrong)})" if wrong else text)
-    return CheckResult("parts", verdict, "; ".join(texts))
-
-
-def _cache(case: _Case) -> CheckResult:
-    cache, repo = case.environment.cache, case.session.manifest.repo
-    if not repo:
-        return CheckResult("Hub cache", Verdict.NOT_ASKED, _NO_REPOSITORY)
-    if not case.session.policy.cache:
-        return CheckResult("Hub cache", Verdict.NOT_ASKED, "the source named does without")
-    held = [item.artifact.path for item in case.status.state.artifacts if item.cached]
-    if not held:
-        return CheckResult("Hub cache", Verdict.NOTE, f"nothing of {repo} in {cache}")
-    return CheckResult("Hub cache", Verdict.OK, f"{', '.join(held)} in {cache}")
-
-
-def _token(case: _Case) -> CheckResult:
-    holder, hub = case.environment.token_from, case.results.hub
-    if not case.session.manifest.repo:
-        return CheckResult("token", Verdict.NOT_ASKED, _NO_REPOSITORY)
-    if hub is None:
-        found, problems = f"{holder or 'none'}; {_ELSEWHERE}", case.problems(Kind.NO_TOKEN)
-        check = case.unasked("token", found, problems)
-        is_none = check.verdict is Verdict.NOT_ASKED and not holder
-        return CheckResult("token", Verdict.NOTE, check.found) if is_none else check
-    of_the_token = (Kind.NO_TOKEN, Kind.UNKNOWN_TOKEN, Kind.SCOPE)
-    blamed = [finding for finding in hub.findings if finding.kind in of_the_token]
-    if blamed:
-        return case.judge("token", f"{holder or 'none'}: {blamed[0].kind}", blamed)
-    if not holder:
-        return CheckResult("token", Verdict.NOTE, "none, and none is needed")
-    owner = case.results.owner or "the Hub did not report whose"
-    return case.judge("token", f"{holder}, {owner}")
-
-
-def _access(case: _Case) -> CheckResult:
-    manifest, hub = case.session.manifest, case.results.hub
-    if not manifest.repo:
-        return CheckResult("access", Verdict.NOT_ASKED, _NO_REPOSITORY)
-    if hub is None:
-        lacks_token = case.plan.findings and case.problems(Kind.NO_TOKEN)
-        reason = "no token to ask with" if lacks_token else _ELSEWHERE
-        return case.unasked("access", reason, case.problems(Kind.OFFLINE))
-    revision = (manifest.revision or "")[:12]
-    return case.judge("access", _given(hub, f"of {manifest.repo} at {revision}"), hub.findings)
-
-
-def _given(server: Server, place: str) -> str:
-    kinds = ", ".join(dict.fromkeys(str(finding.kind) for finding in server.findings))
-    found = f"{len(server.gives)} of {len(server.asked)} files {place}"
-    return f"{found}: {kinds}" if kinds else found
-
-
-def _mirrors(case: _Case) -> CheckResult:
-    mirrors = case.results.mirrors
-    if not mirrors:
-        problems = case.problems(Kind.OFFLINE, of_hub=False)
-        is_named = problems or any(name != HUB for name in case.session.policy.remote)
-        return case.unasked("mirrors", _ELSEWHERE if is_named else "none was named", problems)
-    found = "; ".join(_given(mirror, f"from {mirror.url}") for mirror in mirrors)
-    return case.judge("mirrors", found, [f for m in mirrors for f in m.findings])
-
-
-def _hosts(case: _Case) -> CheckResult:
-    hosts, endpoint = case.results.hosts, case.environment.endpoint
-    if not hosts:
-        return CheckResult("hosts", Verdict.NOT_ASKED, "none: nothing comes over the network")
-    findings = [f for f in case.results.findings if f.kind in (Kind.NO_NETWORK, Kind.CERTIFICATE)]
-    check = case.judge("hosts", ", ".join(hosts), findings)
-    is_sent = case.results.hub and case.environment.token_from
-    if not is_sent or endpoint == PUBLIC_ENDPOINT:
-        return check
-    clear = " in the clear" if endpoint.startswith("http:") else ""
-    found = f"{check.found}; HF_ENDPOINT: the token goes{clear} to {urlsplit(endpoint).netloc}"
-    verdict = check.verdict if findings else Verdict.NOTE
-    return CheckResult("hosts", verdict, found, check.findings)
-
-
-def _proxy(case: _Case) -> CheckResult:
-    if not case.results.hosts:
-        return CheckResult("proxy", Verdict.NOT_ASKED, "none: nothing comes over the network")
-    # The import loads requests, and with it urllib3, which opens a socket to look for IPv6.
-    from csm_weights.transfer.http.environment import proxy_for
-
-    ways = {host: proxy_for(url) for host, url in case.results.hosts.items()}
-    # Without the credentials that a proxy's URL may have.
-    shown = {host: re.sub(r"^([\w+.-]+://)?.*@", r"\1***@", way) for host, way in ways.items()}
-    texts = [f"{host} {f'by {way}' if way else 'directly'}" for host, way in shown.items()]
-    findings = [f for f in case.results.findings if f.kind is Kind.PROXY]
-    return case.judge("proxy", ", ".join(texts) if any(ways.values()) else "none", findings)
-
-
-def _disk(case: _Case) -> CheckResult:
-    """Check the room, in bytes, and the permission for what the plan writes."""
-    state, texts = case.status.state, []
-    for name, folder, free in (
-        ("staging", state.paths.staging, state.free_staging),
-        ("destination", state.paths.destination, state.free_destination),
-    ):
-        if needed := case.plan.room(name):
-            texts.append(f"{format_size(needed)} to write in {folder}, {format_size(free)} free")
-    findings = [f for f in case.plan.findings if f.kind is Kind.NO_SPACE]
-    for folder in () if case.plan.is_done else (state.paths.staging, state.paths.destination):
-        above = (folder.absolute(), *folder.absolute().parents)
-        if not os.access(next(p for p in above if p.exists()), os.W_OK | os.X_OK):
-            help_text = "check its permissions, or choose another --dest"
-            words = ("a folder that takes new files", "no permission", help_text)
-            findings.append(Finding(Kind.NOT_WRITABLE, str(folder), *words))
-    verdict = Verdict.NOT_OK if findings else Verdict.OK
-    return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
+def _refuses(folder: Path) -> str:
+    """Return why a folder, or the one it would be made in, takes no files; "" where it does."""
+    above = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in above if path.exists())
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        return "a file system that is mounted read-only"
+    return "" if os.access(existing, os.W_OK | os.X_OK) else "no permission to write"
 
 
 def _torch() -> CheckResult:

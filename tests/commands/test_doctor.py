@@ -481,7 +481,7 @@ def test_a_token_in_a_file_is_found(bench: Bench) -> None:
     path.parent.mkdir()
     path.write_text(TOKEN)
     bench.give_parts()
-    assert checks(bench.examine())["token"].found == f"{path}; nothing comes from there"
+    assert checks(bench.examine())["token"].found == f"{path}; no file comes from there"
 
 
 def test_a_slow_answer_about_the_account_is_not_waited_for(bench: Bench) -> None:
@@ -539,7 +539,7 @@ def test_parts_are_counted_by_their_size(bench: Bench) -> None:
     first, second = sorted((bench.root / "chunks").rglob("ckpt.pt.part-*"))[:2]
     first.unlink()
     second.write_bytes(b"short")
-    row = checks(bench.examine())["parts"]
+    row = checks(bench.examine())["chunk files"]
     assert row.verdict is Verdict.NOT_OK
     assert row.found == "model.safetensors 6 of 6; ckpt.pt 4 of 6 (wrong size)"
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from csm_weights.commands import probe
+from csm_weights.commands import doctor
 from csm_weights.transfer.http.client import Timeouts
 
 #: Limits that end within a test.
@@ -56,7 +56,7 @@ def be_hasty(patch: pytest.MonkeyPatch, **limits: float) -> None:
     """Let every command of this process try again soon and give up soon, but for these limits."""
     timeouts = replace(HASTY, **limits)
     patch.setattr(Timeouts, "with_patience", classmethod(lambda *_: timeouts))
-    patch.setattr(probe, "LIMITS", {})
+    patch.setattr(doctor, "LIMITS", {})
 
 
 @contextlib.contextmanager
