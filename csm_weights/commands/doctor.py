@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
+from csm_weights.commands.render.text import costs
 from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment
 from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, MissingInput, error_for
 from csm_weights.manifest.types import Artifact, Piece
@@ -281,14 +282,8 @@ class _Examination:
         if self.plan.is_done:
             found = f"nothing to do: {count} files installed and verified"
             return CheckResult("plan", Verdict.OK, found)
-        fetches, reads, writes = (
-            sum(getattr(action, f"bytes_{name}") for action in actions)
-            for name in ("fetched", "read", "written")
-        )
         planned = len({action.artifact.path for action in actions})
-        over_network = f"{format_size(fetches)} to fetch, " if fetches else ""
-        sums = f"{format_size(reads)} to read, {format_size(writes)} to write"
-        found = f"{planned} of {count} files can be had: {over_network}{sums}"
+        found = f"{planned} of {count} files can be had: {costs(actions)}"
         # What the disk lacks is told by its own check.
         lacking = [f for f in self.plan.findings if f.kind.category is not Category.DISK]
         return self.check("plan", found, lacking)

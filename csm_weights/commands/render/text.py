@@ -54,11 +54,7 @@ def _status(report: StatusReport) -> str:
         table(("state", "file", "size", "next"), rows),
     ]
     shown += [_pieces(path, some) for path, some in plan.origins.items() if len(some) > 1]
-    names = ("read", "written", "fetched")
-    reads, writes, fetches = (total(plan.actions, name) for name in names)
-    over_network = f"{format_size(fetches)} to fetch, " if fetches else ""
-    sums = f"{format_size(reads)} to read, {format_size(writes)} to write"
-    shown.append(f"{over_network}{sums}; {format_size(state.free_staging)} free")
+    shown.append(f"{costs(plan.actions)}; {format_size(state.free_staging)} free")
     if consuming := plan.having(Consume):
         paths = ", ".join(step.artifact.path for step in consuming)
         size = format_size(room(consuming))
@@ -121,6 +117,13 @@ def origin_words(origin: PieceOrigin) -> str:
 def total(steps: Iterable[Action], name: str) -> int:
     """Return the sum of a field of the costs of actions, in bytes."""
     return sum(getattr(step.cost, name) for step in steps)
+
+
+def costs(actions: Iterable[Action]) -> str:
+    """Return in words what actions fetch, read and write."""
+    read, written, fetched = (total(actions, name) for name in ("read", "written", "fetched"))
+    over_network = f"{format_size(fetched)} to fetch, " if fetched else ""
+    return f"{over_network}{format_size(read)} to read, {format_size(written)} to write"
 
 
 # ---- what a command did
