@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from csm_weights import errors
@@ -25,19 +25,23 @@ MAKE = {
     "--no-smoke": "SMOKE=no",
 }
 
-_OK = re.compile(r"^(OK)\b", re.MULTILINE)
-_NOT_OK = re.compile(r"^(NOT OK|error)\b", re.MULTILINE)
-
 
 def run(call: Callable[[], object], as_json: bool = False, command: str = "") -> int:
-    """Show what a call of the task `command` returns or raises; return the exit code."""
+    """Show what a call of the task `command` returns or raises; return the exit code.
+
+    Until it ends, an interrupt and a termination signal raise KeyboardInterrupt.
+    """
     _open_streams()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _interruptible():
-            return _show(_result_of(call), as_json, command)
+        if signal.getsignal(signal.SIGINT) is _exit:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return _show(_result_of(call), as_json, command)
     except KeyboardInterrupt:
         # During an import, or while the result was printed.
         return errors.Interrupted.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def exit_on_interrupt() -> None:
@@ -75,7 +79,6 @@ def _result_of(call: Callable[[], object]) -> object:
 def _show(result: object, as_json: bool, command: str) -> int:
     """Print a result on stdout and its error on stderr; return the exit code."""
     error = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
-    code: int = error.exit_code if error else 0
     try:
         if as_json:
             from csm_weights.commands.render import json
@@ -85,16 +88,15 @@ def _show(result: object, as_json: bool, command: str) -> int:
             from csm_weights.commands.render import text
 
             shown = text.render(result) + ("\n" if error else "")
-            _print(_painted(_as_typed(shown), sys.stdout), sys.stdout)
+            _print(_for_a_person(shown, sys.stdout), sys.stdout)
     except OSError as problem:
         error = NoSpace(f"the result cannot be printed: {problem.strerror}")
-        code = error.exit_code
     if error:
         from csm_weights.commands.render import blocks
 
         with contextlib.suppress(OSError):
-            _print(_painted(_as_typed(blocks.error(error)), sys.stderr), sys.stderr)
-    return code
+            _print(_for_a_person(blocks.error(error), sys.stderr), sys.stderr)
+    return error.exit_code if error else 0
 
 
 def _print(text: str, stream: TextIO | None) -> None:
@@ -110,21 +112,17 @@ def _print(text: str, stream: TextIO | None) -> None:
             raise
 
 
-def _painted(text: str, stream: TextIO | None) -> str:
-    """Return the text with its verdicts in colour, where the stream is a terminal that has it."""
+def _for_a_person(text: str, stream: TextIO | None) -> str:
+    """Return a text with the commands that a person types, and on a terminal in colour."""
+    if os.environ.get(TYPED) == "make":
+        from csm_weights.commands.render.blocks import COMMAND
+
+        text = re.sub(rf"{COMMAND.pattern}|(?<![\w-])--[a-z-]+", _make_words, text)
     has_colour = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
     if not has_colour or os.environ.get("NO_COLOR"):
         return text
-    return _NOT_OK.sub("\x1b[31m\\1\x1b[0m", _OK.sub("\x1b[32m\\1\x1b[0m", text))
-
-
-def _as_typed(text: str) -> str:
-    """Return the text with the commands that a person types: make's, where that was used."""
-    if os.environ.get(TYPED) != "make":
-        return text
-    from csm_weights.commands.render.blocks import COMMAND
-
-    return re.sub(rf"{COMMAND.pattern}|(?<![\w-])--[a-z-]+", _make_words, text)
+    text = re.sub(r"^OK\b", "\x1b[32m\\g<0>\x1b[0m", text, flags=re.MULTILINE)
+    return re.sub(r"^(NOT OK|error)\b", "\x1b[31m\\g<0>\x1b[0m", text, flags=re.MULTILINE)
 
 
 def _make_words(found: re.Match[str]) -> str:
@@ -137,18 +135,6 @@ def _make_words(found: re.Match[str]) -> str:
         return f".venv/bin/{words}"
     given = [f"{MAKE[name]}={value}" if value else MAKE[name] for name, value in options]
     return " ".join(["make", words.split(" ")[1], *given])
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let an interrupt, and a termination signal, raise KeyboardInterrupt."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGINT) is _exit:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _open_streams() -> None:
