@@ -23,8 +23,7 @@ if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.commands.attest import Attesting
     from csm_weights.commands.doctor import DoctorReport
     from csm_weights.commands.seed_cache import Seeding
-    from csm_weights.formats.compare import Comparison, Difference
-    from csm_weights.formats.transformers_layout import Summary
+    from csm_weights.formats.compare import Comparison
 
 
 def render(result: object) -> str:
@@ -135,7 +134,14 @@ def _outcome(outcome: Outcome) -> str:
     if outcome.actions:
         acts = [(path, _next(some)) for path, some in _by_file(state, outcome.actions) if some]
         shown.append(table(("file", "done"), acts))
-    shown.append(table(("state", "size", "sha256", "file"), map(_file, state.artifacts)))
+    files = []
+    for item in state.artifacts:
+        found = item.installed if item.installed.state is not FileState.ABSENT else item.staged
+        receipt = found.receipt if found.state is FileState.VERIFIED else None
+        sha256 = receipt.sha256[:SHORT] if receipt else "-"
+        size = "-" if found.size is None else format_size(found.size)
+        files.append((_state(item), size, sha256, item.artifact.path))
+    shown.append(table(("state", "size", "sha256", "file"), files))
     if outcome.sealed:
         shown.append(table(("file", "sealed"), [(s.path, s.how) for s in outcome.sealed]))
     if outcome.results:
@@ -146,15 +152,8 @@ def _outcome(outcome: Outcome) -> str:
         shown.append(_smoke(outcome.smoke, outcome.smoke_is_known))
     shown += blocks.findings("repaired on the way:", outcome.notes)
     if not outcome.error:
-        shown.append("\n".join([_verdict(outcome), *_what_next(outcome)]))
+        shown.append("\n".join(_ending(outcome)))
     return "\n\n".join(shown)
-
-
-def _file(item: ArtifactState) -> tuple[str, ...]:
-    found = item.installed if item.installed.state is not FileState.ABSENT else item.staged
-    receipt = found.receipt if found.state is FileState.VERIFIED else None
-    size = "-" if found.size is None else format_size(found.size)
-    return _state(item), size, receipt.sha256[:SHORT] if receipt else "-", item.artifact.path
 
 
 def _gates(results: Sequence[GateResult]) -> str:
@@ -168,29 +167,25 @@ def _gates(results: Sequence[GateResult]) -> str:
     return "\n".join([table(("verdict", "gate", ""), rows), *map(printable, unread)])
 
 
-def _verdict(outcome: Outcome) -> str:
-    if outcome.smoke:
-        return "OK: installed, verified, smoke test passed"
-    installed = [item.installed.state for item in outcome.state.artifacts]
-    is_installed = all(state is FileState.VERIFIED for state in installed)
-    return "OK: installed and verified" if is_installed or outcome.results else "OK: verified"
-
-
-def _what_next(outcome: Outcome) -> list[str]:
-    """Return where the files are, and the command that a person most likely wants now."""
+def _ending(outcome: Outcome) -> list[str]:
+    """Return the verdict, where the files are, and the command that is most likely wanted now."""
     state = outcome.state
-    is_staged = any(item.installed.state is FileState.ABSENT for item in state.artifacts)
+    states = [item.installed.state for item in state.artifacts]
+    is_staged = FileState.ABSENT in states
     folder = state.paths.staging if is_staged else state.paths.destination
-    rows = [("files", str(folder))]
+    verdict, rows = "OK: verified", [("files", str(folder))]
+    if set(states) == {FileState.VERIFIED} or outcome.results:
+        verdict = "OK: installed and verified"
     has_weights = any(item.artifact.is_weights for item in state.artifacts)
     if is_staged:
         rows.append(("next", state.paths.command("place")))
     elif outcome.smoke:
+        verdict = "OK: installed, verified, smoke test passed"
         below = os.path.relpath(folder, state.paths.root)
         rows.append(("next", f'in Python: csm_weights.Model.from_local("{below}")'))
     elif has_weights and any(item.artifact.format == "config" for item in state.artifacts):
         rows.append(("next", state.paths.command("smoke")))
-    return [printable(f"  {word:7}{text}") for word, text in rows]
+    return [verdict, *(printable(f"  {word:7}{text}") for word, text in rows)]
 
 
 def _smoke(report: SmokeReport, is_known: bool) -> str:
@@ -198,12 +193,7 @@ def _smoke(report: SmokeReport, is_known: bool) -> str:
     if is_known:
         when = f"passed in an earlier run, of {report.made_at}, on the same files"
         return paragraph(f"smoke test on {report.device}: {when}")
-    rows = [(c.verdict, f"{c.name}: {c.value}; limit {c.limit}") for c in report.checks]
-    checks = table(("verdict", f"smoke test on {report.device}"), rows)
-    return f"{checks}\n\n{_figures(report)}"
-
-
-def _figures(report: SmokeReport) -> str:
+    checks = [(c.verdict, f"{c.name}: {c.value}; limit {c.limit}") for c in report.checks]
     f = report.figures
     driver = f", driver {f.driver}" if f.driver != "-" else ""
     seconds = f"{report.load_seconds:.2f} s"
@@ -212,18 +202,20 @@ def _figures(report: SmokeReport) -> str:
         rate = f.loaded_bytes / report.load_seconds
         bus = f", {rate / f.bus_rate:.0%} of the bus's {_rate(f.bus_rate)}" if f.bus_rate else ""
         loaded = f"{format_size(f.loaded_bytes)} in {seconds}, {_rate(rate)}{bus}"
-    reached = f.frame_bytes * report.frames_per_second
-    share = f", {reached / f.memory_rate:.0%} of the memory's {_rate(f.memory_rate)}"
     frame = f"{1000 / report.frames_per_second:.3g} ms for 80 ms of audio"
+    if f.memory_rate:
+        share = f.frame_bytes * report.frames_per_second / f.memory_rate
+        frame += f", {share:.0%} of the memory's {_rate(f.memory_rate)}"
     device = f", device {format_size(f.peak_device)}" if f.peak_device else ""
-    rows = [
+    figures = [
         ("machine", f"{f.machine}{driver}, torch {f.torch}, {f.dtype}"),
         ("loading", loaded),
         ("speed", f"real-time factor {report.real_time_factor:.3g}, below 1 is faster"),
-        ("a frame", f"{frame}{share if f.memory_rate else ''}"),
+        ("a frame", frame),
         ("peak memory", f"host {format_size(f.peak_host)}{device}"),
     ]
-    return table(("figure", "measured"), rows)
+    head = ("verdict", f"smoke test on {report.device}")
+    return f"{table(head, checks)}\n\n{table(('figure', 'measured'), figures)}"
 
 
 def _rate(rate: float) -> str:
@@ -247,35 +239,25 @@ def _attesting(done: Attesting) -> str:
 
 
 def _comparison(comparison: Comparison) -> str:
-    sides = [("first", comparison.first), ("second", comparison.second)]
-    rows = [(word, f"{side.tensors:,}", _kind(side), side.where) for word, side in sides]
-    shown = [table(("", "tensors", "format", "file"), rows)]
-    for _, side in sides:
-        if side.left_out:
-            size = f"{side.left_out:,} tensors, {format_size(side.left_out_bytes)}"
-            shown.append(paragraph(f"left out of {side.where}: the codec, {size}"))
-    if comparison.differences:
-        shown.append(_differences(comparison.differences))
-    equal = f"{comparison.equal:,} tensors, {format_size(comparison.nbytes)}, are equal"
-    if comparison.error:
-        return "\n\n".join([*shown, equal])
-    return "\n\n".join([*shown, f"OK: {equal} in name, dtype, shape and every bit"])
-
-
-def _kind(side: Summary) -> str:
+    from csm_weights.formats.tensor_index import MAX_FINDINGS
     from csm_weights.formats.transformers_layout import Layout
 
-    names = ", transformers' names" if side.layout is Layout.TRANSFORMERS else ""
-    return f"{side.format}{names}"
-
-
-def _differences(differences: Sequence[Difference]) -> str:
-    from csm_weights.formats.tensor_index import MAX_FINDINGS
-
-    rows = [(str(d.what), d.where, f"{d.first} against {d.second}") for d in differences]
-    text = table(("differs in", "tensor", "first against second"), rows[:MAX_FINDINGS])
-    rest = len(rows) - MAX_FINDINGS
-    return f"{text}\nand {rest:,} more" if rest > 0 else text
+    rows, left_out = [], []
+    for word, side in (("first", comparison.first), ("second", comparison.second)):
+        names = ", transformers' names" if side.layout is Layout.TRANSFORMERS else ""
+        rows.append((word, f"{side.tensors:,}", f"{side.format}{names}", side.where))
+        if side.left_out:
+            size = f"{side.left_out:,} tensors, {format_size(side.left_out_bytes)}"
+            left_out.append(paragraph(f"left out of {side.where}: the codec, {size}"))
+    shown = [table(("", "tensors", "format", "file"), rows), *left_out]
+    if differences := comparison.differences:
+        lines = [(str(d.what), d.where, f"{d.first} against {d.second}") for d in differences]
+        text = table(("differs in", "tensor", "first against second"), lines[:MAX_FINDINGS])
+        rest = len(lines) - MAX_FINDINGS
+        shown.append(f"{text}\nand {rest:,} more" if rest > 0 else text)
+    equal = f"{comparison.equal:,} tensors, {format_size(comparison.nbytes)}, are equal"
+    shown.append(equal if comparison.error else f"OK: {equal} in name, dtype, shape and every bit")
+    return "\n\n".join(shown)
 
 
 def _doctor(report: DoctorReport) -> str:
@@ -293,19 +275,13 @@ def _doctor(report: DoctorReport) -> str:
 
 
 def _seeding(seeding: Seeding) -> str:
-    repo = seeding.manifest.repo
+    repo, revision = seeding.manifest.repo, seeding.manifest.revision
     shown = [printable(f"{repo} in {seeding.cache}")]
     if seeding.files:
         rows = [(str(file.how), file.path, file.blob.name[:SHORT]) for file in seeding.files]
         shown.append(table(("how", "file", "blob"), rows))
     shown += map(paragraph, seeding.notes)
     if seeding.files:
-        shown.append(printable(f"OK: with HF_HUB_OFFLINE=1, {_call(seeding)} finds it"))
+        asked = f'"{repo}"' if seeding.main == revision else f'"{repo}", revision={revision!r}'
+        shown.append(printable(f"OK: with HF_HUB_OFFLINE=1, from_pretrained({asked}) finds it"))
     return "\n\n".join(shown)
-
-
-def _call(seeding: Seeding) -> str:
-    """Return how a program asks for what the cache has now."""
-    repo, revision = seeding.manifest.repo, seeding.manifest.revision
-    is_main = seeding.main == revision
-    return f'from_pretrained("{repo}"{"" if is_main else f", revision={revision!r}"})'
