@@ -337,7 +337,7 @@ def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> 
     """Link the installed files into the Hub's cache, for other programs."""
     from csm_weights.commands import seed_cache
 
-    return (seed_cache.plan if dry else seed_cache.seed_cache)(request, move_main)
+    return seed_cache.seed_cache(request, move_main, dry)
 
 
 @task(

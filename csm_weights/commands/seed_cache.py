@@ -23,13 +23,10 @@ from csm_weights.pipeline.session import Session, begin, gate_error
 from csm_weights.progress import Progress
 from csm_weights.store import hub_cache, install
 from csm_weights.store.hub_cache import Seed, Seeded
-from csm_weights.store.inspect import ArtifactState, FileState, State
+from csm_weights.store.inspect import FileState, State
 from csm_weights.store.lock import NAME as LOCK
 from csm_weights.store.lock import lock
 from csm_weights.store.receipts import Receipt
-
-#: A commit, as it names a snapshot; a branch or tag names none.
-REVISION = re.compile(r"[0-9a-f]{40}")
 
 #: From this many bytes on the Hub keeps a file of any kind outside of git, by its sha256.
 LARGE = 10_000_000
@@ -50,66 +47,66 @@ class Seeding:
     notes: tuple[str, ...] = ()
 
 
-def seed_cache(request: Request, move_main: bool = False) -> Seeding:
+def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> Seeding:
     """Link the chosen files into the Hub's cache, once all of them are verified.
 
     Files without a valid receipt are hashed first. `move_main` lets main
     stand for the manifest's revision even where it stands for another commit.
-    Raises UsageError without a Hub repository in the manifest, MissingInput or
-    WrongContent unless every file is installed and right: then nothing is done.
+    A `dry` run hashes and writes nothing. Raises UsageError without a Hub
+    repository in the manifest, MissingInput or WrongContent unless every file
+    is installed and right: then nothing is done.
     """
     run = begin(request)
-    repo, revision = _repository(run.manifest)
-    folder = run.paths.destination
+    manifest, folder = run.manifest, run.paths.destination
+    repo, revision = manifest.repo, manifest.revision
+    if repo is None or revision is None:
+        raise UsageError(
+            f"the manifest of {manifest.name} names no repository of the Hub: it has no [hub]"
+        )
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise UsageError(f"the Hub's cache keeps files by commit, and {revision!r} is not one")
+    cache, seeded, unrecorded = HubEnvironment.read().cache.absolute(), [], []
     with ExitStack() as stack:
-        # A link changes a file's change time, and with it what a receipt is known by.
-        with suppress(NoSpace):
-            if folder.is_dir():
-                stack.enter_context(lock(folder, f"{RECEIPTS}/{LOCK}"))
-        state, cache = _verified(run), HubEnvironment.read().cache.absolute()
-        seeds, notes = _seeds(state, cache, repo, revision)
-        try:
-            with Progress("linking into the Hub's cache", sum(s.size for s in seeds)) as progress:
-                seeded = hub_cache.seed(cache, repo, revision, seeds, move_main, progress.advance)
-        finally:
-            unrecorded = _record_again(state)
-        with suppress(NoSpace):
-            run.remove_leftovers(run.inspect(), is_staged=True)
+        if dry:
+            notes = _planned(run, hub_cache.repository(cache, repo) / "snapshots" / revision)
+        else:
+            # A link changes a file's change time, and with it what a receipt is known by.
+            with suppress(NoSpace):
+                if folder.is_dir():
+                    stack.enter_context(lock(folder, f"{RECEIPTS}/{LOCK}"))
+            state = _verified(run)
+            seeds, notes = _seeds(state, cache, repo, revision)
+            total = sum(seed.size for seed in seeds)
+            try:
+                with Progress("linking into the Hub's cache", total) as progress:
+                    seeded = hub_cache.seed(
+                        cache, repo, revision, seeds, move_main, progress.advance
+                    )
+            finally:
+                unrecorded = _record_again(state)
+            with suppress(NoSpace):
+                run.remove_leftovers(run.inspect(), is_staged=True)
     main = hub_cache.main_of(cache, repo)
-    notes += [*_main_notes(revision, main, run.manifest.name), *unrecorded]
-    return Seeding(run.manifest, cache, tuple(seeded), main, tuple(notes))
+    is_moved = dry and (move_main or main is None)
+    if main != revision and not is_moved:
+        notes.append(
+            f"main is commit {main} in the cache: programs that name no revision do not get these"
+            f" files; inv seed-cache --model {manifest.name} --move-main makes main this commit"
+        )
+    return Seeding(manifest, cache, tuple(seeded), main, (*notes, *unrecorded))
 
 
-def plan(request: Request, move_main: bool = False) -> Seeding:
-    """Return what `seed_cache` would do; nothing is hashed or written."""
-    run = begin(request)
-    repo, revision = _repository(run.manifest)
-    state, cache = run.inspect(), HubEnvironment.read().cache.absolute()
+def _planned(run: Session, home: Path) -> list[str]:
+    """Return what would be linked into the snapshot `home`; raise where a file is not installed."""
+    state = run.inspect()
     subjects = [run.subject(i.artifact, i.installed) for i in state.artifacts]
     if findings := [s.finding for s in subjects if s.finding]:
         raise error_for("not every file is installed", findings)
-    home = hub_cache.repository(cache, repo) / "snapshots" / revision
-    notes = [
+    return [
         f"{item.artifact.path}: {item.installed.size:,} bytes, {item.installed.state},"
         f" would be {home / item.artifact.path}"
         for item in state.artifacts
     ]
-    main = hub_cache.main_of(cache, repo)
-    if main is not None and not move_main:
-        notes += _main_notes(revision, main, run.manifest.name)
-    return Seeding(run.manifest, cache, (), main, tuple(notes))
-
-
-def _repository(manifest: Manifest) -> tuple[str, str]:
-    if manifest.repo is None or manifest.revision is None:
-        raise UsageError(
-            f"the manifest of {manifest.name} names no repository of the Hub: it has no [hub]"
-        )
-    if not REVISION.fullmatch(manifest.revision):
-        raise UsageError(
-            f"the Hub's cache keeps files by commit, and {manifest.revision!r} is not one"
-        )
-    return manifest.repo, manifest.revision
 
 
 def _verified(run: Session) -> State:
@@ -129,7 +126,8 @@ def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Se
     """Return the files for the cache, and notes about them."""
     seeds, notes = [], []
     for item in state.artifacts:
-        artifact, receipt = item.artifact, _receipt_of(item)
+        artifact, receipt = item.artifact, item.installed.receipt
+        assert receipt, "a verified file has a receipt"
         if receipt.size != artifact.size:
             known = hub_cache.snapshot_file(cache, repo, revision, artifact.path)
             if known and known.stat().st_size != receipt.size:
@@ -142,11 +140,6 @@ def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Se
         blob = _blob(artifact, receipt, item.installed.path)
         seeds.append(Seed(artifact.path, item.installed.path, receipt.size, blob))
     return seeds, notes
-
-
-def _receipt_of(item: ArtifactState) -> Receipt:
-    assert item.installed.receipt is not None, "a verified file has a receipt"
-    return item.installed.receipt
 
 
 def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
@@ -170,8 +163,8 @@ def _record_again(state: State) -> list[str]:
     """
     notes = []
     for item in state.artifacts:
-        receipt = _receipt_of(item)
-        if Fingerprint.of(item.installed.path.stat()) == receipt.fingerprint:
+        receipt = item.installed.receipt
+        if not receipt or Fingerprint.of(item.installed.path.stat()) == receipt.fingerprint:
             continue
         try:
             install.record(state.paths.destination, receipt)
@@ -181,12 +174,3 @@ def _record_again(state: State) -> list[str]:
             # The next run hashes once more; the files are good all the same.
             notes += [finding.line() for finding in error.findings]
     return notes
-
-
-def _main_notes(revision: str, main: str | None, model: str) -> list[str]:
-    if main == revision:
-        return []
-    return [
-        f"main is commit {main} in the cache: programs that name no revision do not get these"
-        f" files; inv seed-cache --model {model} --move-main makes main this commit"
-    ]

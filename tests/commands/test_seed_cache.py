@@ -358,7 +358,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(model: Toy, home: Pa
     """Each file with its size, what is known of it and where it would be; nothing is written."""
     receipt_path(model.installed("b.bin").parent, "b.bin").unlink()
     before = stamps(model.root)
-    seeded = command.plan(model.request())
+    seeded = command.seed_cache(model.request(), dry=True)
     assert stamps(model.root) == before
     assert not home.exists()
     a, b, _ = seeded.notes
@@ -371,7 +371,7 @@ def test_a_dry_run_fails_on_what_is_missing(model: Toy) -> None:
     """It ends as the real run would, as far as is known without hashing."""
     model.installed("a.bin").unlink()
     with pytest.raises(MissingInput):
-        command.plan(model.request())
+        command.seed_cache(model.request(), dry=True)
 
 
 # ---- the real client
