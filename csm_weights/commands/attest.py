@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, begin, gate_error, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
-from csm_weights.store.inspect import FileState, State
+from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.verify import envelope, statement
-from csm_weights.verify.envelope import Attestation, Attested, Signer
+from csm_weights.verify.envelope import Attested, Signer
 from csm_weights.verify.statement import Facts
 
 
@@ -57,8 +58,16 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     results = session.gate(state, rehash=True)
     if error := gate_error(results):
         raise error
-    subjects, name = digests_of(results), state.manifest.name
-    body = statement.payload(statement.statement(_facts(state, subjects)))
+    subjects, name, files = digests_of(results), state.manifest.name, []
+    for item in state.artifacts:
+        file, path = item.installed, item.artifact.path
+        pieces = file.receipt.pieces if file.receipt and file.state is FileState.VERIFIED else ()
+        stat = Fingerprint.of(file.path.stat())
+        files.append((item.artifact, VerifiedFile(file.path, subjects[path], pieces, stat)))
+    where = Path(state.manifest.where)
+    of = (state.manifest, where.name, sha256_of(where))
+    facts = Facts(*of, tuple(files), version("csm-weights"), _time())
+    body = statement.payload(statement.statement(facts))
     new_keys, text, signer = _make_keys(make_key), body.decode(), None
     if new_keys:
         text, signer = envelope.sign(
@@ -67,20 +76,9 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     elif secret is not None:
         password = os.environ.get(envelope.PASSPHRASE)
         text, signer = envelope.sign(body, secret, key, password.encode() if password else None)
-    file = Path(out) if out else state.paths.destination / f"{name}.intoto.json"
-    atomic.write_whole(file, text)
-    return Attesting(name, file, subjects, signer, new_keys)
-
-
-def _facts(state: State, digests: Mapping[str, str]) -> Facts:
-    where, files = Path(state.manifest.where), []
-    for item in state.artifacts:
-        artifact, file = item.artifact, item.installed
-        pieces = file.receipt.pieces if file.receipt and file.state is FileState.VERIFIED else ()
-        stat = Fingerprint.of(file.path.stat())
-        files.append((artifact, VerifiedFile(file.path, digests[artifact.path], pieces, stat)))
-    of = (state.manifest, where.name, sha256_of(where))
-    return Facts(*of, tuple(files), version("csm-weights"), _time())
+    out_file = Path(out) if out else state.paths.destination / f"{name}.intoto.json"
+    atomic.write_whole(out_file, text)
+    return Attesting(name, out_file, subjects, signer, new_keys)
 
 
 def _time() -> str:
@@ -101,19 +99,14 @@ def _make_keys(name: str) -> tuple[Path, ...]:
     private, public = Path(name), Path(f"{name}.pub")
     for file in (private, public):
         if os.path.lexists(file):
-            finding = Finding(
-                Kind.IN_THE_WAY, str(file), "no such file", "one", "choose another name"
-            )
+            words = ("no such file", "one", "choose another name")
+            finding = Finding(Kind.IN_THE_WAY, str(file), *words)
             raise WrongContent("keys are not written over existing files", [finding])
-    for file, content, mode in zip(
-        (private, public), envelope.new_key(), (0o600, 0o644), strict=True
-    ):
-        with atomic.writing(file):
-            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            atomic.write_all(fd, content, file)
-        finally:
-            os.close(fd)
+    contents = envelope.new_key()
+    for file, content, mode in zip((private, public), contents, (0o600, 0o644), strict=True):
+        opener = partial(os.open, mode=mode)
+        with atomic.writing(file), open(file, "xb", opener=opener) as new:
+            new.write(content)
     return private, public
 
 
@@ -132,29 +125,29 @@ def verify(
     Without `key` nobody has signed for it, and the result says so.
     Raises WrongContent or MissingInput.
     """
-    said = envelope.read(
-        read_file(Path(attestation), envelope.MAX_ATTESTATION, "an attestation"), attestation
-    )
-    signer = None
+    text = read_file(Path(attestation), envelope.MAX_ATTESTATION, "an attestation")
+    said, signer = envelope.read(text, attestation), None
     if key:
         public = read_file(Path(key), envelope.MAX_KEY, "a public key")
         signer = envelope.check(said.body, said.signatures, public, key)
     outcome = verify_files(request, sums)
     if outcome.error:
         return outcome
-    chosen = [item.artifact.path for item in outcome.state.artifacts]
+    state, found, notes = outcome.state, digests_of(outcome.results), []
+    chosen = [item.artifact.path for item in state.artifacts]
     held = {n: d for n, d in said.subjects.items() if not request.only or n in chosen}
-    found = digests_of(outcome.results)
-    found |= _others(outcome.state.paths.destination, [n for n in held if n not in found])
+    found |= _others(state.paths.destination, [n for n in held if n not in found])
     about = replace(said, subjects=held)
     if findings := envelope.differences(about, attestation, found, chosen):
         error = error_for("the attestation is not true of these files", findings)
         return replace(outcome, error=error)
     if write_sums:
         write_sums_of(outcome)
-    names = tuple(held)
-    notes = _notes(said, outcome.state, len(said.subjects) - len(held))
-    checked = Attested(attestation, signer, len(said.signatures), names, notes)
+    if sha256_of(Path(state.manifest.where)) not in said.manifests:
+        notes.append("it was made with another manifest than today's; the files fit both")
+    if left_out := len(said.subjects) - len(held):
+        notes.append(f"{left_out} more of its subjects were not asked for with --only")
+    checked = Attested(attestation, signer, len(said.signatures), tuple(held), tuple(notes))
     return replace(outcome, attested=checked)
 
 
@@ -165,12 +158,3 @@ def _others(folder: Path, names: Sequence[str]) -> dict[str, str]:
     with Progress("hashing what else is attested", sum(job.size for job in jobs)) as progress:
         measured = measure(jobs, progress.advance)
     return {name: found.whole or "" for name, found in zip(there, measured, strict=True)}
-
-
-def _notes(said: Attestation, state: State, left_out: int) -> tuple[str, ...]:
-    notes = []
-    if sha256_of(Path(state.manifest.where)) not in said.manifests:
-        notes.append("it was made with another manifest than today's; the files fit both")
-    if left_out:
-        notes.append(f"{left_out} more of its subjects were not asked for with --only")
-    return tuple(notes)

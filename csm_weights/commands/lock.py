@@ -14,7 +14,7 @@ from csm_weights.manifest.render import render
 from csm_weights.manifest.types import MAX_TEXT, Artifact, Manifest
 from csm_weights.pipeline import repo_manifest
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Session, begin, gate_error
+from csm_weights.pipeline.session import begin, gate_error
 from csm_weights.progress import Progress
 from csm_weights.store.inspect import ArtifactState, State
 from csm_weights.store.manifest_file import write_manifest
@@ -29,19 +29,23 @@ def lock(request: Request, dry: bool, size: str = "") -> str:
     or of larger ones where there would be too many. Raises the gates' error
     unless every chosen file is verified.
     """
-    wanted = pin.parse_size(size or pin.LOCKED_SIZE)
+    piece_size = pin.parse_size(size or pin.LOCKED_SIZE)
     session = begin(request)
     state = session.inspect()
     if error := gate_error(session.gate(state, rehash=False)):
         raise error
-    manifest = state.manifest
-    cuts = _cuts(state, wanted)
+    manifest, cuts = state.manifest, _cuts(state, piece_size)
+    to_cut = [item for item in state.artifacts if item.artifact.path in cuts]
+    others = [item for item in state.artifacts if item.artifact.path not in cuts]
     with Progress("hashing", sum(item.installed.size or 0 for item in state.artifacts)) as progress:
-        others = [item for item in state.artifacts if item.artifact.path not in cuts]
-        for artifact in _shown(others, session, progress.advance):
-            manifest = pin.with_artifact(manifest, artifact)
-        items = [item for item in state.artifacts if item.artifact.path in cuts]
-        for artifact in _in_pieces(items, cuts, manifest.name, progress.advance):
+        subjects = [session.subject(item.artifact, item.installed) for item in others]
+        found = gates.verify(subjects, progress.advance)
+        _require([f for file in found if isinstance(file, gates.Rejected) for f in file.findings])
+        for item, file in zip(others, found, strict=True):
+            if isinstance(file, VerifiedFile) and file.size == item.artifact.size:
+                artifact = pin.recomputed(item.artifact, file.sha256)
+                manifest = pin.with_artifact(manifest, artifact)
+        for artifact in _in_pieces(to_cut, cuts, manifest.name, progress.advance):
             manifest = pin.with_artifact(manifest, artifact)
     difference = _write(Path(manifest.where), manifest, dry)
     return difference or f"{manifest.where}: nothing to add, it has every digest of these files"
@@ -63,20 +67,6 @@ def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def _shown(
-    items: Sequence[ArtifactState], session: Session, on_progress: OnProgress
-) -> list[Artifact]:
-    """Return the entries of files that keep their pieces, with the digests of the files."""
-    found = gates.verify([session.subject(i.artifact, i.installed) for i in items], on_progress)
-    _require([f for file in found if isinstance(file, gates.Rejected) for f in file.findings])
-    return [
-        pin.recomputed(item.artifact, file.sha256)
-        if isinstance(file, VerifiedFile) and file.size == item.artifact.size
-        else item.artifact
-        for item, file in zip(items, found, strict=True)
-    ]
-
-
 def _in_pieces(
     items: Sequence[ArtifactState],
     cuts: Mapping[str, list[tuple[int, int]]],
@@ -88,22 +78,15 @@ def _in_pieces(
         HashJob(i.installed.path, i.artifact.size, tuple(cuts[i.artifact.path]), True, True)
         for i in items
     ]
-    found = measure(jobs, on_progress)
-    pairs = list(zip(items, found, strict=True))
-    wrong = []
-    for item, measured in pairs:
-        artifact, digests = item.artifact, (measured.whole or "", measured.git_sha1)
+    artifacts, wrong = [], []
+    for item, measured in zip(items, measure(jobs, on_progress), strict=True):
+        artifact, whole = item.artifact, measured.whole or ""
+        digests = (whole, measured.git_sha1)
         wrong += artifact.digest_findings(artifact.editions[0], *digests, item.installed.path)
+        pinned = pin.recomputed(artifact, whole)
+        artifacts.append(pin.with_pieces(pinned, model, cuts[artifact.path], measured.ranges))
     _require(wrong)
-    return [
-        pin.with_pieces(
-            pin.recomputed(item.artifact, measured.whole or ""),
-            model,
-            cuts[item.artifact.path],
-            measured.ranges,
-        )
-        for item, measured in pairs
-    ]
+    return artifacts
 
 
 def _require(findings: Sequence[Finding]) -> None:
