@@ -33,7 +33,7 @@ from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.pipeline.session import Session, begin
 from csm_weights.progress import Progress, format_size
 from csm_weights.transfer.policy import HUB, LazySource, RemoteSources
-from csm_weights.transfer.reorder import Buffer
+from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import NotAvailable, SourceError
 
 if TYPE_CHECKING:
@@ -152,17 +152,18 @@ class _FirstByte:
     is_empty = True
 
     def __init__(self, piece: Piece) -> None:
+        self.notes: list[Finding] = []
         self._at = piece.offset
 
     def wanted(self) -> list[tuple[int, int]]:
         return [(self._at, self._at + 1)]
 
-    def acquire_buffer(self) -> Buffer:
-        return Buffer()
+    def acquire_buffer(self) -> memoryview:
+        return memoryview(bytearray(BLOCK))
 
     def _ignore(self, *_: object, **__: object) -> None: ...
 
-    reset = copy_from = write = verify = add_notes = _ignore
+    reset = copy_from = write = verify = _ignore
 
 
 @dataclass
