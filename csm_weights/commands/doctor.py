@@ -17,12 +17,14 @@ import subprocess
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from csm_weights.commands.render.text import costs
+from csm_weights.concurrency import run_all
 from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment
 from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, MissingInput, error_for
 from csm_weights.manifest.types import Artifact, Piece
@@ -234,40 +236,35 @@ class _Examination:
             Progress("asking", 0) as progress,
             RemoteSources(names, manifest, cancel, progress.log, limits=LIMITS) as sources,
         ):
+            # In a thread of its own, so that an interrupt ends what it waits for.
+            run_all([partial(self._ask, actions, sources)], cancel)
+
+    def _ask(self, actions: Iterable[Assemble], sources: Iterable[LazySource]) -> None:
+        for action in actions:
+            left = [piece for piece in action.artifact.tiles if piece.offset in action.remote]
+            findings: dict[Finding, None] = {}
+            for lazy in sources:
+                if not left:
+                    break
+                if lazy.name not in self.servers:
+                    source, manifest = cast("RemoteSource", lazy.open()), self.session.manifest
+                    of_hub = f"of {manifest.repo} at {(manifest.revision or '')[:12]}"
+                    place = of_hub if lazy.name == HUB else f"from {source.url}"
+                    self.servers[lazy.name] = _Server(source, place)
+                # The Hub has whole files, a mirror may have some of their chunk files.
+                trials = left[:1] if lazy.name == HUB else left
+                failed = self.servers[lazy.name].ask(action.artifact, trials)
+                findings |= dict.fromkeys(f for some in failed.values() for f in some)
+                left = [piece for piece in left if piece.offset in failed]
+            if left:
+                self.blocking |= findings
+        if hub := self.servers.get(HUB):
             try:
-                for action in actions:
-                    self._ask(action, sources)
-                if HUB in self.servers:
-                    self._ask_owner(self.servers[HUB])
-            finally:
-                cancel.set()
-
-    def _ask(self, action: Assemble, sources: Iterable[LazySource]) -> None:
-        left = [piece for piece in action.artifact.tiles if piece.offset in action.remote]
-        findings: dict[Finding, None] = {}
-        for lazy in sources:
-            if not left:
-                return
-            if lazy.name not in self.servers:
-                source, manifest = cast("RemoteSource", lazy.open()), self.session.manifest
-                of_hub = f"of {manifest.repo} at {(manifest.revision or '')[:12]}"
-                place = of_hub if lazy.name == HUB else f"from {source.url}"
-                self.servers[lazy.name] = _Server(source, place)
-            # The Hub has whole files, a mirror may have some of their chunk files.
-            trials = left[:1] if lazy.name == HUB else left
-            failed = self.servers[lazy.name].ask(action.artifact, trials)
-            findings |= dict.fromkeys(f for some in failed.values() for f in some)
-            left = [piece for piece in left if piece.offset in failed]
-        if left:
-            self.blocking |= findings
-
-    def _ask_owner(self, hub: _Server) -> None:
-        """Find out whose the token is; that the Hub does not know it is a finding."""
-        try:
-            self.owner = cast("Hub", hub.source).owner()
-        except SourceError as error:
-            unknown = [f for f in error.findings if f.kind is Kind.UNKNOWN_TOKEN]
-            hub.findings |= dict.fromkeys(unknown)
+                self.owner = cast("Hub", hub.source).owner()
+            except SourceError as error:
+                # That the Hub does not know the token is a finding; else only its owner is unknown.
+                unknown = [f for f in error.findings if f.kind is Kind.UNKNOWN_TOKEN]
+                hub.findings |= dict.fromkeys(unknown)
 
     def check(self, name: str, found: str, findings: Iterable[Finding] = ()) -> CheckResult:
         """Return a check with these findings: NOT OK where one of them stands in the way."""
