@@ -23,6 +23,7 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import UsageError, WrongContent
@@ -37,6 +38,12 @@ DType = torch.dtype | Literal["fast"] | None
 
 #: Picks one code a row from logits (B, V): codes (B,).
 Sampler = Callable[[Tensor], Tensor]
+
+#: Decorator: attention runs in the first of these kernels that can. cuDNN's is none of them: it
+#: builds a plan, which takes 20 ms and more, for each length that it has not met before.
+chosen_attention = sdpa_kernel(
+    [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+)
 
 
 def rope_freqs(config: CsmConfig, head_dim: int) -> Tensor:
@@ -122,9 +129,9 @@ class Attention(nn.Module):
         self.output_proj = Linear(stack.dim, stack.dim, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        """Attend from x (B, S, C) to the positions that attn_mask (S, P) allows."""
+        """Attend from x (B, S, C) to the positions that attn_mask (S, P) allows, or all before."""
         B, S, C = x.shape
         # (B, S, C) -> (B, H, S, D); k and v have fewer heads
         q = self.q_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)
@@ -133,7 +140,10 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, kv heads, P, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=True)
+        is_causal = attn_mask is None and S > 1
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=True
+        )
         return self.output_proj(y.transpose(1, 2).reshape(B, S, C))  # type: ignore[no-any-return]
 
 
@@ -162,7 +172,7 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(stack.dim, eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """Run one layer on x (B, S, C)."""
         x = x + self.attn(self.sa_norm(x), cos, sin, attn_mask, cache)
@@ -185,7 +195,10 @@ class Transformer(nn.Module):
         With `caches` (one a layer) the positions stored there are seen too.
         """
         S, seen = x.shape[1], caches[0].length if caches else 0
-        attn_mask = torch.ones(S, seen + S, dtype=torch.bool, device=x.device).tril(seen)
+        # flash attention takes no mask; a whole sequence is causal, a single position sees all
+        attn_mask = None
+        if seen and S > 1:
+            attn_mask = torch.ones(S, seen + S, dtype=torch.bool, device=x.device).tril(seen)
         angles = input_pos[:, None, :, None] * self.freqs.to(x.device)  # (B, 1, S, D / 2)
         cos, sin = angles.cos(), angles.sin()
         for i, layer in enumerate(self.layers):
@@ -263,14 +276,17 @@ class Model(nn.Module):
             self.config.backbone, max_batch_size, self.config.max_positions
         )
 
+    @chosen_attention
     def backbone_hidden(self, tokens: Tensor, tokens_mask: Tensor, input_pos: Tensor) -> Tensor:
         """Return hidden states (B, S, C) of a whole sequence in one pass, without cache.
 
         tokens and tokens_mask are (B, S, K + 1), integers and booleans; input_pos (B, S).
         """
         self.check_inputs(tokens, tokens_mask, input_pos)
+        self.check_position(int(input_pos.max()))
         return self.backbone(self.embed_tokens(tokens, tokens_mask), input_pos)  # type: ignore[no-any-return]
 
+    @chosen_attention
     def codebook_logits(self, last_h: Tensor, codes: Tensor) -> Tensor:
         """Return logits (B, K, V) of every codebook in one pass, each given the codes before it.
 
@@ -309,11 +325,13 @@ class Model(nn.Module):
         return codes
 
     @torch.no_grad()
+    @chosen_attention
     def generate_logits(
         self, tokens: Tensor, tokens_mask: Tensor, input_pos: Tensor, sampler: Sampler
     ) -> tuple[Tensor, Tensor]:
         """Generate a frame with any sampler; return codes (B, K) and logits (B, K, V)."""
         self.check_inputs(tokens, tokens_mask, input_pos)
+        self.check_position(int(input_pos.max()))
         if self._caches is None or self._caches[0].k.shape[0] != input_pos.shape[0]:
             raise UsageError(f"no caches for a batch of {input_pos.shape[0]}: call setup_caches")
         start = self._caches[0].length
@@ -356,7 +374,7 @@ class Model(nn.Module):
         return [KVCache(stack, batch, positions, like) for _ in range(stack.layers)]
 
     def check_inputs(self, tokens: Tensor, tokens_mask: Tensor, input_pos: Tensor) -> None:
-        """Raise UsageError where shapes do not fit each other, or positions the model."""
+        """Raise UsageError where shapes do not fit each other or the model."""
         expected = (*input_pos.shape, self.config.codebooks + 1)
         shapes = [tuple(x.shape) for x in (tokens, tokens_mask, input_pos)]
         if not (input_pos.ndim == 2 and shapes[0] == shapes[1] == expected and tokens.numel()):
@@ -364,7 +382,6 @@ class Model(nn.Module):
                 "tokens {}, tokens_mask {} and input_pos {} are not ".format(*shapes)
                 + f"(B, S, {expected[-1]}), the same, and (B, S)"
             )
-        self.check_position(int(input_pos.max()))
 
     def check_position(self, position: int) -> None:
         """Raise UsageError where the model has no such position."""
@@ -383,13 +400,22 @@ def make_sampler(
         raise UsageError(f"temperature {temperature} is below 0, or topk {topk} below 1")
     if temperature == 0:
         return lambda logits: logits.argmax(dim=-1)
-    return lambda logits: sample_topk(logits, topk, temperature, generator)
+
+    def sampler(logits: Tensor) -> Tensor:
+        # a tensor divides; on a GPU a number would be multiplied with, as its reciprocal
+        divisor = torch.full((), temperature, device=logits.device)
+        return sample_topk(logits, topk, divisor, generator)
+
+    return sampler
 
 
 def sample_topk(
-    logits: Tensor, topk: int, temperature: float | Tensor, generator: torch.Generator | None = None
+    logits: Tensor, topk: int, temperature: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw one code a row (B,) from the topk best of logits (B, V), without a host sync."""
+    """Draw one code a row (B,) from the topk best of logits (B, V), without a host sync.
+
+    `temperature` is a tensor of one number on the same device.
+    """
     best, codes = logits.float().topk(min(topk, logits.shape[-1]))
     probs = (best / temperature).softmax(dim=-1)
     # the first of racing exponential clocks is a draw; multinomial would wait for the host

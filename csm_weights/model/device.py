@@ -21,6 +21,9 @@ MEMORY_SAMPLE = 512 << 20
 #: How often a measurement is made; the fastest counts, since others can only be disturbed.
 TRIES = 4
 
+#: Runs of one measurement on a GPU, over which the time to start and to wait is spread.
+GPU_RUNS = 20
+
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -58,14 +61,15 @@ def memory_rate(tensor: Tensor) -> float:
 
 
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of a few runs, the first of which only warms up."""
-    times = []
+    """Return the seconds of a run in the fastest of a few tries, the first only warming up."""
+    times, runs = [], GPU_RUNS if device.type == "cuda" else 1
     for _ in range(TRIES + 1):
         synchronize(device)
         start = time.perf_counter()
-        run()
+        for _ in range(runs):
+            run()
         synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / runs)
     return min(times[1:])
 
 

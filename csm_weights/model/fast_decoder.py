@@ -26,6 +26,7 @@ from csm_weights.model.csm import (
     RMSNorm,
     Sampler,
     Transformer,
+    chosen_attention,
     make_sampler,
     sample_topk,
 )
@@ -79,6 +80,7 @@ class Decoder:
         return self._logits.clone()
 
     @torch.no_grad()
+    @chosen_attention
     def start(
         self, tokens: Tensor, tokens_mask: Tensor, temperature: float = 0.9, topk: int = 50
     ) -> Tensor:
@@ -162,7 +164,7 @@ class _FusedTransformer:
     """A stack that reads a few positions at a time into caches whose shape stays."""
 
     def __init__(self, stack: Transformer, config: TransformerConfig, positions: int) -> None:
-        angles = torch.outer(torch.arange(positions), stack.freqs)
+        angles = torch.outer(torch.arange(positions, device="cpu"), stack.freqs)
         freqs_cis = torch.polar(torch.ones_like(angles), angles)
         self._freqs_cis = freqs_cis.to(stack.norm.scale.device)
         self._layers = [_FusedLayer(cast(Layer, layer), config) for layer in stack.layers]
@@ -215,7 +217,8 @@ class _FusedLayer:
         q = qk[:, :H].reshape(1, KV, H // KV * S, D)
         mask = None if attn_mask is None else attn_mask.expand(S, -1).repeat(H // KV, 1)
         y = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask)
-        y = y.view(1, H, S, D).transpose(1, 2).reshape(1, S, H * D)
+        # kernels differ in how their output lies in memory
+        y = y.reshape(1, H, S, D).transpose(1, 2).reshape(1, S, H * D)
         x = x + layer.attn.output_proj(y)
         # one product for w1 and w3
         gate, up = _product(_rms_norm(x, layer.mlp_norm), self.w13).chunk(2, dim=-1)
@@ -252,21 +255,29 @@ def _fused(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (first.detach().as_strided((rows, first.shape[1]), first.stride()),)
 
 
+@chosen_attention
 def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Capture the step as a CUDA graph, which draws anew at each replay; on the CPU return it."""
     if device.type != "cuda":
         return step
+    graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.device(device):
         state = torch.cuda.get_rng_state()
+        # a stream of this device: torch's own for captures may be another's
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            # work space of its own for the graph's products: that of a first graph goes with it
+            torch._C._cuda_clearCublasWorkspaces()
+            # other threads may allocate meanwhile
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        # neither the runs before nor the capture may change what a seed gives
-        torch.cuda.set_rng_state(state)
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+            # neither the runs before nor the capture may change what a seed gives
+            torch.cuda.set_rng_state(state)
     return graph.replay

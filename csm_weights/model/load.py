@@ -78,8 +78,9 @@ def load_tensors(
     one after the other, where the file is not mapped. `digests` are ranges
     that must tile the file; each is verified as its bytes pass.
 
-    Raises WrongContent where a digest is another or the file changes, and
-    torch.OutOfMemoryError where a GPU has too little memory.
+    Raises WrongContent where a digest is another or the file changes,
+    torch.OutOfMemoryError where a GPU has too little memory, and MemoryError
+    where no buffers can be pinned.
     """
     # ranges that do not tile the file would leave bytes unverified
     ends = [0, *(one.offset + one.size for one in digests)]
@@ -90,6 +91,8 @@ def load_tensors(
         raise WrongContent("the weights are not those that are pinned", [finding])
     if device.type == "cpu" and not digests and (mapped := _map(weights, dtype)):
         return mapped
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # a thread has its own
     flat = _FlatBuffer(weights, device, dtype, together)
     buffers = buffers or staging_buffers(device)
     ranges = digests or _needed(flat.targets, max(buffers.block, CLAIM))
@@ -321,12 +324,18 @@ class _CudaConsumer:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # the flat buffer may reuse memory that work on the caller's stream still needs
         self._stream.wait_stream(before)
-        shape = (buffers.count, buffers.block)
+        size, count = buffers.block, range(buffers.count)
+        # a tensor a buffer: in one for all they would lie wherever the size makes them
         with torch.cuda.stream(self._stream):
-            self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-            self._blocks = torch.empty(shape, dtype=torch.uint8, device=device)
+            try:
+                self._host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in count]
+            except RuntimeError as error:
+                raise MemoryError(
+                    f"{size * len(count):,} bytes cannot be pinned: {error}"
+                ) from None
+            self._blocks = [torch.empty(size, dtype=torch.uint8, device=device) for _ in count]
         # files are read into the memory of the tensors
-        pages = [(ctypes.c_char * row.nbytes).from_address(row.data_ptr()) for row in self._host]
+        pages = [(ctypes.c_char * size).from_address(one.data_ptr()) for one in self._host]
         self._buffers = [memoryview(page).cast("B") for page in pages]
         self._copied = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
         self._index = 0
@@ -341,8 +350,8 @@ class _CudaConsumer:
         # nothing here waits for the device
         index = self._index
         with torch.cuda.stream(self._stream), self._buffers[index][:size] as host:
-            block = self._blocks[index, :size]
-            block.copy_(self._host[index, :size], non_blocking=True)
+            block = self._blocks[index][:size]
+            block.copy_(self._host[index][:size], non_blocking=True)
             self._flat.put(offset, host, block)
             self._copied[index].record(self._stream)
 

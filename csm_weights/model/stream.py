@@ -62,25 +62,12 @@ def stream(
 
     def work() -> None:
         consumer = open_consumer()
-        while claimed := claim():
-            digest = sha256() if claimed.sha256 else None
-            offset, end = claimed.offset, claimed.offset + claimed.size
-            while offset < end:
-                if cancel.is_set():
-                    raise Cancelled
-                buffer = consumer.buffer()
-                with buffer[: min(len(buffer), end - offset)] as block:
-                    size = len(block)
-                    source.read_into(block, offset)
-                    if digest:
-                        digest.update(block)
-                consumer.consume(offset, size)
-                offset += size
-            if digest and (found := digest.hexdigest()) != claimed.sha256:
-                where = f"{source.where}: bytes {claimed.offset:,} to {end - 1:,}"
-                finding = Finding.wrong_digest(where, claimed.sha256 or "", found, "inv weights")
-                raise WrongContent("the weights are not those that are pinned", [finding])
-        consumer.finish()
+        try:
+            while claimed := claim():
+                _send(source, claimed, consumer, cancel)
+        finally:
+            # after a failure too: copies under way write to memory of the caller
+            consumer.finish()
 
     count = max(1, min(threads or workers(), len(ranges)))
     try:
@@ -90,3 +77,25 @@ def stream(
         raise WrongContent("the weights ended early", [finding]) from None
     if changes := source.changes():
         raise WrongContent("the weights changed while they were read", changes)
+
+
+def _send(
+    source: MultipartFile, claimed: ByteRange, consumer: BlockConsumer, cancel: threading.Event
+) -> None:
+    digest = sha256() if claimed.sha256 else None
+    offset, end = claimed.offset, claimed.offset + claimed.size
+    while offset < end:
+        if cancel.is_set():
+            raise Cancelled
+        buffer = consumer.buffer()
+        with buffer[: min(len(buffer), end - offset)] as block:
+            size = len(block)
+            source.read_into(block, offset)
+            if digest:
+                digest.update(block)
+        consumer.consume(offset, size)
+        offset += size
+    if digest and (found := digest.hexdigest()) != claimed.sha256:
+        where = f"{source.where}: bytes {claimed.offset:,} to {end - 1:,}"
+        finding = Finding.wrong_digest(where, claimed.sha256 or "", found, "inv weights")
+        raise WrongContent("the weights are not those that are pinned", [finding])

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csm_weights.errors import UsageError
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.weights_file import find_weights
 from csm_weights.model import fast_decoder
-from csm_weights.model.csm import Model, make_sampler
+from csm_weights.model.csm import Model, chosen_attention, make_sampler
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
 from tests.model.test_csm import TINY, frames, random_model
 
@@ -32,8 +40,9 @@ def model() -> Model:
 
 def prompt(length: int = 9) -> tuple[Tensor, Tensor]:
     """Text tokens, then two frames of audio, and their mask."""
-    torch.manual_seed(length)
-    return frames(torch.randint(512, (1, length)), torch.randint(35, (1, 2, 32)))
+    drawn = torch.Generator().manual_seed(length)
+    text = torch.randint(512, (1, length), generator=drawn)
+    return frames(text, torch.randint(35, (1, 2, 32), generator=drawn))
 
 
 def reference(model: Model, count: int, tokens: Tensor, mask: Tensor, **how: Any) -> list[Any]:
@@ -157,6 +166,220 @@ def test_what_makes_no_sense_is_refused(model: Model) -> None:
         Decoder(model).start(tokens, mask, temperature=-1)
     with pytest.raises(UsageError, match="keep_logits"):
         _ = Decoder(model).logits
+
+
+def test_a_seed_gives_the_same_frames_again(model: Model) -> None:
+    """Codes drawn follow the seed, in the first sequence of a decoder as in later ones."""
+    decoder, drawn = Decoder(model, keep_logits=True), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append([codes.tolist() for codes, _ in generated(decoder, 5, *prompt())])
+
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_eager_and_fast_divide_by_the_same_temperature(model: Model) -> None:
+    """Both divide by a tensor: a GPU would multiply with the reciprocal of a number."""
+    divisors: list[Any] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.div.Tensor:
+                divisors.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        reference(model, 1, *prompt(), temperature=0.7)
+    eager, divisors[:] = list(divisors), []
+    with Watch():  # type: ignore[no-untyped-call]
+        Decoder(model).start(*prompt(), temperature=0.7)
+
+    assert len(eager) == len(divisors) == 64
+    assert all(
+        isinstance(d, Tensor) and torch.equal(d, e)
+        for d, e in zip(divisors[::2], eager[::2], strict=True)
+    )
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_attention_may_lie_in_memory_in_any_order(
+    model: Model, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+) -> None:
+    """A kernel's output (B, H, S, D) may have its dimensions in any order, as kernels differ."""
+    attention = F.scaled_dot_product_attention
+    back = [order.index(dim) for dim in range(4)]
+
+    def elsewhere(*arguments: Any, **options: Any) -> Tensor:
+        return attention(*arguments, **options).permute(order).contiguous().permute(back)
+
+    expected = reference(model, 3, *prompt(), temperature=0)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", elsewhere)
+    assert_same_frames(reference(model, 3, *prompt(), temperature=0), expected)
+    decoder = Decoder(model, keep_logits=True)
+    assert_same_frames(generated(decoder, 3, *prompt(), temperature=0), expected)
+
+
+def test_the_default_device_does_not_matter(model: Model) -> None:
+    """Made and used under another default device of torch, the frames are the same."""
+    expected = reference(model, 3, *prompt(), temperature=0)
+    tokens, mask = prompt()
+    with torch.device("meta"):
+        found = generated(Decoder(model, keep_logits=True), 3, tokens, mask, temperature=0)
+
+    assert_same_frames(found, expected)
+
+
+def test_cudnn_is_never_asked_for_attention(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, steps and what is captured run without cuDNN, and torch's setting stays."""
+    attention, asked = F.scaled_dot_product_attention, []
+
+    def watched(*arguments: Any, **options: Any) -> Tensor:
+        asked.append(torch._C._get_cudnn_sdp_enabled())
+        return attention(*arguments, **options)
+
+    def warm_up(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        captured(step, device)
+        step()
+        return lambda: None
+
+    captured = fast_decoder._captured
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(fast_decoder, "_captured", chosen_attention(warm_up))
+    Decoder(model).start(*prompt())
+    reference(model, 2, *prompt())
+    model.backbone_hidden(*prompt(), torch.arange(11)[None])
+    model.codebook_logits(torch.zeros(1, 64), torch.zeros(1, 32, dtype=torch.long))
+
+    assert len(asked) > 100
+    assert not any(asked)
+    assert torch._C._get_cudnn_sdp_enabled()
+
+
+# ---- a GPU that is not there
+
+
+class Indexing(TorchFunctionMode):
+    """Indexing by operators that fake tensors know: Python's own needs the real device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            return self.part(*args)
+        if func is Tensor.__setitem__:
+            return torch.ops.aten.copy_(self.part(*args[:2]), args[2])
+        if func is Tensor.copy_:
+            return torch.ops.aten.copy_(*args)
+        return func(*args, **(kwargs or {}))
+
+    def part(self, x: Tensor, index: Any) -> Tensor:
+        index = index if isinstance(index, tuple) else (index,)
+        if index[0] is Ellipsis:
+            named = sum(one is not None for one in index[1:])
+            index = (slice(None),) * (x.ndim - named) + index[1:]
+        dim = 0
+        for one in index:
+            if isinstance(one, int):
+                x = x.select(dim, one)
+            elif isinstance(one, Tensor):
+                x = x.index_select(dim, one)
+            elif one is None:
+                x, dim = x.unsqueeze(dim), dim + 1
+            else:
+                x, dim = torch.ops.aten.slice(x, dim, one.start, one.stop, one.step or 1), dim + 1
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_frame_runs_on_fake_cuda_tensors(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Every operation finds its tensors on the GPU, in its dtype, and none waits for the host."""
+    monkeypatch.setattr(fast_decoder, "_captured", lambda step, _: step)
+    with FakeTensorMode(), Indexing(), torch.no_grad():
+        gpu = Model(TINY)
+        shapes = TINY.tensor_shapes().items()
+        state = {n: torch.empty(shape, dtype=dtype, device="cuda") for n, shape in shapes}
+        gpu.load_state_dict(state, assign=True)
+        tokens = torch.zeros(1, 11, 33, dtype=torch.long, device="cuda")
+        decoder = Decoder(gpu, keep_logits=True)
+        sequence = tokens, tokens > 0
+        greedy = decoder.start(*sequence, temperature=0)
+        drawn, following, logits = decoder.start(*sequence), decoder.step(), decoder.logits
+
+    for codes in (greedy, drawn, following):
+        assert (codes.device.type, codes.dtype, codes.shape) == ("cuda", torch.int64, (1, 32))
+    assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", dtype, (1, 32, 35))
+
+
+class FakeGraphs:
+    """torch.cuda as far as a capture uses it; logs what is called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.on: list[Any] = []
+        current = types.SimpleNamespace(wait_stream=lambda _: None)
+        state = torch.tensor([7])
+        put = monkeypatch.setattr
+        put(torch.cuda, "device", self.entered)
+        put(torch.cuda, "stream", self.entered)
+        put(torch.cuda, "graph", self.graph)
+        put(torch.cuda, "Stream", self.stream)
+        put(torch.cuda, "current_stream", lambda: current)
+        put(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+        put(torch.cuda, "get_rng_state", lambda: state)
+        put(torch.cuda, "set_rng_state", lambda found: self.log.append(f"seed {found.item()}"))
+        clear = lambda: self.log.append("clear work space")  # noqa: E731
+        put(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+
+    def stream(self) -> Any:
+        return types.SimpleNamespace(device=self.on[-1], wait_stream=lambda _: None)
+
+    @contextmanager
+    def entered(self, what: Any) -> Iterator[None]:
+        self.on.append(what)
+        yield
+        self.on.pop()
+
+    @contextmanager
+    def graph(self, _: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.log.append(f"capture on {stream.device}, {capture_error_mode}")
+        yield
+        self.log.append("captured")
+
+
+def test_a_capture_is_of_its_own_device_stream_and_work_space(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Work space is not another graph's, the stream is the device's, other threads may allocate."""
+    cuda = FakeGraphs(monkeypatch)
+    runs: list[int] = []
+    fast_decoder._captured(lambda: runs.append(1), torch.device("cuda:1"))
+
+    assert len(runs) == fast_decoder.WARM_UPS + 1
+    assert cuda.log == [
+        "clear work space",
+        "capture on cuda:1, thread_local",
+        "captured",
+        "clear work space",
+        "seed 7",
+    ]
+
+
+@pytest.mark.parametrize("run", [1, fast_decoder.WARM_UPS + 1])
+def test_a_capture_that_fails_leaves_the_seed(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
+    """An error while a step warms up, or is captured, leaves the state of the draws as it was."""
+    cuda, runs = FakeGraphs(monkeypatch), []
+
+    def step() -> None:
+        runs.append(1)
+        if len(runs) == run:
+            raise RuntimeError("no kernel image is available")
+
+    with pytest.raises(RuntimeError, match="no kernel"):
+        fast_decoder._captured(step, torch.device("cuda:0"))
+    assert cuda.log[-1] == "seed 7"
 
 
 def test_bfloat16_stays_within_rounding() -> None:

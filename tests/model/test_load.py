@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from csm_weights.formats.weights_file import find_weights, open_weights
 from csm_weights.model import load
 from csm_weights.model.load import StagingBuffers, load_tensors
 from csm_weights.model.stream import blocks, stream
+from tests.model.simulated_cuda import CURRENT, Event, Simulation
 
 CPU = torch.device("cpu")
 CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny" / "safetensors"
@@ -347,82 +346,80 @@ def test_every_byte_passes_once(tmp_path: Path) -> None:
     assert max(map(len, taken.values())) == 300
 
 
-# ---- a GPU that is not there: the order in which its consumer waits
+# ---- a GPU that is not there: copies are made as late as it may make them
+
+GPU = torch.device("cuda", 0)
+
+#: Buffers of odd sizes, of one element, one alone, and larger than the file.
+LATE_BUFFERS = [
+    StagingBuffers(4099, 2, 3),
+    StagingBuffers(4099, 1, 2),
+    StagingBuffers(2048, 3, 1),
+    StagingBuffers(5, 4, 2),
+    StagingBuffers(1 << 20, 2, 2),
+]
 
 
-class FakeEvent:
-    """An event that logs when it is recorded and waited for."""
-
-    def __init__(self, log: list[str], number: int) -> None:
-        self._log, self._number = log, number
-        self._recorded = False
-
-    def record(self, _: object) -> None:
-        self._log.append(f"record {self._number}")
-        self._recorded = True
-
-    def synchronize(self) -> None:
-        if self._recorded:
-            self._log.append(f"wait {self._number}")
+def on_gpu(path: Path, device: torch.device = GPU, **options: Any) -> dict[str, Tensor]:
+    with open_weights([path]) as checkpoint:
+        return load_tensors(checkpoint, device, torch.bfloat16, **options)
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """torch.cuda, as far as a consumer uses it, on the CPU; returns the calls."""
-    log: list[str] = []
-    numbers = itertools.count()
-
-    class FakeStream:
-        def __init__(self, *_: object) -> None: ...
-
-        def wait_stream(self, _: object) -> None:
-            log.append("wait for the caller's stream")
-
-        def synchronize(self) -> None:
-            log.append("wait for all")
-
-    @contextmanager
-    def on(_: object) -> Iterator[None]:
-        yield
-
-    empty = torch.empty
-
-    def unpinned(*arguments: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        log.append(f"{'pinned' if pin_memory else 'memory'}")
-        return empty(*arguments, **options)
-
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(log, next(numbers)))
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch, "empty", unpinned)
-    return log
-
-
-def test_a_pinned_buffer_is_filled_again_only_after_its_copy(
-    files: dict[str, Path], state: dict[str, Tensor], fake_cuda: list[str]
+@pytest.mark.parametrize("format_", ["safetensors", "torch-zip"])
+@pytest.mark.parametrize("buffers", LATE_BUFFERS, ids=str)
+@pytest.mark.usefixtures("simulated_cuda")
+def test_tensors_are_right_however_late_copies_are(
+    files: dict[str, Path], state: dict[str, Tensor], format_: str, buffers: StagingBuffers
 ) -> None:
-    """Before a buffer is filled a second time, the event of its last copy is waited for."""
-    buffers = StagingBuffers(block=2048, count=2, threads=1)
-    with open_weights([files["torch-zip"]]) as checkpoint:
-        flat = load._FlatBuffer(checkpoint, CPU, torch.bfloat16, ())
-        before: Any = None
-        spans = load._needed(flat.targets, 2048)
-        stream(checkpoint.source, spans, lambda: load._CudaConsumer(flat, buffers, CPU, before), 1)
-        found = flat.finished()
+    """No buffer is filled again before the copy from it, whatever its size."""
+    content = files[format_].read_bytes()
+    for digests in ((), pinned(content, 1237)):
+        found = on_gpu(files[format_], digests=digests, buffers=buffers)
+        assert_same(found, state, torch.bfloat16)
 
-    assert_same(found, state, torch.bfloat16)
-    events = [entry for entry in fake_cuda if entry.startswith(("record", "wait "))]
-    assert events[0] == "wait for the caller's stream"
-    assert events[-1] == "wait for all"
-    turns = events[1:-1]
-    recorded: set[str] = set()
-    for before, entry in itertools.pairwise(turns):
-        word, number = entry.split()
-        if word == "record" and number in recorded:
-            assert before == f"wait {number}"
-        recorded |= {number} if word == "record" else set()
-    assert {"0", "1"} == recorded
-    assert fake_cuda.count("pinned") == 1
+
+@pytest.mark.usefixtures("simulated_cuda")
+def test_the_simulation_sees_a_buffer_that_is_filled_too_soon(
+    files: dict[str, Path], state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for events tensors are wrong: the comparison is no matter of course."""
+    monkeypatch.setattr(Event, "synchronize", lambda _: None)
+    with pytest.raises(AssertionError):
+        found = on_gpu(files["safetensors"], buffers=StagingBuffers(2048, 2, 1))
+        assert_same(found, state, torch.bfloat16)
+
+
+def test_nothing_is_copied_after_a_failure(
+    files: dict[str, Path], simulated_cuda: Simulation
+) -> None:
+    """When the error arrives, no copy is under way into memory that will be another's."""
+    content = files["safetensors"].read_bytes()
+    good = pinned(content, 8192)
+    digests = [*good[:-1], ByteRange(good[-1].offset, good[-1].size, "0" * 64)]
+    with pytest.raises(WrongContent, match="pinned"):
+        on_gpu(files["safetensors"], digests=digests, buffers=StagingBuffers(2048, 8, 2))
+
+    assert simulated_cuda.streams
+    assert [len(stream.waiting) for stream in simulated_cuda.streams if stream.waiting] == []
+
+
+def test_everything_goes_to_the_callers_current_gpu(
+    files: dict[str, Path], simulated_cuda: Simulation
+) -> None:
+    """A bare "cuda" is one GPU for all threads, each of which has a current one of its own."""
+    on_gpu(files["safetensors"], torch.device("cuda"))
+
+    assert {device.index for device in simulated_cuda.devices} == {CURRENT}
+    assert {stream.device for stream in simulated_cuda.streams} == {torch.device("cuda", CURRENT)}
+
+
+def test_memory_that_cannot_be_pinned_is_a_clear_error(
+    files: dict[str, Path], simulated_cuda: Simulation
+) -> None:
+    """The error has the bytes that were asked for, and is a MemoryError, which smoke reports."""
+    simulated_cuda.can_pin = False
+    with pytest.raises(MemoryError, match=r"4,096 bytes cannot be pinned: CUDA error"):
+        on_gpu(files["safetensors"], buffers=StagingBuffers(2048, 2, 1))
 
 
 def test_pinned_buffers_are_within_their_bound() -> None:
