@@ -67,13 +67,14 @@ def eager(model: Model, device: torch.device) -> Callable[[], object]:
 
 
 def attention_kernels(step: Callable[[], object]) -> str:
-    """The operators that attention runs as, by how often, of one frame."""
+    """The operators and kernels that attention runs as, by how often, of one frame."""
     with torch.profiler.profile() as profile:
         step()
     found = {
         event.key: event.count
         for event in profile.key_averages()
-        if "attention" in event.key and event.key != "aten::scaled_dot_product_attention"
+        if any(word in event.key for word in ("attention", "flash", "fmha"))
+        and event.key != "aten::scaled_dot_product_attention"
     }
     return ", ".join(f"{name.removeprefix('aten::')} {count}" for name, count in found.items())
 
@@ -87,6 +88,7 @@ def main() -> None:
     slow = seconds_a_frame(reference, EAGER, device)
     decoder = Decoder(model)
     decoder.start(*prompt_of(model, device))
+    kernels += f"; graphs: {attention_kernels(decoder.step)}"
     fast = seconds_a_frame(decoder.step, FAST, device)
     weight = model.text_embeddings.weight
     size = weights_per_frame(model.config) * weight.element_size()

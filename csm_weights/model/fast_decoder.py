@@ -49,7 +49,8 @@ def weights_per_frame(config: CsmConfig) -> int:
 class Decoder:
     """Generates sequences of frames, one after the other, with a model that does not change.
 
-    With `keep_logits` the logits of the last frame are kept.
+    With `keep_logits` the logits of the last frame are kept. On a GPU a
+    sequence must stay on the stream that was current when it was started.
     """
 
     def __init__(self, model: Model, keep_logits: bool = False) -> None:
