@@ -81,7 +81,9 @@ def task(*names: str, **helps: str) -> Callable[[_Function], Task[Any]]:
 
             def call() -> object:
                 _refuse_core_options(context, name)
-                return function(_first(first.name, context, options), **given)
+                root = Path(context.config.csm_weights.root)
+                target = root if first.name == "root" else make_request(root, **options)
+                return function(target, **given)
 
             from csm_weights.commands import console
 
@@ -141,12 +143,6 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
         return f"{task.name} takes a model as an option: inv {task.name} --model {word}"
     known = [*tasks.task_names, *(task.flags if task else [])]
     return f"there is no task or option {word!r}{did_you_mean(word, known)}"
-
-
-def _first(name: str, context: Context, options: dict[str, Any]) -> object:
-    """Return a function's first argument: the root, or the request that options make."""
-    root = Path(context.config.csm_weights.root)
-    return root if name == "root" else make_request(root, **options)
 
 
 def make_request(
@@ -349,10 +345,7 @@ def compare(request: Request, file: Sequence[str] | None = None) -> object:
     """Check that two files of weights hold equal tensors; name the first that differs."""
     from csm_weights.commands import compare
 
-    paths = [Path(name) for name in file or ()]
-    if len(paths) > 2:
-        raise UsageError("compare takes two files: give --file at most twice")
-    return compare.compare(request, *paths)
+    return compare.compare(request, *map(Path, file or ()))
 
 
 @task(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from csm_weights.errors import CsmWeightsError, Finding, UsageError, error_for
+from csm_weights.errors import Finding, UsageError, error_for
 from csm_weights.formats import compare as stage
 from csm_weights.formats.compare import Comparison
 from csm_weights.formats.weights_file import Files, find
@@ -19,35 +19,43 @@ from csm_weights.store.inspect import ArtifactState, FileState
 _READABLE = (FileState.VERIFIED, FileState.UNVERIFIED)
 
 
-def compare(request: Request, first: Path | None = None, second: Path | None = None) -> Comparison:
+def compare(request: Request, *paths: Path) -> Comparison:
     """Compare two files of weights; see `weights_file.find` for what a path may be.
 
     Without paths these are the model's two formats, wherever they are here;
     with one, that file and what is here of the model. Raises MissingInput,
     WrongContent where a file cannot be read, and UsageError.
     """
-    sides = _chosen(request, [path for path in (first, second) if path])
+    if len(paths) > 2:
+        raise UsageError("compare takes two files: give --file at most twice")
+    sides = [find(path) for path in paths]
+    if len(sides) < 2:
+        sides = [*sides, *_of_model(request, sides)][:2]
     with stage.open_pair(*sides) as pair, Progress("comparing", pair.nbytes) as progress:
         return pair.compare(progress.advance)
 
 
-def _chosen(request: Request, paths: Sequence[Path]) -> tuple[Files, Files]:
-    found = [find(path) for path in paths]
-    if len(found) == 2:
-        return found[0], found[1]
+def _of_model(request: Request, named: Sequence[Files]) -> list[Files]:
+    """Return what is here of a model's weights, but for what was named; two with that at least."""
     state = begin(replace(request, only=("all",))).inspect()
     items = [item for item in state.artifacts if item.artifact.is_weights]
     items.sort(key=lambda item: item.artifact.format)
-    formats = {item.artifact.format for item in items}
-    if not found and (len(items), len(formats)) != (2, 2):
+    if not named and [len(items), len({item.artifact.format for item in items})] != [2, 2]:
         raise UsageError(f"{request.model} has not one file of each format; name two files")
-    here = [_here(item) for item in items]
-    others = [files for files in here if files and not (found and _is_same(files, found[0]))]
-    if len(found + others) < 2:
-        absent = [item for item, files in zip(items, here, strict=True) if not files]
-        raise _missing(request, absent)
-    first, second, *_ = found + others
-    return first, second
+    known = {path.resolve() for files in named for paths in files for path in paths}
+    found, findings = [], []
+    for item in items:
+        files = _here(item)
+        if files and not (named and {path.resolve() for paths in files for path in paths} == known):
+            found.append(files)
+        elif not files:
+            wrong = [file.finding for file in (item.installed, item.staged) if file.finding]
+            command = f"inv fetch --model {request.model} --only={item.artifact.group}"
+            size = f"{item.artifact.size:,} bytes, or all of its chunk files"
+            findings += wrong or [Finding.missing(item.installed.path, size, command)]
+    if len(named) + len(found) < 2:
+        raise error_for("there is nothing to compare with", findings)
+    return found
 
 
 def _here(item: ArtifactState) -> Files | None:
@@ -58,20 +66,3 @@ def _here(item: ArtifactState) -> Files | None:
     if item.chunks and all(chunk.state in _READABLE for chunk in item.chunks):
         return [[chunk.path for chunk in item.chunks]]
     return None
-
-
-def _is_same(some: Files, others: Files) -> bool:
-    """Check whether both are the very same files."""
-    pairs = [[path.resolve() for paths in files for path in paths] for files in (some, others)]
-    return pairs[0] == pairs[1]
-
-
-def _missing(request: Request, items: Iterable[ArtifactState]) -> CsmWeightsError:
-    """Return the error for weights that are not here, or not whole."""
-    findings = []
-    for item in items:
-        wrong = [file.finding for file in (item.installed, item.staged) if file.finding]
-        command = f"inv fetch --model {request.model} --only={item.artifact.group}"
-        size = f"{item.artifact.size:,} bytes, or all of its chunk files"
-        findings += wrong or [Finding.missing(item.installed.path, size, command)]
-    return error_for("there is nothing to compare with", findings)

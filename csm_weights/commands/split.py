@@ -51,8 +51,14 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     count = len(pin.tiling(total, piece_size))
     if dry:
         return f"would write {count} chunk files of at most {piece_size:,} bytes to {folder}/"
-    current = _manifest_to_extend(Path(manifest)) if manifest else None
-    locks = root / "output"
+    locks, target, current = root / "output", Path(manifest), None
+    if manifest and target.exists():
+        current = load(target)
+    elif manifest:
+        if problem := pin.name_problem(target.stem):
+            raise UsageError(f"--manifest {target}: {problem}")
+        name = target.stem
+        current = Manifest(name, f"output/{name}", f"models/{name}", (), where=manifest)
     with lock(locks, SPLIT_LOCK), Progress("splitting", total) as progress:
         if are_real(locks / SPLIT_LOCK):
             # What killed splits of this file have left.
@@ -63,17 +69,8 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
         write_chunk_list(root, artifact)
     if current is None:
         return "\n".join(["[[artifact]]", *render_artifact(artifact)])
-    write_manifest(Path(manifest), pin.with_artifact(current, artifact))
+    write_manifest(target, pin.with_artifact(current, artifact))
     return f"{count} chunk files in {folder}/, entry in {manifest}"
-
-
-def _manifest_to_extend(path: Path) -> Manifest:
-    """Return the manifest at `path`, or an empty one of that name."""
-    if path.exists():
-        return load(path)
-    if problem := pin.name_problem(path.stem):
-        raise UsageError(f"--manifest {path}: {problem}")
-    return Manifest(path.stem, f"output/{path.stem}", f"models/{path.stem}", (), where=str(path))
 
 
 def write_chunk_list(root: Path, artifact: Artifact) -> None:

@@ -44,10 +44,10 @@ def render(result: object) -> str:
 
 def _status(report: StatusReport) -> str:
     state, plan = report.state, report.plan
-    rows = [
-        (_state(item), path, format_size(item.artifact.size), _next(some))
-        for item, (path, some) in zip(state.artifacts, _by_file(state, plan.actions), strict=True)
-    ]
+    rows, steps = [], _steps(state, plan.actions)
+    for item in state.artifacts:
+        path, size = item.artifact.path, format_size(item.artifact.size)
+        rows.append((_state(item), path, size, steps.get(path, "no source has it")))
     shown = [
         printable(f"{state.manifest.name} -> {state.paths.destination}"),
         table(("state", "file", "size", "next"), rows),
@@ -70,12 +70,12 @@ def _status(report: StatusReport) -> str:
     return "\n\n".join(filter(None, shown))
 
 
-def _by_file(state: State, steps: Iterable[Action]) -> list[tuple[str, list[Action]]]:
-    """Return the path of each file with its steps, in their order."""
-    found: dict[str, list[Action]] = {item.artifact.path: [] for item in state.artifacts}
-    for step in steps:
-        found[step.artifact.path].append(step)
-    return list(found.items())
+def _steps(state: State, actions: Iterable[Action]) -> dict[str, str]:
+    """Return in words what is done with each file, by its path."""
+    words: dict[str, list[str]] = {item.artifact.path: [] for item in state.artifacts}
+    for action in actions:
+        words[action.artifact.path].append(f"{action.verb} {action.detail}".rstrip())
+    return {path: ", then ".join(some) for path, some in words.items() if some}
 
 
 def _state(item: ArtifactState) -> str:
@@ -83,11 +83,6 @@ def _state(item: ArtifactState) -> str:
     if item.installed.state is FileState.ABSENT and item.staged.state is not FileState.ABSENT:
         return f"{item.staged.state}, staged"
     return str(item.installed.state)
-
-
-def _next(steps: Sequence[Action]) -> str:
-    words = [f"{s.verb} {s.detail}".rstrip() for s in steps]
-    return ", then ".join(words) or "no source has it"
 
 
 def _pieces(path: str, origins: Sequence[PieceOrigin]) -> str:
@@ -132,8 +127,7 @@ def _outcome(outcome: Outcome) -> str:
     state = outcome.state
     shown = [printable(f"{state.manifest.name} -> {state.paths.destination}")]
     if outcome.actions:
-        acts = [(path, _next(some)) for path, some in _by_file(state, outcome.actions) if some]
-        shown.append(table(("file", "done"), acts))
+        shown.append(table(("file", "done"), _steps(state, outcome.actions).items()))
     files = []
     for item in state.artifacts:
         found = item.installed if item.installed.state is not FileState.ABSENT else item.staged
