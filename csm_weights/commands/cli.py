@@ -145,26 +145,18 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
     return f"there is no task or option {word!r}{did_you_mean(word, known)}"
 
 
-def make_request(
-    root: Path,
-    only: str = "",
-    dest: str = "",
-    url: Sequence[str] | None = None,
-    revision: str = "",
-    patience: str = "",
-    **options: Any,
-) -> Request:
-    """Return the request that options make; the others are called as its fields are."""
+def make_request(root: Path, **options: Any) -> Request:
+    """Return the request that options of the command line make."""
     from csm_weights.config import parse_patience
     from csm_weights.pipeline.request import Request
 
-    words = tuple(stripped for word in only.split(",") if (stripped := word.strip()))
+    only, url, patience = (options.pop(name, "") for name in ("only", "url", "patience"))
     return Request(
         root,
-        only=words,
-        dest=dest or None,
+        only=tuple(stripped for word in only.split(",") if (stripped := word.strip())),
+        dest=options.pop("dest", "") or None,
         urls=tuple(url or ()),
-        revision=revision or None,
+        revision=options.pop("revision", "") or None,
         patience=parse_patience(patience),
         **options,
     )
@@ -400,7 +392,7 @@ def lock(
     if repo:
         seconds = parse_patience(patience)
         return lock.lock_repo(root, repo, revision, only, model, dry, seconds)
-    return lock.lock(make_request(root, only, dest, model=model or "csm-1b"), dry, size)
+    return lock.lock(make_request(root, only=only, dest=dest, model=model or "csm-1b"), dry, size)
 
 
 @task("model", "dest")

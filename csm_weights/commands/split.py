@@ -3,14 +3,13 @@
 import glob
 import os
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial as bind
 from pathlib import Path
 
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.files import open_regular, read_file
+from csm_weights.files import opened, read_file
 from csm_weights.formats import sniff
 from csm_weights.formats.tensor_index import HEAD
 from csm_weights.hashing import blob_id, feed, sha256, sha256_of
@@ -99,28 +98,25 @@ def split_file(
     """
     size = file.stat().st_size
     ranges = pin.tiling(size, piece_size)
-    pieces = tuple(
+    pieces = [
         Piece(f"{folder}/{file.name}.part-{pin.suffix(i)}", *r, sha256="")
         for i, r in enumerate(ranges)
-    )
-    source = open_regular(file)
-    try:
-        cancel = threading.Event()
-        chain = InOrderDigest(source, [*(offset for offset, _ in ranges), size], cancel)
+    ]
+    with opened(file) as source:
+        chain = InOrderDigest(source, [*(offset for offset, _ in ranges), size], threading.Event())
         tasks = [
-            bind(_write_chunk_file, source, root, pieces, i, chain, on_progress)
-            for i in range(len(pieces))
+            bind(_write_chunk_file, source, root, piece, index, chain, on_progress)
+            for index, piece in enumerate(pieces)
         ]
-        digests = run_all(tasks, cancel)
+        try:
+            digests = run_all(tasks, chain.cancel)
+        except EOFError as error:
+            finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
+            raise WrongContent("the file was cut while it was split", [finding]) from None
         known = sniff(os.pread(source, HEAD, 0), file.name)
-    except EOFError as error:
-        finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
-        raise WrongContent("the file was cut while it was split", [finding]) from None
-    finally:
-        os.close(source)
     # The names of the chunk files have to be durable before a list mentions them.
     sync(root / folder)
-    whole = chain.hexdigest() or ""
+    whole = chain.hexdigest()
     return Artifact(
         path=file.name,
         group=pin.group_of(file.name),
@@ -134,15 +130,9 @@ def split_file(
 
 
 def _write_chunk_file(
-    source: int,
-    root: Path,
-    pieces: Sequence[Piece],
-    index: int,
-    chain: InOrderDigest,
-    on_progress: OnProgress,
+    source: int, root: Path, piece: Piece, index: int, chain: InOrderDigest, on_progress: OnProgress
 ) -> str:
     """Copy one piece of `source` to its chunk file; return the sha256 of what was written."""
-    piece = pieces[index]
     chunk_file = root / piece.part
     digest, claimed = sha256(), chain.claim(index)
     sinks = [digest, claimed] if claimed else [digest]
