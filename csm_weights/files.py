@@ -72,7 +72,11 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return the first `limit` bytes of a regular file; raises OSError."""
     with open(open_regular(path), "rb") as file:
-        return file.read(limit)
+        data: bytes | None = file.read(limit)
+    if data is None:
+        # Some files of /proc would wait for what is yet to come.
+        raise BlockingIOError(errno.EAGAIN, "it has nothing to read", str(path))
+    return data
 
 
 def read_file(path: Path, limit: int, what: str) -> bytes:

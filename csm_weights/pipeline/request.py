@@ -1,5 +1,6 @@
 """The values that a command is asked for."""
 
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def find_manifest(root: Path, model: str) -> Manifest:
     path = Path(model) if by_path else root / "manifests" / f"{model}.toml"
     if not by_path and path_problem(model):
         raise UsageError(f"{model!r} is not a model's name")
-    if not path.is_file():
+    if not (path.is_file() if by_path else os.path.lexists(path)):
         known = [path.stem for path in manifests(root)]
         hint = did_you_mean(model, known) or ", or give the path of a manifest (.toml)"
         raise UsageError(f"no model called {model!r}; there are {', '.join(known)}{hint}")

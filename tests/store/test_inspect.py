@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.files import NotRegular, open_regular
+from csm_weights.files import NotRegular, open_regular, read_bounded
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.model.smoke_report import read_report, report_path
 from csm_weights.pipeline import apply
@@ -270,6 +270,18 @@ def test_only_regular_files_are_opened(tmp_path: Path, make: Callable[[Path], No
     make(tmp_path / "x")
     with pytest.raises(NotRegular):
         open_regular(tmp_path / "x")
+
+
+def test_a_file_that_waits_for_more_is_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some files of /proc look like regular ones, and have nothing to read until later."""
+    end, other = os.pipe()
+    os.set_blocking(end, False)
+    monkeypatch.setattr("csm_weights.files.open_regular", lambda _: end)
+    with pytest.raises(BlockingIOError, match="nothing to read"):
+        read_bounded(tmp_path, 10)
+    os.close(other)
 
 
 # ---- what is salvaged, shared and freed
