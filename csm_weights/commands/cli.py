@@ -341,6 +341,18 @@ def compare(request: Request, file: Sequence[str] | None = None) -> object:
 
 
 @task(
+    "json",
+    path="a file of weights, one of its chunk files or shards, or a folder of them",
+    also="another one; may be repeated",
+)
+def identify(root: Path, path: str, also: Sequence[str] | None = None) -> object:
+    """Tell what weights are: network, layout, dtype, and which known release they equal."""
+    from csm_weights.commands import identify
+
+    return identify.identify_paths(root, [Path(one) for one in (path, *(also or ()))])
+
+
+@task(
     file="the file to split",
     chunks="the folder for the chunk files, below chunks/",
     size="bytes of a chunk file: 1073741824, 1GiB, 500MB, ...",

@@ -30,12 +30,12 @@ def compare(request: Request, *paths: Path) -> Comparison:
         raise UsageError("compare takes two files: give --file at most twice")
     sides = [find(path) for path in paths]
     if len(sides) < 2:
-        sides = [*sides, *_of_model(request, sides)][:2]
+        sides = [*sides, *here_of_model(request, sides)][:2]
     with stage.open_pair(*sides) as pair, Progress("comparing", pair.nbytes) as progress:
         return pair.compare(progress.advance)
 
 
-def _of_model(request: Request, named: Sequence[Files]) -> list[Files]:
+def here_of_model(request: Request, named: Sequence[Files]) -> list[Files]:
     """Return what is here of a model's weights, but for what was named; two with that at least."""
     state = begin(replace(request, only=("all",))).inspect()
     items = [item for item in state.artifacts if item.artifact.is_weights]

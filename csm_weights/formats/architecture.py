@@ -111,6 +111,10 @@ class CsmConfig:
         return groups
 
 
+#: The published network.
+CSM_1B = CsmConfig(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
+
+
 def read_config(path: Path) -> CsmConfig:
     """Read a config.json; raises OSError, and WrongContent as `parse_config` does."""
     return parse_config(read_bounded(path, MAX_CONFIG), str(path))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from csm_weights.concurrency import Cancelled, OnProgress, run_all, workers
 from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.formats.dtypes import FLOATS, converted
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements
 from csm_weights.formats.tensor_index import MAX_FINDINGS, row_major
@@ -98,10 +99,17 @@ class Comparison:
 
 
 class WeightsPair:
-    """Two models whose headers have been read, open for comparing."""
+    """Two models whose headers have been read, open for comparing.
+
+    With `rounded` a tensor of a wider dtype is rounded to that of the other first.
+    """
 
     def __init__(
-        self, first: NamedTensors, second: NamedTensors, sources: Sequence[MultipartFile]
+        self,
+        first: NamedTensors,
+        second: NamedTensors,
+        sources: Sequence[MultipartFile],
+        rounded: bool = False,
     ) -> None:
         self._first, self._second, self._sources = first, second, sources
         self._differences: list[Difference] = []
@@ -117,7 +125,9 @@ class WeightsPair:
             what = What.SHAPE
             if not (one and other):
                 what = What.MISSING
-            elif one.dtype != other.dtype:
+            elif one.dtype != other.dtype and not (
+                rounded and {one.dtype, other.dtype} <= {*FLOATS.values()}
+            ):
                 what = What.DTYPE
             elif one.shape == other.shape:
                 self._alike.append((name, one, other))
@@ -132,7 +142,7 @@ class WeightsPair:
     @property
     def nbytes(self) -> int:
         """Bytes that `compare` will read of both models together."""
-        return sum(2 * one.info.nbytes for _, one, _ in self._alike)
+        return sum(one.info.nbytes + other.info.nbytes for _, one, other in self._alike)
 
     def compare(self, on_progress: OnProgress) -> Comparison:
         """Read and compare the elements; `on_progress` gets the bytes read.
@@ -164,7 +174,7 @@ class WeightsPair:
 
 
 @contextmanager
-def open_pair(first: Files, second: Files) -> Iterator[WeightsPair]:
+def open_pair(first: Files, second: Files, rounded: bool = False) -> Iterator[WeightsPair]:
     """Open two models' files and read their headers; raises MissingInput, WrongContent."""
     with ExitStack() as stack:
         opened = [
@@ -173,7 +183,7 @@ def open_pair(first: Files, second: Files) -> Iterator[WeightsPair]:
         ]
         folders = [files[0][0].parent for files in (first, second)]
         named = name_tensors(opened[0], folders), name_tensors(opened[1], folders[::-1])
-        yield WeightsPair(*named, [file.source for files in opened for file in files])
+        yield WeightsPair(*named, [file.source for files in opened for file in files], rounded)
 
 
 def _words(tensor: NamedTensor | None) -> str:
@@ -189,28 +199,32 @@ def _first_difference(
 ) -> Difference | None:
     """Find the first element, in row-major order, whose bits differ."""
     item, total = first.info.itemsize, math.prod(first.info.shape)
+    narrow = min(first, second, key=lambda tensor: tensor.info.itemsize).dtype
     # whole rows, for parts of rows are slow to read of a view
     are_plain = first.info.contiguous and second.info.contiguous
     step = (BLOCK if are_plain else VIEW_BLOCK) // item
     row = first.shape[-1] if first.shape else 1
     step -= step % row if 0 < row <= step else 0
-    buffers = bytearray(), bytearray()
     for start in range(0, total, step):
         if cancel.is_set():
             raise Cancelled
-        size = min(step, total - start) * item
-        if len(buffers[0]) != size:
-            buffers = bytearray(size), bytearray(size)
-        for tensor, buffer in zip((first, second), buffers, strict=True):
-            read_elements(tensor.source, tensor.info, start, buffer)
-        if buffers[0] != buffers[1]:
-            bits = int.from_bytes(buffers[0], "little") ^ int.from_bytes(buffers[1], "little")
-            number = start + ((bits & -bits).bit_length() - 1) // (8 * item)
+        count = min(step, total - start)
+        blocks = []
+        for tensor in (first, second):
+            block = bytearray(count * tensor.info.itemsize)
+            read_elements(tensor.source, tensor.info, start, block)
+            on_progress(len(block))
+            blocks.append(
+                block if first.dtype == second.dtype else converted(block, tensor.dtype, narrow)
+            )
+        if blocks[0] != blocks[1]:
+            bits = int.from_bytes(blocks[0], "little") ^ int.from_bytes(blocks[1], "little")
+            width = 8 * len(blocks[0]) // count
+            number = start + ((bits & -bits).bit_length() - 1) // width
             values = first.value(number), second.value(number)
             # packed elements are counted by their bytes
             shape = first.shape if math.prod(first.shape) == total else (total,)
             dimensions = zip(shape, row_major(shape), strict=True)
             index = tuple(number // apart % size for size, apart in dimensions)
             return Difference(name, What.ELEMENTS, str(values[0]), str(values[1]), index, values)
-        on_progress(2 * size)
     return None

@@ -149,6 +149,11 @@ class NamedTensors:
     wrapper: str = ""
     beside: int = 0
 
+    def name_in_file(self, name: str) -> str:
+        """Return what the file calls, or would call, a tensor that we call `name`."""
+        is_own = self.summary.layout is Layout.OWN
+        return self.wrapper + ((not is_own and _renamed(name, *_THEIRS)) or name)
+
 
 def name_tensors(files: Sequence[WeightsFile], folders: Iterable[Path]) -> NamedTensors:
     """Name the tensors of a model's files as ours.
@@ -242,8 +247,7 @@ def _in_our_order(
 
     The size of a head is that of the first network that has such projections.
     """
-    paths = [folder / "config.json" for folder in folders]
-    configs = [read_config(path) for path in paths if path.is_file()]
+    configs = read_configs(folders)
     networks = {
         "backbone": [*(config.backbone for config in configs), *FLAVORS.values()],
         "decoder": [*(config.decoder for config in configs), *FLAVORS.values()],
@@ -269,6 +273,12 @@ def _in_our_order(
             raise WrongContent("the rows of q and k are no heads", [finding])
         ordered[name] = _regrouped(tensor, head_dims[0], 2)
     return ordered
+
+
+def read_configs(folders: Iterable[Path]) -> list[CsmConfig]:
+    """Return the networks that the config.json in each of some folders describes."""
+    paths = [folder / "config.json" for folder in folders]
+    return [read_config(path) for path in paths if path.is_file()]
 
 
 def _regrouped(tensor: NamedTensor, head_dim: int, groups: int) -> NamedTensor:

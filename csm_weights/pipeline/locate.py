@@ -127,7 +127,7 @@ class Weights:
                 yield self._found(tuple(part.path for part in parts), digests)
 
     def _found(self, paths: tuple[Path, ...], digests: tuple[ByteRange, ...] = ()) -> LocalWeights:
-        config = _written(self._session.manifest) or self._read_config()
+        config = network_of(self._session.manifest) or self._read_config()
         return LocalWeights(paths, self._session.paths.destination, config, digests)
 
     def _read_config(self) -> CsmConfig | None:
@@ -201,7 +201,7 @@ def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
             for artifact in manifest.artifacts:
                 is_it = artifact.is_weights and artifact.size == size
                 if is_it and name in ("", Path(artifact.path).name) and (d := _digests(artifact)):
-                    return Pinned(artifact, d, _written(manifest))
+                    return Pinned(artifact, d, network_of(manifest))
     return None
 
 
@@ -219,7 +219,7 @@ def _digests(artifact: Artifact) -> tuple[ByteRange, ...]:
     return ranges if all(one.sha256 for one in ranges) else ()
 
 
-def _written(manifest: Manifest) -> CsmConfig | None:
+def network_of(manifest: Manifest) -> CsmConfig | None:
     """Return the network of the edition of config.json whose text is in the manifest."""
     for artifact in manifest.artifacts:
         if artifact.path == CONFIG and (text := known_text(artifact)) is not None:

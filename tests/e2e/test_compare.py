@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from tests.support.clone import Clone
+from tests.support.schema import checked
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +42,24 @@ def test_the_command_takes_files(clone: Clone) -> None:
     often = clone.inv("compare", *("--file", "other.safetensors") * 3)
     assert (often.returncode, "at most twice" in often.stderr) == (2, True)
     assert "Traceback" not in often.stderr
+
+
+def test_identify_tells_what_a_file_is_without_torch(clone: Clone) -> None:
+    """One line a path, whatever the file is called; soon, where nothing is to be hashed."""
+    wrong = clone.root / "pytorch_model.bin"
+    wrong.write_bytes(clone.joined("model.safetensors"))
+    start = time.monotonic()
+    done = clone.inv("identify", "pytorch_model.bin", "--also", "chunks/csm-tiny/ckpt")
+    assert time.monotonic() - start < 5
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert first == (
+        "pytorch_model.bin: another CSM in the original layout, safetensors, F32, "
+        "296,640 parameters; model.safetensors of csm-tiny, by its digest"
+    )
+    assert second.endswith("torch-zip, F32, 296,640 parameters; ckpt.pt of csm-tiny, by its digest")
+    data = checked(clone.inv("identify", "--json", "pytorch_model.bin").stdout)
+    assert data["files"][0]["file"] == "model.safetensors"
+    assert clone.inv("identify", "none.pt").returncode == 3
+    wrong.write_bytes(b"Access to model sesame/csm-1b is restricted.")
+    assert clone.inv("identify", "pytorch_model.bin").returncode == 4

@@ -19,6 +19,7 @@ from csm_weights.store.inspect import FileState
 if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.commands.attest import Attesting
     from csm_weights.commands.doctor import DoctorReport
+    from csm_weights.commands.identify import Identification
     from csm_weights.commands.seed_cache import Seeding
     from csm_weights.formats.compare import Comparison
     from csm_weights.formats.transformers_layout import Value
@@ -38,6 +39,7 @@ def render(result: object, command: str = "") -> str:
         "Outcome": _outcome,
         "Attesting": _attesting,
         "Comparison": _comparison,
+        "Identification": _identification,
         "DoctorReport": _doctor,
         "Seeding": _seeding,
     }
@@ -170,6 +172,10 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
         "bytes_equal": comparison.nbytes,
         "differences": differences,
     }
+
+
+def _identification(found: Identification) -> dict[str, Any]:
+    return {"files": [asdict(one) | {"verdict": one.verdict} for one in found.files]}
 
 
 def _value(value: Value) -> dict[str, Any]:

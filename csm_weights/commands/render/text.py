@@ -19,9 +19,13 @@ from csm_weights.store.inspect import ArtifactState, FileState, State
 from csm_weights.transfer.policy import PieceOrigin, PieceSource
 from csm_weights.verify.gates import Gate, GateResult
 
+#: Tensors of one file that are named.
+MOST = 5
+
 if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.commands.attest import Attesting
     from csm_weights.commands.doctor import DoctorReport
+    from csm_weights.commands.identify import Identification
     from csm_weights.commands.seed_cache import Seeding
     from csm_weights.formats.compare import Comparison
 
@@ -33,6 +37,7 @@ def render(result: object) -> str:
         "Outcome": _outcome,
         "Attesting": _attesting,
         "Comparison": _comparison,
+        "Identification": _identification,
         "DoctorReport": _doctor,
         "Seeding": _seeding,
     }
@@ -252,6 +257,17 @@ def _comparison(comparison: Comparison) -> str:
     equal = f"{comparison.equal:,} tensors, {format_size(comparison.nbytes)}, are equal"
     shown.append(equal if comparison.error else f"OK: {equal} in name, dtype, shape and every bit")
     return "\n\n".join(shown)
+
+
+def _identification(found: Identification) -> str:
+    shown = []
+    for one in found.files:
+        shown.append(printable(f"{one.path}: {one.identity}; {one.verdict}"))
+        wrong = [f"{f.where}: expected {f.expected}, found {f.found}" for f in one.identity.wrong]
+        lines = [*wrong, *(f"{name} differs" for name in one.differ or ())]
+        shown += [printable(f"  {line}") for line in lines[:MOST]]
+        shown += [f"  and {len(lines) - MOST:,} more"] if len(lines) > MOST else []
+    return "\n".join(shown)
 
 
 def _doctor(report: DoctorReport) -> str:

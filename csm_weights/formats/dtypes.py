@@ -1,0 +1,55 @@
+"""Convert blocks of floating-point elements between dtypes, as torch does, without it."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+#: The dtypes that weights are converted between, by safetensors' words; and people's.
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+#: The least magnitude that rounds to infinity in F16.
+_BEYOND_F16 = 65520.0
+
+
+def converted(raw: bytearray, source: str, target: str) -> bytearray:
+    """Return little-endian elements of one of `FLOATS` as another.
+
+    A narrower dtype gets the nearest value, ties to even. What is too large
+    becomes infinite, and a NaN stays one.
+    """
+    if source == target:
+        return raw
+    if source == "F16":
+        count = len(raw) // 2
+        wide = bytearray(struct.pack(f"<{count}f", *struct.unpack(f"<{count}e", raw)))
+    elif source == "BF16":
+        # a BF16 is the upper half of an F32
+        wide = bytearray(2 * len(raw))
+        memoryview(wide).cast("H")[1::2] = memoryview(raw).cast("H")
+    else:
+        wide = raw
+    if target == "F16":
+        count = len(wide) // 4
+        numbers = struct.unpack(f"<{count}f", wide)
+        try:
+            return bytearray(struct.pack(f"<{count}e", *numbers))
+        except OverflowError:
+            fits = (n if abs(n) < _BEYOND_F16 else n * math.inf for n in numbers)
+            return bytearray(struct.pack(f"<{count}e", *fits))
+    return _upper_halves(wide) if target == "BF16" else wide
+
+
+def _upper_halves(raw: bytearray) -> bytearray:
+    """Round F32 elements to BF16: all of a block at once, as one large integer."""
+    count = len(raw) // 4
+    ones = int.from_bytes(b"\1\0\0\0" * count, "little")
+    bits = int.from_bytes(raw, "little")
+    # a carry into bit 31 tells a NaN, which rounding could carry into the next element
+    if nans := ((bits & 0x7FFFFFFF * ones) + 0x7FFFFF * ones) >> 31 & ones:
+        bits = bits & ~(nans * 0xFFFFFFFF) | nans * 0x7FC00000
+    bits += 0x7FFF * ones + (bits >> 16 & ones)
+    narrow = bytearray(2 * count)
+    with memoryview(bits.to_bytes(4 * count, "little")).cast("H") as halves:
+        memoryview(narrow).cast("H")[:] = halves[1::2]
+    return narrow
