@@ -80,12 +80,10 @@ def identify_paths(root: Path, paths: Sequence[Path]) -> Identification:
 
 def _identified(root: Path, path: Path) -> Identified:
     if (path / "snapshots").is_dir():
-        commit = path / "refs" / "main"
-        commits = (
-            [read_bounded(commit, 100).decode(errors="replace").strip()] if commit.is_file() else []
-        )
-        commits += sorted(one.name for one in (path / "snapshots").iterdir())
-        path = path / "snapshots" / (commits[0] if commits else "")
+        commits = sorted(one.name for one in (path / "snapshots").iterdir())
+        main = path / "refs" / "main"
+        named = read_bounded(main, 100).decode(errors="replace").strip() if main.is_file() else ""
+        path = path / "snapshots" / (named if named in commits else commits[0] if commits else "")
     files = find(path)
     folder = files[0][0].parent
     configs = []
