@@ -174,7 +174,7 @@ class WeightsPair:
 
 
 @contextmanager
-def open_pair(first: Files, second: Files, rounded: bool = False) -> Iterator[WeightsPair]:
+def open_pair(first: Files, second: Files, *, rounded: bool = False) -> Iterator[WeightsPair]:
     """Open two models' files and read their headers; raises MissingInput, WrongContent."""
     with ExitStack() as stack:
         opened = [
