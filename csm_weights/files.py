@@ -72,7 +72,9 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return the first `limit` bytes of a regular file; raises OSError."""
     with open(open_regular(path), "rb") as file:
-        data: bytes | None = file.read(limit)
+        # Room for as much as is asked for is taken at once, so for little more than there is.
+        most = max(os.fstat(file.fileno()).st_size, 1 << 16)
+        data: bytes | None = file.read(min(limit, most))
     if data is None:
         # Some files of /proc would wait for what is yet to come.
         raise BlockingIOError(errno.EAGAIN, "it has nothing to read", str(path))

@@ -5,7 +5,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -85,30 +85,33 @@ def parse_record(
         data |= {name: data.pop(written) for name, written in names.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+    kind: Any
     for kind in kinds:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            record: R = build(kind, data)
+            record: R = reader(kind)(data)
             return record
     return None
 
 
-def build(kind: Any, value: Any) -> Any:
-    """Return JSON data as a type, such as a dataclass; TypeError or KeyError where it is not."""
+@functools.cache
+def reader(kind: Any) -> Callable[[Any], Any]:
+    """Return the reader of JSON data of a type; TypeError or KeyError is for data of another."""
     if isinstance(kind, type) and is_dataclass(kind):
-        fields = _field_types(kind)
-        return kind(**{name: build(fields[name], field) for name, field in value.items()})
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        if type(value) is not list:
-            raise TypeError(f"expected a list, found {show(value)}")
-        if inner[-1] is Ellipsis:
-            return tuple(build(inner[0], item) for item in value)
-        return tuple(build(*pair) for pair in zip(inner, value, strict=True))
+        fields = {name: reader(hint) for name, hint in typing.get_type_hints(kind).items()}
+        return lambda value: kind(**{name: fields[name](field) for name, field in value.items()})
+    args = typing.get_args(kind)
+    inner = [reader(one) for one in args if one is not Ellipsis]
     if isinstance(kind, types.UnionType):
-        return None if value is None else build(typing.get_args(kind)[0], value)
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind}, found {show(value)}")
-    return value
+        return lambda value: None if value is None else inner[0](value)
 
+    written = list if typing.get_origin(kind) is tuple else kind
 
-_field_types = functools.cache(typing.get_type_hints)
+    def read(value: Any) -> Any:
+        if type(value) is not written:
+            raise TypeError(kind)
+        if written is kind:
+            return value
+        readers = inner * len(value) if Ellipsis in args else inner
+        return tuple(take(one) for take, one in zip(readers, value, strict=True))
+
+    return read

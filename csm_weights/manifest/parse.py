@@ -44,8 +44,12 @@ MAX_FINDINGS = 50
 #: Most words of a dotted key.
 MAX_DEPTH = 8
 
-#: Most tables and arrays: `[`, `{`, and `.` between the words of a key. One for
-#: each piece, four for each file.
+#: Most files, each with its header, of which a reader makes one list.
+_FILE = b"[[artifact]]"
+MAX_FILES = 50_000
+
+#: Most other tables and arrays: `[`, `{`, and `.` between the words of a key. One for
+#: each piece, two for each file.
 MAX_TABLES = 40_000
 
 #: Most keys and items: `=` and `,`. Eight for each piece.
@@ -60,7 +64,7 @@ _TOKEN = re.compile(
     rb"|(?!''')'[^'\n]*+'"
     rb"|\#[^\n]*+"
     rb"|(?P<broken>[\"'])"
-    rb"|(?P<mark>[\[\]{}=,.\n])",
+    rb"|(?P<mark>\[\[artifact\]\]|[\[\]{}=,.\n])",
     re.DOTALL,
 )
 
@@ -80,8 +84,9 @@ def parse(text: bytes, where: str) -> Manifest:
     Raises ManifestInvalid with every broken rule, each by its key.
     """
     problems = _Problems(where)
-    if len(text) > types.MAX_TEXT:
-        problems.add("", f"at most {types.MAX_TEXT:,} bytes", "more")
+    limit = types.MAX_TEXT if text.isascii() else types.MAX_OTHER_TEXT
+    if len(text) > limit:
+        problems.add("", f"at most {limit:,} bytes", "more")
         raise problems.error()
     try:
         data = _read_toml(text)
@@ -107,9 +112,12 @@ def _read_toml(text: bytes) -> dict[str, Any]:
             dots = dots + 1 if mark == b"." else 0
         if dots >= MAX_DEPTH:
             raise Malformed(f"keys of at most {MAX_DEPTH} words", "a key of more")
-    for what, some, most in (("tables", b"[{.", MAX_TABLES), ("items", b"=,", MAX_ITEMS)):
-        count = sum(marks[bytes([mark])] for mark in some)
-        if count > most:
+    for what, some, most in (
+        ("files", (_FILE,), MAX_FILES),
+        ("tables", (b"[", b"{", b"."), MAX_TABLES),
+        ("items", (b"=", b","), MAX_ITEMS),
+    ):
+        if (count := sum(marks[mark] for mark in some)) > most:
             raise Malformed(f"at most {most:,} {what}", f"{count:,}")
     try:
         return tomllib.loads(text.decode())

@@ -26,9 +26,11 @@ MARKS = ("A", "B", "C", "H")
 #: Facts that have evidence.
 FIGURES = ("size", "sha256", "blob_id", "git_sha1", "pieces")
 
-#: Ceilings that keep a hostile manifest cheap: 1 PiB a file, 4 MiB of text.
+#: Ceilings that keep a hostile manifest cheap: 1 PiB a file; text in ASCII, and other
+#: text, of which Python may take five times the bytes.
 MAX_SIZE = 1 << 50
-MAX_TEXT = 4 << 20
+MAX_TEXT = 12 << 20
+MAX_OTHER_TEXT = 4 << 20
 
 
 @dataclass(frozen=True)

@@ -430,7 +430,7 @@ def _assemble(
             error.advice = way_around(a.artifact for a, names in pairs if not bad & names)
         raise
     for action, assembled in zip(actions, done, strict=True):
-        session.note(assembled.notes)
+        session.notes += assembled.notes
         # A chunk file that was begun and found wrong goes as well: it is full of holes.
         begun = {record.offset for record in action.item.journal.consumed}
         if gone := [p for p in action.artifact.pieces if p.offset in begun | stakes.keys()]:

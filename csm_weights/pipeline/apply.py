@@ -119,12 +119,12 @@ def run(session: Session, target: Target) -> Outcome:
     with locked(session.paths, with_destination=not is_staged):
         for _ in range(MAX_ROUNDS):
             plan = session.plan(target)
-            session.note(plan.notes)
+            session.notes += plan.notes
             _require_all(plan, session)
             if not plan.ready:
                 is_tidied = session.remove_leftovers(plan.state, is_staged)
                 state = session.inspect() if is_tidied else plan.state
-                return Outcome(state, tuple(done), tuple(session.notes))
+                return Outcome(state, tuple(done), tuple(dict.fromkeys(session.notes)))
             type(plan.ready[0]).apply(plan.ready, session)
             done += plan.ready
     raise CsmWeightsError("the files keep changing; is another program writing to them?")

@@ -97,7 +97,10 @@ def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Pla
     findings: list[Finding] = []
     origins: dict[str, tuple[PieceOrigin, ...]] = {}
     for item in state.artifacts:
-        found = _decide(item, state, target, policy)
+        pieces: tuple[PieceOrigin, ...] = ()
+        if FileState.VERIFIED not in (item.installed.state, item.staged.state):
+            pieces = origins[item.artifact.path] = policy.origins(item, state.paths.root)
+        found = _decide(item, pieces, state, target, policy)
         if isinstance(found, Action):
             is_moved = target is not Target.STAGED and found.file.path != item.installed.path
             if not (is_moved and isinstance(found, Keep)):
@@ -108,18 +111,21 @@ def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Pla
         else:
             findings += found
             findings += [file.finding for file in (item.installed, item.staged) if file.finding]
-        if FileState.VERIFIED not in (item.installed.state, item.staged.state):
-            origins[item.artifact.path] = policy.origins(item, state.paths.root)
     notes = [file.finding for action in actions for file in action.replaced if file.finding]
     plan = Plan(state, tuple(actions), tuple(dict.fromkeys(findings)), tuple(notes), origins)
     return plan if findings else replace(plan, findings=tuple(_space(plan, target, policy)))
 
 
 def _decide(
-    item: ArtifactState, state: State, target: Target, policy: SourcePolicy
+    item: ArtifactState,
+    origins: tuple[PieceOrigin, ...],
+    state: State,
+    target: Target,
+    policy: SourcePolicy,
 ) -> Action | list[Finding]:
     """Return the first action for one artifact, or why there is none.
 
+    `origins` is where its pieces would come from, where no verified file has them.
     What is wrong with the installed and staged files need not be told again.
     """
     for file in (item.installed, item.staged):
@@ -138,7 +144,6 @@ def _decide(
     cached = item.cached if is_linked else None
     if cached and cached.state is FileState.UNVERIFIED:
         return act.LinkFromCache(item, cached)
-    origins = policy.origins(item, state.paths.root)
     kinds = {origin.source for origin in origins}
     is_whole = PieceSource.NOWHERE not in kinds and not (PieceSource.CHUNK in kinds and item.extras)
     has_text = act.known_text(item.artifact) is not None

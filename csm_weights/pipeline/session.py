@@ -65,7 +65,10 @@ class Outcome:
 
 @dataclass
 class Session:
-    """One run of a command: what was asked, and what it has found out so far."""
+    """One run of a command: what was asked, and what it has found out so far.
+
+    `notes` are about what was wrong and has been mended.
+    """
 
     manifest: Manifest
     paths: Paths
@@ -87,15 +90,11 @@ class Session:
         """
         plan = make_plan(self.inspect(), target, self.policy)
         if not plan.is_done:
+            folders = {artifact.path.rpartition("/")[0] for artifact in self.chosen}
             for base in (self.paths.staging, self.paths.destination):
-                folders = {(base / artifact.path).parent for artifact in self.chosen}
-                for folder in sorted({base / RECEIPTS, *folders}):
-                    atomic.stay_inside(folder, base)
+                for folder in sorted({RECEIPTS, *folders}):
+                    atomic.stay_inside(base / folder, base)
         return plan
-
-    def note(self, findings: Iterable[Finding]) -> None:
-        """Remember what was wrong and has been mended; each thing once."""
-        self.notes += [f for f in dict.fromkeys(findings) if f not in self.notes]
 
     def receipt(self, artifact: Artifact, verified: VerifiedFile) -> Receipt:
         """Return the receipt of a file that has just been verified."""

@@ -5,6 +5,7 @@ are about other pieces than the manifest's, are left out, and the bytes that the
 others name are hashed again before they count.
 """
 
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from csm_weights.untrusted import parse_record
 
 #: Most bytes read of a journal: it has a few hundred a piece.
 MAX_JOURNAL = 64 << 20
+
+#: Lines that may be records; others are passed over quickly, however many they are.
+_LINE = re.compile(rb'^\{"[ -~]{40,}\}$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,15 @@ def read_journal(file: Path, artifact: Artifact) -> Journal:
     if not partial_path(file).is_file():
         return Journal()
     try:
-        text = read_bounded(journal_path(file), MAX_JOURNAL).decode(errors="replace")
+        data = read_bounded(journal_path(file), MAX_JOURNAL)
     except OSError:
         return Journal(is_begun=True)
     tiles, starts = artifact.tiles, [piece.offset for piece in artifact.tiles]
     pieces: dict[int, PieceRecord] = {}
     arrived: list[tuple[int, Arrival]] = []
     moved: dict[tuple[int, str], Consumed] = {}
-    for line in filter(None, text.splitlines()):
-        if not (record := parse_line(line)):
+    for line in _LINE.findall(data):
+        if not (record := parse_line(line.decode())):
             continue
         piece = tiles[max(0, bisect_right(starts, record.offset) - 1)]
         if isinstance(record, Consumed):

@@ -110,4 +110,4 @@ def read_receipt(directory: Path, path: str) -> Receipt | None:
 
 def receipt_path(directory: Path, path: str) -> Path:
     """Return where the receipt of `directory/path` is kept."""
-    return directory / RECEIPTS / f"{path}.json"
+    return directory / f"{RECEIPTS}/{path}.json"

@@ -27,7 +27,7 @@ from csm_weights.transfer.http.client import HttpClient, Timeouts
 from csm_weights.transfer.http.responses import foreign_redirect, wrong_answer
 from csm_weights.transfer.hub import classify_refusal
 from csm_weights.transfer.source import SourceError
-from csm_weights.untrusted import build, is_text
+from csm_weights.untrusted import is_text, reader
 
 #: Files of one repository at most: more would make no manifest that can be read.
 MAX_FILES = 20_000
@@ -139,7 +139,7 @@ class _Metadata:
                         figures = {name: row[name] for name in ("path", "size", "oid")}
                         if lfs := row.get("lfs"):
                             figures |= {"sha256": lfs["oid"], "lfs_size": lfs["size"]}
-                        files.append(build(File, figures))
+                        files.append(reader(File)(figures))
             except (AttributeError, LookupError, TypeError) as error:
                 raise self._nonsense("a path, a size and an id", f"{error!r}") from None
             if len(files) > MAX_FILES:
