@@ -68,7 +68,19 @@ class Consumed:
             raise ValueError("fewer than no bytes, or before the first one")
 
 
-Record = PieceRecord | Arrival | Consumed
+@dataclass(frozen=True)
+class Refuted:
+    """The end of all lines so far about the piece at `offset`: its bytes were found wrong.
+
+    `refuted` is the sha256 that it must have. Readers that do not know this line hash the
+    bytes once more.
+    """
+
+    offset: int
+    refuted: str
+
+
+Record = PieceRecord | Arrival | Consumed | Refuted
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def is_unfinished(name: str) -> bool:
 def parse_line(line: str) -> Record | None:
     """Return the record on a line of a journal, or None where it cannot be understood."""
     # Most lines are about arrivals.
-    kinds: tuple[type[Record], ...] = (Arrival, PieceRecord, Consumed)
+    kinds: tuple[type[Record], ...] = (Arrival, PieceRecord, Consumed, Refuted)
     return parse_record(line, *kinds)
 
 
@@ -120,7 +132,7 @@ def read_journal(file: Path, artifact: Artifact) -> Journal:
         return Journal(is_begun=True)
     tiles, starts = artifact.tiles, [piece.offset for piece in artifact.tiles]
     pieces: dict[int, PieceRecord] = {}
-    arrived: list[tuple[int, Arrival]] = []
+    arrived: dict[int, list[Arrival]] = {}
     moved: dict[tuple[int, str], Consumed] = {}
     for line in _LINE.findall(data):
         if not (record := parse_line(line.decode())):
@@ -131,13 +143,17 @@ def read_journal(file: Path, artifact: Artifact) -> Journal:
         elif isinstance(record, PieceRecord):
             if record.is_of(piece):
                 pieces[record.offset] = record
+        elif isinstance(record, Refuted):
+            if (record.offset, record.refuted) == (piece.offset, piece.sha256):
+                pieces.pop(piece.offset, None)
+                arrived.pop(piece.offset, None)
         elif record.piece == piece.sha256 and record.offset + record.size <= piece.end:
-            arrived.append((piece.offset, record))
+            arrived.setdefault(piece.offset, []).append(record)
     sizes = {(piece.offset, piece.sha256): piece.size for piece in artifact.pieces}
     consumed = [c for key, c in moved.items() if 0 < c.consumed <= sizes.get(key, 0)]
     return Journal(
         tuple(pieces[offset] for offset in sorted(pieces)),
-        tuple(arrival for offset, arrival in arrived if offset not in pieces),
+        tuple(a for offset, own in arrived.items() if offset not in pieces for a in own),
         tuple(sorted(consumed, key=lambda c: c.offset)),
         tuple(c for key, c in moved.items() if c.consumed and key not in sizes),
         is_begun=True,

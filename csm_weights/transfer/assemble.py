@@ -25,7 +25,15 @@ from csm_weights.hashing import Hasher, feed, git_sha1, sha256
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import create, sync, unlink_shared, write_all, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
-from csm_weights.store.journal import Arrival, Consumed, PieceRecord, journal_path, partial_path
+from csm_weights.store.journal import (
+    Arrival,
+    Consumed,
+    PieceRecord,
+    Record,
+    Refuted,
+    journal_path,
+    partial_path,
+)
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer.reorder import BufferPool, InOrderDigest, ReorderBuffer
 from csm_weights.transfer.source import NotAvailable, Source, SourceError
@@ -187,7 +195,7 @@ class _Partial:
         self.journal(record)
         return record
 
-    def journal(self, record: PieceRecord | Arrival | Consumed) -> None:
+    def journal(self, record: Record) -> None:
         """Write a line of the journal."""
         with self._lock:
             # A line may follow one that a crash has torn, so it brings its own start.
@@ -346,6 +354,8 @@ class PartialWriter:
         if not pinned and git and self.git_sha1:
             what, pinned, found = "git blob id", git, self.git_sha1
         if found != pinned:
+            # The next run need not hash the same bytes to find this out.
+            self._partial.journal(Refuted(self.piece.offset, self.piece.sha256))
             help_text = "its content is damaged or not the published one; get it again"
             words = f"{what} {pinned}", f"{what} {found}"
             raise SourceError([Finding(Kind.WRONG_DIGEST, where, *words, help_text)])

@@ -35,6 +35,7 @@ from csm_weights.store.journal import (
     Arrival,
     Consumed,
     PieceRecord,
+    Refuted,
     journal_path,
     parse_line,
     partial_path,
@@ -809,7 +810,8 @@ def test_the_room_it_asks_for_covers_a_step_of_full_size() -> None:
 
 def test_a_line_about_consuming_is_read_as_nothing_else() -> None:
     """Such a line is neither a verified piece nor an arrival, and those are not such lines."""
-    for record in (Consumed(5, 7, "ab"), PieceRecord(0, 1, "ab", "x"), Arrival(0, 1, "ab")):
+    others = PieceRecord(0, 1, "ab", "x"), Arrival(0, 1, "ab"), Refuted(0, "ab")
+    for record in (Consumed(5, 7, "ab"), *others):
         assert parse_line(dump_record(record)) == record
 
 

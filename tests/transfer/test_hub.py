@@ -24,6 +24,7 @@ from csm_weights.errors import (
 )
 from csm_weights.hashing import git_sha1
 from csm_weights.manifest.types import Artifact
+from csm_weights.store.journal import Journal, read_journal
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer.assemble import Assembly, assemble
 from csm_weights.transfer.http.auth import HubCredentials
@@ -32,6 +33,7 @@ from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
 from csm_weights.transfer.hub import Hub
 from csm_weights.transfer.source import FirstOf
 from tests.support.hub import Fault, HubServer
+from tests.support.network import closed_port
 
 SIZE = 2 * SPAN + 300_007
 DATA = random.Random(4).randbytes(SIZE)
@@ -61,8 +63,9 @@ class Shop:
         repo: str = REPO,
         artifact: Artifact | None = None,
         patience: float = 60,
+        journal: Journal | None = None,
     ) -> VerifiedFile:
-        """Fetch the file, verified, as it is asked for."""
+        """Fetch the file, verified, as it is asked for; `journal` is what an earlier run left."""
         stop = threading.Event()
         wanted = artifact or self.artifact
         timeouts = replace(HASTY, patience=patience)
@@ -70,7 +73,8 @@ class Shop:
             credentials = HubCredentials(self.hub.endpoint, token)
             source = FirstOf(Hub(downloader, credentials, repo, revision or self.commit))
             far = frozenset(piece.offset for piece in wanted.tiles)
-            job = Assembly(wanted, self.folder / "file", source, remote=far)
+            resumed = (journal.pieces, journal.arrived) if journal else ((), ())
+            job = Assembly(wanted, self.folder / "file", source, *resumed, remote=far)
             return assemble([job], self.on_progress, stop)[0]
 
     def fails(self, **how: Any) -> CsmWeightsError:
@@ -160,6 +164,28 @@ PASSING: dict[str, dict[str, Any]] = {
     "one answer is 416": {"name": "status", "host": "storage", "code": 416, "times": 1},
     "one signed URL is not there": {"name": "status", "host": "storage", "code": 404, "times": 1},
     "signed URLs live for a moment": {"name": "expire", "seconds": 0.3},
+    "one answer has no Content-Range": {
+        "name": "no-content-range",
+        "host": "storage",
+        "times": 1,
+    },
+    "one answer is about a larger file": {
+        "name": "content-range",
+        "host": "storage",
+        "total": 1,
+        "times": 1,
+    },
+    "one signed URL is refused at once": {
+        "name": "status",
+        "host": "storage",
+        "code": 403,
+        "times": 1,
+    },
+    "one signed URL leads to a dead address": {
+        "name": "dead-address",
+        "address": closed_port(),
+        "times": 1,
+    },
     "a span comes with a wrong byte": {"name": "flip", "offset": SPAN + 5, "times": 1},
     "a signed URL is refused midway": {
         "name": "status",
@@ -177,6 +203,33 @@ def test_what_passes_is_outlasted(shop: Shop, fault: dict[str, Any]) -> None:
     handle = shop.fault(fault)
     assert shop.is_right(shop.fetch())
     assert handle.hits > 0
+
+
+def test_bytes_that_were_found_wrong_are_not_looked_at_again(shop: Shop) -> None:
+    """The next run fetches the piece at once; it does not hash what the journal calls refuted."""
+    fault = shop.hub.fault("flip", offset=SPAN + 5)
+    shop.fails()
+    fault.clear()
+    shop.hub.clear()
+    journal = read_journal(shop.folder / "file", shop.artifact)
+    assert journal == Journal(is_begun=True)
+    assert shop.is_right(shop.fetch(journal=journal))
+    assert shop.hub.bytes_sent() == SIZE
+
+
+def test_bytes_that_arrived_after_others_were_found_wrong_are_kept(shop: Shop) -> None:
+    """What a run fetched in place of wrong bytes counts for the run after it."""
+    wrong = shop.hub.fault("flip", offset=SPAN + 5)
+    shop.fails()
+    wrong.clear()
+    broken = shop.hub.fault("status", host="storage", code=500, after=1)
+    shop.fails(journal=read_journal(shop.folder / "file", shop.artifact))
+    broken.clear()
+    shop.hub.clear()
+    journal = read_journal(shop.folder / "file", shop.artifact)
+    assert sum(arrival.size for arrival in journal.arrived) > 0
+    assert shop.is_right(shop.fetch(journal=journal))
+    assert shop.hub.bytes_sent() == SIZE - sum(arrival.size for arrival in journal.arrived)
 
 
 def test_a_stream_that_breaks_often_costs_little(shop: Shop) -> None:

@@ -16,7 +16,7 @@ from csm_weights.files import Fingerprint
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.pin import suffix
 from csm_weights.store.inspect import FileState, Paths, inspect
-from csm_weights.store.journal import Arrival, PieceRecord, journal_path, parse_line, partial_path
+from csm_weights.store.journal import read_journal
 from csm_weights.verify.sums import parse_sums
 from tests.support.hub import HubServer
 from tests.support.servers import FileServer, serving
@@ -232,19 +232,10 @@ class Sandbox:
         return sum(end - start for start, end in ranges)
 
     def _journaled(self, name: str) -> set[tuple[int, int]]:
-        staged = self.root / "output/toy" / name
-        if not partial_path(staged).is_file() or not journal_path(staged).is_file():
-            return set()
-        lines = journal_path(staged).read_text(errors="replace").splitlines()
-        records = list(map(parse_line, lines))
-        pieces = [record for record in records if isinstance(record, PieceRecord)]
-        ranges = {(p.offset, p.offset + p.size) for p in pieces}
-        arrivals = [record for record in records if isinstance(record, Arrival)]
-        return ranges | {
-            (a.offset, a.offset + a.size)
-            for a in arrivals
-            if not any(start <= a.offset < end for start, end in ranges)
-        }
+        (artifact,) = load(self.root / "manifests/toy.toml").select([name])
+        journal = read_journal(self.root / "output/toy" / name, artifact)
+        verified = {(p.offset, p.offset + p.size) for p in journal.pieces}
+        return verified | {(a.offset, a.offset + a.size) for a in journal.arrived}
 
     def verified_chunk_files(self, journals: bool) -> set[str]:
         """Return the paths of chunk files that need not be read: their piece is verified."""

@@ -187,6 +187,16 @@ def _expire(exchange: Exchange, *, seconds: float) -> Response | None:
     return replace(response, headers=response.headers | {"Location": location})
 
 
+@_fault("dead-address", "A signed URL at an address where nobody listens.")
+def _dead_address(exchange: Exchange, *, address: str) -> Response | None:
+    response = exchange.response
+    location = response.headers.get("Location", "")
+    if not location.startswith(exchange.hub.storage):
+        return None
+    location = location.replace(exchange.hub.storage, f"http://{address}", 1)
+    return replace(response, headers=response.headers | {"Location": location})
+
+
 @_fault("lfs-pointer", "200 and the text of the LFS pointer in place of the file.")
 def _lfs_pointer(exchange: Exchange) -> Response | None:
     entry = exchange.response.entry
