@@ -90,14 +90,14 @@ def main_of(cache: Path, repo: str) -> str | None:
 
 def snapshot_file(cache: Path, repo: str, commit: str, path: str) -> Path | None:
     """Return the whole file that an offline client finds for `path` at `commit`, or None."""
-    return _resolved(repository(cache, repo) / "snapshots" / commit / path, cache)
+    home = repository(cache, repo)
+    return _resolved(home / "snapshots" / commit / path, home)
 
 
 class CachedRepo:
     """A model repository in the cache, as it is when this is made; raises OSError."""
 
     def __init__(self, cache: Path, repo: str, revision: str | None) -> None:
-        self._cache = cache
         self._home = repository(cache, repo)
         self._exists = self._home.is_dir()
         snapshots = self._home / "snapshots"
@@ -114,20 +114,25 @@ class CachedRepo:
         digests = (artifact.sha256, artifact.git_sha1) if self._exists else ()
         paths = [self._home / "blobs" / digest for digest in digests if digest]
         for path in (*paths, *(snapshot / artifact.path for snapshot in self._snapshots)):
-            file = _resolved(path, self._cache)
+            file = _resolved(path, self._home)
             if file and file.stat().st_size == artifact.size and os.access(file, os.R_OK):
                 return file
         return None
 
 
-def _resolved(path: Path, cache: Path) -> Path | None:
-    """Return the regular file that a path leads to, if it is whole and inside the cache."""
+def _resolved(path: Path, home: Path) -> Path | None:
+    """Return the regular file that a path leads to, if it is whole and inside the cache.
+
+    A repository `home` may have been moved to another disk, or its blobs, and a link left
+    in its place: what lies there is inside as well.
+    """
     try:
         file = Path(os.path.realpath(path, strict=True))
         is_file = stat.S_ISREG(file.stat().st_mode)
     except OSError:
         return None
-    is_inside = file.is_relative_to(os.path.realpath(cache))
+    folders = [os.path.realpath(folder) for folder in (home.parent, home, home / "blobs")]
+    is_inside = any(file.is_relative_to(folder) for folder in folders)
     return file if is_file and is_inside and not file.name.endswith(UNFINISHED) else None
 
 
@@ -166,7 +171,7 @@ def seed(
     # The standard client needs no lock against us: both sides give a blob its name by a
     # rename, and only when it is whole.
     with FileLock(path):
-        kept = {s.path: _kept(s, cache, snapshot, blobs, on_progress) for s in seeds}
+        kept = {s.path: _kept(s, home, snapshot, blobs, on_progress) for s in seeds}
         lacking = {item.blob: item for item in seeds if not kept[item.path]}
         added = _add_blobs(blobs, list(lacking.values()), on_progress)
         for item in seeds:
@@ -187,12 +192,12 @@ def seed(
 
 
 def _kept(
-    seed: Seed, cache: Path, snapshot: Path, blobs: Path, on_progress: OnProgress
+    seed: Seed, home: Path, snapshot: Path, blobs: Path, on_progress: OnProgress
 ) -> Path | None:
     """Return the blob that is there already with just these bytes, whatever its name."""
     blob = blobs / seed.blob
     path = blob if os.path.lexists(blob) else snapshot / seed.path
-    file = _resolved(path, cache)
+    file = _resolved(path, home)
     if file is None or file.stat().st_size != seed.size:
         return None
     if file.samefile(seed.file):

@@ -23,7 +23,15 @@ from csm_weights.errors import CsmWeightsError, Kind, NoSpace, WrongContent
 from csm_weights.manifest.types import Artifact
 from csm_weights.model.offline_assets import find_assets
 from csm_weights.store import block_io, hub_cache
-from csm_weights.store.hub_cache import CachedRepo, How, Seed, Seeded, main_of, seed
+from csm_weights.store.hub_cache import (
+    CachedRepo,
+    How,
+    Seed,
+    Seeded,
+    main_of,
+    seed,
+    snapshot_file,
+)
 from tests.support.clone import REPOSITORY
 from tests.support.toy import content, flip
 
@@ -239,6 +247,22 @@ def test_a_cache_behind_a_link_is_a_cache(hub: Hub) -> None:
     hub.home.mkdir()
     hub.cache.symlink_to(hub.root / "disk")
     assert found_in(hub) == real.resolve()
+
+
+@pytest.mark.parametrize("folder", [".", "blobs"])
+def test_what_was_moved_and_linked_is_found_as_the_client_finds_it(hub: Hub, folder: str) -> None:
+    """A repository, or its blobs, may lie on another disk: the real client reads them there."""
+    hub.seed()
+    moved, elsewhere = hub.repository / folder, hub.root / "disk" / "moved"
+    elsewhere.parent.mkdir()
+    moved.rename(elsewhere)
+    moved.symlink_to(elsewhere, target_is_directory=True)
+    answer = ask_client(hub.home, REPO, [s.path for s in hub.seeds])
+    assert answer["files"] == {s.path: sha256(content(s.path, SIZE)) for s in hub.seeds}
+    artifact = replace(ARTIFACT, path="big.bin", size=SIZE, sha256=None, git_sha1=None)
+    file = CachedRepo(hub.cache, REPO, COMMIT).find(artifact)
+    assert file and file.read_bytes() == content("big.bin", SIZE)
+    assert snapshot_file(hub.cache, REPO, COMMIT, "big.bin") == file
 
 
 def test_a_file_of_another_size_is_passed_over(hub: Hub) -> None:
