@@ -447,13 +447,25 @@ def test_names_that_no_manifest_may_have_are_left_out(
         (["stra\xdfe", "strasse"], ["strasse"]),
         (["x\ud800", "y"], ["y"]),
         (["dir/a", "DIR/b"], ["DIR/b", "dir/a"]),
+        (["cafe\u0301.txt", "caf\xe9.txt"], ["cafe\u0301.txt"]),
+        (["CAF\xc9/x", "cafe\u0301"], ["CAF\xc9/x"]),
     ],
 )
 def test_of_two_names_that_are_one_the_first_stays(paths: list[str], kept: list[str]) -> None:
-    """Files that would be one where case does not count are not both written."""
+    """Files that would be one where case or Unicode form do not count are not both written."""
     artifacts, left_out = choose([told(path) for path in paths], (), PAGE)
     assert [a.path for a in artifacts] == kept
     assert len(left_out) == len(paths) - len(kept)
+
+
+def test_names_equal_but_for_their_unicode_form_end_nothing(
+    hub: HubServer, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The repository is written with the first of them; the other is told as left out."""
+    hub.add_repo(REPO, dict.fromkeys(["cafe\u0301.txt", "caf\xe9.txt", "good"], b"x"))
+    lock_repo(root)
+    assert [a.path for a in manifest(root).artifacts] == ["cafe\u0301.txt", "good"]
+    assert capsys.readouterr().err.count("left out: ") == 1
 
 
 LFS = told("big.bin", b"content", lfs=True)
