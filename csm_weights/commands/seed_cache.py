@@ -86,6 +86,8 @@ def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> 
                 unrecorded = _record_again(state)
             with suppress(NoSpace):
                 run.remove_leftovers(run.inspect(), is_staged=True)
+    if any(file.how is hub_cache.How.LINKED for file in seeded):
+        notes.append("a linked file is one file, here and in the cache, and read-only in both")
     main = hub_cache.main_of(cache, repo)
     is_moved = dry and (move_main or main is None)
     if main != revision and not is_moved:

@@ -7,7 +7,6 @@ branch of `plan.py` that chooses it.
 from __future__ import annotations
 
 import errno
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,6 +98,12 @@ class Keep(Action):
 
     verb = "keep"
 
+    @property
+    def detail(self) -> str:
+        """The other name that the file has, as files that were linked to the Hub's cache have."""
+        words = "though an edit changes another file too, as in the Hub's cache: chmod a-w it"
+        return words if self.file.is_shared else ""
+
 
 class Verify(Action):
     """Hash a file that lies where it should; a right one gets its receipt."""
@@ -135,30 +140,6 @@ class WriteText(Action):
         for action in actions:
             made = write_text(action.file.path, known_text(action.artifact) or "")
             session.install_staged(action.artifact, made)
-
-
-class LinkFromCache(Action):
-    """Verify a file of the Hub's cache and give it a second name in staging."""
-
-    verb, reads_file = "link from the Hub's cache", True
-
-    @classmethod
-    def apply(cls, actions: Sequence[Self], session: Session) -> None:
-        """See `Action`; where the file system makes no links, the file is copied."""
-        for action, verified in _verified(actions, session):
-            partial = partial_path(action.item.staged.path)
-            with atomic.writing(partial):
-                atomic.make_folder(partial.parent)
-                partial.unlink(missing_ok=True)
-            try:
-                os.link(verified.path, partial)
-            except OSError:
-                # A file system, or a setting, without hard links.
-                origins = session.policy.origins(action.item, session.paths.root)
-                copy = Assemble(action.item, action.item.staged, origins, session.policy)
-                Assemble.apply([copy], session)
-                continue
-            session.install_staged(action.artifact, replace(verified, path=partial))
 
 
 @dataclass(frozen=True)
@@ -360,7 +341,7 @@ class Copy(Action):
 
 
 #: The kinds of actions, cheapest first: what one finds out may change what is left to do.
-ORDER: tuple[type[Action], ...] = (Verify, WriteText, LinkFromCache, Assemble, Consume, Move, Copy)
+ORDER: tuple[type[Action], ...] = (Verify, WriteText, Assemble, Consume, Move, Copy)
 
 
 def known_text(artifact: Artifact) -> str | None:

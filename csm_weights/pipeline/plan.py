@@ -140,18 +140,17 @@ def _decide(
         return _absent(item, item.staged, state.paths.command("fetch"))
     if item.stranded:
         return [item.stranded]
-    is_linked = policy.cache and state.links_to_cache and not item.journal.consumed
-    cached = item.cached if is_linked else None
-    if cached and cached.state is FileState.UNVERIFIED:
-        return act.LinkFromCache(item, cached)
     kinds = {origin.source for origin in origins}
     is_whole = PieceSource.NOWHERE not in kinds and not (PieceSource.CHUNK in kinds and item.extras)
     has_text = act.known_text(item.artifact) is not None
     if is_whole and not (has_text and PieceSource.REMOTE in kinds and not policy.remote_first):
         remark = _why_not_consumed(item, state, policy)
+        shares_blocks = state.shares_blocks
+        if PieceSource.CACHED in kinds:
+            shares_blocks = state.cache_shares_blocks and PieceSource.CHUNK not in kinds
         if remark is not None:
-            return Assemble(item, item.staged, origins, policy, state.shares_blocks, remark)
-        return list(item.unfit) or Consume(item, item.staged, origins, policy, state.shares_blocks)
+            return Assemble(item, item.staged, origins, policy, shares_blocks, remark)
+        return list(item.unfit) or Consume(item, item.staged, origins, policy, shares_blocks)
     if has_text and not item.journal.consumed:
         return act.WriteText(item, item.staged)
     return _blocking(item, origins, policy)

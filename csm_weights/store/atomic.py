@@ -95,8 +95,8 @@ def stay_inside(folder: Path, base: Path) -> None:
 def unlink_shared(path: Path) -> None:
     """Remove the name of an unfinished file whose content has another name, and so is not ours.
 
-    A run that was killed between linking a file of the Hub's cache and renaming
-    it leaves one; writing there would write into the cache.
+    A run of a former version that was killed between linking a file of the Hub's
+    cache and renaming it has left one; writing there would write into the cache.
     """
     with writing(path), contextlib.suppress(FileNotFoundError):
         if path.lstat().st_nlink > 1:

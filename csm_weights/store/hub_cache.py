@@ -146,7 +146,7 @@ def seed(
 ) -> list[Seeded]:
     """Add verified files to the cache, as the snapshot `revision` of a repository.
 
-    By hard link where that is possible, else by sharing blocks, else by a copy
+    By sharing blocks where that is possible, else by hard link, else by a copy
     that is hashed as it is written; a linked file becomes read-only under both
     names. A blob that is there already stays if its bytes are right. Where
     `refs/main` names another commit it stays, unless `move_main`. `on_progress`
@@ -245,13 +245,16 @@ def _start(seed: Seed, unfinished: Path) -> How:
     with atomic.writing(unfinished):
         unfinished.unlink(missing_ok=True)
     source = seed.file.resolve()
+    with opened(source) as src, atomic.created(unfinished) as dst:
+        if block_io.clone_range(src, 0, dst, 0, seed.size):
+            return How.SHARED
     # The mode of another user's file cannot be changed, and should not.
     if os.geteuid() in (0, source.stat().st_uid):
         with contextlib.suppress(OSError):
+            unfinished.unlink()
             unfinished.hardlink_to(source)
             return How.LINKED
-    with opened(source) as src, atomic.created(unfinished) as dst:
-        return How.SHARED if block_io.clone_range(src, 0, dst, 0, seed.size) else How.COPIED
+    return How.COPIED
 
 
 def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:

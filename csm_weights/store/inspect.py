@@ -44,9 +44,10 @@ class FileState(enum.StrEnum):
 class FileStatus:
     """One file as it is on disk; `size` is in bytes, None where it is absent.
 
-    A symbolic link, as `is_link` says, is followed. `good` are the offsets of
-    pieces that can be salvaged from an invalid file. A chunk file is consumed
-    where bytes of it have moved to the unfinished file.
+    A symbolic link, as `is_link` says, is followed. `is_shared` says that it can be
+    written to and has other hard links, which an edit would change as well. `good`
+    are the offsets of pieces that can be salvaged from an invalid file. A chunk file
+    is consumed where bytes of it have moved to the unfinished file.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class FileStatus:
     finding: Finding | None = None
     receipt: Receipt | None = None
     is_link: bool = False
+    is_shared: bool = False
     good: frozenset[int] = frozenset()
 
     @property
@@ -139,7 +141,7 @@ class State:
     free_destination: int
     same_filesystem: bool
     shares_blocks: bool
-    links_to_cache: bool = False
+    cache_shares_blocks: bool = False
 
 
 def inspect(
@@ -165,7 +167,7 @@ def inspect(
         free_destination=shutil.disk_usage(disk.nearest(paths.destination)).free,
         same_filesystem=device == disk.device(paths.destination),
         shares_blocks=disk.shares_blocks(artifacts),
-        links_to_cache=paths.cache is not None and disk.device(paths.cache) == device,
+        cache_shares_blocks=disk.shares_blocks_with(paths.cache) if paths.cache else False,
     )
 
 
@@ -250,7 +252,8 @@ class _Disk:
             and receipt.fits(artifact)
         )
         state = FileState.VERIFIED if is_verified else FileState.UNVERIFIED
-        return FileStatus(path, state, size, None, receipt, path.is_symlink())
+        is_shared = status.st_nlink > 1 and bool(status.st_mode & 0o222)
+        return FileStatus(path, state, size, None, receipt, path.is_symlink(), is_shared)
 
     def cached(self, artifact: Artifact) -> FileStatus | None:
         """Return the file in the Hub's cache that has the artifact's size, if there is one."""
@@ -319,9 +322,13 @@ class _Disk:
         if not pieces or any(piece.offset % BLOCK for piece in pieces):
             return False
         folders = {(self.paths.root / piece.part).parent for piece in pieces}
-        device = self.device(self.paths.staging)
-        is_one = all(self.device(folder) == device for folder in folders)
-        return is_one and self.type(self.nearest(self.paths.staging)) in SHARING
+        return all(map(self.shares_blocks_with, folders))
+
+    def shares_blocks_with(self, folder: Path) -> bool:
+        """Check whether copies of a folder's files into the staging folder share blocks."""
+        staging = self.paths.staging
+        is_one_disk = self.device(folder) == self.device(staging)
+        return is_one_disk and self.type(self.nearest(staging)) in SHARING
 
 
 def filesystem_type(path: Path) -> str:

@@ -127,6 +127,7 @@ def test_verified_files_are_linked_into_the_cache(model: Toy, home: Path) -> Non
     """Every chosen file is in the snapshot of the manifest's commit, which main stands for."""
     seeded = seed_cache(model.request())
     assert (seeded.cache, seeded.main) == (home / "hub", COMMIT)
+    assert [note for note in seeded.notes if "read-only in both" in note]
     assert hows(seeded.files) == [How.LINKED] * 3
     for artifact in model.manifest.artifacts:
         assert snapshot(home, artifact.path) == model.good(artifact.path)

@@ -463,15 +463,37 @@ def fill_cache(desk: Desk, damage: bool = False) -> Path:
     return blob
 
 
-def test_the_hubs_cache_is_used_by_link(desk: Desk) -> None:
-    """A file in the cache is verified and linked: no request, no copy."""
+def test_an_edit_of_a_file_from_the_hubs_cache_is_none_of_the_cache(desk: Desk) -> None:
+    """A file in the cache is copied and verified without a request; the blob stays as it is."""
     desk.without_chunk_files()
     blob = fill_cache(desk)
     result = desk.inv("weights", *TINY, "--only=safetensors", "--no-smoke")
     assert (result.returncode, desk.hub.log) == (0, [])
+    assert "from the Hub's cache" in result.stdout
     placed = desk.clone.installed / "model.safetensors"
+    assert placed.read_bytes() == desk.content["model.safetensors"]
+    with placed.open("r+b") as file:
+        file.write(b"an edit")
+    assert blob.read_bytes() == desk.content["model.safetensors"]
+    assert not placed.samefile(blob)
+
+
+def test_a_file_that_was_linked_to_the_cache_is_kept_and_that_is_told(desk: Desk) -> None:
+    """As former versions linked it: its receipt holds, and status warns while it is writable."""
+    desk.without_chunk_files()
+    blob = fill_cache(desk)
+    placed = desk.clone.installed / "model.safetensors"
+    placed.parent.mkdir(parents=True, exist_ok=True)
+    placed.hardlink_to(blob)
+    only = (*TINY, "--only=safetensors")
+    assert desk.inv("weights", *only, "--no-smoke").returncode == 0
+    told = desk.inv("status", *only)
+    assert (told.returncode, "chmod a-w" in text_of(told)) == (0, True)
     assert placed.samefile(blob)
-    assert "link from the Hub's cache" in result.stdout
+    placed.chmod(0o444)
+    assert desk.inv("weights", *only, "--no-smoke").returncode == 0
+    told = desk.inv("status", *only)
+    assert (told.returncode, "chmod" in text_of(told)) == (0, False)
 
 
 def test_a_damaged_blob_gives_its_good_pieces(desk: Desk) -> None:

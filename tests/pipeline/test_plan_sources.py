@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.pipeline.actions import Assemble, LinkFromCache, Move, WriteText
+from csm_weights.pipeline.actions import Assemble, WriteText
 from csm_weights.pipeline.plan import Plan, Target, make_plan
 from csm_weights.pipeline.request import Request
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
@@ -157,22 +157,21 @@ def test_what_has_arrived_is_not_counted_again() -> None:
     assert (step.cost.read, step.cost.fetched, step.cost.written) == (3, 4, 4)
 
 
-def test_a_file_of_the_cache_is_taken_where_a_link_will_do() -> None:
-    """On one disk it is linked, without a byte written; elsewhere it is assembled from there."""
-    cached = FileStatus(CACHED, UNVERIFIED, 7)
-    item = replace(an_item(), cached=cached)
-    linked = make_plan(a_state(item, links_to_cache=True), Target.BOTH, AUTO)
-    assert [(type(s), s.cost.written) for s in linked.actions] == [(LinkFromCache, 0), (Move, 0)]
-    copied = make_plan(a_state(item), Target.STAGED, AUTO)
-    assert [(type(s), s.cost.written, s.cost.fetched) for s in copied.actions] == [(Assemble, 7, 0)]
-    assert "from the Hub's cache" in copied.actions[0].detail
+@pytest.mark.parametrize(("shares", "written"), [(True, 0), (False, 7)])
+def test_a_file_of_the_cache_is_copied(shares: bool, written: int) -> None:
+    """It gets an inode of its own: where the file system shares blocks, no byte is written."""
+    item = replace(an_item(), cached=FileStatus(CACHED, UNVERIFIED, 7))
+    state = a_state(item, cache_shares_blocks=shares)
+    (copy,) = make_plan(state, Target.STAGED, AUTO).actions
+    assert (type(copy), copy.cost.written, copy.cost.fetched) == (Assemble, written, 0)
+    assert "from the Hub's cache" in copy.detail
 
 
 def test_a_cache_that_is_not_asked_for_is_not_used() -> None:
     """From chunk files or a mirror alone, the Hub's cache does not count."""
     item = replace(an_item(), cached=FileStatus(CACHED, UNVERIFIED, 7))
     only_mirror = SourcePolicy(chunks=False, cache=False, remote=("https://mirror.example",))
-    plan = make_plan(a_state(item, links_to_cache=True), Target.STAGED, only_mirror)
+    plan = make_plan(a_state(item), Target.STAGED, only_mirror)
     assert origins(plan) == [PieceSource.REMOTE]
 
 

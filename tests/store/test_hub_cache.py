@@ -377,11 +377,10 @@ def test_what_cannot_be_linked_is_copied(hub: Hub) -> None:
     assert hub.leftovers() == []
 
 
-@pytest.mark.usefixtures("no_links")
-def test_what_cannot_be_linked_shares_blocks_where_it_can(
+def test_a_file_system_that_shares_blocks_needs_no_links(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a file system that shares blocks that is done, and takes no room either."""
+    """It takes no room either, and the installed files stay as they were."""
 
     def share(src: int, src_offset: int, dst: int, dst_offset: int, size: int) -> bool:
         os.pwrite(dst, os.pread(src, size, src_offset), dst_offset)

@@ -754,6 +754,14 @@ def test_expire(hub: HubServer) -> None:
     assert ask(signed(hub)).status == 403
 
 
+def test_dead_address(hub: HubServer) -> None:
+    """The fault `dead-address` changes the host of a signed URL, not that of a file in git."""
+    hub.fault("dead-address", address="127.0.0.1:9")
+    location = ask(resolve(hub, "model.safetensors"), "HEAD").headers["location"]
+    assert location.startswith("http://127.0.0.1:9/")
+    assert ask(resolve(hub, "config.json")).status == 200
+
+
 def test_etag_and_commit(hub: HubServer) -> None:
     """The faults `etag` and `commit` change these headers."""
     hub.fault("etag", value="../../evil")
