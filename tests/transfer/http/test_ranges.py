@@ -112,6 +112,17 @@ def test_a_slow_disk_is_not_the_servers_fault() -> None:
         assert caught.value.finding.kind is Kind.TOO_SLOW
 
 
+def test_a_server_that_keeps_the_least_rate_is_not_too_slow() -> None:
+    """Bytes count as they come: a few thousand a second are enough where 1024 are asked for."""
+    limits = replace(HASTY, slow_seconds=1, patience=2)
+    data = bytes(12_000)
+    with at_hub(data) as (hub, file):
+        hub.fault("trickle", rate=4000)
+        with RangeDownloader(threading.Event(), timeouts=limits) as downloader:
+            downloader.fetch(file, Writer(len(data)))
+        assert len(hub.log) == 1
+
+
 def test_a_span_that_fails_for_good_ends_the_others() -> None:
     """When one span is refused, those that are open are cut, not read to their end."""
     limits = replace(HASTY, read=60, slow_seconds=60)
