@@ -184,11 +184,8 @@ class _Partial:
                     writer.verify(str(self.path))
                     return kept
                 writer.reset()
-            writer.arrived = tuple(
-                (a.offset, a.offset + a.size)
-                for a in self.job.arrived
-                if piece.offset <= a.offset and a.offset + a.size <= piece.end
-            )
+            ranges = [(a.offset, a.offset + a.size) for a in self.job.arrived]
+            writer.arrived = tuple(r for r in ranges if piece.offset <= r[0] < piece.end)
             place = self.job.source.deliver(self.job.artifact, piece, writer)
         writer.verify(place)
         record = PieceRecord(piece.offset, piece.size, piece.sha256, place)

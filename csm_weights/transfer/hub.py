@@ -137,35 +137,36 @@ def classify_refusal(
     code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
     page, tokens = f"{credentials.endpoint}/{repo}", f"{credentials.endpoint}/{TOKENS}"
     found = credentials.mask(" ".join(filter(None, [str(status), code, message])))[:300]
-    lower, granted = message.lower(), "access that was granted"
-    if status == 401 and credentials.token:
+    lower, has_token = message.lower(), bool(credentials.token)
+    is_gated = code == "GatedRepo" or (status == 403 and "gated" in lower)
+    kind, where, granted = Kind.NOT_THERE, page, "access that was granted"
+    if status == 401 and has_token:
         # Whatever else it says: what a known token may not do is a 403.
-        help_text = f"make a new one at {tokens}; HF_TOKEN goes before hf auth login"
-        return Finding(Kind.UNKNOWN_TOKEN, page, "a token that the Hub knows", found, help_text)
-    if code in ("RevisionNotFound", "EntryNotFound"):
+        kind, expected = Kind.UNKNOWN_TOKEN, "a token that the Hub knows"
+        mend = f"make a new one at {tokens}; HF_TOKEN goes before hf auth login"
+    elif code in ("RevisionNotFound", "EntryNotFound"):
         what = revision if code == "RevisionNotFound" else f"{path} at {revision[:12]}"
-        help_text = f"see {page}/tree/main"
-        return Finding(Kind.NOT_THERE, f"{page} {what}", "a file of that name", found, help_text)
-    if code == "GatedRepo" or (status == 403 and "gated" in lower):
-        if not credentials.token:
-            return no_token(page, found)
-        if "fine-grained" in lower:
-            help_text = f"let the token read public gated repositories, at {tokens}"
-            return Finding(Kind.SCOPE, page, "a token that may read gated files", found, help_text)
-        kind, expected, help_text = Kind.TERMS, "terms that you have accepted", "accept them at"
-        if "awaiting" in lower or "pending" in lower:
-            kind, expected, help_text = Kind.PENDING, granted, "its authors decide; see"
-        elif "reject" in lower:
-            kind, expected, help_text = Kind.REJECTED, granted, "its authors have refused; see"
-        return Finding(kind, page, expected, found, f"{help_text} {page}")
-    if code == "RepoNotFound" or status == 404:
-        help_text = "check the name"
-        if not credentials.token:
-            help_text += "; if it is private, run hf auth login"
-        return Finding(Kind.NOT_THERE, page, "a repository or file of that name", found, help_text)
-    if status == 401:
+        where, expected, mend = f"{page} {what}", "a file of that name", f"see {page}/tree/main"
+    elif is_gated and not has_token:
+        return no_token(page, found)
+    elif is_gated and "fine-grained" in lower:
+        kind, expected = Kind.SCOPE, "a token that may read gated files"
+        mend = f"let the token read public gated repositories, at {tokens}"
+    elif is_gated and ("awaiting" in lower or "pending" in lower):
+        kind, expected, mend = Kind.PENDING, granted, f"its authors decide; see {page}"
+    elif is_gated and "reject" in lower:
+        kind, expected, mend = Kind.REJECTED, granted, f"its authors have refused; see {page}"
+    elif is_gated:
+        kind, expected, mend = Kind.TERMS, "terms that you have accepted", f"accept them at {page}"
+    elif code == "RepoNotFound" or status == 404:
+        expected, mend = "a repository or file of that name", "check the name"
+        if not has_token:
+            mend += "; if it is private, run hf auth login"
+    elif status == 401:
         # The Hub does not say whether a repository exists to those without a token.
-        help_text = "check the name; if it is private, run hf auth login, or set HF_TOKEN"
-        return Finding(Kind.NO_TOKEN, page, "a token", found, help_text)
-    help_text = f"visit {page}, and {tokens} for what the token may do"
-    return Finding(Kind.FORBIDDEN, page, "access", found, help_text)
+        kind, expected = Kind.NO_TOKEN, "a token"
+        mend = "check the name; if it is private, run hf auth login, or set HF_TOKEN"
+    else:
+        kind, expected = Kind.FORBIDDEN, "access"
+        mend = f"visit {page}, and {tokens} for what the token may do"
+    return Finding(kind, where, expected, found, mend)

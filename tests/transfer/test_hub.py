@@ -205,6 +205,16 @@ def test_what_passes_is_outlasted(shop: Shop, fault: dict[str, Any]) -> None:
     assert handle.hits > 0
 
 
+@pytest.mark.parametrize("host", ["hub", "storage"])
+def test_an_outage_within_the_patience_is_outlasted_and_told_once(shop: Shop, host: Any) -> None:
+    """Closed connections for some seconds, to all streams at once, end nothing."""
+    outage = shop.hub.fault("close", host=host)
+    threading.Timer(3, outage.clear).start()
+    assert shop.is_right(shop.fetch())
+    assert outage.hits > 1
+    assert len(shop.said) == 1
+
+
 def test_bytes_that_were_found_wrong_are_not_looked_at_again(shop: Shop) -> None:
     """The next run fetches the piece at once; it does not hash what the journal calls refuted."""
     fault = shop.hub.fault("flip", offset=SPAN + 5)

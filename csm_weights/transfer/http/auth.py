@@ -21,22 +21,19 @@ class OriginAuth(AuthBase):
     """Headers for requests to the origin of `url`, and to no other.
 
     That this is given with every request also keeps requests from taking
-    credentials from .netrc.
+    credentials from .netrc. `is_named_by_user` says that a person chose this
+    server, so that it may be in their own network.
     """
 
     def __init__(self, url: str = "", headers: Mapping[str, str] | None = None) -> None:
         self.url = url
+        self.is_named_by_user = origin(url) != origin(PUBLIC_ENDPOINT)
         self._headers = dict(headers or {})
 
     def covers(self, url: str) -> bool:
         """Return whether a URL has this origin, or is its http address moved to https."""
         default_ports = origin(self.url)[2] == 80 and origin(url)[2] == 443
         return origin(url) == origin(self.url) or (default_ports and is_upgrade(self.url, url))
-
-    @property
-    def is_named_by_user(self) -> bool:
-        """True where a person chose this server, so that it may be in their own network."""
-        return origin(self.url) != origin(PUBLIC_ENDPOINT)
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         """Add the headers to a request to their own origin; see requests' AuthBase."""

@@ -223,10 +223,11 @@ class RangeDownloader(HttpClient):
             start, stop = (0, file.size) if is_whole else (at - file.offset, end - file.offset)
             headers = {} if is_whole else {"Range": f"bytes={start}-{stop - 1}"}
             response = self.follow("GET", url, file.auth, headers)
-            with contextlib.ExitStack() as closing:
-                closing.enter_context(response)
+            try:
                 stop = _check_answer(file, response, start, stop)
-                closing.pop_all()
+            except BaseException:
+                response.close()
+                raise
             stream = RangeStream(self, response, file.offset + start, file.offset + stop, over)
         if is_whole:
             stream.end, file.stream = end, None
