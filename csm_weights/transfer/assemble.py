@@ -23,7 +23,7 @@ from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import Hasher, feed, git_sha1, sha256
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.store.atomic import create, sync, unlink_shared, write_all, writing
+from csm_weights.store.atomic import create, created, sync, unlink_shared, write_all, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.journal import (
     Arrival,
@@ -223,7 +223,7 @@ class _Partial:
 class PartialWriter:
     """The `PieceWriter` of one piece: it writes to the partial and hashes what stands there.
 
-    `rehash`, `copy_step` and `secure` are for pieces that are moved step by
+    `rehash`, `copy` and `secure` are for pieces that are moved step by
     step; the first two return the hex sha256 of the piece so far.
     """
 
@@ -270,22 +270,19 @@ class PartialWriter:
     def copy_from(self, fd: int, offset: int) -> None:
         """See `PieceWriter`."""
         self.reset()
-        self._copy(Extent(fd, offset, self.piece.size), self.piece.offset)
+        self.copy(Extent(fd, offset, self.piece.size), 0)
 
-    def copy_step(self, fd: int, start: int, size: int) -> str:
-        """Copy the bytes `[start, start + size)` of the piece, from just there in `fd`.
+    def copy(self, extent: Extent, at: int) -> str:
+        """Copy bytes of a file to byte `at` of the piece.
 
-        Raises OSError or EOFError where `fd` cannot be read that far.
+        Raises OSError or EOFError where they cannot be read that far.
         """
-        self._copy(Extent(fd, start, size), self.piece.offset + start)
-        return self._digest.hexdigest()
-
-    def _copy(self, extent: Extent, offset: int) -> None:
         # A piece whose turn it is not is read again for the whole digest, so it stays in
         # the page cache; nobody needs the others there.
-        direct = self.whole is not None
-        rest = (self._sinks(), direct, self._partial.on_progress, self._partial.cancel)
-        copy_hashed(extent, self._partial.target, offset, *rest)
+        partial, direct = self._partial, self.whole is not None
+        rest = (self._sinks(), direct, partial.on_progress, partial.cancel)
+        copy_hashed(extent, partial.target, self.piece.offset + at, *rest)
+        return self._digest.hexdigest()
 
     def rehash(self, size: int) -> str:
         """Hash the piece's first `size` bytes where they lie in the partial."""
@@ -360,14 +357,9 @@ class PartialWriter:
 
 def write_text(target: Path, text: str) -> VerifiedFile:
     """Write the partial of a file whose content is `text`, whole at once."""
-    content, partial = text.encode(), partial_path(target)
-    unlink_shared(partial)
-    fd = create(partial, os.O_TRUNC)
-    try:
+    content, partial, digest = text.encode(), partial_path(target), sha256()
+    with created(partial) as fd:
         write_all(fd, content, target)
-        digest = sha256()
         feed(fd, 0, len(content), [digest], lambda _: None)
         fingerprint = Fingerprint.of(os.fstat(fd))
-    finally:
-        os.close(fd)
     return VerifiedFile(partial, digest.hexdigest(), (), fingerprint)

@@ -22,7 +22,7 @@ from csm_weights.hashing import Hasher, ShortRead, feed, sha256
 from csm_weights.manifest.paths import CHUNKS
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import stay_inside, sync, writing
-from csm_weights.store.block_io import can_punch, punch
+from csm_weights.store.block_io import Extent, can_punch, punch
 from csm_weights.store.inspect import ArtifactState
 from csm_weights.store.journal import partial_path
 from csm_weights.transfer.assemble import PartialWriter
@@ -187,7 +187,7 @@ def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> s
         with opened(root / piece.part, os.O_RDWR | os.O_NOFOLLOW) as fd:
             for end, digest in stake.marks:
                 if end > at:
-                    if writer.copy_step(fd, at, end - at) != digest:
+                    if writer.copy(Extent(fd, at, end - at), at) != digest:
                         raise changed
                     writer.secure(end)
                 if Fingerprint.of(os.fstat(fd)) != seen:
