@@ -12,8 +12,8 @@ from csm_weights.commands import console  # noqa: E402
 from csm_weights.commands.cli import collection, refuse_typos, task  # noqa: E402
 
 
-@task(name="the stand-in: csm-1b-standin (12.4 GB) or csm-tiny")
-def standin(root: Path, name: str = "csm-1b-standin", dry: bool = False) -> object:
+@task("dry", name=("csm-1b-standin", "the stand-in: csm-1b-standin (12.4 GB) or csm-tiny"))
+def standin(root: Path, name: str, dry: bool) -> object:
     """Write a stand-in of CSM-1B with random weights: chunk files and manifest."""
     sys.path.append(str(ROOT))
     from tools.standin import make_standin

@@ -30,25 +30,34 @@ if TYPE_CHECKING:
     from csm_weights.pipeline.session import Outcome
 
 
+#: The default of an option that has to be given.
+REQUIRED = inspect.Parameter.empty
+
 #: Options that several tasks have: the default (None: it may be repeated), and the help.
 OPTIONS: dict[str, tuple[str | bool | None, str]] = {
-    "model": ("csm-1b", "a name in manifests/, or the path of a manifest (default csm-1b)"),
-    "only": ("", "formats, groups or files: safetensors, ckpt, prompts, all, ...; with commas"),
-    "dest": ("", "the folder for the files, instead of the manifest's; below the repository"),
-    "source": ("auto", "where pieces come from: auto (any of them), chunks, mirror or hf"),
-    "url": (None, "a mirror: the URL of a folder with the files or chunk files; may be repeated"),
-    "revision": ("", "another commit, branch or tag of the repository; the same digests decide"),
-    "consume": (False, "free the chunk files as their file grows, on a disk without room for both"),
-    "patience": ("", "seconds that a server may give nothing before the run gives up (default 60)"),
-    "seal": (False, "make the installed files read-only, and turn on fs-verity where there is"),
+    "model": ("csm-1b", "name in manifests/, or path of a manifest (default: csm-1b)"),
+    "only": ("", "formats, groups or files: safetensors, ckpt, prompts, all, ...; comma-separated"),
+    "dest": ("", "folder of the installed files, below the repository (default: the manifest's)"),
+    "source": (
+        "auto",
+        "where to get pieces: chunks, hf, mirror, or auto for any of them (default)",
+    ),
+    "url": (None, "URL of a mirror: a folder with the files or chunk files; may be repeated"),
+    "revision": ("", "another commit, branch or tag of the repository; the digests stay the same"),
+    "consume": (False, "remove chunk files while their file grows, if there is no room for both"),
+    "patience": ("", "seconds to keep trying a server that sends nothing (default: 60)"),
+    "seal": (False, "make the installed files read-only, with fs-verity where it is supported"),
     "dry": (False, "show what would be done, and do nothing"),
-    "require_gpu": (False, "exit 77 unless the smoke test runs on a GPU"),
-    "json": (False, "print the result as JSON on stdout, also when it fails"),
+    "require_gpu": (False, "exit with 77 unless the smoke test runs on a GPU"),
+    "json": (False, "print the result as JSON on stdout, and errors too"),
 }
 
 #: Options of every task about files that are here, and of those that fetch them.
 FILES = ("model", "only", "dest", "json")
 SOURCES = (*FILES, "source", "url", "revision")
+
+#: Options that go into the request of a task.
+REQUEST = ("model", "only", "dest", "source", "url", "revision", "consume", "patience")
 
 
 class _Function(Protocol):
@@ -57,48 +66,45 @@ class _Function(Protocol):
     def __call__(self, *args: Any, **options: Any) -> object: ...
 
 
-def task(*names: str, **helps: str) -> Callable[[_Function], Task[Any]]:
+def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]]:
     """Make a task of a function that returns what is to be shown.
 
-    Args:
-        names: Shared options of the task. Those that the function has no
-            parameter for go into the `Request` that it gets first.
-        helps: Help for the function's own options, or in place of the shared one.
-
-    The function's first parameter is `request`, or else `root`, the folder
-    with manifests/. Its other parameters are options, named and defaulted as
-    they are there. The result is printed as text or JSON; the error that it
-    carries, or that is raised, ends the process with its exit code.
+    Its options are those of `OPTIONS` with these `names`, and its `own`: their
+    default and help. The function's first argument is called `request`, and
+    made of the options in `REQUEST`; or `root`, the folder with manifests/. It
+    gets all other options by their names. The result is printed as text or
+    JSON; the error that it carries, or that is raised, ends the process with
+    its exit code.
     """
+    options = own | {name: OPTIONS[name] for name in names}
 
     def make(function: _Function) -> Task[Any]:
-        first, *own = inspect.signature(function).parameters.values()
-        name = function.__name__.replace("_", "-")
+        name, takes = function.__name__.replace("_", "-"), inspect.signature(function).parameters
 
-        def body(context: Context, **options: Any) -> None:
-            as_json = options.pop("json", False)
-            given = {parameter.name: options.pop(parameter.name) for parameter in own}
+        def body(context: Context, **given: Any) -> None:
+            as_json = given.pop("json", False)
 
             def call() -> object:
                 _refuse_core_options(context, name)
                 root = Path(context.config.csm_weights.root)
-                target = root if first.name == "root" else make_request(root, **options)
-                return function(target, **given)
+                if "root" in takes:
+                    return function(root, **given)
+                asked = {key: given.pop(key) for key in REQUEST if key in given}
+                return function(make_request(root, **asked), **given)
 
             from csm_weights.commands import console
 
             if code := console.run(call, as_json, name):
                 raise Exit(code=code)
 
-        shared = [n for n in names if n not in {parameter.name for parameter in own}]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(n, kind, default=OPTIONS[n][0]) for n in shared]
-        parameters = [inspect.Parameter("context", kind), *own, *parameters]
+        defaults = {"context": REQUIRED} | {key: default for key, (default, _) in options.items()}
+        parameters = [inspect.Parameter(key, kind, default=defaults[key]) for key in defaults]
         body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         body.__name__, body.__doc__ = function.__name__, function.__doc__
-        known = {n: OPTIONS[n][1] for n in [*shared, *(p.name for p in own)] if n in OPTIONS}
-        iterable = [parameter.name for parameter in parameters if parameter.default is None]
-        return Task(body, name, iterable=iterable, help=known | helps, auto_shortflags=False)
+        helps = {key: text for key, (_, text) in options.items()}
+        iterable = [key for key, default in defaults.items() if default is None]
+        return Task(body, name, iterable=iterable, help=helps, auto_shortflags=False)
 
     return make
 
@@ -181,15 +187,9 @@ def _refuse_core_options(context: Context, name: str) -> None:
 
 @task(
     *(*SOURCES, "consume", "patience", "seal", "dry", "require_gpu"),
-    smoke="--no-smoke leaves the smoke test out, and needs no torch",
+    smoke=(True, "--no-smoke skips the smoke test, and needs no torch"),
 )
-def weights(
-    request: Request,
-    smoke: bool = True,
-    require_gpu: bool = False,
-    seal: bool = False,
-    dry: bool = False,
-) -> object:
+def weights(request: Request, smoke: bool, require_gpu: bool, seal: bool, dry: bool) -> object:
     """Join or download, verify, install and smoke-test a model."""
     from csm_weights.pipeline import apply
     from csm_weights.pipeline.plan import Target
@@ -199,8 +199,11 @@ def weights(
     return _sealed(request, apply.weights(request, smoke, require_gpu), seal)
 
 
-@task(*SOURCES, "consume", check="exit 3 or 4 unless every file is installed and verified")
-def status(request: Request, check: bool = False) -> object:
+@task(
+    *(*SOURCES, "consume"),
+    check=(False, "exit with 3 or 4 unless every file is installed and verified"),
+)
+def status(request: Request, check: bool) -> object:
     """Show what is here, what is missing, and what would be done."""
     from csm_weights.pipeline import apply
 
@@ -208,7 +211,7 @@ def status(request: Request, check: bool = False) -> object:
 
 
 @task(*SOURCES, "consume", "patience", "seal", "dry")
-def fetch(request: Request, seal: bool = False, dry: bool = False) -> object:
+def fetch(request: Request, seal: bool, dry: bool) -> object:
     """Join or download the files into output/, or into --dest, and verify them."""
     from csm_weights.pipeline.plan import Target
 
@@ -218,7 +221,7 @@ def fetch(request: Request, seal: bool = False, dry: bool = False) -> object:
 
 
 @task(*FILES, "seal", "dry")
-def place(request: Request, seal: bool = False, dry: bool = False) -> object:
+def place(request: Request, seal: bool, dry: bool) -> object:
     """Install verified files: move them from output/ to the destination."""
     from csm_weights.pipeline.plan import Target
 
@@ -243,18 +246,12 @@ def _sealed(request: Request, done: Outcome, seal: bool) -> Outcome:
 
 @task(
     *FILES,
-    sums="also check the files against this SHA256SUMS file",
-    write_sums="write SHA256SUMS beside the files, once they are verified",
-    attestation="a file of `inv attest`: check the installed files against it",
-    key="the public key (PEM) that must have signed the attestation",
+    sums=("", "also check the files against this SHA256SUMS file"),
+    write_sums=(False, "write SHA256SUMS next to the files, once they are verified"),
+    attestation=("", "also check the files against this attestation, made by `inv attest`"),
+    key=("", "public key (PEM) that must have signed the attestation"),
 )
-def verify(
-    request: Request,
-    sums: str = "",
-    write_sums: bool = False,
-    attestation: str = "",
-    key: str = "",
-) -> object:
+def verify(request: Request, sums: str, write_sums: bool, attestation: str, key: str) -> object:
     """Hash the installed files again and run all gates; asks no server."""
     from csm_weights.commands import attest, verify
 
@@ -262,18 +259,18 @@ def verify(
         return attest.verify(request, attestation, key, sums or None, write_sums)
     if key:
         raise UsageError(
-            "--key goes with --attestation FILE: it is the public key that must have signed it"
+            "--key needs --attestation FILE: it names the key that must have signed it"
         )
     return verify.verify(request, sums or None, write_sums)
 
 
 @task(
     *FILES,
-    out="the file to write (default NAME.intoto.json beside the files)",
-    key="sign with this private key, in PEM; a passphrase is read from CSM_KEY_PASSPHRASE",
-    new_key="sign with a new Ed25519 key, kept in this file and, the public one, in FILE.pub",
+    out=("", "file to write (default: NAME.intoto.json next to the files)"),
+    key=("", "private key (PEM) to sign with; its passphrase is taken from CSM_KEY_PASSPHRASE"),
+    new_key=("", "make an Ed25519 key in this new file (and FILE.pub), and sign with it"),
 )
-def attest(request: Request, out: str = "", key: str = "", new_key: str = "") -> object:
+def attest(request: Request, out: str, key: str, new_key: str) -> object:
     """Hash the installed files and write where they come from, as an in-toto statement."""
     from csm_weights.commands import attest
 
@@ -282,35 +279,27 @@ def attest(request: Request, out: str = "", key: str = "", new_key: str = "") ->
 
 @task(
     *(*FILES, "require_gpu"),
-    device="a device of torch: cpu, cuda, cuda:1; default a GPU if there is one",
-    frames="how many frames of 80 ms to make (default 8)",
-    dtype="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on the CPU",
-    max_rtf="fail where a second of audio takes more seconds than this (default: no limit)",
-    record="record golden frames in manifests/ instead (CPU)",
+    device=("", "torch device: cpu, cuda, cuda:1 (default: a GPU if there is one)"),
+    frames=(8, "number of frames to generate, of 80 ms each (default: 8)"),
+    dtype=("", "float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU)"),
+    max_rtf=(0.0, "fail if a second of audio takes more seconds than this (default: no limit)"),
+    record=(False, "record the frames of this model in manifests/ as golden frames (on the CPU)"),
 )
-def smoke(
-    request: Request,
-    device: str = "",
-    require_gpu: bool = False,
-    frames: int = 8,
-    dtype: str = "",
-    max_rtf: float = 0.0,
-    record: bool = False,
-) -> object:
+def smoke(request: Request, record: bool, frames: int, **options: Any) -> object:
     """Load the installed model, generate some frames, and check them."""
     from csm_weights.commands import smoke
 
     if record:
         return str(smoke.record_golden(request, frames))
-    return smoke.smoke(request, device or None, require_gpu, frames, dtype or None, max_rtf or None)
+    return smoke.smoke(request, frames=frames, **options)
 
 
 @task(
     *(*SOURCES, "consume"),
-    smoke="--no-smoke leaves out what the smoke test needs, as with weights",
-    offline="check instead which repositories that CSM needs to speak offline are in the cache",
+    smoke=(True, "--no-smoke leaves out what only the smoke test needs"),
+    offline=(False, "check only that the Hub's cache has what CSM needs to speak offline"),
 )
-def doctor(request: Request, smoke: bool = True, offline: bool = False) -> object:
+def doctor(request: Request, smoke: bool, offline: bool) -> object:
     """Find out what stands in the way of weights, before anything is downloaded."""
     from csm_weights.commands import doctor
 
@@ -319,9 +308,9 @@ def doctor(request: Request, smoke: bool = True, offline: bool = False) -> objec
 
 @task(
     *(*FILES, "dry"),
-    move_main="make main this commit, even where it is another one",
+    move_main=(False, "point main at this commit even if it is at another one"),
 )
-def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> object:
+def seed_cache(request: Request, move_main: bool, dry: bool) -> object:
     """Link the installed files into the Hub's cache, for other programs."""
     from csm_weights.commands import seed_cache
 
@@ -330,42 +319,39 @@ def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> 
 
 @task(
     *("model", "dest", "json"),
-    file="a file of weights, its chunk files, shards, or a folder; may be given twice (default: "
-    "the model's two formats, or with one file what is here of the model)",
+    file=(
+        None,
+        "a file of weights, its chunk files, shards, or a folder; give it twice, or once to"
+        " compare with the model's other file (default: the model's two formats)",
+    ),
 )
-def compare(request: Request, file: Sequence[str] | None = None) -> object:
+def compare(request: Request, file: Sequence[str]) -> object:
     """Check that two files of weights hold equal tensors; name the first that differs."""
     from csm_weights.commands import compare
 
-    return compare.compare(request, *map(Path, file or ()))
+    return compare.compare(request, *map(Path, file))
 
 
 @task(
     "json",
-    path="a file of weights, one of its chunk files or shards, or a folder of them",
-    also="another one; may be repeated",
+    path=(REQUIRED, "file of weights, one of its chunk files or shards, or a folder of them"),
+    also=(None, "another one; may be repeated"),
 )
-def identify(root: Path, path: str, also: Sequence[str] | None = None) -> object:
+def identify(root: Path, path: str, also: Sequence[str]) -> object:
     """Tell what weights are: network, layout, dtype, and which known release they equal."""
     from csm_weights.commands import identify
 
-    return identify.identify_paths(root, [Path(one) for one in (path, *(also or ()))])
+    return identify.identify_paths(root, [Path(one) for one in (path, *also)])
 
 
 @task(
-    file="the file to split",
-    chunks="the folder for the chunk files, below chunks/",
-    size="bytes of a chunk file: 1073741824, 1GiB, 500MB, ...",
-    manifest="the manifest to write the entry to (made if new); else it is printed",
+    "dry",
+    file=(REQUIRED, "file to split: inv split FILE"),
+    chunks=("", "folder for the chunk files, below chunks/ (default: chunks/NAME)"),
+    size=("1GiB", "size of a chunk file: 500MB, 1GiB, ... or a number of bytes (default: 1GiB)"),
+    manifest=("", "manifest to add the entry to, made if it is new (default: print the entry)"),
 )
-def split(
-    root: Path,
-    file: str,
-    chunks: str = "",
-    size: str = "1GiB",
-    manifest: str = "",
-    dry: bool = False,
-) -> object:
+def split(root: Path, file: str, chunks: str, size: str, manifest: str, dry: bool) -> object:
     """Split a file into chunk files, with SHA256SUMS and a manifest entry."""
     from csm_weights.commands import split
 
@@ -373,42 +359,34 @@ def split(
 
 
 @task(
-    model="a name in manifests/, or a manifest's path (default csm-1b, or the name in --repo)",
-    repo="ORG/NAME: write the manifest of that repository, from the Hub's own metadata",
-    revision="with --repo: a commit, branch or tag (default main)",
-    only="formats, groups or files, comma-separated; with --repo globs: '*.safetensors,*.json'",
-    size="bytes of the pieces that larger files without pieces get (default 64MiB)",
-    dry="show the difference, and write nothing",
+    *("dest", "patience"),
+    model=("", "name or path of the manifest (default: csm-1b, or the repository's name)"),
+    repo=("", "ORG/NAME: write a manifest of this repository, from what the Hub reports"),
+    revision=("", "with --repo: a commit, branch or tag (default: main)"),
+    only=("", "formats, groups or files, comma-separated; with --repo globs: '*.json,*.txt'"),
+    size=("", "size of the pieces that large files without pieces get (default: 64MiB)"),
+    dry=(False, "show the difference, and write nothing"),
 )
-def lock(
-    root: Path,
-    model: str = "",
-    repo: str = "",
-    revision: str = "",
-    only: str = "",
-    dest: str = "",
-    size: str = "",
-    patience: str = "",
-    dry: bool = False,
-) -> object:
+def lock(root: Path, model: str, repo: str, only: str, dry: bool, **options: str) -> object:
     """Write digests to a manifest: of verified local files, or as the Hub reports them."""
     from csm_weights.commands import lock
     from csm_weights.config import parse_patience
 
+    dest, size, revision, patience = (
+        options[key] for key in ("dest", "size", "revision", "patience")
+    )
     if repo and (dest or size):
-        raise UsageError(
-            "--dest and --size are about installed files, and --repo only asks the Hub"
-        )
+        raise UsageError("--dest and --size are about installed files: leave them out with --repo")
     if (revision or patience) and not repo:
-        raise UsageError("--revision and --patience go with --repo")
+        raise UsageError("--revision and --patience need --repo")
     if repo:
         seconds = parse_patience(patience)
         return lock.lock_repo(root, repo, revision, only, model, dry, seconds)
     return lock.lock(make_request(root, only=only, dest=dest, model=model or "csm-1b"), dry, size)
 
 
-@task("model", "dest")
-def clean(request: Request, dry: bool = False) -> object:
+@task("model", "dest", "dry")
+def clean(request: Request, dry: bool) -> object:
     """Remove unfinished files; verified files stay, in output/ and installed."""
     from csm_weights.commands import clean as cleaning
 

@@ -12,19 +12,24 @@ from csm_weights.store.inspect import State
 
 def smoke(
     request: Request,
-    device: str | None = None,
+    device: str = "",
     require_gpu: bool = False,
     frames: int = smoke_test.FRAMES,
-    dtype: str | None = None,
-    max_rtf: float | None = None,
+    dtype: str = "",
+    max_rtf: float = 0.0,
 ) -> Outcome:
-    """Run the gates, load the installed model and check what it generates."""
+    """Run the gates, load the installed model and check what it generates.
+
+    Empty options leave the choice to torch's devices, and the speed unchecked.
+    """
     session, state = _begin(request)
     results = session.gate(state, rehash=False)
     outcome = Outcome(state, results=results, error=gate_error(results))
     if outcome.error:
         return outcome
-    return smoke_test.run(outcome, device, require_gpu, frames, dtype, max_rtf)
+    return smoke_test.run(
+        outcome, device or None, require_gpu, frames, dtype or None, max_rtf or None
+    )
 
 
 def record_golden(request: Request, frames: int) -> Path:
