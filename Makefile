@@ -59,7 +59,7 @@ RUN_ENV   := $(VENV)/.smoke
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare split lock \
+.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify split lock \
 	standin clean test lint test-full test-integration test-gpu messages torture bench \
 	bench-download bench-load fuzz scanners mutation
 
@@ -100,6 +100,9 @@ seed-cache: $(VENV)/.base ## Link the installed files into the Hub's cache
 compare: $(VENV)/.base ## Check that two formats, or FILE='A B', are equal
 	@$(INV) compare --model $(call quoted,$(MODEL)) $(call option,DEST,dest) \
 		$(foreach file,$(FILE),--file $(call quoted,$(file)))
+
+identify: $(VENV)/.base ## Tell what the weights at FILE=... are, and which release they equal
+	@$(INV) identify $(call quoted,$(FILE))
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest)
