@@ -5,9 +5,8 @@
 # Python. The default model, csm-1b, goes from chunks/ckpt/ and chunks/safetensors/ to output/.
 # The name of one such folder chooses it; without it, those are taken that have chunk files.
 #
-# SHA256SUMS beside the chunk files lists their digests and, in a comment, the joined file's.
-# Every chunk file is checked before anything is written. The joined file is written under
-# a partial name, read back and checked, and only then renamed. Needs bash 3.2 or newer.
+# SHA256SUMS beside the chunk files lists their digests and, in a comment, the joined file's. All
+# are checked before anything is written, and the joined file is before it is renamed. (bash 3.2)
 #
 # exit codes: 0 done, 2 usage, 3 chunk files are missing or not pulled, 4 wrong content,
 #             7 not enough disk or not writable, 130 interrupted
@@ -47,9 +46,12 @@ read_list() { # FOLDER: append what its SHA256SUMS says
   done < <(if [[ -r $1 && -f $list && -s $list ]]; then head -c 1000000 "$list"; fi)
   [[ $n$line ]] || finding 3 "$list" missing "a list of chunk files" none "$help"
 }
+real() { readlink -f "$1" 2>/dev/null || (cd -P "$(dirname "$1")" && show "$PWD/${1##*/}"); }
 check_chunk() { # FILE SHA256
   if [[ ! -f $1 || ! -r $1 || ! -s $1 ]]; then
     finding 3 "$1" missing "a chunk file" "none that can be read, or an empty one" "$help"
+  elif [[ $(real "$1") != "$(cd -P chunks && pwd)"/* ]]; then
+    finding 4 "$1" "something in the way" "a file inside chunks/" "a link out of it" "copy it there"
   elif head -c 64 "$1" | grep -aq '^version https://git-lfs.github.com/spec/v1'; then
     finding 3 "$1" "git-lfs pointer" "a chunk file" "a pointer to it" "git lfs pull"
   elif say "checking $1"; [[ $(digest 256 <"$1") != "$2" ]]; then
@@ -78,8 +80,7 @@ while (($#)); do
   esac
   shift
 done
-self=$(readlink -f "${BASH_SOURCE[0]}" 2>/dev/null) || self=${BASH_SOURCE[0]}
-cd -P "$(dirname "$self")"
+cd -P "$(dirname "$(real "${BASH_SOURCE[0]}")")"
 [[ $model != */* && -f manifests/$model.toml ]] || die 2 "no manifests/$model.toml"
 folders=("chunks/$model" "chunks/$model"/*/) output=output/$model
 [[ $model != csm-1b ]] || folders=(chunks/ckpt chunks/safetensors) output=output
@@ -89,9 +90,8 @@ for folder in "${folders[@]%/}"; do
   if [[ $format == "${folder##*/}" || $format == all && -f $folder/SHA256SUMS || -z ${format#all} &&
     (${#here[@]} != 0 || -e $folder && ! -r $folder) ]]; then read_list "$folder"; fi
 done
-if ((${#files[@]} + code == 0)); then
+((${#files[@]} + code > 0)) ||
   die $((${#format} ? 2 : 3)) "no chunk files${format:+ called $format} in ${folders[*]} -> $help"
-fi
 for ((i = 0; i < ${#chunks[@]}; i++)); do check_chunk "${chunks[i]}" "${sums[i]}"; done
 ((code == 0)) || die "$code" "nothing was written; see above"
 

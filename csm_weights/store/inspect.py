@@ -19,6 +19,7 @@ from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint, read_bounded, size_finding, stat_of
+from csm_weights.manifest.paths import CHUNKS
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.block_io import NOT_PUNCHING
 from csm_weights.store.consumed import BLOCK, held_twice, why_stranded, why_unfit
@@ -185,6 +186,7 @@ class _Disk:
         self.nearest = functools.cache(self._nearest)
         self.device = functools.cache(lambda folder: self.nearest(folder).stat().st_dev)
         self.names = functools.cache(lambda folder: sorted(f.name for f in folder.iterdir()))
+        self.real = functools.cache(lambda path: Path(os.path.realpath(path)))
         self.type = functools.cache(filesystem_type)
         self.strays = functools.cache(self._strays)
         self.cache = None
@@ -280,11 +282,24 @@ class _Disk:
             is_absent = finding.kind is Kind.MISSING
             state = FileState.ABSENT if is_absent else FileState.INVALID
             return FileStatus(path, state, None, finding)
-        finding = known or size_finding(path, [piece.size], status.st_size, piece.part)
+        finding = known or self.led_out(path, piece.part)
+        finding = finding or size_finding(path, [piece.size], status.st_size, piece.part)
         if finding is None and not os.access(path, os.R_OK):
             finding = Finding.unreadable(piece.part, "permission denied")
         state = FileState.CONSUMED if moved else FileState.UNVERIFIED
         return FileStatus(path, FileState.INVALID if finding else state, status.st_size, finding)
+
+    def led_out(self, path: Path, part: str) -> Finding | None:
+        """Return that a chunk file is reached through a link out of chunks/, if so.
+
+        chunks/ itself may be a link: where it is, is the user's choice.
+        """
+        led = self.real(path) if path.is_symlink() else self.real(path.parent)
+        if led.is_relative_to(self.real(self.paths.root / CHUNKS)):
+            return None
+        words = (f"a file inside {CHUNKS}/", f"a link that leads to {led}")
+        mend = f"copy the file there, or let {CHUNKS}/ itself be the link"
+        return Finding(Kind.IN_THE_WAY, part, *words, mend)
 
     def extras(self, artifact: Artifact) -> Iterator[Finding]:
         """Yield a finding for files that are named like the artifact's chunk files and are none."""

@@ -424,17 +424,6 @@ def test_called_through_a_symlink(tree: Tree, tmp_path: Path) -> None:
     assert tree.outputs() == BOTH
 
 
-def test_linked_chunk_files_are_read(tree: Tree, tmp_path: Path) -> None:
-    """A chunk file may be a symbolic link to a file elsewhere: it is only read."""
-    shutil.move(tree.root / "chunks/ckpt", tmp_path / "elsewhere")
-    (tree.root / "chunks/ckpt").mkdir()
-    for path in (tmp_path / "elsewhere").iterdir():
-        (tree.root / "chunks/ckpt" / path.name).symlink_to(path)
-
-    assert tree.run("ckpt").returncode == 0
-    assert {"ckpt.pt": CKPT.data} == tree.outputs()
-
-
 # ---- wrong chunk files
 
 
@@ -478,6 +467,32 @@ for _name, _damage in NO_FILES.items():
         3,
         f"missing: expected a chunk file, found none that can be read, or an empty one -> {HELP}",
     )
+
+
+def test_links_inside_the_folder_are_followed(tree: Tree, tmp_path: Path) -> None:
+    """Chunk files may be links to another place in chunks/, and chunks/ one to anywhere."""
+    shutil.move(tree.root / "chunks/ckpt", tree.root / "chunks/elsewhere")
+    (tree.root / "chunks/ckpt").mkdir()
+    for path in (tree.root / "chunks/elsewhere").iterdir():
+        (tree.root / "chunks/ckpt" / path.name).symlink_to(f"../elsewhere/{path.name}")
+    shutil.move(tree.root / "chunks", tmp_path / "another disk")
+    (tree.root / "chunks").symlink_to(tmp_path / "another disk")
+
+    assert tree.run("ckpt").returncode == 0
+    assert {"ckpt.pt": CKPT.data} == tree.outputs()
+
+
+@pytest.mark.parametrize("linked", [CHUNK, str(Path(CHUNK).parent)], ids=["file", "folder"])
+def test_links_out_of_the_folder_are_refused(tree: Tree, tmp_path: Path, linked: str) -> None:
+    """A link in a repository leads to none of the user's other files."""
+    shutil.move(tree.root / linked, tmp_path / "elsewhere")
+    (tree.root / linked).symlink_to(tmp_path / "elsewhere")
+
+    result = tree.run()
+
+    words = "expected a file inside chunks/, found a link out of it -> copy it there"
+    assert f"{CHUNK}: something in the way: {words}" in findings(result)
+    assert (result.returncode, result.stdout, tree.outputs()) == (4, "", {})
 
 
 @pytest.mark.parametrize("name", BAD_CHUNKS)

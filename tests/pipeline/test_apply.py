@@ -644,14 +644,30 @@ def test_clean_removes_unfinished_files_only(toy: Toy) -> None:
     assert toy.installed("a.bin").exists()
 
 
-def test_chunk_files_behind_symlinks_are_fine(toy: Toy) -> None:
-    """A chunk file may be a link to where the bytes are."""
-    part = toy.chunk_file("a.bin", 1)
-    real = toy.root / "elsewhere"
-    part.rename(real)
-    part.symlink_to(real)
+def test_chunk_files_behind_links_inside_the_folder_are_fine(toy: Toy, tmp_path: Path) -> None:
+    """A chunk file may be a link to another place in chunks/, and chunks/ one to anywhere."""
+    part, chunks = toy.chunk_file("a.bin", 1), toy.root / "chunks"
+    part.rename(chunks / "elsewhere")
+    part.symlink_to(chunks / "elsewhere")
+    chunks.rename(tmp_path / "another disk")
+    chunks.symlink_to(tmp_path / "another disk")
     weights(toy)
     assert everything_is_installed(toy)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_chunk_files_behind_links_out_of_the_folder_are_refused(
+    toy: Toy, tmp_path: Path, what: str
+) -> None:
+    """A link in a repository leads to none of the user's other files, right as they may be."""
+    part = toy.chunk_file("a.bin", 1)
+    linked = part if what == "file" else part.parent
+    linked.rename(tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WrongContent, match="chunks/ itself be the link") as caught:
+        weights(toy)
+    assert {finding.kind for finding in caught.value.findings} == {Kind.IN_THE_WAY}
+    assert not toy.installed("a.bin").exists()
 
 
 def test_a_partial_that_is_a_link_is_not_written_through(toy: Toy) -> None:
