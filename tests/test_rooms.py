@@ -59,6 +59,7 @@ HEAVY |= {"securesystemslib", "cryptography"}
         "import csm_weights.commands.split",
         "import csm_weights.commands.doctor, csm_weights.commands.render.text",
         "import csm_weights.commands.lock",
+        "import csm_weights.commands.smoke",
         "import csm_weights.commands.attest, csm_weights.commands.seal",
         "import csm_weights, csm_weights.pipeline.locate",
         "import csm_weights.commands.compare",

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from csm_weights.errors import UsageError
-from csm_weights.model.smoke import record_golden as write_golden
 from csm_weights.pipeline import smoke_test
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, Session, begin, gate_error
@@ -37,6 +36,8 @@ def record_golden(request: Request, frames: int) -> Path:
     session, state = _begin(request)
     if error := gate_error(session.gate(state, rehash=True)):
         raise error
+    from csm_weights.model.smoke import record_golden as write_golden
+
     path = request.root / "manifests" / f"{state.manifest.name}.golden.json"
     write_golden(state.paths.destination, path, frames)
     return path

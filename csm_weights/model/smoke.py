@@ -4,8 +4,7 @@ The model runs in bfloat16 on a GPU and in float32 on the CPU. Golden frames are
 float32's, so where there are some the model is loaded in float32 as well. The
 prompt is made from the config alone: no tokenizer, no audio codec.
 
-torch is imported only when a check runs; without it this module imports, and
-`run` raises SmokeUnavailable.
+Importing this module raises SmokeUnavailable where there is no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from csm_weights.errors import (
     Finding,
@@ -30,16 +28,24 @@ from csm_weights.errors import (
 )
 from csm_weights.files import read_bounded
 from csm_weights.formats import FORMATS
+from csm_weights.formats.architecture import CsmConfig
+from csm_weights.formats.weights_file import find_weights
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport
 from csm_weights.store.atomic import write_whole
 
-if TYPE_CHECKING:
+try:
     import torch
+    from torch import Tensor
+except (ImportError, OSError) as error:
+    raise SmokeUnavailable(
+        f"the smoke test needs torch ({error}): make weights installs it, or "
+        ".venv/bin/pip install -c constraints.txt -e '.[smoke]'; "
+        "--no-smoke (make: SMOKE=no) does without"
+    ) from None
 
-    _Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-    from csm_weights.formats.architecture import CsmConfig
-    from csm_weights.model.csm import Model
+from csm_weights.model import device as devices
+from csm_weights.model.csm import Model
+from csm_weights.model.fast_decoder import Decoder, weights_per_frame
 
 #: Seconds of audio in one frame: CSM has 12.5 frames a second.
 FRAME_SECONDS = 0.08
@@ -60,7 +66,6 @@ WEIGHT_FILES = {one.choice: one.filename for one in FORMATS}
 #: Elements examined at once for being finite; bounds the extra memory to a few of MB.
 _CHUNK = 1 << 22
 
-
 #: Most bytes read of golden frames: a frame has a few hundred.
 MAX_GOLDEN = 16 << 20
 
@@ -74,15 +79,6 @@ class Golden:
 
     prompt: list[int]
     frames: list[list[int]]
-
-
-@dataclass(frozen=True)
-class _Speech:
-    """Generated codes (T, K) and logits (T, K, V); frames a second after the first frame."""
-
-    codes: torch.Tensor
-    logits: torch.Tensor
-    frames_per_second: float
 
 
 def run(
@@ -106,19 +102,12 @@ def run(
     largest real-time factor that passes; None leaves the speed unchecked.
 
     A check that fails does not raise: the report has it. Raises
-    SmokeUnavailable when torch, the GPU asked for or its memory is not there,
+    SmokeUnavailable when the GPU asked for or its memory is not there,
     MissingInput or WrongContent when the files cannot be loaded at all.
     """
     _check_count(frames)
     expected = None if golden is None else read_golden(golden)
     place = _find_device(device, require_gpu)
-    import torch
-
-    from csm_weights.formats.weights_file import find_weights
-    from csm_weights.model import device as devices
-    from csm_weights.model.csm import Model
-    from csm_weights.model.fast_decoder import weights_per_frame
-
     if weights not in (None, *WEIGHT_FILES):
         raise UsageError(f"weights {weights!r}; known are {', '.join(WEIGHT_FILES)}")
     path = directory / WEIGHT_FILES[weights] if weights else directory
@@ -137,9 +126,9 @@ def run(
         # generate, and check what came of it
         prompt = make_prompt(model.config)
         count = max(frames, len(expected.frames) if expected else 0)
-        speech = _generate(model, prompt, count)
-        rtf = 1 / (speech.frames_per_second * FRAME_SECONDS)
-        checks = _checks(model, prompt, speech, CACHE_LIMITS[word])
+        codes, logits, rate = _generate(model, prompt, count)
+        rtf = 1 / (rate * FRAME_SECONDS)
+        checks = _checks(model, prompt, codes, logits, CACHE_LIMITS[word])
         if max_rtf is not None:
             name = "real-time factor, below 1 is faster"
             checks.append(Check(name, f"{rtf:.3g}", f"at most {max_rtf:g}", rtf <= max_rtf))
@@ -156,21 +145,17 @@ def run(
             bus_rate=devices.bus_rate(place),
             frame_bytes=weights_per_frame(model.config) * weight.element_size(),
             memory_rate=devices.memory_rate(weight),
-            peak_host=_peak_memory(),
+            # Linux counts in KiB
+            peak_host=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024),
             peak_device=torch.cuda.max_memory_allocated(place) if on_gpu else 0,
         )
         if expected is not None:
-            exact = speech
             if word != "float32":
-                exact = _generate(Model.from_local(path, place, torch.float32), prompt, count)
-            checks.append(_check_golden(expected, prompt, exact, word))
-    return SmokeReport(str(place), tuple(checks), speech.frames_per_second, rtf, seconds, figures)
-
-
-def _peak_memory() -> int:
-    """Return the most bytes of memory that this process has held, mapped files included."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+                exact = Model.from_local(path, place, torch.float32)
+                codes, *_ = _generate(exact, prompt, count)
+            checks.append(_check_golden(expected, prompt, codes, word))
+    return SmokeReport(str(place), tuple(checks), rate, rtf, seconds, figures)
 
 
 def record_golden(directory: Path, path: Path, frames: int) -> None:
@@ -179,16 +164,12 @@ def record_golden(directory: Path, path: Path, frames: int) -> None:
     Only for a model that is already known to be right. Raises as `run` does.
     """
     _check_count(frames)
-    place = _find_device("cpu", require_gpu=False)
-    import torch
-
-    from csm_weights.model.csm import Model
-
+    place = torch.device("cpu")
     with _computing(place):
         model = Model.from_local(directory, place, torch.float32)
         prompt = make_prompt(model.config)
-        codes = _generate(model, prompt, frames).codes.tolist()
-    rows = ",\n    ".join(json.dumps(row) for row in codes)
+        codes, *_ = _generate(model, prompt, frames)
+    rows = ",\n    ".join(json.dumps(row) for row in codes.tolist())
     write_whole(
         path,
         "{\n"
@@ -230,14 +211,6 @@ def _check_count(frames: int) -> None:
 
 def _find_device(device: str | None, require_gpu: bool) -> torch.device:
     """Return the device asked for; raises SmokeUnavailable where it cannot be used."""
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        raise SmokeUnavailable(
-            f"the smoke test needs torch ({error}): make weights installs it, or "
-            ".venv/bin/pip install -c constraints.txt -e '.[smoke]'; "
-            "--no-smoke (make: SMOKE=no) does without"
-        ) from None
     has_gpu = torch.cuda.is_available()
     if require_gpu and not has_gpu:
         raise SmokeUnavailable("a GPU is required, and torch finds no CUDA device here")
@@ -262,8 +235,6 @@ def _computing(place: torch.device) -> Iterator[None]:
 
     Raises SmokeUnavailable for too little memory on the device.
     """
-    import torch
-
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -274,10 +245,8 @@ def _computing(place: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _frames(model: Model, prompt: list[int], codes: torch.Tensor) -> _Inputs:
+def _frames(model: Model, prompt: list[int], codes: Tensor) -> tuple[Tensor, ...]:
     """Return tokens, mask and positions, of one row, of the prompt followed by codes (T, K)."""
-    import torch
-
     books, text = model.config.codebooks, len(prompt)
     tokens = torch.zeros(1, text + len(codes), books + 1, dtype=torch.long, device=codes.device)
     tokens[0, :text, -1] = torch.tensor(prompt, dtype=torch.long, device=codes.device)
@@ -288,32 +257,30 @@ def _frames(model: Model, prompt: list[int], codes: torch.Tensor) -> _Inputs:
     return tokens, mask, torch.arange(tokens.shape[1], device=codes.device)[None]
 
 
-def _generate(model: Model, prompt: list[int], frames: int) -> _Speech:
-    """Generate greedy frames as for a listener: with caches, one after the other."""
-    import torch
+def _generate(model: Model, prompt: list[int], frames: int) -> tuple[Tensor, Tensor, float]:
+    """Generate greedy frames as for a listener: with caches, one after the other.
 
-    from csm_weights.model.device import synchronize
-    from csm_weights.model.fast_decoder import Decoder
-
+    Returns codes (T, K), logits (T, K, V), and the frames a second after the first.
+    """
     place = model.projection.weight.device
     none = torch.zeros(0, model.config.codebooks, dtype=torch.long, device=place)
     tokens, mask, _ = _frames(model, prompt, none)
     decoder = Decoder(model, keep_logits=True)
     steps = [(decoder.start(tokens, mask, temperature=0), decoder.logits)]
     # the first frame also reads the prompt and sets the device up
-    synchronize(place)
+    devices.synchronize(place)
     start = time.perf_counter()
     steps += [(decoder.step(), decoder.logits) for _ in range(frames - 1)]
-    synchronize(place)
+    devices.synchronize(place)
     seconds = time.perf_counter() - start
     codes, logits = (torch.cat(part) for part in zip(*steps, strict=True))
-    return _Speech(codes, logits, (frames - 1) / seconds)
+    return codes, logits, (frames - 1) / seconds
 
 
-def _checks(model: Model, prompt: list[int], speech: _Speech, tolerance: float) -> list[Check]:
+def _checks(
+    model: Model, prompt: list[int], codes: Tensor, logits: Tensor, tolerance: float
+) -> list[Check]:
     """Check names, weights, caches and codes; `tolerance` is a share of the largest logit."""
-    import torch
-
     state, c = model.state_dict(), model.config
     # exactly the tensors of the network
     expected = c.tensor_shapes()
@@ -327,33 +294,33 @@ def _checks(model: Model, prompt: list[int], speech: _Speech, tolerance: float) 
     finite = Check("weights that are not finite", value, "0", not bad)
     # logits of one frame after the other are those of one pass without caches
     with torch.no_grad():
-        inputs = _frames(model, prompt, speech.codes[:-1])
+        inputs = _frames(model, prompt, codes[:-1])
         hidden = model.backbone_hidden(*inputs)[0, len(prompt) - 1 :]
-        parallel = model.codebook_logits(hidden, speech.codes)
-    difference = float((speech.logits - parallel).abs().max())
+        parallel = model.codebook_logits(hidden, codes)
+    difference = float((logits - parallel).abs().max())
     limit = tolerance * float(parallel.abs().max())
     name = "cached against parallel logits, largest difference"
     words = f"{limit:.1e}, {tolerance:.0e} of the largest logit"
     cached = Check(name, f"{difference:.1e}", words, difference <= limit)
     # codes are in the audio vocabulary
-    low, high, last = int(speech.codes.min()), int(speech.codes.max()), c.audio_vocab - 1
-    name, is_ok = f"codes of {len(speech.codes)} frames", 0 <= low <= high <= last
+    low, high, last = int(codes.min()), int(codes.max()), c.audio_vocab - 1
+    name, is_ok = f"codes of {len(codes)} frames", 0 <= low <= high <= last
     return [names, finite, cached, Check(name, f"{low} to {high}", f"0 to {last}", is_ok)]
 
 
-def _not_finite(tensor: torch.Tensor) -> int:
+def _not_finite(tensor: Tensor) -> int:
     """Count the elements that are NaN or infinite."""
     flat = tensor.flatten()
     starts = range(0, len(flat), _CHUNK)
     return sum(int((~flat[start : start + _CHUNK].isfinite()).sum()) for start in starts)
 
 
-def _check_golden(golden: Golden, prompt: list[int], speech: _Speech, dtype: str) -> Check:
+def _check_golden(golden: Golden, prompt: list[int], codes: Tensor, dtype: str) -> Check:
     name, count = "golden frames", len(golden.frames)
     limit = f"all {count} the same" + ("" if dtype == "float32" else ", in float32")
     if golden.prompt != prompt:
         return Check(name, "recorded after another prompt, so of another model", limit, False)
-    said = speech.codes[:count].tolist()
+    said = codes[:count].tolist()
     same = sum(one == other for one, other in zip(golden.frames, said, strict=True))
     value = f"{same} of {count} the same"
     if same < count:

@@ -59,15 +59,15 @@ def run(
     real-time factor that passes; None leaves the speed unchecked. Returns the
     outcome with the report, or with the error that the test ends in.
     """
-    from csm_weights.model.smoke import run as run_smoke
-
     state = outcome.state
     try:
+        from csm_weights.model import smoke
+
         chosen = [item.artifact for item in state.artifacts if item.artifact.is_weights]
         if not chosen:
             raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
         with Progress("loading the model and generating frames", 0):
-            report = run_smoke(
+            report = smoke.run(
                 state.paths.destination,
                 device=device,
                 require_gpu=require_gpu,
