@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import partial as bind
+from typing import Any
 from urllib.parse import quote
 
 import requests
@@ -38,8 +39,7 @@ class Hub(RemoteSource):
         super().__init__(downloader, credentials.endpoint, f"{credentials.endpoint}/{repo}")
         self.credentials = credentials
         self.refusal = credentials.problem(self.page)
-        self._revision = revision
-        self._classify = bind(classify_refusal, credentials, repo, revision)
+        self.revision = revision
         self._files: dict[str, RemoteFile] = {}
 
     def find(self, artifact: Artifact, piece: Piece) -> RemoteFile:  # noqa: ARG002
@@ -54,6 +54,13 @@ class Hub(RemoteSource):
             )
         return self._files[artifact.path]
 
+    def get_json(self, url: str) -> tuple[requests.Response, Any]:
+        """Return an answer of the Hub's API and the JSON in it; raise SourceError."""
+        response, data = self.downloader.get_json(url, self.credentials.auth)
+        if data is None:
+            raise SourceError([self._classify("", response)])
+        return response, data
+
     def owner(self) -> str:
         """Return whose the token is and of which kind, in words; "" without a token.
 
@@ -63,9 +70,7 @@ class Hub(RemoteSource):
         if not self.credentials.token:
             return ""
         url = f"{self.credentials.endpoint}/api/whoami-v2"
-        response, data = self.downloader.get_json(url, self.credentials.auth)
-        if data is None:
-            raise SourceError([self._classify("", response)])
+        _, data = self.get_json(url)
         try:
             role = data["auth"]["accessToken"]["role"].replace("fineGrained", "fine-grained")
             return self.credentials.mask(f"of {data['name']}, {role}")[:100]
@@ -76,7 +81,7 @@ class Hub(RemoteSource):
     def resolve(self, artifact: Artifact) -> str:
         """Return where a file is just now; raise SourceError unless it is the one pinned."""
         self.raise_refusal()
-        auth, revision = self.credentials.auth, quote(self._revision, safe="")
+        auth, revision = self.credentials.auth, quote(self.revision, safe="")
         url = f"{self.page}/resolve/{revision}/{quote(artifact.path)}"
         response, _ = self.downloader.ask("HEAD", url, auth, _names_commit, is_own_host_only=True)
         if response.status_code >= 400:
@@ -98,7 +103,7 @@ class Hub(RemoteSource):
             expected = "an X-Linked-Etag of hex digits"
             raise SourceError([wrong_answer(where, expected, repr(etag[:80]))])
         for what, pinned, found in (
-            ("commit", self._revision if _SHA1.fullmatch(self._revision) else None, commit),
+            ("commit", self.revision if _SHA1.fullmatch(self.revision) else None, commit),
             ("sha256", artifact.sha256 if is_sha256 else None, etag),
             ("git blob id", artifact.git_sha1 if is_sha1 else None, etag),
         ):
@@ -113,6 +118,54 @@ class Hub(RemoteSource):
             sizes = (f"{artifact.size:,} bytes", f"{size[:20]} bytes")
             raise SourceError([Finding(Kind.WRONG_SIZE, where, *sizes)])
 
+    def _classify(self, path: str, response: requests.Response) -> Finding:
+        """Return what a refusal means, with the page to visit or the command to run.
+
+        The Hub gives its reasons in the headers X-Error-Code and X-Error-Message.
+        """
+        status, headers = response.status_code, response.headers
+        code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
+        page, credentials, revision = self.page, self.credentials, self.revision
+        tokens = f"{credentials.endpoint}/{TOKENS}"
+        found = credentials.mask(" ".join(filter(None, [str(status), code, message])))[:300]
+        lower, has_token = message.lower(), bool(credentials.token)
+        is_gated = code == "GatedRepo" or (status == 403 and "gated" in lower)
+        kind, where, granted = Kind.NOT_THERE, page, "access that was granted"
+        if status == 401 and has_token:
+            # Whatever else it says: what a known token may not do is a 403.
+            kind, expected = Kind.UNKNOWN_TOKEN, "a token that the Hub knows"
+            mend = f"make a new one at {tokens}; HF_TOKEN goes before hf auth login"
+        elif code in ("RevisionNotFound", "EntryNotFound"):
+            what = revision if code == "RevisionNotFound" else f"{path} at {revision[:12]}"
+            where, expected, mend = f"{page} {what}", "a file of that name", f"see {page}/tree/main"
+        elif is_gated and not has_token:
+            return no_token(page, found)
+        elif is_gated and "fine-grained" in lower:
+            kind, expected = Kind.SCOPE, "a token that may read gated files"
+            mend = f"let the token read public gated repositories, at {tokens}"
+        elif is_gated and ("awaiting" in lower or "pending" in lower):
+            kind, expected, mend = Kind.PENDING, granted, f"its authors decide; see {page}"
+        elif is_gated and "reject" in lower:
+            kind, expected, mend = Kind.REJECTED, granted, f"its authors have refused; see {page}"
+        elif is_gated:
+            kind, expected, mend = (
+                Kind.TERMS,
+                "terms that you have accepted",
+                f"accept them at {page}",
+            )
+        elif code == "RepoNotFound" or status == 404:
+            expected, mend = "a repository or file of that name", "check the name"
+            if not has_token:
+                mend += "; if it is private, run hf auth login"
+        elif status == 401:
+            # The Hub does not say whether a repository exists to those without a token.
+            kind, expected = Kind.NO_TOKEN, "a token"
+            mend = "check the name; if it is private, run hf auth login, or set HF_TOKEN"
+        else:
+            kind, expected = Kind.FORBIDDEN, "access"
+            mend = f"visit {page}, and {tokens} for what the token may do"
+        return Finding(kind, where, expected, found, mend)
+
 
 def open_source(_: str, manifest: Manifest, downloader: RangeDownloader) -> Hub:
     """Return the Hub's repository that a manifest names, as a source."""
@@ -124,49 +177,3 @@ def open_source(_: str, manifest: Manifest, downloader: RangeDownloader) -> Hub:
 def _names_commit(response: requests.Response) -> bool:
     """Return whether an answer is about a file, and not only on the way to one."""
     return "X-Repo-Commit" in response.headers
-
-
-def classify_refusal(
-    credentials: HubCredentials, repo: str, revision: str, path: str, response: requests.Response
-) -> Finding:
-    """Return what a refusal means, with the page to visit or the command to run.
-
-    The Hub gives its reasons in the headers X-Error-Code and X-Error-Message.
-    """
-    status, headers = response.status_code, response.headers
-    code, message = headers.get("X-Error-Code", ""), headers.get("X-Error-Message", "")
-    page, tokens = f"{credentials.endpoint}/{repo}", f"{credentials.endpoint}/{TOKENS}"
-    found = credentials.mask(" ".join(filter(None, [str(status), code, message])))[:300]
-    lower, has_token = message.lower(), bool(credentials.token)
-    is_gated = code == "GatedRepo" or (status == 403 and "gated" in lower)
-    kind, where, granted = Kind.NOT_THERE, page, "access that was granted"
-    if status == 401 and has_token:
-        # Whatever else it says: what a known token may not do is a 403.
-        kind, expected = Kind.UNKNOWN_TOKEN, "a token that the Hub knows"
-        mend = f"make a new one at {tokens}; HF_TOKEN goes before hf auth login"
-    elif code in ("RevisionNotFound", "EntryNotFound"):
-        what = revision if code == "RevisionNotFound" else f"{path} at {revision[:12]}"
-        where, expected, mend = f"{page} {what}", "a file of that name", f"see {page}/tree/main"
-    elif is_gated and not has_token:
-        return no_token(page, found)
-    elif is_gated and "fine-grained" in lower:
-        kind, expected = Kind.SCOPE, "a token that may read gated files"
-        mend = f"let the token read public gated repositories, at {tokens}"
-    elif is_gated and ("awaiting" in lower or "pending" in lower):
-        kind, expected, mend = Kind.PENDING, granted, f"its authors decide; see {page}"
-    elif is_gated and "reject" in lower:
-        kind, expected, mend = Kind.REJECTED, granted, f"its authors have refused; see {page}"
-    elif is_gated:
-        kind, expected, mend = Kind.TERMS, "terms that you have accepted", f"accept them at {page}"
-    elif code == "RepoNotFound" or status == 404:
-        expected, mend = "a repository or file of that name", "check the name"
-        if not has_token:
-            mend += "; if it is private, run hf auth login"
-    elif status == 401:
-        # The Hub does not say whether a repository exists to those without a token.
-        kind, expected = Kind.NO_TOKEN, "a token"
-        mend = "check the name; if it is private, run hf auth login, or set HF_TOKEN"
-    else:
-        kind, expected = Kind.FORBIDDEN, "access"
-        mend = f"visit {page}, and {tokens} for what the token may do"
-    return Finding(kind, where, expected, found, mend)

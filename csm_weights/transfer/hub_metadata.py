@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any
 from urllib.parse import quote, urljoin
 
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
@@ -23,9 +22,10 @@ from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.pin import group_of
 from csm_weights.manifest.types import MAX_SIZE, Artifact
 from csm_weights.transfer.http.auth import HubCredentials
-from csm_weights.transfer.http.client import HttpClient, Timeouts
+from csm_weights.transfer.http.client import Timeouts
+from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.http.responses import foreign_redirect, wrong_answer
-from csm_weights.transfer.hub import classify_refusal
+from csm_weights.transfer.hub import Hub
 from csm_weights.transfer.source import SourceError
 from csm_weights.untrusted import is_text, reader
 
@@ -70,18 +70,19 @@ def list_repo(
     AccessRefused, NetworkFailed; WrongContent for an answer that makes no sense
     or a path that leaves its folder; UsageError where no file is left.
     """
-    page = f"{credentials.endpoint}/{repo}"
+    page, api = f"{credentials.endpoint}/{repo}", f"{credentials.endpoint}/api/models/{repo}"
+    limits = Timeouts.with_patience(patience)
     try:
-        if problem := credentials.problem(page):
-            raise SourceError([problem])
-        with HttpClient(threading.Event(), log, Timeouts.with_patience(patience)) as client:
-            metadata = _Metadata(client, credentials, repo, revision)
-            commit, gated = metadata.info()
-            files = metadata.tree(commit)
+        with RangeDownloader(threading.Event(), log, limits) as client:
+            hub = Hub(client, credentials, repo, revision or "main")
+            hub.raise_refusal()
+            at = f"/revision/{quote(revision, safe='')}" if revision else ""
+            commit, is_gated = _commit(hub, api + at)
+            files = _tree(hub, f"{api}/tree/{commit}?recursive=true&expand=false")
     except SourceError as error:
         raise error_for(f"{page}: its files cannot be listed", error.findings) from None
     artifacts, left_out = choose(files, globs, page)
-    return Listing(commit, gated, artifacts, left_out)
+    return Listing(commit, is_gated, artifacts, left_out)
 
 
 @dataclass(frozen=True)
@@ -95,75 +96,50 @@ class File:
     lfs_size: int | None = None
 
 
-@dataclass(frozen=True)
-class _Metadata:
-    """The Hub's API for one repository at one revision; all its methods raise SourceError."""
+def _commit(hub: Hub, url: str) -> tuple[str, bool]:
+    """Return the commit that the revision stands for, and whether its files are gated."""
+    _, found = hub.get_json(url)
+    commit = found.get("sha") if isinstance(found, dict) else None
+    if not isinstance(commit, str) or not _SHA1.fullmatch(commit):
+        raise _nonsense(hub, "a commit, 40 hex digits", repr(commit))
+    if _SHA1.fullmatch(hub.revision) and commit != hub.revision:
+        raise _nonsense(hub, f"commit {hub.revision}", f"commit {commit}")
+    return commit, bool(found.get("gated"))
 
-    client: HttpClient
-    credentials: HubCredentials
-    repo: str
-    revision: str | None
 
-    @property
-    def _url(self) -> str:
-        return f"{self.credentials.endpoint}/api/models/{self.repo}"
-
-    def info(self) -> tuple[str, bool]:
-        """Return the commit that the revision stands for, and whether the files are gated."""
-        asked = self.revision or "main"
-        at = f"/revision/{quote(asked, safe='')}" if self.revision else ""
-        found, _ = self._ask(self._url + at)
-        commit = found.get("sha") if isinstance(found, dict) else None
-        if not isinstance(commit, str) or not _SHA1.fullmatch(commit):
-            raise self._nonsense("a commit, 40 hex digits", repr(commit))
-        if _SHA1.fullmatch(asked) and commit != asked:
-            raise self._nonsense(f"commit {asked}", f"commit {commit}")
-        return commit, bool(found.get("gated"))
-
-    def tree(self, commit: str) -> list[File]:
-        """Return all files of a commit, from as many pages as there are."""
-        url: str | None = f"{self._url}/tree/{commit}?recursive=true&expand=false"
-        until, files = time.monotonic() + LISTING, list[File]()
-        while url:
-            if time.monotonic() > until:
-                page = f"{self.credentials.endpoint}/{self.repo}"
-                expected = f"a list of files within {LISTING:g} s"
-                words = (expected, f"{len(files):,} files by then", "try again later")
-                raise SourceError([Finding(Kind.TOO_SLOW, page, *words)])
-            rows, url = self._ask(url)
-            if not isinstance(rows, list):
-                raise self._nonsense("a list of files", f"a {type(rows).__name__}")
-            try:
-                for row in rows:
-                    if row.get("type") != "directory":
-                        figures = {name: row[name] for name in ("path", "size", "oid")}
-                        if lfs := row.get("lfs"):
-                            figures |= {"sha256": lfs["oid"], "lfs_size": lfs["size"]}
-                        files.append(reader(File)(figures))
-            except (AttributeError, LookupError, TypeError) as error:
-                raise self._nonsense("a path, a size and an id", f"{error!r}") from None
-            if len(files) > MAX_FILES:
-                raise self._nonsense(f"at most {MAX_FILES:,} files", "more")
-        return files
-
-    def _ask(self, url: str) -> tuple[Any, str | None]:
-        """Return the JSON at a URL, and the URL of the next page on the same host."""
-        auth = self.credentials.auth
-        response, data = self.client.get_json(url, auth)
-        if data is None:
-            whose = (self.credentials, self.repo, self.revision or "main")
-            raise SourceError([classify_refusal(*whose, "", response)])
+def _tree(hub: Hub, url: str) -> list[File]:
+    """Return all files of a commit, from as many pages as there are, of the Hub's own host."""
+    until, files = time.monotonic() + LISTING, list[File]()
+    while True:
+        if time.monotonic() > until:
+            expected = f"a list of files within {LISTING:g} s"
+            words = (expected, f"{len(files):,} files by then", "try again later")
+            raise SourceError([Finding(Kind.TOO_SLOW, hub.page, *words)])
+        response, rows = hub.get_json(url)
+        if not isinstance(rows, list):
+            raise _nonsense(hub, "a list of files", f"a {type(rows).__name__}")
+        try:
+            for row in rows:
+                if row.get("type") != "directory":
+                    figures = {name: row[name] for name in ("path", "size", "oid")}
+                    if lfs := row.get("lfs"):
+                        figures |= {"sha256": lfs["oid"], "lfs_size": lfs["size"]}
+                    files.append(reader(File)(figures))
+        except (AttributeError, LookupError, TypeError) as error:
+            raise _nonsense(hub, "a path, a size and an id", f"{error!r}") from None
+        if len(files) > MAX_FILES:
+            raise _nonsense(hub, f"at most {MAX_FILES:,} files", "more")
         following = response.links.get("next", {}).get("url")
         if following is None:
-            return data, None
-        following = urljoin(response.url, following)
-        if not auth.covers(following):
-            raise SourceError([foreign_redirect(url, following)])
-        return data, following
+            return files
+        url, asked = urljoin(response.url, following), url
+        if not hub.credentials.auth.covers(url):
+            raise SourceError([foreign_redirect(asked, url)])
 
-    def _nonsense(self, expected: str, found: str) -> SourceError:
-        page, shown = f"{self.credentials.endpoint}/{self.repo}", self.credentials.mask(found)[:200]
-        return SourceError([wrong_answer(page, expected, shown)])
+
+def _nonsense(hub: Hub, expected: str, found: str) -> SourceError:
+    shown = hub.credentials.mask(found)[:200]
+    return SourceError([wrong_answer(hub.page, expected, shown)])
 
 
 def choose(
