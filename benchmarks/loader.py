@@ -49,14 +49,16 @@ def _ours(device: str) -> Callable[[Sequence[str]], object]:
         import torch
 
         from csm_weights.formats.architecture import FLAVORS, CsmConfig
+        from csm_weights.formats.transformers_layout import name_tensors
         from csm_weights.formats.weights_file import open_weights
         from csm_weights.model.load import load_tensors
 
         csm_1b = CsmConfig(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
         with open_weights(paths) as checkpoint:
-            is_csm_1b = checkpoint.index.tensors.keys() == csm_1b.tensor_shapes().keys()
+            tensors = name_tensors([checkpoint], ()).tensors
+            is_csm_1b = tensors.keys() == csm_1b.tensor_shapes().keys()
             together = csm_1b.fused_tensors() if is_csm_1b else ()
-            return load_tensors(checkpoint, torch.device(device), torch.bfloat16, together=together)
+            return load_tensors(tensors, torch.device(device), torch.bfloat16, together=together)
 
     return load
 

@@ -42,9 +42,10 @@ class Model(plain.Model):
         digests: Sequence[ByteRange] = (),
         verify: bool | None = None,
     ) -> Self:
-        """Load a folder, a file of weights, a folder of chunk files, or a chunk repository.
+        """Load a folder, a file of weights, shards, a folder of chunk files, or a chunk repository.
 
-        Either format, by its content. `dtype` "fast" is bfloat16 on a GPU and
+        Either format, by its content, float32, bfloat16 or float16, with the
+        names of the original or of transformers. `dtype` "fast" is bfloat16 on a GPU and
         float32 on the CPU; None keeps the file's. The network is `config`, else
         that of config.json; where there is none, that of the manifest that pins
         weights of this size.
@@ -62,7 +63,8 @@ class Model(plain.Model):
         for a wrong digest; UsageError where nothing is pinned to `verify` by.
         """
         _require_device(device)
-        paths, folder = weights_file.locate(path)
+        files, folder = weights_file.locate(path)
+        paths = [part for file in files for part in file]
         size = sum(file.stat().st_size for file in paths)
         config = config or _read_config(folder, locate.pinned(folder, size))
         is_verified = False
@@ -74,8 +76,8 @@ class Model(plain.Model):
                     f"nothing is pinned for {paths[0]}: no manifest here has weights of {size:,}"
                     " bytes; inv lock makes one, or leave verify out"
                 )
-            has_receipt = len(paths) == 1 and locate.has_receipt(paths[0], known)
-            is_verified = has_receipt and not verify
+            has_receipts = all(locate.has_receipt(part, known) for part in paths)
+            is_verified = has_receipts and not verify
             digests = known.digests if known and not is_verified else ()
             if not known and not is_verified:
                 text = "no manifest pins a file of its name and size, so it is loaded unverified"

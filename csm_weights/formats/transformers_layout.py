@@ -155,12 +155,14 @@ class NamedTensors:
         return self.wrapper + ((not is_own and _renamed(name, *_THEIRS)) or name)
 
 
-def name_tensors(files: Sequence[WeightsFile], folders: Iterable[Path]) -> NamedTensors:
+def name_tensors(
+    files: Sequence[WeightsFile], folders: Iterable[Path], network: CsmConfig | None = None
+) -> NamedTensors:
     """Name the tensors of a model's files as ours.
 
-    The config.json of one of `folders` gives the sizes of heads that no
-    published network has. Raises WrongContent where two files have one tensor,
-    or the order of rows cannot be known.
+    `network`, or the config.json of one of `folders`, gives the sizes of heads
+    that no published network has. Raises WrongContent where two files have one
+    tensor, or the order of rows cannot be known.
     """
     where = files[0].source.where
     if more := len(files) - 1:
@@ -192,7 +194,7 @@ def name_tensors(files: Sequence[WeightsFile], folders: Iterable[Path]) -> Named
     if tied and AUDIO not in ours:
         # one name of the two that are tied says it all
         ours[AUDIO], tied = tied, None
-    ordered = _in_our_order(ours, where, folders)
+    ordered = _in_our_order(ours, where, folders, network)
     return NamedTensors(summary, ordered, unknown, tied, codec, wrapper, beside)
 
 
@@ -241,13 +243,16 @@ def _renamed(
 
 
 def _in_our_order(
-    tensors: Mapping[str, NamedTensor], where: str, folders: Iterable[Path]
+    tensors: Mapping[str, NamedTensor],
+    where: str,
+    folders: Iterable[Path],
+    network: CsmConfig | None,
 ) -> dict[str, NamedTensor]:
     """Return q and k with their rows in torchtune's order, and the others as they are.
 
     The size of a head is that of the first network that has such projections.
     """
-    configs = read_configs(folders)
+    configs = [network] if network else read_configs(folders)
     networks = {
         "backbone": [*(config.backbone for config in configs), *FLAVORS.values()],
         "decoder": [*(config.decoder for config in configs), *FLAVORS.values()],
@@ -259,10 +264,10 @@ def _in_our_order(
         stack, tensor = match[1], tensors[name]
         place, found = f"{where}: {show(tensor.name)}", tensor.signature
         head_dims = [
-            network.head_dim
-            for network in networks[stack]
-            if (stack, "q", (network.dim, network.dim)) in shapes
-            and (stack, "k", (network.kv_heads * network.head_dim, network.dim)) in shapes
+            one.head_dim
+            for one in networks[stack]
+            if (stack, "q", (one.dim, one.dim)) in shapes
+            and (stack, "k", (one.kv_heads * one.head_dim, one.dim)) in shapes
         ]
         if not head_dims:
             help_text = "put the model's config.json beside the file"

@@ -108,16 +108,18 @@ def find_weights(path: Path) -> list[Path]:
     raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "neither")
 
 
-def locate(path: str | Path | Sequence[Path]) -> tuple[list[Path], Path]:
+def locate(path: str | Path | Sequence[Path]) -> tuple[Files, Path]:
     """Find the files of weights at `path`, or take those given, and name the folder beside them.
 
-    That folder, where the model's other files are, is the one given, or else
-    that of the first file.
+    Several paths are shards, by their names, or else the chunk files of one
+    file. The folder, where the model's other files are, is the one given, or
+    else that of the first file.
     """
     if not isinstance(path, str | Path):
-        return list(path), path[0].parent
+        are_shards = all(_SHARD.fullmatch(one.name) for one in path)
+        return [[one] for one in path] if are_shards else [list(path)], path[0].parent
     path = Path(path)
-    return find_weights(path), path if path.is_dir() else path.parent
+    return find(path), path if path.is_dir() else path.parent
 
 
 def missing(path: Path, expected: str, found: str) -> MissingInput:

@@ -16,7 +16,10 @@ This is the reference: it is written to be read and checked, not to be fast.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -28,9 +31,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import UsageError, WrongContent
 from csm_weights.formats.architecture import CsmConfig, TransformerConfig, read_config
-from csm_weights.formats.tensor_index import check_against
+from csm_weights.formats.compare import WeightsPair
+from csm_weights.formats.identify import check_tensors, identify
+from csm_weights.formats.transformers_layout import AUDIO, NamedTensors, name_tensors
 from csm_weights.formats.weights_file import locate, missing, open_weights
-from csm_weights.model.load import load_tensors
+from csm_weights.model.load import DTYPES, load_tensors
+from csm_weights.untrusted import Malformed, show
 
 #: A dtype to load weights in: None is the file's, "fast" the faster one, which is bfloat16 on a
 #: GPU and float32 on the CPU.
@@ -238,33 +244,37 @@ class Model(nn.Module):
     ) -> Self:
         """Read config.json and the weights; check every name, dtype and shape.
 
-        `path` is a folder with config.json and model.safetensors or ckpt.pt
-        (the first is taken where both are), or their chunk files, or one of
-        these weight files with config.json beside it, or chunk files in order.
+        `path` is a folder with config.json and weights, or one of its weight
+        files: model.safetensors or ckpt.pt (the first is taken where both are),
+        their chunk files, or shards with or without their index. Or it is the
+        chunk files of one file in order, or the shards of one model. Weights
+        are float32, bfloat16 or float16 throughout, and have the names of the
+        original or of transformers, also as a training loop wraps them.
+
         `config` takes the place of config.json. `dtype` is as in DType.
         `digests` are byte ranges that tile the file; each is verified as its
         bytes pass. On the CPU a file that needs no conversion is mapped, not
         copied; otherwise there is no second copy either.
 
         Raises MissingInput when a file is not there, WrongContent, with a
-        finding a tensor, when the weights are not exactly the network that
-        config.json describes. No pickle is run.
+        finding a tensor, called as in the file, when the weights are not exactly
+        the network that config.json describes. No pickle is run.
         """
-        paths, folder = locate(path)
+        files, folder = locate(path)
         device = torch.device(device)
         if dtype == "fast":
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         if config is None:
-            known = [p for p in (folder, paths[0].parent) if (p / "config.json").is_file()]
+            known = [p for p in (folder, files[0][0].parent) if (p / "config.json").is_file()]
             if not known:
                 raise missing(folder / "config.json", "a file", "no such file")
             config = read_config(known[0] / "config.json")
-        with open_weights(paths) as weights:
-            if findings := check_against(weights.index, config, weights.source.where):
-                name = paths[0].name
-                raise WrongContent(f"{name} is not the network of its config.json", findings)
+        with ExitStack() as stack:
+            opened = [stack.enter_context(open_weights(paths)) for paths in files]
+            named = name_tensors(opened, (), config)
+            _require_network(named, config)
             together = config.fused_tensors()
-            tensors = load_tensors(weights, device, dtype, together=together, digests=digests)
+            tensors = load_tensors(named.tensors, device, dtype, together=together, digests=digests)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, assign=True)
@@ -426,3 +436,27 @@ def sample_topk(
 def _positions_like(x: Tensor, start: int) -> Tensor:
     """Return positions (B, S) from `start` on for x (B, S, ...)."""
     return torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[:2])
+
+
+def _require_network(named: NamedTensors, config: CsmConfig) -> None:
+    """Raise WrongContent unless the tensors are the network's, all of one dtype that is loaded."""
+    found = check_tensors(named, config)
+    counts = Counter(t.dtype for t in named.tensors.values() if t.dtype in DTYPES)
+    common = counts.most_common(1)[0][0] if counts else ", ".join(DTYPES)
+    for tensor in named.tensors.values():
+        if tensor.dtype != common:
+            found.add(Malformed(common, tensor.signature, show(tensor.name)))
+    name = Path(named.summary.where).name
+    if found.count:
+        is_what = f"These weights are {identify(named)}."
+        raise WrongContent(f"{name} is not the network of its config.json", found.listed(), is_what)
+    # transformers may save the audio embeddings twice
+    audio, tied = named.tensors[AUDIO], named.tied
+    if tied and (tied.source, tied.info.offset) != (audio.source, audio.info.offset):
+        first, second = (
+            replace(named, tensors={tied.name: one}, tied=None) for one in (audio, tied)
+        )
+        sources = [audio.source, tied.source]
+        compared = WeightsPair(first, second, sources).compare(lambda _: None)
+        if compared.error:
+            raise compared.error

@@ -29,7 +29,7 @@ from csm_weights.errors import (
 from csm_weights.files import read_bounded
 from csm_weights.formats import FORMATS
 from csm_weights.formats.architecture import CsmConfig
-from csm_weights.formats.weights_file import find_weights
+from csm_weights.formats.weights_file import locate
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport
 from csm_weights.store.atomic import write_whole
 
@@ -111,6 +111,9 @@ def run(
     if weights not in (None, *WEIGHT_FILES):
         raise UsageError(f"weights {weights!r}; known are {', '.join(WEIGHT_FILES)}")
     path = directory / WEIGHT_FILES[weights] if weights else directory
+    index = path.with_name(f"{path.name}.index.json")
+    if not path.exists() and index.is_file():
+        path = index  # of shards
     word = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if word not in CACHE_LIMITS:
         raise UsageError(f"the dtype {word!r}; known are {', '.join(CACHE_LIMITS)}")
@@ -134,14 +137,15 @@ def run(
             checks.append(Check(name, f"{rtf:.3g}", f"at most {max_rtf:g}", rtf <= max_rtf))
         # measure the device, before another model takes memory
         machine, driver = devices.describe(place)
-        is_mapped = word == "float32" and not on_gpu
         weight = model.text_embeddings.weight
+        sizes = [p.stat().st_size for paths in locate(path)[0] for p in paths]
+        is_mapped = weight.untyped_storage().nbytes() in sizes
         figures = Figures(
             machine=machine,
             driver=driver,
             torch=torch.__version__,
             dtype=word,
-            loaded_bytes=0 if is_mapped else sum(p.stat().st_size for p in find_weights(path)),
+            loaded_bytes=0 if is_mapped else sum(sizes),
             bus_rate=devices.bus_rate(place),
             frame_bytes=weights_per_frame(model.config) * weight.element_size(),
             memory_rate=devices.memory_rate(weight),

@@ -17,6 +17,7 @@ from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.load import StagingBuffers, load_tensors
 from tests.model.test_csm import TINY
 from tests.model.test_fast_decoder import prompt, reference
+from tests.model.test_load import tensors_of
 from tests.model.test_smoke import saved, tiny_state
 
 pytestmark = [
@@ -41,7 +42,9 @@ def test_a_gpu_gets_the_same_tensors(
     for device in ("cpu", "cuda"):
         with open_weights(find_weights(CHUNKS / format_)) as checkpoint:
             options: Any = {"buffers": buffers} if device == "cuda" else {}
-            found.append(load_tensors(checkpoint, torch.device(device), dtype, **options))
+            found.append(
+                load_tensors(tensors_of(checkpoint), torch.device(device), dtype, **options)
+            )
 
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name].cpu()), name
@@ -55,7 +58,12 @@ def test_a_flipped_byte_is_refused_on_the_way_to_a_gpu(tmp_path: Path) -> None:
         open_weights([tmp_path / "w"]) as checkpoint,
         pytest.raises(Exception, match="not those that are pinned"),
     ):
-        load_tensors(checkpoint, torch.device("cuda"), torch.bfloat16, digests=digests)
+        load_tensors(
+            tensors_of(checkpoint),
+            torch.device("cuda"),
+            torch.bfloat16,
+            digests=digests,
+        )
 
 
 def on_gpu(dtype: torch.dtype) -> Model:

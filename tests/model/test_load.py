@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from torch import Tensor
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import MissingInput, WrongContent
 from csm_weights.formats.multipart import MultipartFile, find_chunk_files
-from csm_weights.formats.weights_file import find_weights, open_weights
+from csm_weights.formats.transformers_layout import NamedTensor, name_tensors
+from csm_weights.formats.weights_file import WeightsFile, find_weights, open_weights
 from csm_weights.model import load
 from csm_weights.model.load import StagingBuffers, load_tensors
 from csm_weights.model.stream import blocks, stream
@@ -81,9 +82,13 @@ def pinned(content: bytes, size: int) -> list[ByteRange]:
     ]
 
 
+def tensors_of(checkpoint: WeightsFile) -> Mapping[str, NamedTensor]:
+    return name_tensors([checkpoint], ()).tensors
+
+
 def loaded(paths: Sequence[Path], dtype: torch.dtype | None = None, **options: Any) -> Any:
     with open_weights(paths) as checkpoint:
-        return load_tensors(checkpoint, CPU, dtype, **options)
+        return load_tensors(tensors_of(checkpoint), CPU, dtype, **options)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -231,7 +236,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(
     with open_weights([path]) as checkpoint:
         path.write_bytes(files["safetensors"].read_bytes())
         with pytest.raises(WrongContent, match="changed while"):
-            load_tensors(checkpoint, CPU, torch.bfloat16)
+            load_tensors(tensors_of(checkpoint), CPU, torch.bfloat16)
 
 
 def test_a_file_that_is_cut_while_it_is_loaded_is_refused(
@@ -244,7 +249,7 @@ def test_a_file_that_is_cut_while_it_is_loaded_is_refused(
         with path.open("r+b") as file:
             file.truncate(10_000)
         with pytest.raises(WrongContent, match="ended early"):
-            load_tensors(checkpoint, CPU, torch.bfloat16)
+            load_tensors(tensors_of(checkpoint), CPU, torch.bfloat16)
 
 
 def test_a_missing_chunk_file_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
@@ -362,7 +367,7 @@ LATE_BUFFERS = [
 
 def on_gpu(path: Path, device: torch.device = GPU, **options: Any) -> dict[str, Tensor]:
     with open_weights([path]) as checkpoint:
-        return load_tensors(checkpoint, device, torch.bfloat16, **options)
+        return load_tensors(tensors_of(checkpoint), device, torch.bfloat16, **options)
 
 
 @pytest.mark.parametrize("format_", ["safetensors", "torch-zip"])
@@ -439,7 +444,7 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(
         open_weights([files["safetensors"]]) as checkpoint,
         pytest.raises(torch.OutOfMemoryError, match=r"a small one.*1,000 bytes are free"),
     ):
-        load_tensors(checkpoint, torch.device("cuda:0"), torch.bfloat16)
+        load_tensors(tensors_of(checkpoint), torch.device("cuda:0"), torch.bfloat16)
 
 
 def test_a_failing_consumer_ends_the_others(tmp_path: Path) -> None:
