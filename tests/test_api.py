@@ -373,7 +373,7 @@ def test_from_pretrained_inspects_the_disk_once_a_round(
 ) -> None:
     """One session finds weights and gets them.
 
-    It inspects for candidates, before the lock, for each of four kinds of action, and at the end.
+    It inspects for candidates, before the lock, for each of three kinds of action, and at the end.
     """
     give_chunk_files(root, "model.safetensors")[0].unlink()
     give_cache(root, "model.safetensors", other_weights())
@@ -381,7 +381,7 @@ def test_from_pretrained_inspects_the_disk_once_a_round(
     begun = counted(monkeypatch, locate, "begin", session.begin)
     assert_is_model(Model.from_pretrained(REPO))
     assert len(begun) == 1
-    assert len(inspections) == 1 + 1 + 4 + 1
+    assert len(inspections) == 1 + 1 + 3 + 1
 
 
 def test_a_gpu_that_is_not_here_is_said_at_once(

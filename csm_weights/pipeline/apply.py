@@ -35,7 +35,8 @@ INSPECTIONS = 3
 def status(request: Request, check: bool = False) -> StatusReport:
     """Return what is here and what `weights` would do; the content of no file is read.
 
-    With `check` the report has an error unless everything is verified and in place.
+    With `check` the report has an error unless everything is verified and in
+    place, and passes the gates: they read the headers of weights.
     """
     return status_of(begin(request), check)
 
@@ -45,7 +46,11 @@ def status_of(session: Session, check: bool = False) -> StatusReport:
     plan = session.plan(Target.BOTH)
     advice = _ways_to_get(plan, session.policy) if _is_missing(plan.findings) else ""
     report = StatusReport(plan.state, plan, advice)
-    if plan.is_done or not check:
+    if not check:
+        return report
+    if plan.is_verified and (error := _refusal(session, plan)):
+        return replace(report, error=error)
+    if plan.is_done:
         return report
     steps: dict[str, list[Action]] = {}
     for action in plan.actions:
@@ -125,9 +130,16 @@ def run(session: Session, target: Target) -> Outcome:
                 is_tidied = session.remove_leftovers(plan.state, is_staged)
                 state = session.inspect() if is_tidied else plan.state
                 return Outcome(state, tuple(done), tuple(dict.fromkeys(session.notes)))
+            if plan.is_verified and (error := _refusal(session, plan)):
+                raise error
             type(plan.ready[0]).apply(plan.ready, session)
             done += plan.ready
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
+
+
+def _refusal(session: Session, plan: Plan) -> CsmWeightsError | None:
+    """Return the error of the gates about files before they are moved: none is installed then."""
+    return gate_error(session.gate(plan.state, rehash=False, staged=True))
 
 
 def _is_missing(findings: Iterable[Finding]) -> bool:

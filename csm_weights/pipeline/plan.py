@@ -49,6 +49,12 @@ class Plan:
         return not self.findings and len(self.having(Keep)) == len(self.actions)
 
     @property
+    def is_verified(self) -> bool:
+        """True where everything asked for is verified, and at most has to be moved."""
+        done = self.having(Keep, act.Move, act.Copy)
+        return not self.findings and len(done) == len(self.actions)
+
+    @property
     def ready(self) -> tuple[Action, ...]:
         """The actions of the cheapest kind: what they find out may change the others."""
         for kind in act.ORDER:

@@ -19,7 +19,7 @@ from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.progress import Progress, label_for
 from csm_weights.store import atomic, install, journal
-from csm_weights.store.inspect import FileStatus, Paths, State, inspect
+from csm_weights.store.inspect import FileState, FileStatus, Paths, State, inspect
 from csm_weights.store.leftovers import leftovers
 from csm_weights.store.receipts import Receipt, VerifiedFile
 from csm_weights.transfer.policy import HUB, SourcePolicy
@@ -116,9 +116,18 @@ class Session:
         """Return an inspected file as the gates take it."""
         return gates.Subject(artifact, file, self.paths.command("weights"))
 
-    def gate(self, state: State, rehash: bool) -> tuple[gates.GateResult, ...]:
-        """Run every gate over the installed files; see `gates.check`."""
-        subjects = [self.subject(item.artifact, item.installed) for item in state.artifacts]
+    def gate(
+        self, state: State, rehash: bool, staged: bool = False
+    ) -> tuple[gates.GateResult, ...]:
+        """Run every gate over the installed files; see `gates.check`.
+
+        With `staged`, over the staged files in place of those that are not installed yet.
+        """
+        subjects = []
+        for item in state.artifacts:
+            is_installed = item.installed.state is FileState.VERIFIED
+            file = item.staged if staged and not is_installed else item.installed
+            subjects.append(self.subject(item.artifact, file))
         to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
         label = label_for("verifying", [s.artifact.path for s in to_hash or subjects])
         with Progress(label, sum(s.file.size or 0 for s in to_hash)) as progress:

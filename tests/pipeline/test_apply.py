@@ -26,7 +26,7 @@ from csm_weights.pipeline import apply, session
 from csm_weights.pipeline.actions import Action, Assemble, Copy, Move, Verify
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Outcome
+from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.store import atomic, install
 from csm_weights.store.inspect import FileState, State, inspect
 from csm_weights.store.journal import journal_path, partial_path
@@ -547,6 +547,41 @@ def test_status_check_of_a_changed_file_is_wrong_content(toy: Toy) -> None:
     error = apply.status(toy.request(), check=True).error
     assert error is not None
     assert ([f.kind for f in error.findings], error.exit_code) == ([Kind.CHANGED], 4)
+
+
+@pytest.fixture
+def refused(toy: Toy) -> Toy:
+    """A toy whose a.bin has the digest that is pinned, and is no safetensors file."""
+    a, *rest = toy.manifest.artifacts
+    toy.write_manifest(replace(toy.manifest, artifacts=(replace(a, format="safetensors"), *rest)))
+    return toy
+
+
+def test_what_the_gates_refuse_is_not_installed(refused: Toy) -> None:
+    """It stays in staging, and every command says the same of it, as often as it is asked."""
+    request = refused.request("all")
+    assert apply.apply(request, Target.STAGED).error is None
+    for target in (Target.BOTH, Target.PLACED, Target.BOTH):
+        with pytest.raises(WrongContent) as caught:
+            apply.apply(request, target)
+        assert [f.kind for f in caught.value.findings] == [Kind.MALFORMED]
+    assert not any(refused.installed(a.path).exists() for a in refused.manifest.artifacts)
+    assert refused.staged("a.bin").read_bytes() == refused.good("a.bin")
+    error = apply.status(request, check=True).error
+    assert error is not None and [f.kind for f in error.findings] == [Kind.MALFORMED]
+
+
+def test_status_check_says_what_verify_says(refused: Toy) -> None:
+    """Of a file that someone has put in place, though its receipt is good."""
+    refused.installed("a.bin").parent.mkdir(parents=True)
+    refused.installed("a.bin").write_bytes(refused.good("a.bin"))
+    request = refused.request("a.bin")
+    results: list[Outcome | StatusReport] = [apply.weights(request, smoke=False) for _ in "12"]
+    results += [verify.verify(request), apply.status(request, check=True)]
+    errors = [result.error for result in results]
+    assert [error.exit_code for error in errors if error] == [4, 4, 4, 4]
+    assert len(set(map(str, errors))) == 1
+    assert refused.installed("a.bin").read_bytes() == refused.good("a.bin")
 
 
 @pytest.fixture
