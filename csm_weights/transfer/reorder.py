@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import InitVar, dataclass
 
 from csm_weights.byte_ranges import Ranges
 from csm_weights.concurrency import Cancelled, OnProgress
@@ -111,6 +112,7 @@ class BufferPool:
             self._free.append(buffer)
 
 
+@dataclass(eq=False)
 class ReorderBuffer:
     """The half-open range `[start, end)` of a file whose blocks arrive in any order.
 
@@ -120,40 +122,32 @@ class ReorderBuffer:
     arrive, those of an earlier run at once.
     """
 
-    def __init__(
-        self,
-        target: OutputFile,
-        start: int,
-        end: int,
-        sinks: Sequence[Hasher],
-        buffers: BufferPool,
-        arrived: Sequence[tuple[int, int]],
-        record: Callable[[int, int], None],
-        on_progress: OnProgress,
-        cancel: threading.Event,
-    ) -> None:
-        self._target = target
-        self._next, self._start, self._end = start, start, end
-        self._sinks = sinks
-        self._buffers = buffers
-        self._record = record
-        self._on_progress = on_progress
-        self._cancel = cancel
-        self._arrived = Ranges(arrived)
+    target: OutputFile
+    start: int
+    end: int
+    sinks: Sequence[Hasher]
+    buffers: BufferPool
+    arrived: InitVar[Sequence[tuple[int, int]]]
+    record: Callable[[int, int], None]
+    on_progress: OnProgress
+    cancel: threading.Event
+
+    def __post_init__(self, arrived: Sequence[tuple[int, int]]) -> None:
+        self._next, self._arrived = self.start, Ranges(arrived)
         self._waiting: dict[int, tuple[memoryview, int]] = {}
         self._changed = threading.Condition()
         self._starved_since = math.inf
         self._is_over = self._is_closed = False
         if arrived:
-            on_progress(sum(end - start for start, end in arrived))
+            self.on_progress(sum(end - start for start, end in arrived))
         # One thread follows the order of the file; the sinks hash a block at the same time.
-        self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(len(sinks))
+        self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(len(self.sinks))
         self._hashed = self._threads[0].submit(self._hash_all)
 
     def wanted(self) -> list[tuple[int, int]]:
         """Return the ranges that have not arrived."""
         with self._changed:
-            return self._arrived.missing(self._start, self._end)
+            return self._arrived.missing(self.start, self.end)
 
     @property
     def is_empty(self) -> bool:
@@ -170,10 +164,10 @@ class ReorderBuffer:
 
         Raises Cancelled, or ValueError where bytes of it have arrived already.
         """
-        if self._cancel.is_set():
+        if self.cancel.is_set():
             raise Cancelled
         if not size:
-            self._buffers.release(buffer)
+            self.buffers.release(buffer)
             return
         if self._hashed.done():
             self._hashed.result()  # raises what ended the hashing
@@ -181,22 +175,22 @@ class ReorderBuffer:
             if self._arrived.missing(offset, offset + size) != [(offset, offset + size)]:
                 raise ValueError(f"bytes [{offset}, {offset + size}) have arrived already")
         with buffer[:size] as data:
-            self._target.write(data, offset, direct=True)
-        self._record(offset, size)
-        self._on_progress(size)
+            self.target.write(data, offset, direct=True)
+        self.record(offset, size)
+        self.on_progress(size)
         # The block whose turn it is always waits.
-        while not (is_held := self._buffers.reserve(always=offset == self._next)):
+        while not (is_held := self.buffers.reserve(always=offset == self._next)):
             with self._changed:
                 if time.monotonic() - self._starved_since > MOMENT or self._hashed.done():
                     break
                 self._changed.wait(MOMENT)
-            if self._cancel.is_set():
+            if self.cancel.is_set():
                 raise Cancelled
         with self._changed:
             if is_held:
                 self._waiting[offset] = buffer, size
             else:
-                self._buffers.release(buffer)
+                self.buffers.release(buffer)
             self._arrived.add(offset, offset + size)
             self._changed.notify_all()
 
@@ -206,7 +200,7 @@ class ReorderBuffer:
             self._is_over = True
             self._changed.notify_all()
         self._hashed.result()
-        return self._next == self._end
+        return self._next == self.end
 
     def close(self) -> None:
         """End the hashing where it is, and release the buffers that wait."""
@@ -216,11 +210,11 @@ class ReorderBuffer:
         for threads in self._threads:
             threads.shutdown()
         for buffer, _ in self._waiting.values():
-            self._buffers.release(buffer, reserved=True)
+            self.buffers.release(buffer, reserved=True)
         self._waiting.clear()
 
     def _hash_all(self) -> None:
-        while self._next < self._end and not self._is_closed:
+        while self._next < self.end and not self._is_closed:
             with self._changed:
                 here = self._waiting.pop(self._next, None)
                 # A block further on that waits in memory need not be read back.
@@ -231,20 +225,20 @@ class ReorderBuffer:
                         return
                     self._starved_since = min(self._starved_since, time.monotonic())
                     self._changed.wait(MOMENT)
-                    if self._cancel.is_set():
+                    if self.cancel.is_set():
                         raise Cancelled
                     continue
                 self._starved_since = math.inf
             if here is None:
-                fd, size = self._target.fd, end - self._next
-                feed(fd, self._next, size, self._sinks, lambda _: None, self._cancel)
+                fd, size = self.target.fd, end - self._next
+                feed(fd, self._next, size, self.sinks, lambda _: None, self.cancel)
             else:
                 buffer, size = here
                 try:
                     with buffer[:size] as data:
-                        list(self._threads[1].map(lambda sink: sink.update(data), self._sinks))
+                        list(self._threads[1].map(lambda sink: sink.update(data), self.sinks))
                 finally:
-                    self._buffers.release(buffer, reserved=True)
+                    self.buffers.release(buffer, reserved=True)
             with self._changed:
                 self._next += size
                 self._changed.notify_all()

@@ -293,40 +293,35 @@ def _check_answer(file: RemoteFile, response: requests.Response, start: int, sto
     return stop
 
 
+@dataclass(eq=False)
 class RangeStream:
     """The body of one answer: the bytes `[at, end)` of an artifact, `at` moving on.
 
     It must bring the least rate of `Timeouts` in the seconds that are spent reading it.
+    It ends when `over` is set.
     """
 
-    def __init__(
-        self,
-        client: HttpClient,
-        response: requests.Response,
-        at: int,
-        end: int,
-        over: threading.Event,
-    ) -> None:
-        self.at = at
-        self.end = end
-        self._client = client
-        self._response = response
-        self._over = over
-        self._came, self._seconds = 0, 0.0
+    client: HttpClient
+    response: requests.Response
+    at: int
+    end: int
+    over: threading.Event
+    _came: int = 0
+    _seconds: float = 0.0
 
     def close(self) -> None:
         """End the connection: what is left of the body is not wanted."""
-        self._response.close()
+        self.response.close()
 
     def read_into(self, writer: PieceWriter, at: int) -> None:
         """Read from byte `at` to `end`, by blocks; what came before a failure is written too."""
-        watchdog, shutdown = self._client.watchdog, self._response.raw.shutdown
-        with watchdog.watching(shutdown, math.inf, self._over) as wait:
-            with memoryview(bytearray(READ)) as waste:
-                while self.at < at:
-                    self.at += self._read(waste[: at - self.at], wait)
+        watchdog, shutdown = self.client.watchdog, self.response.raw.shutdown
+        with watchdog.watching(shutdown, math.inf, self.over) as wait:
+            waste = memoryview(bytearray(READ))
+            while self.at < at:
+                self.at += self._read(waste[: at - self.at], wait)
             while self.at < self.end:
-                if self._over.is_set():
+                if self.over.is_set():
                     raise Cancelled
                 # Blocks lie on a grid, whatever byte a stream goes on from.
                 room = min(self.end, (self.at // BLOCK + 1) * BLOCK) - self.at
@@ -344,14 +339,10 @@ class RangeStream:
 
     def _read(self, view: memoryview, wait: Wait) -> int:
         """Return the number of bytes read into `view`, one at least; raise TransientError."""
-        timeouts, host, started = (
-            self._client.timeouts,
-            host_of(self._response.url),
-            time.monotonic(),
-        )
+        timeouts, started = self.client.timeouts, time.monotonic()
         wait.until = started + timeouts.slow_seconds
         try:
-            data = b"" if wait.is_late else self._response.raw.read1(len(view))
+            data = b"" if wait.is_late else self.response.raw.read1(len(view))
             found = "the connection was closed"
         except (HTTPError, OSError, ValueError) as error:
             data, found = b"", cause_of(error)
@@ -364,6 +355,7 @@ class RangeStream:
         if data:
             view[: len(data)] = data
             return len(data)
+        host = host_of(self.response.url)
         if not wait.is_late:
             raise TransientError(lost_finding(host, found))
         seconds = f"{timeouts.slow_seconds:g} s"
