@@ -318,6 +318,7 @@ RECORDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str], dict[str, A
     "receipt": (load_receipt, dump_receipt, _RECEIPT),
     "piece": (parse_line, dump_record, _PIECE),
     "arrival": (parse_line, dump_record, _ARRIVAL),
+    "refuted": (parse_line, dump_record, {"schema": 1, "offset": 0, "refuted": "1" * 64}),
     "smoke": (lambda text: parse_record(text, SmokeReport), dump_record, _SMOKE),
 }
 

@@ -13,8 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm_weights.files import Fingerprint
+from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.model.smoke_report import SmokeReport, report_path
-from csm_weights.store.journal import PieceRecord, parse_line
+from csm_weights.store.journal import (
+    Arrival,
+    Journal,
+    PieceRecord,
+    Refuted,
+    journal_path,
+    parse_line,
+    partial_path,
+    read_journal,
+)
 from csm_weights.store.receipts import Receipt, dump_receipt, load_receipt, receipt_path
 from csm_weights.untrusted import dump_record, parse_record
 
@@ -80,6 +90,17 @@ def test_records_read_back_as_written() -> None:
     """Dumping and loading are inverse."""
     assert parse_line(dump_record(PIECE)) == PIECE
     assert load_receipt(dump_receipt(RECEIPT)) == RECEIPT
+
+
+def test_what_was_refuted_has_no_lines_before_that(tmp_path: Path) -> None:
+    """A piece that was found wrong counts from there on; those of other pieces stay."""
+    pieces = (Piece("chunks/a-0", 0, 10, SHA), Piece("chunks/a-1", 10, 10, "6" * 64))
+    artifact = Artifact("a", "g", "opaque", 20, "7" * 64, pieces=pieces)
+    early, late, other = Arrival(0, 4, SHA), Arrival(4, 2, SHA), Arrival(10, 10, "6" * 64)
+    lines = [early, other, PIECE, Refuted(0, SHA), Refuted(10, SHA), late]
+    partial_path(tmp_path / "a").touch()
+    journal_path(tmp_path / "a").write_text("\n".join(map(dump_record, lines)))
+    assert read_journal(tmp_path / "a", artifact) == Journal(arrived=(other, late), is_begun=True)
 
 
 def test_a_fingerprint_survives_a_rename_but_not_an_edit(tmp_path: Path) -> None:
