@@ -345,6 +345,36 @@ def identify(root: Path, path: str, also: Sequence[str]) -> object:
 
 
 @task(
+    path=(REQUIRED, "weights to convert: a file, one of its chunk files or shards, or a folder"),
+    to=(REQUIRED, "layout to write: original or transformers"),
+    out=(REQUIRED, "folder for the new files"),
+    format=("safetensors", "safetensors or ckpt (default: safetensors)"),
+    dtype=("", "float32, bfloat16 or float16 (default: as the weights have it)"),
+    shard_size=("", "size of a shard of safetensors at most: 5GB, ... (default: one file)"),
+    codec=("", "file or folder with Mimi's tensors, kyutai/mimi, for --to transformers"),
+    manifest=("", "name of a manifest of the new files to write (default: none)"),
+)
+def convert(
+    root: Path,
+    path: str,
+    to: str,
+    out: str,
+    format: str,
+    dtype: str,
+    shard_size: str,
+    codec: str,
+    manifest: str,
+) -> object:
+    """Convert weights between the original layout and transformers', and between dtypes."""
+    from csm_weights.manifest.pin import parse_size
+    from csm_weights.pipeline.convert import Conversion, convert
+
+    size = parse_size(shard_size) if shard_size else 0
+    mimi = Path(codec) if codec else None
+    return convert(root, Conversion(Path(path), to, Path(out), format, dtype, size, mimi, manifest))
+
+
+@task(
     "dry",
     file=(REQUIRED, "file to split: inv split FILE"),
     chunks=("", "folder for the chunk files, below chunks/ (default: chunks/NAME)"),

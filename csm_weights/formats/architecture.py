@@ -42,7 +42,7 @@ FLAVORS = {
 }
 
 #: transformers' keys for the fields of a TransformerConfig, in their order.
-_TRANSFORMERS_KEYS = (
+TRANSFORMERS_KEYS = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
     "intermediate_size",
 )
@@ -146,7 +146,7 @@ def parse_config(text: bytes, where: str) -> CsmConfig:
             figures = ("text_vocab_size", "audio_vocab_size", "audio_num_codebooks")
         else:
             sides = data, data["depth_decoder_config"]
-            backbone, decoder = ([side[key] for key in _TRANSFORMERS_KEYS] for side in sides)
+            backbone, decoder = ([side[key] for key in TRANSFORMERS_KEYS] for side in sides)
             stacks = TransformerConfig(*backbone), TransformerConfig(*decoder)
             figures = ("text_vocab_size", "vocab_size", "num_codebooks")
         config = CsmConfig(*stacks, *(data[key] for key in figures))

@@ -155,7 +155,7 @@ class WeightsPair:
 
         def work() -> None:
             for name, one, other in waiting:
-                difference = _first_difference(name, one, other, on_progress, cancel)
+                difference = first_difference(name, one, other, on_progress, cancel)
                 found.append((one.info.nbytes, difference))
 
         changed = "a file changed while it was compared; compare again"
@@ -190,7 +190,7 @@ def _words(tensor: NamedTensor | None) -> str:
     return tensor.signature if tensor else "no such tensor"
 
 
-def _first_difference(
+def first_difference(
     name: str,
     first: NamedTensor,
     second: NamedTensor,
@@ -198,13 +198,10 @@ def _first_difference(
     cancel: threading.Event,
 ) -> Difference | None:
     """Find the first element, in row-major order, whose bits differ."""
-    item, total = first.info.itemsize, math.prod(first.info.shape)
+    total = math.prod(first.info.shape)
     narrow = min(first, second, key=lambda tensor: tensor.info.itemsize).dtype
-    # whole rows, for parts of rows are slow to read of a view
     are_plain = first.info.contiguous and second.info.contiguous
-    step = (BLOCK if are_plain else VIEW_BLOCK) // item
-    row = first.shape[-1] if first.shape else 1
-    step -= step % row if 0 < row <= step else 0
+    step = first.block_elements(BLOCK if are_plain else VIEW_BLOCK)
     for start in range(0, total, step):
         if cancel.is_set():
             raise Cancelled

@@ -39,13 +39,13 @@ class MultipartFile:
     def __init__(self, paths: Sequence[Path | str]) -> None:
         self.paths = tuple(map(Path, paths))
         self._fds: list[int] = []
-        self._prints: list[Fingerprint] = []
+        self.fingerprints: list[Fingerprint] = []
         self._starts = [0]
         try:
             for path in self.paths:
                 self._fds.append(open_regular(path))
                 status = os.fstat(self._fds[-1])
-                self._prints.append(Fingerprint.of(status))
+                self.fingerprints.append(Fingerprint.of(status))
                 self._starts.append(self._starts[-1] + status.st_size)
         except NotRegular as error:
             self.close()
@@ -100,7 +100,7 @@ class MultipartFile:
         """Return a finding for each file that was written to since it was opened."""
         return [
             Finding.changed(path)
-            for path, fd, before in zip(self.paths, self._fds, self._prints, strict=True)
+            for path, fd, before in zip(self.paths, self._fds, self.fingerprints, strict=True)
             if Fingerprint.of(os.fstat(fd)) != before
         ]
 

@@ -50,12 +50,13 @@ _WORDS = {
     "F8_E8M0": ("float8_e8m0fnu", ""),
     "F4_X2": ("float4_e2m1fn_x2", ""),
 }
+#: torch's class of a storage, by safetensors' word for the dtype.
+STORAGE_NAMES = {word: f"{name}Storage" for word, (_, name) in _WORDS.items() if name}
 _DTYPES = {f"torch {name}": word for word, (name, _) in _WORDS.items()}
 _STORAGES = {
-    f"{module} {name}Storage": word
-    for word, (_, name) in _WORDS.items()
+    f"{module} {name}": word
+    for word, name in STORAGE_NAMES.items()
     for module in ("torch", "torch.cuda")
-    if name
 } | {"torch.storage UntypedStorage": "U8"}
 #: Calls whose result holds no tensor that lies in the file.
 _INERT = {

@@ -124,6 +124,12 @@ class NamedTensor:
         """Dtype and shape in words."""
         return f"{self.dtype} {list(self.shape)}"
 
+    def block_elements(self, size: int) -> int:
+        """Return how many elements fit `size` bytes: whole rows, for parts of views are slow."""
+        most = size // self.info.itemsize
+        row = self.shape[-1] if self.shape else 1
+        return most - most % row if 0 < row <= most else most
+
     def value(self, number: int) -> Value:
         """Read the element of that number, counted in row-major order."""
         raw = bytearray(self.info.itemsize)

@@ -1,0 +1,59 @@
+"""Write a file from a stream of blocks, hashed on the way, under an unfinished name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from csm_weights.concurrency import OnProgress
+from csm_weights.files import Fingerprint
+from csm_weights.hashing import sha256
+from csm_weights.store.atomic import create, unlink_shared, writing
+from csm_weights.store.journal import PieceRecord, partial_path
+from csm_weights.store.receipts import VerifiedFile
+
+
+def write_stream(
+    path: Path, blocks: Iterable[bytes | bytearray], source: str, on_progress: OnProgress
+) -> VerifiedFile:
+    """Write blocks to the unfinished form of `path`; `source` says where they come from.
+
+    What an earlier run has left there stays where it equals the blocks: each
+    is compared with them, and written only where it differs. `on_progress`
+    gets bytes. Raises NoSpace, and WrongContent where something is in the way.
+    """
+    unfinished, digest, offset = partial_path(path), sha256(), 0
+    unlink_shared(unfinished)
+    fd = create(unfinished)
+    try:
+        left = os.fstat(fd).st_size
+        hashed: Future[None] | None = None
+        with ThreadPoolExecutor(1) as hasher:
+            for block in blocks:
+                is_left = offset + len(block) <= left
+                if not (is_left and os.pread(fd, len(block), offset) == block):
+                    _write_at(fd, block, offset, unfinished)
+                # the next block is read while this one is hashed
+                if hashed:
+                    hashed.result()
+                hashed = hasher.submit(digest.update, memoryview(block))
+                offset += len(block)
+                on_progress(len(block))
+        with writing(unfinished):
+            os.ftruncate(fd, offset)
+            os.fsync(fd)
+        fingerprint = Fingerprint.of(os.fstat(fd))
+    finally:
+        os.close(fd)
+    whole = digest.hexdigest()
+    pieces = (PieceRecord(0, offset, whole, source),)
+    return VerifiedFile(unfinished, whole, pieces, fingerprint)
+
+
+def _write_at(fd: int, block: bytes | bytearray, offset: int, path: Path) -> None:
+    done = 0
+    with memoryview(block) as view, writing(path):
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
