@@ -85,10 +85,17 @@ def _kind(tensor: NamedTensor, dtype: str | None) -> str:
 
 
 def elements(tensor: NamedTensor, dtype: str) -> Iterator[bytearray]:
-    """Yield the elements of a tensor in row-major order, converted to a dtype, by blocks."""
+    """Yield the elements of a tensor in row-major order, converted to a dtype, by blocks.
+
+    A block may be hashed while the next one is made, and is overwritten by the
+    one after that.
+    """
     item, total = tensor.info.itemsize, math.prod(tensor.info.shape)
     step = tensor.block_elements(BLOCK)
-    for start in range(0, total, step):
-        raw = bytearray(min(step, total - start) * item)
+    buffers = [bytearray(min(step, total) * item) for _ in range(2)]
+    for number, start in enumerate(range(0, total, step)):
+        raw = buffers[number % 2]
+        if start + step > total:
+            raw = bytearray((total - start) * item)
         read_elements(tensor.source, tensor.info, start, raw)
         yield converted(raw, tensor.dtype, dtype)

@@ -21,8 +21,9 @@ def write_stream(
     """Write blocks to the unfinished form of `path`; `source` says where they come from.
 
     What an earlier run has left there stays where it equals the blocks: each
-    is compared with them, and written only where it differs. `on_progress`
-    gets bytes. Raises NoSpace, and WrongContent where something is in the way.
+    is compared with them, and written only where it differs. A block must not
+    change before the one after the next is asked for. `on_progress` gets
+    bytes. Raises NoSpace, and WrongContent where something is in the way.
     """
     unfinished, digest, offset = partial_path(path), sha256(), 0
     unlink_shared(unfinished)
