@@ -98,7 +98,7 @@ def find_weights(path: Path) -> list[Path]:
         if path.exists():
             return [path]
         raise missing(path, "a file or a folder", "neither")
-    for name in WEIGHT_FILES:
+    for name in (*WEIGHT_FILES, "pytorch_model.bin"):  # the last is transformers'
         if (path / name).is_file():
             return [path / name]
     for one in FORMATS:
