@@ -59,7 +59,7 @@ RUN_ENV   := $(VENV)/.smoke
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify split lock \
+.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert split lock \
 	standin clean test lint test-full test-integration test-gpu messages torture bench \
 	bench-download bench-load fuzz scanners mutation
 
@@ -103,6 +103,9 @@ compare: $(VENV)/.base ## Check that two formats, or FILE='A B', are equal
 
 identify: $(VENV)/.base ## Tell what the weights at FILE=... are, and which release they equal
 	@$(INV) identify $(call quoted,$(FILE))
+
+convert: $(VENV)/.base ## Convert FILE=... to TO=original or transformers, in the folder OUT=...
+	@$(INV) convert $(call quoted,$(FILE)) --to $(call quoted,$(TO)) --out $(call quoted,$(OUT))
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest)
