@@ -122,8 +122,9 @@ class HttpClient:
         self._session = requests.Session()
         self._session.headers["User-Agent"] = f"csm-weights/{version('csm-weights')}"
         self._session.headers["Accept-Encoding"] = "identity"
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, WatchedAdapter(self.watchdog, self.timeouts.read))
+        adapter = WatchedAdapter(self.watchdog, self.timeouts.read)
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
         # Signed URLs are secrets for as long as they live, and urllib3's warnings have them.
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
@@ -229,22 +230,19 @@ class HttpClient:
             is_unreached = bool(error.args) and isinstance(error.args[0], MaxRetryError)
             raise TransientError(finding, None, is_unreached and is_new) from None
         self._answered.add(host)
-        if response.status_code == 407:
+        status = response.status_code
+        if status == 407:
             response.close()
             raise SourceError([proxy_finding(url, "407 Proxy Authentication Required")])
-        status = response.status_code
         if status in (408, 425, 429) or (status >= 500 and status not in (501, 505)):
             # The same request may succeed later.
             response.close()
-            seconds, kind, when = requested_wait(response.headers), Kind.SERVER_TROUBLE, "later"
+            seconds = requested_wait(response.headers)
             if seconds is not None and seconds <= timeouts.longest_wait:
                 self._quiet_until[host] = time.monotonic() + seconds
-            if status == 429:
-                kind, when = (
-                    Kind.RATE_LIMITED,
-                    "later" if seconds is None else f"in {seconds:.0f} s",
-                )
-            found = f"{status} {response.reason}"
+            is_limited, found = status == 429, f"{status} {response.reason}"
+            kind = Kind.RATE_LIMITED if is_limited else Kind.SERVER_TROUBLE
+            when = f"in {seconds:.0f} s" if is_limited and seconds is not None else "later"
             finding = Finding(kind, host, "an answer", found, f"try again {when}")
             raise TransientError(finding, seconds)
         return response
