@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
 from csm_weights.errors import Finding
 from csm_weights.formats.architecture import CSM_1B, FLAVORS, CsmConfig
+from csm_weights.formats.dtypes import FLOATS
 from csm_weights.formats.tensor_index import Findings
 from csm_weights.formats.transformers_layout import Layout, NamedTensors
 from csm_weights.untrusted import Malformed, show
@@ -140,3 +142,18 @@ def check_tensors(named: NamedTensors, network: CsmConfig) -> Findings:
     for tensor in (*named.unknown, *(t for n, t in named.tensors.items() if n not in expected)):
         found.add(Malformed("no such tensor", tensor.signature, show(tensor.name)))
     return found
+
+
+def check_network(named: NamedTensors, network: CsmConfig) -> list[Finding]:
+    """Return the findings of `check_tensors`, and one for each tensor that cannot be loaded.
+
+    All must have one dtype: float32, bfloat16 or float16.
+    """
+    found = check_tensors(named, network)
+    floats = FLOATS.values()
+    counts = Counter(t.dtype for t in named.tensors.values() if t.dtype in floats)
+    common = counts.most_common(1)[0][0] if counts else " or ".join(floats)
+    for tensor in named.tensors.values():
+        if tensor.dtype != common:
+            found.add(Malformed(common, tensor.signature, show(tensor.name)))
+    return found.listed()

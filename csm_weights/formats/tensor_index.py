@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, error_for
-from csm_weights.formats.architecture import CsmConfig
 from csm_weights.formats.multipart import MultipartFile
-from csm_weights.untrusted import Malformed, show
+from csm_weights.untrusted import Malformed
 
 #: Bits of one element, by safetensors' word for the dtype; C32, C128 and F4_X2 only torch has.
 ITEM_BITS = {
@@ -122,26 +121,6 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
-
-
-def check_against(index: TensorIndex, config: CsmConfig, where: str) -> list[Finding]:
-    """Return a finding for each tensor missing, not expected, or of another dtype or shape.
-
-    Empty when the index holds exactly the F32 tensors of the network. At most
-    20 findings are spelled out; one more counts the others.
-    """
-    found = Findings(where)
-    expected = config.tensor_shapes()
-    for name, shape in expected.items():
-        info = index.tensors.get(name)
-        if info is None:
-            found.add(Malformed(f"F32 {list(shape)}", "no such tensor", name))
-        elif (info.dtype, info.shape) != ("F32", shape):
-            found.add(Malformed(f"F32 {list(shape)}", info.signature, name))
-    for name, info in index.tensors.items():
-        if name not in expected:
-            found.add(Malformed("no such tensor", info.signature, show(name)))
-    return found.listed()
 
 
 @dataclass

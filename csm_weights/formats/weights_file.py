@@ -21,7 +21,7 @@ from csm_weights.errors import (
     from_os_error,
     printable,
 )
-from csm_weights.formats import FORMATS, sniff
+from csm_weights.formats import FORMATS, format_named, sniff
 from csm_weights.formats.json_stream import JsonStream
 from csm_weights.formats.multipart import MultipartFile, find_chunk_files
 from csm_weights.formats.tensor_index import HEAD, MAX_FINDINGS, TensorIndex
@@ -60,10 +60,11 @@ class WeightsFile:
         self.source.close()
 
 
-def open_weights(paths: Sequence[Path | str]) -> WeightsFile:
+def open_weights(paths: Sequence[Path | str], format_: str = "") -> WeightsFile:
     """Open a file, or its chunk files in order, and read where each tensor lies.
 
-    The format is told by the first bytes. Raises MissingInput, WrongContent.
+    The format is told by the first bytes, unless `format_` names it. Raises
+    MissingInput, WrongContent.
     """
     try:
         source = MultipartFile(paths)
@@ -76,7 +77,8 @@ def open_weights(paths: Sequence[Path | str]) -> WeightsFile:
         raise WrongContent("the weights cannot be read", [finding]) from None
     try:
         head = source.read(0, HEAD)
-        found = sniff(head, source.paths[0].name.partition(".part-")[0])
+        name = source.paths[0].name.partition(".part-")[0]
+        found = format_named(format_) if format_ else sniff(head, name)
         if found is None:
             expected = f"weights as {' or '.join(one.name for one in FORMATS)}"
             words = (expected, f"a file that starts {show(head[:16])}")
@@ -116,10 +118,15 @@ def locate(path: str | Path | Sequence[Path]) -> tuple[Files, Path]:
     else that of the first file.
     """
     if not isinstance(path, str | Path):
-        are_shards = all(_SHARD.fullmatch(one.name) for one in path)
+        are_shards = all(is_shard(one.name) for one in path)
         return [[one] for one in path] if are_shards else [list(path)], path[0].parent
     path = Path(path)
     return find(path), path if path.is_dir() else path.parent
+
+
+def is_shard(name: str) -> bool:
+    """Return whether a file is one of several that hold a model, by its name."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def missing(path: Path, expected: str, found: str) -> MissingInput:

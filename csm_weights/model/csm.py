@@ -16,7 +16,6 @@ This is the reference: it is written to be read and checked, not to be fast.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,11 +31,10 @@ from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import UsageError, WrongContent
 from csm_weights.formats.architecture import CsmConfig, TransformerConfig, read_config
 from csm_weights.formats.compare import WeightsPair
-from csm_weights.formats.identify import check_tensors, identify
+from csm_weights.formats.identify import check_network, identify
 from csm_weights.formats.transformers_layout import AUDIO, NamedTensors, name_tensors
 from csm_weights.formats.weights_file import locate, missing, open_weights
-from csm_weights.model.load import DTYPES, load_tensors
-from csm_weights.untrusted import Malformed, show
+from csm_weights.model.load import load_tensors
 
 #: A dtype to load weights in: None is the file's, "fast" the faster one, which is bfloat16 on a
 #: GPU and float32 on the CPU.
@@ -439,17 +437,10 @@ def _positions_like(x: Tensor, start: int) -> Tensor:
 
 
 def _require_network(named: NamedTensors, config: CsmConfig) -> None:
-    """Raise WrongContent unless the tensors are the network's, all of one dtype that is loaded."""
-    found = check_tensors(named, config)
-    counts = Counter(t.dtype for t in named.tensors.values() if t.dtype in DTYPES)
-    common = counts.most_common(1)[0][0] if counts else ", ".join(DTYPES)
-    for tensor in named.tensors.values():
-        if tensor.dtype != common:
-            found.add(Malformed(common, tensor.signature, show(tensor.name)))
-    name = Path(named.summary.where).name
-    if found.count:
-        is_what = f"These weights are {identify(named)}."
-        raise WrongContent(f"{name} is not the network of its config.json", found.listed(), is_what)
+    """Raise WrongContent unless the tensors are exactly the network's."""
+    if findings := check_network(named, config):
+        name, is_what = Path(named.summary.where).name, f"These weights are {identify(named)}."
+        raise WrongContent(f"{name} is not the network of its config.json", findings, is_what)
     # transformers may save the audio embeddings twice
     audio, tied = named.tensors[AUDIO], named.tied
     if tied and (tied.source, tied.info.offset) != (audio.source, audio.info.offset):

@@ -12,9 +12,10 @@ from pathlib import Path
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import CsmWeightsError, Finding, Kind, WrongContent
 from csm_weights.files import Fingerprint
-from csm_weights.formats import format_named
 from csm_weights.formats.architecture import CsmConfig, read_config
-from csm_weights.formats.tensor_index import check_against
+from csm_weights.formats.identify import check_network
+from csm_weights.formats.transformers_layout import name_tensors
+from csm_weights.formats.weights_file import is_shard, open_weights
 from csm_weights.hashing import Digests, HashJob, ShortRead, measure, sha256_of
 from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.store.inspect import FileState, FileStatus
@@ -164,11 +165,11 @@ def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: b
         return _not_run(Gate.STRUCTURE, subject, expected, "config.json cannot be used")
     findings: Sequence[Finding] = ()
     try:
-        tensors = format_named(subject.artifact.format).read_index(subject.path)
-        found = f"{len(tensors.tensors)} tensors"
-        if config is not None:
-            findings = check_against(tensors, config, str(subject.path))
-            expected = f"{len(config.tensor_shapes())} tensors as config.json implies"
+        with open_weights([subject.path], subject.artifact.format) as weights:
+            found = f"{len(weights.index.tensors)} tensors"
+            if config is not None and not is_shard(subject.path.name):
+                findings = check_network(name_tensors([weights], (), config), config)
+                expected = f"{len(config.tensor_shapes())} tensors as config.json implies"
     except CsmWeightsError as error:
         findings, found = error.findings, "malformed"
         if all(finding.kind is Kind.UNSUPPORTED for finding in findings):

@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,12 @@ from hypothesis import strategies as st
 from csm_weights.errors import Kind, MissingInput, WrongContent
 from csm_weights.formats import format_named, sniff
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
+from csm_weights.formats.identify import check_network
 from csm_weights.formats.safetensors import read_safetensors
-from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, check_against, row_major
+from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, row_major
 from csm_weights.formats.torch_checkpoint import read_checkpoint
+from csm_weights.formats.transformers_layout import Layout, NamedTensors, Summary, name_tensors
+from csm_weights.formats.weights_file import WeightsFile
 from tests.support import hostile
 
 TINY = CsmConfig(
@@ -506,7 +510,7 @@ def test_not_a_file(reader: Any, tmp_path: Path) -> None:
 # --- against an architecture
 
 
-def _table(**changes: TensorInfo | None) -> TensorIndex:
+def _named(**changes: TensorInfo | None) -> NamedTensors:
     shapes = TINY.tensor_shapes()
     tensors = {n: TensorInfo(n, "F32", s, 0, row_major(s)) for n, s in shapes.items()}
     for name, info in changes.items():
@@ -514,12 +518,13 @@ def _table(**changes: TensorInfo | None) -> TensorIndex:
             del tensors[name]
         else:
             tensors[name] = info
-    return TensorIndex(tensors, 0)
+    source: Any = SimpleNamespace(where="model")
+    return name_tensors([WeightsFile(source, TensorIndex(tensors, 0), "safetensors")], ())
 
 
 def test_architecture_agrees() -> None:
     """Exactly the tensors of the architecture leave nothing to find."""
-    assert check_against(_table(), TINY, "model") == []
+    assert check_network(_named(), TINY) == []
 
 
 def test_architecture_differs() -> None:
@@ -529,18 +534,19 @@ def test_architecture_differs() -> None:
     half = TensorInfo(name, "F16", TINY.tensor_shapes()[name], 0, (64, 1))
     more = TensorInfo("more\n", "F32", (1,), 0, (1,))
     changes = {"audio_head": wide, name: half, "more\n": more, "decoder.norm.scale": None}
-    findings = check_against(_table(**changes), TINY, "model")
+    findings = check_network(_named(**changes), TINY)
     assert [(finding.where, finding.expected, finding.found) for finding in findings] == [
-        ("model: audio_head", "F32 [31, 32, 35]", "F32 [32, 32, 35]"),
-        ("model: decoder.norm.scale", "F32 [32]", "no such tensor"),
-        ("model: projection.weight", "F32 [32, 64]", "F16 [32, 64]"),
+        ("model: audio_head", "[31, 32, 35]", "F32 [32, 32, 35]"),
+        ("model: decoder.norm.scale", "[32]", "no such tensor"),
         ("model: 'more\\n'", "no such tensor", "F32 [1]"),
+        ("model: projection.weight", "F32", "F16 [32, 64]"),
     ]
 
 
 def test_architecture_of_another_model() -> None:
     """Of very many findings 20 are spelled out, and the rest are counted."""
-    findings = check_against(TensorIndex({}, 0), TINY, "model")
+    nothing = NamedTensors(Summary("model", "safetensors", Layout.OWN, 0), {})
+    findings = check_network(nothing, TINY)
     assert len(findings) == 21
     assert f"{len(TINY.tensor_shapes()) - 20} more findings" == findings[-1].found
 

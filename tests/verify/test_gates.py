@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import Finding, Kind
@@ -22,11 +24,13 @@ from csm_weights.store.inspect import FileState, FileStatus
 from csm_weights.store.journal import PieceRecord
 from csm_weights.store.receipts import Receipt, VerifiedFile
 from csm_weights.verify.gates import Gate, GateResult, Rejected, Subject, check, check_sum, verify
+from tests.support.oracles import transformers_model
 from tests.support.toy import flip
 from tools.standin.recipes import RECIPES
 from tools.standin.write import write_standin
 
 RECIPE = RECIPES["csm-tiny"]
+TINY = parse_config(RECIPE.config.encode(), "config.json")
 PIECE = 300_000
 
 
@@ -419,6 +423,26 @@ def test_weights_of_another_network_are_reported(copy: Path) -> None:
         "model.safetensors": False,
         "ckpt.pt": False,
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_the_layout_of_transformers_pass(copy: Path, dtype: torch.dtype) -> None:
+    """A fine-tune pinned as transformers saved it is checked, under the names of its file."""
+    state = load_file(copy / "model.safetensors")
+    transformers_model(TINY, state).to(dtype).save_pretrained(copy)
+    names = ("config.json", "model.safetensors")
+    assert structure(check(network(copy, *names), rehash=False, on_progress=ignore)) == {
+        "config.json": True,
+        "model.safetensors": True,
+    }
+    state = load_file(copy / "model.safetensors")
+    del state["backbone_model.layers.1.mlp.up_proj.weight"]
+    save_file(state, copy / "model.safetensors")
+    results = check(network(copy, *names), rehash=False, on_progress=ignore)
+    findings = [finding for result in results for finding in result.findings]
+    assert [finding.where.rpartition(": ")[2] for finding in findings] == [
+        "backbone_model.layers.1.mlp.up_proj.weight"
+    ]
 
 
 @pytest.mark.parametrize("text", ["{}", "null", "Access to model sesame/csm-1b is restricted."])
