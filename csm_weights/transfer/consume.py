@@ -63,15 +63,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Stake:
-    """What was hashed of a piece: `moved` bytes in the partial, the rest in the chunk file.
+    """What was hashed of a piece: its first bytes in the partial, the rest in the chunk file.
 
     `marks` are pairs `(end, digest)`: the sha256 of the piece up to byte
     `end`, first of what has moved and then of each step that is left. `seen`
     is the chunk file as it was then, None where there is none.
     """
 
-    piece: Piece
-    moved: int
     marks: tuple[tuple[int, str], ...]
     seen: Fingerprint | None
 
@@ -155,7 +153,7 @@ def _hash(
     marks = [(moved, digest.hexdigest())]
     chunk = subject.root / piece.part
     if moved == piece.size and not chunk.exists():
-        return Stake(piece, moved, tuple(marks), None)
+        return Stake(tuple(marks), None)
     with opened(chunk, os.O_NOFOLLOW) as fd:
         before = Fingerprint.of(os.fstat(fd))
         for start in range(moved, piece.size, STEP):
@@ -164,7 +162,7 @@ def _hash(
             marks.append((start + size, digest.hexdigest()))
         if before != Fingerprint.of(os.fstat(fd)):
             raise OSError(None, "a write meanwhile")
-    return Stake(piece, moved, tuple(marks), before)
+    return Stake(tuple(marks), before)
 
 
 def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> str:
@@ -174,8 +172,8 @@ def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> s
     """
     piece = writer.piece
     stake = stakes[piece.offset]
-    at, seen = stake.moved, stake.seen
-    if writer.rehash(at) != stake.marks[0][1]:
+    (at, moved), seen = stake.marks[0], stake.seen
+    if writer.rehash(at) != moved:
         raise SourceError([Finding.changed(f"the unfinished file, where {piece.part} has moved")])
     # Also where nothing has moved: the journal may say of a chunk file that is whole again
     # that it was consumed.
