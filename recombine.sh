@@ -51,7 +51,7 @@ check_chunk() { # FILE SHA256
   if [[ ! -f $1 || ! -r $1 || ! -s $1 ]]; then
     finding 3 "$1" missing "a chunk file" "none that can be read, or an empty one" "$help"
   elif [[ $(real "$1") != "$(cd -P chunks && pwd)"/* ]]; then
-    finding 4 "$1" "something in the way" "a file inside chunks/" "a link out of it" "copy it there"
+    finding 4 "$1" "path not usable" "a file inside chunks/" "a link out of it" "copy it there"
   elif head -c 64 "$1" | grep -aq '^version https://git-lfs.github.com/spec/v1'; then
     finding 3 "$1" "git-lfs pointer" "a chunk file" "a pointer to it" "git lfs pull"
   elif say "checking $1"; [[ $(digest 256 <"$1") != "$2" ]]; then
@@ -111,7 +111,7 @@ for ((n = 0; n < ${#files[@]}; n++)); do
     die 7 "$final: cannot be written, see above; the partial file was removed"
   check_file "$partial" "$n" || die 4 "$final: wrong content, sha256 $found; the chunk files were \
 right, so the disk or memory failed, or the list is wrong -> git checkout ${files[n]%/*}"
-  [[ -f $final || ! -e $final ]] || die 4 "$final: something in the way -> move it away"
+  [[ -f $final || ! -e $final ]] || die 4 "$final: path not usable -> move it away"
   mv -f "$partial" "$final" || die 7 "$final: cannot be replaced, see above"
   partial=''
   show "$final: joined (sha256 $found)"

@@ -114,7 +114,7 @@ class Kind(enum.StrEnum):
 
     MISSING = "missing", Category.MISSING
     LFS_POINTER = "git-lfs pointer", Category.MISSING
-    NOT_THERE = "not there", Category.MISSING
+    NOT_THERE = "not found", Category.MISSING
     OFFLINE = "offline mode", Category.MISSING
 
     WRONG_SIZE = "wrong size", Category.CONTENT
@@ -126,9 +126,9 @@ class Kind(enum.StrEnum):
     EXTRA_CHUNK_FILE = "unexpected chunk file", Category.CONTENT
     UNREADABLE = "unreadable", Category.CONTENT
     CHANGED = "changed while read", Category.CONTENT
-    IN_THE_WAY = "something in the way", Category.CONTENT
+    IN_THE_WAY = "path not usable", Category.CONTENT
     STRANDED = "cannot be continued", Category.CONTENT
-    WRONG_ANSWER = "wrong answer", Category.CONTENT
+    WRONG_ANSWER = "unexpected answer", Category.CONTENT
     REDIRECT = "redirect refused", Category.CONTENT
 
     NOT_WRITABLE = "not writable", Category.DISK
@@ -136,17 +136,17 @@ class Kind(enum.StrEnum):
     NOT_CONSUMABLE = "cannot be consumed", Category.DISK
 
     NO_TOKEN = "no token", Category.ACCESS
-    UNKNOWN_TOKEN = "token not known", Category.ACCESS
+    UNKNOWN_TOKEN = "invalid token", Category.ACCESS
     TERMS = "terms not accepted", Category.ACCESS
     PENDING = "waiting for approval", Category.ACCESS
     REJECTED = "request rejected", Category.ACCESS
-    SCOPE = "token without the scope", Category.ACCESS
+    SCOPE = "token lacks the scope", Category.ACCESS
     FORBIDDEN = "access refused", Category.ACCESS
 
     RATE_LIMITED = "rate limited", Category.NETWORK
-    SERVER_TROUBLE = "server trouble", Category.NETWORK
+    SERVER_TROUBLE = "server error", Category.NETWORK
     NO_NETWORK = "no network", Category.NETWORK
-    PROXY = "proxy refuses", Category.NETWORK
+    PROXY = "proxy error", Category.NETWORK
     CERTIFICATE = "certificate refused", Category.NETWORK
     TOO_SLOW = "too slow", Category.NETWORK
 
@@ -180,10 +180,10 @@ class Finding:
         return cls(Kind.UNREADABLE, str(where), "a readable file", found, help)
 
     @classmethod
-    def changed(cls, where: object, found: str = "a write meanwhile") -> Finding:
+    def changed(cls, where: object, found: str = "a change in the meantime") -> Finding:
         """Return that a file was written to while it was read, or since it was verified."""
         help = "stop whatever writes to it, and run the same command again"
-        return cls(Kind.CHANGED, str(where), "a file that nothing writes to", found, help)
+        return cls(Kind.CHANGED, str(where), "a file that does not change", found, help)
 
     @classmethod
     def wrong_digest(
@@ -215,7 +215,9 @@ def from_os_error(error: OSError) -> CsmWeightsError:
     """Return the error of this package for one of the operating system's that got this far."""
     refused = Finding.unreadable(error.filename or "the disk", error)
     expected = "a file or folder that can be used"
-    return WrongContent("the operating system refused", [replace(refused, expected=expected)])
+    return WrongContent(
+        "the operating system reported an error", [replace(refused, expected=expected)]
+    )
 
 
 def error_for(message: str, findings: Iterable[Finding], advice: str = "") -> CsmWeightsError:

@@ -95,7 +95,7 @@ def read_file(path: Path, limit: int, what: str) -> bytes:
         found = str(error.strerror)
     except OSError as error:
         finding = Finding(Kind.MISSING, str(path), what, error.strerror or str(error))
-        raise MissingInput(f"{what} is needed", [finding]) from None
+        raise MissingInput(f"{what} cannot be read", [finding]) from None
     expected = f"{what}, a regular file of at most {limit:,} bytes"
     finding = Finding(Kind.MALFORMED, str(path), expected, found)
     raise WrongContent(f"{what} cannot be read", [finding])
@@ -111,7 +111,7 @@ def stat_of(path: Path, where: str = "") -> tuple[os.stat_result | None, Finding
     except OSError as error:
         if is_link:
             found = "a symbolic link that leads to no file"
-            return None, Finding(Kind.MISSING, where, "a file", found, "mend or remove the link")
+            return None, Finding(Kind.MISSING, where, "a file", found, "fix or remove the link")
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return None, None
         return None, Finding.unreadable(where, error)
@@ -136,7 +136,7 @@ def size_finding(path: Path, sizes: list[int], size: int, where: str = "") -> Fi
         found = f"a pointer of {found} in place of the content"
         return Finding(Kind.LFS_POINTER, where, expected, found, "git lfs pull")
     if head.startswith(b"Access to model ") and b" is restricted" in head:
-        found = f"the Hub's refusal saved as a file ({found})"
+        found = f"the Hub's error page saved as a file ({found})"
         mend = "delete it; accept the model's terms on the Hub and download it with a token"
         return Finding(Kind.ACCESS_PAGE, where, expected, found, mend)
     mend = "get it again" if size else "it is empty; get it again"

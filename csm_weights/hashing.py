@@ -43,7 +43,9 @@ class ShortRead(WrongContent):
     """A file ended before the range that was asked of it."""
 
     def __init__(self, offset: int) -> None:
-        super().__init__(f"a file ended early, at byte {offset:,}: was it cut while being read?")
+        super().__init__(
+            f"a file ended early, at byte {offset:,}; was it truncated while it was read?"
+        )
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _make_keys(name: str) -> tuple[Path, ...]:
         if os.path.lexists(file):
             words = ("no such file", "one", "choose another name")
             finding = Finding(Kind.IN_THE_WAY, str(file), *words)
-            raise WrongContent("keys are not written over existing files", [finding])
+            raise WrongContent("existing key files are not overwritten", [finding])
     contents = envelope.new_key()
     for file, content, mode in zip((private, public), contents, (0o600, 0o644), strict=True):
         opener = partial(os.open, mode=mode)
@@ -139,14 +139,14 @@ def verify(
     found |= _others(state.paths.destination, [n for n in held if n not in found])
     about = replace(said, subjects=held)
     if findings := envelope.differences(about, attestation, found, chosen):
-        error = error_for("the attestation is not true of these files", findings)
+        error = error_for("the attestation does not match these files", findings)
         return replace(outcome, error=error)
     if write_sums:
         write_sums_of(outcome)
     if sha256_of(Path(state.manifest.where)) not in said.manifests:
-        notes.append("it was made with another manifest than today's; the files fit both")
+        notes.append("it was made with another version of the manifest; the files match both")
     if left_out := len(said.subjects) - len(held):
-        notes.append(f"{left_out} more of its subjects were not asked for with --only")
+        notes.append(f"{left_out} more subjects were left out with --only")
     checked = Attested(attestation, signer, len(said.signatures), tuple(held), tuple(notes))
     return replace(outcome, attested=checked)
 
@@ -155,6 +155,6 @@ def _others(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the sha256 of attested files that are here and not among the chosen ones."""
     there = {name: folder / name for name in names if (folder / name).is_file()}
     jobs = [HashJob(path, path.stat().st_size, whole=True) for path in there.values()]
-    with Progress("hashing what else is attested", sum(job.size for job in jobs)) as progress:
+    with Progress("hashing other attested files", sum(job.size for job in jobs)) as progress:
         measured = measure(jobs, progress.advance)
     return {name: found.whole or "" for name, found in zip(there, measured, strict=True)}

@@ -37,5 +37,5 @@ def _find(session: Session) -> tuple[list[Path], list[str]]:
     """Return what may be removed, and in words what is kept."""
     state = session.inspect()
     held = [partial_path(i.staged.path) for i in state.artifacts if holds_consumed(i)]
-    why = "it has the bytes of consumed chunk files, and inv weights continues it"
+    why = "it holds the bytes of consumed chunk files; inv weights continues it"
     return unfinished(state), [f"kept: {partial}: {why}" for partial in held]

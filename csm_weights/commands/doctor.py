@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 #: Limits of a client, by their names in `Timeouts`, in seconds: someone waits for the answers.
 LIMITS = {"connect": 5.0, "read": 10.0, "patience": 3.0, "longest_wait": 10.0}
 
-_UNUSED = "no file comes from there"
+_UNUSED = "not used"
 
 
 class Verdict(enum.StrEnum):
@@ -103,7 +103,7 @@ def examine(request: Request, smoke: bool = True) -> DoctorReport:
     # inv weights ends with the first of these that it meets.
     hurdles = (case.plan.findings, disk.findings, tuple(case.blocking), checks[-2].findings)
     findings = next(filter(None, hurdles), ())
-    message, advice = f"{name}: inv weights would not succeed", case.status.advice
+    message, advice = f"{name}: inv weights would fail", case.status.advice
     options = f"{' --consume' * request.consume}{'' if smoke else ' --no-smoke'}"
     return DoctorReport(
         f"{name} -> {case.state.paths.destination}",
@@ -192,7 +192,7 @@ class _Server:
                     f"{self.source.url}/{artifact.path}",
                     "the file, or its chunk files",
                 )
-                help_text = "check that this is the folder, or name another --url"
+                help_text = "check the URL of the folder, or give another one with --url"
                 words = (expected, "no such file", help_text)
                 failed[piece.offset] = [Finding(Kind.NOT_THERE, where, *words)]
             except SourceError as error:
@@ -281,7 +281,7 @@ class _Examination:
             found = f"nothing to do: {count} files installed and verified"
             return CheckResult("plan", Verdict.OK, found)
         planned = len({action.artifact.path for action in actions})
-        found = f"{planned} of {count} files can be had: {costs(actions)}"
+        found = f"{planned} of {count} files are available: {costs(actions)}"
         # What the disk lacks is told by its own check.
         lacking = [f for f in self.plan.findings if f.kind.category is not Category.DISK]
         return self.check("plan", found, lacking)
@@ -325,7 +325,7 @@ class _Examination:
             return CheckResult("token", Verdict.NOTE, found)
         if not hub:
             return CheckResult("token", Verdict.NOT_ASKED, f"{holder}; {_UNUSED}")
-        owner = self.owner or "the Hub did not report whose"
+        owner = self.owner or "owner unknown"
         return self.check("token", f"{holder}, {owner}")
 
     def served(self, name: str, is_hub: bool) -> CheckResult:
@@ -348,7 +348,7 @@ class _Examination:
         for url in urls:
             hosts.setdefault(urlsplit(url).netloc or url, url)
         if not hosts:
-            return _not_asked("none: nothing comes over the network", "hosts", "proxy")
+            return _not_asked("nothing is downloaded", "hosts", "proxy")
         # The import loads requests, and with it urllib3, which opens a socket to look for IPv6.
         from csm_weights.transfer.http.environment import proxy_for
 
@@ -385,7 +385,7 @@ class _Examination:
                 )
             if not self.plan.is_done and (why := _refuses(folder)):
                 help_text = "check its permissions, or choose another --dest"
-                words = ("a folder that takes new files", why, help_text)
+                words = ("a writable folder", why, help_text)
                 findings.append(Finding(Kind.NOT_WRITABLE, str(folder), *words))
         verdict = Verdict.NOT_OK if findings else Verdict.OK
         return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
@@ -396,7 +396,7 @@ def _refuses(folder: Path) -> str:
     above = (folder.absolute(), *folder.absolute().parents)
     existing = next(path for path in above if path.exists())
     if os.statvfs(existing).f_flag & os.ST_RDONLY:
-        return "a file system that is mounted read-only"
+        return "a read-only file system"
     return "" if os.access(existing, os.W_OK | os.X_OK) else "no permission to write"
 
 
@@ -406,7 +406,7 @@ def _torch() -> CheckResult:
             return CheckResult("torch", Verdict.OK, version("torch"))
     help_text = (
         "make weights installs it, or .venv/bin/pip install -c constraints.txt -e '.[smoke]';"
-        " --no-smoke (make: SMOKE=no) does without"
+        " or skip the smoke test with --no-smoke (make: SMOKE=no)"
     )
     expected = "torch, which runs the model in the smoke test"
     finding = Finding(Kind.NOT_INSTALLED, "torch", expected, "none", help_text)
@@ -429,5 +429,7 @@ def _gpu() -> CheckResult:
         found = "; ".join(f"{name}, {free} of {total} free" for name, free, total in cards)
         return CheckResult("GPU", Verdict.OK, found)
     if Path("/dev/nvidiactl").exists():
-        return CheckResult("GPU", Verdict.NOTE, "a driver is here, and nvidia-smi names no card")
+        return CheckResult(
+            "GPU", Verdict.NOTE, "a driver is installed, but nvidia-smi lists no GPU"
+        )
     return CheckResult("GPU", Verdict.NOTE, f"none: {on_cpu}")

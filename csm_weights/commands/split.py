@@ -83,7 +83,7 @@ def write_chunk_list(root: Path, artifact: Artifact) -> None:
         write_whole(path, render_chunk_list(artifact, known.decode()))
     except UnicodeDecodeError:
         finding = Finding(Kind.MALFORMED, str(path), "text in UTF-8", "other bytes", "move it away")
-        raise WrongContent("the list of the chunk files cannot be extended", [finding]) from None
+        raise WrongContent("SHA256SUMS cannot be extended", [finding]) from None
 
 
 def split_file(
@@ -112,7 +112,7 @@ def split_file(
             digests = run_all(tasks, chain.cancel)
         except EOFError as error:
             finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
-            raise WrongContent("the file was cut while it was split", [finding]) from None
+            raise WrongContent("the file was truncated while it was split", [finding]) from None
         known = sniff(os.pread(source, HEAD, 0), file.name)
     # The names of the chunk files have to be durable before a list mentions them.
     sync(root / folder)
@@ -155,7 +155,7 @@ def _write_chunk_file(
         unfinished.unlink(missing_ok=True)
         help_text = "move it away, or choose another --chunks folder"
         finding = Finding.wrong_digest(chunk_file, digest.hexdigest(), found, help_text)
-        raise WrongContent("a chunk file of another file is in the way", [finding])
+        raise WrongContent("a chunk file of this name has other content", [finding])
     if not is_there:
         with writing(chunk_file):
             unfinished.replace(chunk_file)

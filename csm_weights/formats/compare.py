@@ -84,7 +84,11 @@ class Comparison:
     def error(self) -> WrongContent | None:
         """The error for the differences; None where there are tensors and all are equal."""
         if not self.differences:
-            return None if self.equal else WrongContent("neither file has a tensor to compare")
+            return (
+                None
+                if self.equal
+                else WrongContent("there are no tensors to compare in either file")
+            )
         findings = [
             Finding(Kind.DIFFERENT, one.where, one.first, one.second)
             for one in self.differences[:MAX_FINDINGS]
@@ -162,7 +166,7 @@ class WeightsPair:
         try:
             run_all([work] * min(workers(), MAX_THREADS), cancel)
         except EOFError as error:
-            raise WrongContent(changed, [Finding.changed(error, "one that was cut")]) from None
+            raise WrongContent(changed, [Finding.changed(error, "a shorter one")]) from None
         if changes := [finding for source in self._sources for finding in source.changes()]:
             raise WrongContent(changed, changes)
         equal = [size for size, difference in found if difference is None]

@@ -281,7 +281,7 @@ def _in_our_order(
             raise WrongContent("the order of the rows of q and k cannot be told", [finding])
         if len(tensor.info.shape) != 2 or tensor.shape[0] % head_dims[0]:
             finding = Finding(Kind.MALFORMED, place, f"whole heads of {head_dims[0]} rows", found)
-            raise WrongContent("the rows of q and k are no heads", [finding])
+            raise WrongContent("the rows of q and k cannot be split into heads", [finding])
         ordered[name] = _regrouped(tensor, head_dims[0], 2)
     return ordered
 

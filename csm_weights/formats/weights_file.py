@@ -235,7 +235,7 @@ def _matches(folder: Path) -> list[re.Match[str]]:
 def _check_count(where: Path, count: int) -> None:
     if not 1 <= count <= MAX_SHARDS:
         finding = Finding(Kind.MALFORMED, str(where), f"1 to {MAX_SHARDS} shards", str(count))
-        raise WrongContent("these are no shards", [finding])
+        raise WrongContent("the number of shards makes no sense", [finding])
 
 
 def _require(paths: Iterable[Path]) -> None:

@@ -126,9 +126,7 @@ class Artifact:
             pairs.append(("Hub blob id", self.blob_id, blob_id(sha256, edition.size)))
         if self.is_pinned_by_git and edition.sha256 is None:
             pairs.append(("git blob id", self.git_sha1 or "one", git_sha1 or "none"))
-        mend = (
-            "this is not the published file; if its chunk files are all right, the manifest is not"
-        )
+        mend = "this is not the published file; if its chunk files are right, the manifest is wrong"
         return [
             Finding(Kind.WRONG_DIGEST, str(where), f"{name} {pinned}", f"{name} {found}", mend)
             for name, pinned, found in pairs
@@ -180,5 +178,7 @@ class Manifest:
             if a.path in wanted or ({"all", a.group}.intersection(wanted) and not is_code(a.path))
         )
         if wanted and not chosen:
-            raise UsageError(f"{', '.join(wanted)} has only files that programs run; name each")
+            raise UsageError(
+                f"{', '.join(wanted)} has only files that can be executed; name each of them"
+            )
         return chosen

@@ -108,4 +108,6 @@ def find_codec(codebooks: int, device: torch.device) -> Mimi:
         " && inv seed-cache --model mimi\n"
         "Without it, generate_frames gives the codes."
     )
-    raise MissingInput("audio needs the codec Mimi, and it is not here", [finding], advice)
+    raise MissingInput(
+        "audio needs the codec Mimi, which is not on this machine", [finding], advice
+    )

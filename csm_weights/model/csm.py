@@ -345,7 +345,7 @@ class Model(nn.Module):
         start = self._caches[0].length
         if not torch.equal(input_pos, _positions_like(input_pos, start)):
             raise UsageError(
-                f"positions must go on at {start}, where the caches end; "
+                f"positions must continue at {start}, where the caches end; "
                 "setup_caches starts a new sequence"
             )
         c = self.config

@@ -90,4 +90,4 @@ def find_tokenizer(folder: Path | None) -> TextTokenizer:
         "In a checkout, verified and beside the model: inv weights --only tokenizer\n"
         "Without it, give the text as token ids."
     )
-    raise MissingInput("text needs a tokenizer, and none is here", [finding], advice)
+    raise MissingInput("text needs a tokenizer, and none is on this machine", [finding], advice)

@@ -101,14 +101,14 @@ class Keep(Action):
     @property
     def detail(self) -> str:
         """The other name that the file has, as files that were linked to the Hub's cache have."""
-        words = "though an edit changes another file too, as in the Hub's cache: chmod a-w it"
+        words = "(linked to another file, as in the Hub's cache: chmod a-w protects both)"
         return words if self.file.is_shared else ""
 
 
 class Verify(Action):
     """Hash a file that lies where it should; a right one gets its receipt."""
 
-    verb, reads_file = "verify in place", True
+    verb, reads_file = "verify", True
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
@@ -206,8 +206,9 @@ class Assemble(Action):
         }
         texts = [text for kind, text in words.items() if counts[kind]]
         kept = len(self.item.journal.pieces)
-        detail = f"from {' and '.join(texts)}" if texts else "from nothing new"
-        return detail + (f", {_count(kept, 'piece')} kept" if kept else "") + self.remark
+        if kept:
+            texts.append(f"{_count(kept, 'piece')} verified in an earlier run")
+        return f"from {' and '.join(texts) or 'nothing, as it is empty'}{self.remark}"
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
@@ -269,7 +270,7 @@ class Consume(Assemble):
         whole = {subject.partial for subject in subjects}
         # What cannot be read may be the only copy, so nothing is fetched over it.
         if stuck := [f for p, f in wrong.items() if p in whole or f.kind is Kind.UNREADABLE]:
-            raise error_for(f"{session.manifest.name}: cannot go on", stuck)
+            raise error_for(f"{session.manifest.name}: cannot be completed", stuck)
         session.known_bad.update(wrong)
         if not wrong:
             for action, proof in zip(actions, proofs, strict=True):
@@ -279,7 +280,7 @@ class Consume(Assemble):
 class Move(Action):
     """Rename a staged file to its place in the destination, on one file system."""
 
-    verb, writes_to = "move into place", "destination"
+    verb, writes_to = "install", "destination"
 
     @classmethod
     def apply(cls, actions: Sequence[Self], session: Session) -> None:
@@ -299,7 +300,7 @@ class Move(Action):
 class Copy(Action):
     """Copy a staged file to the destination on another file system; the staged one goes."""
 
-    verb, reads_file, writes_to = "copy into place", True, "destination"
+    verb, reads_file, writes_to = "install a copy", True, "destination"
 
     @property
     def cost(self) -> Cost:
@@ -354,7 +355,7 @@ def way_around(artifacts: Iterable[Artifact]) -> str:
     by_path = {artifact.path: artifact for artifact in artifacts}
     if not any(artifact.is_weights for artifact in by_path.values()):
         return ""
-    return f"No file was installed. To go on without the rest: --only={','.join(by_path)}"
+    return f"No file was installed. To install the others: --only={','.join(by_path)}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -60,8 +60,8 @@ def status_of(session: Session, check: bool = False) -> StatusReport:
         Finding(
             Kind.CHANGED if any(action.file.receipt for action in actions) else Kind.MISSING,
             path,
-            "a verified file in place",
-            f"to be done: {', then '.join(action.verb for action in actions)}",
+            "a verified, installed file",
+            f"still to do: {', then '.join(action.verb for action in actions)}",
             plan.state.paths.command("weights"),
         )
         for path, actions in steps.items()
@@ -177,7 +177,7 @@ def _require(plan: Plan, findings: Sequence[Finding], session: Session) -> None:
         possible = {action.artifact.path: action.artifact for action in plan.actions}
         is_way = len(possible) < len(plan.state.artifacts)
         advice = way_around(possible.values()) if is_way else ""
-        raise error_for(f"{name}: cannot go on", findings, advice)
+        raise error_for(f"{name}: cannot be completed", findings, advice)
 
 
 def _ways_to_get(plan: Plan, policy: SourcePolicy) -> str:

@@ -220,7 +220,7 @@ def _space(plan: Plan, target: Target, policy: SourcePolicy) -> list[Finding]:
     if not short:
         return []
     if policy.consume:
-        expected = "chunk files that make room when they go"
+        expected = "chunk files whose removal frees disk space"
         mend = "free some disk, or choose another --dest"
         for item in state.artifacts:
             if item.saves_nothing and item.artifact.pieces:

@@ -76,7 +76,7 @@ def from_hub(
         raise UsageError(f"{path} is {of}; choose another name with --model")
     environment = HubEnvironment.read()
     if problem := environment.problem(repo, gated=False):
-        raise error_for(f"{repo}: the Hub may not be asked", [problem])
+        raise error_for(f"{repo}: the Hub cannot be asked", [problem])
     from csm_weights.transfer.http.auth import HubCredentials
     from csm_weights.transfer.hub_metadata import list_repo
 
@@ -101,12 +101,12 @@ def _manifest(base: Manifest, listing: Listing) -> Manifest:
             same = same is True
         elif same is False:
             where = f"{base.where}: {before.path}"
-            mend = "one of the two is not true; move the manifest away to believe the Hub"
+            mend = "if the Hub is right, move the manifest away and run the command again"
             findings.append(Finding(Kind.CHANGED, where, _ids(before), _ids(reported), mend))
         naming = replace(reported, group=before.group, format=before.format)
         artifacts.append(naming if same is False else pin.with_reported(before, reported))
     if findings:
-        raise WrongContent(f"commit {listing.commit} is not what it was", findings)
+        raise WrongContent(f"commit {listing.commit} is not as the manifest has it", findings)
     words = {"all", *(word for a in artifacts for word in (a.group, a.path))}
     default = tuple(word for word in base.default if word in words)
     return replace(

@@ -56,11 +56,15 @@ class Request:
         for url in self.urls:
             check_mirror(url, REMOTE.keys() - {HUB})
         if self.urls and self.source in ("chunks", "hf"):
-            raise UsageError(f"--source={self.source} asks no mirror; leave --url out, or say auto")
+            raise UsageError(
+                f"--source={self.source} does not use --url; leave --url out, or use --source=auto"
+            )
         if self.source == "mirror" and not self.urls:
             raise UsageError("--source=mirror needs --url=https://...")
         if self.consume and self.source not in ("auto", "chunks"):
-            raise UsageError(f"--consume is about chunk files; --source={self.source} takes none")
+            raise UsageError(
+                f"--consume needs chunk files, which --source={self.source} does not use"
+            )
         if self.revision and not REVISION.fullmatch(self.revision):
             raise UsageError(f"--revision {self.revision!r} is not a commit, branch or tag")
 
@@ -85,7 +89,7 @@ def find_manifest(root: Path, model: str) -> Manifest:
     by_path = model.endswith(".toml") or "/" in model
     path = Path(model) if by_path else root / "manifests" / f"{model}.toml"
     if not by_path and path_problem(model):
-        raise UsageError(f"{model!r} is not a model's name")
+        raise UsageError(f"{model!r} is not a valid model name")
     if not (path.is_file() if by_path else os.path.lexists(path)):
         known = [path.stem for path in manifests(root)]
         hint = did_you_mean(model, known) or ", or give the path of a manifest (.toml)"

@@ -181,7 +181,7 @@ def begin(
     chosen = tuple(a for a in manifest.artifacts if a.path in taken or a.format in needed)
     for folder in (paths.staging, paths.destination):
         if findings := data_findings(paths.root, folder, [a.path for a in chosen]):
-            raise WrongContent("a file of a model may not go there", findings[:20])
+            raise WrongContent("a model cannot be installed there", findings[:20])
     policy = _policy(request, manifest, environment)
     return Session(manifest, paths, chosen, policy, patience=request.patience)
 
@@ -190,7 +190,7 @@ def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -
     """Return which sources a request allows, and why others are not asked."""
     word, remote, problems = request.source, list(request.urls), []
     if environment.offline and remote:
-        expected = "a mirror that may be asked"
+        expected = "permission to ask a mirror"
         problems.append(Finding(Kind.OFFLINE, remote[0], expected, "HF_HUB_OFFLINE"))
         remote = []
     if word in ("auto", "hf") and manifest.repo:

@@ -60,7 +60,7 @@ def _require_ours(status: os.stat_result, path: Path) -> None:
     The owner of a lock may hold it for ever, and the owner of an unfinished
     file may change it after it was verified.
     """
-    found, owner = "something that is no plain file", status.st_uid
+    found, owner = "not a regular file", status.st_uid
     if stat.S_ISREG(status.st_mode):
         if owner == os.geteuid() or owner == _owner_of_new_files(path.parent):
             return
@@ -89,7 +89,7 @@ def stay_inside(folder: Path, base: Path) -> None:
     words = (f"a folder inside {base}", f"a link that leads to {led}")
     mend = "remove the link, or name another folder: with --dest, or the cache's with HF_HUB_CACHE"
     finding = Finding(Kind.IN_THE_WAY, str(folder), *words, mend)
-    raise WrongContent("nothing is written through a link out of the folder", [finding])
+    raise WrongContent("refusing to write through a link out of the folder", [finding])
 
 
 def unlink_shared(path: Path) -> None:
@@ -158,7 +158,7 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno == errno.EXDEV:
             raise
         if error.errno in _IN_THE_WAY or isinstance(error, NotRegular):
-            words = ("a plain file or nothing", found, "move it away")
+            words = ("a regular file, or none", found, "move it away")
             finding = Finding(Kind.IN_THE_WAY, where, *words)
             raise WrongContent("the file cannot be written", [finding]) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -90,5 +90,8 @@ def why_unfit(chunk: Path, where: str) -> Finding | None:
         found = "no permission to write"
     else:
         return None
-    expected, mend = "a plain file of its own that may go", "leave --consume out, or make it one"
+    expected, mend = (
+        "a regular file without other links, that may be removed",
+        "leave --consume out, or replace it by a copy",
+    )
     return Finding(Kind.NOT_CONSUMABLE, where, expected, found, mend)

@@ -235,7 +235,7 @@ class _Disk:
         status, finding = stat_of(path)
         if status is None:
             if finding and path.is_dir():
-                words = ("a plain file or nothing", "a folder", "move it away")
+                words = ("a regular file, or none", "a folder", "move it away")
                 finding = Finding(Kind.IN_THE_WAY, str(path), *words)
             is_here = finding and finding.kind is not Kind.MISSING
             state = FileState.INVALID if is_here else FileState.ABSENT

@@ -160,7 +160,7 @@ class _Partial:
             try:
                 record = self._fill(writer, is_consumed)
             except NotAvailable:
-                words = (f"{writer.piece.size:,} bytes", "in no source")
+                words = (f"{writer.piece.size:,} bytes", "no source has it")
                 self._findings[index] = (Finding(Kind.MISSING, writer.piece.part, *words),)
             except SourceError as error:
                 self._findings[index] = error.findings

@@ -159,7 +159,7 @@ def choose(
     split = [(file, re.split(r"[/\\]", file.path)) for file in files]
     leaving = [file for file, names in split if ".." in names or not names[0]]
     if hostile := [left_out(file, "a path out of its folder") for file in leaving]:
-        raise WrongContent(f"{page} has files that no one should save", hostile)
+        raise WrongContent(f"{page} has files with unsafe names", hostile)
     # As in `hf download`, a * crosses folders.
     patterns = [f"{glob}*" if glob.endswith("/") else glob for glob in globs] or ["*"]
     kept, refused, names, folders = list[File](), list[Finding](), set[str](), set[str]()
@@ -178,7 +178,7 @@ def choose(
             names.add(name)
             folders |= above
     if wrong := [finding for file in kept for finding in _findings(file, page)]:
-        raise WrongContent(f"{page}: the Hub contradicts itself", wrong)
+        raise WrongContent(f"{page}: the answers of the Hub contradict each other", wrong)
     if not kept:
         among = f"like {', '.join(globs)} " if globs else ""
         raise UsageError(f"no file {among}among the {len(files)} of {page}", refused)

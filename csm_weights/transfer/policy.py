@@ -126,7 +126,7 @@ class SourcePolicy:
             elif self.remote:
                 kind, where = PieceSource.REMOTE, self.remote[0]
             elif finding := known.get(piece.offset):
-                where = f"{piece.part} is {finding.kind}"
+                where = f"{piece.part}: {finding.kind}"
             origins.append(PieceOrigin(piece, kind, where))
         return tuple(origins)
 

@@ -88,8 +88,8 @@ class Attested:
         if self.signer:
             return f"signed by {self.signer.scheme} key {self.signer.keyid[:16]}"
         if self.signatures:
-            return f"NOT CHECKED who signed it ({self.signatures} signatures): give --key"
-        return "NOBODY SIGNED IT: anyone may have written it"
+            return f"SIGNATURES NOT CHECKED ({self.signatures}): give --key"
+        return "NOT SIGNED: anyone may have written it"
 
     def lines(self) -> list[str]:
         """Return the result for a person."""

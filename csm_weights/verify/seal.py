@@ -106,7 +106,7 @@ def enable_verity(fd: int, file: Path) -> bool:
         if error.errno in (errno.EACCES, errno.EROFS):
             raise _not_ours(error, file) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            words = ("room for its hash tree", error.strerror or "no room", "free some")
+            words = ("room for its hash tree", error.strerror or "no room", "free some disk")
             finding = Finding(Kind.NO_SPACE, str(file), *words)
             raise NoSpace("the file could not be sealed", [finding]) from error
         raise from_os_error(OSError(error.errno, error.strerror, str(file))) from error

@@ -273,10 +273,10 @@ OBSTACLES = {
     "proxy refuses": Obstacle(Kind.PROXY, "proxy", 6, "HTTPS_PROXY", lambda b: proxy(b, 403)),
     "certificate": Obstacle(Kind.CERTIFICATE, "hosts", 6, "REQUESTS_CA_BUNDLE", self_signed),
     "mirror without the file": Obstacle(
-        Kind.NOT_THERE, "mirrors", 3, "another --url", lambda b: b.mirror("model.safetensors")
+        Kind.NOT_THERE, "mirrors", 3, "another one with --url", lambda b: b.mirror("model.safetensors")
     ),
     "mirror without one of the parts": Obstacle(
-        Kind.NOT_THERE, "mirrors", 3, "another --url", lambda b: mirror_of_parts(b, "*.pt.part-ac")
+        Kind.NOT_THERE, "mirrors", 3, "another one with --url", lambda b: mirror_of_parts(b, "*.pt.part-ac")
     ),
     "mirror that refuses": Obstacle(
         Kind.FORBIDDEN, "mirrors", 5, "CSM_MIRROR_HEADERS", refusing_mirror
@@ -481,7 +481,7 @@ def test_a_token_in_a_file_is_found(bench: Bench) -> None:
     path.parent.mkdir()
     path.write_text(TOKEN)
     bench.give_parts()
-    assert checks(bench.examine())["token"].found == f"{path}; no file comes from there"
+    assert checks(bench.examine())["token"].found == f"{path}; not used"
 
 
 def test_a_slow_answer_about_the_account_is_not_waited_for(bench: Bench) -> None:
@@ -493,7 +493,7 @@ def test_a_slow_answer_about_the_account_is_not_waited_for(bench: Bench) -> None
     diagnosis = bench.examine()
     assert time.monotonic() - start < 20
     fault.clear()
-    assert checks(diagnosis)["token"].found == "HF_TOKEN, the Hub did not report whose"
+    assert checks(diagnosis)["token"].found == "HF_TOKEN, owner unknown"
     assert code(diagnosis) == 0
 
 

@@ -187,7 +187,7 @@ def test_an_outcome_shows_files_gates_and_verdict(toy: Toy, outcome: Outcome) ->
         assert any(line.endswith(artifact.path) for line in text.split("\n"))
     digest = toy.artifact("a.bin").sha256 or ""
     assert digest[:SHORT] in text
-    assert "assemble from 5 chunk files, then move into place" in text
+    assert "assemble from 5 chunk files, then install" in text
     assert text.split("\n")[-2:] == [
         "OK: installed and verified",
         f"  files  {outcome.state.paths.destination}",
@@ -242,14 +242,14 @@ def test_a_status_shows_steps_and_bytes(toy: Toy) -> None:
     writes = sum(step.cost.written for step in report.plan.actions)
     assert f"{format_size(reads)} to read, {format_size(writes)} to write" in text
     assert all(piece.part in text for piece in toy.artifact("a.bin").pieces)
-    assert "assemble from 5 chunk files, then move into place" in text
+    assert "assemble from 5 chunk files, then install" in text
 
 
 def test_a_status_says_why_a_chunk_file_is_of_no_use(toy: Toy) -> None:
     """A missing chunk file is named where its bytes would come from."""
     toy.chunk_file("a.bin", 2).unlink()
     text = as_text.render(apply.status(toy.request()))
-    assert f"nowhere: {toy.artifact('a.bin').pieces[2].part} is missing" in text
+    assert f"nowhere: {toy.artifact('a.bin').pieces[2].part}: missing" in text
     assert "no source has it" in text
 
 

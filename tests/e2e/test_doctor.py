@@ -47,7 +47,7 @@ def test_a_clone_with_parts_is_promised_its_model(clone: Clone) -> None:
     assert result.stderr == ""
 
 
-TOLD = {"token not known": "hf_Another", "terms not accepted": TOKEN}
+TOLD = {"invalid token": "hf_Another", "terms not accepted": TOKEN}
 
 
 @pytest.mark.parametrize(("kind", "known"), TOLD.items(), ids=TOLD)

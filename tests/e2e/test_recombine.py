@@ -491,7 +491,7 @@ def test_links_out_of_the_folder_are_refused(tree: Tree, tmp_path: Path, linked:
     result = tree.run()
 
     words = "expected a file inside chunks/, found a link out of it -> copy it there"
-    assert f"{CHUNK}: something in the way: {words}" in findings(result)
+    assert f"{CHUNK}: path not usable: {words}" in findings(result)
     assert (result.returncode, result.stdout, tree.outputs()) == (4, "", {})
 
 
@@ -636,7 +636,7 @@ def test_something_under_the_final_name(tree: Tree, make: Callable[[Path], None]
 
     result = tree.run()
 
-    assert "output/ckpt.pt: something in the way -> move it away" in result.stderr
+    assert "output/ckpt.pt: path not usable -> move it away" in result.stderr
     assert (result.returncode, result.stdout, tree.outputs()) == (4, "", {})
 
 
@@ -647,7 +647,7 @@ def test_directory_that_appears_under_the_final_name(tree: Tree, tmp_path: Path)
     result = tree.run("ckpt", path=path)
 
     assert (result.returncode, result.stdout, tree.outputs()) == (4, "", {})
-    assert "output/ckpt.pt: something in the way" in result.stderr
+    assert "output/ckpt.pt: path not usable" in result.stderr
 
 
 # ---- partial files

@@ -69,7 +69,7 @@ def test_a_wrong_chunk_file_says_how_to_go_on_without_it(toy: Toy) -> None:
     flip(toy.chunk_file("b.bin", 1))
     error = refusal(toy, "a.bin", "b.bin")
     assert [finding.kind for finding in error.findings] == [Kind.WRONG_DIGEST]
-    assert error.advice == "No file was installed. To go on without the rest: --only=a.bin"
+    assert error.advice == "No file was installed. To install the others: --only=a.bin"
 
 
 def test_status_gives_the_same_advice(toy: Toy) -> None:

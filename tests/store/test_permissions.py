@@ -217,13 +217,13 @@ def test_a_link_under_the_name_of_an_unfinished_receipt_is_not_followed(toy: Toy
 
 @pytest.mark.parametrize("name", sorted(PLANTED))
 def test_a_pipe_under_one_of_our_names_is_refused(toy: Toy, name: str) -> None:
-    """What is no plain file is reported, and nobody waits for it."""
+    """What is not a regular file is reported, and nobody waits for it."""
     path = plant(toy, name)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(WrongContent) as caught:
         weights(toy, "a.bin")
-    assert "no plain file" in caught.value.findings[0].found
+    assert "not a regular file" in caught.value.findings[0].found
 
 
 def test_a_hard_link_under_the_name_of_an_unfinished_receipt_is_let_go(toy: Toy) -> None:

@@ -163,7 +163,7 @@ def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
     report = apply.status(asked(toy))
     text = as_text.render(report)
     assert f"{Consume.verb} from 3 chunk files" in " ".join(text.split())
-    assert "at most 64.0 MiB of disk besides" in " ".join(text.split())
+    assert "at most 64.0 MiB more of disk" in " ".join(text.split())
     data = json.loads(as_json.render(report))
     assert data["bytes_to_write"] == data["bytes_freed_meanwhile"] == toy.artifact(NAME).size
 
@@ -689,7 +689,7 @@ def test_where_blocks_are_shared_there_is_nothing_to_consume(
 
 def test_consume_goes_with_sources_that_have_chunk_files(toy: Toy) -> None:
     """A source that takes no chunk files has none to consume."""
-    with pytest.raises(UsageError, match="--consume is about chunk files"):
+    with pytest.raises(UsageError, match="--consume needs chunk files"):
         replace(asked(toy), source="hf")
 
 

@@ -287,7 +287,7 @@ def test_a_kill_between_seal_and_receipt_costs_one_hashing(
             weights(toy, "a.bin")
     assert mode(toy.installed("a.bin")) == 0o444
     outcome = weights(toy, "a.bin")
-    assert [action.verb for action in outcome.actions] == ["verify in place"]
+    assert [action.verb for action in outcome.actions] == ["verify"]
     assert outcome.state.artifacts[0].installed.state is FileState.VERIFIED
 
 

@@ -64,12 +64,12 @@ def _status(report: StatusReport) -> str:
         size = format_size(room(consuming))
         shown.append(
             paragraph(
-                f"--consume removes the chunk files of {paths} while the file grows, and needs at"
-                f" most {size} of disk besides; inv split brings them back"
+                f"--consume removes the chunk files of {paths} while the file grows, which takes at"
+                f" most {size} more of disk; inv split makes them again"
             )
         )
     if not report.error:
-        shown += blocks.findings("in the way:", plan.findings)
+        shown += blocks.findings("problems:", plan.findings)
     shown += blocks.findings("to be repaired:", plan.notes)
     shown.append("\n".join(map(paragraph, report.advice.splitlines())))
     return "\n\n".join(filter(None, shown))
@@ -149,7 +149,7 @@ def _outcome(outcome: Outcome) -> str:
         shown.append("\n".join(map(printable, outcome.attested.lines())))
     if outcome.smoke:
         shown.append(_smoke(outcome.smoke, outcome.smoke_is_known))
-    shown += blocks.findings("repaired on the way:", outcome.notes)
+    shown += blocks.findings("repaired:", outcome.notes)
     if not outcome.error:
         shown.append("\n".join(_ending(outcome)))
     return "\n\n".join(shown)
@@ -233,7 +233,7 @@ def _attesting(done: Attesting) -> str:
     if done.signer:
         shown.append(f"OK: attested, signed by {done.signer.scheme} key {done.signer.keyid[:16]}")
     else:
-        shown.append("OK: attested, but NOBODY SIGNED IT: --key or --new-key signs it")
+        shown.append("OK: attested, but NOT SIGNED: sign it with --key or --new-key")
     return "\n\n".join(shown)
 
 
@@ -277,7 +277,7 @@ def _doctor(report: DoctorReport) -> str:
     shown = [printable(report.subject), table(("verdict", "check", "found"), rows)]
     # What the command would end with is told as its error.
     told = report.error.findings if report.error else ()
-    for title, is_ok in (("also in the way:", False), ("good to know:", True)):
+    for title, is_ok in (("other problems:", False), ("notes:", True)):
         some = [check for check in report.checks if (check.verdict is not Verdict.NOT_OK) is is_ok]
         found = dict.fromkeys(finding for check in some for finding in check.findings)
         shown += blocks.findings(title, [finding for finding in found if finding not in told])

@@ -160,7 +160,7 @@ class HttpClient:
                         if response.status_code < 400:
                             body = response.raw.read(MAX_JSON)
                     except (HTTPError, OSError, ValueError) as error:
-                        found = "less, in time" if wait.is_late else cause_of(error)
+                        found = "an incomplete answer" if wait.is_late else cause_of(error)
                         raise TransientError(lost_finding(host_of(response.url), found)) from None
                 retry.progressed()
                 return response, body

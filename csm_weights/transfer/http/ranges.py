@@ -254,7 +254,7 @@ def _check_answer(file: RemoteFile, response: requests.Response, start: int, sto
         words = ("the file", found, "try again later")
         raise TransientError(Finding(Kind.SERVER_TROUBLE, file.where, *words), seconds=0)
     if (encoding := headers.get("Content-Encoding", "identity")).lower() != "identity":
-        raise _doubtful(file, "the bytes as they are", f"them encoded as {encoding}")
+        raise _doubtful(file, "bytes without an encoding", f"Content-Encoding: {encoding}")
     etag = headers.get("ETag")
     if status == 200:
         length = headers.get("Content-Length", str(file.size))

@@ -162,7 +162,7 @@ def lost_finding(host: str, found: str) -> Finding:
 
 def wrong_answer(where: str, expected: str, found: str) -> Finding:
     """Describe an answer that is about something else than what was asked."""
-    return Finding(Kind.WRONG_ANSWER, where, expected, found, "ask another source")
+    return Finding(Kind.WRONG_ANSWER, where, expected, found, "use another source")
 
 
 # ---- no answer
@@ -183,9 +183,9 @@ def classify_error(url: str, error: BaseException) -> Finding:
         if proxy_for(url):
             return proxy_finding(url, "a proxy's URL that cannot be used")
         expected, help_text = "an http:// or https:// URL", "check HF_ENDPOINT and --url"
-        return Finding(Kind.NO_NETWORK, host or "a URL", expected, "another one", help_text)
+        return Finding(Kind.NO_NETWORK, host or "a URL", expected, "another kind of URL", help_text)
     if "timed out" in found or isinstance(error, requests.exceptions.Timeout):
-        found = "none in time"
+        found = "no answer in time"
     if any(isinstance(c, NameResolutionError | socket.gaierror) for c in causes):
         found = "no such host, or no name server that answers"
     help_text = "check the network, and run the same command again"

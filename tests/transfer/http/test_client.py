@@ -85,7 +85,7 @@ def test_one_outage_is_one_line_and_ends_all_requests(hub: HubServer) -> None:
         for thread in threads:
             thread.join()
         assert len(log) == 1
-        assert "server trouble (503 Service Unavailable); trying again for up to" in log[0]
+        assert "server error (503 Service Unavailable); trying again for up to" in log[0]
         hub.clear()
         assert kind_of(asks, url_of(hub)) is Kind.SERVER_TROUBLE
         assert len(hub.log) == 1
