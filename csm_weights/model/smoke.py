@@ -40,7 +40,7 @@ except (ImportError, OSError) as error:
     raise SmokeUnavailable(
         f"the smoke test needs torch ({error}): make weights installs it, or "
         ".venv/bin/pip install -c constraints.txt -e '.[smoke]'; "
-        "--no-smoke (make: SMOKE=no) does without"
+        "or skip the smoke test with --no-smoke (make: SMOKE=no)"
     ) from None
 
 from csm_weights.model import device as devices

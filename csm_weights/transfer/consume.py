@@ -161,7 +161,7 @@ def _hash(
             feed(fd, start, size, [digest, whole], on_progress, cancel)
             marks.append((start + size, digest.hexdigest()))
         if before != Fingerprint.of(os.fstat(fd)):
-            raise OSError(None, "a write meanwhile")
+            raise OSError(None, "a change in the meantime")
     return Stake(tuple(marks), before)
 
 

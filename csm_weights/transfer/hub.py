@@ -130,11 +130,11 @@ class Hub(RemoteSource):
         found = credentials.mask(" ".join(filter(None, [str(status), code, message])))[:300]
         lower, has_token = message.lower(), bool(credentials.token)
         is_gated = code == "GatedRepo" or (status == 403 and "gated" in lower)
-        kind, where, granted = Kind.NOT_THERE, page, "access that was granted"
+        kind, where, granted = Kind.NOT_THERE, page, "granted access"
         if status == 401 and has_token:
             # Whatever else it says: what a known token may not do is a 403.
             kind, expected = Kind.UNKNOWN_TOKEN, "a token that the Hub knows"
-            mend = f"make a new one at {tokens}; HF_TOKEN goes before hf auth login"
+            mend = f"make a new one at {tokens}; HF_TOKEN overrides hf auth login"
         elif code in ("RevisionNotFound", "EntryNotFound"):
             what = revision if code == "RevisionNotFound" else f"{path} at {revision[:12]}"
             where, expected, mend = f"{page} {what}", "a file of that name", f"see {page}/tree/main"
@@ -144,7 +144,11 @@ class Hub(RemoteSource):
             kind, expected = Kind.SCOPE, "a token that may read gated files"
             mend = f"let the token read public gated repositories, at {tokens}"
         elif is_gated and ("awaiting" in lower or "pending" in lower):
-            kind, expected, mend = Kind.PENDING, granted, f"its authors decide; see {page}"
+            kind, expected, mend = (
+                Kind.PENDING,
+                granted,
+                f"wait until its authors decide; see {page}",
+            )
         elif is_gated and "reject" in lower:
             kind, expected, mend = Kind.REJECTED, granted, f"its authors have refused; see {page}"
         elif is_gated:

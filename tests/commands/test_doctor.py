@@ -273,10 +273,10 @@ OBSTACLES = {
     "proxy refuses": Obstacle(Kind.PROXY, "proxy", 6, "HTTPS_PROXY", lambda b: proxy(b, 403)),
     "certificate": Obstacle(Kind.CERTIFICATE, "hosts", 6, "REQUESTS_CA_BUNDLE", self_signed),
     "mirror without the file": Obstacle(
-        Kind.NOT_THERE, "mirrors", 3, "another one with --url", lambda b: b.mirror("model.safetensors")
+        Kind.NOT_THERE, "mirrors", 3, "with --url", lambda b: b.mirror("model.safetensors")
     ),
     "mirror without one of the parts": Obstacle(
-        Kind.NOT_THERE, "mirrors", 3, "another one with --url", lambda b: mirror_of_parts(b, "*.pt.part-ac")
+        Kind.NOT_THERE, "mirrors", 3, "with --url", lambda b: mirror_of_parts(b, "*.pt.part-ac")
     ),
     "mirror that refuses": Obstacle(
         Kind.FORBIDDEN, "mirrors", 5, "CSM_MIRROR_HEADERS", refusing_mirror
