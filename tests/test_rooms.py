@@ -135,7 +135,7 @@ OPENING = {
     "commands.console._open_streams",  # /dev/null, as the next one
     "commands.console._print",
     "transfer.policy.deliver",  # a connection, as the next one
-    "commands.probe._probe_action",
+    "commands.doctor._ask",
 }
 
 #: Methods of a path, and functions of modules, that open a file by its name.
