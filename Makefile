@@ -60,7 +60,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert split lock \
-	standin clean test lint test-full test-integration test-gpu messages torture bench \
+	standin clean test lint test-full test-integration test-gpu messages torture torture-room bench \
 	bench-download bench-load fuzz scanners mutation
 
 help: ## Show this help
@@ -142,17 +142,19 @@ messages: $(VENV)/.test ## Write docs/messages.md anew: every message of the pac
 	@UPDATE_GOLDEN=1 $(VENV)/bin/python -m pytest -q tests/commands/test_messages.py
 
 torture: $(VENV)/.test ## Kill and race every command (SEED=1 MINUTES=10)
-	@$(VENV)/bin/python -m tools.torture $(if $(SEED),--seed $(SEED)) \
-		$(if $(MINUTES),--minutes $(MINUTES))
+	@$(VENV)/bin/python -m tools.torture $(call option,SEED,seed) $(call option,MINUTES,minutes)
+
+torture-room: $(VENV)/.test ## Kill weights --consume 20 times on a disk with 66 MiB free (root)
+	@$(VENV)/bin/python -m tools.torture.room $(call option,SEED,seed)
 
 fuzz: $(VENV)/.fuzz ## Fuzz the readers of manifests and weights, FUZZ_SECONDS=300 each
 	@set -e; for target in manifest safetensors checkpoint; do \
 		$(VENV)/bin/python -m tools.fuzz $$target $(VENV)/corpus \
-			-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1; \
+			-max_total_time=$(call quoted,$(FUZZ_SECONDS)) -print_final_stats=1; \
 	done
 
 mutation: $(VENV)/.mutation ## Change the code in places and list what no test notices (SEED=1)
-	@$(VENV)/bin/python -m tools.mutation $(if $(SEED),--seed $(SEED))
+	@$(VENV)/bin/python -m tools.mutation $(call option,SEED,seed)
 
 scanners: $(VENV)/.test ## Write docs/security-table.md: hostile files and other scanners
 	@$(VENV)/bin/python -m benchmarks.scanners
