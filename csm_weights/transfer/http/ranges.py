@@ -325,17 +325,14 @@ class RangeStream:
                     raise Cancelled
                 # Blocks lie on a grid, whatever byte a stream goes on from.
                 room = min(self.end, (self.at // BLOCK + 1) * BLOCK) - self.at
-                block, failure, size = writer.acquire_buffer(), None, 0
+                block, size = writer.acquire_buffer(), 0
                 try:
                     while size < room:
                         with block[size : min(room, size + READ)] as view:
                             size += self._read(view, wait)
-                except TransientError as error:
-                    failure = error
-                writer.write(block, self.at, size)
-                self.at += size
-                if failure:
-                    raise failure
+                finally:
+                    writer.write(block, self.at, size)
+                    self.at += size
 
     def _read(self, view: memoryview, wait: Wait) -> int:
         """Return the number of bytes read into `view`, one at least; raise TransientError."""
