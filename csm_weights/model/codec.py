@@ -41,7 +41,6 @@ class Mimi:
         config = model.config
         self.sample_rate = int(config.sampling_rate)
         self.codebooks = codebooks
-        self._size = int(config.codebook_size)
         self._model = model.to(device, torch.float32).eval().requires_grad_(False)
         if config.num_quantizers < codebooks:
             words = (f"{codebooks} codebooks, as the model has", f"{config.num_quantizers}")
@@ -89,11 +88,16 @@ class Mimi:
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Return mono audio (samples,) of codes (K, T); raises UsageError for unknown codes."""
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self._size:
-            low, high = int(codes.min()), int(codes.max())
-            raise UsageError(f"codes {low} to {high}; the codec has 0 to {self._size - 1}")
+        require_below(codes, self._model.config.codebook_size, "codes", "the codec")
         audio: Tensor = self._model.decode(codes[None].to(self._model.device)).audio_values
         return audio[0, 0]
+
+
+def require_below(values: Tensor, count: int, what: str, whose: str) -> None:
+    """Raise UsageError for values out of range, which would end a GPU's process."""
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < count:
+        low, high = int(values.min()), int(values.max())
+        raise UsageError(f"{what} {low} to {high}; {whose} has 0 to {count - 1}")
 
 
 def find_codec(codebooks: int, device: torch.device) -> Mimi:

@@ -24,22 +24,20 @@ TRIES = 4
 #: Runs of one measurement on a GPU, over which the time to start and to wait is spread.
 GPU_RUNS = 20
 
-_DRIVER = Path("/proc/driver/nvidia/version")
-_CPU_INFO = Path("/proc/cpuinfo")
-
 
 def describe(device: torch.device) -> tuple[str, str]:
     """Return the name of a device, and its driver's version, "-" for a CPU."""
     if device.type == "cuda":
-        found = _first(_DRIVER, r"Module\s+(?:for \S+\s+)?([0-9.]+)")
+        pattern = r"Module\s+(?:for \S+\s+)?([0-9.]+)"
+        found = _first("/proc/driver/nvidia/version", pattern)
         return torch.cuda.get_device_name(device), found or "unknown"
-    return _first(_CPU_INFO, r"model name\s*:\s*(.+)") or "CPU", "-"
+    return _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or "CPU", "-"
 
 
-def _first(path: Path, pattern: str) -> str | None:
+def _first(path: str, pattern: str) -> str | None:
     """Return the first match of the pattern's group in a small text file."""
     try:
-        match = re.search(pattern, read_bounded(path, 64 << 10).decode(errors="replace"))
+        match = re.search(pattern, read_bounded(Path(path), 64 << 10).decode(errors="replace"))
     except OSError:
         return None
     return match[1].strip() if match else None

@@ -14,15 +14,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from csm_weights.errors import UsageError
-from csm_weights.model.codec import Codec, Mimi, find_codec
+from csm_weights.model import watermark
+from csm_weights.model.codec import Codec, Mimi, find_codec, require_below
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.tokenizer import TextTokenizer, Tokenizer, find_tokenizer
-from csm_weights.model.watermark import Watermarker, find_watermarker
 
 #: Milliseconds of audio in one frame: CSM has 12.5 frames a second.
 FRAME_MS = 80
@@ -95,14 +96,14 @@ class Generator:
         `watermarked`, as the generator's, is True where it does. Otherwise as
         `generate_frames`; also raises MissingInput without the codec.
         """
-        codec, watermarker = self._codec, self._watermarker
+        codec, watermarker = self._codec, self._watermarker  # found before the work begins
         prompt = (text, speaker, context, max_audio_length_ms)
         codes = self.generate_frames(*prompt, temperature, topk)
         audio, self.watermarked = torch.zeros(0, device=self.device), False
         if len(codes):
             audio = codec.decode(codes.T)
         if watermarker is not None:
-            audio, self.watermarked = watermarker.mark(audio, codec.sample_rate)
+            audio, self.watermarked = watermark.mark(watermarker, audio, codec.sample_rate)
         audio.watermarked = self.watermarked  # type: ignore[attr-defined]
         return audio
 
@@ -168,11 +169,12 @@ class Generator:
             yield codes[0]
 
     def _text_frames(self, text: Text, speaker: int) -> Frames:
+        c = self._model.config
         ids = self._tokenizer.encode(f"[{speaker}]{text}") if isinstance(text, str) else text
-        row = torch.tensor(list(ids), dtype=torch.long, device=self.device)
-        _require_below(row, self._model.config.text_vocab, "text tokens")
-        tokens, mask = self._empty(len(row))
-        tokens[:, -1] = row
+        column = torch.tensor(list(ids), dtype=torch.long, device=self.device)[:, None]
+        require_below(column, c.text_vocab, "text tokens", "the model")
+        tokens = F.pad(column, (c.codebooks, 0))
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
         mask[:, -1] = True
         return tokens, mask
 
@@ -187,16 +189,11 @@ class Generator:
         if codes.ndim != 2 or len(codes) != c.codebooks or codes.is_floating_point():
             shape = f"{tuple(codes.shape)}, {codes.dtype}"
             raise UsageError(f"codes are ({c.codebooks}, T), whole numbers; these are {shape}")
-        _require_below(codes, c.audio_vocab, "audio codes")
-        tokens, mask = self._empty(codes.shape[1] + 1)
-        tokens[:-1, :-1] = codes.T
-        mask[:, :-1] = True
+        require_below(codes, c.audio_vocab, "audio codes", "the model")
+        tokens = F.pad(codes.T.to(self.device, torch.long), (0, 1, 0, 1))
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, -1] = False
         return tokens, mask
-
-    def _empty(self, count: int) -> Frames:
-        shape = (count, self._model.config.codebooks + 1)
-        tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
-        return tokens, torch.zeros_like(tokens, dtype=torch.bool)
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -220,12 +217,5 @@ class Generator:
         return given if is_codec else Mimi(given, codebooks, self.device)
 
     @cached_property
-    def _watermarker(self) -> Watermarker | None:
-        return find_watermarker(self.device)
-
-
-def _require_below(values: Tensor, count: int, what: str) -> None:
-    """Raise UsageError for values out of range, which would end a GPU's process."""
-    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < count:
-        low, high = int(values.min()), int(values.max())
-        raise UsageError(f"{what} {low} to {high}; the model has 0 to {count - 1}")
+    def _watermarker(self) -> Any:
+        return watermark.find_watermarker(self.device)

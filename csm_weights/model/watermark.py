@@ -29,30 +29,24 @@ REPO, FOLDER = "sony/silentcipher", "44_1_khz/73999_iteration"
 MARGIN = 0.1
 
 
-class Watermarker:
-    """silentcipher with CSM's key."""
+@torch.no_grad()
+def mark(watermarker: Any, audio: Tensor, sample_rate: int) -> tuple[Tensor, bool]:
+    """Return audio (samples,) of the same rate and length, and True where it is watermarked.
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    @torch.no_grad()
-    def mark(self, audio: Tensor, sample_rate: int) -> tuple[Tensor, bool]:
-        """Return audio (samples,) of the same rate and length, and True where it is watermarked.
-
-        Silence, and empty audio, can carry no watermark.
-        """
-        if not audio.any():
-            return audio, False
-        upsampled = resample(audio.float(), sample_rate, RATE)
-        key = list(CSM_KEY)
-        marked, *_ = self._model.encode_wav(upsampled, RATE, key, calc_sdr=False, message_sdr=SDR)
-        marked = torch.as_tensor(marked, dtype=torch.float32, device=audio.device)
-        downsampled = resample(marked, RATE, sample_rate)[: len(audio)]
-        return torch.nn.functional.pad(downsampled, (0, len(audio) - len(downsampled))), True
+    `watermarker` is silentcipher's model. Silence, and empty audio, can carry no watermark.
+    """
+    if not audio.any():
+        return audio, False
+    upsampled = resample(audio.float(), sample_rate, RATE)
+    key = list(CSM_KEY)
+    marked, *_ = watermarker.encode_wav(upsampled, RATE, key, calc_sdr=False, message_sdr=SDR)
+    marked = torch.as_tensor(marked, dtype=torch.float32, device=audio.device)
+    downsampled = resample(marked, RATE, sample_rate)[: len(audio)]
+    return torch.nn.functional.pad(downsampled, (0, len(audio) - len(downsampled))), True
 
 
-def find_watermarker(device: torch.device) -> Watermarker | None:
-    """Load silentcipher where it is installed; else return None, with a warning.
+def find_watermarker(device: torch.device) -> Any:
+    """Load silentcipher's model where it is installed; else return None, with a warning.
 
     Its weights are taken from the Hub's cache; where they are not there,
     silentcipher downloads them itself, as it does for Sesame's generator.
@@ -70,7 +64,7 @@ def find_watermarker(device: torch.device) -> Watermarker | None:
     if commit and hub_cache.snapshot_file(cache, REPO, commit, settings):
         home = hub_cache.repository(cache, REPO) / "snapshots" / commit
         options = {"ckpt_path": str(home / FOLDER), "config_path": str(home / settings)}
-    return Watermarker(silentcipher.get_model(model_type=MODEL, device=str(device), **options))
+    return silentcipher.get_model(model_type=MODEL, device=str(device), **options)
 
 
 def resample(audio: Tensor, rate: int, wanted: int) -> Tensor:
