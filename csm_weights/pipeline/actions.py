@@ -253,7 +253,7 @@ class Consume(Assemble):
         root = session.paths.root
         # A file that was begun goes first: it gives back what a killed run holds twice.
         actions = sorted(actions, key=lambda action: not action.item.held_twice)
-        subjects = [consume.Subject.of(a.item, a.consumed, root) for a in actions]
+        subjects = [consume.Subject(a.item, a.consumed, root) for a in actions]
         consume.require_punching(subjects)
         if not are_real(session.paths.staging / NAME):
             # Two that consume at once would destroy bytes.

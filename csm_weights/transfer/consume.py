@@ -20,7 +20,7 @@ from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.files import Fingerprint, opened
 from csm_weights.hashing import Hasher, ShortRead, feed, sha256
 from csm_weights.manifest.paths import CHUNKS
-from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.manifest.types import Piece
 from csm_weights.store.atomic import stay_inside, sync, writing
 from csm_weights.store.block_io import Extent, can_punch, punch
 from csm_weights.store.inspect import ArtifactState
@@ -34,31 +34,21 @@ STEP = 32 << 20
 
 @dataclass(frozen=True)
 class Subject:
-    """A file to make of chunk files below `root`; `partial` is its unfinished form.
+    """A file to make of chunk files below `root`: of the pieces that begin at these offsets."""
 
-    `moved` has, by the offset of each piece to consume, how many of its first
-    bytes may be in the partial already; the likeliest number first.
-    """
-
-    artifact: Artifact
-    partial: Path
+    item: ArtifactState
+    offsets: frozenset[int]
     root: Path
-    moved: Mapping[int, tuple[int, ...]]
 
-    @classmethod
-    def of(cls, item: ArtifactState, offsets: Iterable[int], root: Path) -> Subject:
-        """Return what is to be consumed of an artifact, by the offsets of its pieces."""
-        kept = {record.offset: record.size for record in item.journal.pieces}
-        gone = {record.offset: record.consumed for record in item.journal.consumed}
-        moved = {
-            o: tuple(sorted({kept.get(o, 0), gone.get(o, 0), 0}, reverse=True)) for o in offsets
-        }
-        return cls(item.artifact, partial_path(item.staged.path), root, moved)
+    @property
+    def partial(self) -> Path:
+        """The unfinished file."""
+        return partial_path(self.item.staged.path)
 
     @property
     def pieces(self) -> list[Piece]:
         """The pieces to consume."""
-        return [piece for piece in self.artifact.pieces if piece.offset in self.moved]
+        return [piece for piece in self.item.artifact.pieces if piece.offset in self.offsets]
 
 
 @dataclass(frozen=True)
@@ -108,21 +98,25 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
 
 def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
     """Hash all pieces, and hold the whole against the manifest where all are consumed."""
-    artifact, whole = subject.artifact, sha256()
+    item, whole = subject.item, sha256()
+    kept = {record.offset: record.size for record in item.journal.pieces}
+    gone = {record.offset: record.consumed for record in item.journal.consumed}
     stakes: dict[int, Stake] = {}
     findings: dict[Path, Finding] = {}
     for piece in subject.pieces:
         wrong: list[Finding] = []
-        for moved in subject.moved[piece.offset]:
+        # So many of its first bytes may be in the partial; the likeliest number first.
+        at = piece.offset
+        for moved in sorted({kept.get(at, 0), gone.get(at, 0), 0}, reverse=True):
             both = whole.copy()
             try:
                 stake = _hash(subject, piece, moved, both, on_progress, cancel)
             except (OSError, ShortRead) as error:
                 wrong.append(Finding.unreadable(piece.part, error))
                 continue
-            end, digest = stake.marks[-1]
-            if (end, digest) == (piece.size, piece.sha256):
-                stakes[piece.offset], whole = stake, both
+            digest = stake.marks[-1][1]
+            if digest == piece.sha256:
+                stakes[at], whole = stake, both
                 break
             where = f"{moved:,} bytes of it in {subject.partial}: " if moved else ""
             words = (f"sha256 {piece.sha256}", f"{where}{digest}")
@@ -130,9 +124,9 @@ def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
             wrong.append(Finding(Kind.WRONG_DIGEST, piece.part, *words, help_text))
         else:
             findings[subject.root / piece.part] = wrong[0]
-    if len(stakes) == len(artifact.pieces):
+    if len(stakes) == len(item.artifact.pieces):
         made = (whole.hexdigest(), None, subject.partial)
-        for finding in artifact.digest_findings(artifact.editions[0], *made):
+        for finding in item.artifact.digest_findings(item.artifact.editions[0], *made):
             findings[subject.partial] = finding
     return Proof(stakes, findings)
 
