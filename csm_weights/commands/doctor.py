@@ -129,7 +129,7 @@ def closure(request: Request) -> DoctorReport:
         if need.gated and need.command.startswith("hf "):
             help_text = f"accept the terms at {environment.page(need.repo)}, then {need.command}"
         found = f"not here: {need.purpose}"
-        if need.here:
+        if not need.missing:
             check = CheckResult(need.repo, Verdict.OK, f"here: {need.purpose}")
         elif need.optional:
             check = CheckResult(need.repo, Verdict.NOTE, f"{found}; {help_text}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csm_weights.config import HubEnvironment
@@ -16,60 +16,47 @@ CSM = "sesame/csm-1b"
 
 @dataclass(frozen=True)
 class Asset:
-    """A repository that is needed for `purpose`: its files, or folders; sizes in bytes if known.
+    """A repository that is needed for `purpose`, with the sizes of its files in bytes, if known.
 
-    `gated`: only to those who accepted its terms. `optional`: Sesame's own
-    generator does without. `missing` are those of the files that an offline
-    client does not find; `command` downloads them.
+    A name may be a folder's. `gated`: only to those who accepted its terms.
+    `optional`: Sesame's own generator does without. `missing` are those of the
+    files that an offline client does not find; `command` downloads them.
     """
 
     repo: str
     purpose: str
-    files: tuple[str, ...]
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, int | None]
     gated: bool = False
     optional: bool = False
     missing: tuple[str, ...] = ()
     command: str = ""
 
-    @property
-    def here(self) -> bool:
-        """True where nothing is missing."""
-        return not self.missing
-
 
 #: What Sesame's generator asks the Hub for, and then its libraries moshi and silentcipher.
 ASSETS = (
-    Asset(
-        CSM,
-        "the model",
-        ("config.json", "model.safetensors"),
-        {"model.safetensors": 6_211_186_784},
-        gated=True,
-    ),
+    Asset(CSM, "the model", {"config.json": None, "model.safetensors": 6_211_186_784}, gated=True),
     Asset(
         "meta-llama/Llama-3.2-1B",
         "the text tokenizer of Sesame's own generator; today's sesame/csm-1b carries one itself,"
         " and transformers needs no other",
-        ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")),
         gated=True,
     ),
     Asset(
         "kyutai/moshiko-pytorch-bf16",
         "Mimi, the audio codec of Sesame's own generator",
-        ("tokenizer-e351c8d8-checkpoint125.safetensors",),
         {"tokenizer-e351c8d8-checkpoint125.safetensors": 384_644_900},
     ),
     Asset(
         "sony/silentcipher",
         "the watermark of Sesame's own generator",
-        ("44_1_khz/73999_iteration",),
+        {"44_1_khz/73999_iteration": None},
         command="hf download sony/silentcipher",
     ),
     Asset(
         "kyutai/mimi",
         "Mimi again, as the Generator of this package takes it, by transformers",
-        ("config.json", "model.safetensors"),
+        {"config.json": None, "model.safetensors": None},
         optional=True,
     ),
 )
@@ -87,22 +74,23 @@ def find_assets(cache: Path, in_place: bool = False) -> list[Asset]:
         if asset.repo == CSM:
             seed = "inv seed-cache --only safetensors"
             command = seed if in_place else f"inv weights --only safetensors && {seed}"
-        missing = tuple(name for name in asset.files if not _is_found(cache, asset, name))
+        named = asset.files.items()
+        missing = tuple(n for n, size in named if not _is_found(cache, asset.repo, n, size))
         found.append(replace(asset, missing=missing, command=command))
     return found
 
 
-def _is_found(cache: Path, asset: Asset, name: str) -> bool:
+def _is_found(cache: Path, repo: str, name: str, size: int | None) -> bool:
     """Check that an offline client that asks for main finds a file, or a folder with one."""
-    commit = main_of(cache, asset.repo)
+    commit = main_of(cache, repo)
     if commit is None:
         return False
-    folder = repository(cache, asset.repo) / "snapshots" / commit / name
+    folder = repository(cache, repo) / "snapshots" / commit / name
     if folder.is_dir():
         names = [f"{name}/{path.name}" for path in folder.iterdir()]
-        return any(snapshot_file(cache, asset.repo, commit, inside) for inside in names)
-    file = snapshot_file(cache, asset.repo, commit, name)
-    return file is not None and asset.sizes.get(name) in (None, file.stat().st_size)
+        return any(snapshot_file(cache, repo, commit, inside) for inside in names)
+    file = snapshot_file(cache, repo, commit, name)
+    return file is not None and size in (None, file.stat().st_size)
 
 
 def snapshots(repo: str, names: tuple[str, ...]) -> Iterator[Path]:
