@@ -27,7 +27,6 @@ from csm_weights.errors import (
     WrongContent,
 )
 from csm_weights.files import read_bounded
-from csm_weights.formats import FORMATS
 from csm_weights.formats.architecture import CsmConfig
 from csm_weights.formats.weights_file import locate
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport
@@ -60,9 +59,6 @@ CACHE_LIMITS = {"float32": 3e-4, "bfloat16": 4e-2, "float16": 5e-3}
 #: Text tokens of the prompt.
 PROMPT_TOKENS = 12
 
-#: File names by the word for the format.
-WEIGHT_FILES = {one.choice: one.filename for one in FORMATS}
-
 #: Elements examined at once for being finite; bounds the extra memory to a few of MB.
 _CHUNK = 1 << 22
 
@@ -82,24 +78,22 @@ class Golden:
 
 
 def run(
-    directory: Path,
+    path: Path,
     *,
     device: str | None = None,
     require_gpu: bool = False,
     frames: int = 8,
     golden: Path | None = None,
-    weights: str | None = None,
     dtype: str | None = None,
     max_rtf: float | None = None,
 ) -> SmokeReport:
-    """Load the model in `directory`, generate frames, and check them.
+    """Load the model at `path`, a folder or a file of weights, generate frames, and check them.
 
     `device` is torch's word; None is the first CUDA device if there is one,
     else the CPU. `dtype` is a key of CACHE_LIMITS; None is bfloat16 on a GPU
     and float32 on the CPU. `frames` are 80 ms each, at least 2; more are made
-    when `golden`, a file of `record_golden`, has more. `weights` is
-    "safetensors", "ckpt", or None for the first that is there. `max_rtf` is the
-    largest real-time factor that passes; None leaves the speed unchecked.
+    when `golden`, a file of `record_golden`, has more. `max_rtf` is the largest
+    real-time factor that passes; None leaves the speed unchecked.
 
     A check that fails does not raise: the report has it. Raises
     SmokeUnavailable when the GPU asked for or its memory is not there,
@@ -108,9 +102,6 @@ def run(
     _check_count(frames)
     expected = None if golden is None else read_golden(golden)
     place = _find_device(device, require_gpu)
-    if weights not in (None, *WEIGHT_FILES):
-        raise UsageError(f"weights {weights!r}; known are {', '.join(WEIGHT_FILES)}")
-    path = directory / WEIGHT_FILES[weights] if weights else directory
     index = path.with_name(f"{path.name}.index.json")
     if not path.exists() and index.is_file():
         path = index  # of shards
@@ -149,7 +140,7 @@ def run(
             bus_rate=devices.bus_rate(place),
             frame_bytes=weights_per_frame(model.config) * weight.element_size(),
             memory_rate=devices.memory_rate(weight),
-            # Linux counts in KiB
+            # in KiB, but on macOS
             peak_host=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024),
             peak_device=torch.cuda.max_memory_allocated(place) if on_gpu else 0,

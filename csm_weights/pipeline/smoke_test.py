@@ -68,12 +68,11 @@ def run(
             raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
         with Progress("loading the model and generating frames", 0):
             report = smoke.run(
-                state.paths.destination,
+                state.paths.destination / format_named(chosen[0].format).filename,
                 device=device,
                 require_gpu=require_gpu,
                 frames=frames,
                 golden=_golden(state),
-                weights=format_named(chosen[0].format).choice,
                 dtype=dtype,
                 max_rtf=max_rtf,
             )

@@ -97,15 +97,13 @@ def test_report_gives_figures(directory: Path) -> None:
 
 
 def test_either_format_can_be_asked_for(directory: Path) -> None:
-    """`weights` picks the file: here a checkpoint of another model gives other frames."""
+    """The path may be a file's: here a checkpoint of another model gives other frames."""
     torch.save(tiny_state(seed=2), directory / "ckpt.pt")
     golden = directory / "golden.json"
     record_golden(directory, golden, 3)
 
-    assert not_ok(run(directory, golden=golden, weights="safetensors")) == []
-    assert not_ok(run(directory, golden=golden, weights="ckpt")) == [GOLDEN]
-    with pytest.raises(UsageError, match="pickle"):
-        run(directory, weights="pickle")
+    assert not_ok(run(directory / "model.safetensors", golden=golden)) == []
+    assert not_ok(run(directory / "ckpt.pt", golden=golden)) == [GOLDEN]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
