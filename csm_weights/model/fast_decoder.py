@@ -49,11 +49,10 @@ def weights_per_frame(config: CsmConfig) -> int:
 class Decoder:
     """Generates sequences of frames, one after the other, with a model that does not change.
 
-    With `keep_logits` the logits of the last frame are kept. On a GPU a
-    sequence must stay on the stream that was current when it was started.
+    On a GPU a sequence must stay on the stream that was current when it was started.
     """
 
-    def __init__(self, model: Model, keep_logits: bool = False) -> None:
+    def __init__(self, model: Model) -> None:
         c = model.config
         like = model.projection.weight
         self._model = model
@@ -67,7 +66,7 @@ class Decoder:
         self._last_h = like.new_zeros(1, c.backbone.dim)
         self._codes = self._positions.new_zeros(1, c.codebooks)
         self._temperature = torch.ones((), device=like.device)
-        self._logits = like.new_zeros(1, c.codebooks, c.audio_vocab) if keep_logits else None
+        self._logits = like.new_zeros(1, c.codebooks, c.audio_vocab)
         self._length = 0
         self._backbone_step = _captured(self._run_backbone, like.device)
         # topk (0 is greedy) and the step with it; graphs hold memory, so only the last is kept
@@ -75,9 +74,7 @@ class Decoder:
 
     @property
     def logits(self) -> Tensor:
-        """The logits (1, K, V) of the last frame; only with `keep_logits`."""
-        if self._logits is None:
-            raise UsageError("the logits were not kept: Decoder(model, keep_logits=True)")
+        """The logits (1, K, V) of the last frame."""
         return self._logits.clone()
 
     @torch.no_grad()
@@ -157,8 +154,7 @@ class Decoder:
             embedded = F.embedding(codes[i], rows)[:, None]  # (1, 1, C)
             x = embedded if i else torch.cat((x, embedded), dim=1)
         torch.stack(codes, dim=1, out=self._codes)
-        if self._logits is not None:
-            torch.stack(logits, dim=1, out=self._logits)
+        torch.stack(logits, dim=1, out=self._logits)
 
 
 class _FusedTransformer:

@@ -260,7 +260,7 @@ def _generate(model: Model, prompt: list[int], frames: int) -> tuple[Tensor, Ten
     place = model.projection.weight.device
     none = torch.zeros(0, model.config.codebooks, dtype=torch.long, device=place)
     tokens, mask, _ = _frames(model, prompt, none)
-    decoder = Decoder(model, keep_logits=True)
+    decoder = Decoder(model)
     steps = [(decoder.start(tokens, mask, temperature=0), decoder.logits)]
     # the first frame also reads the prompt and sets the device up
     devices.synchronize(place)

@@ -22,11 +22,6 @@ class Check:
     limit: str
     ok: bool
 
-    @property
-    def verdict(self) -> str:
-        """The word that a person reads."""
-        return "OK" if self.ok else "NOT OK"
-
 
 @dataclass(frozen=True)
 class Figures:

@@ -78,7 +78,7 @@ def test_frames_are_those_of_the_reference(model: Model, how: dict[str, Any]) ->
     expected = reference(model, 40, *prompt(), **how)
     torch.manual_seed(5)
 
-    assert_same_frames(generated(Decoder(model, keep_logits=True), 40, *prompt(), **how), expected)
+    assert_same_frames(generated(Decoder(model), 40, *prompt(), **how), expected)
 
 
 def test_a_model_whose_weights_lie_side_by_side_is_used_without_copies(model: Model) -> None:
@@ -93,7 +93,7 @@ def test_a_model_whose_weights_lie_side_by_side_is_used_without_copies(model: Mo
         beside = Model(TINY)
     beside.load_state_dict({n: v.view(shapes[n]) for n, v in views.items()}, assign=True)
     beside.eval().requires_grad_(False)
-    decoder = Decoder(beside, keep_logits=True)
+    decoder = Decoder(beside)
 
     for layer in (*decoder._backbone._layers, *decoder._decoder._layers):
         assert [len(layer.qkv), len(layer.w13)] == [1, 1]
@@ -114,23 +114,21 @@ def test_a_loaded_model_is_fused_and_a_mapped_one_is_right(tmp_path: Path) -> No
     assert [len(layer.qkv) for layer in layers] == [1, 3]
     assert [len(layer.w13) for layer in layers] == [1, 2]
     expected = reference(mapped, 5, *prompt(), temperature=0)
-    assert_same_frames(
-        generated(Decoder(mapped, keep_logits=True), 5, *prompt(), temperature=0), expected
-    )
+    assert_same_frames(generated(Decoder(mapped), 5, *prompt(), temperature=0), expected)
 
 
 def test_a_second_sequence_remembers_nothing_of_the_first(model: Model) -> None:
     """A decoder that was used gives for another prompt the frames of a fresh one."""
-    decoder = Decoder(model, keep_logits=True)
+    decoder = Decoder(model)
     generated(decoder, 20, *prompt(40), temperature=0)
 
-    expected = generated(Decoder(model, keep_logits=True), 10, *prompt(3), temperature=0)
+    expected = generated(Decoder(model), 10, *prompt(3), temperature=0)
     assert_same_frames(generated(decoder, 10, *prompt(3), temperature=0), expected)
 
 
 def test_each_sequence_may_be_drawn_its_own_way(model: Model) -> None:
     """Temperature and topk of a later sequence are its own."""
-    decoder = Decoder(model, keep_logits=True)
+    decoder = Decoder(model)
     hows: list[dict[str, Any]] = [{"temperature": 0.2, "topk": 5}, {"temperature": 1.5, "topk": 20}]
     for how in hows:
         torch.manual_seed(1)
@@ -142,7 +140,7 @@ def test_each_sequence_may_be_drawn_its_own_way(model: Model) -> None:
 def test_the_last_position_can_be_used_and_no_more(model: Model) -> None:
     """A sequence fills all 2,048 positions; the next frame, or a longer prompt, is refused."""
     tokens, mask = frames(torch.randint(512, (1, 2046)), torch.zeros(1, 0, 32, dtype=torch.long))
-    decoder = Decoder(model, keep_logits=True)
+    decoder = Decoder(model)
     expected = reference(model, 3, tokens, mask, temperature=0)
 
     assert_same_frames(generated(decoder, 3, tokens, mask, temperature=0), expected)
@@ -164,13 +162,11 @@ def test_what_makes_no_sense_is_refused(model: Model) -> None:
         Decoder(model).start(tokens, mask, topk=0)
     with pytest.raises(UsageError, match="-1"):
         Decoder(model).start(tokens, mask, temperature=-1)
-    with pytest.raises(UsageError, match="keep_logits"):
-        _ = Decoder(model).logits
 
 
 def test_a_seed_gives_the_same_frames_again(model: Model) -> None:
     """Codes drawn follow the seed, in the first sequence of a decoder as in later ones."""
-    decoder, drawn = Decoder(model, keep_logits=True), []
+    decoder, drawn = Decoder(model), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         drawn.append([codes.tolist() for codes, _ in generated(decoder, 5, *prompt())])
@@ -217,7 +213,7 @@ def test_attention_may_lie_in_memory_in_any_order(
     expected = reference(model, 3, *prompt(), temperature=0)
     monkeypatch.setattr(F, "scaled_dot_product_attention", elsewhere)
     assert_same_frames(reference(model, 3, *prompt(), temperature=0), expected)
-    decoder = Decoder(model, keep_logits=True)
+    decoder = Decoder(model)
     assert_same_frames(generated(decoder, 3, *prompt(), temperature=0), expected)
 
 
@@ -226,7 +222,7 @@ def test_the_default_device_does_not_matter(model: Model) -> None:
     expected = reference(model, 3, *prompt(), temperature=0)
     tokens, mask = prompt()
     with torch.device("meta"):
-        found = generated(Decoder(model, keep_logits=True), 3, tokens, mask, temperature=0)
+        found = generated(Decoder(model), 3, tokens, mask, temperature=0)
 
     assert_same_frames(found, expected)
 
@@ -303,7 +299,7 @@ def test_a_whole_frame_runs_on_fake_cuda_tensors(
         state = {n: torch.empty(shape, dtype=dtype, device="cuda") for n, shape in shapes}
         gpu.load_state_dict(state, assign=True)
         tokens = torch.zeros(1, 11, 33, dtype=torch.long, device="cuda")
-        decoder = Decoder(gpu, keep_logits=True)
+        decoder = Decoder(gpu)
         sequence = tokens, tokens > 0
         greedy = decoder.start(*sequence, temperature=0)
         drawn, following, logits = decoder.start(*sequence), decoder.step(), decoder.logits
@@ -386,7 +382,7 @@ def test_bfloat16_stays_within_rounding() -> None:
     """In bfloat16 the logits of each step are those of a parallel pass over the same codes."""
     rounded = random_model(TINY).to(torch.bfloat16)
     tokens, mask = prompt()
-    found = generated(Decoder(rounded, keep_logits=True), 12, tokens, mask, temperature=0)
+    found = generated(Decoder(rounded), 12, tokens, mask, temperature=0)
     codes = torch.cat([codes for codes, _ in found])
     empty = torch.zeros(1, 0, dtype=torch.long)
     rest, rest_mask = frames(empty, codes[None, :-1])
@@ -422,6 +418,4 @@ def test_each_fault_of_a_step_is_seen_by_these_tests(
     expected = reference(model, 2, *prompt(), temperature=0)
     monkeypatch.setattr(fast_decoder, "_product", shuffled)
     with pytest.raises(AssertionError):
-        assert_same_frames(
-            generated(Decoder(model, keep_logits=True), 2, *prompt(), temperature=0), expected
-        )
+        assert_same_frames(generated(Decoder(model), 2, *prompt(), temperature=0), expected)

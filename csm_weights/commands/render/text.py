@@ -192,7 +192,9 @@ def _smoke(report: SmokeReport, is_known: bool) -> str:
     if is_known:
         when = f"passed in an earlier run, of {report.made_at}, on the same files"
         return paragraph(f"smoke test on {report.device}: {when}")
-    checks = [(c.verdict, f"{c.name}: {c.value}; limit {c.limit}") for c in report.checks]
+    checks = [
+        ("OK" if c.ok else "NOT OK", f"{c.name}: {c.value}; limit {c.limit}") for c in report.checks
+    ]
     f = report.figures
     driver = f", driver {f.driver}" if f.driver != "-" else ""
     seconds = f"{report.load_seconds:.2f} s"
