@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from csm_weights.model.csm import Model
-from csm_weights.model.device import memory_rate, synchronize
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
-from csm_weights.model.smoke import make_prompt
+from csm_weights.model.smoke import make_prompt, memory_rate, synchronize
 
 #: Frames that are timed, fast and eager, and frames before them that are not.
 FAST, EAGER, WARM = 100, 20, 3

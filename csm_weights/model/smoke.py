@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,6 @@ except (ImportError, OSError) as error:
         "or skip the smoke test with --no-smoke (make: SMOKE=no)"
     ) from None
 
-from csm_weights.model import device as devices
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
 
@@ -115,7 +115,7 @@ def run(
         # load until all tensors are on the device
         start = time.perf_counter()
         model = Model.from_local(path, place, getattr(torch, word))
-        devices.synchronize(place)
+        synchronize(place)
         seconds = time.perf_counter() - start
         # generate, and check what came of it
         prompt = make_prompt(model.config)
@@ -127,7 +127,7 @@ def run(
             name = "real-time factor, below 1 is faster"
             checks.append(Check(name, f"{rtf:.3g}", f"at most {max_rtf:g}", rtf <= max_rtf))
         # measure the device, before another model takes memory
-        machine, driver = devices.describe(place)
+        machine, driver = describe_device(place)
         weight = model.text_embeddings.weight
         sizes = [p.stat().st_size for paths in locate(path)[0] for p in paths]
         is_mapped = weight.untyped_storage().nbytes() in sizes
@@ -137,9 +137,9 @@ def run(
             torch=torch.__version__,
             dtype=word,
             loaded_bytes=0 if is_mapped else sum(sizes),
-            bus_rate=devices.bus_rate(place),
+            bus_rate=bus_rate(place),
             frame_bytes=weights_per_frame(model.config) * weight.element_size(),
-            memory_rate=devices.memory_rate(weight),
+            memory_rate=memory_rate(weight),
             # in KiB, but on macOS
             peak_host=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             * (1 if sys.platform == "darwin" else 1024),
@@ -263,10 +263,10 @@ def _generate(model: Model, prompt: list[int], frames: int) -> tuple[Tensor, Ten
     decoder = Decoder(model)
     steps = [(decoder.start(tokens, mask, temperature=0), decoder.logits)]
     # the first frame also reads the prompt and sets the device up
-    devices.synchronize(place)
+    synchronize(place)
     start = time.perf_counter()
     steps += [(decoder.step(), decoder.logits) for _ in range(frames - 1)]
-    devices.synchronize(place)
+    synchronize(place)
     seconds = time.perf_counter() - start
     codes, logits = (torch.cat(part) for part in zip(*steps, strict=True))
     return codes, logits, (frames - 1) / seconds
@@ -322,3 +322,70 @@ def _check_golden(golden: Golden, prompt: list[int], codes: Tensor, dtype: str) 
         first = next(i for i in range(count) if golden.frames[i] != said[i])
         value += f", frame {first} is the first that differs"
     return Check(name, value, limit, same == count > 0)
+
+
+# ---- measures of the device
+
+#: Bytes copied to measure a bus: enough to hide the start of a copy.
+BUS_SAMPLE = 64 << 20
+
+#: Most bytes read to measure a memory's rate; far more than caches hold.
+MEMORY_SAMPLE = 512 << 20
+
+#: How often a measurement is made; the fastest counts, since others can only be disturbed.
+TRIES = 4
+
+#: Runs of one measurement on a GPU, over which the time to start and to wait is spread.
+GPU_RUNS = 20
+
+
+def describe_device(device: torch.device) -> tuple[str, str]:
+    """Return the name of a device, and its driver's version, "-" for a CPU."""
+    if device.type == "cuda":
+        pattern = r"Module\s+(?:for \S+\s+)?([0-9.]+)"
+        found = _first("/proc/driver/nvidia/version", pattern)
+        return torch.cuda.get_device_name(device), found or "unknown"
+    return _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or "CPU", "-"
+
+
+def _first(path: str, pattern: str) -> str | None:
+    """Return the first match of the pattern's group in a small text file."""
+    try:
+        match = re.search(pattern, read_bounded(Path(path), 64 << 10).decode(errors="replace"))
+    except OSError:
+        return None
+    return match[1].strip() if match else None
+
+
+def bus_rate(device: torch.device) -> float:
+    """Measure bytes a second from pinned memory to a GPU; 0 for the CPU, which has no bus."""
+    if device.type != "cuda":
+        return 0.0
+    host = torch.empty(BUS_SAMPLE, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return BUS_SAMPLE / _fastest(lambda: there.copy_(host, non_blocking=True), device)
+
+
+def memory_rate(tensor: Tensor) -> float:
+    """Measure bytes a second at which a device reads a tensor; a small one is in its caches."""
+    flat = tensor.flatten()[: MEMORY_SAMPLE // tensor.element_size()]
+    return flat.nbytes / _fastest(lambda: flat.sum(), tensor.device)
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a run in the fastest of a few tries, the first only warming up."""
+    times, runs = [], GPU_RUNS if device.type == "cuda" else 1
+    for _ in range(TRIES + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(runs):
+            run()
+        synchronize(device)
+        times.append((time.perf_counter() - start) / runs)
+    return min(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
