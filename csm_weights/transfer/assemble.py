@@ -140,14 +140,12 @@ class _Partial:
         The remote ones, and each other by itself; where chunk files are consumed,
         all of them, and those last.
         """
-        remote, consuming = (
-            [i for i, piece in enumerate(self.tiles) if piece.offset in offsets]
-            for offsets in (self.job.remote, self.job.consuming)
-        )
-        others = range(len(self.tiles))
-        if consuming:
-            return [(*(i for i in others if i not in consuming), *consuming)]
-        return [*([tuple(remote)] if remote else []), *((i,) for i in others if i not in remote)]
+        job, offsets = self.job, [piece.offset for piece in self.tiles]
+        indices = range(len(offsets))
+        if job.consuming:
+            return [tuple(sorted(indices, key=lambda i: offsets[i] in job.consuming))]
+        remote = tuple(i for i in indices if offsets[i] in job.remote)
+        return [*filter(None, [remote]), *((i,) for i in indices if i not in remote)]
 
     def run(self, queue: Sequence[int]) -> None:
         """Do some pieces, one after the other."""
@@ -211,9 +209,7 @@ class _Partial:
         return VerifiedFile(
             self.path,
             self._whole.hexdigest(),
-            tuple(
-                record for _, record in sorted(self._records.items()) if self.job.artifact.pieces
-            ),
+            tuple(self._records[i] for i, _ in enumerate(self.job.artifact.pieces)),
             Fingerprint.of(os.fstat(self.target.fd)),
             self._git_sha1,
             tuple(dict.fromkeys(self.notes)),

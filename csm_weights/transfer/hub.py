@@ -26,8 +26,8 @@ from csm_weights.transfer.http.responses import (
 )
 from csm_weights.transfer.source import SourceError
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHA1 = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
 class Hub(RemoteSource):
@@ -98,12 +98,12 @@ class Hub(RemoteSource):
         headers, where = response.headers, f"{self.page} {artifact.path}"
         linked, commit = headers.get("X-Linked-Etag"), headers.get("X-Repo-Commit", "")[:40]
         etag = (linked or headers.get("ETag") or "").removeprefix("W/").strip('"')
-        is_sha1, is_sha256 = _SHA1.fullmatch(etag), _SHA256.fullmatch(etag)
+        is_sha1, is_sha256 = SHA1.fullmatch(etag), SHA256.fullmatch(etag)
         if linked and not is_sha1 and not is_sha256:
             expected = "an X-Linked-Etag of hex digits"
             raise SourceError([wrong_answer(where, expected, repr(etag[:80]))])
         for what, pinned, found in (
-            ("commit", self.revision if _SHA1.fullmatch(self.revision) else None, commit),
+            ("commit", self.revision if SHA1.fullmatch(self.revision) else None, commit),
             ("sha256", artifact.sha256 if is_sha256 else None, etag),
             ("git blob id", artifact.git_sha1 if is_sha1 else None, etag),
         ):

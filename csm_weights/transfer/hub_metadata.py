@@ -25,7 +25,7 @@ from csm_weights.transfer.http.auth import HubCredentials
 from csm_weights.transfer.http.client import Timeouts
 from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.http.responses import foreign_redirect, wrong_answer
-from csm_weights.transfer.hub import Hub
+from csm_weights.transfer.hub import SHA1, SHA256, Hub
 from csm_weights.transfer.source import SourceError
 from csm_weights.untrusted import is_text, reader
 
@@ -34,9 +34,6 @@ MAX_FILES = 20_000
 
 #: Seconds for all pages of a tree.
 LISTING = 300.0
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHA1 = re.compile(r"[0-9a-f]{40}")
 
 _NOTHING = sha256().hexdigest()
 
@@ -100,9 +97,9 @@ def _commit(hub: Hub, url: str) -> tuple[str, bool]:
     """Return the commit that the revision stands for, and whether its files are gated."""
     _, found = hub.get_json(url)
     commit = found.get("sha") if isinstance(found, dict) else None
-    if not isinstance(commit, str) or not _SHA1.fullmatch(commit):
+    if not isinstance(commit, str) or not SHA1.fullmatch(commit):
         raise _nonsense(hub, "a commit, 40 hex digits", repr(commit))
-    if _SHA1.fullmatch(hub.revision) and commit != hub.revision:
+    if SHA1.fullmatch(hub.revision) and commit != hub.revision:
         raise _nonsense(hub, f"commit {hub.revision}", f"commit {commit}")
     return commit, bool(found.get("gated"))
 
@@ -207,11 +204,11 @@ def _findings(file: File, page: str) -> list[Finding]:
     wrong: list[tuple[str, str]] = []
     if not 0 <= file.size <= MAX_SIZE:
         wrong.append((f"a size up to {MAX_SIZE:,}", str(file.size)))
-    if not _SHA1.fullmatch(file.oid):
+    if not SHA1.fullmatch(file.oid):
         wrong.append(("a git blob id", repr(file.oid[:80])))
     if file.lfs_size not in (None, file.size):
         wrong.append((f"{file.size:,} bytes as in the tree", f"{file.lfs_size:,} bytes in LFS"))
-    if file.sha256 is not None and not _SHA256.fullmatch(file.sha256):
+    if file.sha256 is not None and not SHA256.fullmatch(file.sha256):
         wrong.append(("a sha256", repr(file.sha256[:80])))
     elif file.size == 0 and file.sha256 not in (None, _NOTHING):
         wrong.append((f"sha256 {_NOTHING}, of no bytes", f"sha256 {file.sha256}"))

@@ -114,10 +114,7 @@ class WatchedAdapter(HTTPAdapter):
             parent = pool.ConnectionCls
 
             def getresponse(connection: Any) -> Any:
-                sock = connection.sock
-                if sock is None:
-                    return parent.getresponse(connection)
-                end = functools.partial(sock.shutdown, socket.SHUT_RDWR)
+                end = functools.partial(connection.sock.shutdown, socket.SHUT_RDWR)
                 with self._watchdog.watching(end, self._seconds) as wait:
                     try:
                         return parent.getresponse(connection)
