@@ -60,7 +60,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert split lock \
-	standin clean test lint test-full test-integration test-gpu messages torture torture-room bench \
+	standin clean test lint damage test-full test-integration test-gpu messages torture torture-room bench \
 	bench-download bench-load fuzz scanners mutation
 
 help: ## Show this help
@@ -128,6 +128,9 @@ lint: $(VENV)/.test ## Check style, types, the layers of imports and the shell s
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/shellcheck recombine.sh .ci/run
+
+damage: $(VENV)/.test ## Save weights anew with 300 damages: each must be named by its tensor
+	@DAMAGES=300 $(VENV)/bin/python -m pytest -q tests/formats/test_damage.py
 
 test-full: $(VENV)/.test ## Run the tests that need root, 45 GB of disk, or minutes
 	@$(VENV)/bin/python -m pytest -m full tests

@@ -12,7 +12,7 @@ from pathlib import Path
 from csm_weights.commands.compare import here_of_model
 from csm_weights.errors import MissingInput, WrongContent
 from csm_weights.files import Fingerprint, read_bounded
-from csm_weights.formats.compare import open_pair
+from csm_weights.formats.compare import open_pair, tied_findings
 from csm_weights.formats.identify import Identity, identify
 from csm_weights.formats.transformers_layout import name_tensors, read_configs
 from csm_weights.formats.weights_file import find, open_weights
@@ -49,12 +49,12 @@ class Identified:
         if self.differ is None:
             known = f"; to tell which release it is, get one: inv fetch --model {self.release}"
             return f"not compared with a release{known if self.release else ''}"
-        if not self.differ:
-            return f"the tensors of {self.release}, every one equal"
         total = len(self.identity.network.tensor_shapes()) if self.identity.network else 0
         count = f"{len(self.differ):,} of {total:,} tensors differ"
         if self.identity.wrong_count:
             return f"damaged, or not whole: {count} from those of {self.release}"
+        if not self.differ:
+            return f"the tensors of {self.release}, every one equal"
         if len(self.differ) >= total:
             return (
                 f"another model of the dimensions of {self.release}, or all of it trained: {count}"
@@ -91,7 +91,11 @@ def _identified(root: Path, path: Path) -> Identified:
         configs = read_configs([folder])
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(parts)) for parts in files]
-        identity = identify(name_tensors(opened, [folder]), configs)
+        tensors = name_tensors(opened, [folder])
+        identity = identify(tensors, configs)
+        if identity.network and (odd := tied_findings(tensors)):
+            wrong = (*identity.wrong, *odd)
+            identity = replace(identity, wrong=wrong, wrong_count=identity.wrong_count + len(odd))
     found = Identified(str(path), identity)
     if identity.network is None:
         return found

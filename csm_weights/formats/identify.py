@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
-from csm_weights.errors import Finding
+from csm_weights.errors import CsmWeightsError, Finding
 from csm_weights.formats.architecture import CSM_1B, FLAVORS, CsmConfig
 from csm_weights.formats.dtypes import FLOATS
 from csm_weights.formats.tensor_index import Findings
-from csm_weights.formats.transformers_layout import Layout, NamedTensors
+from csm_weights.formats.transformers_layout import Layout, NamedTensors, name_tensors
+from csm_weights.formats.weights_file import open_weights
 from csm_weights.untrusted import Malformed, show
 
 #: Whose layout it is, in words.
@@ -54,19 +57,24 @@ class Identity:
             words.append(f"with {self.beside:,} other tensors beside it")
         words += [self.format, " and ".join(self.dtypes), f"{self.parameters:,} parameters"]
         if self.wrong_count:
-            words.append(f"{self.wrong_count:,} of its tensors missing, one too many or misshapen")
+            words.append(f"{self.wrong_count:,} of its tensors not as they should be")
         return ", ".join(filter(None, words))
 
 
 def identify(named: NamedTensors, configs: Iterable[CsmConfig] = ()) -> Identity:
     """Tell what some weights are by the names and shapes of their tensors.
 
-    `configs` are networks that a config.json beside them describes.
+    `configs` are networks that a config.json beside them describes. A dtype
+    that few tensors have is not as it should be.
     """
     tensors, summary = named.tensors, named.summary
     network = network_of(named, configs)
     tied = [named.tied] if named.tied else []
     wrong = check_tensors(named, network) if network else Findings(summary.where)
+    common = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
+    for tensor in tensors.values() if network else ():
+        if tensor.dtype != common[0][0]:
+            wrong.add(Malformed(common[0][0], tensor.signature, show(tensor.name)))
     model = "CSM-1B" if network == CSM_1B else "another CSM"
     if network is None:
         known = sum(name in tensors for name in _EVERY_CSM)
@@ -85,6 +93,13 @@ def identify(named: NamedTensors, configs: Iterable[CsmConfig] = ()) -> Identity
         wrong=tuple(wrong.listed()),
         wrong_count=wrong.count,
     )
+
+
+def describe(path: Path) -> str:
+    """Return what a file of weights is, in words; empty where it cannot be read as one."""
+    with contextlib.suppress(CsmWeightsError, OSError), open_weights([path]) as weights:
+        return str(identify(name_tensors([weights], [path.parent])))
+    return ""
 
 
 #: Tensors that every CSM has.

@@ -194,7 +194,7 @@ def name_tensors(
     format_, count = files[0].format, len(found)
     summary = Summary(where, format_, Layout.TRANSFORMERS, count, len(codec), size)
     tied = found.pop(TIED, None)
-    ours = {own: t for name, t in found.items() if (own := _renamed(name, _NAMES, _STACKS, _PARTS))}
+    ours = {own: t for name, t in found.items() if (own := own_name(name))}
     known = {tensor.name for tensor in ours.values()}
     unknown = tuple(tensor for tensor in found.values() if tensor.name not in known)
     if tied and AUDIO not in ours:
@@ -214,9 +214,7 @@ def _wrapper(names: Iterable[str]) -> str:
     for name in names:
         wrapper = _WRAPPERS.match(name)[0]  # type: ignore[index]
         inner = _unwrapped(name, wrapper)
-        counts[wrapper] += bool(
-            _renamed(inner, _NAMES, _STACKS, _PARTS) or _renamed(inner, *_THEIRS)
-        )
+        counts[wrapper] += bool(own_name(inner) or _renamed(inner, *_THEIRS))
     return counts.most_common(1)[0][0]
 
 
@@ -235,6 +233,11 @@ def in_transformers_layout(
             tensor = _regrouped(tensor, head_dim, head_dim // 2)
         theirs[_renamed(name, *_THEIRS) or name] = tensor
     return theirs
+
+
+def own_name(theirs: str) -> str | None:
+    """Return our name of a tensor of transformers' CSM; None where there is none."""
+    return _renamed(theirs, _NAMES, _STACKS, _PARTS)
 
 
 def _renamed(

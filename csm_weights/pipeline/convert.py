@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from csm_weights.errors import Finding, Kind, NoSpace, UsageError, WrongContent,
 from csm_weights.files import Fingerprint, read_bounded, read_file
 from csm_weights.formats import FORMATS
 from csm_weights.formats.architecture import MAX_CONFIG, CsmConfig
-from csm_weights.formats.compare import first_difference
+from csm_weights.formats.compare import tied_findings
 from csm_weights.formats.dtypes import FLOATS
 from csm_weights.formats.identify import check_tensors, network_of
 from csm_weights.formats.model_files import (
@@ -31,7 +30,6 @@ from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.transformers_layout import (
     AUDIO,
     CODEC,
-    TIED,
     Layout,
     NamedTensor,
     NamedTensors,
@@ -159,13 +157,8 @@ def _checked(named: NamedTensors, folder: Path) -> CsmConfig:
             words = (f"one of {', '.join(FLOATS.values())}", tensor.signature)
             finding = Finding(Kind.UNSUPPORTED, f"{where}: {tensor.name}", *words)
             raise WrongContent("weights of this dtype are not converted", [finding])
-    if named.tied:
-        audio = named.tensors[AUDIO]
-        both = (TIED, audio, named.tied, lambda _: None, threading.Event())
-        if difference := first_difference(*both):
-            words = (f"the elements of {audio.name}", f"another at {list(difference.index or ())}")
-            finding = Finding(Kind.DIFFERENT, f"{where}: {named.tied.name}", *words)
-            raise WrongContent("two tensors that are tied differ: which one counts?", [finding])
+    if odd := tied_findings(named):
+        raise WrongContent("two tensors that are tied differ: which one counts?", odd)
     return network
 
 

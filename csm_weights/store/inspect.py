@@ -14,7 +14,7 @@ import os
 import shutil
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
@@ -242,6 +242,13 @@ class _Disk:
             return FileStatus(path, state, None, finding, receipt)
         size, sizes = status.st_size, [edition.size for edition in artifact.editions]
         if finding := self.known_bad.get(path) or size_finding(path, sizes, size):
+            if finding.kind is Kind.WRONG_SIZE and artifact.is_weights:
+                from csm_weights.formats.identify import describe
+
+                what = describe(path)
+                finding = replace(
+                    finding, found=f"{finding.found}: {what}" if what else finding.found
+                )
             good = self.good.get(path, frozenset())
             if finding.kind is Kind.WRONG_SIZE and size < artifact.size:
                 # A file that was cut short may be right up to there.

@@ -14,8 +14,11 @@ from torch import Tensor
 from csm_weights.commands.identify import Identified, identify_paths
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
+from csm_weights.commands.verify import verify
 from csm_weights.errors import MissingInput, WrongContent
 from csm_weights.formats.architecture import CSM_1B, FLAVORS, CsmConfig
+from csm_weights.pipeline import apply
+from csm_weights.pipeline.request import Request
 from tests.formats.test_compare import TINY, joined, sharded
 from tests.support import hostile
 from tests.support.clone import REPOSITORY
@@ -187,7 +190,7 @@ def test_damage_that_shapes_tell_is_named_by_the_names_in_the_file(
     wrong = {finding.where.rpartition(": ")[2]: finding for finding in found.identity.wrong}
     assert set(wrong) == {"lm_head.weight", "depth_decoder.extra", "embed_text_tokens.weight"}
     assert wrong["embed_text_tokens.weight"].expected == "[512, 64]"
-    assert "3 of its tensors missing, one too many or misshapen" in str(found.identity)
+    assert "3 of its tensors not as they should be" in str(found.identity)
     assert found.verdict == (
         "not compared with a release; to tell which release it is, get one: "
         "inv fetch --model csm-tiny"
@@ -229,6 +232,22 @@ def test_csm_1b_is_known_by_its_shapes(root: Path, tmp_path: Path) -> None:
     assert str(found.identity) == (
         "CSM-1B in the original layout, safetensors, BF16, 1,552,791,552 parameters"
     )
+
+
+def test_a_file_with_a_wrong_name_is_told_where_it_is_refused(root: Path) -> None:
+    """The layout that some mirrors ship under the same name is named by status and verify."""
+    path = saved(root / "models" / "csm-tiny", in_transformers(released()))
+    size = path.stat().st_size
+    said = f"{size:,} bytes: another CSM in transformers' layout, with Mimi's 92 tensors"
+    request = Request(root, "csm-tiny", only=("safetensors",))
+    assert any(said in finding.found for finding in apply.status(request).plan.notes)
+    error = verify(request, None, False).error
+    assert error
+    assert any(said in finding.found for finding in error.findings)
+    path.write_bytes(b"not weights at all")
+    error = verify(request, None, False).error
+    assert error
+    assert "18 bytes" in [finding.found for finding in error.findings]
 
 
 @pytest.mark.parametrize("name", sorted(hostile.BAD_SAFETENSORS)[:8])
