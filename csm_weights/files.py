@@ -71,14 +71,13 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return the first `limit` bytes of a regular file; raises OSError."""
-    with open(open_regular(path), "rb") as file:
-        # Room for as much as is asked for is taken at once, so for little more than there is.
-        most = max(os.fstat(file.fileno()).st_size, 1 << 16)
-        data: bytes | None = file.read(min(limit, most))
-    if data is None:
-        # Some files of /proc would wait for what is yet to come.
-        raise BlockingIOError(errno.EAGAIN, "it has nothing to read", str(path))
-    return data
+    content = bytearray()
+    with opened(path) as fd:
+        # A block at a time: files of /proc do not tell their size, and `limit` is far more
+        # than most files have.
+        while block := os.read(fd, min(limit - len(content), 1 << 16)):
+            content += block
+    return bytes(content)
 
 
 def read_file(path: Path, limit: int, what: str) -> bytes:

@@ -128,7 +128,6 @@ ROOMS = sorted({room_of(name) for name in MODULES} - {""})
 #: waits for nothing and takes regular files only.
 OPENING = {
     "files.open_regular",
-    "files.read_bounded",  # what open_regular has opened
     "store.atomic.create",  # makes the file, or requires that it is a regular one of this user
     "store.atomic.sync",  # folders too, and nothing is read
     "commands.attest._make_keys",  # makes the file

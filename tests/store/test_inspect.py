@@ -263,6 +263,14 @@ def test_what_is_no_file_counts_as_absent_at_once(
     assert read_report(folder) is None
 
 
+@pytest.mark.parametrize("limit", [0, 1, 65_536, 65_537, 200_000, 300_000])
+def test_reading_ends_at_the_limit_or_the_end(tmp_path: Path, limit: int) -> None:
+    """A file is read up to its end, in blocks, or just as far as is allowed."""
+    data = os.urandom(200_000)
+    (tmp_path / "x").write_bytes(data)
+    assert read_bounded(tmp_path / "x", limit) == data[:limit]
+
+
 @pytest.mark.usefixtures("alarm")
 @pytest.mark.parametrize("make", [fifo, endless, Path.mkdir])
 def test_only_regular_files_are_opened(tmp_path: Path, make: Callable[[Path], None]) -> None:
@@ -278,8 +286,8 @@ def test_a_file_that_waits_for_more_is_unreadable(
     """Some files of /proc look like regular ones, and have nothing to read until later."""
     end, other = os.pipe()
     os.set_blocking(end, False)
-    monkeypatch.setattr("csm_weights.files.open_regular", lambda _: end)
-    with pytest.raises(BlockingIOError, match="nothing to read"):
+    monkeypatch.setattr("csm_weights.files.open_regular", lambda *_: end)
+    with pytest.raises(BlockingIOError, match="unavailable"):
         read_bounded(tmp_path, 10)
     os.close(other)
 
