@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ from urllib.parse import quote, urljoin
 
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.hashing import blob_id, git_sha1, sha256
-from csm_weights.manifest.paths import path_problem
+from csm_weights.manifest.paths import folded, path_problem
 from csm_weights.manifest.pin import group_of
 from csm_weights.manifest.types import MAX_SIZE, Artifact
 from csm_weights.transfer.http.auth import HubCredentials
@@ -27,7 +26,7 @@ from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.http.responses import foreign_redirect, wrong_answer
 from csm_weights.transfer.hub import SHA1, SHA256, Hub
 from csm_weights.transfer.source import SourceError
-from csm_weights.untrusted import is_text, reader
+from csm_weights.untrusted import reader
 
 #: Files of one repository at most: more would make no manifest that can be read.
 MAX_FILES = 20_000
@@ -163,9 +162,9 @@ def choose(
     for file in files:
         if not any(fnmatchcase(file.path, pattern) for pattern in patterns):
             continue
-        name = unicodedata.normalize("NFC", file.path.casefold())
+        name = folded(file.path)
         above = {parent.as_posix() for parent in PurePosixPath(name).parents}
-        problem = path_problem(file.path) if is_text(file.path) else "no text"
+        problem = path_problem(file.path)
         if not problem and (name in names or name in folders or above & names):
             problem = "the name of another file, or of a folder, where case does not count"
         if problem:
