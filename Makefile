@@ -186,12 +186,12 @@ $(VENV)/.attest: $(VENV)/.base
 
 $(VENV)/.smoke: $(VENV)/.base
 	@echo "installing torch, 0.2 to 3 GB; SMOKE=0 does without ..." >&2
-	@$(PIP) --editable '.[smoke]' >&2
+	@$(PIP) --editable '.[torch]' >&2
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.smoke
 	@echo "installing what the tests need ..." >&2
-	@$(PIP) --editable '.[smoke,test]' >&2
+	@$(PIP) --editable '.[torch,test]' >&2
 	@touch $@
 
 $(VENV)/.fuzz $(VENV)/.mutation: $(VENV)/.%: $(VENV)/.test

@@ -8,8 +8,7 @@ from pathlib import Path
 # Invoke lets Python keep no bytecode; without it each call would compile all modules anew.
 sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
 
-from csm_weights.commands import console  # noqa: E402
-from csm_weights.commands.cli import collection, refuse_typos, task  # noqa: E402
+from csm_weights.commands.cli import collection, start, task  # noqa: E402
 
 
 @task("dry", name=("csm-1b-standin", "the stand-in: csm-1b-standin (12.4 GB) or csm-tiny"))
@@ -29,5 +28,4 @@ namespace = collection(ROOT, standin)
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 if Path(sys.argv[0]).name in ("inv", "invoke"):
-    console.exit_on_interrupt()
-    refuse_typos(namespace, sys.argv[1:])
+    start(namespace)

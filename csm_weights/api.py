@@ -136,7 +136,7 @@ def load_csm_1b(device: str | torch.device = "cuda", dtype: plain.DType = "fast"
     Raises as `Model.from_pretrained`, and UsageError without the GPU asked for.
     """
     _require_device(device)
-    request = locate.published(locate.checkout())
+    request = Request(locate.checkout())
     return Generator(Model._obtain(request, device, dtype))
 
 

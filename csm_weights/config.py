@@ -89,6 +89,13 @@ class HubEnvironment:
         return no_token(page) if gated and not self.token_from else None
 
 
+def pip_command(extra: str) -> str:
+    """Return the command that installs an extra of this package, in its checkout or anywhere."""
+    if (Path(__file__).parents[1] / "constraints.txt").is_file():
+        return f".venv/bin/pip install -c constraints.txt -e '.[{extra}]'"
+    return f"pip install 'csm-weights[{extra}]'"
+
+
 def no_token(page: str, found: str = "none") -> Finding:
     """Describe a repository whose files the Hub gives only to those who show a token."""
     help_text = f"accept the terms at {page}, then run hf auth login, or set HF_TOKEN"

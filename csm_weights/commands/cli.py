@@ -8,10 +8,12 @@ Listing the tasks imports nothing of the package but this and its errors.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 #: The default of an option that has to be given.
 REQUIRED = inspect.Parameter.empty
+
+#: The program's name where the package is installed.
+NAME = "csm-weights"
 
 #: Options that several tasks have: the default (None: it may be repeated), and the help.
 OPTIONS: dict[str, tuple[str | bool | None, str]] = {
@@ -116,8 +121,25 @@ def collection(root: Path, *more: Task[Any]) -> Collection:
     return made
 
 
+def main() -> None:
+    """Run the tasks as the program `csm-weights`, for files below the current folder."""
+    os.environ["CSM_WEIGHTS_TYPED"] = NAME
+    tasks = collection(Path.cwd())
+    start(tasks)
+    Program(name=NAME, binary=NAME, version=version(NAME), namespace=tasks).run()
+
+
+def start(tasks: Collection) -> None:
+    """Let Ctrl-C end the program from here on, and end it for what its own parser would refuse."""
+    from csm_weights.commands import console
+
+    console.exit_on_interrupt()
+    if code := console.run(lambda: refuse_typos(tasks, sys.argv[1:])):
+        sys.exit(code)
+
+
 def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
-    """Raise Exit with a suggestion where Invoke's own parser would refuse a command line."""
+    """Raise UsageError with a suggestion where Invoke's own parser would refuse a command line."""
     helps = {name: tasks[name].help.copy() for name in tasks.task_names}
     core = Parser(initial=Program().initial_context, ignore_unknown=True)
     try:
@@ -127,8 +149,7 @@ def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
         if isinstance(asked := parsed[0].args.help.value, str) and asked not in helps:
             raise ParseError(f"No idea what {asked!r} is!")
     except (ParseError, ValueError) as error:
-        message = printable(f"error: {_explained(error, tasks)}")
-        raise Exit(message, code=UsageError.exit_code) from None
+        raise UsageError(printable(_explained(error, tasks))) from None
     finally:  # to_contexts takes the help out of the tasks
         for name, texts in helps.items():
             tasks[name].help = texts
@@ -136,6 +157,8 @@ def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
 
 def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
     """Return what Invoke's parser found, and what was most likely meant."""
+    from csm_weights.pipeline.request import manifests
+
     if isinstance(error, ValueError):
         return f"{str(error).rpartition(': ')[2]} is not a number"
     if valueless := re.match("Flag <Argument: ([a-z-]+)", str(error)):
@@ -144,8 +167,8 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
     if not unknown:
         return str(error)
     word, task = unknown[1], error.context
-    manifests = Path(tasks.configuration()["csm_weights"]["root"], "manifests")
-    if task and task.name and (manifests / f"{word}.toml").is_file():
+    root = Path(tasks.configuration()["csm_weights"]["root"])
+    if task and task.name and word in {path.stem for path in manifests(root)}:
         return f"{task.name} takes a model as an option: inv {task.name} --model {word}"
     known = [*tasks.task_names, *(task.flags if task else [])]
     return f"there is no task or option {word!r}{did_you_mean(word, known)}"

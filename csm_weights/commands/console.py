@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 from csm_weights import errors
 from csm_weights.errors import CsmWeightsError, NoSpace
 
-#: Set to "make" where make has called the task: messages then tell make's commands.
+#: The program that a person typed where it is not inv, such as "make": messages name its commands.
 TYPED = "CSM_WEIGHTS_TYPED"
 
 #: What a person writes after make for an option of a task.
@@ -114,10 +114,13 @@ def _print(text: str, stream: TextIO | None) -> None:
 
 def _for_a_person(text: str, stream: TextIO | None) -> str:
     """Return a text with the commands that a person types, and on a terminal in colour."""
-    if os.environ.get(TYPED) == "make":
+    if typed := os.environ.get(TYPED):
         from csm_weights.commands.render.blocks import COMMAND
 
-        text = re.sub(rf"{COMMAND.pattern}|(?<![\w-])--[a-z-]+", _make_words, text)
+        if typed == "make":
+            text = re.sub(rf"{COMMAND.pattern}|(?<![\w-])--[a-z-]+", _make_words, text)
+        else:
+            text = COMMAND.sub(lambda command: typed + command[0].removeprefix("inv"), text)
     has_colour = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
     if not has_colour or os.environ.get("NO_COLOR"):
         return text

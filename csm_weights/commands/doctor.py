@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from csm_weights.commands.render.text import costs
 from csm_weights.concurrency import run_all
-from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment
+from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment, pip_command
 from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, MissingInput, error_for
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.model import offline_assets
@@ -405,7 +405,7 @@ def _torch() -> CheckResult:
         if importlib.util.find_spec("torch"):
             return CheckResult("torch", Verdict.OK, version("torch"))
     help_text = (
-        "make weights installs it, or .venv/bin/pip install -c constraints.txt -e '.[smoke]';"
+        f"{pip_command('torch')};"
         " or skip the smoke test with --no-smoke (make: SMOKE=no)"
     )
     expected = "torch, which runs the model in the smoke test"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csm_weights.config import HubEnvironment
+from csm_weights.config import HubEnvironment, pip_command
 from csm_weights.errors import Finding, Kind, MissingInput
 from csm_weights.store.hub_cache import main_of, repository, snapshot_file
 
@@ -105,7 +105,6 @@ def snapshots(repo: str, names: tuple[str, ...]) -> Iterator[Path]:
 
 def not_installed(package: str, purpose: str) -> MissingInput:
     """Return the error for a package that is needed to speak and is not installed."""
-    command = ".venv/bin/pip install -c constraints.txt -e '.[speak]'"
-    words = (f"the package, which {purpose}", "not installed", command)
+    words = (f"the package, which {purpose}", "not installed", pip_command("speak"))
     finding = Finding(Kind.NOT_INSTALLED, package, *words)
     return MissingInput(f"{package} is not installed", [finding])

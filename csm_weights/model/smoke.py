@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from csm_weights.config import pip_command
 from csm_weights.errors import (
     Finding,
     Kind,
@@ -38,9 +39,8 @@ try:
     from torch import Tensor
 except (ImportError, OSError) as error:
     raise SmokeUnavailable(
-        f"the smoke test needs torch ({error}): make weights installs it, or "
-        ".venv/bin/pip install -c constraints.txt -e '.[smoke]'; "
-        "or skip the smoke test with --no-smoke (make: SMOKE=no)"
+        f"the smoke test needs torch ({error}): {pip_command('torch')};"
+        " or skip the smoke test with --no-smoke (make: SMOKE=no)"
     ) from None
 
 from csm_weights.model.csm import Model

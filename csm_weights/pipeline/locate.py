@@ -30,7 +30,6 @@ from csm_weights.store.manifest_file import write_manifest
 from csm_weights.store.receipts import read_receipt
 
 #: The published model, as a manifest and as a repository of the Hub.
-MODEL, REPO = "csm-1b", "sesame/csm-1b"
 
 #: The files that are fetched of a repository that no manifest here names.
 WANTED = ("config.json", "model.safetensors", "ckpt.pt", "tokenizer.json")
@@ -40,16 +39,9 @@ CONFIG = "config.json"
 
 
 def checkout() -> Path:
-    """Return the folder with manifests/: that of this package's checkout, else the current one."""
+    """Return the folder that files go below: this package's checkout, else the current one."""
     above = Path(__file__).resolve().parents[2]
     return above if (above / "manifests").is_dir() else Path.cwd()
-
-
-def published(root: Path) -> Request:
-    """Return the request for CSM-1B: by the manifest below `root`, or else by the Hub's."""
-    if (root / "manifests" / f"{MODEL}.toml").is_file():
-        return Request(root, MODEL)
-    return of_repo(root, REPO, None)
 
 
 def of_repo(root: Path, repo: str, revision: str | None) -> Request:
@@ -66,7 +58,7 @@ def of_repo(root: Path, repo: str, revision: str | None) -> Request:
     above = HubEnvironment.read().cache.parent / "csm-weights"
     folder = quote(repo, safe="").replace("%2F", "--")
     home = above / folder / quote(revision or "main", safe="")
-    if not (known := manifests(home)):
+    if not (known := sorted(home.glob("manifests/*.toml"))):
         path = repo_manifest.path_of(home, repo, revision or "")
         write_manifest(path, repo_manifest.from_hub(path, repo, revision or "", WANTED))
         known = [path]
@@ -195,7 +187,7 @@ def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
     come first, then those of the package's own.
     """
     above = (folder.absolute(), *folder.absolute().parents)
-    for root in (*[f for f in above if (f / "tasks.py").is_file()][:1], checkout()):
+    for root in [f for f in above if (f / "tasks.py").is_file()][:1] or [checkout()]:
         for path in manifests(root):
             manifest = load(path)
             for artifact in manifest.artifacts:

@@ -16,6 +16,9 @@ from csm_weights.transfer.policy import HUB, REMOTE
 #: The model of a request that names none.
 DEFAULT_MODEL = "csm-1b"
 
+#: The manifests that come with the package: those of its checkout, or of its wheel.
+SHIPPED = Path(__file__).parents[1] / "shipped"
+
 #: Words for where pieces may come from; auto is every source there is.
 SOURCES = ("auto", "chunks", "hf", "mirror")
 
@@ -77,12 +80,14 @@ class Request:
 
 
 def manifests(root: Path) -> list[Path]:
-    """Return the manifests below a root, in the order of their names."""
-    return sorted((root / "manifests").glob("*.toml"))
+    """Return the manifests below a root, then those of the package with other names."""
+    own = sorted((root / "manifests").glob("*.toml"))
+    names = {path.name for path in own}
+    return own + [path for path in sorted(SHIPPED.glob("*.toml")) if path.name not in names]
 
 
 def find_manifest(root: Path, model: str) -> Manifest:
-    """Return the manifest called `model` in manifests/, or at that path.
+    """Return the manifest called `model`, in manifests/ or of the package, or at that path.
 
     Raises UsageError, naming those there are, when there is none.
     """
@@ -90,6 +95,8 @@ def find_manifest(root: Path, model: str) -> Manifest:
     path = Path(model) if by_path else root / "manifests" / f"{model}.toml"
     if not by_path and path_problem(model):
         raise UsageError(f"{model!r} is not a valid model name")
+    if not by_path and not os.path.lexists(path):
+        path = SHIPPED / path.name
     if not (path.is_file() if by_path else os.path.lexists(path)):
         known = [path.stem for path in manifests(root)]
         hint = did_you_mean(model, known) or ", or give the path of a manifest (.toml)"

@@ -97,7 +97,7 @@ def run(
 
 def _golden(state: State) -> Path | None:
     golden = state.manifest.golden
-    return state.paths.root / "manifests" / golden if golden else None
+    return Path(state.manifest.where).parent / golden if golden else None
 
 
 def _binding(state: State) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from csm_weights.config import pip_command
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 from csm_weights.manifest.paths import path_problem
 from csm_weights.untrusted import Malformed, is_text, show
@@ -236,9 +237,8 @@ def require_library() -> None:
         import securesystemslib.dsse  # noqa: F401
         from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: F401
     except ImportError as error:
-        help_text = ".venv/bin/pip install -c constraints.txt -e '.[attest]'"
-        found = f"no {error.name or 'such module'}"
-        finding = Finding(Kind.MISSING, "signatures", "securesystemslib", found, help_text)
+        words = ("securesystemslib", f"no {error.name or 'such module'}", pip_command("attest"))
+        finding = Finding(Kind.MISSING, "signatures", *words)
         raise MissingInput("what signs and checks signatures is not installed", [finding]) from None
 
 
