@@ -7,4 +7,5 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path.cwd(
 
 from csm_weights.commands.cli import main  # noqa: E402
 
-main()
+if __name__ == "__main__":
+    main()

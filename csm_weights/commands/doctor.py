@@ -404,10 +404,7 @@ def _torch() -> CheckResult:
     with contextlib.suppress(PackageNotFoundError):
         if importlib.util.find_spec("torch"):
             return CheckResult("torch", Verdict.OK, version("torch"))
-    help_text = (
-        f"{pip_command('torch')};"
-        " or skip the smoke test with --no-smoke (make: SMOKE=no)"
-    )
+    help_text = f"{pip_command('torch')}; or skip the smoke test with --no-smoke (make: SMOKE=no)"
     expected = "torch, which runs the model in the smoke test"
     finding = Finding(Kind.NOT_INSTALLED, "torch", expected, "none", help_text)
     return CheckResult("torch", Verdict.NOT_OK, "not installed", (finding,))

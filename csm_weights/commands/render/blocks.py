@@ -17,6 +17,9 @@ COMMAND = re.compile(
     r"[^\s,;`]+|[a-z-]+\b(?!=)))*"
 )
 
+#: Commands that stay in one piece when a text is wrapped.
+_WHOLE = re.compile(rf"{COMMAND.pattern}|(\.venv/bin/)?pip install (-\w \S+ )*\S+")
+
 #: Stands for a space at which no line may end; no message has it, since it is not printable.
 _GLUE = "\0"
 
@@ -41,7 +44,7 @@ def wrapped(text: str, indent: int = 0) -> list[str]:
 
     No word is cut, and no command that someone may copy: those may stick out.
     """
-    whole = COMMAND.sub(lambda command: command[0].replace(" ", _GLUE), printable(text))
+    whole = _WHOLE.sub(lambda command: command[0].replace(" ", _GLUE), printable(text))
     width = max(24, WIDTH - indent)
     lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace(_GLUE, " ") for line in lines]
