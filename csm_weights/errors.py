@@ -20,6 +20,10 @@ class CsmWeightsError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        if exit_code is not None:
+            cls.exit_code = exit_code
+
     def __init__(self, message: str, findings: Iterable[Finding] = (), advice: str = "") -> None:
         super().__init__(message)
         self.message = message
@@ -32,62 +36,44 @@ class CsmWeightsError(Exception):
         return "\n".join(printable(line) for line in lines)
 
 
-class UsageError(CsmWeightsError):
+class UsageError(CsmWeightsError, exit_code=2):
     """An option, a model name or a value that does not exist."""
 
-    exit_code = 2
 
-
-class MissingInput(CsmWeightsError):
+class MissingInput(CsmWeightsError, exit_code=3):
     """Something the step needs is not on this machine."""
 
-    exit_code = 3
 
-
-class WrongContent(CsmWeightsError):
+class WrongContent(CsmWeightsError, exit_code=4):
     """Bytes that are here are not the bytes that were pinned."""
-
-    exit_code = 4
 
 
 class ManifestInvalid(WrongContent):
     """A manifest breaks one or more of its rules."""
 
 
-class AccessRefused(CsmWeightsError):
+class AccessRefused(CsmWeightsError, exit_code=5):
     """A source refuses access: token, terms or scope."""
 
-    exit_code = 5
 
-
-class NetworkFailed(CsmWeightsError):
+class NetworkFailed(CsmWeightsError, exit_code=6):
     """The network failed after retries."""
 
-    exit_code = 6
 
-
-class NoSpace(CsmWeightsError):
+class NoSpace(CsmWeightsError, exit_code=7):
     """The disk has too little room, or takes no more writes."""
 
-    exit_code = 7
 
-
-class SmokeFailed(CsmWeightsError):
+class SmokeFailed(CsmWeightsError, exit_code=8):
     """A check of the loaded model is NOT OK."""
 
-    exit_code = 8
 
-
-class SmokeUnavailable(CsmWeightsError):
+class SmokeUnavailable(CsmWeightsError, exit_code=77):
     """The smoke test could not run and was not asked to be skipped."""
 
-    exit_code = 77
 
-
-class Interrupted(CsmWeightsError):
+class Interrupted(CsmWeightsError, exit_code=130):
     """The run was interrupted; what was verified is kept."""
-
-    exit_code = 130
 
 
 class Category(enum.Enum):

@@ -10,7 +10,8 @@ from pathlib import Path
 from csm_weights.concurrency import OnProgress
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import sha256
-from csm_weights.store.atomic import create, unlink_shared, writing
+from csm_weights.store.atomic import unlink_shared, writing
+from csm_weights.store.block_io import OutputFile
 from csm_weights.store.journal import PieceRecord, partial_path
 from csm_weights.store.receipts import VerifiedFile
 
@@ -27,15 +28,16 @@ def write_stream(
     """
     unfinished, digest, offset = partial_path(path), sha256(), 0
     unlink_shared(unfinished)
-    fd = create(unfinished)
+    target = OutputFile(unfinished)
     try:
-        left = os.fstat(fd).st_size
+        fd, left = target.fd, os.fstat(target.fd).st_size
         hashed: Future[None] | None = None
         with ThreadPoolExecutor(1) as hasher:
             for block in blocks:
                 is_left = offset + len(block) <= left
                 if not (is_left and os.pread(fd, len(block), offset) == block):
-                    _write_at(fd, block, offset, unfinished)
+                    with memoryview(block) as view:
+                        target.write(view, offset, direct=False)
                 # the next block is read while this one is hashed
                 if hashed:
                     hashed.result()
@@ -47,14 +49,7 @@ def write_stream(
             os.fsync(fd)
         fingerprint = Fingerprint.of(os.fstat(fd))
     finally:
-        os.close(fd)
+        target.close()
     whole = digest.hexdigest()
     pieces = (PieceRecord(0, offset, whole, source),)
     return VerifiedFile(unfinished, whole, pieces, fingerprint)
-
-
-def _write_at(fd: int, block: bytes | bytearray, offset: int, path: Path) -> None:
-    done = 0
-    with memoryview(block) as view, writing(path):
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)

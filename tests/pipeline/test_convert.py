@@ -25,7 +25,7 @@ from csm_weights.model.csm import Model
 from csm_weights.pipeline import convert
 from csm_weights.pipeline.convert import Conversion
 from csm_weights.pipeline.request import Request
-from csm_weights.store import stream_file
+from csm_weights.store.block_io import OutputFile
 from tests.commands.test_identify import TIED, in_transformers, released, saved
 from tests.formats.test_compare import TINY
 from tests.model.test_csm import generate, greedy
@@ -355,19 +355,19 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     """What is there is compared and kept, what is wrong is written again; no half file is named."""
     out, blocks, written = tmp_path / "out", [0], [0]
-    real = stream_file._write_at
+    real = OutputFile.write
 
-    def failing(fd: int, block: bytes, offset: int, path: Path) -> None:
+    def failing(*arguments: Any, **options: Any) -> None:
         blocks[0] += 1
         if blocks[0] > after:
             raise KeyboardInterrupt
-        real(fd, block, offset, path)
+        real(*arguments, **options)
 
-    def counting(fd: int, block: bytes, offset: int, path: Path) -> None:
+    def counting(*arguments: Any, **options: Any) -> None:
         written[0] += 1
-        real(fd, block, offset, path)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(stream_file, "_write_at", failing)
+    monkeypatch.setattr(OutputFile, "write", failing)
     with pytest.raises(KeyboardInterrupt):
         converted(PARTS, "original", out)
     assert not (out / "model.safetensors").exists()
@@ -375,7 +375,7 @@ def test_an_interrupted_run_goes_on(
     if spoilt:
         with partial.open("r+b") as file:
             file.write(b"\xff" * 20)
-    monkeypatch.setattr(stream_file, "_write_at", counting)
+    monkeypatch.setattr(OutputFile, "write", counting)
     converted(PARTS, "original", out)
     assert digest(out / "model.safetensors") == digest_of_parts()
     assert written[0] == 53 - after + spoilt
@@ -387,13 +387,13 @@ def test_sources_that_change_meanwhile_are_refused(
 ) -> None:
     """What was read of a file that is written to gets no name."""
     source = saved(tmp_path / "a", released())
-    real = stream_file._write_at
+    real = OutputFile.write
 
-    def disturbing(*arguments: Any) -> None:
+    def disturbing(*arguments: Any, **options: Any) -> None:
         os.utime(source, ns=(1, 1))
-        real(*arguments)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(stream_file, "_write_at", disturbing)
+    monkeypatch.setattr(OutputFile, "write", disturbing)
     with pytest.raises(WrongContent, match="changed while they were converted"):
         converted(source, "original", tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
