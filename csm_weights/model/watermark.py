@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_weights.config import HubEnvironment
-from csm_weights.store import hub_cache
+from csm_weights.model.offline_assets import snapshots
 
 #: The key of all audio that the published CSM-1B code makes; it is public.
 #: Source: Sesame's repository, watermarking.py.
@@ -57,12 +56,9 @@ def find_watermarker(device: torch.device) -> Any:
         install = "pip install git+https://github.com/SesameAILabs/silentcipher installs it"
         warnings.warn(f"the audio carries no watermark: {error}; {install}", stacklevel=2)
         return None
-    options = {}
-    cache = HubEnvironment.read().cache
-    commit = hub_cache.main_of(cache, REPO)
     settings = f"{FOLDER}/hparams.yaml"
-    if commit and hub_cache.snapshot_file(cache, REPO, commit, settings):
-        home = hub_cache.repository(cache, REPO) / "snapshots" / commit
+    home, options = next(snapshots(REPO, (settings,)), None), {}
+    if home:
         options = {"ckpt_path": str(home / FOLDER), "config_path": str(home / settings)}
     return silentcipher.get_model(model_type=MODEL, device=str(device), **options)
 
