@@ -1,7 +1,8 @@
 # csm-weights: `make` shows what there is.
 #
-# Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  SOURCE=auto  URL='https://mirror ...'
-#            REVISION=commit  PATIENCE=60  CONSUME=1  SEAL=1  SMOKE=0  PYTHON=python3.11
+# Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  STAGING=folder  SOURCE=auto
+#            URL='https://mirror ...'  REVISION=commit  PATIENCE=60  CONSUME=1  SEAL=1  SMOKE=0
+#            PYTHON=python3.11
 
 MODEL  ?= csm-1b
 SOURCE ?= auto
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 SWITCHES := CONSUME SEAL SMOKE
-KNOWN := MODEL ONLY DEST SOURCE URL REVISION PATIENCE FILE TO OUT KEY NEW_KEY $(SWITCHES) \
+KNOWN := MODEL ONLY DEST STAGING SOURCE URL REVISION PATIENCE FILE TO OUT KEY NEW_KEY $(SWITCHES) \
 	FUZZ_SECONDS SEED MINUTES PYTHON VENV
 
 # Values are data: a call of make's functions in them is not made, here or in a recipe.
@@ -37,7 +38,8 @@ option = $(if $($(1)),--$(2) $(call quoted,$($(1))))
 switch = $(if $(filter $(yes),$($(1))),--$(2))
 
 WHAT  := --model $(call quoted,$(MODEL)) $(call option,ONLY,only) $(call option,DEST,dest)
-FROM  := $(call option,SOURCE,source) $(foreach url,$(URL),--url $(call quoted,$(url))) \
+AT    := $(call option,STAGING,staging)
+FROM  := $(AT) $(call option,SOURCE,source) $(foreach url,$(URL),--url $(call quoted,$(url))) \
 	$(call option,REVISION,revision)
 GOING := $(call switch,CONSUME,consume)
 WAITING := $(call option,PATIENCE,patience)
@@ -83,7 +85,7 @@ fetch: $(VENV)/.base ## Join or download the files into output/, and verify them
 	@$(INV) fetch $(WHAT) $(FROM) $(GOING) $(WAITING) $(SEALED)
 
 place: $(VENV)/.base ## Install verified files: move them from output/
-	@$(INV) place $(WHAT) $(SEALED)
+	@$(INV) place $(WHAT) $(AT) $(SEALED)
 
 verify: $(VENV)/.base ## Hash the installed files again and run all gates
 	@$(INV) verify $(WHAT)
@@ -98,7 +100,7 @@ seed-cache: $(VENV)/.base ## Link the installed files into the Hub's cache
 	@$(INV) seed-cache $(WHAT)
 
 compare: $(VENV)/.base ## Check that two formats, or FILE='A B', are equal
-	@$(INV) compare --model $(call quoted,$(MODEL)) $(call option,DEST,dest) \
+	@$(INV) compare --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT) \
 		$(foreach file,$(FILE),--file $(call quoted,$(file)))
 
 identify: $(VENV)/.base ## Tell what the weights at FILE=... are, and which release they equal
@@ -108,7 +110,7 @@ convert: $(VENV)/.base ## Convert FILE=... to TO=original or transformers, in th
 	@$(INV) convert $(call quoted,$(FILE)) --to $(call quoted,$(TO)) --out $(call quoted,$(OUT))
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
-	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest)
+	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT)
 
 split: $(VENV)/.base ## Split FILE=... into chunk files, with digests
 	@$(INV) split $(call quoted,$(FILE))

@@ -23,7 +23,8 @@ def clean(request: Request, dry: bool) -> str:
     left, kept = _find(session)
     if left and not dry:
         with ExitStack() as locks:
-            locks.enter_context(lock(session.paths.root / "output", SPLIT_LOCK))
+            if not atomic.why_read_only(output := session.paths.root / "output"):
+                locks.enter_context(lock(output, SPLIT_LOCK))
             locks.enter_context(locked(session.paths, with_destination=True))
             left, kept = _find(session)
             for path in left:

@@ -43,6 +43,7 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "model": ("csm-1b", "name in manifests/, or path of a manifest (default: csm-1b)"),
     "only": ("", "formats, groups or files: safetensors, ckpt, prompts, all, ...; comma-separated"),
     "dest": ("", "folder of the installed files, below the repository (default: the manifest's)"),
+    "staging": ("", "folder of unfinished files, below the repository (default: the manifest's)"),
     "source": (
         "auto",
         "where to get pieces: chunks, hf, mirror, or auto for any of them (default)",
@@ -59,10 +60,10 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
 
 #: Options of every task about files that are here, and of those that fetch them.
 FILES = ("model", "only", "dest", "json")
-SOURCES = (*FILES, "source", "url", "revision")
+SOURCES = (*FILES, "staging", "source", "url", "revision")
 
 #: Options that go into the request of a task.
-REQUEST = ("model", "only", "dest", "source", "url", "revision", "consume", "patience")
+REQUEST = ("model", "only", "dest", "staging", "source", "url", "revision", "consume", "patience")
 
 
 class _Function(Protocol):
@@ -184,6 +185,7 @@ def make_request(root: Path, **options: Any) -> Request:
         root,
         only=tuple(stripped for word in only.split(",") if (stripped := word.strip())),
         dest=options.pop("dest", "") or None,
+        staging=options.pop("staging", "") or None,
         urls=tuple(url or ()),
         revision=options.pop("revision", "") or None,
         patience=parse_patience(patience),
@@ -243,7 +245,7 @@ def fetch(request: Request, seal: bool, dry: bool) -> object:
     return _act(request, Target.BOTH if request.dest else Target.STAGED, seal, dry)
 
 
-@task(*FILES, "seal", "dry")
+@task(*FILES, "staging", "seal", "dry")
 def place(request: Request, seal: bool, dry: bool) -> object:
     """Install verified files: move them from output/ to the destination."""
     from csm_weights.pipeline.plan import Target
@@ -341,7 +343,7 @@ def seed_cache(request: Request, move_main: bool, dry: bool) -> object:
 
 
 @task(
-    *("model", "dest", "json"),
+    *("model", "dest", "staging", "json"),
     file=(
         None,
         "a file of weights, its chunk files, shards, or a folder; give it twice, or once to"
@@ -438,7 +440,7 @@ def lock(root: Path, model: str, repo: str, only: str, dry: bool, **options: str
     return lock.lock(make_request(root, only=only, dest=dest, model=model or "csm-1b"), dry, size)
 
 
-@task("model", "dest", "dry")
+@task("model", "dest", "staging", "dry")
 def clean(request: Request, dry: bool) -> object:
     """Remove unfinished files; verified files stay, in output/ and installed."""
     from csm_weights.commands import clean as cleaning

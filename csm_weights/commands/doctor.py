@@ -34,6 +34,7 @@ from csm_weights.pipeline.actions import Assemble
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.pipeline.session import Session, begin
 from csm_weights.progress import Progress, format_size
+from csm_weights.store import atomic
 from csm_weights.transfer.policy import HUB, LazySource, RemoteSources
 from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import NotAvailable, SourceError
@@ -375,29 +376,20 @@ class _Examination:
         """Check the room, in bytes, and the permission for what the plan writes."""
         paths, texts = self.state.paths, []
         findings = [f for f in self.plan.findings if f.kind is Kind.NO_SPACE]
-        for name, folder, free in (
-            ("staging", paths.staging, self.state.free_staging),
-            ("destination", paths.destination, self.state.free_destination),
+        for name, option, folder, free in (
+            ("staging", "--staging", paths.staging, self.state.free_staging),
+            ("destination", "--dest", paths.destination, self.state.free_destination),
         ):
             if needed := self.plan.room(name):
                 texts.append(
                     f"{format_size(needed)} to write in {folder}, {format_size(free)} free"
                 )
-            if not self.plan.is_done and (why := _refuses(folder)):
-                help_text = "check its permissions, or choose another --dest"
+            if not self.plan.is_done and (why := atomic.why_read_only(folder)):
+                help_text = f"check its permissions, or choose another {option}"
                 words = ("a writable folder", why, help_text)
                 findings.append(Finding(Kind.NOT_WRITABLE, str(folder), *words))
         verdict = Verdict.NOT_OK if findings else Verdict.OK
         return CheckResult("disk", verdict, "; ".join(texts) or "nothing to write", tuple(findings))
-
-
-def _refuses(folder: Path) -> str:
-    """Return why a folder, or the one it would be made in, takes no files; "" where it does."""
-    above = (folder.absolute(), *folder.absolute().parents)
-    existing = next(path for path in above if path.exists())
-    if os.statvfs(existing).f_flag & os.ST_RDONLY:
-        return "a read-only file system"
-    return "" if os.access(existing, os.W_OK | os.X_OK) else "no permission to write"
 
 
 def _torch() -> CheckResult:

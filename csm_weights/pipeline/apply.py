@@ -187,14 +187,17 @@ def _ways_to_get(plan: Plan, policy: SourcePolicy) -> str:
     wanted = [i.artifact for i in items if i.installed.state is not FileState.VERIFIED]
     if not wanted:
         return ""
-    manifest, command = plan.state.manifest, plan.state.paths.command("weights")
+    manifest, paths = plan.state.manifest, plan.state.paths
+    command, staging = paths.command("weights"), paths.staging
+    if staging.is_relative_to(paths.root):
+        staging = staging.relative_to(paths.root)
     artifact = next((artifact for artifact in wanted if artifact.is_weights), wanted[0])
     ways = []
     if artifact.pieces:
         part = PurePosixPath(artifact.pieces[0].part)
         attributes = ""
         with contextlib.suppress(OSError):
-            path = plan.state.paths.root / ".gitattributes"
+            path = paths.root / ".gitattributes"
             attributes = read_bounded(path, 1 << 16).decode(errors="replace")
         words = [line.split() for line in attributes.splitlines() if "filter=lfs" in line.split()]
         names = (str(part), part.name)
@@ -206,7 +209,7 @@ def _ways_to_get(plan: Plan, policy: SourcePolicy) -> str:
         ways.append(f"the Hub: {first}{command} --source=hf")
     ways += [
         f"a mirror: {command} --source=mirror --url=https://...",
-        f"a copy from anywhere: put it at {manifest.staging}/{artifact.path}",
+        f"a copy from anywhere: put it at {staging / artifact.path}",
     ]
     lines = [f"  {number}. {way}" for number, way in enumerate(ways, start=1)]
     last = "Then run the same command again: every file is verified before it is used."

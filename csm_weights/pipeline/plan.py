@@ -200,28 +200,25 @@ def _space(plan: Plan, target: Target, policy: SourcePolicy) -> list[Finding]:
     With `--consume` in the help, where that would do; and where it was asked
     for and makes no room, why.
     """
-    state, ways = plan.state, ["free some disk", "choose another --dest"]
+    state, ways = plan.state, ["free some disk"]
     formats = [a.artifact.group for a in plan.actions if a.artifact.is_weights and a.cost.written]
     if len(formats) > 1:
-        ways.insert(1, f"ask for one format with --only={formats[0]}")
-    help_text = ", or ".join([", ".join(ways[:-1]), ways[-1]])
-    free = {"staging": state.free_staging, "destination": state.free_destination}
-    short = [
-        Finding(
-            Kind.NO_SPACE,
-            str(getattr(state.paths, folder)),
-            f"{needed:,} bytes free",
-            f"{free[folder]:,}, {needed - free[folder]:,} too few",
-            help_text,
-        )
-        for folder in free
-        if (needed := plan.room(folder)) > free[folder]
-    ]
+        ways.append(f"ask for one format with --only={formats[0]}")
+    short = []
+    for name, option, free in (
+        ("staging", "--staging", state.free_staging),
+        ("destination", "--dest", state.free_destination),
+    ):
+        if (needed := plan.room(name)) > free:
+            where = str(getattr(state.paths, name))
+            found = f"{free:,}, {needed - free:,} too few"
+            help_text = f"{', '.join(ways)}, or choose another {option}"
+            short.append(Finding(Kind.NO_SPACE, where, f"{needed:,} bytes free", found, help_text))
     if not short:
         return []
     if policy.consume:
         expected = "chunk files whose removal frees disk space"
-        mend = "free some disk, or choose another --dest"
+        mend = "free some disk, or choose another --staging"
         for item in state.artifacts:
             if item.saves_nothing and item.artifact.pieces:
                 where = item.artifact.pieces[0].part.rpartition("/")[0]

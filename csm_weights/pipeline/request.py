@@ -34,8 +34,8 @@ class Request:
     """What is asked for: a model, by name or manifest path, below a repository root.
 
     `only` are words that `Manifest.select` knows; none means the default
-    selection. `dest` overrides the manifest's destination, `revision` its
-    commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
+    selection. `dest` overrides the manifest's destination, `staging` its staging
+    folder, `revision` its commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
     are mirrors. `consume` lets chunk files go as their file grows. `patience` is how
     many seconds a server may give nothing.
     """
@@ -44,6 +44,7 @@ class Request:
     model: str = DEFAULT_MODEL
     only: tuple[str, ...] = ()
     dest: str | None = None
+    staging: str | None = None
     source: str = "auto"
     urls: tuple[str, ...] = ()
     revision: str | None = None
@@ -75,7 +76,8 @@ class Request:
     def options(self) -> str:
         """The options of a command line that name the same model, files and folders."""
         model = self.model if self.model != DEFAULT_MODEL else ""
-        words = {"model": model, "only": ",".join(self.only), "dest": self.dest}
+        words = {"model": model, "only": ",".join(self.only)}
+        words |= {"dest": self.dest or "", "staging": self.staging or ""}
         return " ".join(f"--{name} {shlex.quote(word)}" for name, word in words.items() if word)
 
 

@@ -168,7 +168,13 @@ def begin(
     environment = HubEnvironment.read()
     cache = environment.cache if manifest.repo else None
     paths = Paths.of(manifest, request.root, request.dest, cache)
-    paths = replace(paths, options=request.options)
+    staging = request.root / Path(request.staging or manifest.staging).expanduser()
+    if not request.staging and atomic.why_read_only(staging):
+        # A checkout that may only be read, as in a container: what is unfinished, and its
+        # state, lies beside the installed files.
+        beside = paths.destination / RECEIPTS / "staging"
+        staging = staging if atomic.why_read_only(beside) else beside
+    paths = replace(paths, staging=staging, options=request.options)
     if choose:
         chosen = choose(manifest)
     elif words := request.only or manifest.default:

@@ -78,6 +78,17 @@ def _owner_of_new_files(folder: Path) -> int | None:
     return None
 
 
+def why_read_only(folder: Path) -> str:
+    """Return why a folder, or the one it would be made in, takes no files; "" where it does."""
+    above = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in above if path.exists())
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        return "a read-only file system"
+    by_effective_user = os.access in os.supports_effective_ids
+    is_ours = os.access(existing, os.W_OK | os.X_OK, effective_ids=by_effective_user)
+    return "" if is_ours else "no permission to write"
+
+
 def stay_inside(folder: Path, base: Path) -> None:
     """Raise WrongContent where a link on the way from `base` to `folder` leads out of `base`.
 
@@ -162,9 +173,9 @@ def writing(path: Path) -> Iterator[None]:
             finding = Finding(Kind.IN_THE_WAY, where, *words)
             raise WrongContent("the file cannot be written", [finding]) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            mend = "free some disk or choose another --dest, and run the same command again"
+            mend = "free some disk or choose another --staging or --dest, and run the command again"
             finding = Finding(Kind.NO_SPACE, where, "room to write", found, mend)
             raise NoSpace("the disk is full", [finding]) from error
-        mend = "check its permissions, or choose another --dest"
+        mend = "check its permissions, or choose another --staging or --dest"
         finding = Finding(Kind.NOT_WRITABLE, where, "a place to write", found, mend)
         raise NoSpace("the file cannot be written there", [finding]) from error

@@ -593,7 +593,7 @@ def test_a_folder_that_takes_no_files_is_reported(
     """A destination without permission to write ends with the code of a disk that takes none."""
     bench.give_parts()
     access = os.access
-    monkeypatch.setattr(os, "access", lambda p, mode: mode == os.R_OK and access(p, mode))
+    monkeypatch.setattr(os, "access", lambda p, mode, **_: mode == os.R_OK and access(p, mode))
     diagnosis = bench.examine()
     assert diagnosis.error is not None
     assert {f.kind for f in diagnosis.error.findings} == {Kind.NOT_WRITABLE}

@@ -612,7 +612,7 @@ def test_a_folder_that_may_not_be_written_is_refused(
     monkeypatch.setattr(
         os,
         "access",
-        lambda path, mode: real(path, mode) and not (path == folder and mode == os.W_OK),
+        lambda path, mode, **_: real(path, mode) and not (path == folder and mode == os.W_OK),
     )
     with pytest.raises(NoSpace) as caught:
         fetch(toy)
