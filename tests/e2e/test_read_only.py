@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from csm_weights.pipeline.actions import Keep, Move
 from csm_weights.store.journal import journal_path, partial_path
 from tests.support.clone import INV, Clone, Result
 from tests.support.privileges import UNPRIVILEGED
@@ -81,7 +82,7 @@ def test_the_volume_has_the_files_and_the_state(read_only: Clone, volume: Path) 
     known = receipts(volume / "csm")
     assert known.keys() == {f"{NAME}.json", "config.json.json"}
     again = inv(read_only, "weights", *at, "--no-smoke", "--json")
-    assert {step["verb"] for step in json.loads(again.stdout)["steps"]} <= {"keep"}
+    assert {step["verb"] for step in json.loads(again.stdout)["steps"]} <= {Keep.verb}
     for task in ("status", "verify"):
         assert inv(read_only, task, *at, *["--check"] * (task == "status")).returncode == 0
     cleaned = inv(read_only, "clean", "--model", "csm-tiny", "--dest", str(volume / "csm"))
@@ -118,7 +119,7 @@ def test_staging_is_a_folder_for_the_parts_of_the_line(clone: Clone, volume: Pat
         clone.make_target("fetch", "MODEL=csm-tiny", f"STAGING={volume / 'work'}").returncode == 0
     )
     assert (volume / "work" / NAME).is_file() and not clone.staged.exists()
-    assert inv(clone, "status", *MODEL, *work).stdout.count("move into place") == 2
+    assert inv(clone, "status", *MODEL, *work).stdout.count(Move.verb) == 2
     placed = inv(clone, "place", *MODEL, *work)
     assert placed.returncode == 0, placed.stderr
     assert (clone.installed / NAME).is_file() and not (volume / "work" / NAME).exists()
@@ -157,4 +158,4 @@ def test_receipts_of_staged_files_count_as_before(clone: Clone) -> None:
     assert clone.inv("fetch", *MODEL).returncode == 0
     done = clone.inv("weights", *MODEL, "--no-smoke", "--json")
     verbs = {step["verb"] for step in json.loads(done.stdout)["steps"]}
-    assert (done.returncode, verbs) == (0, {"move into place"})
+    assert (done.returncode, verbs) == (0, {Move.verb})
