@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from csm_weights.config import HubEnvironment
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import NotRegular, open_regular, read_bounded
 from csm_weights.manifest.types import Artifact, Manifest, Piece
@@ -290,6 +291,14 @@ def test_a_file_that_waits_for_more_is_unreadable(
     with pytest.raises(BlockingIOError, match="unavailable"):
         read_bounded(tmp_path, 10)
     os.close(other)
+
+
+@pytest.mark.usefixtures("alarm")
+@pytest.mark.parametrize("make", [fifo, endless, Path.mkdir])
+def test_what_is_no_file_holds_no_token(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Something else in the place of the Hub's token file is no token, and nothing waits."""
+    make(tmp_path / "token")
+    assert HubEnvironment.read({"HF_TOKEN_PATH": str(tmp_path / "token")}).token_from == ""
 
 
 # ---- what is salvaged, shared and freed
