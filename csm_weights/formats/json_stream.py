@@ -17,6 +17,23 @@ _BLANKS = re.compile(r"[ \t\r\n]*+")
 _TEXT = re.compile(r'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+')
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    items: dict[str, Any] = {}
+    for key, value in pairs:
+        if not is_text(key) or key in items:
+            raise ValueError(f"the name {show(key)} twice, or not UTF-8")
+        items[key] = value
+    return items
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+#: Of two equal keys two readers may take different values: each has to be there once.
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+
+
 class JsonStream:
     """A JSON text that is read once, from its beginning, in UTF-8.
 
@@ -30,7 +47,6 @@ class JsonStream:
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._text, self._at = "", 0
         self._is_whole = False
-        self._value = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
     def read_keys(self) -> Iterator[str]:
         """Read an object; yield each key, after which the caller has to read its value."""
@@ -50,7 +66,7 @@ class JsonStream:
     def read_value(self) -> Any:
         """Read a value, at most WINDOW characters long."""
         self._next()
-        value, self._at = self._value.raw_decode(self._text, self._at)
+        value, self._at = STRICT.raw_decode(self._text, self._at)
         return value
 
     def skip_texts(self) -> None:
@@ -98,16 +114,3 @@ class JsonStream:
             raise ValueError(f"expected one of {expected}, found {show(found)}")
         self._at += 1
         return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    items: dict[str, Any] = {}
-    for key, value in pairs:
-        if not is_text(key) or key in items:
-            raise ValueError(f"the name {show(key)} twice, or not UTF-8")
-        items[key] = value
-    return items
-
-
-def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")

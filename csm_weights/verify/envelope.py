@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from csm_weights.config import pip_command
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
+from csm_weights.formats.json_stream import STRICT
 from csm_weights.manifest.paths import path_problem
 from csm_weights.untrusted import Malformed, is_text, show
 from csm_weights.verify.statement import PREDICATE_TYPE, STATEMENT_TYPE
@@ -121,23 +122,13 @@ def read(data: bytes, where: str) -> Attestation:
 
 
 def _json(data: bytes, at: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # Two readers may take different ones of two equal keys.
-        if len(found := dict(pairs)) != len(pairs):
-            raise ValueError("a key that is there twice")
-        return found
-
-    def no_constant(word: str) -> None:
-        raise ValueError(f"{word}, which is not JSON")
-
     # Every value but the first comes after one of these; counted in text too, which is harmless.
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise Malformed(f"at most {MAX_VALUES:,} values", "more", at)
     try:
-        found = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=no_constant)
+        return _dict(STRICT.decode(data.decode()), at)
     except (ValueError, RecursionError) as error:
         raise Malformed("JSON, in UTF-8", _first_line(error), at) from None
-    return _dict(found, at)
 
 
 def _first_line(error: Exception) -> str:
