@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 import time
 
 import pytest
 
+from tests.commands.test_identify import released
+from tests.formats.test_compare import TINY
 from tests.support.clone import Clone
+from tests.support.oracles import transformers_model
 from tests.support.schema import checked
 
 
@@ -63,3 +70,34 @@ def test_identify_tells_what_a_file_is_without_torch(clone: Clone) -> None:
     assert clone.inv("identify", "none.pt").returncode == 3
     wrong.write_bytes(b"Access to model sesame/csm-1b is restricted.")
     assert clone.inv("identify", "pytorch_model.bin").returncode == 4
+
+
+def test_the_page_about_fine_tunes_works_as_written(clone: Clone) -> None:
+    """Its commands are run on a tiny model that transformers has trained and saved."""
+    page = (clone.root / "docs" / "fine-tuned.md").read_text()
+    commands, code = re.findall(r"^```(?:sh|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[:2]
+    state = released()
+    state["projection.weight"] = state["projection.weight"] + 0.25
+    transformers_model(TINY, state).save_pretrained(clone.root / "my-voice", max_shard_size="400KB")
+    shown = []
+    for command in commands.splitlines():
+        done = clone.inv(*command.split()[1:])
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
+    assert "a fine-tune of csm-tiny: 1 of 52 tensors differ" in shown[0]
+    assert "next: inv verify --model my-voice" in shown[1]
+    assert shown[2].splitlines()[-1].startswith("OK") or "OK: installed and verified" in shown[2]
+
+    script = code + "print(bool(model.verified), float(model.projection.weight.sum()))"
+    environment = {**os.environ, "PYTHONPATH": str(clone.root)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=clone.root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    verified, total = done.stdout.split()
+    assert verified == "True"
+    assert float(total) == pytest.approx(float(state["projection.weight"].sum()), rel=1e-4)
