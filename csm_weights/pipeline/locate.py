@@ -175,6 +175,7 @@ def _loadable(manifest: Manifest) -> tuple[Artifact, ...]:
 class Pinned:
     """What a manifest pins of a file of weights: its ranges, and the network where it is known."""
 
+    model: str
     artifact: Artifact
     digests: tuple[ByteRange, ...]
     config: CsmConfig | None
@@ -183,26 +184,32 @@ class Pinned:
 def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
     """Return what a manifest pins of weights of so many bytes, and of that name where given.
 
-    Those of the checkout that `folder` is in, a folder with tasks.py above it,
-    come first, then those of the package's own.
+    Manifests are those of the checkout that `folder` is in, which has tasks.py,
+    or else of the package's own. One whose files go into `folder` comes first:
+    a fine-tune has the size and name of what it was made from.
     """
     above = (folder.absolute(), *folder.absolute().parents)
     for root in [f for f in above if (f / "tasks.py").is_file()][:1] or [checkout()]:
-        for path in manifests(root):
-            manifest = load(path)
+        known = [load(path) for path in manifests(root)]
+        home = folder.resolve()
+        known.sort(key=lambda manifest: (root / manifest.destination).resolve() != home)
+        for manifest in known:
             for artifact in manifest.artifacts:
                 is_it = artifact.is_weights and artifact.size == size
                 if is_it and name in ("", Path(artifact.path).name) and (d := _digests(artifact)):
-                    return Pinned(artifact, d, network_of(manifest))
+                    return Pinned(manifest.name, artifact, d, network_of(manifest))
     return None
 
 
 def has_receipt(file: Path, known: Pinned | None) -> bool:
-    """Return whether a receipt beside a file says that it was verified, and its stat still fits."""
+    """Return whether a receipt beside a file says that it was verified, and its stat still fits.
+
+    That of another model than the pinned one counts too: it is that model.
+    """
     receipt = read_receipt(file.parent, file.name)
     if receipt is None or receipt.fingerprint != Fingerprint.of(file.stat()):
         return False
-    return known is None or receipt.fits(known.artifact)
+    return known is None or receipt.model != known.model or receipt.fits(known.artifact)
 
 
 def _digests(artifact: Artifact) -> tuple[ByteRange, ...]:

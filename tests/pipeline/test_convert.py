@@ -444,3 +444,24 @@ def test_a_network_of_no_flavor_is_converted_by_its_config(tmp_path: Path) -> No
     save_file(state, tmp_path / "plain.safetensors")
     assert digest(ours / "model.safetensors") == digest(tmp_path / "plain.safetensors")
     assert parse_config((ours / "config.json").read_bytes(), "") == network
+
+
+def test_a_fine_tune_is_not_taken_for_the_release_of_its_name_and_size(tmp_path: Path) -> None:
+    """Where its receipt, or a manifest of its folder, says what it is, that counts."""
+    import csm_weights
+
+    root = tmp_path / "root"
+    (root / "manifests").mkdir(parents=True)
+    (root / "tasks.py").touch()
+    shutil.copy(REPOSITORY / "manifests" / "csm-tiny.toml", root / "manifests")
+    state = released()
+    state["projection.weight"] += 1
+    tuned = saved(root / "tuned", in_transformers(state))
+    plain = converted(tuned, "original", root / "models" / "plain", root)
+    named = converted(tuned, "original", root / "models" / "named", root, manifest="zz-named")
+
+    assert csm_weights.Model.from_local(plain).verified
+    assert csm_weights.Model.from_local(named, verify=True).verified
+    shutil.rmtree(plain / ".csm-weights")
+    with pytest.raises(WrongContent, match="not those that are pinned"):
+        csm_weights.Model.from_local(plain)
