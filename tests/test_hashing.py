@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from csm_weights import concurrency
 from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import WrongContent
+from csm_weights.files import opened
 from csm_weights.hashing import BLOCK, HashJob, ShortRead, blob_id, feed, measure, sha256
+from csm_weights.store import block_io
 from csm_weights.transfer.reorder import InOrderDigest
 
 #: Bytes of the file that ranges are taken from: three blocks, and not whole.
@@ -222,6 +224,27 @@ def test_an_interrupt_in_the_middle_of_a_wait_leaves_no_lock_held(
     with pytest.raises(KeyboardInterrupt):
         run_all([work], threading.Event())
     assert acquired == [True]
+
+
+def test_an_interrupt_while_copying_is_raised_between_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait for the thread that writes is not left in its middle; nothing more is copied."""
+    monkeypatch.setattr(block_io, "clone_range", lambda *_: False)
+    (tmp_path / "a").write_bytes(bytes(3 * block_io.STEP))
+    seen: list[int] = []
+
+    class Sink:
+        def update(self, data: memoryview) -> None:
+            signal.raise_signal(signal.SIGINT)
+            seen.append(len(data))
+
+    target = block_io.OutputFile(tmp_path / "b")
+    with opened(tmp_path / "a") as fd, pytest.raises(KeyboardInterrupt):
+        extent, sinks = block_io.Extent(fd, 0, 3 * block_io.STEP), cast("Any", [Sink()])
+        block_io.copy_hashed(extent, target, 0, sinks, False, seen.append, threading.Event())
+    target.close()
+    assert seen == [block_io.STEP, block_io.STEP]
 
 
 # ---- InOrderDigest
