@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from csm_weights.concurrency import OnProgress
+from csm_weights.concurrency import OnProgress, deferred_interrupts
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import sha256
 from csm_weights.store.atomic import unlink_shared, writing
@@ -32,8 +32,9 @@ def write_stream(
     try:
         fd, left = target.fd, os.fstat(target.fd).st_size
         hashed: Future[None] | None = None
-        with ThreadPoolExecutor(1) as hasher:
+        with deferred_interrupts() as raise_pending, ThreadPoolExecutor(1) as hasher:
             for block in blocks:
+                raise_pending()
                 is_left = offset + len(block) <= left
                 if not (is_left and os.pread(fd, len(block), offset) == block):
                     with memoryview(block) as view:
