@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,16 @@ def test_whatever_transformers_saves_is_loaded(
 
     assert (len(list(folder.glob("model-*.safetensors"))) > 3) == (size == "60KB")
     assert_is(Model.from_local(folder, dtype=None), model, dtype)
+
+
+def test_a_config_that_is_given_tells_the_heads(tmp_path: Path) -> None:
+    """Rows of q and k go by the given network's heads, not by a published one of equal shapes."""
+    wide = replace(TINY, backbone=replace(TINY.backbone, heads=2, kv_heads=1))
+    model = random_model(wide)
+    transformers_model(wide, model.state_dict()).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+
+    assert_is(Model.from_local(tmp_path, config=wide), model, torch.float32)
 
 
 @pytest.mark.parametrize("buffers", [(4099, 2, 3), (1237, 1, 2), (64, 1, 1), (1 << 20, 1, 2)])
