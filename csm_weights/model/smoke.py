@@ -102,9 +102,6 @@ def run(
     _check_count(frames)
     expected = None if golden is None else read_golden(golden)
     place = _find_device(device, require_gpu)
-    index = path.with_name(f"{path.name}.index.json")
-    if not path.exists() and index.is_file():
-        path = index  # of shards
     word = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if word not in CACHE_LIMITS:
         raise UsageError(f"the dtype {word!r}; known are {', '.join(CACHE_LIMITS)}")

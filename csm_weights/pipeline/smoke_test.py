@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from csm_weights.errors import CsmWeightsError, SmokeFailed, UsageError
-from csm_weights.formats import format_named
 from csm_weights.hashing import sha256_of
 from csm_weights.manifest.types import Manifest
 from csm_weights.model import smoke_report
@@ -68,7 +67,7 @@ def run(
             raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
         with Progress("loading the model and generating frames", 0):
             report = smoke.run(
-                state.paths.destination / format_named(chosen[0].format).filename,
+                state.paths.destination / chosen[0].path,
                 device=device,
                 require_gpu=require_gpu,
                 frames=frames,
