@@ -388,7 +388,7 @@ def test_without_torch_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> Non
     """Without torch the smoke test ends with exit code 77 and the command that installs it."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, smoke.__name__)
-    with pytest.raises(SmokeUnavailable, match=r"\[smoke\].*SMOKE=no") as refusal:
+    with pytest.raises(SmokeUnavailable, match=r"\[torch\].*SMOKE=no") as refusal:
         importlib.import_module(smoke.__name__)
     assert refusal.value.exit_code == 77
 
