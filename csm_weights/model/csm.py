@@ -401,9 +401,15 @@ class Model(nn.Module):
 
 
 def make_sampler(
-    temperature: float, topk: int, generator: torch.Generator | None = None
+    temperature: float,
+    topk: int,
+    generator: torch.Generator | None = None,
+    divisor: Tensor | None = None,
 ) -> Sampler:
-    """Return a sampler: the best code at temperature 0, else one drawn from the topk best."""
+    """Return a sampler: the best code at temperature 0, else one drawn from the topk best.
+
+    `divisor` is a tensor that will hold the temperature; without it one is made each time.
+    """
     if temperature < 0 or topk < 1:
         raise UsageError(f"temperature {temperature} is below 0, or topk {topk} below 1")
     if temperature == 0:
@@ -411,8 +417,8 @@ def make_sampler(
 
     def sampler(logits: Tensor) -> Tensor:
         # a tensor divides; on a GPU a number would be multiplied with, as its reciprocal
-        divisor = torch.full((), temperature, device=logits.device)
-        return sample_topk(logits, topk, divisor, generator)
+        held = torch.full((), temperature, device=logits.device) if divisor is None else divisor
+        return sample_topk(logits, topk, held, generator)
 
     return sampler
 

@@ -28,7 +28,6 @@ from csm_weights.model.csm import (
     Transformer,
     chosen_attention,
     make_sampler,
-    sample_topk,
 )
 
 #: Runs of a step before it is captured: libraries set themselves up in them.
@@ -89,7 +88,7 @@ class Decoder:
         generator of the device. Raises UsageError where the prompt does not
         fit ("Inputs too long").
         """
-        make_sampler(temperature, topk)  # checks both
+        sampler = make_sampler(temperature, topk, divisor=self._temperature)
         S = tokens.shape[1]
         self._model.check_position(S - 1)
         self._model.check_inputs(tokens, tokens_mask, self._positions[None, :S])
@@ -103,12 +102,6 @@ class Decoder:
         self._temperature.fill_(temperature)
         topk = topk if temperature else 0
         if self._depth_step is None or self._depth_step[0] != topk:
-
-            def sampler(logits: Tensor) -> Tensor:
-                if not topk:
-                    return logits.argmax(dim=-1)
-                return sample_topk(logits, topk, self._temperature)
-
             step = _captured(lambda: self._run_depth(sampler), self._last_h.device)
             self._depth_step = topk, step
         self._depth_step[1]()

@@ -15,8 +15,8 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.config import pip_command
@@ -56,25 +56,11 @@ FRAME_SECONDS = 0.08
 #: wrong key or value 0.3 and more. Rounding in bfloat16 7e-3 to 9e-3, in float16 8e-4.
 CACHE_LIMITS = {"float32": 3e-4, "bfloat16": 4e-2, "float16": 5e-3}
 
-#: Text tokens of the prompt.
-PROMPT_TOKENS = 12
-
 #: Elements examined at once for being finite; bounds the extra memory to a few of MB.
 _CHUNK = 1 << 22
 
 #: Most bytes read of golden frames: a frame has a few hundred.
 MAX_GOLDEN = 16 << 20
-
-
-@dataclass(frozen=True)
-class Golden:
-    """Frames that a right model gives, greedily, after a prompt.
-
-    `prompt` is the text tokens, `frames` one row of codes a frame.
-    """
-
-    prompt: list[int]
-    frames: list[list[int]]
 
 
 def run(
@@ -116,7 +102,7 @@ def run(
         seconds = time.perf_counter() - start
         # generate, and check what came of it
         prompt = make_prompt(model.config)
-        count = max(frames, len(expected.frames) if expected else 0)
+        count = max(frames, len(expected[1]) if expected else 0)
         codes, logits, rate = _generate(model, prompt, count)
         rtf = 1 / (rate * FRAME_SECONDS)
         checks = _checks(model, prompt, codes, logits, CACHE_LIMITS[word])
@@ -146,7 +132,7 @@ def run(
             if word != "float32":
                 exact = Model.from_local(path, place, torch.float32)
                 codes, *_ = _generate(exact, prompt, count)
-            checks.append(_check_golden(expected, prompt, codes, word))
+            checks.append(_check_golden(*expected, prompt, codes, word))
     return SmokeReport(str(place), tuple(checks), rate, rtf, seconds, figures)
 
 
@@ -172,12 +158,15 @@ def record_golden(directory: Path, path: Path, frames: int) -> None:
     )
 
 
-def read_golden(path: Path) -> Golden:
-    """Read a file of `record_golden`; raises MissingInput or WrongContent."""
+def read_golden(path: Path) -> tuple[list[int], list[list[int]]]:
+    """Read a file of `record_golden`; return the prompt's text tokens, and codes, a row a frame.
+
+    Raises MissingInput or WrongContent.
+    """
     try:
         data = json.loads(read_bounded(path, MAX_GOLDEN))
-        golden = Golden(data["prompt"], data["frames"])
-        for row in (golden.prompt, *golden.frames):
+        prompt, frames = data["prompt"], data["frames"]
+        for row in (prompt, *frames):
             if type(row) is not list or not all(type(code) is int for code in row):
                 raise ValueError("a row that is not a list of whole numbers")
     except FileNotFoundError:
@@ -187,13 +176,13 @@ def read_golden(path: Path) -> Golden:
         found = f"{type(error).__name__}: {error}"[:200]
         finding = Finding(Kind.MALFORMED, str(path), "golden frames as JSON", found)
         raise WrongContent("the golden frames cannot be used", [finding]) from None
-    return golden
+    return prompt, frames
 
 
 def make_prompt(config: CsmConfig) -> list[int]:
     """Return text tokens spread over the vocabulary, always the same for a config."""
     vocab = config.text_vocab
-    return [(1 + index * 7919) % vocab for index in range(PROMPT_TOKENS)]
+    return [(1 + index * 7919) % vocab for index in range(12)]
 
 
 def _check_count(frames: int) -> None:
@@ -281,8 +270,12 @@ def _checks(
     value = f"{len(shapes)}" + (f", wrong: {', '.join(wrong[:3])}" if wrong else "")
     names = Check("tensors of the right name and shape", value, f"{len(expected)}", not wrong)
     # no NaN and no infinity
-    bad = {name: count for name, tensor in state.items() if (count := _not_finite(tensor))}
-    value = f"{sum(bad.values())}" + (f", in {', '.join([*bad][:3])}" if bad else "")
+    bad: Counter[str] = Counter()
+    for name, tensor in state.items():
+        for part in tensor.flatten().split(_CHUNK):
+            bad[name] += int((~part.isfinite()).sum())
+    bad = +bad  # without those that have none
+    value = f"{bad.total()}" + (f", in {', '.join([*bad][:3])}" if bad else "")
     finite = Check("weights that are not finite", value, "0", not bad)
     # logits of one frame after the other are those of one pass without caches
     with torch.no_grad():
@@ -300,23 +293,19 @@ def _checks(
     return [names, finite, cached, Check(name, f"{low} to {high}", f"0 to {last}", is_ok)]
 
 
-def _not_finite(tensor: Tensor) -> int:
-    """Count the elements that are NaN or infinite."""
-    flat = tensor.flatten()
-    starts = range(0, len(flat), _CHUNK)
-    return sum(int((~flat[start : start + _CHUNK].isfinite()).sum()) for start in starts)
-
-
-def _check_golden(golden: Golden, prompt: list[int], codes: Tensor, dtype: str) -> Check:
-    name, count = "golden frames", len(golden.frames)
+def _check_golden(
+    recorded: list[int], golden: list[list[int]], prompt: list[int], codes: Tensor, dtype: str
+) -> Check:
+    """Compare codes with golden frames, which were recorded after a prompt."""
+    name, count = "golden frames", len(golden)
     limit = f"all {count} the same" + ("" if dtype == "float32" else ", in float32")
-    if golden.prompt != prompt:
+    if recorded != prompt:
         return Check(name, "recorded after another prompt, so of another model", limit, False)
     said = codes[:count].tolist()
-    same = sum(one == other for one, other in zip(golden.frames, said, strict=True))
+    same = sum(one == other for one, other in zip(golden, said, strict=True))
     value = f"{same} of {count} the same"
     if same < count:
-        first = next(i for i in range(count) if golden.frames[i] != said[i])
+        first = next(i for i in range(count) if golden[i] != said[i])
         value += f", frame {first} is the first that differs"
     return Check(name, value, limit, same == count > 0)
 

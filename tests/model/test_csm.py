@@ -366,7 +366,7 @@ def test_frames_need_caches_and_positions_without_gap() -> None:
         fresh.generate_frame(tokens, mask, torch.arange(2)[None])
 
     fresh.setup_caches(1)
-    with pytest.raises(UsageError, match="go on at 0"):
+    with pytest.raises(UsageError, match="continue at 0"):
         fresh.generate_frame(tokens, mask, torch.arange(1, 3)[None])
 
 
