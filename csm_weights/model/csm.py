@@ -36,6 +36,9 @@ from csm_weights.formats.transformers_layout import AUDIO, NamedTensors, name_te
 from csm_weights.formats.weights_file import locate, missing, open_weights
 from csm_weights.model.load import load_tensors
 
+#: Milliseconds of audio in one frame: CSM has 12.5 frames a second.
+FRAME_MS = 80
+
 #: A dtype to load weights in: None is the file's, "fast" the faster one, which is bfloat16 on a
 #: GPU and float32 on the CPU.
 DType = torch.dtype | Literal["fast"] | None

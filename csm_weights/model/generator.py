@@ -21,12 +21,9 @@ from tqdm import tqdm
 from csm_weights.errors import UsageError
 from csm_weights.model import watermark
 from csm_weights.model.codec import Codec, Mimi, find_codec, require_below
-from csm_weights.model.csm import Model
+from csm_weights.model.csm import FRAME_MS, Model
 from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.tokenizer import TextTokenizer, Tokenizer, find_tokenizer
-
-#: Milliseconds of audio in one frame: CSM has 12.5 frames a second.
-FRAME_MS = 80
 
 #: Hz of the audio that CSM speaks and hears.
 SAMPLE_RATE = 24_000

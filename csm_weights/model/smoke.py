@@ -43,11 +43,8 @@ except (ImportError, OSError) as error:
         " or skip the smoke test with --no-smoke (make: SMOKE=no)"
     ) from None
 
-from csm_weights.model.csm import Model
+from csm_weights.model.csm import FRAME_MS, Model
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
-
-#: Seconds of audio in one frame: CSM has 12.5 frames a second.
-FRAME_SECONDS = 0.08
 
 #: Most that a logit of step-by-step decoding may differ from the parallel
 #: pass's, as a share of the largest logit, by dtype. Measured with random
@@ -104,7 +101,7 @@ def run(
         prompt = make_prompt(model.config)
         count = max(frames, len(expected[1]) if expected else 0)
         codes, logits, rate = _generate(model, prompt, count)
-        rtf = 1 / (rate * FRAME_SECONDS)
+        rtf = 1000 / (rate * FRAME_MS)
         checks = _checks(model, prompt, codes, logits, CACHE_LIMITS[word])
         if max_rtf is not None:
             name = "real-time factor, below 1 is faster"
