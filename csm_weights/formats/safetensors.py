@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from csm_weights.formats.json_stream import JsonStream
@@ -26,15 +25,16 @@ from csm_weights.untrusted import Malformed, Unsupported, are_sizes, show
 MAX_HEADER = 100_000_000
 
 
-def read_safetensors(path: Path | str | MultipartFile) -> TensorIndex:
-    """Read the header of a safetensors file, whole or in chunk files.
+def read_safetensors(file: MultipartFile) -> TensorIndex:
+    """Read the header of a safetensors file.
 
-    Raises MissingInput when there is no such file, and WrongContent when it
-    breaks a rule of the format: a header that is not JSON, a shape that does
-    not fit its bytes, bytes that belong to no tensor or to two.
+    Raises WrongContent when it breaks a rule of the format: a header that is
+    not JSON, a shape that does not fit its bytes, bytes that belong to no
+    tensor or to two.
     """
     tensors: dict[str, TensorInfo] = {}
-    with reading(path, "safetensors") as (file, size, found):
+    size = file.size
+    with reading(file, "safetensors") as found:
         if size < 8:
             raise Malformed("8 bytes of header length", f"a file of {size} bytes")
         length, ceiling = int.from_bytes(read_at(file, 0, 8), "little"), min(MAX_HEADER, size - 8)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.formats.multipart import MultipartFile
@@ -92,7 +91,7 @@ class Format:
     and the name of the folder below chunks/; `filename` is a model's file of
     it. `suffixes` are its endings, `shared_suffixes` those that other kinds of
     files have too. `sniff` tells by the first `HEAD` bytes whether a file is of
-    the format. `read_index` raises MissingInput and WrongContent.
+    the format. `read_index` raises WrongContent.
     """
 
     name: str
@@ -100,7 +99,7 @@ class Format:
     filename: str
     suffixes: tuple[str, ...]
     sniff: Callable[[bytes], bool]
-    read_index: Callable[[Path | str | MultipartFile], TensorIndex]
+    read_index: Callable[[MultipartFile], TensorIndex]
     shared_suffixes: tuple[str, ...] = ()
 
 
@@ -163,24 +162,14 @@ class Findings:
 
 
 @contextmanager
-def reading(
-    source: Path | str | MultipartFile, format_: str
-) -> Iterator[tuple[MultipartFile, int, Findings]]:
-    """Open a source; yield it, its size in bytes, and findings, raised at the end if any."""
-    path = Path(source.paths[0] if isinstance(source, MultipartFile) else source)
-    found = Findings(source.where if isinstance(source, MultipartFile) else str(path))
-    title = f"{path.name} cannot be read as {format_}"
+def reading(file: MultipartFile, format_: str) -> Iterator[Findings]:
+    """Yield findings about a file that is read as a format; they are raised at the end, if any."""
+    title, found = f"{file.paths[0].name} cannot be read as {format_}", Findings(file.where)
     try:
-        if isinstance(source, MultipartFile):
-            yield source, source.size, found
-        else:
-            with MultipartFile([path]) as file:
-                yield file, file.size, found
+        yield found
     except Malformed as error:
         found.add(error)
-    except FileNotFoundError:
-        raise error_for(title, [Finding.missing(path, "a file")]) from None
     except OSError as error:
-        raise error_for(title, [Finding.unreadable(path, error)]) from None
+        raise error_for(title, [Finding.unreadable(file.paths[0], error)]) from None
     if found.count:
         raise error_for(title, found.listed())

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping
 from io import BytesIO
-from pathlib import Path
 
 from csm_weights.formats.multipart import MultipartFile, read_at
 from csm_weights.formats.tensor_index import ITEM_BITS, Format, TensorIndex, TensorInfo, reading
@@ -36,17 +35,16 @@ MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 MAX_REPEATED = 1 << 30
 
 
-def read_checkpoint(path: Path | str | MultipartFile) -> TensorIndex:
-    """Read the tensors of a torch checkpoint, whole or in chunk files.
+def read_checkpoint(file: MultipartFile) -> TensorIndex:
+    """Read the tensors of a torch checkpoint.
 
     A tensor in nested dicts or lists is named with the keys on its way. A view
     of a larger storage gets the offset and stride of the view. Raises
-    MissingInput when there is no such file, and WrongContent when the file is
-    not laid out as torch.save lays it out, or torch.load(weights_only=True)
-    would refuse its pickle.
+    WrongContent when the file is not laid out as torch.save lays it out, or
+    torch.load(weights_only=True) would refuse its pickle.
     """
-    tensors = {}
-    with reading(path, "a torch checkpoint") as (file, size, found):
+    tensors, size = {}, file.size
+    with reading(file, "a torch checkpoint") as found:
         if file.read(0, 1) == PROTO:
             pickle, places = _read_legacy(file, size)
         else:

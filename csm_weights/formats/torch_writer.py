@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from csm_weights.formats import torch_zip
 from csm_weights.formats.tensor_index import ITEM_BITS, row_major
@@ -142,92 +146,65 @@ def pickle_state_dict(tensors: Mapping[str, Stored]) -> bytes:
 
     Storages are numbered in the order of the names.
     """
-    writer = _PickleWriter()
-    writer.emit(b"\x80\x02}")
-    writer.memorize()
-    items = list(tensors.items())
-    for start in range(0, len(items), 1000):  # a pickler's batch
-        batch = items[start : start + 1000]
-        if len(batch) > 1:
-            writer.emit(b"(")
-        for index, (name, tensor) in enumerate(batch, start):
-            writer.text(name)
-            writer.tensor(str(index), tensor)
-        writer.emit(b"u" if len(batch) > 1 else b"s")
-    writer.emit(b".")
-    return bytes(writer.code)
+    stream = io.BytesIO()
+    items = enumerate(tensors.items())
+    _Pickler(stream, protocol=2).dump(
+        {name: _Tensor(str(n), tensor) for n, (name, tensor) in items}
+    )
+    return stream.getvalue()
 
 
-class _PickleWriter:
-    """Protocol-2 opcodes under way; objects are numbered for the memo as a pickler does."""
+class _Global:
+    """A name of torch, which is written and never called."""
 
-    def __init__(self) -> None:
-        self.code = bytearray()
-        self.count = 0
-        self.known: dict[bytes, int] = {}
+    def __init__(self, module: str, name: str) -> None:
+        self.text = f"c{module}\n{name}\n".encode()
 
-    def emit(self, code: bytes) -> None:
-        self.code += code
+    def __call__(self) -> None:
+        """Be callable, as a pickler wants it."""
 
-    def memorize(self) -> None:
-        layout, code = ("<cB", b"q") if self.count < 256 else ("<cI", b"r")
-        self.emit(struct.pack(layout, code, self.count))
-        self.count += 1
+    def __reduce_ex__(self, _: object) -> str:
+        return "a global"
 
-    def text(self, value: str) -> None:
-        self.emit(b"X" + struct.pack("<I", len(value.encode())) + value.encode())
-        self.memorize()
 
-    def once(self, code: bytes) -> None:
-        """Emit an object that is one and the same each time it occurs."""
-        if code in self.known:
-            self.emit(b"h" + bytes([self.known[code]]))
-        else:
-            self.known[code] = self.count
-            self.emit(code)
-            self.memorize()
+_REBUILD = _Global("torch._utils", "_rebuild_tensor_v2")
+_STORAGES = {dtype: _Global("torch", name) for dtype, name in STORAGE_NAMES.items()}
 
-    def number(self, value: int) -> None:
-        if value < 1 << 8:
-            self.emit(b"K" + bytes([value]))
-        elif value < 1 << 16:
-            self.emit(b"M" + struct.pack("<H", value))
-        elif value < 1 << 31:
-            self.emit(b"J" + struct.pack("<i", value))
-        else:
-            raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            self.emit(b"\x8a" + bytes([len(raw)]) + raw)
 
-    def sizes(self, values: tuple[int, ...]) -> None:
-        """Emit a tuple of numbers; pickle has opcodes of their own for up to three."""
-        if not values:
-            self.emit(b")")
-            return
-        self.emit(b"(" if len(values) > 3 else b"")
-        for value in values:
-            self.number(value)
-        self.emit((b"\x85", b"\x86", b"\x87")[len(values) - 1] if len(values) <= 3 else b"t")
-        self.memorize()
+class _Storage(NamedTuple):
+    """What stands for a storage: torch reads its bytes by the key."""
 
-    def tensor(self, key: str, tensor: Stored) -> None:
-        self.once(b"ctorch._utils\n_rebuild_tensor_v2\n")
-        self.emit(b"((")
-        self.once(b"X\7\0\0\0storage")
-        self.once(f"ctorch\n{STORAGE_NAMES[tensor.dtype]}\n".encode())
-        self.text(key)
-        self.once(b"X\3\0\0\0cpu")
-        self.number(tensor.elements or math.prod(tensor.shape))
-        self.emit(b"t")
-        self.memorize()
-        self.emit(b"Q")
-        self.number(tensor.offset)
-        self.sizes(tensor.shape)
-        self.sizes(row_major(tensor.shape))
-        self.emit(b"\x89")
-        self.once(b"ccollections\nOrderedDict\n")
-        self.emit(b")R")
-        self.memorize()
-        self.emit(b"t")
-        self.memorize()
-        self.emit(b"R")
-        self.memorize()
+    key: str
+    tensor: Stored
+
+
+class _Tensor:
+    """A tensor as torch pickles it: its storage, and how it lies there."""
+
+    def __init__(self, key: str, tensor: Stored) -> None:
+        self.key, self.tensor = key, tensor
+
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        storage, shape = _Storage(self.key, self.tensor), self.tensor.shape
+        # a tuple of its own: one that is shared would be written as such
+        sizes = self.tensor.offset, (*shape,), row_major(shape)
+        return _REBUILD, (storage, *sizes, False, OrderedDict())
+
+
+class _Pickler(pickle._Pickler):
+    """A pickler that writes names of torch without importing it."""
+
+    write: Callable[[bytes], object]
+    memoize: Callable[[object], None]
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, _Storage):
+            return None
+        tensor = obj.tensor
+        elements = tensor.elements or math.prod(tensor.shape)
+        return "storage", _STORAGES[tensor.dtype], obj.key, "cpu", elements
+
+    def save_global(self, obj: Any, *_: object) -> None:
+        # all names but this one are torch's
+        self.write(b"ccollections\nOrderedDict\n" if obj is OrderedDict else obj.text)
+        self.memoize(obj)

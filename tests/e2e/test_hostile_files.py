@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from csm_weights.errors import CsmWeightsError, MissingInput, WrongContent
 from csm_weights.formats import weights_file
 from csm_weights.formats.architecture import CsmConfig, parse_config
-from csm_weights.formats.torch_checkpoint import read_checkpoint
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.model.smoke_report import SmokeReport
@@ -29,6 +28,7 @@ from csm_weights.store.receipts import dump_receipt, load_receipt
 from csm_weights.untrusted import dump_record, parse_record
 from tests.support import hostile
 from tests.support.clone import Clone
+from tests.support.readers import read_checkpoint
 from tools.fuzz import probe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,12 +23,11 @@ from csm_weights.errors import Kind, MissingInput, WrongContent
 from csm_weights.formats import format_named, sniff
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.identify import check_network
-from csm_weights.formats.safetensors import read_safetensors
 from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, row_major
-from csm_weights.formats.torch_checkpoint import read_checkpoint
 from csm_weights.formats.transformers_layout import Layout, NamedTensors, Summary, name_tensors
 from csm_weights.formats.weights_file import WeightsFile
 from tests.support import hostile
+from tests.support.readers import read_checkpoint, read_safetensors
 
 TINY = CsmConfig(
     FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], text_vocab=512, audio_vocab=35, codebooks=32

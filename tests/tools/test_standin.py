@@ -14,10 +14,9 @@ import pytest
 from csm_weights.errors import UsageError
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.identify import check_network
-from csm_weights.formats.safetensors import read_safetensors
-from csm_weights.formats.torch_checkpoint import read_checkpoint
 from csm_weights.formats.transformers_layout import name_tensors
 from csm_weights.formats.weights_file import open_weights
+from tests.support.readers import read_checkpoint, read_safetensors
 from tools.standin.write import sizes, write_standin
 
 CSM_1B = CsmConfig(

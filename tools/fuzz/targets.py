@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from csm_weights.errors import CsmWeightsError
-from csm_weights.formats.safetensors import read_safetensors
 from csm_weights.formats.tensor_index import TensorIndex
-from csm_weights.formats.torch_checkpoint import read_checkpoint
 from csm_weights.manifest import parse, paths, render
 from tests.support import hostile
+from tests.support.readers import read_checkpoint, read_safetensors
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 
