@@ -90,26 +90,6 @@ def open_weights(paths: Sequence[Path | str], format_: str = "") -> WeightsFile:
         raise
 
 
-def find_weights(path: Path) -> list[Path]:
-    """Find the file of weights at `path`, or its chunk files in order.
-
-    `path` is a file; or a folder with a weight file, or with the chunk files
-    of one, or with the folders of a chunk repository. Raises MissingInput.
-    """
-    if not path.is_dir():
-        if path.exists():
-            return [path]
-        raise missing(path, "a file or a folder", "neither")
-    for name in (*WEIGHT_FILES, "pytorch_model.bin"):  # the last is transformers'
-        if (path / name).is_file():
-            return [path / name]
-    for one in FORMATS:
-        for folder in (path, path / "chunks" / one.choice):
-            if parts := find_chunk_files(folder, one.filename):
-                return parts
-    raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "neither")
-
-
 def locate(path: str | Path | Sequence[Path]) -> tuple[Files, Path]:
     """Find the files of weights at `path`, or take those given, and name the folder beside them.
 
@@ -139,10 +119,10 @@ def find(path: Path) -> Files:
     """Find the files that a path means.
 
     `path` is a file of weights, or what it would be called if it were not in
-    chunk files; any of these; a folder with any of these; a shard, a folder of
-    shards, or their index. Raises MissingInput, with every shard that is not
-    there, WrongContent for shards that do not make up one model, and UsageError
-    for a folder of several models.
+    chunk files; any of these; a shard, or the index of shards; a folder with
+    any of these, or a chunk repository. Raises MissingInput, with every shard
+    that is not there, WrongContent for shards that do not make up one model,
+    and UsageError for a folder of several models.
     """
     if match := _INDEX.fullmatch(path.name):
         if not path.is_file():
@@ -155,19 +135,25 @@ def find(path: Path) -> Files:
         parts := find_chunk_files(path.parent, whole.name)
     ):
         return [parts]
-    # one shard of each set in a folder, by the set's name, total and ending
+    if not path.is_dir():
+        if path.exists():
+            return [[path]]
+        raise missing(path, "a file or a folder", "neither")
+    # pytorch_model.bin is transformers' name
+    whole_files = [path / name for name in (*WEIGHT_FILES, "pytorch_model.bin")]
+    places = [(f, one.filename) for one in FORMATS for f in (path, path / "chunks" / one.choice)]
+    found = [[file] for file in whole_files if file.is_file()]
+    found += [parts for place in places if (parts := find_chunk_files(*place))]
+    # one shard of each set, by the set's name, total and ending
     sets = {(m[1], int(m[3]), m[4]): m for m in _matches(path)}
-    try:
-        found = find_weights(path)
-    except MissingInput:
-        if not sets:
-            raise
-    else:
-        stem = found[0].name.partition(".")[0]
+    if found:
+        stem = found[0][0].name.partition(".")[0]
         if clash := [match[0] for (name, _, _), match in sets.items() if name == stem]:
-            words = f"{path} has {show(found[0].name)} and {show(clash[0])}: name one of them"
+            words = f"{path} has {show(found[0][0].name)} and {show(clash[0])}: name one of them"
             raise UsageError(printable(words))
-        return [found]
+        return found[:1]
+    if not sets:
+        raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "neither")
     if len(sets) > 1:
         names = ", ".join(sorted(show(match[0]) for match in sets.values()))
         raise UsageError(printable(f"{path} has the shards of several models: {names}"))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from csm_weights.errors import UsageError
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
-from csm_weights.formats.weights_file import find_weights
+from csm_weights.formats.weights_file import find
 from csm_weights.model import fast_decoder
 from csm_weights.model.csm import Model, chosen_attention, make_sampler
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
@@ -106,7 +106,7 @@ def test_a_model_whose_weights_lie_side_by_side_is_used_without_copies(model: Mo
 def test_a_loaded_model_is_fused_and_a_mapped_one_is_right(tmp_path: Path) -> None:
     """Loaded into memory, products are fused; mapped, nothing is, and frames are the same."""
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"".join(p.read_bytes() for p in find_weights(CHUNKS / "safetensors")))
+    weights.write_bytes(b"".join(p.read_bytes() for p in find(CHUNKS / "safetensors")[0]))
     copied = Model.from_local(weights, dtype=torch.bfloat16, config=TINY)
     mapped = Model.from_local(weights, config=TINY)
     layers = [Decoder(m)._backbone._layers[0] for m in (copied, mapped)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from csm_weights.byte_ranges import ByteRange
-from csm_weights.formats.weights_file import find_weights, open_weights
+from csm_weights.formats.weights_file import find, open_weights
 from csm_weights.model import smoke
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
@@ -40,7 +40,7 @@ def test_a_gpu_gets_the_same_tensors(
     """Chunk files of either format, through buffers of any size, give the CPU's tensors."""
     found = []
     for device in ("cpu", "cuda"):
-        with open_weights(find_weights(CHUNKS / format_)) as checkpoint:
+        with open_weights(find(CHUNKS / format_)[0]) as checkpoint:
             options: Any = {"buffers": buffers} if device == "cuda" else {}
             found.append(
                 load_tensors(tensors_of(checkpoint), torch.device(device), dtype, **options)
@@ -52,7 +52,7 @@ def test_a_gpu_gets_the_same_tensors(
 
 def test_a_flipped_byte_is_refused_on_the_way_to_a_gpu(tmp_path: Path) -> None:
     """Digests are checked against the bytes that are copied to the device."""
-    (tmp_path / "w").write_bytes(b"".join(p.read_bytes() for p in find_weights(CHUNKS / "ckpt")))
+    (tmp_path / "w").write_bytes(b"".join(p.read_bytes() for p in find(CHUNKS / "ckpt")[0]))
     digests = [ByteRange(0, (tmp_path / "w").stat().st_size, "0" * 64)]
     with (
         open_weights([tmp_path / "w"]) as checkpoint,

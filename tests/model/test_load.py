@@ -23,7 +23,7 @@ from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import MissingInput, WrongContent
 from csm_weights.formats.multipart import MultipartFile, find_chunk_files
 from csm_weights.formats.transformers_layout import NamedTensor, name_tensors
-from csm_weights.formats.weights_file import WeightsFile, find_weights, open_weights
+from csm_weights.formats.weights_file import WeightsFile, find, open_weights
 from csm_weights.model import load
 from csm_weights.model.load import StagingBuffers, load_tensors
 from csm_weights.model.stream import blocks, stream
@@ -287,10 +287,10 @@ def test_weights_are_found_in_every_layout(files: dict[str, Path], tmp_path: Pat
     below.parent.mkdir(parents=True)
     parts[0].parent.rename(below)
 
-    assert find_weights(files["torch-zip"]) == [files["torch-zip"]]
-    assert find_weights(files["torch-zip"].parent) == [files["safetensors"]]
-    assert find_weights(below) == find_weights(tmp_path / "repository")
-    assert [part.name for part in find_weights(below)] == [part.name for part in parts]
+    assert find(files["torch-zip"]) == [[files["torch-zip"]]]
+    assert find(files["torch-zip"].parent) == [[files["safetensors"]]]
+    assert find(below) == find(tmp_path / "repository")
+    assert [part.name for part in find(below)[0]] == [part.name for part in parts]
 
 
 def test_chunk_files_come_in_the_order_of_split(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_what_is_not_there_is_missing(tmp_path: Path) -> None:
     """No file, and a folder without weights, are missing inputs that name the place."""
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(MissingInput, match=str(path)):
-            find_weights(path)
+            find(path)
     with pytest.raises(MissingInput, match="gone"):
         open_weights([tmp_path / "gone.safetensors"])
 

@@ -411,18 +411,29 @@ def test_too_little_disk_is_known_before(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_manifest_makes_the_result_a_model_like_others(inside: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "options", "count"),
+    [
+        ("original", {"format": "ckpt"}, 2),
+        ("original", {"dtype": "bfloat16"}, 2),
+        ("transformers", {"shard_size": 400_000}, 8),
+    ],
+)
+def test_a_manifest_makes_the_result_a_model_like_others(
+    to: str, options: dict[str, Any], count: int, inside: bool, tmp_path: Path
+) -> None:
     """It pins every file, all are verified, and a changed byte is found."""
     root = tmp_path / "root"
     (root / "manifests").mkdir(parents=True)
     out = root / "models" / "mine" if inside else tmp_path / "elsewhere"
-    converted(PARTS, "original", out, root, manifest="mine", format="ckpt")
+    converted(PARTS, to, out, root, manifest="mine", **options)
     request = Request(root, "mine", dest=None if inside else str(out))
     done = verify(request, None, False)
     assert done.error is None
-    assert len(done.state.artifacts) == 2
+    assert len(done.state.artifacts) == count
 
-    with (out / "ckpt.pt").open("r+b") as file:
+    victim = max(out.iterdir(), key=lambda path: path.stat().st_size)
+    with victim.open("r+b") as file:
         file.seek(100_000)
         file.write(b"\xff")
     assert verify(request, None, False).error
