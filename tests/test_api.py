@@ -32,6 +32,7 @@ from csm_weights.model import stream
 from csm_weights.model.codec import find_codec
 from csm_weights.model.tokenizer import find_tokenizer
 from csm_weights.pipeline import apply, locate, session
+from csm_weights.pipeline import request as requests
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.store.inspect import inspect
@@ -320,8 +321,11 @@ def test_weights_of_ones_own_load_and_are_called_unverified(root: Path, folder: 
     assert root.is_dir()
 
 
-def test_only_a_checkout_above_the_file_says_what_it_must_be(root: Path, folder: Path) -> None:
+def test_only_a_checkout_above_the_file_says_what_it_must_be(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Manifests above a file count where there is a checkout, and not in any other folder."""
+    monkeypatch.setattr(requests, "SHIPPED", root / "shipped")
     shutil.copytree(root / "manifests", folder.parent / "manifests")
     for manifest in (root / "manifests").iterdir():
         manifest.unlink()
@@ -511,14 +515,15 @@ def test_a_bad_chunk_file_is_mended_from_the_hub(root: Path, online: HubServer) 
     assert online.bytes_sent() == 204_800
 
 
-def test_without_a_manifest_csm_1b_is_the_hubs(root: Path, online: HubServer) -> None:
-    """Outside of a checkout the Hub says what CSM-1B is, and the files are kept by its cache."""
-    (root / "manifests" / "csm-1b.toml").unlink()
-
+@pytest.mark.usefixtures("online")
+def test_without_a_manifest_csm_1b_is_the_packages(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of a checkout the package's own manifest says what CSM-1B is."""
+    monkeypatch.setattr(requests, "SHIPPED", (root / "manifests").rename(root.parent / "shipped"))
     assert_is_model(loaded())
-    assert list((root.parent / "hf" / "csm-weights").rglob("model.safetensors"))
-    assert list((root / "manifests").iterdir()) == []
-    assert online.log
+    assert (root / "models" / "csm-1b" / "model.safetensors").is_file()
+    assert not (root / "manifests").exists()
 
 
 # ---- from_pretrained

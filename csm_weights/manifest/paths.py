@@ -110,15 +110,22 @@ def data_findings(root: Path, destination: Path, paths: Iterable[str]) -> list[F
     folder = Path(os.path.realpath(given))
     above = [folder, *folder.parents]
     home = next((one for one in above if one.exists() and one.samefile(root)), None)
-    folder_problem = functools.cache(_folder_problem)
+    import_problem = functools.cache(_import_problem)
+    project_problem = functools.cache(_project_problem)
     findings = []
-    for file in [folder / path for path in paths if path not in SHIPPED]:
-        if not home:
-            problem = folder_problem(file.parent, folder)
-        elif file.relative_to(home).parts[0] in DATA_FOLDERS:
-            problem = ""
-        else:
+    for path in paths:
+        file, problem = folder / path, ""
+        if home and file.relative_to(home).parts[0] in DATA_FOLDERS:
+            continue
+        if path in SHIPPED:
+            # The checkout's own folder takes them, though tasks.py is in it.
+            problem = "" if file.parent == home else import_problem(file.parent, folder, home)
+        elif home:
             problem = "a folder of the checkout that is not for data"
+        else:
+            problem = import_problem(file.parent, folder, None) or project_problem(
+                file.parent, folder
+            )
         if problem:
             expected = "a place below models/, or in a folder of its own"
             help_text = f"--dest {DATA_FOLDERS[0]}/NAME"
@@ -126,13 +133,27 @@ def data_findings(root: Path, destination: Path, paths: Iterable[str]) -> list[F
     return findings
 
 
-def _folder_problem(folder: Path, top: Path) -> str:
-    """Return why programs may take up files in `folder`, which lies in the destination `top`."""
-    for entry in sys.path:
-        if entry and folder.is_relative_to(os.path.realpath(entry)):
+def _import_problem(folder: Path, top: Path, home: Path | None) -> str:
+    """Return why Python may import from `folder`, which lies in the destination `top`.
+
+    `home` is the checkout that it is in, if any.
+    """
+    for entry in filter(None, sys.path):
+        real = os.path.realpath(entry)
+        if folder.is_relative_to(real) and not (home and home.is_relative_to(real)):
             return f"a folder that Python imports from, {entry}"
     if {part.casefold() for part in folder.parts} & {".git", ".github"}:
         return "a folder of git or GitHub"
+    for one in (folder, *folder.parents):
+        if one == (home or top.parent):
+            break
+        if module := next(one.glob("*.py" if home else "__init__.py"), None):
+            return f"a folder that Python imports from: {module} is there"
+    return ""
+
+
+def _project_problem(folder: Path, top: Path) -> str:
+    """Return why programs may take up files in `folder`, which lies in the destination `top`."""
     for one in (folder, *folder.parents):
         if mark := next((mark for mark in _MARKS if os.path.lexists(one / mark)), ""):
             return f"a folder of a program or project: {one / mark} is there"

@@ -29,8 +29,6 @@ from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
 from csm_weights.store.manifest_file import write_manifest
 from csm_weights.store.receipts import read_receipt
 
-#: The published model, as a manifest and as a repository of the Hub.
-
 #: The files that are fetched of a repository that no manifest here names.
 WANTED = ("config.json", "model.safetensors", "ckpt.pt", "tokenizer.json")
 

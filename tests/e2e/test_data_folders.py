@@ -161,6 +161,31 @@ def test_a_folder_on_pythons_path_is_refused(
             weights(root, "all", dest=str(tmp_path / way))
 
 
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_the_files_of_csm_1b_go_where_nothing_is_imported_from(
+    name: str, root: Path, tmp_path: Path
+) -> None:
+    """The checkout's own folder takes them, and a project's; no folder of modules does."""
+    for module in ("csm_weights/model/x.py", "tools/x.py", "../package/__init__.py"):
+        (root / module).parent.mkdir(exist_ok=True)
+        (root / module).touch()
+    (tmp_path / "link").symlink_to(root / "csm_weights")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/pyproject.toml").touch()
+    with_manifest(root, "models/evil", name)
+    ways = ["csm_weights", "csm_weights/model/new", "tools", "models/../tools", ".git"]
+    ways += [str(tmp_path / "link"), str(tmp_path / "package")]
+    ways += [next(entry for entry in sys.path if entry.endswith("site-packages"))]
+    before = files(tmp_path)
+    for dest in ways:
+        with pytest.raises(WrongContent, match=r"Python imports from|of git"):
+            weights(root, "all", dest=dest)
+    assert files(tmp_path) == before
+    for dest in (".", "weights", str(tmp_path / "project")):
+        weights(root, "all", dest=dest)
+        assert (root / dest / name).is_file()
+
+
 def test_code_is_fetched_only_by_its_name(root: Path) -> None:
     """All files of a model are its data; a file that is run is named by itself."""
     with_manifest(root, "models/evil", "a.bin", *one_of_each(CODE))
