@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from csm_weights.commands.clean import clean
 from csm_weights.commands.split import SPLIT_LOCK
@@ -33,20 +34,49 @@ def interrupted(toy: Toy) -> Toy:
     return toy
 
 
-@pytest.mark.parametrize(
-    "lock", ["output/toy/.lock", "models/toy/.csm-weights/.lock", f"output/{SPLIT_LOCK}"]
+@pytest.fixture(
+    params=["output/toy/.lock", "models/toy/.csm-weights/.lock", f"output/{SPLIT_LOCK}"]
 )
-def test_clean_waits_for_a_run_that_is_at_work(interrupted: Toy, lock: str) -> None:
-    """While another run holds a lock nothing is removed."""
-    partial, path = partial_path(interrupted.staged(NAME)), interrupted.root / lock
+def lock(request: pytest.FixtureRequest, interrupted: Toy) -> FileLock:
+    """Each of the locks of those that write unfinished files: a run's two, and that of split."""
+    path = interrupted.root / request.param
     path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
+
+
+def test_clean_waits_for_a_run_that_is_at_work(
+    interrupted: Toy, lock: FileLock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While another run holds a lock nothing is removed, and clean says what it waits for."""
+    partial, said = partial_path(interrupted.staged(NAME)), ""
     with ThreadPoolExecutor(1) as pool:
-        with FileLock(path):
+        with lock:
             waiting = pool.submit(clean, interrupted.request("all"), False)
-            time.sleep(0.5)
-            assert partial.exists()
+            while "it holds the lock" not in said and not waiting.done():
+                time.sleep(0.01)
+                said += capfd.readouterr().err
+            assert not waiting.done() and partial.exists()
         assert str(partial) in waiting.result(timeout=30)
     assert not partial.exists()
+
+
+def test_clean_keeps_others_out_until_it_is_done(
+    interrupted: Toy, lock: FileLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds every lock while it removes each file."""
+    free, unlink = [], Path.unlink
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+            free.append(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    partial = partial_path(interrupted.staged(NAME))
+    assert str(partial) in clean(interrupted.request("all"), False)
+    assert (free, partial.exists()) == ([], False)
+    with lock.acquire(timeout=0):
+        pass
 
 
 def test_clean_keeps_what_was_consumed_while_it_waited(
