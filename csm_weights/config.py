@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from csm_weights.errors import Finding, Kind, UsageError
 from csm_weights.files import read_bounded
@@ -118,11 +118,21 @@ def check_mirror(url: str, schemes: Collection[str]) -> None:
 
     Those belong into the environment: other users of a machine can read arguments.
     """
+    if folder_of(url):
+        return
     if "@" in url or "?" in url:
         raise UsageError(f"--url with credentials or a query: put secrets into {MIRROR_HEADERS}")
     if not _is_plain_url(url, schemes):
-        known = " or ".join(f"{scheme}://" for scheme in sorted(schemes))
+        known = " or ".join(f"{scheme}://" for scheme in sorted({*schemes, "file"}))
         raise UsageError(f"--url {url!r} is not a URL with {known}")
+
+
+def folder_of(url: str) -> Path | None:
+    """Return the folder of this machine that a URL such as file:///mnt/nas/csm-1b names, or None.
+
+    No other scheme names one.
+    """
+    return Path(unquote(urlsplit(url).path)) if url.startswith("file:///") else None
 
 
 def _is_plain_url(url: str, schemes: Collection[str] = ("http", "https")) -> bool:

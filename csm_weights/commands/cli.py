@@ -48,7 +48,10 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
         "auto",
         "where to get pieces: chunks, hf, mirror, or auto for any of them (default)",
     ),
-    "url": (None, "URL of a mirror: a folder with the files or chunk files; may be repeated"),
+    "url": (
+        None,
+        "https:// or file:/// URL of a folder with files or chunk files; may be repeated",
+    ),
     "revision": ("", "another commit, branch or tag of the repository; the digests stay the same"),
     "consume": (False, "remove chunk files while their file grows, if there is no room for both"),
     "patience": ("", "seconds to keep trying a server that sends nothing (default: 60)"),

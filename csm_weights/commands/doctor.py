@@ -102,7 +102,8 @@ def examine(request: Request, smoke: bool = True) -> DoctorReport:
     else:
         checks += _not_asked("no smoke test is to run", "torch", "GPU")
     # inv weights ends with the first of these that it meets.
-    hurdles = (case.plan.findings, disk.findings, tuple(case.blocking), checks[-2].findings)
+    lacking = [*case.plan.findings, *case.plan.lacking]
+    hurdles = (lacking, disk.findings, case.blocking, checks[-2].findings)
     findings = next(filter(None, hurdles), ())
     message, advice = f"{name}: inv weights would fail", case.status.advice
     options = f"{' --consume' * request.consume}{'' if smoke else ' --no-smoke'}"
@@ -284,7 +285,8 @@ class _Examination:
         planned = len({action.artifact.path for action in actions})
         found = f"{planned} of {count} files are available: {costs(actions)}"
         # What the disk lacks is told by its own check.
-        lacking = [f for f in self.plan.findings if f.kind.category is not Category.DISK]
+        findings = [*self.plan.findings, *self.plan.lacking]
+        lacking = [f for f in findings if f.kind.category is not Category.DISK]
         return self.check("plan", found, lacking)
 
     def chunk_files(self) -> CheckResult:

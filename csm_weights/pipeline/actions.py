@@ -176,9 +176,10 @@ class Assemble(Action):
         remote = self.pieces_from(PieceSource.REMOTE)
         gaps = [gap for piece in remote for gap in here.missing(piece.offset, piece.end)]
         fetched = sum(end - start for start, end in gaps)
-        there = self.size_from(PieceSource.KEPT, PieceSource.REMOTE)
+        nowhere = self.size_from(PieceSource.NOWHERE)
+        there = self.size_from(PieceSource.KEPT, PieceSource.REMOTE) + nowhere
         copied = 0 if self.shares_blocks else self.artifact.size - there
-        return Cost(self.artifact.size - fetched, fetched + copied, fetched)
+        return Cost(self.artifact.size - fetched - nowhere, fetched + copied, fetched)
 
     @property
     def replaced(self) -> list[FileStatus]:
@@ -202,9 +203,12 @@ class Assemble(Action):
             PieceSource.CHUNK: _count(counts[PieceSource.CHUNK], "chunk file"),
             PieceSource.CONSUMED: f"{consumed} consumed in an earlier run",
             PieceSource.CACHED: "the Hub's cache",
+            PieceSource.SHELF: f"{_count(counts[PieceSource.SHELF], 'piece')} of other folders",
             PieceSource.REMOTE: remote,
         }
         texts = [text for kind, text in words.items() if counts[kind]]
+        if lacking := counts[PieceSource.NOWHERE]:
+            texts.append(f"{lacking} more that no source has yet")
         kept = len(self.item.journal.pieces)
         if kept:
             texts.append(f"{_count(kept, 'piece')} verified in an earlier run")

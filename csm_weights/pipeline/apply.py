@@ -209,6 +209,7 @@ def _ways_to_get(plan: Plan, policy: SourcePolicy) -> str:
         ways.append(f"the Hub: {first}{command} --source=hf")
     ways += [
         f"a mirror: {command} --source=mirror --url=https://...",
+        f"a disk: insert it, then {command} --url=file:///... with its folder",
         f"a copy from anywhere: put it at {staging / artifact.path}",
     ]
     lines = [f"  {number}. {way}" for number, way in enumerate(ways, start=1)]

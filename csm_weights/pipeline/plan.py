@@ -16,6 +16,7 @@ from csm_weights.store.consumed import CONSUMING_ROOM
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
 from csm_weights.transfer import consume
 from csm_weights.transfer.policy import LOCAL, PieceOrigin, PieceSource, SourcePolicy
+from csm_weights.transfer.source import NEXT_SOURCE
 
 
 class Target(enum.Enum):
@@ -61,6 +62,16 @@ class Plan:
             if found := tuple(action for action in self.actions if type(action) is kind):
                 return found
         return ()
+
+    @property
+    def lacking(self) -> list[Finding]:
+        """The pieces that no source has, of files whose other pieces are copied already."""
+        return [
+            Finding.missing(origin.piece.part, origin.piece.size, NEXT_SOURCE)
+            for action in self.having(Assemble)
+            for origin in action.origins
+            if origin.source is PieceSource.NOWHERE
+        ]
 
     def room(self, folder: str) -> int:
         """Return the bytes of disk that the actions take at their peak in a folder of `Paths`.
@@ -147,11 +158,13 @@ def _decide(
     if item.stranded:
         return [item.stranded]
     kinds = {origin.source for origin in origins}
-    is_whole = PieceSource.NOWHERE not in kinds and not (PieceSource.CHUNK in kinds and item.extras)
+    # What one disk of several has is copied before the next one is asked for.
+    is_complete = PieceSource.NOWHERE not in kinds or PieceSource.SHELF in kinds
+    is_whole = is_complete and not (PieceSource.CHUNK in kinds and item.extras)
     has_text = act.known_text(item.artifact) is not None
     if is_whole and not (has_text and PieceSource.REMOTE in kinds and not policy.remote_first):
         remark = _why_not_consumed(item, state, policy)
-        shares_blocks = state.shares_blocks
+        shares_blocks = state.shares_blocks and PieceSource.SHELF not in kinds
         if PieceSource.CACHED in kinds:
             shares_blocks = state.cache_shares_blocks and PieceSource.CHUNK not in kinds
         if remark is not None:

@@ -64,7 +64,7 @@ class Request:
                 f"--source={self.source} does not use --url; leave --url out, or use --source=auto"
             )
         if self.source == "mirror" and not self.urls:
-            raise UsageError("--source=mirror needs --url=https://...")
+            raise UsageError("--source=mirror needs --url=https://... or --url=file:///...")
         if self.consume and self.source not in ("auto", "chunks"):
             raise UsageError(
                 f"--consume needs chunk files, which --source={self.source} does not use"

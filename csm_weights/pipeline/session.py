@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csm_weights.config import HubEnvironment
+from csm_weights.config import HubEnvironment, folder_of
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
@@ -174,7 +174,8 @@ def begin(
         # state, lies beside the installed files.
         beside = paths.destination / RECEIPTS / "staging"
         staging = staging if atomic.why_read_only(beside) else beside
-    paths = replace(paths, staging=staging, options=request.options)
+    shelves = tuple(filter(None, map(folder_of, request.urls)))
+    paths = replace(paths, staging=staging, shelves=shelves, options=request.options)
     if choose:
         chosen = choose(manifest)
     elif words := request.only or manifest.default:
@@ -194,7 +195,12 @@ def begin(
 
 def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:
     """Return which sources a request allows, and why others are not asked."""
-    word, remote, problems = request.source, list(request.urls), []
+    word, problems = request.source, []
+    remote = [url for url in request.urls if not folder_of(url)]
+    for shelf in filter(None, map(folder_of, request.urls)):
+        if not shelf.is_dir():
+            mend = "insert the disk, or mount it"
+            problems.append(Finding(Kind.MISSING, str(shelf), "a folder", "none", mend))
     if environment.offline and remote:
         expected = "permission to ask a mirror"
         problems.append(Finding(Kind.OFFLINE, remote[0], expected, "HF_HUB_OFFLINE"))

@@ -15,7 +15,8 @@ import shutil
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint, read_bounded, size_finding, stat_of
@@ -66,6 +67,14 @@ class FileStatus:
         return self.state in (FileState.UNVERIFIED, FileState.CONSUMED)
 
 
+class Shelved(NamedTuple):
+    """A piece in a folder that the user names: it begins at byte `start` of a file of `size`."""
+
+    path: Path
+    size: int
+    start: int
+
+
 @dataclass(frozen=True)
 class ArtifactState:
     """All that is on disk of one artifact.
@@ -73,10 +82,10 @@ class ArtifactState:
     `journal` is that of an unfinished staged file, `copied` are the journaled
     pieces of an unfinished copy in the destination. `chunks` has the status of
     each piece's chunk file, `extras` are about others beside them. `cached` is
-    the file in the Hub's cache. `stranded` says why the unfinished file cannot
-    be continued, `unfit` which chunk files cannot be consumed, `saves_nothing`
-    why consuming would make no room, if so. `held_twice` are the bytes of disk
-    that an interrupted run gives back first.
+    the file in the Hub's cache, `shelved` are the pieces, by offset, in each shelf.
+    `stranded` says why the unfinished file cannot be continued, `unfit` which chunk
+    files cannot be consumed, `saves_nothing` why consuming would make no room, if
+    so. `held_twice` are the bytes of disk that an interrupted run gives back first.
     """
 
     artifact: Artifact
@@ -87,6 +96,7 @@ class ArtifactState:
     extras: tuple[Finding, ...]
     copied: tuple[PieceRecord, ...] = ()
     cached: FileStatus | None = None
+    shelved: tuple[Mapping[int, Shelved], ...] = ()
     stranded: Finding | None = None
     unfit: tuple[Finding, ...] = ()
     saves_nothing: str = ""
@@ -104,14 +114,16 @@ class ArtifactState:
 class Paths:
     """The folders of a run: chunk files are below `root`, then `staging`, then `destination`.
 
-    `cache` is the Hub's on this machine, None where it is not to be used. `options` are
-    those of a command line that name the same model, files and folders.
+    `cache` is the Hub's on this machine, None where it is not to be used. `shelves` are
+    others with the files or chunk files, only to be read. `options` are those of a command
+    line that name the same model, files and folders.
     """
 
     root: Path
     staging: Path
     destination: Path
     cache: Path | None = None
+    shelves: tuple[Path, ...] = ()
     options: str = ""
 
     @classmethod
@@ -124,7 +136,8 @@ class Paths:
     ) -> Paths:
         """Return the manifest's folders below `root`; `destination` overrides the last."""
         last = root / Path(destination or manifest.destination).expanduser()
-        return cls(root, root / manifest.staging, last, cache, f"--model {manifest.name}")
+        options = f"--model {manifest.name}"
+        return cls(root, root / manifest.staging, last, cache, options=options)
 
     def command(self, task: str) -> str:
         """Return the command that runs a task on the same files and folders."""
@@ -170,6 +183,22 @@ def inspect(
         shares_blocks=disk.shares_blocks(artifacts),
         cache_shares_blocks=disk.shares_blocks_with(paths.cache) if paths.cache else False,
     )
+
+
+def _shelved(artifact: Artifact, shelf: Path) -> dict[int, Shelved]:
+    """Return the pieces that files of the right size in a shelf have, by offset."""
+    places = [(shelf / artifact.path, artifact.size, artifact.tiles)]
+    for piece in artifact.pieces:
+        names = (piece.part, PurePosixPath(piece.part).name)
+        places += [(shelf / name, piece.size, (piece,)) for name in names]
+    found: dict[int, Shelved] = {}
+    for path, size, pieces in places:
+        status, _ = stat_of(path)
+        if status and status.st_size == size:
+            for piece in pieces:
+                start = piece.offset - pieces[0].offset
+                found.setdefault(piece.offset, Shelved(path, size, start))
+    return found
 
 
 @dataclass(eq=False)
@@ -220,6 +249,7 @@ class _Disk:
             journal=journal,
             copied=read_journal(installed.path, artifact).pieces,
             cached=self.cached(artifact),
+            shelved=tuple(_shelved(artifact, shelf) for shelf in paths.shelves),
             chunks=chunks,
             extras=tuple(self.extras(artifact)),
             stranded=why_stranded(artifact, staged.path, journal, paths.root),

@@ -36,7 +36,7 @@ from csm_weights.store.journal import (
 )
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer.reorder import BufferPool, InOrderDigest, ReorderBuffer
-from csm_weights.transfer.source import NotAvailable, Source, SourceError
+from csm_weights.transfer.source import NEXT_SOURCE, NotAvailable, Source, SourceError
 from csm_weights.untrusted import dump_record
 
 #: Files that are fetched over a network at the same time.
@@ -158,7 +158,7 @@ class _Partial:
             try:
                 record = self._fill(writer, is_consumed)
             except NotAvailable:
-                words = (f"{writer.piece.size:,} bytes", "no source has it")
+                words = (f"{writer.piece.size:,} bytes", "no source has it", NEXT_SOURCE)
                 self._findings[index] = (Finding(Kind.MISSING, writer.piece.part, *words),)
             except SourceError as error:
                 self._findings[index] = error.findings

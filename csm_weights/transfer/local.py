@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint, opened
 from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.store.inspect import Shelved
 from csm_weights.transfer.source import NotAvailable, PieceWriter, SourceError
 
 
@@ -36,6 +38,19 @@ class WholeFile:
         size = artifact.size if self.size is None else self.size
         _deliver(self.path, str(self.path), size, piece.offset, writer)
         return str(self.path)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Files in folders that the user names; `places` has each piece's, by its offset."""
+
+    places: Mapping[int, Shelved]
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
+        """See `Source`; the place is the file's path."""
+        path, size, start = self.places[piece.offset]
+        _deliver(path, str(path), size, start, writer)
+        return str(path)
 
 
 def _deliver(path: Path, where: str, size: int, offset: int, writer: PieceWriter) -> None:

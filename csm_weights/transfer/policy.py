@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from csm_weights.errors import Finding
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
-from csm_weights.transfer.local import ChunkFiles, WholeFile
+from csm_weights.transfer.local import ChunkFiles, Shelf, WholeFile
 from csm_weights.transfer.source import FirstOf, NotAvailable, PieceWriter, Source
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class PieceSource(enum.StrEnum):
     SALVAGED = "salvaged"
     CHUNK = "chunk"
     CACHED = "cached"
+    SHELF = "shelf"
     REMOTE = "remote"
     NOWHERE = "nowhere"
 
@@ -113,6 +114,9 @@ class SourcePolicy:
             is_whole = cached.state is FileState.UNVERIFIED
             offsets = (tile.offset for tile in item.artifact.tiles) if is_whole else cached.good
             found.append(_of_copy(PieceSource.CACHED, cached, offsets))
+        for places in item.shelved:
+            names = {offset: str(place.path) for offset, place in places.items()}
+            found.append(Candidate(PieceSource.SHELF, names, Shelf(places)))
         return found
 
     def origins(self, item: ArtifactState, root: Path) -> tuple[PieceOrigin, ...]:

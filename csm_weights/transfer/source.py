@@ -13,6 +13,9 @@ from typing import Protocol
 from csm_weights.errors import Finding
 from csm_weights.manifest.types import Artifact, Piece
 
+#: What helps where some pieces of a file are here and others in no source.
+NEXT_SOURCE = "insert the next disk, or add a --url that has it, and run the same command again"
+
 
 class NotAvailable(Exception):
     """A source does not have a piece; another one may."""
