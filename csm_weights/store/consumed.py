@@ -20,12 +20,14 @@ def why_stranded(artifact: Artifact, staged: Path, journal: Journal, root: Path)
 
     It may hold the only copy of bytes that were moved out of chunk files below `root`.
     """
+    if not journal.is_begun:
+        return None
     partial, found = partial_path(staged), ""
     if journal.foreign:
         found = f"chunk files that {artifact.path} no longer has"
     elif journal.consumed:
         found = "more hard links to it" if partial.lstat().st_nlink > 1 else ""
-    elif journal.is_begun:
+    else:
         # Copied as it is, the hole would go over what may be the only copy.
         holes = (p.part for p in artifact.pieces if _begins_with_hole(root / p.part, p.size))
         if hole := next(holes, None):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint, read_bounded, size_finding, stat_of
-from csm_weights.manifest.paths import CHUNKS
+from csm_weights.manifest.paths import CHUNKS, RECEIPTS
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.block_io import NOT_PUNCHING
 from csm_weights.store.consumed import BLOCK, held_twice, why_stranded, why_unfit
@@ -216,6 +216,8 @@ class _Disk:
         self.device = functools.cache(lambda folder: self.nearest(folder).stat().st_dev)
         self.names = functools.cache(lambda folder: sorted(f.name for f in folder.iterdir()))
         self.real = functools.cache(lambda path: Path(os.path.realpath(path)))
+        self.is_folder = functools.cache(Path.is_dir)
+        self.has_receipts = functools.cache(lambda folder: (folder / RECEIPTS).is_dir())
         self.type = functools.cache(filesystem_type)
         self.strays = functools.cache(self._strays)
         self.cache = None
@@ -237,7 +239,7 @@ class _Disk:
         paths = self.paths
         installed = self.file(paths.destination, artifact)
         staged = self.file(paths.staging, artifact)
-        journal = read_journal(staged.path, artifact)
+        journal = self.journal(staged.path, artifact)
         moved = {record.offset: record.consumed for record in journal.consumed}
         chunks = tuple(self.chunk(p, moved.get(p.offset, 0)) for p in artifact.pieces)
         pairs = zip(artifact.pieces, chunks, strict=True)
@@ -247,7 +249,7 @@ class _Disk:
             installed=installed,
             staged=staged,
             journal=journal,
-            copied=read_journal(installed.path, artifact).pieces,
+            copied=self.journal(installed.path, artifact).pieces,
             cached=self.cached(artifact),
             shelved=tuple(_shelved(artifact, shelf) for shelf in paths.shelves),
             chunks=chunks,
@@ -258,10 +260,15 @@ class _Disk:
             held_twice=held_twice(artifact, staged.path, journal, paths.root),
         )
 
+    def journal(self, file: Path, artifact: Artifact) -> Journal:
+        """Read the journal of an unfinished file, where its folder is there."""
+        return read_journal(file, artifact) if self.is_folder(file.parent) else Journal()
+
     def file(self, directory: Path, artifact: Artifact) -> FileStatus:
         """Inspect one artifact in one folder, by its stat and its receipt."""
         path = directory / artifact.path
-        receipt = read_receipt(directory, artifact.path)
+        has_receipts = self.has_receipts(directory)
+        receipt = read_receipt(directory, artifact.path) if has_receipts else None
         status, finding = stat_of(path)
         if status is None:
             if finding and path.is_dir():
