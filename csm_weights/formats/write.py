@@ -87,14 +87,12 @@ def _kind(tensor: NamedTensor, dtype: str | None) -> str:
 def elements(tensor: NamedTensor, dtype: str) -> Iterator[bytearray]:
     """Yield the elements of a tensor in row-major order, converted to a dtype, by blocks.
 
-    A block may be hashed while the next one is made, and is overwritten by the
-    one after that.
+    A block is overwritten by the next one.
     """
     item, total = tensor.info.itemsize, math.prod(tensor.info.shape)
     step = tensor.block_elements(BLOCK)
-    buffers = [bytearray(min(step, total) * item) for _ in range(2)]
-    for number, start in enumerate(range(0, total, step)):
-        raw = buffers[number % 2]
+    raw = bytearray(min(step, total) * item)
+    for start in range(0, total, step):
         if start + step > total:
             raw = bytearray((total - start) * item)
         read_elements(tensor.source, tensor.info, start, raw)
