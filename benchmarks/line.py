@@ -159,6 +159,33 @@ def _without_output(tree: Tree) -> int:
     return tree.disk_used()
 
 
+def measure_convert(tree: Tree, runs: int) -> list[Row]:
+    """`inv convert` there and back, against `cp` and `sync` of the file that it wrote."""
+    rows = []
+    source, original = tree.chunks / "safetensors", tree.folder / "original"
+    theirs, copy = tree.folder / "transformers", tree.folder / "copy"
+    for read, to, out in ((source, "transformers", theirs), (theirs, "original", original)):
+
+        def convert(read: Path = read, to: str = to, out: Path = out) -> Run:
+            shutil.rmtree(out, ignore_errors=True)
+            tree.warm(read)
+            words = ["convert", str(read), "--to", to, "--out", str(out)]
+            return run([str(INV), *words], tree.folder)
+
+        def by_hand(out: Path = out) -> Run:
+            copy.unlink(missing_ok=True)
+            tree.warm(out)
+            return run(f"cp {out}/model.safetensors {copy} && sync {copy}", tree.folder)
+
+        ours, peer = in_turn(runs, convert, by_hand)
+        what = f"`inv convert --to {to}`, ext4"
+        times = f"{ratio(ours, peer):.2f} times its time"
+        walls = f"{median(ours):.2f} s", f"{median(peer):.2f} s"
+        rows.append(Row(f"{what} / `cp` + `sync`", *walls, times, "at most 1.5"))
+        rows.append(_memory_row(what, ours))
+    return rows
+
+
 def measure_starts(tree: Tree, runs: int) -> list[Row]:
     """What a person waits for when there is nothing to do."""
     tree.clear()
@@ -295,6 +322,7 @@ def main() -> None:
         rows += measure_verify(tree, options.runs)
         rows += measure_assemble(tree, options.runs, "ext4")
         tree.clear()
+        rows += measure_convert(tree, options.runs)
         rows += measure_xfs(tree, options.runs)
     finally:
         shutil.rmtree(options.dir)
