@@ -186,6 +186,8 @@ class Finding:
 
 def printable(text: str) -> str:
     """Return the text without control characters: names may hold line ends and escapes."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

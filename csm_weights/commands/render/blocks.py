@@ -44,8 +44,10 @@ def wrapped(text: str, indent: int = 0) -> list[str]:
 
     No word is cut, and no command that someone may copy: those may stick out.
     """
-    whole = _WHOLE.sub(lambda command: command[0].replace(" ", _GLUE), printable(text))
-    width = max(24, WIDTH - indent)
+    text, width = printable(text), max(24, WIDTH - indent)
+    if 0 < len(text) <= width:
+        return [text.rstrip()]
+    whole = _WHOLE.sub(lambda command: command[0].replace(" ", _GLUE), text)
     lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace(_GLUE, " ") for line in lines]
 
