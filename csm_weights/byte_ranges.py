@@ -1,7 +1,11 @@
 """Half-open byte ranges of a file: one range, and sets of them."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+
+_start, _end = itemgetter(0), itemgetter(1)
 
 
 class Ranges:
@@ -9,28 +13,30 @@ class Ranges:
 
     def __init__(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
         self._ranges: list[tuple[int, int]] = []
-        for start, end in ranges:
+        for start, end in sorted(ranges):
             self.add(start, end)
 
     def add(self, start: int, end: int) -> None:
         """Add the bytes `[start, end)`; raises ValueError where there are none."""
         if start >= end:
             raise ValueError(f"[{start}, {end}) is not a range")
-        before = [r for r in self._ranges if r[1] < start]
-        after = [r for r in self._ranges if r[0] > end]
-        touching = self._ranges[len(before) : len(self._ranges) - len(after)]
-        if touching:
+        first = bisect_left(self._ranges, start, key=_end)
+        last = bisect_right(self._ranges, end, key=_start)
+        if touching := self._ranges[first:last]:
             start, end = min(start, touching[0][0]), max(end, touching[-1][1])
-        self._ranges = [*before, (start, end), *after]
+        self._ranges[first:last] = [(start, end)]
 
     def end_of(self, start: int) -> int:
         """Return the end of the range that holds byte `start`, or `start` where none does."""
-        return next((e for s, e in self._ranges if s <= start < e), start)
+        at = bisect_right(self._ranges, start, key=_end)
+        holds = at < len(self._ranges) and self._ranges[at][0] <= start
+        return self._ranges[at][1] if holds else start
 
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the ranges of `[start, end)` that are not in the set."""
         gaps = []
-        for s, e in self._ranges:
+        first = bisect_right(self._ranges, start, key=_end)
+        for s, e in self._ranges[first : bisect_left(self._ranges, end, key=_start)]:
             if s > start:
                 gaps.append((start, min(s, end)))
             start = max(start, e)

@@ -82,7 +82,7 @@ def why_read_only(folder: Path) -> str:
     """Return why a folder, or the one it would be made in, takes no files; "" where it does."""
     above = (folder.absolute(), *folder.absolute().parents)
     existing = next(path for path in above if path.exists())
-    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+    if hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY:
         return "a read-only file system"
     by_effective_user = os.access in os.supports_effective_ids
     is_ours = os.access(existing, os.W_OK | os.X_OK, effective_ids=by_effective_user)

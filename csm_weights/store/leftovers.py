@@ -16,14 +16,16 @@ def unfinished(state: State) -> list[Path]:
     files = [item.staged.path for item in state.artifacts if not holds_consumed(item)]
     files += [item.installed.path for item in state.artifacts]
     files += [chunk.path for item in state.artifacts for chunk in item.chunks]
-    known = set(files)
+    names: dict[Path, set[str]] = {}
+    for file in files:
+        names.setdefault(file.parent, set()).add(file.name)
     left = {
         path
-        for folder in {file.parent for file in files}
+        for folder, known in names.items()
         if folder.is_dir()
         for path in folder.iterdir()
         if is_unfinished(name := path.name)
-        and any(folder / name[:end] in known for end in range(1, len(name)))
+        and any(name[:end] in known for end in range(1, len(name)))
     }
     standin = state.paths.root / "output" / f"{state.manifest.name}.unfinished"
     return sorted(left | ({standin} if standin.exists() else set()))

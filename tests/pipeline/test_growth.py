@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from csm_weights.byte_ranges import Ranges
 from csm_weights.commands.render import text
 from csm_weights.errors import ManifestInvalid
 from csm_weights.manifest.parse import MAX_FILES, parse
@@ -94,6 +95,31 @@ def test_status_grows_linearly(make: Callable[[Path, int], Request], tmp_path: P
     cost(make, tmp_path / "warm", FEW)
     few, many = (cost(make, tmp_path / str(count), count) for count in (FEW, 2 * FEW))
     assert many <= 2.05 * few
+
+
+def test_sets_of_ranges_grow_slowly() -> None:
+    """Ranges that do not touch, in whatever order, are put in order once and looked up."""
+
+    def comparisons(count: int) -> int:
+        seen: list[str] = []
+
+        def counted(name: str) -> Callable[[int, int], bool]:
+            def compare(one: int, other: int) -> bool:
+                seen.append(name)
+                return bool(getattr(int, name)(one, other))
+
+            return compare
+
+        names = ("__lt__", "__le__", "__gt__", "__ge__")
+        Number = type("Number", (int,), {name: counted(name) for name in names})
+        starts = [4 * (number * 7919 % count) for number in range(count)]
+        ranges = Ranges([(Number(start), Number(start + 2)) for start in starts])
+        for start in starts:
+            assert ranges.missing(Number(start), Number(start + 4)) == [(start + 2, start + 4)]
+            assert ranges.end_of(Number(start + 1)) == start + 2
+        return len(seen)
+
+    assert comparisons(2 * FEW) <= 2.4 * comparisons(FEW)
 
 
 def test_lines_that_are_no_records_cost_nothing(tmp_path: Path) -> None:
