@@ -27,5 +27,5 @@ namespace = collection(ROOT, standin)
 # This folder takes the files of models; nothing else is imported from it.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
-if Path(sys.argv[0]).name in ("inv", "invoke"):
+if Path(sys.argv[0]).name in ("inv", "invoke") or sys.argv[0].endswith("invoke/__main__.py"):
     start(namespace)

@@ -42,8 +42,8 @@ NAME = "csm-weights"
 OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "model": ("csm-1b", "name in manifests/, or path of a manifest (default: csm-1b)"),
     "only": ("", "formats, groups or files: safetensors, ckpt, prompts, all, ...; comma-separated"),
-    "dest": ("", "folder of the installed files, below the repository (default: the manifest's)"),
-    "staging": ("", "folder of unfinished files, below the repository (default: the manifest's)"),
+    "dest": ("", "folder of the installed files (default: the manifest's, below the repository)"),
+    "staging": ("", "folder of unfinished files (default: the manifest's, below the repository)"),
     "source": (
         "auto",
         "where to get pieces: chunks, hf, mirror, or auto for any of them (default)",
@@ -134,11 +134,16 @@ def main() -> None:
 
 
 def start(tasks: Collection) -> None:
-    """Let Ctrl-C end the program from here on, and end it for what its own parser would refuse."""
+    """Let Ctrl-C end the program from here on, and end it for what its own parser would refuse.
+
+    And where there are no words at all: then the tasks are shown.
+    """
     from csm_weights.commands import console
 
     console.exit_on_interrupt()
-    if code := console.run(lambda: refuse_typos(tasks, sys.argv[1:])):
+    if not (words := sys.argv[1:]):
+        sys.exit(console.run(lambda: _overview(tasks)))
+    if code := console.run(lambda: refuse_typos(tasks, words)):
         sys.exit(code)
 
 
@@ -159,6 +164,17 @@ def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
             tasks[name].help = texts
 
 
+def _overview(tasks: Collection) -> str:
+    from csm_weights.commands.render.blocks import table
+
+    rows = [(name, (tasks[name].__doc__ or "").rstrip(".")) for name in sorted(tasks.task_names)]
+    return (
+        "inv TASK [--option ...] gets a model onto this machine and verifies every byte.\n\n"
+        f"{table(('task', 'what it does'), rows)}\n\n"
+        "Begin with inv doctor, then inv weights. inv --help TASK explains its options."
+    )
+
+
 def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
     """Return what Invoke's parser found, and what was most likely meant."""
     from csm_weights.pipeline.request import manifests
@@ -167,6 +183,8 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
         return f"{str(error).rpartition(': ')[2]} is not a number"
     if valueless := re.match("Flag <Argument: ([a-z-]+)", str(error)):
         return f"--{valueless[1]} needs a value"
+    if lacking := re.match("'(.*)' did not receive required positional .*'(.*)'", str(error)):
+        return f"{lacking[1]} needs a {lacking[2]}: inv {lacking[1]} {lacking[2].upper()}"
     unknown = re.match("No idea what '(.*)' is!", str(error), re.DOTALL)
     if not unknown:
         return str(error)
@@ -174,8 +192,9 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
     root = Path(tasks.configuration()["csm_weights"]["root"])
     if task and task.name and word in {path.stem for path in manifests(root)}:
         return f"{task.name} takes a model as an option: inv {task.name} --model {word}"
-    known = [*tasks.task_names, *(task.flags if task else [])]
-    return f"there is no task or option {word!r}{did_you_mean(word, known)}"
+    hint = did_you_mean(word, [*tasks.task_names, *(task.flags if task else [])])
+    see = f"inv --help {task.name}" if task and task.name else "inv --list"
+    return f"there is no task or option {word!r}{hint or f'; see {see}'}"
 
 
 def make_request(root: Path, **options: Any) -> Request:

@@ -409,6 +409,8 @@ TRAPS = [
     (("--dry", "fetch", *TINY), "put it after the task: inv fetch --dry"),
     (("verify", *TINY, "--write-sums", "--dry"), "verify has no --dry"),
     (("smoke", *TINY, "--frames", "x"), "'x' is not a number"),
+    (("split",), "split needs a file: inv split FILE"),
+    (("clean", *TINY, "--json"), "see inv --help clean"),
     (("weights", *TINY, "-e"), "weights has no -e, only long options"),
     (("weights", *TINY, "-r", "main"), "weights has no -r, only long options"),
 ]
@@ -423,6 +425,24 @@ def test_a_slip_is_refused_with_what_was_meant(
     result = clone.inv(*arguments)
     assert (result.returncode, clone.tree()) == (2, before)
     assert said in " ".join(result.stderr.split())
+
+
+def test_inv_alone_says_what_there_is_and_where_to_begin(clone: Clone) -> None:
+    """Without words, inv shows every task on one screen of 80 columns, and does nothing."""
+    before = clone.tree()
+    result = clone.inv()
+    assert (result.returncode, result.stderr, clone.tree()) == (0, "", before)
+    listed = json.loads(clone.inv("--list", "--list-format=json").stdout)
+    shown = set(re.findall(r"^([a-z-]+)  +\S", result.stdout, re.MULTILINE))
+    assert {task["name"] for task in listed["tasks"]} - shown == set()
+    assert "Begin with inv doctor" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_the_module_of_invoke_refuses_slips_too(clone: Clone) -> None:
+    """`python -m invoke` ends as `inv` does."""
+    result = clone.run(sys.executable, "-m", "invoke", "wieghts")
+    assert (result.returncode, "did you mean weights?" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("words", [("status", "-h"), ("--help", "status"), ("status", "--help")])
