@@ -24,6 +24,10 @@ WORTH_SHOWING = 32 << 20
 #: and until a rate is steady enough to be shown, and a time left with it.
 NAMED_AFTER = 2.0
 
+#: Seconds without a byte after which that is shown; and between two looks whether it is so.
+QUIET_SECONDS = 4.0
+LOOK_SECONDS = 1.0
+
 
 def format_size(count: float) -> str:
     """Return a number of bytes in words, such as "5.8 GiB": one unit family for all screens."""
@@ -39,9 +43,14 @@ def label_for(verb: str, paths: Iterable[str]) -> str:
     return f"{verb} {names[0] if len(names) == 1 else f'{len(names):,} files'}"
 
 
-def _pace(done: int, total: int, seconds: float) -> str:
-    """Return how much is done, and once the rate is steady how fast, and how long it will take."""
+def _pace(done: int, total: int, seconds: float, quiet: float = 0.0) -> str:
+    """Return how much is done, and once the rate is steady how fast, and how long it will take.
+
+    Or, where nothing has come for so many `quiet` seconds, that.
+    """
     text = f"{format_size(done)} of {format_size(total)}"
+    if quiet >= QUIET_SECONDS:
+        return f"{text}, {'finishing' if done >= total else f'nothing for {quiet:.0f} s'}"
     if seconds < NAMED_AFTER or not done:
         return text
     left = max(0, total - done) * seconds / done
@@ -52,7 +61,10 @@ def _pace(done: int, total: int, seconds: float) -> str:
 
 
 class Progress:
-    """A count of bytes towards `total` that shows how it goes, safe to use from any thread."""
+    """A count of bytes towards `total` that shows how it goes, safe to use from any thread.
+
+    A thread of its own tells what is being done where that takes long and nothing moves.
+    """
 
     def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
         self._label = label
@@ -60,12 +72,11 @@ class Progress:
         self._stream = stream or sys.stderr
         self._lock = threading.Lock()
         self._done = 0
-        self._started = self._shown_at = time.monotonic()
+        self._started = self._shown_at = self._moved_at = time.monotonic()
         self._shown_percent = 0
         self._bar: Any = self._open_bar() if total >= WORTH_SHOWING else None
         self._plain = total >= WORTH_SHOWING and self._bar is None
-        self._name = threading.Timer(NAMED_AFTER, self._print, [f"{label} ..."])
-        self._name.daemon = True
+        self._is_over = threading.Event()
 
     def _open_bar(self) -> Any:
         if not (self._stream and self._stream.isatty()) or os.environ.get("TQDM_DISABLE"):
@@ -74,10 +85,10 @@ class Progress:
 
         class Bar(tqdm):  # type: ignore[type-arg]
             @property
-            def format_dict(self) -> Any:
+            def format_dict(bar) -> Any:
                 """Return what the bar shows, in our units."""
                 shown: Any = super().format_dict
-                return shown | {"pace": _pace(shown["n"], shown["total"], shown["elapsed"])}
+                return shown | {"pace": self._words(shown["elapsed"])}
 
         return Bar(
             total=self._total,
@@ -87,33 +98,53 @@ class Progress:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {pace}",
         )
 
+    def _words(self, seconds: float) -> str:
+        return _pace(self._done, self._total, seconds, time.monotonic() - self._moved_at)
+
     def __enter__(self) -> Progress:
         if self._plain:
             self.log(format_size(self._total))
-        elif self._bar is None:
-            self._name.start()
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._name.cancel()
-        if self._bar is not None:
-            self._bar.close()
+        with self._lock:
+            self._is_over.set()
+            if self._bar is not None:
+                self._bar.close()
         if kind is None and (self._bar is not None or self._plain):
             seconds = time.monotonic() - self._started
             self.log(f"{format_size(self._done)} in {seconds:.1f} s")
+
+    def _watch(self) -> None:
+        is_named = self._plain
+        while not self._is_over.wait(LOOK_SECONDS):
+            with self._lock:
+                if self._is_over.is_set():
+                    return
+                now = time.monotonic()
+                seconds = now - self._started
+                if self._bar is not None:
+                    self._bar.refresh()
+                elif now - self._shown_at >= (LINE_SECONDS if is_named else NAMED_AFTER):
+                    self._shown_at = now
+                    going = self._words(seconds) if self._plain else f"{seconds:.0f} s so far"
+                    self.log(going) if is_named else self._print(f"{self._label} ...")
+                    is_named = True
 
     def advance(self, count: int) -> None:
         """Count `count` more bytes."""
         with self._lock:
             self._done += count
+            self._moved_at = now = time.monotonic()
             if self._bar is not None:
                 self._bar.update(count)
             elif self._plain:
-                now, percent = time.monotonic(), min(100, self._done * 100 // self._total)
+                percent = min(100, self._done * 100 // self._total)
                 further = percent >= self._shown_percent + LINE_PERCENT
                 if now - self._shown_at >= (LEAST_SECONDS if further else LINE_SECONDS):
                     self._shown_at, self._shown_percent = now, percent
-                    self.log(f"{percent} %, {_pace(self._done, self._total, now - self._started)}")
+                    self.log(f"{percent} %, {self._words(now - self._started)}")
 
     def log(self, text: str) -> None:
         """Print a line under this label at once."""

@@ -15,9 +15,11 @@ import termios
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from csm_weights import progress
 from csm_weights.progress import (
     LINE_PERCENT,
     LINE_SECONDS,
@@ -213,6 +215,7 @@ def test_lines_of_many_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> No
 def test_small_work_that_takes_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """After two seconds work of few bytes, or of none, says what it is, once."""
     monkeypatch.setattr("csm_weights.progress.NAMED_AFTER", 0.05)
+    monkeypatch.setattr("csm_weights.progress.LOOK_SECONDS", 0.02)
     stream = io.StringIO()
     with Progress("loading ckpt.pt", 0, stream):
         time.sleep(0.3)
@@ -347,3 +350,72 @@ print("tqdm" in sys.modules)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# ---- where nothing moves
+
+
+class Screen(io.StringIO):
+    """A stream that takes a bar."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def waiting(total: int, seconds: float, done: int = 0, stream: Any = None) -> str:
+    """What is shown of work that brings `done` bytes at once and then none for some seconds."""
+    stream = stream or io.StringIO()
+    with Progress("fetching", total, stream) as shown:
+        shown.advance(done)
+        time.sleep(seconds)
+    text: str = stream.getvalue()
+    return text
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds pass ten times as fast for those who wait for a word."""
+    for name in ("LINE_SECONDS", "NAMED_AFTER", "QUIET_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(progress, name, getattr(progress, name) / 10)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("total", [0, WORTH_SHOWING - 1])
+def test_long_work_is_named_and_then_told_to_go_on(total: int) -> None:
+    """Work without a bar is named after two seconds, and every ten that it takes."""
+    lines = waiting(total, 2.5).splitlines()
+    assert lines[0] == "fetching ..."
+    assert len(lines) == 3
+    assert all(re.fullmatch(r"fetching: \d+ s so far", line) for line in lines[1:])
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_stall_is_told_off_a_terminal() -> None:
+    """Where no byte comes, a line says so every ten seconds."""
+    lines = waiting(TOTAL, 2.5, done=TOTAL // 2).splitlines()
+    assert lines[0] == "fetching: 3.1 GiB"
+    assert lines[1] == "fetching: 1.6 GiB of 3.1 GiB, nothing for 1 s"
+    assert len(lines) == 4
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_stall_shows_in_the_bar() -> None:
+    """The bar is drawn again where no byte comes, and tells it."""
+    stream = Screen()
+    assert "nothing for 1 s" in waiting(TOTAL, 1.5, done=TOTAL // 2, stream=stream)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_end_of_work_is_no_stall() -> None:
+    """Once all bytes are counted, what still takes time is called finishing."""
+    assert "3.1 GiB of 3.1 GiB, finishing" in waiting(TOTAL, 1.5, done=TOTAL)
+
+
+def test_no_line_comes_after_the_end() -> None:
+    """The thread that looks ends with the work."""
+    before = threading.active_count()
+    assert waiting(0, 0.0) == ""
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
