@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 from csm_weights.errors import printable
 
@@ -63,8 +63,11 @@ def _pace(done: int, total: int, seconds: float, quiet: float = 0.0) -> str:
 class Progress:
     """A count of bytes towards `total` that shows how it goes, safe to use from any thread.
 
-    A thread of its own tells what is being done where that takes long and nothing moves.
+    A thread of its own tells what is being done where that takes long and nothing
+    moves. Of works in one another it is the innermost that is told.
     """
+
+    _running: ClassVar[list[Progress]] = []
 
     def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
         self._label = label
@@ -102,6 +105,7 @@ class Progress:
         return _pace(self._done, self._total, seconds, time.monotonic() - self._moved_at)
 
     def __enter__(self) -> Progress:
+        Progress._running.append(self)
         if self._plain:
             self.log(format_size(self._total))
         threading.Thread(target=self._watch, daemon=True).start()
@@ -110,6 +114,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._lock:
             self._is_over.set()
+            Progress._running.remove(self)
             if self._bar is not None:
                 self._bar.close()
         if kind is None and (self._bar is not None or self._plain):
@@ -126,6 +131,8 @@ class Progress:
                 seconds = now - self._started
                 if self._bar is not None:
                     self._bar.refresh()
+                elif Progress._running[-1:] != [self]:
+                    self._shown_at, is_named = now, False
                 elif now - self._shown_at >= (LINE_SECONDS if is_named else NAMED_AFTER):
                     self._shown_at = now
                     going = self._words(seconds) if self._plain else f"{seconds:.0f} s so far"

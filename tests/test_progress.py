@@ -411,6 +411,18 @@ def test_the_end_of_work_is_no_stall() -> None:
     assert "3.1 GiB of 3.1 GiB, finishing" in waiting(TOTAL, 1.5, done=TOTAL)
 
 
+@pytest.mark.usefixtures("hasty")
+def test_of_works_in_one_another_the_innermost_is_told() -> None:
+    """The outer one is named only once nothing else is going on."""
+    stream = io.StringIO()
+    with Progress("installing", 0, stream):
+        with Progress("fetching", 0, stream):
+            time.sleep(0.5)
+        assert stream.getvalue() == "fetching ...\n"
+        time.sleep(0.5)
+    assert stream.getvalue() == "fetching ...\ninstalling ...\n"
+
+
 def test_no_line_comes_after_the_end() -> None:
     """The thread that looks ends with the work."""
     before = threading.active_count()

@@ -36,7 +36,7 @@ def run(call: Callable[[], object], as_json: bool = False, command: str = "") ->
     try:
         if signal.getsignal(signal.SIGINT) is _exit:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return _show(_result_of(call), as_json, command)
+        return _show(_result_of(call, command), as_json, command)
     except KeyboardInterrupt:
         # During an import, or while the result was printed.
         return errors.Interrupted.exit_code
@@ -54,10 +54,13 @@ def _exit(*_: object) -> NoReturn:
     sys.exit(errors.Interrupted.exit_code)
 
 
-def _result_of(call: Callable[[], object]) -> object:
+def _result_of(call: Callable[[], object], command: str) -> object:
     """Return what a call returns, or the error of this package for what it raises."""
+    from csm_weights.progress import Progress
+
     try:
-        return call()
+        with Progress(command, 0):
+            return call()
     except CsmWeightsError as error:
         return error
     except OSError as error:

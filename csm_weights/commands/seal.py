@@ -6,6 +6,7 @@ from csm_weights.errors import Finding, WrongContent
 from csm_weights.files import Fingerprint
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, Session, begin, gate_error, now
+from csm_weights.progress import Progress, label_for
 from csm_weights.store import install
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.lock import locked
@@ -23,7 +24,8 @@ def seal_placed(request: Request, outcome: Outcome) -> Outcome:
         return outcome
     only = tuple(item.artifact.path for item in outcome.state.artifacts)
     run = begin(replace(request, only=only))
-    with locked(run.paths, with_destination=True):
+    run.paths = outcome.state.paths
+    with locked(run.paths, with_destination=True), Progress(label_for("sealing", only), 0):
         sealed = tuple(_seal(run, item) for item in run.inspect().artifacts)
     return replace(outcome, state=run.inspect(), sealed=sealed)
 

@@ -18,7 +18,7 @@ from csm_weights.pipeline.actions import Action, Keep, way_around
 from csm_weights.pipeline.plan import Plan, Target
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, Session, StatusReport, begin, gate_error
-from csm_weights.progress import Progress
+from csm_weights.progress import Progress, label_for
 from csm_weights.store.inspect import FileState
 from csm_weights.store.leftovers import leftovers
 from csm_weights.store.lock import locked
@@ -132,7 +132,9 @@ def run(session: Session, target: Target) -> Outcome:
                 return Outcome(state, tuple(done), tuple(dict.fromkeys(session.notes)))
             if plan.is_verified and (error := _refusal(session, plan)):
                 raise error
-            type(plan.ready[0]).apply(plan.ready, session)
+            paths = [action.artifact.path for action in plan.ready]
+            with Progress(label_for(plan.ready[0].verb.partition(",")[0], paths), 0):
+                type(plan.ready[0]).apply(plan.ready, session)
             done += plan.ready
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 
