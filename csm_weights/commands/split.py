@@ -38,7 +38,7 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     """
     if not file.is_file():
         found = "not a regular file" if file.exists() else "no such file"
-        finding = Finding(Kind.MISSING, str(file), "a file to split", found)
+        finding = Finding(Kind.MISSING, str(file), "a file to split", found, "check the path")
         raise MissingInput("there is nothing to split", [finding])
     folder = chunks or f"{CHUNKS}/{file.stem}"
     for option, path in (("--file", file.name), ("--chunks", folder)):

@@ -109,10 +109,10 @@ def is_shard(name: str) -> bool:
     return _SHARD.fullmatch(name) is not None
 
 
-def missing(path: Path, expected: str, found: str) -> MissingInput:
+def missing(path: Path, expected: str, found: str, mend: str = "inv weights") -> MissingInput:
     """Return the error for weights that are not there."""
-    finding = Finding(Kind.MISSING, str(path), expected, found, "inv weights")
-    return MissingInput("the model's files are not here", [finding])
+    finding = Finding(Kind.MISSING, str(path), expected, found, mend)
+    return MissingInput("there are no weights at this path", [finding])
 
 
 def find(path: Path) -> Files:
@@ -126,7 +126,7 @@ def find(path: Path) -> Files:
     """
     if match := _INDEX.fullmatch(path.name):
         if not path.is_file():
-            raise missing(path, "an index of shards", "no such file")
+            raise missing(path, "an index of shards", "no such file", "check the path")
         return [[shard] for shard in _listed(path, match[1], match[2])]
     if match := _SHARD.fullmatch(path.name):
         return _numbered(path.parent, match)
@@ -138,7 +138,7 @@ def find(path: Path) -> Files:
     if not path.is_dir():
         if path.exists():
             return [[path]]
-        raise missing(path, "a file or a folder", "neither")
+        raise missing(path, "a file or a folder", "no such file", "check the path")
     # pytorch_model.bin is transformers' name
     whole_files = [path / name for name in (*WEIGHT_FILES, "pytorch_model.bin")]
     places = [(f, one.filename) for one in FORMATS for f in (path, path / "chunks" / one.choice)]
@@ -153,7 +153,7 @@ def find(path: Path) -> Files:
             raise UsageError(printable(words))
         return found[:1]
     if not sets:
-        raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "neither")
+        raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "none of them")
     if len(sets) > 1:
         names = ", ".join(sorted(show(match[0]) for match in sets.values()))
         raise UsageError(printable(f"{path} has the shards of several models: {names}"))
