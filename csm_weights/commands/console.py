@@ -56,9 +56,11 @@ def _exit(*_: object) -> NoReturn:
 
 def _result_of(call: Callable[[], object], command: str) -> object:
     """Return what a call returns, or the error of this package for what it raises."""
-    from csm_weights.progress import Progress
-
     try:
+        if not command:
+            return call()
+        from csm_weights.progress import Progress
+
         with Progress(command, 0):
             return call()
     except CsmWeightsError as error:
