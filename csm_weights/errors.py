@@ -139,6 +139,10 @@ class Kind(enum.StrEnum):
     NOT_INSTALLED = "not installed", Category.SMOKE
 
 
+#: Help for a file whose content is not what its name says.
+GET_AGAIN = "it is damaged, or not what its name says: get it again"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong: where, what was expected, what was found.

@@ -93,10 +93,12 @@ def read_file(path: Path, limit: int, what: str) -> bytes:
     except NotRegular as error:
         found = str(error.strerror)
     except OSError as error:
-        finding = Finding(Kind.MISSING, str(path), what, error.strerror or str(error))
+        finding = Finding(
+            Kind.MISSING, str(path), what, error.strerror or str(error), "check the path"
+        )
         raise MissingInput(f"{what} cannot be read", [finding]) from None
     expected = f"{what}, a regular file of at most {limit:,} bytes"
-    finding = Finding(Kind.MALFORMED, str(path), expected, found)
+    finding = Finding(Kind.MALFORMED, str(path), expected, found, "check the path")
     raise WrongContent(f"{what} cannot be read", [finding])
 
 

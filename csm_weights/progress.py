@@ -26,7 +26,7 @@ NAMED_AFTER = 2.0
 
 #: Seconds without a byte after which that is shown; and between two looks whether it is so.
 QUIET_SECONDS = 4.0
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 
 
 def format_size(count: float) -> str:

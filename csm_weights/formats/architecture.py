@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.errors import GET_AGAIN, Finding, Kind, WrongContent
 from csm_weights.files import read_bounded
 
 #: Most bytes read of a config.json: it has a few thousand.
@@ -128,7 +128,7 @@ def parse_config(text: bytes, where: str) -> CsmConfig:
     """
 
     def malformed(expected: str, found: str) -> WrongContent:
-        finding = Finding(Kind.MALFORMED, where, expected, found[:200])
+        finding = Finding(Kind.MALFORMED, where, expected, found[:200], GET_AGAIN)
         return WrongContent("config.json cannot be used", [finding])
 
     try:

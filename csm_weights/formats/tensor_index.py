@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from csm_weights.errors import Finding, Kind, error_for
+from csm_weights.errors import GET_AGAIN, Finding, Kind, error_for
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.untrusted import Malformed
 
@@ -142,7 +142,8 @@ class Findings:
             self.kind = Kind.MALFORMED
         if self.count <= MAX_FINDINGS:
             where = f"{self.where}: {error.at}" if error.at else self.where
-            self.items.append(Finding(error.kind, where, error.expected, error.found))
+            mend = GET_AGAIN if error.kind is Kind.MALFORMED else ""
+            self.items.append(Finding(error.kind, where, error.expected, error.found, mend))
 
     @contextmanager
     def collecting(self, at: str) -> Iterator[None]:

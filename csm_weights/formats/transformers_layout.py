@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.errors import GET_AGAIN, Finding, Kind, WrongContent
 from csm_weights.formats.architecture import FLAVORS, CsmConfig, read_config
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements, to_number
@@ -182,7 +182,7 @@ def name_tensors(
         name = _unwrapped(info.name, wrapper)
         if name in found:
             at = f"{source.where}: {show(info.name)}"
-            finding = Finding(Kind.MALFORMED, at, "each tensor once", "a second one")
+            finding = Finding(Kind.MALFORMED, at, "each tensor once", "a second one", GET_AGAIN)
             raise WrongContent(f"the shards of {where} do not fit together", [finding])
         found[name] = NamedTensor.of(source, info)
     beside = len(infos) - len(found)
@@ -283,7 +283,8 @@ def _in_our_order(
             finding = Finding(Kind.MALFORMED, place, "heads of a known size", found, help_text)
             raise WrongContent("the order of the rows of q and k cannot be told", [finding])
         if len(tensor.info.shape) != 2 or tensor.shape[0] % head_dims[0]:
-            finding = Finding(Kind.MALFORMED, place, f"whole heads of {head_dims[0]} rows", found)
+            words = (f"whole heads of {head_dims[0]} rows", found, GET_AGAIN)
+            finding = Finding(Kind.MALFORMED, place, *words)
             raise WrongContent("the rows of q and k cannot be split into heads", [finding])
         ordered[name] = _regrouped(tensor, head_dims[0], 2)
     return ordered

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from csm_weights.errors import (
+    GET_AGAIN,
     Finding,
     Kind,
     MissingInput,
@@ -73,7 +74,7 @@ def open_weights(paths: Sequence[Path | str], format_: str = "") -> WeightsFile:
     except OSError as error:
         raise from_os_error(error) from None
     except Malformed as error:
-        finding = Finding(Kind.MALFORMED, str(paths[0]), error.expected, error.found)
+        finding = Finding(Kind.MALFORMED, str(paths[0]), error.expected, error.found, GET_AGAIN)
         raise WrongContent("the weights cannot be read", [finding]) from None
     try:
         head = source.read(0, HEAD)
@@ -203,7 +204,7 @@ def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
             stream.finish()
     except (ValueError, RecursionError) as error:
         expected = f"a weight_map from tensors to files *{suffix} beside it"
-        finding = Finding(Kind.MALFORMED, str(index), expected, show(str(error)))
+        finding = Finding(Kind.MALFORMED, str(index), expected, show(str(error)), GET_AGAIN)
         raise WrongContent("the index of the shards cannot be used", [finding]) from None
     _check_count(index, len(names))
     _require(index.parent / name for name in names)
@@ -220,7 +221,9 @@ def _matches(folder: Path) -> list[re.Match[str]]:
 
 def _check_count(where: Path, count: int) -> None:
     if not 1 <= count <= MAX_SHARDS:
-        finding = Finding(Kind.MALFORMED, str(where), f"1 to {MAX_SHARDS} shards", str(count))
+        finding = Finding(
+            Kind.MALFORMED, str(where), f"1 to {MAX_SHARDS} shards", str(count), GET_AGAIN
+        )
         raise WrongContent("the number of shards makes no sense", [finding])
 
 
@@ -234,6 +237,9 @@ def _require(paths: Iterable[Path]) -> None:
 
 def _refuse(paths: Iterable[Path], expected: str) -> None:
     """Raise WrongContent for files that are named like shards of a model and do not fit it."""
-    findings = [Finding(Kind.MALFORMED, str(p), expected, "another shard") for p in sorted(paths)]
+    findings = [
+        Finding(Kind.MALFORMED, str(p), expected, "another shard", "move it away")
+        for p in sorted(paths)
+    ]
     if findings:
         raise WrongContent("the shards do not fit together", findings[:MAX_FINDINGS])

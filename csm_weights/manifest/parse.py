@@ -137,7 +137,8 @@ class _Problems:
         self.count += 1
         if self.count <= MAX_FINDINGS:
             where = f"{self.where}: {key[:200]}" if key else self.where
-            self.findings.append(Finding(Kind.MALFORMED, where, expected, str(found)[:200]))
+            words = (expected, str(found)[:200], "correct the manifest, or restore it from git")
+            self.findings.append(Finding(Kind.MALFORMED, where, *words))
 
     def error(self) -> ManifestInvalid:
         rest = self.count - len(self.findings)

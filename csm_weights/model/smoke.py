@@ -171,7 +171,9 @@ def read_golden(path: Path) -> tuple[list[int], list[list[int]]]:
         raise MissingInput("the golden frames are not here", [finding]) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         found = f"{type(error).__name__}: {error}"[:200]
-        finding = Finding(Kind.MALFORMED, str(path), "golden frames as JSON", found)
+        finding = Finding(
+            Kind.MALFORMED, str(path), "golden frames as JSON", found, "git restore it"
+        )
         raise WrongContent("the golden frames cannot be used", [finding]) from None
     return prompt, frames
 

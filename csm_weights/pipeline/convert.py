@@ -13,7 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from csm_weights.errors import Finding, Kind, NoSpace, UsageError, WrongContent, did_you_mean
+from csm_weights.errors import (
+    GET_AGAIN,
+    Finding,
+    Kind,
+    NoSpace,
+    UsageError,
+    WrongContent,
+    did_you_mean,
+)
 from csm_weights.files import Fingerprint, read_bounded, read_file
 from csm_weights.formats import FORMATS
 from csm_weights.formats.architecture import MAX_CONFIG, CsmConfig
@@ -171,7 +179,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        finding = Finding(Kind.MALFORMED, str(path), "a JSON object", "something else")
+        finding = Finding(Kind.MALFORMED, str(path), "a JSON object", "something else", GET_AGAIN)
         raise WrongContent("config.json cannot be used", [finding])
     return data
 

@@ -67,7 +67,7 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
         path = match["path"].removeprefix("./") if match else ""
         digest = match["digest"].lower() if match else ""
         if path_problem(path) or sums.setdefault(path, digest) != digest:
-            words = ("DIGEST  PATH, each path once", repr(line[:100]))
+            words = ("DIGEST  PATH, each path once", repr(line[:100]), "remove or correct the line")
             findings.append(Finding(Kind.MALFORMED, f"{where}:{number}", *words))
     if findings or not sums:
         raise WrongContent(f"{where} is not a SHA256SUMS file", findings[:20])
