@@ -201,6 +201,7 @@ def test_a_wrong_blob_id_fails_the_gate(plain: Plain) -> None:
     results = check([file], rehash=True, on_progress=ignore)
     assert results[-1].ok is False
     assert "blob id" in results[-1].findings[0].expected
+    assert rejected(file).good == frozenset()  # whichever piece is at fault, it is not known
 
 
 def test_a_missing_file_fails_the_first_gate_only(plain: Plain) -> None:
