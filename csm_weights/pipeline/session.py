@@ -169,13 +169,13 @@ def begin(
     cache = environment.cache if manifest.repo else None
     paths = Paths.of(manifest, request.root, request.dest, cache)
     staging = request.root / Path(request.staging or manifest.staging).expanduser()
-    if not request.staging and atomic.why_read_only(staging):
+    shelves = list(filter(None, map(folder_of, request.urls)))
+    beside = paths.destination / RECEIPTS / "staging"
+    if not request.staging and atomic.why_read_only(staging) and not atomic.why_read_only(beside):
         # A checkout that may only be read, as in a container: what is unfinished, and its
-        # state, lies beside the installed files.
-        beside = paths.destination / RECEIPTS / "staging"
-        staging = staging if atomic.why_read_only(beside) else beside
-    shelves = tuple(filter(None, map(folder_of, request.urls)))
-    paths = replace(paths, staging=staging, shelves=shelves, options=request.options)
+        # state, lies beside the installed files. What was staged before is copied.
+        shelves, staging = [staging, *shelves], beside
+    paths = replace(paths, staging=staging, shelves=tuple(shelves), options=request.options)
     if choose:
         chosen = choose(manifest)
     elif words := request.only or manifest.default:

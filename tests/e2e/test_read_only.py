@@ -153,6 +153,25 @@ def test_what_was_installed_before_is_known_and_not_hashed_again(
         undo()
 
 
+@pytest.mark.parametrize("make", [by_permissions, by_mount])
+def test_what_was_staged_before_is_copied(
+    make: Callable[[Path], Callable[[], object]], clone: Clone, volume: Path
+) -> None:
+    """Files that a run has left in output/ are taken from there, though nothing else has them."""
+    assert clone.inv("fetch", *MODEL).returncode == 0
+    content = clone.joined(NAME)
+    for part in clone.chunk_files(NAME):
+        part.unlink()
+    before, undo = clone.tree(), make(clone.root)
+    try:
+        done = inv(clone, "weights", *MODEL, "--no-smoke", "--dest", str(volume / "csm"))
+        assert done.returncode == 0, done.stderr
+        assert (volume / "csm" / NAME).read_bytes() == content
+        assert clone.tree() == before
+    finally:
+        undo()
+
+
 def test_receipts_of_staged_files_count_as_before(clone: Clone) -> None:
     """What a former version left in output/ is moved, and its bytes are hashed by nobody."""
     assert clone.inv("fetch", *MODEL).returncode == 0
