@@ -387,7 +387,7 @@ class _Examination:
                     f"{format_size(needed)} to write in {folder}, {format_size(free)} free"
                 )
             if not self.plan.is_done and (why := atomic.why_read_only(folder)):
-                help_text = f"check its permissions, or choose another {option}"
+                help_text = f"make it writable, or choose another {option}"
                 words = ("a writable folder", why, help_text)
                 findings.append(Finding(Kind.NOT_WRITABLE, str(folder), *words))
         verdict = Verdict.NOT_OK if findings else Verdict.OK

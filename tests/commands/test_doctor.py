@@ -585,6 +585,8 @@ def test_too_little_disk_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPat
     row = checks(diagnosis)["disk"]
     assert (code(diagnosis), row.verdict) == (7, Verdict.NOT_OK)
     assert "2.3 MiB to write" in row.found and "1000 B free" in row.found
+    plan = checks(diagnosis)["plan"]
+    assert (plan.verdict, plan.findings) == (Verdict.OK, ())
 
 
 def test_a_folder_that_takes_no_files_is_reported(
@@ -598,6 +600,20 @@ def test_a_folder_that_takes_no_files_is_reported(
     assert diagnosis.error is not None
     assert {f.kind for f in diagnosis.error.findings} == {Kind.NOT_WRITABLE}
     assert code(diagnosis) == 7
+
+
+def test_a_read_only_file_system_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody can write, the finding says so, and does not speak of permissions."""
+    bench.give_parts()
+    real = os.statvfs(bench.root)
+    fields = {name: getattr(real, name) for name in dir(real) if name.startswith("f_")}
+    found = SimpleNamespace(**fields | {"f_flag": os.ST_RDONLY})
+    monkeypatch.setattr(os, "statvfs", lambda _: found)
+    diagnosis = bench.examine()
+    assert diagnosis.error is not None
+    assert code(diagnosis) == 7
+    assert {f.found for f in diagnosis.error.findings} == {"a read-only file system"}
+    assert "permission" not in said(diagnosis)
 
 
 def test_without_torch_only_the_smoke_test_is_in_danger(

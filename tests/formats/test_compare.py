@@ -574,8 +574,10 @@ def test_a_path_to_nothing_is_missing_input(ours: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for path in (tmp_path / "none.pt", empty, tmp_path / "none.safetensors.index.json"):
-        with pytest.raises(MissingInput):
+        with pytest.raises(MissingInput) as caught:
             compared_paths(ours, path)
+        # a command that gets a model helps where a folder lacks it, not with a misspelt path
+        assert (caught.value.findings[0].help == "check the path") is (path != empty)
 
 
 def test_a_file_that_is_written_to_meanwhile_is_refused(
