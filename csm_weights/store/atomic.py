@@ -176,6 +176,6 @@ def writing(path: Path) -> Iterator[None]:
             mend = "free some disk or choose another --staging or --dest, and run the command again"
             finding = Finding(Kind.NO_SPACE, where, "room to write", found, mend)
             raise NoSpace("the disk is full", [finding]) from error
-        mend = "check its permissions, or choose another --staging or --dest"
+        mend = "make it writable, or choose another --staging or --dest"
         finding = Finding(Kind.NOT_WRITABLE, where, "a place to write", found, mend)
         raise NoSpace("the file cannot be written there", [finding]) from error
