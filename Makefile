@@ -197,5 +197,6 @@ $(VENV)/.test: $(VENV)/.smoke
 	@touch $@
 
 $(VENV)/.fuzz $(VENV)/.mutation: $(VENV)/.%: $(VENV)/.test
+	@echo "installing what $* needs ..." >&2
 	@$(PIP) --quiet --editable '.[$*]'
 	@touch $@

@@ -82,7 +82,7 @@ class HubEnvironment:
         if self.offline:
             mend = "unset HF_HUB_OFFLINE, or copy the files to this machine"
             expected = "permission to ask the Hub"
-            return Finding(Kind.OFFLINE, page, expected, "HF_HUB_OFFLINE", mend)
+            return Finding(Kind.OFFLINE, page, expected, "HF_HUB_OFFLINE is set", mend)
         if not _is_plain_url(self.endpoint):
             expected = "an http:// or https:// URL without credentials or a query"
             raise UsageError(f"HF_ENDPOINT is not {expected}; unset it for {PUBLIC_ENDPOINT}")

@@ -161,7 +161,7 @@ def _loadable(manifest: Manifest) -> tuple[Artifact, ...]:
     weights = weights or [a for a in manifest.artifacts if a.is_weights]
     if not weights:
         expected = " or ".join(WEIGHT_FILES)
-        finding = Finding(Kind.NOT_THERE, manifest.repo or manifest.where, expected, "neither")
+        finding = Finding(Kind.NOT_THERE, manifest.repo or manifest.where, expected, "none of them")
         raise MissingInput(f"{manifest.name} has no weights that can be loaded", [finding])
     return (*weights, *(a for a in manifest.artifacts if a.path == CONFIG))
 

@@ -203,7 +203,8 @@ def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -
             problems.append(Finding(Kind.MISSING, str(shelf), "a folder", "none", mend))
     if environment.offline and remote:
         expected = "permission to ask a mirror"
-        problems.append(Finding(Kind.OFFLINE, remote[0], expected, "HF_HUB_OFFLINE"))
+        mend = "unset HF_HUB_OFFLINE, or copy the files to this machine"
+        problems.append(Finding(Kind.OFFLINE, remote[0], expected, "HF_HUB_OFFLINE is set", mend))
         remote = []
     if word in ("auto", "hf") and manifest.repo:
         problem = environment.problem(manifest.repo, manifest.gated)

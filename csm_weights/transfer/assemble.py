@@ -338,7 +338,7 @@ class PartialWriter:
         """See `PieceWriter`."""
         if self._arriving and not self._arriving.finish():
             expected = f"{self.piece.size:,} bytes of the piece at byte {self.piece.offset:,}"
-            raise SourceError([Finding(Kind.WRONG_SIZE, where, expected, "fewer")])
+            raise SourceError([Finding(Kind.WRONG_SIZE, where, expected, "fewer bytes")])
         pinned, found = self.piece.sha256, self._digest.hexdigest()
         what, git = "sha256", self._partial.job.artifact.git_sha1
         if not pinned and git and self.git_sha1:

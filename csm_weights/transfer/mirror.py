@@ -72,7 +72,7 @@ def open_source(url: str, _: Manifest, downloader: RangeDownloader) -> Mirror:
 def _refusal(where: str, response: requests.Response) -> Finding:
     found = f"{response.status_code} {response.reason}"
     if response.status_code in (404, 410):
-        return Finding(Kind.NOT_THERE, where, "the file", found)
+        return Finding(Kind.NOT_THERE, where, "the file", found, "check the URL")
     help_text = f"if it asks for credentials, put them as a header into {MIRROR_HEADERS}"
     kind = Kind.FORBIDDEN if response.status_code in (401, 403) else Kind.WRONG_ANSWER
     return Finding(kind, where, "the file", found, help_text)
