@@ -64,17 +64,12 @@ class Identity:
 def identify(named: NamedTensors, configs: Iterable[CsmConfig] = ()) -> Identity:
     """Tell what some weights are by the names and shapes of their tensors.
 
-    `configs` are networks that a config.json beside them describes. A dtype
-    that few tensors have is not as it should be.
+    `configs` are networks that a config.json beside them describes.
     """
     tensors, summary = named.tensors, named.summary
     network = network_of(named, configs)
     tied = [named.tied] if named.tied else []
-    wrong = check_tensors(named, network) if network else Findings(summary.where)
-    common = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
-    for tensor in tensors.values() if network else ():
-        if tensor.dtype != common[0][0]:
-            wrong.add(Malformed(common[0][0], tensor.signature, show(tensor.name)))
+    wrong = check_network(named, network) if network else Findings(summary.where)
     model = "CSM-1B" if network == CSM_1B else "another CSM"
     if network is None:
         known = sum(name in tensors for name in _EVERY_CSM)
@@ -141,13 +136,14 @@ def network_of(named: NamedTensors, configs: Iterable[CsmConfig] = ()) -> CsmCon
     return best
 
 
-def check_tensors(named: NamedTensors, network: CsmConfig) -> Findings:
-    """Return a finding for each tensor that is missing, one too many or of another shape.
+def check_network(named: NamedTensors, network: CsmConfig, mixed: bool = False) -> Findings:
+    """Return a finding for each tensor that is missing, one too many, misshapen or of odd dtype.
 
-    Tensors are called as in their file.
+    All must have one dtype: float32, bfloat16 or float16; with `mixed` any of
+    these. Tensors are called as in their file.
     """
     found = Findings(named.summary.where)
-    expected = network.tensor_shapes()
+    expected, floats = network.tensor_shapes(), FLOATS.values()
     for name, shape in expected.items():
         tensor = named.tensors.get(name)
         if tensor is None:
@@ -156,19 +152,9 @@ def check_tensors(named: NamedTensors, network: CsmConfig) -> Findings:
             found.add(Malformed(str(list(shape)), tensor.signature, show(tensor.name)))
     for tensor in (*named.unknown, *(t for n, t in named.tensors.items() if n not in expected)):
         found.add(Malformed("no such tensor", tensor.signature, show(tensor.name)))
-    return found
-
-
-def check_network(named: NamedTensors, network: CsmConfig) -> list[Finding]:
-    """Return the findings of `check_tensors`, and one for each tensor that cannot be loaded.
-
-    All must have one dtype: float32, bfloat16 or float16.
-    """
-    found = check_tensors(named, network)
-    floats = FLOATS.values()
     counts = Counter(t.dtype for t in named.tensors.values() if t.dtype in floats)
     common = counts.most_common(1)[0][0] if counts else " or ".join(floats)
     for tensor in named.tensors.values():
-        if tensor.dtype != common:
+        if tensor.dtype != common and not (mixed and tensor.dtype in floats):
             found.add(Malformed(common, tensor.signature, show(tensor.name)))
-    return found.listed()
+    return found

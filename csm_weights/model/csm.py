@@ -447,7 +447,7 @@ def _positions_like(x: Tensor, start: int) -> Tensor:
 
 def _require_network(named: NamedTensors, config: CsmConfig) -> None:
     """Raise WrongContent unless the tensors are exactly the network's."""
-    if findings := check_network(named, config):
+    if findings := check_network(named, config).listed():
         name, is_what = Path(named.summary.where).name, f"These weights are {identify(named)}."
         raise WrongContent(f"{name} is not the network of its config.json", findings, is_what)
     # transformers may save the audio embeddings twice

@@ -27,7 +27,7 @@ from csm_weights.formats import FORMATS
 from csm_weights.formats.architecture import MAX_CONFIG, CsmConfig
 from csm_weights.formats.compare import tied_findings
 from csm_weights.formats.dtypes import FLOATS
-from csm_weights.formats.identify import check_tensors, network_of
+from csm_weights.formats.identify import check_network, network_of
 from csm_weights.formats.model_files import (
     generation_config,
     original_config,
@@ -158,13 +158,8 @@ def _checked(named: NamedTensors, folder: Path) -> CsmConfig:
     if network is None:
         finding = Finding(Kind.MALFORMED, where, "the tensors of a CSM", "others", "inv identify")
         raise WrongContent("these are not the weights of a CSM that is known", [finding])
-    if (wrong := check_tensors(named, network)).count:
-        raise WrongContent("the weights are not whole", wrong.listed())
-    for tensor in named.tensors.values():
-        if tensor.dtype not in FLOATS.values():
-            words = (f"one of {', '.join(FLOATS.values())}", tensor.signature)
-            finding = Finding(Kind.UNSUPPORTED, f"{where}: {tensor.name}", *words)
-            raise WrongContent("weights of this dtype are not converted", [finding])
+    if wrong := check_network(named, network, mixed=True).listed():
+        raise WrongContent("the weights are not whole, or not floats", wrong)
     if odd := tied_findings(named):
         raise WrongContent("two tensors that are tied differ: which one counts?", odd)
     return network

@@ -168,7 +168,7 @@ def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: b
         with open_weights([subject.path], subject.artifact.format) as weights:
             found = f"{len(weights.index.tensors)} tensors"
             if config is not None and not is_shard(subject.path.name):
-                findings = check_network(name_tensors([weights], (), config), config)
+                findings = check_network(name_tensors([weights], (), config), config).listed()
                 expected = f"{len(config.tensor_shapes())} tensors as config.json implies"
     except CsmWeightsError as error:
         findings, found = error.findings, "malformed"

@@ -523,7 +523,7 @@ def _named(**changes: TensorInfo | None) -> NamedTensors:
 
 def test_architecture_agrees() -> None:
     """Exactly the tensors of the architecture leave nothing to find."""
-    assert check_network(_named(), TINY) == []
+    assert check_network(_named(), TINY).listed() == []
 
 
 def test_architecture_differs() -> None:
@@ -533,7 +533,7 @@ def test_architecture_differs() -> None:
     half = TensorInfo(name, "F16", TINY.tensor_shapes()[name], 0, (64, 1))
     more = TensorInfo("more\n", "F32", (1,), 0, (1,))
     changes = {"audio_head": wide, name: half, "more\n": more, "decoder.norm.scale": None}
-    findings = check_network(_named(**changes), TINY)
+    findings = check_network(_named(**changes), TINY).listed()
     assert [(finding.where, finding.expected, finding.found) for finding in findings] == [
         ("model: audio_head", "[31, 32, 35]", "F32 [32, 32, 35]"),
         ("model: decoder.norm.scale", "[32]", "no such tensor"),
@@ -545,7 +545,7 @@ def test_architecture_differs() -> None:
 def test_architecture_of_another_model() -> None:
     """Of very many findings 20 are spelled out, and the rest are counted."""
     nothing = NamedTensors(Summary("model", "safetensors", Layout.OWN, 0), {})
-    findings = check_network(nothing, TINY)
+    findings = check_network(nothing, TINY).listed()
     assert len(findings) == 21
     assert f"{len(TINY.tensor_shapes()) - 20} more findings" == findings[-1].found
 

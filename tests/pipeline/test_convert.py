@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "tied copy": (lambda state: state[TIED].add_(1), TIED),
     "dtype": (
         lambda state: state.update({"lm_head.weight": state["lm_head.weight"].int()}),
-        "lm_head.weight: not supported",
+        "lm_head.weight: malformed",
     ),
     "not CSM": (
         lambda state: [state.pop(name) for name in list(state)[5:]],
