@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 
 #: The dtypes that weights are converted between, by safetensors' words; and people's.
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+#: Bytes that are rounded at once: integers that stay in the core's cache.
+_SLICE = 32 << 10
 
 #: The least magnitude that rounds to infinity in F16.
 _BEYOND_F16 = 65520.0
@@ -41,15 +45,23 @@ def converted(raw: bytearray, source: str, target: str) -> bytearray:
 
 
 def _upper_halves(raw: bytearray) -> bytearray:
-    """Round F32 elements to BF16: all of a block at once, as one large integer."""
-    count = len(raw) // 4
-    ones = int.from_bytes(b"\1\0\0\0" * count, "little")
-    bits = int.from_bytes(raw, "little")
-    # a carry into bit 31 tells a NaN, which rounding could carry into the next element
-    if nans := ((bits & 0x7FFFFFFF * ones) + 0x7FFFFF * ones) >> 31 & ones:
-        bits = bits & ~(nans * 0xFFFFFFFF) | nans * 0x7FC00000
-    bits += 0x7FFF * ones + (bits >> 16 & ones)
-    narrow = bytearray(2 * count)
-    with memoryview(bits.to_bytes(4 * count, "little")).cast("H") as halves:
-        memoryview(narrow).cast("H")[:] = halves[1::2]
+    """Round F32 elements to BF16: those of a slice at once, as one large integer."""
+    narrow = bytearray(len(raw) // 2)
+    target = memoryview(narrow).cast("H")
+    for start in range(0, len(raw), _SLICE):
+        part = raw[start : start + _SLICE]
+        ones, magnitudes, mantissas, half = _masks(len(part) // 4)
+        bits = int.from_bytes(part, "little")
+        # a carry into bit 31 tells a NaN, which rounding could carry into the next element
+        if nans := ((bits & magnitudes) + mantissas) >> 31 & ones:
+            bits = bits & ~(nans * 0xFFFFFFFF) | nans * 0x7FC00000
+        bits += half + (bits >> 16 & ones)
+        halves = memoryview(bits.to_bytes(len(part), "little")).cast("H")
+        target[start // 4 : (start + len(part)) // 4] = halves[1::2]
     return narrow
+
+
+@functools.lru_cache(maxsize=4)
+def _masks(count: int) -> list[int]:
+    ones = int.from_bytes(b"\1\0\0\0" * count, "little")
+    return [ones * mask for mask in (1, 0x7FFFFFFF, 0x7FFFFF, 0x7FFF)]
