@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial as bind
 from pathlib import Path
 
-from csm_weights.concurrency import OnProgress, run_all
+from csm_weights.concurrency import OnProgress, deferred_interrupts, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.files import opened, read_file
 from csm_weights.formats import sniff
@@ -64,6 +64,7 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
             for left in (root / folder).glob(f"{glob.escape(file.name)}.part-*.partial"):
                 with writing(left):
                     left.unlink(missing_ok=True)
+        _known_list(root / folder / SUMS)
         artifact = split_file(file, root, folder, piece_size, progress.advance)
         write_chunk_list(root, artifact)
     if current is None:
@@ -78,9 +79,14 @@ def write_chunk_list(root: Path, artifact: Artifact) -> None:
     Lines about other files stay.
     """
     path = (root / artifact.pieces[0].part).with_name(SUMS)
+    write_whole(path, render_chunk_list(artifact, _known_list(path)))
+
+
+def _known_list(path: Path) -> str:
+    """Return the text of a SHA256SUMS, or nothing; raises WrongContent for what is no text."""
     known = read_file(path, MAX_SUMS, "a SHA256SUMS file") if os.path.lexists(path) else b""
     try:
-        write_whole(path, render_chunk_list(artifact, known.decode()))
+        return known.decode()
     except UnicodeDecodeError:
         finding = Finding(Kind.MALFORMED, str(path), "text in UTF-8", "other bytes", "move it away")
         raise WrongContent("SHA256SUMS cannot be extended", [finding]) from None
@@ -92,9 +98,9 @@ def split_file(
     """Write the chunk files of `file` to `root/folder`, and return its manifest entry.
 
     The artifact's path is the file's name; its chunk files are `NAME.part-aa`
-    and so on, each hashed as it is written and named when it is complete.
-    `on_progress` gets bytes. Raises WrongContent where another file has the
-    name of a chunk file, which is not overwritten.
+    and so on, each hashed as it is written; they are named when all are complete,
+    and a split that fails leaves none. `on_progress` gets bytes. Raises WrongContent
+    where another file has the name of a chunk file, which is not overwritten.
     """
     size = file.stat().st_size
     ranges = pin.tiling(size, piece_size)
@@ -102,18 +108,35 @@ def split_file(
         Piece(f"{folder}/{file.name}.part-{pin.suffix(i)}", *r, sha256="")
         for i, r in enumerate(ranges)
     ]
-    with opened(file) as source:
-        chain = InOrderDigest(source, [*(offset for offset, _ in ranges), size], threading.Event())
-        tasks = [
-            bind(_write_chunk_file, source, root, piece, index, chain, on_progress)
-            for index, piece in enumerate(pieces)
-        ]
-        try:
+    # Where locks do nothing another run may write the same chunk files.
+    unfinished = [root / f"{piece.part}.{os.getpid()}.partial" for piece in pieces]
+    made: list[Path] = []
+    try:
+        with opened(file) as source:
+            starts = [*(offset for offset, _ in ranges), size]
+            chain = InOrderDigest(source, starts, threading.Event())
+            tasks = [
+                bind(_write_chunk_file, source, root, piece, index, path, chain, on_progress)
+                for index, (piece, path) in enumerate(zip(pieces, unfinished, strict=True))
+            ]
             digests = run_all(tasks, chain.cancel)
-        except EOFError as error:
-            finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
-            raise WrongContent("the file was truncated while it was split", [finding]) from None
-        known = sniff(os.pread(source, HEAD, 0), file.name)
+            known = sniff(os.pread(source, HEAD, 0), file.name)
+        with deferred_interrupts():
+            for piece, path in zip(pieces, unfinished, strict=True):
+                if path.exists():  # the others were there already
+                    with writing(root / piece.part):
+                        path.replace(root / piece.part)
+                    made.append(root / piece.part)
+    except EOFError as error:
+        finding = Finding(Kind.CHANGED, str(file), f"{size:,} bytes", str(error))
+        raise WrongContent("the file was truncated while it was split", [finding]) from None
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        for path in unfinished:
+            path.unlink(missing_ok=True)
     # The names of the chunk files have to be durable before a list mentions them.
     sync(root / folder)
     whole = chain.hexdigest()
@@ -130,16 +153,22 @@ def split_file(
 
 
 def _write_chunk_file(
-    source: int, root: Path, piece: Piece, index: int, chain: InOrderDigest, on_progress: OnProgress
+    source: int,
+    root: Path,
+    piece: Piece,
+    index: int,
+    unfinished: Path,
+    chain: InOrderDigest,
+    on_progress: OnProgress,
 ) -> str:
-    """Copy one piece of `source` to its chunk file; return the sha256 of what was written."""
+    """Copy one piece of `source` to an unfinished file, unless it is there; return its sha256.
+
+    Raises WrongContent where the chunk file is there with other content.
+    """
     chunk_file = root / piece.part
     digest, claimed = sha256(), chain.claim(index)
     sinks = [digest, claimed] if claimed else [digest]
-    is_there = chunk_file.is_file() and chunk_file.stat().st_size == piece.size
-    # Where locks do nothing another run may write the same chunk file.
-    unfinished = chunk_file.with_name(f"{chunk_file.name}.{os.getpid()}.partial")
-    if is_there:
+    if chunk_file.is_file() and chunk_file.stat().st_size == piece.size:
         feed(source, piece.offset, piece.size, sinks, on_progress, chain.cancel)
     else:
         target = OutputFile(unfinished, os.O_TRUNC)
@@ -152,11 +181,7 @@ def _write_chunk_file(
             target.close()
     chain.finish(index, claimed, verified=True)
     if chunk_file.is_file() and (found := sha256_of(chunk_file)) != digest.hexdigest():
-        unfinished.unlink(missing_ok=True)
         help_text = "move it away, or choose another --chunks folder"
         finding = Finding.wrong_digest(chunk_file, digest.hexdigest(), found, help_text)
         raise WrongContent("a chunk file of this name has other content", [finding])
-    if not is_there:
-        with writing(chunk_file):
-            unfinished.replace(chunk_file)
     return digest.hexdigest()

@@ -181,6 +181,36 @@ def test_a_chunk_file_that_differs_is_not_overwritten(tmp_path: Path, content: b
         split(file, tmp_path, "chunks", 300, ignore)
     assert [(f.kind, f.where) for f in caught.value.findings] == [(Kind.WRONG_DIGEST, str(other))]
     assert other.read_bytes() == content
+    assert list(other.parent.iterdir()) == [other]
+
+
+def test_a_refused_split_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    """With chunk files of another size there, no chunk file of the new split and no partial stays.
+
+    The same where one cannot be named: those that have been named go again.
+    """
+    file, folder = file_with(tmp_path, 1000), tmp_path / "chunks" / "all"
+    run(tmp_path, file, size="600")
+    before = parts_of(folder)
+    with pytest.raises(WrongContent):
+        run(tmp_path, file, size="300")
+    assert parts_of(folder) == before
+    other = file_with(tmp_path, 900, "other.bin")
+    (folder / "other.bin.part-ac").mkdir()
+    with pytest.raises(WrongContent):
+        run(tmp_path, other)
+    assert {path.name for path in folder.iterdir()} == {*before, "other.bin.part-ac"}
+
+
+def test_an_interrupted_split_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    """An interrupt while chunk files are written leaves none of them, and nothing unfinished."""
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        split(file_with(tmp_path, 1000), tmp_path, "chunks", 300, interrupt)
+    assert list((tmp_path / "chunks").iterdir()) == []
 
 
 def test_splitting_again_changes_nothing(tmp_path: Path) -> None:
@@ -261,6 +291,7 @@ def test_a_list_that_cannot_be_extended_is_left_alone(
     with pytest.raises(WrongContent):
         run(tmp_path, file)
     assert path.is_fifo() if content is None else path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", ["a:b.bin", "a\x1bb.bin", "a.partial", "a ", "a\\b"])
