@@ -73,12 +73,12 @@ class Request:
             raise UsageError(f"--revision {self.revision!r} is not a commit, branch or tag")
 
     @property
-    def options(self) -> str:
+    def options(self) -> tuple[str, ...]:
         """The options of a command line that name the same model, files and folders."""
         model = self.model if self.model != DEFAULT_MODEL else ""
         words = {"model": model, "only": ",".join(self.only)}
         words |= {"dest": self.dest or "", "staging": self.staging or ""}
-        return " ".join(f"--{name} {shlex.quote(word)}" for name, word in words.items() if word)
+        return tuple(f"--{name} {shlex.quote(word)}" for name, word in words.items() if word)
 
 
 def manifests(root: Path) -> list[Path]:

@@ -31,6 +31,9 @@ from csm_weights.store.receipts import Receipt, read_receipt
 #: File systems on which a copy within the file system can share blocks.
 SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
 
+#: The tasks that have --staging, of those that messages tell a person to run.
+WITH_STAGING = ("weights", "fetch", "place")
+
 
 class FileState(enum.StrEnum):
     """The state of a file, as it is known without hashing; the value is the status word."""
@@ -116,7 +119,7 @@ class Paths:
 
     `cache` is the Hub's on this machine, None where it is not to be used. `shelves` are
     others with the files or chunk files, only to be read. `options` are those of a command
-    line that name the same model, files and folders.
+    line that name the same model, files and folders, each with its value.
     """
 
     root: Path
@@ -124,7 +127,7 @@ class Paths:
     destination: Path
     cache: Path | None = None
     shelves: tuple[Path, ...] = ()
-    options: str = ""
+    options: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -136,12 +139,14 @@ class Paths:
     ) -> Paths:
         """Return the manifest's folders below `root`; `destination` overrides the last."""
         last = root / Path(destination or manifest.destination).expanduser()
-        options = f"--model {manifest.name}"
+        options = (f"--model {manifest.name}",)
         return cls(root, root / manifest.staging, last, cache, options=options)
 
     def command(self, task: str) -> str:
         """Return the command that runs a task on the same files and folders."""
-        return f"inv {task} {self.options}".rstrip()
+        has_staging = task in WITH_STAGING
+        options = [o for o in self.options if has_staging or not o.startswith("--staging ")]
+        return " ".join([f"inv {task}", *options])
 
 
 @dataclass(frozen=True)

@@ -421,7 +421,7 @@ def test_the_doctor_promises_what_weights_keeps(
     diagnosis = bench.examine()
     assert (code(diagnosis), code_of_weights(bench)) == (0, 0)
     assert Verdict.NOT_OK not in {check.verdict for check in diagnosis.checks}
-    promise = f"OK: inv weights {bench.asked().options} --no-smoke could succeed"
+    promise = f"OK: inv weights {' '.join(bench.asked().options)} --no-smoke could succeed"
     assert said(diagnosis).endswith(promise)
 
 

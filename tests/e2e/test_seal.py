@@ -23,3 +23,4 @@ def test_the_commands_seal(tmp_path: Path) -> None:
         assert mode(clone.root / folder / "model.safetensors") == 0o444
     again = clone.inv("weights", *tiny, "--no-smoke", "--seal")
     assert (again.returncode, "read-only" in again.stdout) == (0, True)
+    assert "inv smoke --model csm-tiny --only safetensors\n" in again.stdout

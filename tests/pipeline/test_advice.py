@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from csm_weights.commands.cli import collection
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.plan import Target
+from csm_weights.pipeline.session import begin
 from tests.support.toy import Toy, flip
 
 
@@ -70,6 +73,17 @@ def test_a_wrong_chunk_file_says_how_to_go_on_without_it(toy: Toy) -> None:
     error = refusal(toy, "a.bin", "b.bin")
     assert [finding.kind for finding in error.findings] == [Kind.WRONG_DIGEST]
     assert error.advice == "No file was installed. To install the others: --only=a.bin"
+
+
+@pytest.mark.parametrize("task", ["weights", "fetch", "place", "smoke"])
+def test_an_advised_command_has_only_options_of_its_task(toy: Toy, task: str) -> None:
+    """What was given is part of the advice where the advised task has such an option."""
+    request = replace(toy.request("a.bin", dest="models/there"), staging="output/there")
+    command = begin(request).paths.command(task)
+    advised = re.findall(r" --([a-z]+) (\S+)", command)
+    given = {"model": "toy", "only": "a.bin", "dest": "models/there", "staging": "output/there"}
+    known = collection(toy.root)[task].help
+    assert advised == [(name, value) for name, value in given.items() if name in known]
 
 
 def test_status_gives_the_same_advice(toy: Toy) -> None:
