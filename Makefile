@@ -34,6 +34,8 @@ $(foreach name,$(SWITCHES),$(if $(filter-out $(yes) $(no),$($(name)))$(word 2,$(
 	$(error $(name)=$($(name)): say $(name)=1 or $(name)=0)))
 
 quoted = '$(subst ','\'',$(1))'
+# A file whose name begins with a dash is no option.
+file = $(call quoted,$(if $(filter -%,$(firstword $(FILE))),./)$(FILE))
 option = $(if $($(1)),--$(2) $(call quoted,$($(1))))
 switch = $(if $(filter $(yes),$($(1))),--$(2))
 
@@ -104,16 +106,16 @@ compare: $(VENV)/.base ## Check that two formats, or FILE='A B', are equal
 		$(foreach file,$(FILE),--file $(call quoted,$(file)))
 
 identify: $(VENV)/.base ## Tell what the weights at FILE=... are, and which release they equal
-	@$(INV) identify $(call quoted,$(FILE))
+	@$(INV) identify $(file)
 
 convert: $(VENV)/.base ## Convert FILE=... to TO=original or transformers, in the folder OUT=...
-	@$(INV) convert $(call quoted,$(FILE)) --to $(call quoted,$(TO)) --out $(call quoted,$(OUT))
+	@$(INV) convert $(file) --to $(call quoted,$(TO)) --out $(call quoted,$(OUT))
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT)
 
 split: $(VENV)/.base ## Split FILE=... into chunk files, with digests
-	@$(INV) split $(call quoted,$(FILE))
+	@$(INV) split $(file)
 
 lock: $(VENV)/.base ## Add digests of verified files to MODEL's manifest
 	@$(INV) lock --model $(call quoted,$(MODEL))

@@ -42,8 +42,8 @@ NAME = "csm-weights"
 OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "model": ("csm-1b", "name in manifests/, or path of a manifest (default: csm-1b)"),
     "only": ("", "formats, groups or files: safetensors, ckpt, prompts, all, ...; comma-separated"),
-    "dest": ("", "folder of the installed files (default: the manifest's, below the repository)"),
-    "staging": ("", "folder of unfinished files (default: the manifest's, below the repository)"),
+    "dest": ("", "folder of the installed files, anywhere (default: the manifest's)"),
+    "staging": ("", "folder of unfinished files, anywhere (default: the manifest's)"),
     "source": (
         "auto",
         "where to get pieces: chunks, hf, mirror, or auto for any of them (default)",
@@ -53,7 +53,10 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
         "https:// or file:/// URL of a folder with files or chunk files; may be repeated",
     ),
     "revision": ("", "another commit, branch or tag of the repository; the digests stay the same"),
-    "consume": (False, "remove chunk files while their file grows, if there is no room for both"),
+    "consume": (
+        False,
+        "remove the chunk files while their file grows, for a disk without room for both",
+    ),
     "patience": ("", "seconds to keep trying a server that sends nothing (default: 60)"),
     "seal": (False, "make the installed files read-only, with fs-verity where it is supported"),
     "dry": (False, "show what would be done, and do nothing"),

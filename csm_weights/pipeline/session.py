@@ -168,6 +168,10 @@ def begin(
     environment = HubEnvironment.read()
     cache = environment.cache if manifest.repo else None
     paths = Paths.of(manifest, request.root, request.dest, cache)
+    destination = paths.destination.resolve()
+    if request.dest and destination == destination.parent:
+        own = f"a folder of its own is expected, such as --dest models/{manifest.name}"
+        raise UsageError(f"--dest {request.dest} is the root of the file system; {own}")
     staging = request.root / Path(request.staging or manifest.staging).expanduser()
     shelves = list(filter(None, map(folder_of, request.urls)))
     beside = paths.destination / RECEIPTS / "staging"

@@ -85,6 +85,13 @@ def test_make_users_are_told_make_commands(clone: Clone) -> None:
     assert "SOURCE=mirror needs URL=" in refused.stderr
 
 
+@pytest.mark.parametrize("target", ["identify", "convert", "split"])
+def test_a_file_is_no_option(clone: Clone, target: str) -> None:
+    """A value of FILE that looks like an option is the name of a file."""
+    result = clone.make_target(target, "FILE=--out=a file", "TO=original", "OUT=there")
+    assert (result.returncode, "missing: --out=a file" in result.stderr) == (2, True)
+
+
 def test_nothing_is_said_of_what_is_up_to_date(clone: Clone) -> None:
     """A second run says nothing of make's own files, and nothing twice."""
     result = clone.make_target("weights", "MODEL=csm-tiny", "SMOKE=0")

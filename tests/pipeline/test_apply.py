@@ -659,6 +659,13 @@ def test_too_little_disk_is_reported_before_anything_is_written(
     assert not (toy.root / "output").exists()
 
 
+@pytest.mark.parametrize("folder", ["/", "//", "/tmp/.."])
+def test_the_root_of_the_file_system_is_no_destination(toy: Toy, folder: str) -> None:
+    """`--dest /` is misuse: the files go to a folder of their own."""
+    with pytest.raises(UsageError, match="a folder of its own is expected"):
+        apply.status(toy.request(dest=folder))
+
+
 def test_check_names_each_file_once(toy: Toy) -> None:
     """A file that is to be assembled and then moved is one finding of `status --check`."""
     error = apply.status(toy.request("a.bin"), check=True).error
