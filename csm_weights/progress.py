@@ -129,11 +129,14 @@ class Progress:
                     return
                 now = time.monotonic()
                 seconds = now - self._started
+                is_due = now - self._shown_at >= (LINE_SECONDS if is_named else NAMED_AFTER)
+                # A stall is told as soon as it is one.
+                is_due |= self._plain and self._shown_at < self._moved_at + QUIET_SECONDS <= now
                 if self._bar is not None:
                     self._bar.refresh()
                 elif Progress._running[-1:] != [self]:
                     self._shown_at, is_named = now, False
-                elif now - self._shown_at >= (LINE_SECONDS if is_named else NAMED_AFTER):
+                elif is_due:
                     self._shown_at = now
                     going = self._words(seconds) if self._plain else f"{seconds:.0f} s so far"
                     self.log(going) if is_named else self._print(f"{self._label} ...")

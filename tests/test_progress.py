@@ -391,11 +391,12 @@ def test_long_work_is_named_and_then_told_to_go_on(total: int) -> None:
 
 @pytest.mark.usefixtures("hasty")
 def test_a_stall_is_told_off_a_terminal() -> None:
-    """Where no byte comes, a line says so every ten seconds."""
-    lines = waiting(TOTAL, 2.5, done=TOTAL // 2).splitlines()
-    assert lines[0] == "fetching: 3.1 GiB"
-    assert lines[1] == "fetching: 1.6 GiB of 3.1 GiB, nothing for 1 s"
-    assert len(lines) == 4
+    """Where no byte comes, a line says so after four seconds, and every ten."""
+    first, *lines, last = waiting(TOTAL, 2.0, done=TOTAL // 2).splitlines()
+    assert (first, last) == ("fetching: 3.1 GiB", "fetching: 1.6 GiB in 2.0 s")
+    assert len(lines) == 2
+    for line in lines:
+        assert re.fullmatch(r"fetching: 1.6 GiB of 3.1 GiB, nothing for \d s", line)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -430,4 +431,4 @@ def test_no_line_comes_after_the_end() -> None:
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before

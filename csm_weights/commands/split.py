@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial as bind
 from pathlib import Path
 
+from csm_weights.commands.render.blocks import count
 from csm_weights.concurrency import OnProgress, deferred_interrupts, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.files import opened, read_file
@@ -47,9 +48,9 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     if not folder.startswith(f"{CHUNKS}/"):
         raise UsageError(f"--chunks {folder!r}: choose a folder below {CHUNKS}/")
     piece_size, total = pin.parse_size(size), file.stat().st_size
-    count = len(pin.tiling(total, piece_size))
+    files = count(len(pin.tiling(total, piece_size)), "chunk file")
     if dry:
-        return f"would write {count} chunk files of at most {piece_size:,} bytes to {folder}/"
+        return f"would write {files} of at most {piece_size:,} bytes to {folder}/"
     locks, target, current = root / "output", Path(manifest), None
     if manifest and target.exists():
         current = load(target)
@@ -70,7 +71,7 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     if current is None:
         return "\n".join(["[[artifact]]", *render_artifact(artifact)])
     write_manifest(target, pin.with_artifact(current, artifact))
-    return f"{count} chunk files in {folder}/, entry in {manifest}"
+    return f"{files} in {folder}/, entry in {manifest}"
 
 
 def write_chunk_list(root: Path, artifact: Artifact) -> None:
