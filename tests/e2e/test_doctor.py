@@ -28,14 +28,14 @@ def inv(clone: Clone, *arguments: str, **variables: str) -> Result:
 
 
 def test_a_fresh_clone_is_told_the_ways_to_the_weights(clone: Clone) -> None:
-    """Without anything the table, the missing token and four ways; nothing is written."""
+    """Without anything the table, the missing token and five ways; nothing is written."""
     clone.inv("--list")
     before = clone.tree()
     result = inv(clone)
     assert (result.returncode, clone.inv("weights", "--no-smoke").returncode) == (3, 3)
     assert "NOT OK     plan " in result.stdout and "NOT OK     token " in result.stdout
     assert "hf auth login" in result.stdout
-    assert re.findall(r"^ *(\d)\. ", result.stderr, re.MULTILINE) == ["1", "2", "3", "4"]
+    assert re.findall(r"^ *(\d)\. ", result.stderr, re.MULTILINE) == ["1", "2", "3", "4", "5"]
     assert clone.tree() == before
 
 
