@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 SWITCHES := CONSUME SEAL SMOKE
-KNOWN := MODEL ONLY DEST STAGING SOURCE URL REVISION PATIENCE FILE TO OUT KEY NEW_KEY $(SWITCHES) \
+KNOWN := MODEL ONLY DEST STAGING SOURCE URL REVISION PATIENCE FILE TO OUT TEXT KEY NEW_KEY $(SWITCHES) \
 	FUZZ_SECONDS SEED MINUTES PYTHON VENV
 
 # Values are data: a call of make's functions in them is not made, here or in a recipe.
@@ -63,7 +63,7 @@ RUN_ENV   := $(VENV)/.smoke
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert split lock \
+.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak split lock \
 	standin clean test lint damage test-full test-integration test-gpu messages torture torture-room bench \
 	bench-download bench-load fuzz scanners mutation
 
@@ -110,6 +110,10 @@ identify: $(VENV)/.base ## Tell what the weights at FILE=... are, and which rele
 
 convert: $(VENV)/.base ## Convert FILE=... to TO=original or transformers, in the folder OUT=...
 	@$(INV) convert $(file) --to $(call quoted,$(TO)) --out $(call quoted,$(OUT))
+
+speak: $(VENV)/.speak ## Speak TEXT='...' to the WAV file OUT=... with MODEL (SEED=1)
+	@$(INV) speak $(call quoted,$(TEXT)) $(call quoted,$(OUT)) --model $(call quoted,$(MODEL)) \
+		$(call option,DEST,dest) $(AT) $(call option,SEED,seed)
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT)
@@ -191,6 +195,11 @@ $(VENV)/.attest: $(VENV)/.base
 $(VENV)/.smoke: $(VENV)/.base
 	@echo "installing torch, 0.2 to 3 GB; SMOKE=0 does without ..." >&2
 	@$(PIP) --editable '.[torch]' >&2
+	@touch $@
+
+$(VENV)/.speak: $(VENV)/.base
+	@echo "installing torch, transformers and tokenizers, 0.3 to 3 GB ..." >&2
+	@$(PIP) --editable '.[speak]' >&2
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.smoke

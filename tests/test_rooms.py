@@ -62,7 +62,7 @@ HEAVY |= {"securesystemslib", "cryptography"}
         "import csm_weights.commands.smoke",
         "import csm_weights.commands.attest, csm_weights.commands.seal",
         "import csm_weights, csm_weights.pipeline.locate",
-        "import csm_weights.commands.compare",
+        "import csm_weights.commands.compare, csm_weights.commands.speak",
         "import tasks",
     ],
 )

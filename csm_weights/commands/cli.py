@@ -93,7 +93,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
     def make(function: _Function) -> Task[Any]:
         name, takes = function.__name__.replace("_", "-"), inspect.signature(function).parameters
 
-        def body(context: Context, **given: Any) -> None:
+        def body(context: Context, /, **given: Any) -> None:
             as_json = given.pop("json", False)
 
             def call() -> object:
@@ -110,7 +110,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
                 raise Exit(code=code)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        defaults = {"context": REQUIRED} | {key: default for key, (default, _) in options.items()}
+        defaults = {"_context": REQUIRED} | {key: default for key, (default, _) in options.items()}
         parameters = [inspect.Parameter(key, kind, default=defaults[key]) for key in defaults]
         body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         body.__name__, body.__doc__ = function.__name__, function.__doc__
@@ -422,6 +422,25 @@ def convert(
     size = parse_size(shard_size) if shard_size else 0
     mimi = Path(codec) if codec else None
     return convert(root, Conversion(Path(path), to, Path(out), format, dtype, size, mimi, manifest))
+
+
+@task(
+    *("model", "dest", "staging"),
+    text=(REQUIRED, "text to speak"),
+    out=(REQUIRED, "WAV file to write: 24 kHz, mono, 16 bits"),
+    speaker=(0, "number of the speaker (default: 0)"),
+    context=(None, "WAV file of the speaker, whose voice is taken up; may be repeated"),
+    context_text=(None, "words that are said in it; as often as --context"),
+    max_seconds=(10.0, "seconds of audio at most (default: 10)"),
+    seed=(0, "number that decides what is drawn: same seed, same file (default: 0)"),
+    tokenizer=("", "tokenizer.json (default: beside the weights, or in the Hub's cache)"),
+    codec=("", "folder with Mimi, kyutai/mimi (default: in the Hub's cache)"),
+)
+def speak(request: Request, out: str, **options: Any) -> object:
+    """Speak a text to a WAV file, with what is on this machine; asks no server."""
+    from csm_weights.commands import speak
+
+    return speak.speak(request, out=Path(out), **options)
 
 
 @task(

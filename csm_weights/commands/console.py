@@ -19,7 +19,9 @@ TYPED = "CSM_WEIGHTS_TYPED"
 #: What a person writes after make for an option of a task.
 MAKE = {
     **{f"--{name}": name.upper() for name in ("model", "only", "dest", "staging", "source", "url")},
-    **{f"--{name}": name.upper() for name in ("revision", "patience", "file", "key")},
+    **{
+        f"--{name}": name.upper() for name in ("revision", "patience", "file", "key", "out", "seed")
+    },
     "--consume": "CONSUME=1",
     "--seal": "SEAL=1",
     "--no-smoke": "SMOKE=no",

@@ -53,8 +53,13 @@ class Mimi:
     ) -> Mimi:
         """Read config.json and model.safetensors of a folder; no tensor may be missing.
 
-        Raises MissingInput without transformers, WrongContent.
+        Raises MissingInput without the files or transformers, WrongContent.
         """
+        files = [Path(folder) / name for name in CODEC_FILES]
+        if absent := [file for file in files if not file.is_file()]:
+            mend = f"hf download {CODEC_REPO}"
+            findings = [Finding.missing(file, "a file of Mimi", mend) for file in absent]
+            raise MissingInput("the codec is not there", findings)
         try:
             from safetensors import SafetensorError
             from transformers import MimiModel
@@ -110,7 +115,7 @@ def find_codec(codebooks: int, device: torch.device) -> Mimi:
     advice = (
         f"In a checkout, and verified: inv lock --repo {CODEC_REPO} && inv weights --model mimi"
         " && inv seed-cache --model mimi\n"
-        "Without it, generate_frames gives the codes."
+        "inv speak takes one by --codec FOLDER; a program gets the codes by generate_frames."
     )
     raise MissingInput(
         "audio needs the codec Mimi, which is not on this machine", [finding], advice

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
-from csm_weights.files import read_bounded
+from csm_weights.files import read_file
 from csm_weights.model.offline_assets import not_installed, snapshots
 
 if TYPE_CHECKING:
@@ -52,13 +52,14 @@ class TextTokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> TextTokenizer:
-        """Read a tokenizer.json; raises MissingInput without the library, WrongContent."""
+        """Read a tokenizer.json; raises MissingInput without it or the library, WrongContent."""
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError:
             raise not_installed("tokenizers", "turns text into tokens") from None
+        data = read_file(path, MAX_TOKENIZER, "a tokenizer.json")
         try:
-            tokenizer = Fast.from_buffer(read_bounded(path, MAX_TOKENIZER))
+            tokenizer = Fast.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower
             words = ("a tokenizer of the tokenizers library", str(error)[:200])
             finding = Finding(Kind.MALFORMED, str(path), *words)
@@ -88,6 +89,6 @@ def find_tokenizer(folder: Path | None) -> TextTokenizer:
     finding = Finding.missing(where, "the tokenizer", command)
     advice = (
         "In a checkout, verified and beside the model: inv weights --only tokenizer\n"
-        "Without it, give the text as token ids."
+        "inv speak takes one by --tokenizer FILE; a program may give the text as token ids."
     )
     raise MissingInput("text needs a tokenizer, and none is on this machine", [finding], advice)

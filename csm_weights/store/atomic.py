@@ -143,11 +143,12 @@ def sync(path: Path) -> None:
             os.close(fd)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all, durably."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a small file whole or not at all, durably; a text is in UTF-8."""
+    data = content.encode() if isinstance(content, str) else content
     unfinished = path.with_name(path.name + ".partial")
     with created(unfinished) as fd:
-        write_all(fd, text.encode(), unfinished)
+        write_all(fd, data, unfinished)
         with writing(unfinished):
             os.fsync(fd)
     with writing(path):

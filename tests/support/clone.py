@@ -54,7 +54,7 @@ class Clone:
         venv = root / ".venv"
         venv.mkdir()
         (venv / "bin").symlink_to(BIN)
-        for stamp in (".base", ".smoke", ".test"):
+        for stamp in (".base", ".smoke", ".speak", ".test"):
             (venv / stamp).touch()
         clone = cls(root)
         clone.extra.mkdir()
