@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # typing would be taken from the current folder by python -m csm_weights
 if TYPE_CHECKING:
     from csm_weights.api import Generator, Model, Segment, load_csm_1b
 

@@ -132,7 +132,17 @@ def folder_of(url: str) -> Path | None:
 
     No other scheme names one.
     """
-    return Path(unquote(urlsplit(url).path)) if url.startswith("file:///") else None
+    return user_path(unquote(urlsplit(url).path)) if url.startswith("file:///") else None
+
+
+def user_path(text: str) -> Path:
+    """Return the path that a person names; raises UsageError where it cannot be one."""
+    try:
+        if "\0" not in text:
+            return Path(text).expanduser()
+    except RuntimeError:
+        pass  # no such user
+    raise UsageError(f"{text!r} is not a path on this machine")
 
 
 def _is_plain_url(url: str, schemes: Collection[str] = ("http", "https")) -> bool:

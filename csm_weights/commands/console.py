@@ -35,8 +35,9 @@ def run(call: Callable[[], object], as_json: bool = False, command: str = "") ->
     """
     _open_streams()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    at_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        if signal.getsignal(signal.SIGINT) is _exit:
+        if at_interrupt is _exit:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return _show(_result_of(call, command), as_json, command)
     except KeyboardInterrupt:
@@ -44,6 +45,8 @@ def run(call: Callable[[], object], as_json: bool = False, command: str = "") ->
         return errors.Interrupted.exit_code
     finally:
         signal.signal(signal.SIGTERM, before)
+        if at_interrupt is _exit:
+            signal.signal(signal.SIGINT, _exit)
 
 
 def exit_on_interrupt() -> None:

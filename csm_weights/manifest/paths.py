@@ -58,9 +58,13 @@ _MARKS = (
 #: Names that are run or read as settings: of interpreters, loaders, shells, make,
 #: test runners; and hidden files.
 _CODE = re.compile(
-    r"(^|/)(\.|((gnu)?makefile|dockerfile|jenkinsfile|rakefile|justfile|sconstruct)$)"
+    r"(^|/)(\.|((gnu)?make|docker|container|jenkins|rake|just|vagrant|gem|tilt|snake|brew|pip)file$"
+    r"|cmakelists\.txt$|scons(cript|truct)$|(package|composer|binding|tasks)\.(json|gyp)$"
+    r"|(docker-)?compose\.ya?ml$|taskfile\.ya?ml$|invoke\.(ya?ml|json)$|meson\.build$|pom\.xml$"
+    r"|build(\.(gradle|xml))?$|workspace$|wscript$|configure$|ld\.so\.preload$|entry_points\.txt$)"
     r"|\.(py[a-z]?|pth|so|so\.[\d.]+|dylib|dll|exe|com|bat|cmd|ps1|(ba|c|fi|k|z)?sh|mk|mak|pl|rb"
-    r"|lua|m?js|cjs|ts|jar|cfg|ini|toml|egg-link|desktop|service|command|vim|el|ipynb)$",
+    r"|lua|[mc]?[jt]sx?|jar|cfg|ini|toml|egg(-link)?|whl|desktop|service|command|vim|el|ipynb|node"
+    r"|vbs|hta|wsf|msi|scr|lnk|reg|php|gyp)$",
     re.IGNORECASE,
 )
 
@@ -104,10 +108,9 @@ def data_findings(root: Path, destination: Path, paths: Iterable[str]) -> list[F
 
     `root` is the checkout.
     """
-    given = Path(os.path.abspath(destination))  # noqa: PTH100 - links are not followed
-    if any(given.is_relative_to(Path(os.path.abspath(root)) / data) for data in DATA_FOLDERS):  # noqa: PTH100
-        return []  # models/ may be a link to another disk
-    folder = Path(os.path.realpath(given))
+    folder = Path(os.path.realpath(destination))
+    if any(folder.is_relative_to(os.path.realpath(root / data)) for data in DATA_FOLDERS):
+        return []  # models/ itself may be a link to another disk
     above = [folder, *folder.parents]
     home = next((one for one in above if one.exists() and one.samefile(root)), None)
     import_problem = functools.cache(_import_problem)
@@ -142,8 +145,9 @@ def _import_problem(folder: Path, top: Path, home: Path | None) -> str:
         real = os.path.realpath(entry)
         if folder.is_relative_to(real) and not (home and home.is_relative_to(real)):
             return f"a folder that Python imports from, {entry}"
-    if {part.casefold() for part in folder.parts} & {".git", ".github"}:
-        return "a folder of git or GitHub"
+    names = {part.casefold() for part in folder.parts}
+    if names & {".git", ".github", "site-packages", "dist-packages"}:
+        return "a folder of git, of GitHub, or of installed packages"
     for one in (folder, *folder.parents):
         if one == (home or top.parent):
             break

@@ -49,8 +49,10 @@ from csm_weights.formats.weights_file import find, open_weights
 from csm_weights.formats.write import NewFile, nbytes_as, safetensors_file, torch_file
 from csm_weights.hashing import blob_id
 from csm_weights.manifest import pin
-from csm_weights.manifest.paths import RECEIPTS
+from csm_weights.manifest.parse import load
+from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
+from csm_weights.pipeline.request import manifests
 from csm_weights.pipeline.session import now
 from csm_weights.progress import Progress
 from csm_weights.store.atomic import write_whole
@@ -60,6 +62,9 @@ from csm_weights.store.lock import NAME, lock
 from csm_weights.store.manifest_file import write_manifest
 from csm_weights.store.receipts import Receipt, read_receipt
 from csm_weights.store.stream_file import write_stream
+
+#: What the description of a converted model's manifest begins with.
+_DESCRIPTION = "CSM weights in"
 
 #: The file of each layout and format, as the layout's own loader looks for it.
 NAMES = {
@@ -117,6 +122,10 @@ def convert(root: Path, wanted: Conversion) -> str:
     tensor, for weights that are no whole CSM, and where another file has the
     name; MissingInput, NoSpace and UsageError.
     """
+    if problem := data_findings(root, wanted.out, ["model.safetensors"]):
+        raise WrongContent("weights cannot be written there", problem)
+    if wanted.manifest:
+        _refuse_to_replace(root, wanted)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(paths)) for paths in find(wanted.path)]
         folder = opened[0].source.paths[0].parent
@@ -260,6 +269,26 @@ def _is_text(path: Path, text: str) -> bool:
     return path.is_file() and read_bounded(path, len(text.encode()) + 1) == text.encode()
 
 
+def _refuse_to_replace(root: Path, wanted: Conversion) -> None:
+    """Raise UsageError unless the manifest's name is free, or that of an earlier conversion."""
+    path = root / "manifests" / f"{wanted.manifest}.toml"
+    if not os.path.lexists(path) and wanted.manifest not in {m.stem for m in manifests(root)}:
+        return
+    known = load(path) if path.is_file() else None
+    is_converted = known is not None and known.description.startswith(_DESCRIPTION)
+    if known and is_converted and (known.repo, known.destination) == (None, _folder(root, wanted)):
+        return
+    raise UsageError(f"--manifest {wanted.manifest}: there is one already; choose another name")
+
+
+def _folder(root: Path, wanted: Conversion) -> str:
+    """Return the destination in the manifest: the folder of the new files, or models/NAME."""
+    out, home = wanted.out.resolve(), root.resolve()
+    if out.is_relative_to(home):
+        return out.relative_to(home).as_posix()
+    return f"models/{wanted.manifest}"
+
+
 def _write_manifest(
     root: Path, wanted: Conversion, receipts: Sequence[Receipt], texts: Mapping[str, str]
 ) -> str:
@@ -283,11 +312,9 @@ def _write_manifest(
         artifacts.append(
             Artifact(name, "config", kind, len(content), digest, text=text, evidence=marks)
         )
-    name, out = wanted.manifest, wanted.out.resolve()
-    is_inside = out.is_relative_to(root.resolve())
-    folder = out.relative_to(root.resolve()).as_posix() if is_inside else f"models/{name}"
+    name, folder = wanted.manifest, _folder(root, wanted)
     path = root / "manifests" / f"{name}.toml"
-    words = f"CSM weights in {wanted.to} layout, converted from {wanted.path.name}."
+    words = f"{_DESCRIPTION} {wanted.to} layout, converted from {wanted.path.name}."
     write_manifest(path, Manifest(name, f"output/{name}", folder, tuple(artifacts), words))
-    dest = "" if is_inside else f" --dest {wanted.out}"
+    dest = "" if wanted.out.resolve() == (root / folder).resolve() else f" --dest {wanted.out}"
     return f"manifest: {path}; next: inv verify --model {name}{dest}"

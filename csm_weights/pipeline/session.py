@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csm_weights.config import HubEnvironment, folder_of
+from csm_weights.config import HubEnvironment, folder_of, user_path
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
@@ -172,7 +172,7 @@ def begin(
     if request.dest and destination == destination.parent:
         own = f"a folder of its own is expected, such as --dest models/{manifest.name}"
         raise UsageError(f"--dest {request.dest} is the root of the file system; {own}")
-    staging = request.root / Path(request.staging or manifest.staging).expanduser()
+    staging = request.root / user_path(request.staging or manifest.staging)
     shelves = list(filter(None, map(folder_of, request.urls)))
     beside = paths.destination / RECEIPTS / "staging"
     if not request.staging and atomic.why_read_only(staging) and not atomic.why_read_only(beside):

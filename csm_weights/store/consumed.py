@@ -1,7 +1,7 @@
 """Chunk files whose bytes have moved to an unfinished file, or may move there."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import opened
@@ -80,11 +80,13 @@ def _begins_with_hole(path: Path, size: int) -> bool:
         return False
 
 
-def why_unfit(chunk: Path, where: str) -> Finding | None:
-    """Return why a chunk file that is here cannot be consumed, by what its stat says."""
+def why_unfit(chunk: Path, where: str, artifact: Artifact) -> Finding | None:
+    """Return why a chunk file that is here cannot be consumed, by its name and its stat."""
     if not os.path.lexists(chunk):
         return None
-    if chunk.is_symlink():
+    if not chunk.name.startswith(f"{PurePosixPath(artifact.path).name}.part-"):
+        found = f"a name that no chunk file of {artifact.path} has"
+    elif chunk.is_symlink():
         found = "a symbolic link"
     elif (links := chunk.lstat().st_nlink) > 1:
         found = f"{links} hard links to it"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from csm_weights.config import user_path
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint, read_bounded, size_finding, stat_of
 from csm_weights.manifest.paths import CHUNKS, RECEIPTS
@@ -138,7 +139,7 @@ class Paths:
         cache: Path | None = None,
     ) -> Paths:
         """Return the manifest's folders below `root`; `destination` overrides the last."""
-        last = root / Path(destination or manifest.destination).expanduser()
+        last = root / user_path(destination or manifest.destination)
         options = (f"--model {manifest.name}",)
         return cls(root, root / manifest.staging, last, cache, options=options)
 
@@ -248,7 +249,7 @@ class _Disk:
         moved = {record.offset: record.consumed for record in journal.consumed}
         chunks = tuple(self.chunk(p, moved.get(p.offset, 0)) for p in artifact.pieces)
         pairs = zip(artifact.pieces, chunks, strict=True)
-        unfit = [why_unfit(chunk.path, piece.part) for piece, chunk in pairs if chunk.is_usable]
+        unfit = [why_unfit(c.path, piece.part, artifact) for piece, c in pairs if c.is_usable]
         return ArtifactState(
             artifact=artifact,
             installed=installed,
@@ -282,6 +283,15 @@ class _Disk:
             is_here = finding and finding.kind is not Kind.MISSING
             state = FileState.INVALID if is_here else FileState.ABSENT
             return FileStatus(path, state, None, finding, receipt)
+        is_trusted = receipt is not None and receipt.fingerprint == Fingerprint.of(status)
+        is_own = receipt is not None and receipt.model == self.manifest.name
+        is_fit = receipt is not None and receipt.fits(artifact)
+        if receipt and is_trusted and not (is_own or is_fit):
+            # It may be the only copy: its chunk files may have been consumed.
+            expected, found = "no file of another model", f"a verified file of {receipt.model}"
+            mend = "move it away, or choose other folders with --dest and --staging"
+            finding = Finding(Kind.IN_THE_WAY, str(path), expected, found, mend)
+            return FileStatus(path, FileState.INVALID, status.st_size, finding, receipt)
         size, sizes = status.st_size, [edition.size for edition in artifact.editions]
         if finding := self.known_bad.get(path) or size_finding(path, sizes, size):
             if finding.kind is Kind.WRONG_SIZE and artifact.is_weights:
@@ -296,13 +306,7 @@ class _Disk:
                 # A file that was cut short may be right up to there.
                 good = frozenset(piece.offset for piece in artifact.pieces if piece.end <= size)
             return FileStatus(path, FileState.INVALID, size, finding, receipt, good=good)
-        is_verified = (
-            receipt is not None
-            and receipt.fingerprint == Fingerprint.of(status)
-            and receipt.model == self.manifest.name
-            and receipt.fits(artifact)
-        )
-        state = FileState.VERIFIED if is_verified else FileState.UNVERIFIED
+        state = FileState.VERIFIED if is_trusted and is_own and is_fit else FileState.UNVERIFIED
         is_shared = status.st_nlink > 1 and bool(status.st_mode & 0o222)
         return FileStatus(path, state, size, None, receipt, path.is_symlink(), is_shared)
 

@@ -220,6 +220,9 @@ def test_an_interrupt_before_a_task_is_130() -> None:
         with pytest.raises(SystemExit) as caught:
             signal.raise_signal(signal.SIGINT)
         assert caught.value.code == 130
+        assert console.run(lambda: None) == 0
+        with pytest.raises(SystemExit):  # as well as after a task
+            signal.raise_signal(signal.SIGINT)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         console.exit_on_interrupt()
         signal.raise_signal(signal.SIGINT)

@@ -36,15 +36,26 @@ CODE = (
     *(".pylintrc", ".coveragerc", ".editorconfig", ".vimrc", ".exrc", ".nvimrc", ".bashrc"),
     *(".vscode/settings.json", ".vscode/tasks.json", ".idea/workspace.xml", ".dir-locals.el"),
     *(".github/workflows/x.yml", ".pre-commit-config.yaml", ".pth/x.json", ".config/pip/pip.conf"),
+    *("invoke.yaml", "invoke.yml", "invoke.json", "package.json", "Pipfile", "docker-compose.yml"),
+    *(
+        "CMakeLists.txt",
+        "build.gradle",
+        "pom.xml",
+        "meson.build",
+        "BUILD",
+        "Vagrantfile",
+        "Gemfile",
+    ),
+    *("evil-1.0.dist-info/entry_points.txt", "evil.egg-info/entry_points.txt", "Taskfile.yml"),
+    *("evil.whl", "evil.egg", "evil.vbs", "evil.hta", "evil.msi", "evil.lnk", "evil.node", "x.jsx"),
     *("x.desktop", "x.service", "x.command", "init.vim", "TASKS.PY", "SetUp.Cfg"),
 )
 
 #: Data by its name, that a program takes up where it lies in the folder of a project.
 SETTINGS = (
-    *("evil-1.0.dist-info/METADATA", "evil-1.0.dist-info/entry_points.txt", "evil-1.0.dist-info/x"),
-    *("evil.egg-info/PKG-INFO", "evil.egg-info/entry_points.txt", "requirements.txt"),
-    *("constraints.txt", "invoke.yaml", "invoke.yml", "invoke.json", "package.json"),
-    *("Pipfile", "environment.yml", "pyrightconfig.json", "CHANGELOG.md", "README.md"),
+    *("evil-1.0.dist-info/METADATA", "evil-1.0.dist-info/x", "evil.egg-info/PKG-INFO"),
+    *("requirements.txt", "constraints.txt", "environment.yml", "pyrightconfig.json"),
+    *("CHANGELOG.md", "README.md"),
     *("chunks/evil/SHA256SUMS", "manifests/csm-1b.golden.json", "docs/x.md", "tests/x.json"),
     *("Config.json", "MODEL.safetensors", "prompts/other.wav", "voice.json/x", "a.bin"),
 )
@@ -223,6 +234,67 @@ def test_a_linked_models_folder_is_the_users_choice(root: Path, tmp_path: Path) 
     with_manifest(root, "models/evil", "a.bin")
     weights(root)
     assert os.listdir(tmp_path / "disk") == ["evil"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("led_to", ["csm_weights", ".", "../elsewhere/site-packages"])
+def test_a_link_below_models_leads_no_file_out(led_to: str, root: Path) -> None:
+    """Only models/ itself may be a link: what lies below it is where it really is."""
+    (root / led_to).mkdir(parents=True, exist_ok=True)
+    (root / "models").mkdir()
+    (root / "models" / "link").symlink_to(Path("..") / led_to)
+    with_manifest(root, "models/link", "files.py", "data.bin")
+    before = files(root)
+    with pytest.raises(WrongContent, match="cannot be installed"):
+        weights(root, "files.py", "data.bin")
+    assert files(root) == before
+
+
+def test_a_path_that_climbs_out_of_a_link_is_where_the_kernel_goes(
+    root: Path, tmp_path: Path
+) -> None:
+    """LINK/../csm_weights is a folder of the checkout, though its text is not."""
+    (root / "models").mkdir()
+    (tmp_path / "link").symlink_to(root / "models")
+    with_manifest(root, "models/evil", "data.bin")
+    with pytest.raises(WrongContent, match="cannot be installed"):
+        weights(root, dest=str(tmp_path / "link" / ".." / "csm_weights"))
+    assert not (root / "csm_weights" / "data.bin").exists()
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages/sub"])
+def test_packages_of_any_python_are_refused(folder: str, root: Path, tmp_path: Path) -> None:
+    """Also of one that is not this one: another environment, or a home."""
+    target = tmp_path / "lib" / "python3.11" / folder
+    target.mkdir(parents=True)
+    with_manifest(root, "models/evil", "evil.pth")
+    with pytest.raises(WrongContent, match="cannot be installed"):
+        weights(root, "evil.pth", dest=str(target))
+
+
+@pytest.mark.parametrize("dest", ["~no-such-user/x", "a\0b"])
+def test_a_path_that_cannot_be_is_misuse(dest: str, root: Path) -> None:
+    """A home that nobody has, or a NUL, is told as what it is."""
+    with_manifest(root, "models/evil", "data.bin")
+    with pytest.raises(UsageError, match="not a path"):
+        weights(root, dest=dest)
+
+
+def test_a_verified_file_of_another_model_is_not_replaced(root: Path) -> None:
+    """It may be the only copy, once its chunk files were consumed."""
+    with_manifest(root, "models/evil", "data.bin")
+    weights(root)
+    path = root / "manifests" / "evil.toml"
+    other = path.read_text().replace('name = "evil"', 'name = "other"')
+    digest = hashlib.sha256(b"import os\n").hexdigest()
+    others = hashlib.sha256(b"import re\n").hexdigest()
+    other = other.replace(digest, others).replace("import os", "import re")
+    path.with_name("other.toml").write_text(other)
+    outcome = apply.status(Request(root, "other"), check=True)
+    assert outcome.error is not None
+    assert "a verified file of evil" in str(outcome.plan.findings)
+    with pytest.raises(WrongContent, match="evil"):
+        apply.weights(Request(root, "other"), smoke=False)
+    assert (root / "models/evil/data.bin").read_bytes() == b"import os\n"
 
 
 @pytest.mark.parametrize("part", ["recombine.sh", "models/x/a.bin", "output/a", "chunks"])

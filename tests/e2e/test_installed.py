@@ -121,7 +121,7 @@ def test_the_shipped_manifest_decides(program: Program) -> None:
 def test_the_current_folder_is_not_imported_from(program: Program, tmp_path: Path) -> None:
     """A data folder may hold a file that is named like a module."""
     program("--version")
-    for module in ("invoke", "filelock", "tqdm", "requests", "typing_extensions"):
+    for module in ("invoke", "filelock", "tqdm", "requests", "typing"):
         (tmp_path / "here" / f"{module}.py").write_text("raise SystemExit(99)")
     for arguments, name in (((), "csm-weights"), (("-m", "csm_weights"), "python")):
         done = program(*arguments, "status", "--model=csm-tiny", name=name)

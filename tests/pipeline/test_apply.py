@@ -770,11 +770,12 @@ def test_a_forged_receipt_vouches_for_nothing(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("folder", ["output/toy", "models/toy", "output"])
-def test_folders_behind_links_are_fine(toy: Toy, tmp_path: Path, folder: str) -> None:
+def test_folders_behind_links_are_fine(
+    toy: Toy, tmp_path_factory: pytest.TempPathFactory, folder: str
+) -> None:
     """A staging or destination folder may be a link to a larger disk."""
-    (tmp_path / "disk").mkdir()
     (toy.root / folder).parent.mkdir(parents=True, exist_ok=True)
-    (toy.root / folder).symlink_to(tmp_path / "disk")
+    (toy.root / folder).symlink_to(tmp_path_factory.mktemp("disk"))
     weights(toy)
     assert everything_is_installed(toy)
 

@@ -333,6 +333,31 @@ def test_another_file_of_the_name_stays(tmp_path: Path) -> None:
         assert len([path for path in out.iterdir() if path.is_file()]) == 1
 
 
+@pytest.mark.parametrize("name", ["csm-1b", "theirs", "mine"])
+def test_the_manifest_of_another_model_stays(name: str, tmp_path: Path) -> None:
+    """Neither one that comes with the package, nor one with another folder, is replaced."""
+    root = tmp_path / "root"
+    (root / "manifests").mkdir(parents=True)
+    converted(PARTS, "original", root / "models" / "mine", root, manifest="mine")
+    text = (root / "manifests" / "mine.toml").read_text()
+    (root / "manifests" / "theirs.toml").write_text(text.replace("CSM weights in", "Theirs:"))
+    before = {path: path.read_bytes() for path in (root / "manifests").iterdir()}
+    with pytest.raises(UsageError, match="there is one already"):
+        converted(PARTS, "transformers", root / "models" / "other", root, manifest=name)
+    assert {path: path.read_bytes() for path in (root / "manifests").iterdir()} == before
+
+
+@pytest.mark.parametrize("folder", ["csm_weights", ".git", "lib/site-packages"])
+def test_nothing_is_written_where_programs_import_from(folder: str, tmp_path: Path) -> None:
+    """The rule for the destination of a model holds for --out as well."""
+    out = tmp_path / folder
+    out.mkdir(parents=True)
+    (out / "__init__.py").touch()
+    with pytest.raises(WrongContent, match="cannot be written there"):
+        converted(PARTS, "original", out)
+    assert [path.name for path in out.iterdir()] == ["__init__.py"]
+
+
 def test_a_second_run_writes_and_reads_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -603,6 +603,18 @@ def test_a_chunk_file_that_is_not_a_file_of_its_own_is_refused(
     assert all(part.exists() for part in chunk_files_of(toy))
 
 
+def test_only_what_is_named_like_a_chunk_file_of_its_file_is_consumed(toy: Toy) -> None:
+    """A manifest may call any file below chunks/ a chunk file: another's, or a list of sums."""
+    part = toy.chunk_file(NAME, 1)
+    part.rename(part.with_name("other.bin.part-ab"))
+    path = toy.root / "manifests" / "toy.toml"
+    path.write_text(path.read_text().replace(part.name, "other.bin.part-ab"))
+    with pytest.raises(NoSpace) as caught:
+        fetch(toy)
+    assert "a name that no chunk file of" in caught.value.findings[0].found
+    assert part.with_name("other.bin.part-ab").exists()
+
+
 def test_a_folder_that_may_not_be_written_is_refused(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
