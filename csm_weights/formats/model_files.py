@@ -63,7 +63,10 @@ def transformers_config(
     word = next((word for word, name in FLOATS.items() if name == dtype), "float32")
     if known:
         kept = {key: value for key, value in known.items() if key != "torch_dtype"}
-        return json.dumps(kept | {"dtype": word}, indent=2, sort_keys=True) + "\n"
+        kept |= {"dtype": word} | (
+            {"codec_config": {"model_type": "mimi", **codec}} if codec else {}
+        )
+        return json.dumps(kept, indent=2, sort_keys=True) + "\n"
     stacks = {"backbone": network.backbone, "decoder": network.decoder}
     figures = {}
     for name, stack in stacks.items():

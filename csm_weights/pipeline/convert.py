@@ -118,7 +118,7 @@ def convert(root: Path, wanted: Conversion) -> str:
 
     Every file is written under an unfinished name and hashed on the way, and
     gets its name and a receipt when it is whole. A second run continues a first
-    one, and reads nothing where all is done. Raises WrongContent, naming the
+    one, and writes nothing where all is done. Raises WrongContent, naming the
     tensor, for weights that are no whole CSM, and where another file has the
     name; MissingInput, NoSpace and UsageError.
     """

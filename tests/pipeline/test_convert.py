@@ -230,6 +230,20 @@ def test_mimis_tensors_stay_where_the_layout_stays(tmp_path: Path) -> None:
     assert after == before | {"dtype": "bfloat16"}
 
 
+def test_mimis_tensors_and_config_can_be_added_later(mimi: Path, tmp_path: Path) -> None:
+    """A fine-tune that was saved without the codec gets it, and a word in its config.json."""
+    from transformers import CsmForConditionalGeneration
+
+    bare = converted(PARTS, "transformers", tmp_path / "bare")
+    config = json.loads((bare / "config.json").read_text()) | {"torch_dtype": "float32", "mine": 1}
+    (bare / "config.json").write_text(json.dumps(config))
+    out = converted(bare, "transformers", tmp_path / "whole", codec=mimi)
+    _, info = CsmForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert [len(v) for v in info.values() if v] == []
+    after = json.loads((out / "config.json").read_text())
+    assert (after["mine"], after["dtype"], "torch_dtype" in after) == (1, "float32", False)
+
+
 def test_the_published_small_files_are_written() -> None:
     """For CSM-1B they have the digests of the public ones, or the figures."""
     manifest = load(REPOSITORY / "manifests" / "csm-1b.toml")
