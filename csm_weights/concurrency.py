@@ -14,7 +14,8 @@ POLL_SECONDS = 0.2
 
 T = TypeVar("T")
 
-#: Called with the number of bytes that were worked on, from any thread.
+#: Called with the number of bytes that were worked on, from any thread; a negative one takes
+#: bytes back that must be worked on again.
 OnProgress = Callable[[int], None]
 
 

@@ -114,8 +114,6 @@ class Kind(enum.StrEnum):
     CHANGED = "changed while read", Category.CONTENT
     IN_THE_WAY = "path not usable", Category.CONTENT
     STRANDED = "cannot be continued", Category.CONTENT
-    WRONG_ANSWER = "unexpected answer", Category.CONTENT
-    REDIRECT = "redirect refused", Category.CONTENT
 
     NOT_WRITABLE = "not writable", Category.DISK
     NO_SPACE = "no space", Category.DISK
@@ -135,6 +133,8 @@ class Kind(enum.StrEnum):
     PROXY = "proxy error", Category.NETWORK
     CERTIFICATE = "certificate refused", Category.NETWORK
     TOO_SLOW = "too slow", Category.NETWORK
+    WRONG_ANSWER = "unexpected answer", Category.NETWORK
+    REDIRECT = "redirect refused", Category.NETWORK
 
     NOT_INSTALLED = "not installed", Category.SMOKE
 

@@ -167,7 +167,7 @@ class _FirstByte:
 
     def _ignore(self, *_: object, **__: object) -> None: ...
 
-    reset = copy_from = write = verify = _ignore
+    reset = copy_from = advance = write = verify = _ignore
 
 
 @dataclass

@@ -75,10 +75,11 @@ def assemble(
     The remote pieces of one file come one after the other, each by many
     streams: so they arrive in the order in which they are hashed.
 
-    `on_progress` gets bytes as they are verified; `cancel` is set when the work
-    is given up. Every piece is tried before the findings are raised, so one run
-    reports all that is wrong; what was verified stays in the partials. Raises
-    MissingInput, WrongContent, AccessRefused, NetworkFailed or NoSpace.
+    `on_progress` gets bytes as they come, and a negative number for those that
+    must come again; `cancel` is set when the work is given up. Every piece is
+    tried before the findings are raised, so one run reports all that is wrong;
+    what was verified stays in the partials. Raises MissingInput, WrongContent,
+    AccessRefused, NetworkFailed or NoSpace.
     """
     cancel, buffers = cancel or threading.Event(), BufferPool()
     findings: dict[Finding, None] = {}
@@ -234,10 +235,13 @@ class PartialWriter:
         self._digest = sha256()
         self._git: Hasher | None = None
         self._arriving: ReorderBuffer | None = None
+        self._counted = 0
+        self._lock = threading.Lock()
 
     def reset(self) -> None:
         """See `PieceWriter`."""
         self.close()
+        self.advance(-self._counted)
         self.arrived = ()
         self._digest = sha256()
         self.whole = self._before.copy() if self._before else None
@@ -246,6 +250,13 @@ class PartialWriter:
             self.whole = self._digest
         if self._partial.job.artifact.is_pinned_by_git:
             self._git = git_sha1(self.piece.size)
+
+    def advance(self, count: int) -> None:
+        """See `PieceWriter`."""
+        with self._lock:
+            self._counted += count
+        if count:
+            self._partial.on_progress(count)
 
     def close(self) -> None:
         """End the hashing in the background."""
@@ -276,14 +287,14 @@ class PartialWriter:
         # A piece whose turn it is not is read again for the whole digest, so it stays in
         # the page cache; nobody needs the others there.
         partial, direct = self._partial, self.whole is not None
-        rest = (self._sinks(), direct, partial.on_progress, partial.cancel)
+        rest = (self._sinks(), direct, self.advance, partial.cancel)
         copy_hashed(extent, partial.target, self.piece.offset + at, *rest)
         return self._digest.hexdigest()
 
     def rehash(self, size: int) -> str:
         """Hash the piece's first `size` bytes where they lie in the partial."""
         partial, fd = self._partial, self._partial.target.fd
-        feed(fd, self.piece.offset, size, self._sinks(), partial.on_progress, partial.cancel)
+        feed(fd, self.piece.offset, size, self._sinks(), self.advance, partial.cancel)
         return self._digest.hexdigest()
 
     def _sinks(self) -> list[Hasher]:
@@ -321,6 +332,7 @@ class PartialWriter:
             arrived = self.arrived
             self.reset()
             self.arrived = arrived
+            self.advance(sum(end - start for start, end in arrived))
             self._arriving = ReorderBuffer(
                 partial.target,
                 piece.offset,
@@ -329,7 +341,6 @@ class PartialWriter:
                 partial.buffers,
                 arrived,
                 lambda offset, size: partial.journal(Arrival(offset, size, piece.sha256)),
-                partial.on_progress,
                 partial.cancel,
             )
         return self._arriving

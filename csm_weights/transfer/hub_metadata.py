@@ -63,8 +63,8 @@ def list_repo(
 
     None is the main branch. `log` gets a line for each outage, which may last
     `patience` seconds. Raises the error of what the Hub answers: MissingInput,
-    AccessRefused, NetworkFailed; WrongContent for an answer that makes no sense
-    or a path that leaves its folder; UsageError where no file is left.
+    AccessRefused, NetworkFailed; WrongContent for figures that contradict each
+    other or a path that leaves its folder; UsageError where no file is left.
     """
     page, api = f"{credentials.endpoint}/{repo}", f"{credentials.endpoint}/api/models/{repo}"
     limits = Timeouts.with_patience(patience)
@@ -99,7 +99,8 @@ def _commit(hub: Hub, url: str) -> tuple[str, bool]:
     if not isinstance(commit, str) or not SHA1.fullmatch(commit):
         raise _nonsense(hub, "a commit, 40 hex digits", repr(commit))
     if SHA1.fullmatch(hub.revision) and commit != hub.revision:
-        raise _nonsense(hub, f"commit {hub.revision}", f"commit {commit}")
+        words = (f"commit {hub.revision}", f"commit {commit}")
+        raise SourceError([Finding(Kind.CHANGED, hub.page, *words)])
     return commit, bool(found.get("gated"))
 
 

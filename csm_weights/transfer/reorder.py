@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import InitVar, dataclass
 
 from csm_weights.byte_ranges import Ranges
-from csm_weights.concurrency import Cancelled, OnProgress
+from csm_weights.concurrency import Cancelled
 from csm_weights.hashing import Hasher, feed, sha256
 from csm_weights.store.block_io import OutputFile
 
@@ -118,8 +118,7 @@ class ReorderBuffer:
 
     `sinks` are fed with its bytes in order. `arrived` are ranges that an
     earlier run has written; they are read back. `record(offset, size)` is
-    called for each block once it is written; `on_progress` gets bytes as they
-    arrive, those of an earlier run at once.
+    called for each block once it is written.
     """
 
     target: OutputFile
@@ -129,7 +128,6 @@ class ReorderBuffer:
     buffers: BufferPool
     arrived: InitVar[Sequence[tuple[int, int]]]
     record: Callable[[int, int], None]
-    on_progress: OnProgress
     cancel: threading.Event
 
     def __post_init__(self, arrived: Sequence[tuple[int, int]]) -> None:
@@ -138,8 +136,6 @@ class ReorderBuffer:
         self._changed = threading.Condition()
         self._starved_since = math.inf
         self._is_over = self._is_closed = False
-        if arrived:
-            self.on_progress(sum(end - start for start, end in arrived))
         # One thread follows the order of the file; the sinks hash a block at the same time.
         self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(len(self.sinks))
         self._hashed = self._threads[0].submit(self._hash_all)
@@ -177,7 +173,6 @@ class ReorderBuffer:
         with buffer[:size] as data:
             self.target.write(data, offset, direct=True)
         self.record(offset, size)
-        self.on_progress(size)
         # The block whose turn it is always waits.
         while not (is_held := self.buffers.reserve(always=offset == self._next)):
             with self._changed:

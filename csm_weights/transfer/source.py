@@ -33,9 +33,9 @@ class PieceWriter(Protocol):
     """The unfinished file, as the source of one piece sees it.
 
     Bytes come from a local file (`copy_from`), or in buffers, in any order and
-    from several threads (`wanted`, `acquire_buffer`, `write`). What was written
-    stays when a source fails: the next one is asked for the rest. `notes` are what
-    was wrong with sources for which another one stepped in.
+    from several threads (`wanted`, `acquire_buffer`, `advance`, `write`). What was
+    written stays when a source fails: the next one is asked for the rest. `notes`
+    are what was wrong with sources for which another one stepped in.
     """
 
     notes: list[Finding]
@@ -59,6 +59,9 @@ class PieceWriter(Protocol):
 
     def acquire_buffer(self) -> memoryview:
         """Return an empty buffer; it goes back by `write`."""
+
+    def advance(self, count: int) -> None:
+        """Count bytes that have come into a buffer, before they are written."""
 
     def write(self, buffer: memoryview, offset: int, size: int) -> None:
         """Write the first `size` bytes of a buffer to byte `offset` of the artifact."""

@@ -174,8 +174,8 @@ FAULTS: dict[str, tuple[Callable[[World], object], Kind, int, str]] = {
         6,
         "open any web page",
     ),
-    "a redirect to another host": (elsewhere, Kind.REDIRECT, 4, "set HF_ENDPOINT"),
-    "redirects in a circle": (circle, Kind.REDIRECT, 4, "captive portal"),
+    "a redirect to another host": (elsewhere, Kind.REDIRECT, 6, "set HF_ENDPOINT"),
+    "redirects in a circle": (circle, Kind.REDIRECT, 6, "captive portal"),
     "no token for what is private": (
         lambda w: w.answer(401),
         Kind.NO_TOKEN,

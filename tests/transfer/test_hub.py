@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -215,6 +216,33 @@ def test_an_outage_within_the_patience_is_outlasted_and_told_once(shop: Shop, ho
     assert len(shop.said) == 1
 
 
+def test_bytes_that_come_again_are_not_counted_twice(shop: Shop) -> None:
+    """Progress goes back by what was wrong, ends at the file's size and never exceeds it."""
+    counts: list[int] = []
+    shop.on_progress = counts.append
+    shop.hub.fault("flip", offset=SPAN + 5, times=1)
+    assert shop.is_right(shop.fetch())
+    assert min(counts) < 0
+    assert max(accumulate(counts)) == sum(counts) == SIZE
+
+
+def test_bytes_of_a_slow_line_are_counted_as_they_come(shop: Shop) -> None:
+    """Progress moves within two seconds where a block takes longer than that."""
+
+    class Seen(Exception):
+        pass
+
+    def end(_: int) -> None:
+        raise Seen
+
+    shop.on_progress = end
+    shop.hub.fault("trickle", host="storage", rate=50_000)
+    started = monotonic()
+    with pytest.raises(Seen):
+        shop.fetch()
+    assert monotonic() - started < 2
+
+
 def test_bytes_that_were_found_wrong_are_not_looked_at_again(shop: Shop) -> None:
     """The next run fetches the piece at once; it does not hash what the journal calls refuted."""
     fault = shop.hub.fault("flip", offset=SPAN + 5)
@@ -334,32 +362,37 @@ FAILING: dict[str, tuple[dict[str, Any], Kind, type[CsmWeightsError]]] = {
         Kind.WRONG_DIGEST,
         WrongContent,
     ),
-    "a web page": ({"name": "html", "host": "storage"}, Kind.WRONG_ANSWER, WrongContent),
+    "a web page": ({"name": "html", "host": "storage"}, Kind.WRONG_ANSWER, NetworkFailed),
+    "a range that is refused": (
+        {"name": "status", "host": "storage", "code": 416},
+        Kind.WRONG_ANSWER,
+        NetworkFailed,
+    ),
     "a git-lfs pointer": (
         {"name": "lfs-pointer", "host": "storage"},
-        Kind.WRONG_ANSWER,
+        Kind.WRONG_SIZE,
         WrongContent,
     ),
-    "gzip on the fly": ({"name": "gzip", "host": "storage"}, Kind.WRONG_ANSWER, WrongContent),
-    "too long": ({"name": "long", "host": "storage", "by": 1}, Kind.WRONG_ANSWER, WrongContent),
+    "gzip on the fly": ({"name": "gzip", "host": "storage"}, Kind.WRONG_ANSWER, NetworkFailed),
+    "too long": ({"name": "long", "host": "storage", "by": 1}, Kind.WRONG_ANSWER, NetworkFailed),
     "another range": (
         {"name": "wrong-range", "host": "storage", "shift": 1},
         Kind.WRONG_ANSWER,
-        WrongContent,
+        NetworkFailed,
     ),
     "no Content-Range": (
         {"name": "no-content-range", "host": "storage"},
         Kind.WRONG_ANSWER,
-        WrongContent,
+        NetworkFailed,
     ),
     "a Content-Range with another end": (
         {"name": "content-range", "host": "storage", "last": 1},
         Kind.WRONG_ANSWER,
-        WrongContent,
+        NetworkFailed,
     ),
     "a range of a larger file": (
         {"name": "content-range", "host": "storage", "total": 1},
-        Kind.WRONG_ANSWER,
+        Kind.WRONG_SIZE,
         WrongContent,
     ),
     "a proxy that wants a password": (
@@ -375,7 +408,7 @@ FAILING: dict[str, tuple[dict[str, Any], Kind, type[CsmWeightsError]]] = {
     "a hostile etag": (
         {"name": "etag", "host": "hub", "value": '"../../../evil"'},
         Kind.WRONG_ANSWER,
-        WrongContent,
+        NetworkFailed,
     ),
     "another object midway": (
         {"name": "etag", "host": "storage", "value": '"other"', "after": 1},
@@ -395,17 +428,17 @@ FAILING: dict[str, tuple[dict[str, Any], Kind, type[CsmWeightsError]]] = {
     "a redirect to another scheme": (
         {"name": "redirect", "host": "storage", "location": "https://127.0.0.1:9/x", "code": 302},
         Kind.REDIRECT,
-        WrongContent,
+        NetworkFailed,
     ),
     "a redirect to a file": (
         {"name": "redirect", "host": "storage", "location": "file:///etc/passwd", "code": 302},
         Kind.REDIRECT,
-        WrongContent,
+        NetworkFailed,
     ),
     "redirects in a circle": (
         {"name": "redirect", "host": "storage", "location": "/again", "code": 302},
         Kind.REDIRECT,
-        WrongContent,
+        NetworkFailed,
     ),
 }
 

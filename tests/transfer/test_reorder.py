@@ -7,7 +7,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,9 +45,7 @@ class SixBlocks:
         self.stop = threading.Event()
         self.reorder = self.begin()
 
-    def begin(
-        self, arrived: Sequence[tuple[int, int]] = (), on_progress: Callable[[int], None] = ignore
-    ) -> ReorderBuffer:
+    def begin(self, arrived: Sequence[tuple[int, int]] = ()) -> ReorderBuffer:
         return ReorderBuffer(
             self.target,
             START,
@@ -56,7 +54,6 @@ class SixBlocks:
             self.blocks,
             arrived,
             lambda offset, size: self.recorded.append((offset, size)),
-            on_progress,
             self.stop,
         )
 
@@ -135,16 +132,6 @@ def test_what_an_earlier_run_wrote_is_read_back(six: SixBlocks) -> None:
     six.reorder.write(block, START + 2 * BLOCK + 5, len(rest))
     assert six.reorder.finish()
     assert six.digests() == RIGHT
-
-
-def test_bytes_are_counted_as_they_arrive(six: SixBlocks) -> None:
-    """The ticks add up to the size of the range, though none can be hashed until the last."""
-    counted: list[int] = []
-    six.reorder.close()
-    six.reorder = six.begin(on_progress=counted.append)
-    for index in reversed(range(COUNT)):
-        six.put(index)
-    assert sum(counted) == SIZE
 
 
 def test_blocks_are_used_again(six: SixBlocks) -> None:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any, Self
 
 import requests
-from urllib3.exceptions import HTTPError, MaxRetryError
+from urllib3.exceptions import HTTPError
 
 from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Finding, Kind
@@ -26,6 +26,7 @@ from csm_weights.transfer.http.responses import (
     classify_error,
     foreign_redirect,
     host_of,
+    is_unresolved,
     is_upgrade,
     lost_finding,
     portal_finding,
@@ -50,8 +51,8 @@ Log = Callable[[str], None]
 class Timeouts:
     """The limits of a client; times in seconds, rates in bytes a second.
 
-    A host that gives nothing is asked again for `patience`, and one that has
-    not answered yet for a tenth of that: its name may be misspelt. It may ask
+    A host that gives nothing is asked again for `patience`, and one whose name
+    was never resolved for a tenth of that: it may be misspelt. A host may ask
     for waits that end within `longest_wait`. A stream that gives less than
     `least_rate` over `slow_seconds` is ended.
     """
@@ -83,7 +84,7 @@ class TransientError(Exception):
 
     finding: Finding
     seconds: float | None = None
-    is_first_contact: bool = False
+    is_unknown_name: bool = False
     is_doubtful: bool = False
 
 
@@ -226,9 +227,7 @@ class HttpClient:
             settled = (Kind.CERTIFICATE, Kind.PROXY) if is_new else (Kind.CERTIFICATE,)
             if finding.kind in settled or isinstance(error, ValueError):
                 raise SourceError([finding]) from None
-            # What the pool gave up before it asked; all else broke off after that.
-            is_unreached = bool(error.args) and isinstance(error.args[0], MaxRetryError)
-            raise TransientError(finding, None, is_unreached and is_new) from None
+            raise TransientError(finding, None, is_new and is_unresolved(error)) from None
         self._answered.add(host)
         status = response.status_code
         if status == 407:
@@ -300,17 +299,17 @@ class RetryPolicy:
             end = outage.until
             if error.seconds:
                 end = outage.since + client.timeouts.longest_wait - error.seconds
-            elif error.is_first_contact:
+            elif error.is_unknown_name:
                 end = outage.since + client.timeouts.patience / 10
             if outage.verdict or now >= end:
                 outage.verdict = outage.verdict or error.finding
                 raise SourceError([outage.verdict])
             if error.seconds:
-                outage.until = max(outage.until, now + delay + client.timeouts.patience)
+                end = outage.until = max(outage.until, now + delay + client.timeouts.patience)
             is_news = delay >= 1 and not outage.is_logged
             outage.is_logged |= is_news
         if is_news:
-            left = f"in {delay:.0f} s" if error.seconds else f"for up to {outage.until - now:.0f} s"
+            left = f"in {delay:.0f} s" if error.seconds else f"for up to {end - now:.0f} s"
             finding = error.finding
             client.log(f"{finding.where}: {finding.kind} ({finding.found}); trying again {left}")
-        client.pause(min(delay, outage.until - now), self._over)
+        client.pause(min(delay, end - now), self._over)

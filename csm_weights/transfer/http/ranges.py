@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial as bind
 from itertools import pairwise
 
@@ -119,8 +119,10 @@ class RemoteSource(ABC):
             self.downloader.fetch(file, writer)
         except SourceError as error:
             first = error.findings[0]
+            # An answer that makes no sense is about one file; it says nothing of the others.
+            is_about_file = first.kind in (Kind.WRONG_ANSWER, Kind.REDIRECT)
             is_final = first.kind.category in (Category.ACCESS, Category.NETWORK)
-            if is_final or file is None or first.where == self.page:
+            if (is_final and not is_about_file) or file is None or first.where == self.page:
                 self.refusal = first
             raise
         return file.where
@@ -262,14 +264,16 @@ def _check_answer(file: RemoteFile, response: requests.Response, start: int, sto
             head = b""
             with contextlib.suppress(HTTPError, OSError):
                 head = response.raw.read(2048)
-            body = "another file"
+            kind, body = Kind.WRONG_SIZE, "another file"
             if head.startswith(b"version https://git-lfs.github.com/spec/"):
                 body = "a git-lfs pointer in place of the content"
             elif head.startswith(b"Access to model ") and b" is restricted" in head:
                 body = "the Hub's refusal in place of the content"
             elif "html" in headers.get("Content-Type", "") or head.lstrip()[:1] == b"<":
+                kind = Kind.WRONG_ANSWER
                 body = "a web page; is there a login or a captive portal in between?"
-            raise _doubtful(file, f"a file of {file.size:,} bytes", f"{length} bytes: {body}")
+            found = f"{length} bytes: {body}"
+            raise _doubtful(file, f"a file of {file.size:,} bytes", found, kind)
     else:
         expected = f"bytes {start}-{stop - 1}/{file.size}"
         found = headers.get("Content-Range", "no Content-Range")
@@ -280,8 +284,10 @@ def _check_answer(file: RemoteFile, response: requests.Response, start: int, sto
         length = headers.get("Content-Length", str(last + 1 - first))
         # A server may give less than was asked for, never other bytes or more.
         is_meant = first == start <= last < stop and length == str(last + 1 - first)
-        if not is_meant or total not in ("*", str(file.size)):
-            raise _doubtful(file, expected, f"{found}, {length} bytes of body")
+        is_same_size = total in ("*", str(file.size))
+        if not is_meant or not is_same_size:
+            kind = Kind.WRONG_SIZE if is_meant else Kind.WRONG_ANSWER
+            raise _doubtful(file, expected, f"{found}, {length} bytes of body", kind)
         stop = last + 1
     known, file.etag = file.etag, file.etag or etag
     if known and etag and etag != known:
@@ -329,7 +335,9 @@ class RangeStream:
                 try:
                     while size < room:
                         with block[size : min(room, size + READ)] as view:
-                            size += self._read(view, wait)
+                            came = self._read(view, wait)
+                        size += came
+                        writer.advance(came)
                 finally:
                     writer.write(block, self.at, size)
                     self.at += size
@@ -360,6 +368,9 @@ class RangeStream:
         raise TransientError(Finding(Kind.TOO_SLOW, host, least, "less", "try again later"))
 
 
-def _doubtful(file: RemoteFile, expected: str, found: str) -> TransientError:
+def _doubtful(
+    file: RemoteFile, expected: str, found: str, kind: Kind = Kind.WRONG_ANSWER
+) -> TransientError:
     """Return the error for an answer that makes no sense, and gets one more try."""
-    return TransientError(wrong_answer(file.where, expected, found), is_doubtful=True)
+    finding = replace(wrong_answer(file.where, expected, found), kind=kind)
+    return TransientError(finding, is_doubtful=True)

@@ -68,21 +68,22 @@ def redirect_target(url: str, location: str, allow_private: bool = False) -> str
     this machine or its link never. Raises SourceError.
     """
     target = problem = ""
+    expected = "a redirect to a public host"
     try:
         target = urljoin(url, location)
         origin(target)
         before, after = urlsplit(url), urlsplit(target)
         if after.scheme != before.scheme and not is_upgrade(url, target):
-            problem = f"another scheme, {after.scheme}"
+            expected = f"a redirect to an {before.scheme}:// URL"
+            problem = f"one to {after.scheme}://{host_of(target)}"
         elif after.username or after.password:
-            problem = "a URL with credentials in it"
+            expected, problem = "a redirect without credentials in its URL", "one with them"
         elif _nearness(after) > max(_nearness(before), int(allow_private)):
-            problem = f"{after.hostname}, an address inside this machine or network"
+            problem = f"one to {after.hostname}, an address inside this machine or network"
     except ValueError:
-        problem = "a URL that cannot be read"
+        expected, problem = "a redirect to a URL", "one that cannot be read"
     if problem:
         help_text = "if that is meant, name the final URL yourself"
-        expected = f"a redirect within {urlsplit(url).scheme} to a public host"
         raise SourceError([Finding(Kind.REDIRECT, redact(url), expected, problem, help_text)])
     return target
 
@@ -186,10 +187,15 @@ def classify_error(url: str, error: BaseException) -> Finding:
         return Finding(Kind.NO_NETWORK, host or "a URL", expected, "another kind of URL", help_text)
     if "timed out" in found or isinstance(error, requests.exceptions.Timeout):
         found = "no answer in time"
-    if any(isinstance(c, NameResolutionError | socket.gaierror) for c in causes):
+    if is_unresolved(error):
         found = "no such host, or no name server that answers"
     help_text = "check the network, and run the same command again"
     return Finding(Kind.NO_NETWORK, host, f"an answer from {host}", found, help_text)
+
+
+def is_unresolved(error: BaseException) -> bool:
+    """Return whether a request failed because a name has no address."""
+    return any(isinstance(c, NameResolutionError | socket.gaierror) for c in _causes(error))
 
 
 def proxy_finding(url: str, found: str) -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import sys
 import threading
 import time
@@ -55,12 +57,39 @@ def test_a_wait_that_one_request_is_asked_for_holds_for_all(hub: HubServer) -> N
         assert time.monotonic() - started > 0.8
 
 
-def test_a_host_that_never_answered_is_given_up_soon() -> None:
-    """A name that may be misspelt gets a tenth of the patience."""
+def test_a_name_that_cannot_be_resolved_is_given_up_soon_as_logged() -> None:
+    """A name that may be misspelt gets a tenth of the patience, and the log says so."""
+    log: list[str] = []
     started = time.monotonic()
-    with client(replace(HASTY, patience=10)) as asks:
-        assert kind_of(asks, f"http://{closed_port()}/x") is Kind.NO_NETWORK
+    with client(replace(HASTY, backoff=2, patience=30), log) as asks:
+        assert kind_of(asks, "http://hub.invalid/x") is Kind.NO_NETWORK
     assert time.monotonic() - started < 6
+    assert len(log) == 1
+    assert re.search(r"trying again for up to [123] s$", log[0])
+
+
+def test_refused_connections_are_outlasted_by_a_host_that_never_answered() -> None:
+    """A port that is closed at first gets the whole patience: an outage is no misspelt name."""
+    address = closed_port()
+    host, _, port = address.partition(":")
+    log: list[str] = []
+
+    def answer() -> None:
+        time.sleep(3.5)
+        with socket.create_server((host, int(port))) as listener:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    with client(replace(HASTY, backoff=2, patience=6), log) as asks:
+        response, _ = asks.ask("HEAD", f"http://{address}/x", OriginAuth())
+    thread.join()
+    assert response.status_code == 204
+    assert len(log) == 1
+    assert re.search(r"trying again for up to [56] s$", log[0])
 
 
 def test_a_host_that_has_answered_gets_the_whole_patience() -> None:

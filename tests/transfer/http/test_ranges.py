@@ -46,6 +46,8 @@ class Writer:
     def acquire_buffer(self) -> memoryview:
         return memoryview(bytearray(BLOCK))
 
+    def advance(self, count: int) -> None: ...
+
     def write(self, buffer: memoryview, offset: int, size: int) -> None:
         self.data[offset : offset + size] = buffer[:size]
 

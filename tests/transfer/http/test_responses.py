@@ -71,6 +71,15 @@ def test_a_redirect_inwards_or_to_another_scheme_is_refused(target: str) -> None
     assert "secret" not in finding.line()
 
 
+def test_a_redirect_to_another_scheme_says_which_was_expected() -> None:
+    """The finding names the scheme that was meant and where the redirect leads."""
+    with pytest.raises(SourceError) as caught:
+        redirect_target("http://hub.example/file", "https://other.example/x?signature=secret")
+    finding = caught.value.findings[0]
+    assert finding.expected == "a redirect to an http:// URL"
+    assert finding.found == "one to https://other.example"
+
+
 @pytest.mark.usefixtures("names")
 @pytest.mark.parametrize(
     ("source", "target"),
