@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from csm_weights.byte_ranges import ByteRange
-from csm_weights.errors import UsageError, WrongContent
+from csm_weights.errors import Kind, UsageError, WrongContent
 from csm_weights.formats import weights_file
 from csm_weights.formats.architecture import CsmConfig, read_config
 from csm_weights.model import csm as plain
@@ -19,6 +19,12 @@ from csm_weights.pipeline.request import Request
 from csm_weights.progress import Progress
 
 __all__ = ["Generator", "InputsTooLong", "Model", "Segment", "load_csm_1b"]
+
+
+_FINE_TUNE = (
+    "If this is a fine-tune, which has the size of the release: pass verify=False, give the file\n"
+    "another name, or write a manifest for it: inv convert --manifest NAME."
+)
 
 
 class Model(plain.Model):
@@ -62,7 +68,9 @@ class Model(plain.Model):
         it, for a tensor that is missing, one too many or of another shape, and
         for a wrong digest; UsageError where nothing is pinned to `verify` by.
         """
-        _require_device(device)
+        _require_options(device, dtype)
+        if not isinstance(verify, bool | None):
+            raise UsageError(f"verify is True, False or None, and not {verify!r}")
         files, folder = weights_file.locate(path)
         paths = [part for file in files for part in file]
         size = sum(file.stat().st_size for file in paths)
@@ -83,7 +91,12 @@ class Model(plain.Model):
                 text = "no manifest pins a file of its name and size, so it is loaded unverified"
                 warnings.warn(f"{paths[0]}: {text}", stacklevel=2)
         found = LocalWeights(tuple(paths), folder, config, tuple(digests))
-        model = cls._open(found, device, dtype)
+        try:
+            model = cls._open(found, device, dtype)
+        except WrongContent as error:
+            if found.digests and all(one.kind is Kind.WRONG_DIGEST for one in error.findings):
+                error.advice = _FINE_TUNE
+            raise
         model.verified = is_verified or bool(digests)
         return model
 
@@ -105,7 +118,7 @@ class Model(plain.Model):
 
         Raises as `from_local`, and AccessRefused, NetworkFailed or NoSpace.
         """
-        _require_device(device)
+        _require_options(device, dtype)
         return cls._obtain(locate.of_repo(locate.checkout(), repo, revision), device, dtype)
 
     @classmethod
@@ -135,7 +148,7 @@ def load_csm_1b(device: str | torch.device = "cuda", dtype: plain.DType = "fast"
 
     Raises as `Model.from_pretrained`, and UsageError without the GPU asked for.
     """
-    _require_device(device)
+    _require_options(device, dtype)
     request = Request(locate.checkout())
     return Generator(Model._obtain(request, device, dtype))
 
@@ -156,8 +169,11 @@ def _read_config(folder: Path, known: Pinned | None) -> CsmConfig | None:
         return fallback
 
 
-def _require_device(device: str | torch.device) -> None:
-    """Raise UsageError for a device that is not here, before gigabytes are fetched."""
+def _require_options(device: str | torch.device, dtype: plain.DType) -> None:
+    """Raise UsageError for a dtype or device that is not here, before gigabytes are fetched."""
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not is_float and dtype not in (None, "fast"):
+        raise UsageError(f"dtype is 'fast', None or torch's, such as torch.float32, not {dtype!r}")
     try:
         kind = torch.device(device).type
     except RuntimeError:

@@ -296,6 +296,8 @@ def test_a_wrong_byte_is_refused_while_it_is_loaded(root: Path, folder: Path) ->
         with pytest.raises(WrongContent) as caught:
             Model.from_local(folder, verify=verify)
         assert [finding.kind for finding in caught.value.findings] == [Kind.WRONG_DIGEST]
+        assert "a fine-tune" in str(caught.value)
+        assert "verify=False" in str(caught.value)
     assert not Model.from_local(folder, verify=False).verified
     assert root.is_dir()
 
@@ -362,6 +364,13 @@ def test_a_receipt_of_other_bytes_is_not_trusted(root: Path, folder: Path) -> No
     with pytest.raises(WrongContent):
         Model.from_local(folder)
     assert root.is_dir()
+
+
+@pytest.mark.parametrize("option", [{"verify": "no"}, {"dtype": "float33"}, {"dtype": torch.int8}])
+def test_an_option_that_makes_no_sense_is_misuse(option: dict[str, Any], folder: Path) -> None:
+    """No other value counts as true, and no name is taken for a dtype."""
+    with pytest.raises(UsageError, match=next(iter(option))):
+        Model.from_local(folder, **option)
 
 
 def test_verify_needs_something_pinned(root: Path, folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from typing import Any
 
+from csm_weights.errors import Kind
 from csm_weights.formats.json_stream import JsonStream
 from csm_weights.formats.multipart import MultipartFile, read_at
 from csm_weights.formats.tensor_index import (
@@ -33,6 +35,7 @@ def read_safetensors(file: MultipartFile) -> TensorIndex:
     tensor or to two.
     """
     tensors: dict[str, TensorInfo] = {}
+    unread: list[tuple[int, int, str]] = []
     size = file.size
     with reading(file, "safetensors") as found:
         if size < 8:
@@ -41,18 +44,20 @@ def read_safetensors(file: MultipartFile) -> TensorIndex:
         if not 2 <= length <= ceiling:
             raise Malformed(f"2 to {ceiling} bytes", f"{length}", "header length")
         try:
-            _read_header(file, 8 + length, tensors, found)
+            _read_header(file, 8 + length, tensors, unread, found)
         except (ValueError, RecursionError) as error:
             raise Malformed("JSON", show(f"{type(error).__name__}: {error}"), "header") from None
-        if not found.count:
+        if found.kind is Kind.UNSUPPORTED:  # nothing is malformed so far
             # they must cover the rest of the file with no hole and no overlap
             end = 8 + length
-            for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
-                if info.offset != end:
-                    what = "a hole" if info.offset > end else "an overlap"
-                    words = f"data from byte {end}", f"{what}: from byte {info.offset}"
-                    found.add(Malformed(*words, show(info.name)))
-                end = max(end, info.offset + info.nbytes)
+            known = sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes))
+            places = ((info.offset, info.offset + info.nbytes, info.name) for info in known)
+            for begin, after, name in heapq.merge(places, sorted(unread)):
+                if begin != end:
+                    what = "a hole" if begin > end else "an overlap"
+                    words = f"data from byte {end}", f"{what}: from byte {begin}"
+                    found.add(Malformed(*words, show(name)))
+                end = max(end, after)
             if end != size:
                 words = f"data up to the end, byte {size}", f"up to byte {end}"
                 found.add(Malformed(*words, "data"))
@@ -70,9 +75,16 @@ FORMAT = Format(
 
 
 def _read_header(
-    file: MultipartFile, start: int, tensors: dict[str, TensorInfo], found: Findings
+    file: MultipartFile,
+    start: int,
+    tensors: dict[str, TensorInfo],
+    unread: list[tuple[int, int, str]],
+    found: Findings,
 ) -> None:
-    """Read the tensors of a header; it ends at byte `start`, where their data begin."""
+    """Read the tensors of a header; it ends at byte `start`, where their data begin.
+
+    `unread` gets the first byte, the end and the name of each that is not supported.
+    """
     stream = JsonStream(lambda at, size: file.read(8 + at, min(size, start - 8 - at)))
     if (head := file.read(8, 16)[:1]) != b"{":
         raise Malformed("a header that starts with '{'", show(head), "header")
@@ -90,26 +102,32 @@ def _read_header(
         names.add(name)
         entry = stream.read_value()
         with found.collecting(show(name)):
-            tensors[name] = _read_entry(name, entry, start)
+            tensors[name] = _read_entry(name, entry, start, unread)
         room -= index_cost(name, len(tensors[name].shape) if name in tensors else 0)
         if room < 0:
             raise Unsupported("an index of about 100,000 tensors", "a larger one", "header")
     stream.finish()
 
 
-def _read_entry(name: str, entry: Any, start: int) -> TensorInfo:
+def _read_entry(
+    name: str, entry: Any, start: int, unread: list[tuple[int, int, str]]
+) -> TensorInfo:
     """Read one tensor of a header whose data begin at byte `start` of the file."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise Malformed("dtype, shape and data_offsets", "something else")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if type(dtype) is not str or dtype not in ITEM_BITS:
+    if type(dtype) is not str:
         raise Malformed("a known dtype", show(dtype))
     if not are_sizes(shape):
         raise Malformed("a shape of whole numbers", "something else")
-    if len(shape) > MAX_DIMS:
-        raise Unsupported(f"at most {MAX_DIMS} dimensions", f"{len(shape)}")
     if not are_sizes(span) or len(span) != 2 or span[0] > span[1]:
         raise Malformed("data_offsets [begin, end]", "something else")
+    if dtype not in ITEM_BITS:  # of a later safetensors: the size of an element is not known
+        unread.append((start + span[0], start + span[1], name))
+        raise Unsupported("a known dtype", show(dtype))
+    if len(shape) > MAX_DIMS:
+        unread.append((start + span[0], start + span[1], name))
+        raise Unsupported(f"at most {MAX_DIMS} dimensions", f"{len(shape)}")
     info = TensorInfo(name, dtype, tuple(shape), start + span[0], row_major(tuple(shape)))
     if math.prod(shape) * ITEM_BITS[dtype] != 8 * (span[1] - span[0]):
         expected = f"{info.nbytes} bytes for {info.signature}"

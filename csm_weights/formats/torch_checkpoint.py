@@ -61,6 +61,8 @@ def read_checkpoint(file: MultipartFile) -> TensorIndex:
             pickle = read_pickle(content, "data.pkl")
             if content.read(1):
                 raise Malformed("one object and nothing after it", "more", "data.pkl")
+            if pickle.unread:
+                raise pickle.unread
             places = {name[5:]: r for name, r in records.items() if name.startswith("data/")}
         views = tensors_of(pickle.value)
         for key in places.keys() - pickle.storages.keys():
@@ -100,7 +102,10 @@ def _read_legacy(file: MultipartFile, size: int) -> tuple[Pickle, dict[str, Reco
     stream = BytesIO(file.read(0, MAX_PICKLE))
     if read_pickle(stream, "pickle 1").value != MAGIC:
         raise Malformed("a torch checkpoint", "a pickle of something else")
-    version, system, saved, listed = (read_pickle(stream, f"pickle {n}") for n in range(2, 6))
+    rest = [read_pickle(stream, f"pickle {n}") for n in range(2, 6)]
+    for unread in (one.unread for one in rest if one.unread):
+        raise unread
+    version, system, saved, listed = rest
     if version.value != LEGACY_VERSION or not isinstance(system.value, dict):
         raise Malformed(f"version {LEGACY_VERSION} and a system", "others")
     if system.value.get("little_endian") is not True:

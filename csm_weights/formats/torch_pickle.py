@@ -8,6 +8,7 @@ anything else, with the name of the opcode or global and its byte in the pickle.
 from __future__ import annotations
 
 import pickletools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -76,11 +77,31 @@ _UNREAD = {
     *(f"torch {kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")),
     *(f"torch bits{n}" for n in ("1x8", "2x4", "4x2", "8", "16")),
     *(f"torch._utils _rebuild_{what}" for what in ("qtensor", "sparse_tensor", "nested_tensor")),
+    *(f"torch per_{of}" for of in ("tensor_affine", "tensor_symmetric")),
+    *(f"torch per_channel_{of}" for of in ("affine", "symmetric", "affine_float_qparams")),
     "torch._utils _rebuild_meta_tensor_no_storage",
     "torch._utils _rebuild_wrapper_subclass",
     "torch._utils _rebuild_device_tensor_from_cpu_tensor",
     "torch._utils _rebuild_device_tensor_from_numpy",
 }
+
+#: Names that checkpoints often have beside their tensors, and that torch.load(weights_only=True)
+#: refuses. Any other that it refuses may do anything.
+_DATA_CLASSES = {
+    *("argparse Namespace", "types SimpleNamespace", "collections defaultdict"),
+    *(f"builtins {kind}" for kind in ("bool", "dict", "float", "frozenset", "int", "list", "str")),
+    *("builtins range", "builtins slice", "builtins tuple"),
+    *(f"pathlib {kind}" for kind in ("PosixPath", "PurePosixPath", "WindowsPath")),
+    *(f"datetime {kind}" for kind in ("date", "datetime", "timedelta", "timezone")),
+    *("numpy dtype", "numpy ndarray", "numpy._core.numeric _frombuffer"),
+    *(
+        f"numpy.{core}.multiarray {made}"
+        for core in ("core", "_core")
+        for made in ("_reconstruct", "scalar")
+    ),
+    *("numpy.core.numeric _frombuffer", "torch.nn.functional relu", "torch._C._nn gelu"),
+}
+_MODULE_CLASS = re.compile(r"torch\.nn\.modules\.[a-z_]+ [A-Z][A-Za-z0-9]*")
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -120,14 +141,26 @@ class View:
 
 @dataclass(frozen=True)
 class Pickle:
-    """The value of a pickle, and the storages that it mentions by their keys."""
+    """The value of a pickle, and the storages that it mentions by their keys.
+
+    `unread` is the first object in it that is not read as data, if any; it is
+    to be raised when all pickles of the file are known to hold nothing worse.
+    """
 
     value: Any
     storages: dict[str, Storage]
+    unread: Unsupported | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Global:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """A global that is not read as data, or an object that it makes."""
+
     name: str
 
 
@@ -146,7 +179,8 @@ def read_pickle(stream: BytesIO, where: str) -> Pickle:
 
     Raises Malformed, with the byte of the opcode, for what
     torch.load(weights_only=True) refuses, and Unsupported for what only this
-    reader does.
+    reader does. Objects of well-known classes that are no tensors leave the
+    rest to be read, and are the `unread` of the result.
     """
     start = stream.tell()
     head = stream.read(2)
@@ -160,7 +194,9 @@ def read_pickle(stream: BytesIO, where: str) -> Pickle:
                 value = machine.pop()
                 if machine.stack or machine.marks:
                     raise Malformed("one object and nothing after it", "more")
-                return Pickle(value, machine.storages)
+                return Pickle(value, machine.storages, machine.unread)
+            if machine.unread and not machine.unread.at:
+                machine.unread.at = f"{where} byte {at}"
         except Malformed as error:
             raise type(error)(error.expected, error.found, f"{where} byte {at}") from None
 
@@ -210,6 +246,7 @@ class _Machine:
     marks: list[int] = field(default_factory=list)
     memo: list[Any] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
+    unread: Unsupported | None = None
     objects: int = 0
 
     def step(self) -> bool:
@@ -265,18 +302,25 @@ class _Machine:
             case "GLOBAL":
                 # two lines as they are: pickletools would undo escapes that pickle keeps
                 lines = [self.stream.readline().decode("latin-1") for _ in range(2)]
-                self.push(_global(lines[0].rstrip(), lines[1].rstrip(), lines[1].endswith("\n")))
+                is_whole = lines[1].endswith("\n")
+                self.push(self.find(lines[0].rstrip(), lines[1].rstrip(), is_whole))
             case "STACK_GLOBAL":
                 word, module = self.pop(), self.pop()
                 if not isinstance(word, str) or not isinstance(module, str):
                     raise Malformed("the names of a global", _kind(module))
-                self.push(_global(module, word))
+                self.push(self.find(module, word))
             case "REDUCE":
                 arguments = self.pop()
                 self.make(_call(self.pop(), arguments))
+            case "NEWOBJ" if len(self.stack) > 1 and isinstance(self.stack[-2], _Unread):
+                self.pop()
+                self.make(self.pop())
             case "BUILD":  # drops the attributes of an OrderedDict, such as a module's _metadata
                 state, target = self.pop(), self.pop()
                 is_plain = type(state) is dict and not any(str(k).startswith("__") for k in state)
+                if isinstance(target, _Unread):
+                    self.push(target)
+                    return False
                 if not isinstance(target, _OrderedDict) or not is_plain:
                     raise Malformed(
                         "BUILD of a state dict's _metadata", f"BUILD of {_kind(target)}"
@@ -324,21 +368,39 @@ class _Machine:
 
     def extend(self, items: list[Any]) -> None:
         target = self.pop()
-        if not isinstance(target, list):
+        if not isinstance(target, list | _Unread):
             raise Malformed("items for a list", _kind(target))
-        target += items
+        if isinstance(target, list):
+            target += items
         self.push(target)
 
     def assign(self, items: list[Any]) -> None:
         target = self.pop()
-        if not isinstance(target, dict) or len(items) % 2:
+        if not isinstance(target, dict | _Unread) or len(items) % 2:
             raise Malformed("names and values for a dict", _kind(target))
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            _set(target, key, value)
+        if isinstance(target, dict):
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                _set(target, key, value)
         self.push(target)
 
-    def storage(self, value: Any) -> Storage:
+    def find(self, module: str, name: str, is_whole: bool = True) -> _Global | _Unread:
+        """Return a global that is read as data, or one that is noted and left unread."""
+        text = f"{module} {name}".replace("__builtin__ ", "builtins ")
+        if is_whole and text in _GLOBALS:
+            return _Global(text)
+        found = f"global {show(text)}"
+        if is_whole and (text in _DATA_CLASSES or _MODULE_CLASS.fullmatch(text)):
+            module = text.partition(" ")[0]
+            found += f": torch.load would run code of {module}, if without weights_only"
+        elif not is_whole or text not in _UNREAD:
+            raise Malformed("a global of a checkpoint", found)
+        self.unread = self.unread or Unsupported("plain tensors", found)
+        return _Unread(text)
+
+    def storage(self, value: Any) -> Storage | _Unread:
         match value:
+            case ("storage" | "module", _Unread() as kind, *_):
+                return kind
             case ("storage", _Global(name), str(key), str(), int(elements), *rest) if (
                 name in _STORAGES
                 and type(elements) is int
@@ -352,19 +414,14 @@ class _Machine:
         raise Malformed("a storage: type, key, location, elements", _kind(value))
 
 
-def _global(module: str, name: str, is_whole: bool = True) -> _Global:
-    text = f"{module} {name}".replace("__builtin__ ", "builtins ")
-    if text in _UNREAD:
-        raise Unsupported("plain tensors", f"global {show(text)}")
-    if not is_whole or text not in _GLOBALS:
-        raise Malformed("a global of a checkpoint", f"global {show(text)}")
-    return _Global(text)
-
-
 def _call(called: Any, arguments: Any) -> Any:
     """Return the result of a call that torch.load(weights_only=True) would make, as data."""
+    if isinstance(called, _Unread):
+        return called
     name = called.name if isinstance(called, _Global) else ""
     match (name, arguments):
+        case (_, tuple()) if name and any(isinstance(one, _Unread) for one in arguments):
+            return next(one for one in arguments if isinstance(one, _Unread))
         case ("collections OrderedDict", () | (list(),)):
             made = _OrderedDict()
             for pair in arguments[0] if arguments else []:
@@ -427,7 +484,7 @@ def _set(target: dict[Any, Any], key: Any, value: Any) -> None:
 
 def _kind(value: object) -> str:
     """Name a value by what it is, never by what it holds."""
-    if isinstance(value, _Global):
+    if isinstance(value, _Global | _Unread):
         return f"global {value.name}"
     names = {View: "a tensor", Storage: "a storage", str: "text", int: "a number"}
     names |= {_OrderedDict: "a OrderedDict", float: "a number"}

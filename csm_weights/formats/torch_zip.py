@@ -166,9 +166,9 @@ def _read_directory(directory: bytes, count: int) -> list[Record]:
         end += names + extras
         if sign != CENTRAL_SIGN or end > len(directory) or comment or disk:
             raise Malformed("a directory entry without comment", "something else", show(name))
-        if method != 0 or flags != torch_flags(size):
+        if method != 0 or flags & ~(UTF8_FLAG | DESCRIPTOR_FLAG):
             found = f"method {method}, flags {flags:#06x}"
-            raise Malformed(f"a stored entry, flags {torch_flags(size):#06x}", found, show(name))
+            raise Malformed("a stored entry, not encrypted", found, show(name))
         wide = extra_fields(directory[end - extras : end], show(name)).get(ZIP64, b"")
         shorts = (size, packed, header)
         if len(wide) != 8 * shorts.count(FULL32):
@@ -186,8 +186,9 @@ def _read_directory(directory: bytes, count: int) -> list[Record]:
 def _check_record(file: MultipartFile, entry: Record, limit: int) -> tuple[int, int]:
     """Return where the data of a record begin, and where the next record does.
 
-    The local header and the descriptor after the data must agree with the
-    directory, and both end before byte `limit`.
+    The local header and the descriptor after the data, which its flags announce,
+    must agree with the directory, and both end before byte `limit`. The flags
+    may be others than there: a zip that Python has written anew has no descriptors.
     """
     at = show(entry.name)
     if entry.header + LOCAL.size > limit:
@@ -200,19 +201,24 @@ def _check_record(file: MultipartFile, entry: Record, limit: int) -> tuple[int, 
     if end > limit:
         raise Malformed(f"data before byte {limit}", f"up to byte {end}", at)
     tail = read_at(file, entry.header + LOCAL.size, names + extras)
-    same = tail[:names] == entry.name.encode() and (flags, method) == (torch_flags(entry.size), 0)
-    # torch knows neither CRC nor sizes yet when it writes this header
-    same = same and (crc, packed, size) in ((0, 0, 0), (entry.crc, entry.size, entry.size))
-    if sign != LOCAL_SIGN or not same:
-        raise Malformed("a local header like the directory's entry", "another", at)
+    same = tail[:names] == entry.name.encode() and method == 0
+    same = same and not flags & ~(UTF8_FLAG | DESCRIPTOR_FLAG)
     wide = extra_fields(tail[names:], at).get(ZIP64)
+    known = [(entry.crc, entry.size, entry.size)]
+    if flags & DESCRIPTOR_FLAG:
+        # CRC and sizes are not known yet when this header is written
+        known += [(0, 0, 0), (0, FULL32, FULL32)]
+    elif wide == struct.pack("<2Q", entry.size, entry.size):
+        known.append((entry.crc, FULL32, FULL32))
+    if sign != LOCAL_SIGN or not same or (crc, packed, size) not in known:
+        raise Malformed("a local header like the directory's entry", "another", at)
     if wide is None and entry.size > FULL32:
         raise Malformed("zip64 sizes", "none", at)
     numbers = {wide[i : i + 8] for i in range(0, len(wide), 8)} if wide else set()
-    if not numbers <= {struct.pack("<Q", known) for known in (0, entry.size, entry.header)}:
+    if not numbers <= {struct.pack("<Q", one) for one in (0, entry.size, entry.header)}:
         raise Malformed("zip64 sizes like the directory's", "others", at)
     descriptor = b""
-    if entry.size:
+    if flags & DESCRIPTOR_FLAG:
         layout = "<4sI2I" if wide is None else "<4sI2Q"
         descriptor = struct.pack(layout, DESCRIPTOR_SIGN, entry.crc, entry.size, entry.size)
     after = end + len(descriptor)

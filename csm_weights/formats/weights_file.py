@@ -36,8 +36,9 @@ MAX_SHARDS = 200
 _SUFFIXES = "|".join(
     re.escape(suffix) for one in FORMATS for suffix in (*one.suffixes, *one.shared_suffixes)
 )
-_SHARD = re.compile(rf"(.+)-([0-9]{{1,6}})-of-([0-9]{{1,6}})({_SUFFIXES})", re.DOTALL)
-_INDEX = re.compile(rf"(.+)({_SUFFIXES})\.index\.json", re.DOTALL)
+_FLAGS = re.DOTALL | re.IGNORECASE
+_SHARD = re.compile(rf"(.+)-([0-9]{{1,6}})-of-([0-9]{{1,6}})({_SUFFIXES})", _FLAGS)
+_INDEX = re.compile(rf"(.+)({_SUFFIXES})\.index\.json", _FLAGS)
 
 #: The files of one model, each as its chunk files in order; one path where it is whole.
 Files = Sequence[Sequence[Path]]
@@ -121,14 +122,15 @@ def find(path: Path) -> Files:
 
     `path` is a file of weights, or what it would be called if it were not in
     chunk files; any of these; a shard, or the index of shards; a folder with
-    any of these, or a chunk repository. Raises MissingInput, with every shard
-    that is not there, WrongContent for shards that do not make up one model,
-    and UsageError for a folder of several models.
+    any of these, or a chunk repository. A file that an index beside it lists
+    means all that the index lists. Raises MissingInput, with every shard that
+    is not there, WrongContent for shards that do not make up one model, and
+    UsageError for a folder of several models.
     """
     if match := _INDEX.fullmatch(path.name):
         if not path.is_file():
             raise missing(path, "an index of shards", "no such file", "check the path")
-        return [[shard] for shard in _listed(path, match[1], match[2])]
+        return [[shard] for shard in _listed(path, match)]
     if match := _SHARD.fullmatch(path.name):
         return _numbered(path.parent, match)
     whole = path.parent / path.name.rpartition(".part-")[0] if ".part-" in path.name else path
@@ -138,7 +140,7 @@ def find(path: Path) -> Files:
         return [parts]
     if not path.is_dir():
         if path.exists():
-            return [[path]]
+            return [[one] for one in _with_listed([path])]
         raise missing(path, "a file or a folder", "no such file", "check the path")
     # pytorch_model.bin is transformers' name
     whole_files = [path / name for name in (*WEIGHT_FILES, "pytorch_model.bin")]
@@ -146,17 +148,26 @@ def find(path: Path) -> Files:
     found = [[file] for file in whole_files if file.is_file()]
     found += [parts for place in places if (parts := find_chunk_files(*place))]
     # one shard of each set, by the set's name, total and ending
-    sets = {(m[1], int(m[3]), m[4]): m for m in _matches(path)}
+    sets = {_set_of(match): match for match in _matches(path)}
+    indexes = _matches(path, _INDEX)
     if found:
-        stem = found[0][0].name.partition(".")[0]
-        if clash := [match[0] for (name, _, _), match in sets.items() if name == stem]:
-            words = f"{path} has {show(found[0][0].name)} and {show(clash[0])}: name one of them"
+        first = found[0][0]
+        stem, name = first.name.partition(".")[0].lower(), first.name.partition(".part-")[0]
+        files = [[one] for one in _with_listed([path / name])]
+        clash = [match[0] for (stem_, _, _), match in sets.items() if stem_ == stem]
+        for index in indexes:
+            if (index[1] + index[2]).lower() == name.lower():
+                clash += [index[0]] if name not in _names(path / index[0], index[2]) else []
+        if clash and files == [[path / name]]:
+            words = f"{path} has {show(first.name)} and {show(clash[0])}: name one of them"
             raise UsageError(printable(words))
-        return found[:1]
-    if not sets:
+        return found[:1] if files == [[path / name]] else files
+    if not sets and len(indexes) == 1:
+        return [[one] for one in _listed(path / indexes[0][0], indexes[0])]
+    if not sets and not indexes:
         raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "none of them")
-    if len(sets) > 1:
-        names = ", ".join(sorted(show(match[0]) for match in sets.values()))
+    if len(sets) != 1:
+        names = ", ".join(sorted(show(match[0]) for match in sets.values() or indexes))
         raise UsageError(printable(f"{path} has the shards of several models: {names}"))
     return _numbered(path, next(iter(sets.values())))
 
@@ -168,7 +179,7 @@ def _numbered(folder: Path, match: re.Match[str]) -> Files:
     found: dict[int, Path] = {}
     strays = []
     for other in _matches(folder):
-        if (other[1], int(other[3]), other[4]) == (name, total, suffix):
+        if _set_of(other) == _set_of(match):
             path = folder / other[0]
             if found.setdefault(int(other[2]), path) != path:
                 strays.append(path)
@@ -178,14 +189,28 @@ def _numbered(folder: Path, match: re.Match[str]) -> Files:
     strays += [path for number, path in found.items() if number not in numbers]
     _refuse(strays, f"the numbers {first} to {first + total - 1}, each once")
     shards = [found[number] for number in numbers]
-    index = folder / f"{name}{suffix}.index.json"
-    if index.is_file():
-        _refuse(set(shards) ^ set(_listed(index, name, suffix)), f"the files that {index} lists")
-    return [[shard] for shard in shards]
+    return [[shard] for shard in _with_listed(shards, name)]
 
 
-def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
-    """Find the files that an index names: beside it, and nowhere else."""
+def _with_listed(files: list[Path], stem: str = "") -> list[Path]:
+    """Return all files that an index beside these lists together with one of them.
+
+    An index of the set of shards called `stem` must list them all.
+    """
+    folder, mine = files[0].parent, {file.name for file in files}
+    for match in _matches(folder, _INDEX):
+        index = folder / match[0]
+        if not files[0].name.lower().endswith(match[2].lower()):
+            continue
+        if match[1].lower() == stem.lower() or mine & _names(index, match[2]):
+            listed = _listed(index, match)
+            _refuse(set(files) - set(listed), f"a file that {index} lists")
+            files, mine = listed, {file.name for file in listed}
+    return files
+
+
+def _names(index: Path, suffix: str) -> set[str]:
+    """Read the names of the files that an index lists: beside it, and nowhere else."""
     names: set[str] = set()
     try:
         with MultipartFile([index]) as file:
@@ -196,7 +221,7 @@ def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
                     continue
                 for _ in stream.read_keys():
                     name = stream.read_value()
-                    is_name = isinstance(name, str) and name.endswith(suffix)
+                    is_name = isinstance(name, str) and name.lower().endswith(suffix.lower())
                     if not is_name or "/" in name or "\0" in name:
                         raise ValueError(f"the file {show(name)}")
                     names.add(name)
@@ -207,16 +232,28 @@ def _listed(index: Path, stem: str, suffix: str) -> list[Path]:
         finding = Finding(Kind.MALFORMED, str(index), expected, show(str(error)), GET_AGAIN)
         raise WrongContent("the index of the shards cannot be used", [finding]) from None
     _check_count(index, len(names))
+    return names
+
+
+def _listed(index: Path, match: re.Match[str]) -> list[Path]:
+    """Find the files that an index names; `match` is that of its name."""
+    names = _names(index, match[2])
     _require(index.parent / name for name in names)
-    shards = {m[0] for m in _matches(index.parent) if (m[1], m[4]) == (stem, suffix)}
+    own = (match[1].lower(), match[2].lower())
+    shards = {m[0] for m in _matches(index.parent) if (m[1].lower(), m[4].lower()) == own}
     _refuse([index.parent / name for name in shards - names], f"a file that {index} lists")
     return [index.parent / name for name in sorted(names)]
 
 
-def _matches(folder: Path) -> list[re.Match[str]]:
-    """Return what in a folder is named like a shard, by name."""
+def _matches(folder: Path, pattern: re.Pattern[str] = _SHARD) -> list[re.Match[str]]:
+    """Return what in a folder is named like a shard, or as another pattern says, by name."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return [match for name in names if (match := _SHARD.fullmatch(name))]
+    return [match for name in names if (match := pattern.fullmatch(name))]
+
+
+def _set_of(shard: re.Match[str]) -> tuple[str, int, str]:
+    """Return the name, total and ending that all shards of a set have, in small letters."""
+    return shard[1].lower(), int(shard[3]), shard[4].lower()
 
 
 def _check_count(where: Path, count: int) -> None:

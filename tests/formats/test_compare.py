@@ -488,6 +488,40 @@ def test_an_index_and_the_shards_must_agree(tmp_path: Path) -> None:
         compared_paths(paths[0], paths[0])
 
 
+@pytest.mark.parametrize(
+    ("names", "listed", "found"),
+    [
+        (["model.safetensors", "extra.safetensors"], None, 2),
+        (["pytorch_model.bin", "heads.bin"], None, 2),
+        (["model.safetensors"], ["model.safetensors"], 1),
+        (["first.safetensors", "extra.safetensors"], None, 2),
+        (["model.safetensors"], ["model.safetensors", "lost.safetensors"], r"lost\.safetensors"),
+        (["model.safetensors", "first.safetensors"], ["first.safetensors"], "name one of them"),
+        (
+            ["m-00001-of-00001.safetensors", "M-00002-of-00001.SAFETENSORS"],
+            [],
+            r"M-00002-of-00001\.SAFETENSORS",
+        ),
+    ],
+)
+def test_all_that_an_index_lists_is_read_or_refused(
+    names: list[str], listed: list[str] | None, found: int | str, tmp_path: Path
+) -> None:
+    """A file counts whatever it is called; so does a shard in capitals that no index lists."""
+    folder = numbered(tmp_path / "some", *names)
+    if listed != []:
+        stem = "pytorch_model.bin" if names[0].endswith(".bin") else "model.safetensors"
+        listed = names if listed is None else listed
+        index = {"weight_map": {f"t{n}": name for n, name in enumerate(listed)}}
+        (folder / f"{stem}.index.json").write_text(json.dumps(index))
+    if isinstance(found, str):
+        with pytest.raises((MissingInput, WrongContent, UsageError), match=found):
+            compared_paths(folder, folder)
+        return
+    for path in (folder, folder / names[0]):
+        assert compared_paths(path, folder).equal == found
+
+
 def test_an_index_may_be_large(tmp_path: Path) -> None:
     """An index of many megabytes is read: large models have a hundred thousand tensors."""
     paths = sharded(tmp_path / "theirs", tiny_state())

@@ -11,6 +11,7 @@ Bad = Mapping[str, tuple[bytes, str]]
 UNREAD = frozenset(
     {
         "shape_of_65_dimensions",
+        "dtype_unknown",
         "text",
         "directory_over_the_ceiling",
         "pickle_huge",
@@ -19,6 +20,7 @@ UNREAD = frozenset(
         "dict_in_itself",
         "names_that_are_one",
         "set_of_tensors",
+        "namespace",
         "sparse_tensor",
         "storage_for_a_tensor",
         "storage_of_another_kind",

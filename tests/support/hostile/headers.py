@@ -63,6 +63,10 @@ BAD_SAFETENSORS: Bad = {
     "entry_lacks_a_key": (safetensors({"w": {"dtype": "F32", "shape": []}}), "w: malformed"),
     "entry_has_another_key": (safetensors({"w": {**entry(), "x": 1}}, bytes(8)), "w: malformed"),
     "dtype_unknown": (_one(dtype="F31"), "found F31"),
+    "dtype_unknown_and_a_hole": (
+        safetensors({"w": entry(4, 12, dtype="F31")}, bytes(12)),
+        "a hole",
+    ),
     "dtype_is_a_number": (_one(dtype=4), "a known dtype"),
     "dtype_lies": (_one(dtype="F64"), "expected 16 bytes"),
     "shape_lies": (_one(shape=[3]), "expected 12 bytes"),

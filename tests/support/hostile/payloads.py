@@ -221,6 +221,10 @@ def _disguises(run: bytes) -> dict[str, tuple[bytes, str]]:
         "bare_pickle": (run, "global builtins open"),
         "bare_pickle_before_a_zip": (run + good_checkpoint(), "global builtins open"),
         "legacy_file": (legacy(run), "global builtins open"),
+        "legacy_file_after_a_namespace": (
+            legacy(b"\x80\x02cargparse\nNamespace\n)\x81.", keys=run),
+            "global builtins open",
+        ),
         "zip_after_7z": (b"7z\xbc\xaf'\x1c" + checkpoint(run), "a directory up to byte"),
         "tar": (_tar({"storages": run, "tensors": run, "pickle": run}), "a tar archive"),
     }

@@ -32,6 +32,8 @@ _PARAMETER = b"ctorch._utils\n_rebuild_parameter\n("
 
 _HOOKED = b"ccollections\nOrderedDict\n)R" + text("a") + b"K\1s"
 
+_NAMESPACE = b"cargparse\nNamespace\n)\x81}" + text("lr") + b"K\1sb"
+
 BAD_PICKLES: Bad = {
     "empty": (b"", "pickle protocol 2"),
     "only_protocol": (b"\x80\x02", "the end of the pickle"),
@@ -93,6 +95,27 @@ BAD_PICKLES: Bad = {
         "a name for each tensor, found a.b twice",
     ),
     "set_of_tensors": (b"\x80\x02cbuiltins\nset\n](" + tensor() + b"e\x85R.", "tensors in a set"),
+    "namespace": (state_dict(text("args"), _NAMESPACE), "global argparse Namespace: torch.load"),
+    "namespace_before_os_system": (
+        b"\x80\x02" + _NAMESPACE + SYSTEM + text("true") + b"\x85R\x86.",
+        "global os system",
+    ),
+    "namespace_of_a_call": (
+        b"\x80\x02" + _NAMESPACE[:-1] + SYSTEM + b"b.",
+        "global os system",
+    ),
+    "method_of_a_namespace": (
+        b"\x80\x02cargparse\nNamespace.__init__\n.",
+        "a global of a checkpoint, found global argparse Namespace.__init__",
+    ),
+    "module_beside_the_layers": (
+        b"\x80\x02ctorch.nn.modules.module\nwarnings.sys\n.",
+        "a global of a checkpoint, found global torch.nn.modules.module",
+    ),
+    "sparse_tensor_before_os_system": (
+        b"\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n" + SYSTEM + b"\x86.",
+        "global os system",
+    ),
     "sparse_tensor": (b"\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n.", "_sparse_tensor"),
     "storage_for_a_tensor": (state_dict(text("w"), storage()), "found a storage"),
     "one_storage_of_two_sizes": (
