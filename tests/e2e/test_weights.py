@@ -306,7 +306,7 @@ def ask_without_a_token(clone: Clone) -> Result:
 
 def ask_where_nobody_listens(clone: Clone) -> Result:
     clone.variables.update(HF_TOKEN="hf_none", HF_ENDPOINT="http://127.0.0.1:9")
-    return clone.inv("fetch", "--source=hf", "--json")
+    return clone.inv("fetch", "--source=hf", "--patience=2", "--json")
 
 
 def alter_golden_frames(clone: Clone) -> Result:
