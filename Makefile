@@ -68,7 +68,7 @@ endif
 	bench-download bench-load fuzz scanners mutation
 
 help: ## Show this help
-	@echo "make TARGET [MODEL=csm-1b] [ONLY=safetensors] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
+	@echo "make TARGET [MODEL=csm-1b] [ONLY=ckpt] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 weights: $(VENV)/.base ## Join or download, verify, install and smoke-test MODEL
@@ -105,10 +105,10 @@ compare: $(VENV)/.base ## Check that two formats, or FILE='A B', are equal
 	@$(INV) compare --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT) \
 		$(foreach file,$(FILE),--file $(call quoted,$(file)))
 
-identify: $(VENV)/.base ## Tell what the weights at FILE=... are, and which release they equal
+identify: $(VENV)/.base ## Tell what weights FILE=... are, and of which release
 	@$(INV) identify $(file)
 
-convert: $(VENV)/.base ## Convert FILE=... to TO=original or transformers, in the folder OUT=...
+convert: $(VENV)/.base ## Convert FILE=... to TO=original or transformers in OUT=...
 	@$(INV) convert $(file) --to $(call quoted,$(TO)) --out $(call quoted,$(OUT))
 
 speak: $(VENV)/.speak ## Speak TEXT='...' to the WAV file OUT=... with MODEL (SEED=1)
@@ -130,53 +130,53 @@ standin: $(VENV)/.base ## Write a full-size stand-in of CSM-1B (needs 25 GB of d
 test: $(VENV)/.test ## Run the tests
 	@$(VENV)/bin/python -m pytest -n auto
 
-lint: $(VENV)/.test ## Check style, types, the layers of imports and the shell script
+lint: $(VENV)/.test ## Check style, types, the layers of imports, the script
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/shellcheck recombine.sh .ci/run
 
-damage: $(VENV)/.test ## Save weights anew with 300 damages: each must be named by its tensor
+damage: $(VENV)/.test ## Damage weights in 300 ways: each must be named by tensor
 	@DAMAGES=300 $(VENV)/bin/python -m pytest -q tests/formats/test_damage.py
 
 test-full: $(VENV)/.test ## Run the tests that need root, 45 GB of disk, or minutes
 	@$(VENV)/bin/python -m pytest -m full tests
 
-test-integration: $(VENV)/.test ## Run the tests against nginx and other releases of huggingface_hub
+test-integration: $(VENV)/.test ## Run the tests against nginx and other huggingface_hub
 	@$(VENV)/bin/python -m pytest -m integration tests
 
 test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
 	@$(VENV)/bin/python -m pytest -m gpu tests
 
-messages: $(VENV)/.test ## Write docs/messages.md anew: every message of the package, to be read
+messages: $(VENV)/.test ## Write docs/messages.md anew: every message of the package
 	@UPDATE_GOLDEN=1 $(VENV)/bin/python -m pytest -q tests/commands/test_messages.py
 
 torture: $(VENV)/.test ## Kill and race every command (SEED=1 MINUTES=10)
 	@$(VENV)/bin/python -m tools.torture $(call option,SEED,seed) $(call option,MINUTES,minutes)
 
-torture-room: $(VENV)/.test ## Kill weights --consume 20 times on a disk with 66 MiB free (root)
+torture-room: $(VENV)/.test ## Kill weights --consume 20 times on an almost full disk (root)
 	@$(VENV)/bin/python -m tools.torture.room $(call option,SEED,seed)
 
-fuzz: $(VENV)/.fuzz ## Fuzz the readers of manifests and weights, FUZZ_SECONDS=300 each
+fuzz: $(VENV)/.fuzz ## Fuzz the readers of files, FUZZ_SECONDS=300 each
 	@set -e; for target in manifest safetensors checkpoint; do \
 		$(VENV)/bin/python -m tools.fuzz $$target $(VENV)/corpus \
 			-max_total_time=$(call quoted,$(FUZZ_SECONDS)) -print_final_stats=1; \
 	done
 
-mutation: $(VENV)/.mutation ## Change the code in places and list what no test notices (SEED=1)
+mutation: $(VENV)/.mutation ## Change the code and list what no test notices (SEED=1)
 	@$(VENV)/bin/python -m tools.mutation $(call option,SEED,seed)
 
-scanners: $(VENV)/.test ## Write docs/security-table.md: hostile files and other scanners
+scanners: $(VENV)/.test ## Write docs/security-table.md: hostile files, scanners
 	@$(VENV)/bin/python -m benchmarks.scanners
 
-bench: $(VENV)/.base ## Measure against cat and sha256sum at full size (needs 40 GB of disk)
+bench: $(VENV)/.base ## Measure against cat and sha256sum (needs 40 GB of disk)
 	@$(VENV)/bin/python -m benchmarks.line
 
-bench-download: $(VENV)/.test ## Measure downloads against hf, curl and aria2c (25 GB of disk, nginx)
+bench-download: $(VENV)/.test ## Measure downloads against hf, curl, aria2c (25 GB, nginx)
 	@$(VENV)/bin/python -m benchmarks.download --full
 
-bench-load: $(VENV)/.test ## Measure loading, and on a GPU speaking, against safetensors and torch (38 GB of disk)
+bench-load: $(VENV)/.test ## Measure loading, and speaking on a GPU (38 GB of disk)
 	@$(VENV)/bin/python -m benchmarks.load
 
 $(VENV)/.base: pyproject.toml constraints.txt

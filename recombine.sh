@@ -84,7 +84,8 @@ cd -P "$(dirname "$(real "${BASH_SOURCE[0]}")")"
 [[ $model != */* && -f manifests/$model.toml ]] || die 2 "no manifests/$model.toml"
 folders=("chunks/$model" "chunks/$model"/*/) output=output/$model
 [[ $model != csm-1b ]] || folders=(chunks/ckpt chunks/safetensors) output=output
-help="git lfs pull, copy the file again, or make weights MODEL=$model"
+get="git restore chunks"; if grep -qs filter=lfs .gitattributes; then get="git lfs pull"; fi
+help="$get, copy the file again, or make weights MODEL=$model"
 for folder in "${folders[@]%/}"; do
   here=("$folder"/*.part-*)
   if [[ $format == "${folder##*/}" || $format == all && -f $folder/SHA256SUMS || -z ${format#all} &&
@@ -94,7 +95,6 @@ done
   die $((${#format} ? 2 : 3)) "no chunk files${format:+ called $format} in ${folders[*]} -> $help"
 for ((i = 0; i < ${#chunks[@]}; i++)); do check_chunk "${chunks[i]}" "${sums[i]}"; done
 ((code == 0)) || die "$code" "nothing was written; see above"
-
 starts+=("${#chunks[@]}")
 for ((n = 0; n < ${#files[@]}; n++)); do
   final=$output/${files[n]##*/}

@@ -112,6 +112,7 @@ class Kind(enum.StrEnum):
     EXTRA_CHUNK_FILE = "unexpected chunk file", Category.CONTENT
     UNREADABLE = "unreadable", Category.CONTENT
     CHANGED = "changed while read", Category.CONTENT
+    EDITED = "changed since it was verified", Category.CONTENT
     IN_THE_WAY = "path not usable", Category.CONTENT
     STRANDED = "cannot be continued", Category.CONTENT
 

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from invoke.parser import Parser
 from invoke.program import Program
 from invoke.tasks import Task
 
-from csm_weights.errors import UsageError, did_you_mean, printable
+from csm_weights.errors import CsmWeightsError, UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from csm_weights.pipeline.plan import Target
@@ -106,7 +107,18 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
 
             from csm_weights.commands import console
 
-            if code := console.run(call, as_json, name):
+            # Two files that are named are of no model that is known.
+            model = "" if given.get("file") else given.get("model", "")
+
+            def model_name() -> str | None:
+                from csm_weights.pipeline.request import find_manifest
+
+                root = Path(context.config.csm_weights.root)
+                with suppress(CsmWeightsError, OSError):
+                    return find_manifest(root, model).name if model else None
+                return None
+
+            if code := console.run(call, as_json, name, model_name):
                 raise Exit(code=code)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -193,9 +205,12 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
         return str(error)
     word, task = unknown[1], error.context
     root = Path(tasks.configuration()["csm_weights"]["root"])
-    if task and task.name and word in {path.stem for path in manifests(root)}:
+    models = [path.stem for path in manifests(root)]
+    if task and task.name and word in models:
         return f"{task.name} takes a model as an option: inv {task.name} --model {word}"
     hint = did_you_mean(word, [*tasks.task_names, *(task.flags if task else [])])
+    if task and "--model" in task.flags and not hint:
+        hint = did_you_mean(word, models).replace("did you mean", "did you mean --model")
     see = f"inv --help {task.name}" if task and task.name else "inv --list"
     return f"there is no task or option {word!r}{hint or f'; see {see}'}"
 

@@ -28,9 +28,15 @@ MAKE = {
 }
 
 
-def run(call: Callable[[], object], as_json: bool = False, command: str = "") -> int:
+def run(
+    call: Callable[[], object],
+    as_json: bool = False,
+    command: str = "",
+    model: Callable[[], str | None] = lambda: None,
+) -> int:
     """Show what a call of the task `command` returns or raises; return the exit code.
 
+    `model` returns the name of the model that it is about, for an error as JSON.
     Until it ends, an interrupt and a termination signal raise KeyboardInterrupt.
     """
     _open_streams()
@@ -39,7 +45,7 @@ def run(call: Callable[[], object], as_json: bool = False, command: str = "") ->
     try:
         if at_interrupt is _exit:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return _show(_result_of(call, command), as_json, command)
+        return _show(_result_of(call, command), as_json, command, model)
     except KeyboardInterrupt:
         # During an import, or while the result was printed.
         return errors.Interrupted.exit_code
@@ -86,14 +92,15 @@ def _result_of(call: Callable[[], object], command: str) -> object:
         return CsmWeightsError("out of memory: free some, or raise the limit (ulimit -v)")
 
 
-def _show(result: object, as_json: bool, command: str) -> int:
+def _show(result: object, as_json: bool, command: str, model: Callable[[], str | None]) -> int:
     """Print a result on stdout and its error on stderr; return the exit code."""
     error = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
     try:
         if as_json:
             from csm_weights.commands.render import json
 
-            _print(json.render(result, command), sys.stdout)
+            known = model() if result is error else None
+            _print(json.render(result, command, known), sys.stdout)
         elif result is not error:
             from csm_weights.commands.render import text
 

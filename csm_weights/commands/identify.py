@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csm_weights.commands.compare import here_of_model
-from csm_weights.errors import MissingInput, WrongContent
+from csm_weights.errors import CsmWeightsError, MissingInput, WrongContent
 from csm_weights.files import Fingerprint, read_bounded
 from csm_weights.formats.compare import open_pair, tied_findings
 from csm_weights.formats.identify import Identity, identify
@@ -99,7 +99,11 @@ def _identified(root: Path, path: Path) -> Identified:
     found = Identified(str(path), identity)
     if identity.network is None:
         return found
-    known = [m for m in map(load, manifests(root)) if network_of(m) == identity.network]
+    known = []
+    for file in manifests(root):
+        with contextlib.suppress(CsmWeightsError, OSError):  # one that cannot be read names nothing
+            if network_of(manifest := load(file)) == identity.network:
+                known.append(manifest)
     hashed = functools.cache(lambda ranges: _hashed(files[0], ranges))
     for manifest in known:
         for artifact in manifest.artifacts:

@@ -48,24 +48,24 @@ def status_of(session: Session, check: bool = False) -> StatusReport:
     report = StatusReport(plan.state, plan, advice)
     if not check:
         return report
-    if plan.is_verified and (error := _refusal(session, plan)):
-        return replace(report, error=error)
+    if plan.is_verified:
+        results = _gate_all(session, plan)
+        if error := gate_error(results):
+            refused = frozenset(result.path for result in results if result.ok is False)
+            return replace(report, error=error, refused=refused)
     if plan.is_done:
         return report
     steps: dict[str, list[Action]] = {}
     for action in plan.actions:
         if not isinstance(action, Keep):
             steps.setdefault(action.artifact.path, []).append(action)
-    to_do = [
-        Finding(
-            Kind.CHANGED if any(action.file.receipt for action in actions) else Kind.MISSING,
-            path,
-            "a verified, installed file",
-            f"still to do: {', then '.join(action.verb for action in actions)}",
-            plan.state.paths.command("weights"),
-        )
-        for path, actions in steps.items()
-    ]
+    to_do = []
+    for path, actions in steps.items():
+        kind, found = Kind.MISSING, f"still to do: {', then '.join(a.verb for a in actions)}"
+        if any(action.file.receipt for action in actions):
+            kind, found = Kind.EDITED, f"another size or time of change; {found}"
+        help_text = plan.state.paths.command("weights")
+        to_do.append(Finding(kind, path, "a verified, installed file", found, help_text))
     findings = [*plan.findings, *plan.notes, *to_do]
     return replace(report, error=error_for("not everything is verified", findings))
 
@@ -130,7 +130,7 @@ def run(session: Session, target: Target) -> Outcome:
                 is_tidied = session.remove_leftovers(plan.state, is_staged)
                 state = session.inspect() if is_tidied else plan.state
                 return Outcome(state, tuple(done), tuple(dict.fromkeys(session.notes)))
-            if plan.is_verified and (error := _refusal(session, plan)):
+            if plan.is_verified and (error := gate_error(_gate_all(session, plan))):
                 raise error
             paths = [action.artifact.path for action in plan.ready]
             with Progress(label_for(plan.ready[0].verb.partition(",")[0], paths), 0):
@@ -139,9 +139,9 @@ def run(session: Session, target: Target) -> Outcome:
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 
 
-def _refusal(session: Session, plan: Plan) -> CsmWeightsError | None:
-    """Return the error of the gates about files before they are moved: none is installed then."""
-    return gate_error(session.gate(plan.state, rehash=False, staged=True))
+def _gate_all(session: Session, plan: Plan) -> Sequence[gates.GateResult]:
+    """Run the gates over files before they are moved: where one fails, none is installed."""
+    return session.gate(plan.state, rehash=False, staged=True)
 
 
 def _is_missing(findings: Iterable[Finding]) -> bool:

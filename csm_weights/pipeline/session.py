@@ -34,13 +34,15 @@ if TYPE_CHECKING:  # few runs attest or seal
 class StatusReport:
     """The state of the disk, and the plan that follows from it.
 
-    `advice` says how to get what is missing.
+    `advice` says how to get what is missing. `refused` are the paths of artifacts that
+    have the right digest and failed another gate.
     """
 
     state: State
     plan: Plan
     advice: str = ""
     error: CsmWeightsError | None = None
+    refused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

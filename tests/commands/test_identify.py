@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,14 @@ def saved(folder: Path, state: dict[str, Tensor], name: str = "model.safetensors
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in state.items()}, folder / name)
     return folder / name
+
+
+def test_a_manifest_that_cannot_be_read_is_passed_over(root: Path) -> None:
+    """A pipe, a folder and a broken file in manifests/ do not stand in the way of the others."""
+    os.mkfifo(root / "manifests" / "a.toml")
+    (root / "manifests" / "b.toml").mkdir()
+    (root / "manifests" / "c.toml").write_text("[")
+    assert identified(root, root / "chunks/csm-tiny/safetensors").release == "csm-tiny"
 
 
 # ---- the release itself, and in other layouts

@@ -85,6 +85,12 @@ def test_make_users_are_told_make_commands(clone: Clone) -> None:
     assert "SOURCE=mirror needs URL=" in refused.stderr
 
 
+def test_help_fits_a_terminal(clone: Clone) -> None:
+    """No line of `make help` has more than 80 columns."""
+    lines = clone.make_target("help").stdout.splitlines()
+    assert len(lines) > 30 and [line for line in lines if len(line) > 80] == []
+
+
 @pytest.mark.parametrize("target", ["identify", "convert", "split"])
 def test_a_file_is_no_option(clone: Clone, target: str) -> None:
     """A value of FILE that looks like an option is the name of a file."""

@@ -31,7 +31,7 @@ from tests.support.privileges import UNPRIVILEGED
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "recombine.sh"
 SHIPPED = ("csm-1b", "csm-tiny")
-HELP = "git lfs pull, copy the file again, or make weights MODEL=csm-1b"
+HELP = "git restore chunks, copy the file again, or make weights MODEL=csm-1b"
 ACCESS_PAGE = b"Access to model sesame/csm-1b is restricted. You must have access to it."
 
 
@@ -552,6 +552,15 @@ def test_chunk_files_that_are_not_listed_are_not_joined(tree: Tree) -> None:
 
 
 # ---- the joined file
+
+
+def test_git_lfs_is_advised_where_it_keeps_the_files(tmp_path: Path) -> None:
+    """A missing chunk file is restored by git, or pulled where .gitattributes names git-lfs."""
+    tree = Tree(tmp_path / "tree").write(SAFETENSORS)
+    (tree.root / next(iter(SAFETENSORS.chunks))).unlink()
+    assert "-> git restore chunks, copy" in tree.run().stderr
+    (tree.root / ".gitattributes").write_text("chunks/** filter=lfs diff=lfs merge=lfs -text\n")
+    assert "-> git lfs pull, copy" in tree.run().stderr
 
 
 @pytest.mark.parametrize("model", [SAFETENSORS, CKPT], ids=["sha256", "Hub blob id"])

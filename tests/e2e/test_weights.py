@@ -404,6 +404,7 @@ TRAPS = [
     (("weights", "--sorce", "hf"), "did you mean --source?"),
     (("weights", "--model"), "--model needs a value"),
     (("weights", "--model", "csm-tinny"), "did you mean csm-tiny?"),
+    (("weights", "csm-tinny"), "did you mean --model csm-tiny?"),
     (("weights", *TINY, "--source", "huggingface"), "did you mean hf?"),
     (("weights", *TINY, "--only", "safetensor"), "did you mean safetensors?"),
     (("--dry", "fetch", *TINY), "put it after the task: inv fetch --dry"),
@@ -475,7 +476,9 @@ def test_every_task_with_json_prints_just_that(
 ) -> None:
     """With --json, stdout is one JSON object with the exit code, whatever the task has to say."""
     result = clone.inv(*command, "--json")
-    assert (result.returncode, checked(result.stdout)["exit_code"]) == (code, code)
+    data = checked(result.stdout)
+    assert (result.returncode, data["exit_code"]) == (code, code)
+    assert data["model"] == ("csm-tiny" if "csm-tiny" in command else "csm-1b")
 
 
 WITH_RESULTS = [

@@ -21,6 +21,8 @@ from filelock import FileLock
 from csm_weights import hashing
 from csm_weights.commands import verify
 from csm_weights.commands.clean import clean
+from csm_weights.commands.render import text
+from csm_weights.commands.render.json import render as render_json
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.pipeline import apply, session
 from csm_weights.pipeline.actions import Action, Assemble, Copy, Move, Verify
@@ -546,7 +548,8 @@ def test_status_check_of_a_changed_file_is_wrong_content(toy: Toy) -> None:
     os.utime(toy.installed("a.bin"), ns=(1, 1))
     error = apply.status(toy.request(), check=True).error
     assert error is not None
-    assert ([f.kind for f in error.findings], error.exit_code) == ([Kind.CHANGED], 4)
+    assert ([f.kind for f in error.findings], error.exit_code) == ([Kind.EDITED], 4)
+    assert "changed since it was verified" in str(error) and "while read" not in str(error)
 
 
 @pytest.fixture
@@ -581,6 +584,9 @@ def test_status_check_says_what_verify_says(refused: Toy) -> None:
     errors = [result.error for result in results]
     assert [error.exit_code for error in errors if error] == [4, 4, 4, 4]
     assert len(set(map(str, errors))) == 1
+    checked = results[-1]
+    assert "keep" not in text.render(checked) and "refused  a.bin" in text.render(checked)
+    assert json.loads(render_json(checked))["ok"] is False
     assert refused.installed("a.bin").read_bytes() == refused.good("a.bin")
 
 

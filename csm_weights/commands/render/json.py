@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # what a task does not show need not be imported for it
 SCHEMA = 1
 
 
-def render(result: object, command: str = "") -> str:
-    """Return what a task prints of its result, or of an error, with --json; in ASCII.
+def render(result: object, command: str = "", model: str | None = None) -> str:
+    """Return what a task prints of its result, or of an error about `model`, with --json; in ASCII.
 
     Every object has the same first keys; after them come those of its command.
     """
@@ -46,7 +46,7 @@ def render(result: object, command: str = "") -> str:
     shared = {
         "schema": SCHEMA,
         "command": command,
-        "model": None,
+        "model": model,
         "ok": error is None,
         "exit_code": error.exit_code if error else 0,
         "message": error.message if error else "",
@@ -80,7 +80,7 @@ def _status(report: StatusReport) -> dict[str, Any]:
         )
     return {
         "model": state.manifest.name,
-        "ok": plan.is_done,
+        "ok": plan.is_done and report.error is None,
         "findings": [asdict(finding) for finding in (report.error or plan).findings],
         "notes": [asdict(finding) for finding in plan.notes],
         "advice": report.advice,

@@ -52,6 +52,9 @@ def _status(report: StatusReport) -> str:
     rows, steps = [], _steps(state, plan.actions)
     for item in state.artifacts:
         path, size = item.artifact.path, format_size(item.artifact.size)
+        if path in report.refused:
+            rows.append(("refused", path, size, "none: its digest is right, see the error"))
+            continue
         rows.append((_state(item), path, size, steps.get(path, "no source has it")))
     shown = [
         printable(f"{state.manifest.name} -> {state.paths.destination}"),
