@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from csm_weights.store.journal import journal_path, partial_path
-from tests.support.clone import INV, REPOSITORY, Clone, Result
+from tests.support.clone import BIN, INV, REPOSITORY, Clone, Result
 from tests.support.schema import checked
 
 TINY = ("--model", "csm-tiny")
@@ -388,6 +388,16 @@ def test_inv_ends_with_the_code_of_the_readme_and_says_so_in_json(
     assert (result.returncode, data["exit_code"], data["ok"]) == (code, code, code == 0)
     assert code in readme_codes()
     assert "Traceback" not in result.stderr
+
+
+def test_the_python_sample_of_the_readme_runs(clone: Clone) -> None:
+    """The sample that loads csm-tiny runs as it is written, once csm-tiny is installed."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    samples = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (sample,) = (one for one in samples if "csm-tiny" in one)
+    assert clone.inv("weights", *TINY, "--no-smoke").returncode == 0
+    result = clone.run(str(BIN / "python"), "-c", sample + "print(codes.shape[1])")
+    assert (result.returncode, result.stdout) == (0, "32\n"), result.stderr
 
 
 def test_an_unknown_option_is_a_usage_error(clone: Clone) -> None:
