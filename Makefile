@@ -34,8 +34,6 @@ $(foreach name,$(SWITCHES),$(if $(filter-out $(yes) $(no),$($(name)))$(word 2,$(
 	$(error $(name)=$($(name)): say $(name)=1 or $(name)=0)))
 
 quoted = '$(subst ','\'',$(1))'
-# A file whose name begins with a dash is no option.
-file = $(call quoted,$(if $(filter -%,$(firstword $(FILE))),./)$(FILE))
 option = $(if $($(1)),--$(2) $(call quoted,$($(1))))
 switch = $(if $(filter $(yes),$($(1))),--$(2))
 
@@ -106,20 +104,21 @@ compare: $(VENV)/.base ## Check that two formats, or FILE='A B', are equal
 		$(foreach file,$(FILE),--file $(call quoted,$(file)))
 
 identify: $(VENV)/.base ## Tell what weights FILE=... are, and of which release
-	@$(INV) identify $(file)
+	@# With = a value that begins with a dash is no option.
+	@$(INV) identify --path=$(call quoted,$(FILE))
 
 convert: $(VENV)/.base ## Convert FILE=... to TO=original or transformers in OUT=...
-	@$(INV) convert $(file) --to $(call quoted,$(TO)) --out $(call quoted,$(OUT))
+	@$(INV) convert --path=$(call quoted,$(FILE)) --to=$(call quoted,$(TO)) --out=$(call quoted,$(OUT))
 
 speak: $(VENV)/.speak ## Speak TEXT='...' to the WAV file OUT=... with MODEL (SEED=1)
-	@$(INV) speak $(call quoted,$(TEXT)) $(call quoted,$(OUT)) --model $(call quoted,$(MODEL)) \
+	@$(INV) speak --text=$(call quoted,$(TEXT)) --out=$(call quoted,$(OUT)) --model $(call quoted,$(MODEL)) \
 		$(call option,DEST,dest) $(AT) $(call option,SEED,seed)
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT)
 
 split: $(VENV)/.base ## Split FILE=... into chunk files, with digests
-	@$(INV) split $(file)
+	@$(INV) split --file=$(call quoted,$(FILE))
 
 lock: $(VENV)/.base ## Add digests of verified files to MODEL's manifest
 	@$(INV) lock --model $(call quoted,$(MODEL))

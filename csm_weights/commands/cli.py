@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +24,7 @@ from invoke.parser import Parser
 from invoke.program import Program
 from invoke.tasks import Task
 
-from csm_weights.errors import CsmWeightsError, UsageError, did_you_mean, printable
+from csm_weights.errors import UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from csm_weights.pipeline.plan import Target
@@ -95,11 +94,10 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
         name, takes = function.__name__.replace("_", "-"), inspect.signature(function).parameters
 
         def body(context: Context, /, **given: Any) -> None:
-            as_json = given.pop("json", False)
+            as_json, root = given.pop("json", False), Path(context.config.csm_weights.root)
 
             def call() -> object:
                 _refuse_core_options(context, name)
-                root = Path(context.config.csm_weights.root)
                 if "root" in takes:
                     return function(root, **given)
                 asked = {key: given.pop(key) for key in REQUEST if key in given}
@@ -109,16 +107,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
 
             # Two files that are named are of no model that is known.
             model = "" if given.get("file") else given.get("model", "")
-
-            def model_name() -> str | None:
-                from csm_weights.pipeline.request import find_manifest
-
-                root = Path(context.config.csm_weights.root)
-                with suppress(CsmWeightsError, OSError):
-                    return find_manifest(root, model).name if model else None
-                return None
-
-            if code := console.run(call, as_json, name, model_name):
+            if code := console.run(call, as_json, name, (root, model)):
                 raise Exit(code=code)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from csm_weights import errors
@@ -32,11 +33,11 @@ def run(
     call: Callable[[], object],
     as_json: bool = False,
     command: str = "",
-    model: Callable[[], str | None] = lambda: None,
+    model: tuple[Path, str] = (Path(), ""),
 ) -> int:
     """Show what a call of the task `command` returns or raises; return the exit code.
 
-    `model` returns the name of the model that it is about, for an error as JSON.
+    `model` is the root and the model that it is about, which an error as JSON names.
     Until it ends, an interrupt and a termination signal raise KeyboardInterrupt.
     """
     _open_streams()
@@ -92,14 +93,15 @@ def _result_of(call: Callable[[], object], command: str) -> object:
         return CsmWeightsError("out of memory: free some, or raise the limit (ulimit -v)")
 
 
-def _show(result: object, as_json: bool, command: str, model: Callable[[], str | None]) -> int:
+def _show(result: object, as_json: bool, command: str, model: tuple[Path, str]) -> int:
     """Print a result on stdout and its error on stderr; return the exit code."""
     error = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
     try:
         if as_json:
             from csm_weights.commands.render import json
+            from csm_weights.pipeline.request import known_name
 
-            known = model() if result is error else None
+            known = known_name(*model) if result is error else None
             _print(json.render(result, command, known), sys.stdout)
         elif result is not error:
             from csm_weights.commands.render import text

@@ -1,5 +1,6 @@
 """The values that a command is asked for."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.config import check_mirror
-from csm_weights.errors import UsageError, did_you_mean
+from csm_weights.errors import CsmWeightsError, UsageError, did_you_mean
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.types import Manifest
@@ -104,3 +105,10 @@ def find_manifest(root: Path, model: str) -> Manifest:
         hint = did_you_mean(model, known) or ", or give the path of a manifest (.toml)"
         raise UsageError(f"no model called {model!r}; there are {', '.join(known)}{hint}")
     return load(path)
+
+
+def known_name(root: Path, model: str) -> str | None:
+    """Return the name of a model whose manifest is there and holds, or None."""
+    with contextlib.suppress(CsmWeightsError, OSError):
+        return find_manifest(root, model).name if model else None
+    return None

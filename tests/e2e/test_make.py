@@ -94,8 +94,14 @@ def test_help_fits_a_terminal(clone: Clone) -> None:
 @pytest.mark.parametrize("target", ["identify", "convert", "split"])
 def test_a_file_is_no_option(clone: Clone, target: str) -> None:
     """A value of FILE that looks like an option is the name of a file."""
-    result = clone.make_target(target, "FILE=--out=a file", "TO=original", "OUT=there")
-    assert (result.returncode, "missing: --out=a file" in result.stderr) == (2, True)
+    result = clone.make_target(target, "FILE=--dry=a file", "TO=original", "OUT=there")
+    assert (result.returncode, "missing: --dry=a file\n" in result.stderr) == (2, True)
+
+
+def test_a_text_is_no_option(clone: Clone) -> None:
+    """Nor are a value of TEXT and one of OUT: the run ends later, for want of a tokenizer."""
+    result = clone.make_target("speak", "MODEL=csm-tiny", "TEXT=--speaker=1", "OUT=--seed=1")
+    assert (result.returncode, "text needs a tokenizer" in result.stderr) == (2, True)
 
 
 def test_nothing_is_said_of_what_is_up_to_date(clone: Clone) -> None:
