@@ -60,7 +60,7 @@ def speak(
         raise not_installed("torch", "runs the model") from None
     found = next(Weights(request).candidates(), None)
     if found is None:
-        words = ("its weights", "none", f"inv weights {request.options}".rstrip())
+        words = ("its weights", "none", " ".join(["inv weights", *request.options]))
         finding = Finding(Kind.NOT_THERE, request.model, *words)
         raise MissingInput("the model is not on this machine", [finding])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
