@@ -780,7 +780,9 @@ def test_interrupted_run_leaves_nothing_behind(
     tree: Tree, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Ctrl-C in the middle of writing removes the partial file; the code is 130."""
-    path = tool(tmp_path / "bin", "cat", 'head -c 1000 "$1"; exec sleep 30')
+    # A shell that is interrupted while its child ends by itself would go on without the trap.
+    slow = 'trap "exit 130" INT TERM; head -c 1000 "$1"; while :; do sleep 0.1; done'
+    path = tool(tmp_path / "bin", "cat", slow)
     with subprocess.Popen(
         ["bash", str(tree.root / "recombine.sh")],
         env=environment(path),
