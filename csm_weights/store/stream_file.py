@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from csm_weights.concurrency import OnProgress
+from csm_weights.concurrency import OnProgress, deferred_interrupts
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import sha256
 from csm_weights.store.atomic import unlink_shared, writing
@@ -34,9 +34,10 @@ def write_stream(
     target = OutputFile(unfinished)
     try:
         left = os.fstat(target.fd).st_size
-        with ThreadPoolExecutor(1) as writer:
+        with deferred_interrupts() as raise_pending, ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
             for block in _gathered(blocks):
+                raise_pending()
                 if written:
                     written.result()
                 is_left = offset + len(block) <= left
