@@ -80,9 +80,7 @@ class HubEnvironment:
         """
         page = self.page(repo)
         if self.offline:
-            mend = "unset HF_HUB_OFFLINE, or copy the files to this machine"
-            expected = "permission to ask the Hub"
-            return Finding(Kind.OFFLINE, page, expected, "HF_HUB_OFFLINE is set", mend)
+            return offline(page, "the Hub")
         if not _is_plain_url(self.endpoint):
             expected = "an http:// or https:// URL without credentials or a query"
             raise UsageError(f"HF_ENDPOINT is not {expected}; unset it for {PUBLIC_ENDPOINT}")
@@ -94,6 +92,13 @@ def pip_command(extra: str) -> str:
     if (Path(__file__).parents[1] / "constraints.txt").is_file():
         return f".venv/bin/pip install -c constraints.txt -e '.[{extra}]'"
     return f"pip install 'csm-weights[{extra}]'"
+
+
+def offline(where: str, server: str) -> Finding:
+    """Describe a server that may not be asked."""
+    mend = "unset HF_HUB_OFFLINE, or copy the files to this machine"
+    words = (f"permission to ask {server}", "HF_HUB_OFFLINE is set", mend)
+    return Finding(Kind.OFFLINE, where, *words)
 
 
 def no_token(page: str, found: str = "none") -> Finding:

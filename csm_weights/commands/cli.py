@@ -131,7 +131,9 @@ def collection(root: Path, *more: Task[Any]) -> Collection:
 
 def main() -> None:
     """Run the tasks as the program `csm-weights`, for files below the current folder."""
-    os.environ["CSM_WEIGHTS_TYPED"] = NAME
+    from csm_weights.commands import console
+
+    os.environ[console.TYPED] = NAME
     tasks = collection(Path.cwd())
     start(tasks)
     Program(name=NAME, binary=NAME, version=version(NAME), namespace=tasks).run()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from csm_weights.commands.compare import here_of_model
 from csm_weights.errors import CsmWeightsError, MissingInput, WrongContent
-from csm_weights.files import Fingerprint, read_bounded
 from csm_weights.formats.compare import open_pair, tied_findings
 from csm_weights.formats.identify import Identity, identify
 from csm_weights.formats.transformers_layout import name_tensors, read_configs
@@ -19,9 +18,10 @@ from csm_weights.formats.weights_file import find, open_weights
 from csm_weights.hashing import HashJob, measure
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.types import Artifact
-from csm_weights.pipeline.locate import network_of
+from csm_weights.pipeline.locate import network_in
 from csm_weights.pipeline.request import Request, manifests
 from csm_weights.progress import Progress
+from csm_weights.store.hub_cache import snapshots_of
 from csm_weights.store.receipts import read_receipt
 
 
@@ -80,10 +80,7 @@ def identify_paths(root: Path, paths: Sequence[Path]) -> Identification:
 
 def _identified(root: Path, path: Path) -> Identified:
     if (path / "snapshots").is_dir():
-        commits = sorted(one.name for one in (path / "snapshots").iterdir())
-        main = path / "refs" / "main"
-        named = read_bounded(main, 100).decode(errors="replace").strip() if main.is_file() else ""
-        path = path / "snapshots" / (named if named in commits else commits[0] if commits else "")
+        path = next(iter(snapshots_of(path)), path / "snapshots")
     files = find(path)
     folder = files[0][0].parent
     configs = []
@@ -102,7 +99,7 @@ def _identified(root: Path, path: Path) -> Identified:
     known = []
     for file in manifests(root):
         with contextlib.suppress(CsmWeightsError, OSError):  # one that cannot be read names nothing
-            if network_of(manifest := load(file)) == identity.network:
+            if network_in(manifest := load(file)) == identity.network:
                 known.append(manifest)
     hashed = functools.cache(lambda ranges: _hashed(files[0], ranges))
     for manifest in known:
@@ -130,7 +127,7 @@ def _is(parts: Sequence[Path], artifact: Artifact, hashed: Callable[..., Sequenc
     if sum(part.stat().st_size for part in parts) != artifact.size:
         return False
     receipt = read_receipt(parts[0].parent, parts[0].name) if len(parts) == 1 else None
-    if receipt and receipt.fingerprint == Fingerprint.of(parts[0].stat()):
+    if receipt and receipt.is_current(parts[0].stat()):
         return receipt.fits(artifact)
     tiles = artifact.tiles
     ranges = tuple((piece.offset, piece.size) for piece in tiles)

@@ -14,7 +14,6 @@ from csm_weights.errors import (
     WrongContent,
     error_for,
 )
-from csm_weights.files import Fingerprint
 from csm_weights.hashing import HashJob, measure
 from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.manifest.types import Artifact, Manifest
@@ -88,7 +87,7 @@ def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> 
                 run.remove_leftovers(run.inspect(), is_staged=True)
     if any(file.how is hub_cache.How.LINKED for file in seeded):
         notes.append("a linked file is one file, here and in the cache, and read-only in both")
-    main = hub_cache.main_of(cache, repo)
+    main = hub_cache.main_of(hub_cache.repository(cache, repo))
     is_moved = dry and (move_main or main is None)
     if main != revision and not is_moved:
         notes.append(
@@ -166,7 +165,7 @@ def _record_again(state: State) -> list[str]:
     notes = []
     for item in state.artifacts:
         receipt = item.installed.receipt
-        if not receipt or Fingerprint.of(item.installed.path.stat()) == receipt.fingerprint:
+        if not receipt or receipt.is_current(item.installed.path.stat()):
             continue
         try:
             install.record(state.paths.destination, receipt)

@@ -130,7 +130,7 @@ def find(path: Path) -> Files:
     if match := _INDEX.fullmatch(path.name):
         if not path.is_file():
             raise missing(path, "an index of shards", "no such file", "check the path")
-        return [[shard] for shard in _listed(path, match)]
+        return [[shard] for shard in _listed(path, match, _names(path, match[2]))]
     if match := _SHARD.fullmatch(path.name):
         return _numbered(path.parent, match)
     whole = path.parent / path.name.rpartition(".part-")[0] if ".part-" in path.name else path
@@ -163,7 +163,9 @@ def find(path: Path) -> Files:
             raise UsageError(printable(words))
         return found[:1] if files == [[path / name]] else files
     if not sets and len(indexes) == 1:
-        return [[one] for one in _listed(path / indexes[0][0], indexes[0])]
+        (only,) = indexes
+        listed = _listed(path / only[0], only, _names(path / only[0], only[2]))
+        return [[one] for one in listed]
     if not sets and not indexes:
         raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "none of them")
     if len(sets) != 1:
@@ -202,8 +204,9 @@ def _with_listed(files: list[Path], stem: str = "") -> list[Path]:
         index = folder / match[0]
         if not files[0].name.lower().endswith(match[2].lower()):
             continue
-        if match[1].lower() == stem.lower() or mine & _names(index, match[2]):
-            listed = _listed(index, match)
+        names = _names(index, match[2])
+        if match[1].lower() == stem.lower() or mine & names:
+            listed = _listed(index, match, names)
             _refuse(set(files) - set(listed), f"a file that {index} lists")
             files, mine = listed, {file.name for file in listed}
     return files
@@ -235,9 +238,8 @@ def _names(index: Path, suffix: str) -> set[str]:
     return names
 
 
-def _listed(index: Path, match: re.Match[str]) -> list[Path]:
-    """Find the files that an index names; `match` is that of its name."""
-    names = _names(index, match[2])
+def _listed(index: Path, match: re.Match[str], names: set[str]) -> list[Path]:
+    """Find the files whose names an index lists; `match` is that of its own name."""
     _require(index.parent / name for name in names)
     own = (match[1].lower(), match[2].lower())
     shards = {m[0] for m in _matches(index.parent) if (m[1].lower(), m[4].lower()) == own}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from csm_weights.config import HubEnvironment, pip_command
 from csm_weights.errors import Finding, Kind, MissingInput
-from csm_weights.store.hub_cache import main_of, repository, snapshot_file
+from csm_weights.store.hub_cache import main_of, repository, snapshot_file, snapshots_of
 
 #: The repository that the model's own files can be seeded into.
 CSM = "sesame/csm-1b"
@@ -82,7 +82,7 @@ def find_assets(cache: Path, in_place: bool = False) -> list[Asset]:
 
 def _is_found(cache: Path, repo: str, name: str, size: int | None) -> bool:
     """Check that an offline client that asks for main finds a file, or a folder with one."""
-    commit = main_of(cache, repo)
+    commit = main_of(repository(cache, repo))
     if commit is None:
         return False
     folder = repository(cache, repo) / "snapshots" / commit / name
@@ -96,11 +96,9 @@ def _is_found(cache: Path, repo: str, name: str, size: int | None) -> bool:
 def snapshots(repo: str, names: tuple[str, ...]) -> Iterator[Path]:
     """Yield the snapshots of a repository in the cache that have all these files, main's first."""
     cache = HubEnvironment.read().cache
-    folder = repository(cache, repo) / "snapshots"
-    others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    for commit in dict.fromkeys([main_of(cache, repo), *others]):
-        if commit and all(snapshot_file(cache, repo, commit, name) for name in names):
-            yield folder / commit
+    for snapshot in snapshots_of(repository(cache, repo)):
+        if all(snapshot_file(cache, repo, snapshot.name, name) for name in names):
+            yield snapshot
 
 
 def not_installed(package: str, purpose: str) -> MissingInput:

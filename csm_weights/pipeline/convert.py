@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from csm_weights.errors import (
     WrongContent,
     did_you_mean,
 )
-from csm_weights.files import Fingerprint, read_bounded, read_file
+from csm_weights.files import read_bounded, read_file
 from csm_weights.formats import FORMATS
 from csm_weights.formats.architecture import MAX_CONFIG, CsmConfig
 from csm_weights.formats.compare import tied_findings
@@ -53,7 +52,7 @@ from csm_weights.manifest.parse import load
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline.request import manifests
-from csm_weights.pipeline.session import now
+from csm_weights.pipeline.session import receipt_of
 from csm_weights.progress import Progress
 from csm_weights.store.atomic import write_whole
 from csm_weights.store.install import install
@@ -250,8 +249,7 @@ def _write(
                 file = write_stream(out / name, new.blocks, key, progress.advance)
                 if changes := [finding for source in sources for finding in source.changes()]:
                     raise WrongContent("the weights changed while they were converted", changes)
-                tool = f"csm-weights {version('csm-weights')}"
-                done[name] = install(file.path, out, Receipt.of(file, name, model, now(), tool))
+                done[name] = install(file.path, out, receipt_of(file, name, model))
         for name, text in texts.items():
             write_whole(out / name, text)
     return [done[name] for name in files]
@@ -262,7 +260,7 @@ def _finished(out: Path, name: str, key: str) -> Receipt | None:
     receipt, path = read_receipt(out, name), out / name
     if receipt is None or not path.is_file() or [p.source for p in receipt.pieces] != [key]:
         return None
-    return receipt if receipt.fingerprint == Fingerprint.of(path.stat()) else None
+    return receipt if receipt.is_current(path.stat()) else None
 
 
 def _is_text(path: Path, text: str) -> bool:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.config import HubEnvironment
 from csm_weights.errors import Finding, Kind, MissingInput
-from csm_weights.files import Fingerprint, read_bounded
+from csm_weights.files import read_bounded
 from csm_weights.formats.architecture import MAX_CONFIG, CsmConfig, parse_config
 from csm_weights.formats.weights_file import WEIGHT_FILES
 from csm_weights.hashing import git_sha1
@@ -117,7 +117,7 @@ class Weights:
                 yield self._found(tuple(part.path for part in parts), digests)
 
     def _found(self, paths: tuple[Path, ...], digests: tuple[ByteRange, ...] = ()) -> LocalWeights:
-        config = network_of(self._session.manifest) or self._read_config()
+        config = network_in(self._session.manifest) or self._read_config()
         return LocalWeights(paths, self._session.paths.destination, config, digests)
 
     def _read_config(self) -> CsmConfig | None:
@@ -195,7 +195,7 @@ def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
             for artifact in manifest.artifacts:
                 is_it = artifact.is_weights and artifact.size == size
                 if is_it and name in ("", Path(artifact.path).name) and (d := _digests(artifact)):
-                    return Pinned(manifest.name, artifact, d, network_of(manifest))
+                    return Pinned(manifest.name, artifact, d, network_in(manifest))
     return None
 
 
@@ -205,7 +205,7 @@ def has_receipt(file: Path, known: Pinned | None) -> bool:
     That of another model than the pinned one counts too: it is that model.
     """
     receipt = read_receipt(file.parent, file.name)
-    if receipt is None or receipt.fingerprint != Fingerprint.of(file.stat()):
+    if receipt is None or not receipt.is_current(file.stat()):
         return False
     return known is None or receipt.model != known.model or receipt.fits(known.artifact)
 
@@ -216,7 +216,7 @@ def _digests(artifact: Artifact) -> tuple[ByteRange, ...]:
     return ranges if all(one.sha256 for one in ranges) else ()
 
 
-def network_of(manifest: Manifest) -> CsmConfig | None:
+def network_in(manifest: Manifest) -> CsmConfig | None:
     """Return the network of the edition of config.json whose text is in the manifest."""
     for artifact in manifest.artifacts:
         if artifact.path == CONFIG and (text := known_text(artifact)) is not None:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csm_weights.config import HubEnvironment, folder_of, user_path
+from csm_weights.config import HubEnvironment, folder_of, offline, user_path
 from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
@@ -100,8 +100,7 @@ class Session:
 
     def receipt(self, artifact: Artifact, verified: VerifiedFile) -> Receipt:
         """Return the receipt of a file that has just been verified."""
-        tool = f"csm-weights {version('csm-weights')}"
-        return Receipt.of(verified, artifact.path, self.manifest.name, now(), tool)
+        return receipt_of(verified, artifact.path, self.manifest.name)
 
     def install(self, verified: Path, directory: Path, receipt: Receipt) -> None:
         """Give a verified file its final name, and forget what was wrong under it."""
@@ -201,16 +200,16 @@ def begin(
 
 def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:
     """Return which sources a request allows, and why others are not asked."""
-    word, problems = request.source, []
-    remote = [url for url in request.urls if not folder_of(url)]
-    for shelf in filter(None, map(folder_of, request.urls)):
-        if not shelf.is_dir():
+    word, remote, problems = request.source, list[str](), list[Finding]()
+    for url in request.urls:
+        shelf = folder_of(url)
+        if shelf is None:
+            remote.append(url)
+        elif not shelf.is_dir():
             mend = "insert the disk, or mount it"
             problems.append(Finding(Kind.MISSING, str(shelf), "a folder", "none", mend))
     if environment.offline and remote:
-        expected = "permission to ask a mirror"
-        mend = "unset HF_HUB_OFFLINE, or copy the files to this machine"
-        problems.append(Finding(Kind.OFFLINE, remote[0], expected, "HF_HUB_OFFLINE is set", mend))
+        problems.append(offline(remote[0], "a mirror"))
         remote = []
     if word in ("auto", "hf") and manifest.repo:
         problem = environment.problem(manifest.repo, manifest.gated)
@@ -234,6 +233,11 @@ def gate_error(results: Iterable[gates.GateResult]) -> CsmWeightsError | None:
     """Return the one error for all that the gates found, each finding once."""
     findings = dict.fromkeys(f for r in results for f in r.findings)
     return error_for("verification failed", findings) if findings else None
+
+
+def receipt_of(verified: VerifiedFile, path: str, model: str) -> Receipt:
+    """Return the receipt of a file that has just been verified, by this tool."""
+    return Receipt.of(verified, path, model, now(), f"csm-weights {version('csm-weights')}")
 
 
 def now() -> str:

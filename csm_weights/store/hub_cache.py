@@ -79,13 +79,21 @@ def repository(cache: Path, repo: str) -> Path:
     return cache / f"models--{repo.replace('/', '--')}"
 
 
-def main_of(cache: Path, repo: str) -> str | None:
-    """Return the commit that an offline client takes "main" for, or None."""
+def main_of(home: Path) -> str | None:
+    """Return the commit that an offline client takes "main" of a repository for, or None."""
     try:
-        text = read_bounded(repository(cache, repo) / "refs" / "main", 100).decode("ascii")
+        text = read_bounded(home / "refs" / "main", 100).decode("ascii")
     except (OSError, UnicodeDecodeError):
         return None
     return text if _COMMIT.fullmatch(text) else None
+
+
+def snapshots_of(home: Path) -> list[Path]:
+    """Return the snapshots of a repository, that of main first, then by name; raises OSError."""
+    folder = home / "snapshots"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    main = main_of(home)
+    return [folder / name for name in sorted(names, key=lambda name: name != main)]
 
 
 def snapshot_file(cache: Path, repo: str, commit: str, path: str) -> Path | None:
@@ -100,10 +108,7 @@ class CachedRepo:
     def __init__(self, cache: Path, repo: str, revision: str | None) -> None:
         self._home = repository(cache, repo)
         self._exists = self._home.is_dir()
-        snapshots = self._home / "snapshots"
-        others = sorted(p.name for p in snapshots.iterdir()) if snapshots.is_dir() else []
-        commits = dict.fromkeys([revision, main_of(cache, repo), *others])
-        self._snapshots = [snapshots / commit for commit in commits if commit in others]
+        self._snapshots = sorted(snapshots_of(self._home), key=lambda one: one.name != revision)
 
     def find(self, artifact: Artifact) -> Path | None:
         """Return the file that may hold an artifact, with all links followed, or None.
@@ -180,7 +185,7 @@ def seed(
             marker = home / ".no_exist" / revision / item.path
             with atomic.writing(marker), contextlib.suppress(NotADirectoryError):
                 marker.unlink(missing_ok=True)
-        main = main_of(cache, repo)
+        main = main_of(home)
         if main != revision and (move_main or main is None):
             atomic.write_whole(home / "refs" / "main", revision)
         above = {p for f in folders for p in (f, *f.parents) if p.is_relative_to(cache)}

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from csm_weights.config import user_path
 from csm_weights.errors import Finding, Kind
-from csm_weights.files import Fingerprint, read_bounded, size_finding, stat_of
+from csm_weights.files import read_bounded, size_finding, stat_of
 from csm_weights.manifest.paths import CHUNKS, RECEIPTS
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.store.block_io import NOT_PUNCHING
@@ -283,12 +283,12 @@ class _Disk:
             is_here = finding and finding.kind is not Kind.MISSING
             state = FileState.INVALID if is_here else FileState.ABSENT
             return FileStatus(path, state, None, finding, receipt)
-        is_trusted = receipt is not None and receipt.fingerprint == Fingerprint.of(status)
-        is_own = receipt is not None and receipt.model == self.manifest.name
-        is_fit = receipt is not None and receipt.fits(artifact)
-        if receipt and is_trusted and not (is_own or is_fit):
+        trusted = receipt if receipt and receipt.is_current(status) else None
+        is_own = trusted is not None and trusted.model == self.manifest.name
+        is_fit = trusted is not None and trusted.fits(artifact)
+        if trusted and not (is_own or is_fit):
             # It may be the only copy: its chunk files may have been consumed.
-            expected, found = "no file of another model", f"a verified file of {receipt.model}"
+            expected, found = "no file of another model", f"a verified file of {trusted.model}"
             mend = "move it away, or choose other folders with --dest and --staging"
             finding = Finding(Kind.IN_THE_WAY, str(path), expected, found, mend)
             return FileStatus(path, FileState.INVALID, status.st_size, finding, receipt)
@@ -297,16 +297,14 @@ class _Disk:
             if finding.kind is Kind.WRONG_SIZE and artifact.is_weights:
                 from csm_weights.formats.identify import describe
 
-                what = describe(path)
-                finding = replace(
-                    finding, found=f"{finding.found}: {what}" if what else finding.found
-                )
+                if what := describe(path):
+                    finding = replace(finding, found=f"{finding.found}: {what}")
             good = self.good.get(path, frozenset())
             if finding.kind is Kind.WRONG_SIZE and size < artifact.size:
                 # A file that was cut short may be right up to there.
                 good = frozenset(piece.offset for piece in artifact.pieces if piece.end <= size)
             return FileStatus(path, FileState.INVALID, size, finding, receipt, good=good)
-        state = FileState.VERIFIED if is_trusted and is_own and is_fit else FileState.UNVERIFIED
+        state = FileState.VERIFIED if is_own and is_fit else FileState.UNVERIFIED
         is_shared = status.st_nlink > 1 and bool(status.st_mode & 0o222)
         return FileStatus(path, state, size, None, receipt, path.is_symlink(), is_shared)
 

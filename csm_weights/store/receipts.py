@@ -6,6 +6,7 @@ fingerprint is not the file's, counts as absent, and the file is hashed again.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,10 @@ class Receipt:
         """Return the receipt of a file that has just been verified."""
         found = (file.size, file.sha256, file.pieces, file.fingerprint)
         return cls(path, model, *found, verified_at, tool, file.git_sha1)
+
+    def is_current(self, status: os.stat_result) -> bool:
+        """Check that the file has not been touched since it was verified, by its stat."""
+        return self.fingerprint == Fingerprint.of(status)
 
     def fits(self, artifact: Artifact) -> bool:
         """Check that what was verified is one of the editions that the manifest accepts.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, WrongContent, from_os_error
-from csm_weights.files import Fingerprint, open_regular
+from csm_weights.files import open_regular
 from csm_weights.store.atomic import writing
 from csm_weights.store.receipts import Receipt
 
@@ -61,7 +61,7 @@ def seal(directory: Path, receipt: Receipt) -> Sealed:
         fd = open_regular(file, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         status = os.fstat(fd)
-        if Fingerprint.of(status) != receipt.fingerprint:
+        if not receipt.is_current(status):
             raise _changed(file)
         verity = enable_verity(fd, file)
         if stat.S_IMODE(os.fstat(fd).st_mode) & ~_READABLE:

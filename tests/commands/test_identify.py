@@ -20,9 +20,10 @@ from csm_weights.errors import MissingInput, WrongContent
 from csm_weights.formats.architecture import CSM_1B, FLAVORS, CsmConfig
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
-from tests.formats.test_compare import TINY, joined, sharded
+from tests.formats.test_compare import joined, sharded
 from tests.support import hostile
-from tests.support.clone import REPOSITORY
+from tests.support.clone import REPOSITORY, copy_tiny
+from tests.support.networks import TINY
 from tests.support.oracles import transformers_model
 from tests.support.schema import checked
 
@@ -46,11 +47,7 @@ def in_transformers(state: dict[str, Tensor], codec: bool = True) -> dict[str, T
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A repository with csm-tiny's manifest and chunk files."""
-    root = tmp_path / "repository"
-    shutil.copytree(REPOSITORY / "chunks" / "csm-tiny", root / "chunks" / "csm-tiny")
-    (root / "manifests").mkdir()
-    shutil.copy(REPOSITORY / "manifests" / "csm-tiny.toml", root / "manifests")
-    return root
+    return copy_tiny(tmp_path / "repository")
 
 
 def identified(root: Path, path: Path) -> Identified:

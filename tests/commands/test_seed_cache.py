@@ -24,7 +24,7 @@ from csm_weights.store.hub_cache import How
 from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import receipt_path
 from tests.store.test_hub_cache import ask_client, git_sha1, hows, sha256, stamps
-from tests.support.clone import REPOSITORY
+from tests.support.clone import copy_tiny
 from tests.support.toy import Toy, flip
 
 REPO = "acme/toy"
@@ -381,12 +381,10 @@ def test_a_dry_run_fails_on_what_is_missing(model: Toy) -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Request:
     """csm-tiny with a repository on the Hub, safetensors and config.json installed."""
-    root = tmp_path_factory.mktemp("tiny")
-    shutil.copytree(REPOSITORY / "chunks" / "csm-tiny", root / "chunks" / "csm-tiny")
-    text = (REPOSITORY / "manifests" / "csm-tiny.toml").read_text()
+    root = copy_tiny(tmp_path_factory.mktemp("tiny"))
     hub = f'[hub]\nrepo = "{REPO}"\nrevision = "{COMMIT}"\n\n[smoke]'
-    (root / "manifests").mkdir()
-    (root / "manifests" / "csm-tiny.toml").write_text(text.replace("[smoke]", hub))
+    manifest = root / "manifests" / "csm-tiny.toml"
+    manifest.write_text(manifest.read_text().replace("[smoke]", hub))
     request = Request(root, "csm-tiny", ("safetensors",))
     assert apply.weights(request, smoke=False).error is None
     return request

@@ -30,10 +30,10 @@ from csm_weights.model.csm import Model
 from csm_weights.model.generator import Generator, Segment
 from csm_weights.model.tokenizer import TextTokenizer
 from csm_weights.model.wav import read_wav, wav_bytes
-from csm_weights.pipeline.locate import network_of
+from csm_weights.pipeline.locate import network_in
 from csm_weights.pipeline.request import Request
 from tests.model.test_generator import TINY_CODEC, FakeCipher, byte_tokenizer
-from tests.support.clone import EMBEDDED, REPOSITORY
+from tests.support.clone import EMBEDDED, copy_tiny
 from tests.support.privileges import unprivileged
 from tests.support.toy import flip
 
@@ -73,11 +73,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    root = tmp_path / "root"
-    shutil.copytree(REPOSITORY / EMBEDDED, root / EMBEDDED)
-    (root / "manifests").mkdir()
-    shutil.copy(REPOSITORY / "manifests" / "csm-tiny.toml", root / "manifests")
-    return root
+    return copy_tiny(tmp_path / "root")
 
 
 def spoken(root: Path, files: Path, **options: Any) -> tuple[Path, str]:
@@ -154,7 +150,7 @@ def test_the_file_has_what_the_generator_makes(root: Path, files: Path, tmp_path
     out, _ = spoken(root, files, speaker=3, seed=5, **context)
     weights = sorted((root / EMBEDDED).rglob("model.safetensors.part-*"))
     manifest = load(root / "manifests" / "csm-tiny.toml")
-    model = Model.from_local(weights, config=network_of(manifest))
+    model = Model.from_local(weights, config=network_in(manifest))
     tokenizer = TextTokenizer.from_file(files / "tokenizer.json")
     generator = Generator(model, tokenizer, Mimi.from_local(files / "mimi"))
     segments = [Segment(3, w, read_wav(f, 24_000)) for w, f in zip(words, said, strict=True)]

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from tests.commands.test_identify import released
-from tests.formats.test_compare import TINY
 from tests.support.clone import Clone
+from tests.support.networks import TINY
 from tests.support.oracles import transformers_model
 from tests.support.schema import checked
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from csm_weights import api
-from tests.model.test_csm import TINY_CONFIG
 from tests.support.clone import Clone
+from tests.support.networks import TINY_CONFIG
 
 
 @pytest.mark.parametrize("shards", [(), ("--shard-size", "200KB")])

@@ -29,10 +29,10 @@ from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.transformers_layout import TIED
 from csm_weights.pipeline.request import Request
 from tests.support import hostile
-from tests.support.clone import REPOSITORY
+from tests.support.clone import REPOSITORY, copy_tiny
+from tests.support.networks import TINY
 from tests.support.oracles import transformers_config, transformers_model
 
-TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 Q_PROJ = "backbone.layers.1.attn.q_proj.weight"
 K_PROJ = "decoder.layers.0.attn.k_proj.weight"
 AUDIO = "audio_embeddings.weight"
@@ -657,11 +657,7 @@ def test_a_file_that_is_cut_meanwhile_is_refused(
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A repository with csm-tiny's manifest and chunk files."""
-    root = tmp_path / "repository"
-    shutil.copytree(REPOSITORY / "chunks" / "csm-tiny", root / "chunks" / "csm-tiny")
-    (root / "manifests").mkdir()
-    shutil.copy(REPOSITORY / "manifests" / "csm-tiny.toml", root / "manifests")
-    return root
+    return copy_tiny(tmp_path / "repository")
 
 
 def joined(root: Path, name: str, folder: str) -> Path:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from csm_weights.model.csm import Model
 from tests.model.simulated_cuda import CURRENT, Event, Simulation, Stream
+from tests.support.networks import TINY, random_model
+
+
+@pytest.fixture(scope="module")
+def no_gradients() -> Iterator[None]:
+    """Torch without gradients."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """A network of the tiny dimensions with random weights."""
+    return random_model(TINY)
 
 
 @pytest.fixture

@@ -17,17 +17,12 @@ from torch import Tensor
 from csm_weights.errors import MissingInput, UsageError, WrongContent
 from csm_weights.formats.architecture import FLAVORS, CsmConfig, TransformerConfig, parse_config
 from csm_weights.model.csm import KVCache, Model, make_sampler
+from tests.support.networks import TINY, TINY_CONFIG, random_model
 from tests.support.oracles import torchtune_stack, transformers_config, transformers_model
 
-TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 CSM_1B = CsmConfig(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
-TINY_CONFIG = {
-    "audio_num_codebooks": 32,
-    "audio_vocab_size": 35,
-    "backbone_flavor": "tiny-backbone",
-    "decoder_flavor": "tiny-decoder",
-    "text_vocab_size": 512,
-}
 NAMES_SHA256 = "4599e6510bc0198383c220f3da32348946868ab47e8cd6e24ef81cee1a4a17f5"
 
 #: Twenty times the largest difference that float32 rounding made here (1.9e-6);
@@ -38,17 +33,6 @@ TOLERANCE = 4e-5
 NextFrame = Callable[[Tensor, Tensor, Tensor], Any]
 
 ALL_POSITIONS = torch.arange(2048)[None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return random_model(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +63,6 @@ def directory(tmp_path: Path, model: Model) -> Path:
     }
     torch.save(state | views, tmp_path / "ckpt.pt")
     return tmp_path
-
-
-def random_model(config: CsmConfig) -> Model:
-    """A model whose attention is sharp enough that every position matters."""
-    torch.manual_seed(1)
-    model = Model(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith("scale"):
-            parameter.uniform_(0.5, 1.5)
-        if "q_proj" in name or "k_proj" in name:
-            parameter.mul_(3)
-    return model
 
 
 def frames(text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,8 @@ from csm_weights.formats.weights_file import find
 from csm_weights.model import fast_decoder
 from csm_weights.model.csm import Model, chosen_attention, make_sampler
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
-from tests.model.test_csm import TINY, frames, random_model
+from tests.model.test_csm import frames
+from tests.support.networks import TINY, random_model
 
 CSM_1B = CsmConfig(FLAVORS["llama-1B"], FLAVORS["llama-100M"], 128256, 2051, 32)
 
@@ -31,11 +32,6 @@ CHUNKS = Path(__file__).resolve().parents[2] / "chunks" / "csm-tiny"
 
 #: As a share of the largest logit: float32 rounding was 1e-6; of a wrong key 0.3.
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return random_model(TINY)
 
 
 def prompt(length: int = 9) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from csm_weights.errors import CsmWeightsError, MissingInput, UsageError, WrongContent
-from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.model import generator as generators
 from csm_weights.model import tokenizer as tokenizers_
 from csm_weights.model import watermark
@@ -28,8 +27,8 @@ from csm_weights.model.csm import Model
 from csm_weights.model.generator import Generator, Segment
 from csm_weights.model.tokenizer import TextTokenizer, find_tokenizer
 from csm_weights.model.watermark import resample
+from tests.support.networks import TINY
 
-TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 SMALL = replace(TINY, max_positions=20)
 
 #: The ids of BOS and EOS in the tokenizer of these tests: they follow 256 bytes.

@@ -15,10 +15,10 @@ from csm_weights.model import smoke
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.load import StagingBuffers, load_tensors
-from tests.model.test_csm import TINY
 from tests.model.test_fast_decoder import prompt, reference
 from tests.model.test_load import tensors_of
 from tests.model.test_smoke import saved, tiny_state
+from tests.support.networks import TINY
 
 pytestmark = [
     pytest.mark.gpu,

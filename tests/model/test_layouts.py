@@ -22,17 +22,17 @@ from csm_weights.model import smoke
 from csm_weights.model.csm import Model
 from csm_weights.model.load import StagingBuffers, load_tensors
 from tests.model.test_csm import (
-    TINY,
-    TINY_CONFIG,
     assert_close,
     generate,
     greedy,
-    random_model,
     transformers_depth_logits,
     transformers_hidden,
 )
 from tests.model.test_load import assert_same, pinned
+from tests.support.networks import TINY, TINY_CONFIG, random_model
 from tests.support.oracles import transformers_config, transformers_model
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -43,17 +43,6 @@ OURS, THEIRS = "backbone.layers.1.mlp.w3.weight", "backbone_model.layers.1.mlp.u
 PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod."]
 
 State = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return random_model(TINY)
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csm_weights.errors import MissingInput, SmokeUnavailable, UsageError, WrongContent
-from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.model import fast_decoder, smoke
 from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.smoke import record_golden
 from csm_weights.model.smoke_report import SmokeReport
+from tests.support.networks import TINY
 
-TINY = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
 TINY_CONFIG = {
     "audio_num_codebooks": 32,
     "audio_vocab_size": 35,

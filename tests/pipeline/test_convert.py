@@ -28,10 +28,10 @@ from csm_weights.pipeline.request import Request
 from csm_weights.store import stream_file
 from csm_weights.store.block_io import OutputFile
 from tests.commands.test_identify import TIED, in_transformers, released, saved
-from tests.formats.test_compare import TINY
 from tests.model.test_csm import generate, greedy
 from tests.support import hostile
 from tests.support.clone import REPOSITORY
+from tests.support.networks import TINY
 from tests.support.oracles import transformers_model
 
 Q_PROJ = "backbone.layers.1.attn.q_proj.weight"

@@ -29,6 +29,7 @@ from csm_weights.store.hub_cache import (
     Seed,
     Seeded,
     main_of,
+    repository,
     seed,
     snapshot_file,
 )
@@ -517,9 +518,9 @@ def test_main_of_another_commit_stays_unless_it_is_to_move(hub: Hub) -> None:
     """Another program's main is not taken from it without being asked."""
     hub.put(hub.main, OTHER.encode())
     hub.seed()
-    assert main_of(hub.cache, REPO) == OTHER
+    assert main_of(repository(hub.cache, REPO)) == OTHER
     hub.seed(move_main=True)
-    assert main_of(hub.cache, REPO) == COMMIT
+    assert main_of(repository(hub.cache, REPO)) == COMMIT
     assert hub.main.read_bytes() == COMMIT.encode()
 
 

@@ -29,6 +29,14 @@ Result = subprocess.CompletedProcess[str]
 Tree = dict[str, tuple[int, int, int]]
 
 
+def copy_tiny(root: Path) -> Path:
+    """Copy csm-tiny's manifest and chunk files below `root`, which is no checkout; return it."""
+    shutil.copytree(REPOSITORY / EMBEDDED, root / EMBEDDED)
+    (root / "manifests").mkdir()
+    shutil.copy(REPOSITORY / "manifests" / "csm-tiny.toml", root / "manifests")
+    return root
+
+
 @dataclass(frozen=True)
 class Clone:
     """A checkout of its own, without the chunk files of CSM-1B, in which nothing has run yet.
