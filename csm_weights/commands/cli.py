@@ -98,6 +98,8 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
 
             def call() -> object:
                 _refuse_core_options(context, name)
+                if empty := [key for key in required if not given[key]]:
+                    raise UsageError(_needs(name, empty))
                 if "root" in takes:
                     return function(root, **given)
                 asked = {key: given.pop(key) for key in REQUEST if key in given}
@@ -110,6 +112,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
             if code := console.run(call, as_json, name, (root, model)):
                 raise Exit(code=code)
 
+        required = [key for key, (default, _) in options.items() if default is REQUIRED]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         defaults = {"_context": REQUIRED} | {key: default for key, (default, _) in options.items()}
         parameters = [inspect.Parameter(key, kind, default=defaults[key]) for key in defaults]
@@ -189,8 +192,12 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
         return f"{str(error).rpartition(': ')[2]} is not a number"
     if valueless := re.match("Flag <Argument: ([a-z-]+)", str(error)):
         return f"--{valueless[1]} needs a value"
-    if lacking := re.match("'(.*)' did not receive required positional .*'(.*)'", str(error)):
-        return f"{lacking[1]} needs a {lacking[2]}: inv {lacking[1]} {lacking[2].upper()}"
+    if lacking := re.match("'(.*)' did not receive required positional arg.*?: (.*)", str(error)):
+        names = re.findall("'(.*?)'", lacking[2])
+        positional = error.context.positional_args if error.context else []
+        if len(names) == len(positional) == 1:
+            return f"{lacking[1]} needs a {names[0]}: inv {lacking[1]} {names[0].upper()}"
+        return _needs(lacking[1], names)
     unknown = re.match("No idea what '(.*)' is!", str(error), re.DOTALL)
     if not unknown:
         return str(error)
@@ -204,6 +211,11 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
         hint = did_you_mean(word, models).replace("did you mean", "did you mean --model")
     see = f"inv --help {task.name}" if task and task.name else "inv --list"
     return f"there is no task or option {word!r}{hint or f'; see {see}'}"
+
+
+def _needs(task: str, names: Sequence[str]) -> str:
+    options = ", ".join(f"--{name}" for name in names)
+    return f"{task} needs {options}; see inv --help {task}"
 
 
 def make_request(root: Path, **options: Any) -> Request:
@@ -410,24 +422,14 @@ def identify(root: Path, path: str, also: Sequence[str]) -> object:
     codec=("", "file or folder with Mimi's tensors, kyutai/mimi, for --to transformers"),
     manifest=("", "name of a manifest of the new files to write (default: none)"),
 )
-def convert(
-    root: Path,
-    path: str,
-    to: str,
-    out: str,
-    format: str,
-    dtype: str,
-    shard_size: str,
-    codec: str,
-    manifest: str,
-) -> object:
+def convert(root: Path, path: str, out: str, shard_size: str, codec: str, **words: str) -> object:
     """Convert weights between the original layout and transformers', and between dtypes."""
     from csm_weights.manifest.pin import parse_size
     from csm_weights.pipeline.convert import Conversion, convert
 
-    size = parse_size(shard_size) if shard_size else 0
-    mimi = Path(codec) if codec else None
-    return convert(root, Conversion(Path(path), to, Path(out), format, dtype, size, mimi, manifest))
+    size, mimi = parse_size(shard_size) if shard_size else 0, Path(codec) if codec else None
+    wanted = Conversion(Path(path), out=Path(out), shard_size=size, codec=mimi, **words)
+    return convert(root, wanted)
 
 
 @task(

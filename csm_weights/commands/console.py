@@ -23,6 +23,9 @@ MAKE = {
     **{
         f"--{name}": name.upper() for name in ("revision", "patience", "file", "key", "out", "seed")
     },
+    "--path": "FILE",
+    "--text": "TEXT",
+    "--to": "TO",
     "--consume": "CONSUME=1",
     "--seal": "SEAL=1",
     "--no-smoke": "SMOKE=no",

@@ -103,10 +103,12 @@ def is_code(path: str) -> bool:
     return bool(_CODE.search(path))
 
 
-def data_findings(root: Path, destination: Path, paths: Iterable[str]) -> list[Finding]:
+def data_findings(
+    root: Path, destination: Path, paths: Iterable[str], option: str = "--dest"
+) -> list[Finding]:
     """Return a finding for each file of a model that may not go to `destination`.
 
-    `root` is the checkout.
+    `root` is the checkout, `option` the one that names another destination.
     """
     folder = Path(os.path.realpath(destination))
     if any(folder.is_relative_to(os.path.realpath(root / data)) for data in DATA_FOLDERS):
@@ -131,7 +133,7 @@ def data_findings(root: Path, destination: Path, paths: Iterable[str]) -> list[F
             )
         if problem:
             expected = "a place below models/, or in a folder of its own"
-            help_text = f"--dest {DATA_FOLDERS[0]}/NAME"
+            help_text = f"{option}={DATA_FOLDERS[0]}/NAME"
             findings.append(Finding(Kind.IN_THE_WAY, str(file), expected, problem, help_text))
     return findings
 

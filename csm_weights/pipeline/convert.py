@@ -121,7 +121,7 @@ def convert(root: Path, wanted: Conversion) -> str:
     tensor, for weights that are no whole CSM, and where another file has the
     name; MissingInput, NoSpace and UsageError.
     """
-    if problem := data_findings(root, wanted.out, ["model.safetensors"]):
+    if problem := data_findings(root, wanted.out, ["model.safetensors"], "--out"):
         raise WrongContent("weights cannot be written there", problem)
     if wanted.manifest:
         _refuse_to_replace(root, wanted)
