@@ -8,7 +8,9 @@ from pathlib import Path
 # Invoke lets Python keep no bytecode; without it each call would compile all modules anew.
 sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
 
-from csm_weights.commands.cli import collection, start, task  # noqa: E402
+from csm_weights.commands.cli import collection  # noqa: E402
+from csm_weights.commands.program import start  # noqa: E402
+from csm_weights.commands.task import task  # noqa: E402
 
 
 @task("dry", name=("csm-1b-standin", "the stand-in: csm-1b-standin (12.4 GB) or csm-tiny"))

@@ -2,7 +2,7 @@
 
 Promises: a task returns a value or raises an error of this package, and is the
 same for `inv`, `make` and a program; options, help, exit codes and printing are
-written once, in `cli`. Never: a module of a task prints, or parses an option;
+written once, in `task` and `cli`. Never: a module of a task prints, or parses an option;
 listing the tasks imports nothing heavy.
 
     from pathlib import Path

@@ -1,128 +1,34 @@
-"""The tasks: their options, help, exit codes and rendering, each written once.
+"""The tasks: each a function, with its options and their help.
 
 `collection(root)` makes Invoke's collection of them, for tasks.py or for a
 console program (`invoke.Program(namespace=collection(root)).run()`).
-Listing the tasks imports nothing of the package but this and its errors.
+Listing the tasks imports nothing of the package but `task`, `program` and errors.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from invoke.collection import Collection
-from invoke.context import Context
-from invoke.exceptions import Exit, ParseError
-from invoke.parser import Parser
 from invoke.program import Program
 from invoke.tasks import Task
 
-from csm_weights.errors import UsageError, did_you_mean, printable
+from csm_weights.commands.program import start
+from csm_weights.commands.task import FILES, REQUIRED, SOURCES, make_request, task
+from csm_weights.errors import UsageError
 
 if TYPE_CHECKING:
     from csm_weights.pipeline.plan import Target
     from csm_weights.pipeline.request import Request
     from csm_weights.pipeline.session import Outcome
 
-
-#: The default of an option that has to be given.
-REQUIRED = inspect.Parameter.empty
-
 #: The program's name where the package is installed.
 NAME = "csm-weights"
-
-#: Options that several tasks have: the default (None: it may be repeated), and the help.
-OPTIONS: dict[str, tuple[str | bool | None, str]] = {
-    "model": ("csm-1b", "name in manifests/, or path of a manifest (default: csm-1b)"),
-    "only": ("", "formats, groups or files: safetensors, ckpt, prompts, all, ...; comma-separated"),
-    "dest": ("", "folder of the installed files, anywhere (default: the manifest's)"),
-    "staging": ("", "folder of unfinished files, anywhere (default: the manifest's)"),
-    "source": (
-        "auto",
-        "where to get pieces: chunks, hf, mirror, or auto for any of them (default)",
-    ),
-    "url": (
-        None,
-        "https:// or file:/// URL of a folder with files or chunk files; may be repeated",
-    ),
-    "revision": ("", "another commit, branch or tag of the repository; the digests stay the same"),
-    "consume": (
-        False,
-        "remove the chunk files while their file grows, for a disk without room for both",
-    ),
-    "patience": ("", "seconds to keep trying a server that sends nothing (default: 60)"),
-    "seal": (False, "make the installed files read-only, with fs-verity where it is supported"),
-    "dry": (False, "show what would be done, and do nothing"),
-    "require_gpu": (False, "exit with 77 unless the smoke test runs on a GPU"),
-    "json": (False, "print the result as JSON on stdout, and errors too"),
-}
-
-#: Options of every task about files that are here, and of those that fetch them.
-FILES = ("model", "only", "dest", "json")
-SOURCES = (*FILES, "staging", "source", "url", "revision")
-
-#: Options that go into the request of a task.
-REQUEST = ("model", "only", "dest", "staging", "source", "url", "revision", "consume", "patience")
-
-
-class _Function(Protocol):
-    __name__: str
-
-    def __call__(self, *args: Any, **options: Any) -> object: ...
-
-
-def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]]:
-    """Make a task of a function that returns what is to be shown.
-
-    Its options are those of `OPTIONS` with these `names`, and its `own`: their
-    default and help. The function's first argument is called `request`, and
-    made of the options in `REQUEST`; or `root`, the folder with manifests/. It
-    gets all other options by their names. The result is printed as text or
-    JSON; the error that it carries, or that is raised, ends the process with
-    its exit code.
-    """
-    options = own | {name: OPTIONS[name] for name in names}
-
-    def make(function: _Function) -> Task[Any]:
-        name, takes = function.__name__.replace("_", "-"), inspect.signature(function).parameters
-
-        def body(context: Context, /, **given: Any) -> None:
-            as_json, root = given.pop("json", False), Path(context.config.csm_weights.root)
-
-            def call() -> object:
-                _refuse_core_options(context, name)
-                if empty := [key for key in required if not given[key]]:
-                    raise UsageError(_needs(name, empty))
-                if "root" in takes:
-                    return function(root, **given)
-                asked = {key: given.pop(key) for key in REQUEST if key in given}
-                return function(make_request(root, **asked), **given)
-
-            from csm_weights.commands import console
-
-            # Two files that are named are of no model that is known.
-            model = "" if given.get("file") else given.get("model", "")
-            if code := console.run(call, as_json, name, (root, model)):
-                raise Exit(code=code)
-
-        required = [key for key, (default, _) in options.items() if default is REQUIRED]
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        defaults = {"_context": REQUIRED} | {key: default for key, (default, _) in options.items()}
-        parameters = [inspect.Parameter(key, kind, default=defaults[key]) for key in defaults]
-        body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        body.__name__, body.__doc__ = function.__name__, function.__doc__
-        helps = {key: text for key, (_, text) in options.items()}
-        iterable = [key for key, default in defaults.items() if default is None]
-        return Task(body, name, iterable=iterable, help=helps, auto_shortflags=False)
-
-    return make
 
 
 def collection(root: Path, *more: Task[Any]) -> Collection:
@@ -140,117 +46,6 @@ def main() -> None:
     tasks = collection(Path.cwd())
     start(tasks)
     Program(name=NAME, binary=NAME, version=version(NAME), namespace=tasks).run()
-
-
-def start(tasks: Collection) -> None:
-    """Let Ctrl-C end the program from here on, and end it for what its own parser would refuse.
-
-    And where there are no words at all: then the tasks are shown.
-    """
-    from csm_weights.commands import console
-
-    console.exit_on_interrupt()
-    if not (words := sys.argv[1:]):
-        sys.exit(console.run(lambda: _overview(tasks)))
-    if code := console.run(lambda: refuse_typos(tasks, words)):
-        sys.exit(code)
-
-
-def refuse_typos(tasks: Collection, words: Sequence[str]) -> None:
-    """Raise UsageError with a suggestion where Invoke's own parser would refuse a command line."""
-    helps = {name: tasks[name].help.copy() for name in tasks.task_names}
-    core = Parser(initial=Program().initial_context, ignore_unknown=True)
-    try:
-        parsed = core.parse_argv(list(words))
-        if parsed.unparsed:
-            Parser(tasks.to_contexts(), Program().initial_context).parse_argv(parsed.unparsed)
-        if isinstance(asked := parsed[0].args.help.value, str) and asked not in helps:
-            raise ParseError(f"No idea what {asked!r} is!")
-    except (ParseError, ValueError) as error:
-        raise UsageError(printable(_explained(error, tasks))) from None
-    finally:  # to_contexts takes the help out of the tasks
-        for name, texts in helps.items():
-            tasks[name].help = texts
-
-
-def _overview(tasks: Collection) -> str:
-    from csm_weights.commands.render.blocks import table
-
-    rows = [(name, (tasks[name].__doc__ or "").rstrip(".")) for name in sorted(tasks.task_names)]
-    return (
-        "inv TASK [--option ...] gets a model onto this machine and verifies every byte.\n\n"
-        f"{table(('task', 'what it does'), rows)}\n\n"
-        "Begin with inv doctor, then inv weights. inv --help TASK explains its options."
-    )
-
-
-def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
-    """Return what Invoke's parser found, and what was most likely meant."""
-    from csm_weights.pipeline.request import manifests
-
-    if isinstance(error, ValueError):
-        return f"{str(error).rpartition(': ')[2]} is not a number"
-    if valueless := re.match("Flag <Argument: ([a-z-]+)", str(error)):
-        return f"--{valueless[1]} needs a value"
-    if lacking := re.match("'(.*)' did not receive required positional arg.*?: (.*)", str(error)):
-        names = re.findall("'(.*?)'", lacking[2])
-        positional = error.context.positional_args if error.context else []
-        if len(names) == len(positional) == 1:
-            return f"{lacking[1]} needs a {names[0]}: inv {lacking[1]} {names[0].upper()}"
-        return _needs(lacking[1], names)
-    unknown = re.match("No idea what '(.*)' is!", str(error), re.DOTALL)
-    if not unknown:
-        return str(error)
-    word, task = unknown[1], error.context
-    root = Path(tasks.configuration()["csm_weights"]["root"])
-    models = [path.stem for path in manifests(root)]
-    if task and task.name and word in models:
-        return f"{task.name} takes a model as an option: inv {task.name} --model {word}"
-    hint = did_you_mean(word, [*tasks.task_names, *(task.flags if task else [])])
-    if task and "--model" in task.flags and not hint:
-        hint = did_you_mean(word, models).replace("did you mean", "did you mean --model")
-    see = f"inv --help {task.name}" if task and task.name else "inv --list"
-    return f"there is no task or option {word!r}{hint or f'; see {see}'}"
-
-
-def _needs(task: str, names: Sequence[str]) -> str:
-    options = ", ".join(f"--{name}" for name in names)
-    return f"{task} needs {options}; see inv --help {task}"
-
-
-def make_request(root: Path, **options: Any) -> Request:
-    """Return the request that options of the command line make."""
-    from csm_weights.config import parse_patience
-    from csm_weights.pipeline.request import Request
-
-    only, url, patience = (options.pop(name, "") for name in ("only", "url", "patience"))
-    return Request(
-        root,
-        only=tuple(stripped for word in only.split(",") if (stripped := word.strip())),
-        dest=options.pop("dest", "") or None,
-        staging=options.pop("staging", "") or None,
-        urls=tuple(url or ()),
-        revision=options.pop("revision", "") or None,
-        patience=parse_patience(patience),
-        **options,
-    )
-
-
-def _refuse_core_options(context: Context, name: str) -> None:
-    """Raise UsageError where Invoke takes an option for its own and the task would ignore it."""
-    after = sys.argv[sys.argv.index(name) + 1 :] if name in sys.argv else []
-    if context.config.run.dry and "--dry" in after:
-        raise UsageError(f"{name} has no --dry; see inv --help {name}")
-    if context.config.run.dry:
-        raise UsageError(
-            "--dry before a task is Invoke's own option, and files would be written all the same;"
-            f" put it after the task: inv {name} --dry"
-        )
-    if letters := [word for word in after if re.fullmatch(r"-[A-Za-z]\w*", word)]:
-        raise UsageError(f"{name} has no {letters[0]}, only long options; see inv --help {name}")
-
-
-# ---- the tasks
 
 
 @task(

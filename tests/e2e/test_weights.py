@@ -814,6 +814,8 @@ def test_listing_the_tasks_imports_only_their_list(clone: Clone) -> None:
         "csm_weights.commands",
         "csm_weights.commands.cli",
         "csm_weights.commands.console",
+        "csm_weights.commands.program",
+        "csm_weights.commands.task",
         "csm_weights.errors",
     }
     assert top_level(modules) & {"torch", "numpy", "tqdm", "filelock", "requests"} == set()

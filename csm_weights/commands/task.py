@@ -1,0 +1,146 @@
+"""Make a task of a function: its options, help, exit code and rendering."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import Task
+
+from csm_weights.errors import UsageError
+
+if TYPE_CHECKING:
+    from csm_weights.pipeline.request import Request
+
+#: The default of an option that has to be given.
+REQUIRED = inspect.Parameter.empty
+
+#: Options that several tasks have: the default (None: it may be repeated), and the help.
+OPTIONS: dict[str, tuple[str | bool | None, str]] = {
+    "model": ("csm-1b", "name in manifests/, or path of a manifest (default: csm-1b)"),
+    "only": ("", "formats, groups or files: safetensors, ckpt, prompts, all, ...; comma-separated"),
+    "dest": ("", "folder of the installed files, anywhere (default: the manifest's)"),
+    "staging": ("", "folder of unfinished files, anywhere (default: the manifest's)"),
+    "source": (
+        "auto",
+        "where to get pieces: chunks, hf, mirror, or auto for any of them (default)",
+    ),
+    "url": (
+        None,
+        "https:// or file:/// URL of a folder with files or chunk files; may be repeated",
+    ),
+    "revision": ("", "another commit, branch or tag of the repository; the digests stay the same"),
+    "consume": (
+        False,
+        "remove the chunk files while their file grows, for a disk without room for both",
+    ),
+    "patience": ("", "seconds to keep trying a server that sends nothing (default: 60)"),
+    "seal": (False, "make the installed files read-only, with fs-verity where it is supported"),
+    "dry": (False, "show what would be done, and do nothing"),
+    "require_gpu": (False, "exit with 77 unless the smoke test runs on a GPU"),
+    "json": (False, "print the result as JSON on stdout, and errors too"),
+}
+
+#: Options of every task about files that are here, and of those that fetch them.
+FILES = ("model", "only", "dest", "json")
+SOURCES = (*FILES, "staging", "source", "url", "revision")
+
+#: Options that go into the request of a task.
+REQUEST = ("model", "only", "dest", "staging", "source", "url", "revision", "consume", "patience")
+
+
+class _Function(Protocol):
+    __name__: str
+
+    def __call__(self, *args: Any, **options: Any) -> object: ...
+
+
+def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]]:
+    """Make a task of a function that returns what is to be shown.
+
+    Its options are those of `OPTIONS` with these `names`, and its `own`: their
+    default and help. The function's first argument is called `request`, and
+    made of the options in `REQUEST`; or `root`, the folder with manifests/. It
+    gets all other options by their names. The result is printed as text or
+    JSON; the error that it carries, or that is raised, ends the process with
+    its exit code.
+    """
+    options = own | {name: OPTIONS[name] for name in names}
+
+    def make(function: _Function) -> Task[Any]:
+        name, takes = function.__name__.replace("_", "-"), inspect.signature(function).parameters
+
+        def body(context: Context, /, **given: Any) -> None:
+            as_json, root = given.pop("json", False), Path(context.config.csm_weights.root)
+
+            def call() -> object:
+                _refuse_core_options(context, name)
+                if empty := [key for key in required if not given[key]]:
+                    raise UsageError(needs(name, empty))
+                if "root" in takes:
+                    return function(root, **given)
+                asked = {key: given.pop(key) for key in REQUEST if key in given}
+                return function(make_request(root, **asked), **given)
+
+            from csm_weights.commands import console
+
+            # Two files that are named are of no model that is known.
+            model = "" if given.get("file") else given.get("model", "")
+            if code := console.run(call, as_json, name, (root, model)):
+                raise Exit(code=code)
+
+        required = [key for key, (default, _) in options.items() if default is REQUIRED]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        defaults = {"_context": REQUIRED} | {key: default for key, (default, _) in options.items()}
+        parameters = [inspect.Parameter(key, kind, default=defaults[key]) for key in defaults]
+        body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        body.__name__, body.__doc__ = function.__name__, function.__doc__
+        helps = {key: text for key, (_, text) in options.items()}
+        iterable = [key for key, default in defaults.items() if default is None]
+        return Task(body, name, iterable=iterable, help=helps, auto_shortflags=False)
+
+    return make
+
+
+def needs(task: str, names: Sequence[str]) -> str:
+    """Return what to say of options that have to be given."""
+    options = ", ".join(f"--{name}" for name in names)
+    return f"{task} needs {options}; see inv --help {task}"
+
+
+def make_request(root: Path, **options: Any) -> Request:
+    """Return the request that options of the command line make."""
+    from csm_weights.config import parse_patience
+    from csm_weights.pipeline.request import Request
+
+    only, url, patience = (options.pop(name, "") for name in ("only", "url", "patience"))
+    return Request(
+        root,
+        only=tuple(stripped for word in only.split(",") if (stripped := word.strip())),
+        dest=options.pop("dest", "") or None,
+        staging=options.pop("staging", "") or None,
+        urls=tuple(url or ()),
+        revision=options.pop("revision", "") or None,
+        patience=parse_patience(patience),
+        **options,
+    )
+
+
+def _refuse_core_options(context: Context, name: str) -> None:
+    """Raise UsageError where Invoke takes an option for its own and the task would ignore it."""
+    after = sys.argv[sys.argv.index(name) + 1 :] if name in sys.argv else []
+    if context.config.run.dry and "--dry" in after:
+        raise UsageError(f"{name} has no --dry; see inv --help {name}")
+    if context.config.run.dry:
+        raise UsageError(
+            "--dry before a task is Invoke's own option, and files would be written all the same;"
+            f" put it after the task: inv {name} --dry"
+        )
+    if letters := [word for word in after if re.fullmatch(r"-[A-Za-z]\w*", word)]:
+        raise UsageError(f"{name} has no {letters[0]}, only long options; see inv --help {name}")
