@@ -60,9 +60,10 @@ class Model(plain.Model):
         while it is loaded, where a manifest pins a file of its name and size:
         one of the checkout that it is in, or of the package's. Where none does,
         a warning says that the weights are not verified. `verify=True` hashes
-        in any case, and insists on something pinned for this size;
-        `verify=False` checks nothing. `digests` are the ranges to hold the
-        bytes against instead.
+        in any case, and insists on something pinned for this size; it holds the
+        bytes against the digests of blocks, on all cores, where a valid receipt
+        has them, else against the manifest's. `verify=False` checks nothing.
+        `digests` are the ranges to hold the bytes against instead.
 
         Raises MissingInput for what is not there, WrongContent, which names
         it, for a tensor that is missing, one too many or of another shape, and
@@ -84,9 +85,11 @@ class Model(plain.Model):
                     f"nothing is pinned for {paths[0]}: no manifest here has weights of {size:,}"
                     " bytes; inv lock makes one, or leave verify out"
                 )
-            has_receipts = all(locate.has_receipt(part, known) for part in paths)
-            is_verified = has_receipts and not verify
-            digests = known.digests if known and not is_verified else ()
+            receipts = [locate.valid_receipt(part, known) for part in paths]
+            is_verified = all(receipts) and not verify
+            if not is_verified:
+                blocks = receipts[0].blocks if len(paths) == 1 and receipts[0] else ()
+                digests = blocks or (known.digests if known else ())
             if not known and not is_verified:
                 text = "no manifest pins a file of its name and size, so it is loaded unverified"
                 warnings.warn(f"{paths[0]}: {text}", stacklevel=2)

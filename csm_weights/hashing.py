@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.concurrency import Cancelled, OnProgress, run_all
 from csm_weights.errors import WrongContent
 from csm_weights.files import opened
@@ -25,18 +26,57 @@ BLOCK = 1 << 20
 #: Bytes to read ahead of the hashing; by itself the kernel reads only 128 KiB ahead.
 AHEAD = 8 << 20
 
+#: Bytes of a block that may have a digest of its own beside its piece's: few enough that every
+#: core has blocks to hash, and a receipt has some ten kilobytes of them for each GiB.
+DIGEST_BLOCK = 8 << 20
 
-class Hasher(Protocol):
-    """An object of `hashlib`, as far as it is used here."""
+
+class Sink(Protocol):
+    """An object that is fed with bytes in their order."""
 
     def update(self, data: memoryview, /) -> None:
-        """Hash more bytes."""
+        """Take more bytes."""
+
+
+class Hasher(Sink, Protocol):
+    """An object of `hashlib`, as far as it is used here."""
 
     def hexdigest(self) -> str:
         """Return the digest of all bytes so far, in hex."""
 
     def copy(self) -> Hasher:
         """Return a hasher that has seen the same bytes."""
+
+
+class BlockHasher:
+    """Sink that takes the sha256 of each block of `DIGEST_BLOCK` bytes; the last may be shorter.
+
+    Its first byte is byte `offset` of a file.
+    """
+
+    def __init__(self, offset: int) -> None:
+        self._offset, self._size, self._digest = offset, 0, sha256()
+        self._blocks: list[ByteRange] = []
+
+    def update(self, data: memoryview, /) -> None:
+        """See `Sink`."""
+        while data:
+            part = data[: DIGEST_BLOCK - self._size]
+            self._digest.update(part)
+            self._size += len(part)
+            if self._size == DIGEST_BLOCK:
+                self._end()
+            data = data[len(part) :]
+
+    def blocks(self) -> tuple[ByteRange, ...]:
+        """Return the blocks with their digests, once all bytes were taken."""
+        if self._size:
+            self._end()
+        return tuple(self._blocks)
+
+    def _end(self) -> None:
+        self._blocks.append(ByteRange(self._offset, self._size, self._digest.hexdigest()))
+        self._offset, self._size, self._digest = self._offset + self._size, 0, sha256()
 
 
 class ShortRead(WrongContent):
@@ -53,7 +93,8 @@ class HashJob:
     """One file to hash: byte ranges `(offset, size)` of it, the whole, or both.
 
     The whole is the half-open range `[0, size)`, and the ranges tile it where
-    both are asked for. `git` asks for the whole's git blob SHA-1 as well.
+    both are asked for. `git` asks for the whole's git blob SHA-1 as well, and
+    `blocks` for the digests of the blocks that tile each range, or the whole.
     """
 
     path: Path
@@ -61,15 +102,17 @@ class HashJob:
     ranges: tuple[tuple[int, int], ...] = ()
     whole: bool = False
     git: bool = False
+    blocks: bool = False
 
 
 @dataclass(frozen=True)
 class Digests:
-    """The hex digests of each range, and of the whole where they were asked for."""
+    """The hex digests of each range, and of the whole and of blocks where they were asked for."""
 
     ranges: tuple[str, ...]
     whole: str | None = None
     git_sha1: str | None = None
+    blocks: tuple[ByteRange, ...] = ()
 
 
 def sha256() -> Hasher:
@@ -95,7 +138,7 @@ def feed(
     fd: int,
     offset: int,
     size: int,
-    sinks: Sequence[Hasher],
+    sinks: Sequence[Sink],
     on_progress: OnProgress,
     cancel: threading.Event | None = None,
 ) -> None:
@@ -140,7 +183,9 @@ def measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests]:
     found = dict(zip(largest_first, run_all(tasks, cancel), strict=True))
     results = [Digests(())] * len(jobs)
     for i, (number, _) in enumerate(parts):
-        results[number] = replace(found[i], ranges=results[number].ranges + found[i].ranges)
+        before, one = results[number], found[i]
+        ranges, blocks = before.ranges + one.ranges, before.blocks + one.blocks
+        results[number] = replace(one, ranges=ranges, blocks=blocks)
     return results
 
 
@@ -148,15 +193,16 @@ def _hash(job: HashJob, on_progress: OnProgress, cancel: threading.Event) -> Dig
     whole = [sha256()] if job.whole else []
     if job.whole and job.git:
         whole.append(git_sha1(job.size))
-    digests = []
+    digests, blocks = list[str](), list[ByteRange]()
     with opened(job.path) as fd:
-        for offset, size in job.ranges:
-            digest = sha256()
-            feed(fd, offset, size, [digest, *whole], on_progress, cancel)
-            digests.append(digest.hexdigest())
-        if not job.ranges:
-            feed(fd, 0, job.size, whole, on_progress, cancel)
-    return Digests(tuple(digests), *(digest.hexdigest() for digest in whole))
+        for offset, size in job.ranges or [(0, job.size)]:
+            digest, within = sha256(), BlockHasher(offset)
+            sinks: list[Sink] = [digest] * bool(job.ranges) + [within] * job.blocks
+            feed(fd, offset, size, [*sinks, *whole], on_progress, cancel)
+            digests += [digest.hexdigest()] * bool(job.ranges)
+            blocks += within.blocks()
+    git = whole[1].hexdigest() if whole[1:] else None
+    return Digests(tuple(digests), whole[0].hexdigest() if whole else None, git, tuple(blocks))
 
 
 def sha256_of(path: Path) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import csm_weights
-from csm_weights import Generator, Model, Segment, load_csm_1b
+from csm_weights import Generator, Model, Segment, hashing, load_csm_1b
 from csm_weights.commands import lock, seed_cache
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.files import Fingerprint
@@ -36,7 +37,7 @@ from csm_weights.pipeline import request as requests
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.store.inspect import inspect
-from csm_weights.store.receipts import Receipt, dump_receipt, receipt_path
+from csm_weights.store.receipts import Receipt, dump_receipt, read_receipt, receipt_path
 from tests.model.test_generator import TINY_CODEC, byte_tokenizer
 from tests.support.clone import REPOSITORY
 from tests.support.hub import HubServer
@@ -349,6 +350,35 @@ def test_a_receipt_is_trusted_by_its_stat(root: Path, monkeypatch: pytest.Monkey
     assert Model.from_local(installed).verified
     assert hashed
     assert Model.from_local(installed, verify=True).verified
+
+
+def test_blocks_of_a_receipt_are_what_verify_holds_bytes_against(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With verify=True each block is hashed by itself; a touched file is held to the manifest."""
+    monkeypatch.setattr(hashing, "DIGEST_BLOCK", 50_000)
+    give_chunk_files(root, "model.safetensors")
+    apply.apply(Request(root, "csm-1b", ("safetensors",), block_digests=True), Target.BOTH)
+    installed = root / "models" / "csm-1b"
+    file = installed / "model.safetensors"
+    blocks = -(-file.stat().st_size // 50_000)
+    pieces = len(load(root / "manifests" / "csm-1b.toml").select(["model.safetensors"])[0].pieces)
+    chains = counted(monkeypatch, stream, "sha256", sha256)
+    assert Model.from_local(installed, verify=True).verified
+    assert len(chains) >= blocks > pieces
+    chains.clear()
+    os.utime(file)
+    assert Model.from_local(installed, verify=True).verified
+    assert len(chains) == pieces
+
+    receipt = read_receipt(installed, file.name)
+    assert receipt is not None
+    wrong = (replace(receipt.blocks[0], sha256="0" * 64), *receipt.blocks[1:])
+    now = Fingerprint.of(file.stat())
+    changed = replace(receipt, blocks=wrong, fingerprint=now)
+    receipt_path(installed, file.name).write_text(dump_receipt(changed))
+    with pytest.raises(WrongContent, match="bytes 0 to "):
+        Model.from_local(installed, verify=True)
 
 
 def test_a_receipt_of_other_bytes_is_not_trusted(root: Path, folder: Path) -> None:

@@ -19,11 +19,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csm_weights import concurrency
+from csm_weights import concurrency, hashing
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import WrongContent
 from csm_weights.files import opened
-from csm_weights.hashing import BLOCK, HashJob, ShortRead, blob_id, feed, measure, sha256
+from csm_weights.hashing import (
+    BLOCK,
+    BlockHasher,
+    HashJob,
+    ShortRead,
+    blob_id,
+    feed,
+    measure,
+    sha256,
+)
 from csm_weights.store import block_io
 from csm_weights.transfer.reorder import InOrderDigest
 
@@ -345,3 +355,44 @@ def test_blob_id_depends_on_size_and_digest() -> None:
     """Another size or another digest is another blob."""
     ids = {blob_id("0" * 64, 10), blob_id("0" * 64, 11), blob_id("1" * 64, 10)}
     assert len(ids) == 3
+
+
+def blocks_of(start: int, end: int, block: int) -> list[ByteRange]:
+    """Blocks that tile [start, end) of DATA, by hashlib."""
+    cuts = [*range(start, end, block), end]
+    return [ByteRange(a, b - a, digest(DATA[a:b])) for a, b in itertools.pairwise(cuts)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), block=st.integers(1, 500))
+def test_blocks_are_hashed_however_their_bytes_arrive(data: st.DataObject, block: int) -> None:
+    """Fed in parts of any size, a hasher of blocks gives hashlib's digest of each block."""
+    hasher, size, at = BlockHasher(7), data.draw(st.integers(0, 2000)), 7
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashing, "DIGEST_BLOCK", block)
+        while at < 7 + size:
+            part = data.draw(st.integers(1, 7 + size - at))
+            hasher.update(memoryview(DATA)[at : at + part])
+            at += part
+    assert list(hasher.blocks()) == (blocks_of(7, 7 + size, block) if size else [])
+
+
+@pytest.mark.parametrize(
+    ("whole", "cuts"),
+    [(True, ()), (True, (999_999, SIZE)), (False, (SIZE,)), (False, (999_999, SIZE))],
+)
+def test_blocks_are_taken_in_the_same_pass(
+    file: Path, monkeypatch: pytest.MonkeyPatch, whole: bool, cuts: tuple[int, ...]
+) -> None:
+    """Digests of ranges, or of the whole, come with those of their blocks; bytes are read once."""
+    monkeypatch.setattr(hashing, "DIGEST_BLOCK", 100_000)
+    starts, read = (0, *cuts[:-1]), list[int]()
+    ranges = tuple((a, b - a) for a, b in zip(starts, cuts, strict=False))
+    job = HashJob(file, SIZE, ranges, whole=whole, blocks=True)
+    (found,) = measure([job], read.append)
+
+    spans = [(o, o + n) for o, n in ranges] or [(0, SIZE)]
+    assert list(found.blocks) == [b for a, e in spans for b in blocks_of(a, e, 100_000)]
+    assert found.ranges == tuple(digest(DATA[o : o + n]) for o, n in ranges)
+    assert found.whole == (digest(DATA) if whole else None)
+    assert sum(read) == SIZE

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 @task(
-    *(*SOURCES, "consume", "patience", "seal", "dry", "require_gpu"),
+    *(*SOURCES, "consume", "patience", "block_digests", "seal", "dry", "require_gpu"),
     smoke=(True, "--no-smoke skips the smoke test, and needs no torch"),
 )
 def weights(request: Request, smoke: bool, require_gpu: bool, seal: bool, dry: bool) -> object:
@@ -73,7 +73,7 @@ def status(request: Request, check: bool) -> object:
     return apply.status(request, check=check)
 
 
-@task(*SOURCES, "consume", "patience", "seal", "dry")
+@task(*SOURCES, "consume", "patience", "block_digests", "seal", "dry")
 def fetch(request: Request, seal: bool, dry: bool) -> object:
     """Join or download the files into output/, or into --dest, and verify them."""
     from csm_weights.pipeline.plan import Target
@@ -83,7 +83,7 @@ def fetch(request: Request, seal: bool, dry: bool) -> object:
     return _act(request, Target.BOTH if request.dest else Target.STAGED, seal, dry)
 
 
-@task(*FILES, "staging", "seal", "dry")
+@task(*FILES, "staging", "block_digests", "seal", "dry")
 def place(request: Request, seal: bool, dry: bool) -> object:
     """Install verified files: move them from output/ to the destination."""
     from csm_weights.pipeline.plan import Target

@@ -41,6 +41,11 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
         "remove the chunk files while their file grows, for a disk without room for both",
     ),
     "patience": ("", "seconds to keep trying a server that sends nothing (default: 60)"),
+    "block_digests": (
+        False,
+        "also keep the sha256 of each 8 MiB block in the receipts: later loads with verify=True"
+        " then hash on all cores",
+    ),
     "seal": (False, "make the installed files read-only, with fs-verity where it is supported"),
     "dry": (False, "show what would be done, and do nothing"),
     "require_gpu": (False, "exit with 77 unless the smoke test runs on a GPU"),
@@ -52,7 +57,10 @@ FILES = ("model", "only", "dest", "json")
 SOURCES = (*FILES, "staging", "source", "url", "revision")
 
 #: Options that go into the request of a task.
-REQUEST = ("model", "only", "dest", "staging", "source", "url", "revision", "consume", "patience")
+REQUEST = (
+    *("model", "only", "dest", "staging", "source", "url", "revision", "consume", "patience"),
+    "block_digests",
+)
 
 
 class _Function(Protocol):

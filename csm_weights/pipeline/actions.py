@@ -400,6 +400,7 @@ def _assemble(
                     action.remote,
                     bind(consume.consume, paths.root, stakes),
                     frozenset(stakes),
+                    session.block_digests,
                 )
                 for action in actions
             ]

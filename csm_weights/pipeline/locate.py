@@ -27,7 +27,7 @@ from csm_weights.pipeline.session import begin
 from csm_weights.progress import Progress
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
 from csm_weights.store.manifest_file import write_manifest
-from csm_weights.store.receipts import read_receipt
+from csm_weights.store.receipts import Receipt, read_receipt
 
 #: The files that are fetched of a repository that no manifest here names.
 WANTED = ("config.json", "model.safetensors", "ckpt.pt", "tokenizer.json")
@@ -199,15 +199,16 @@ def pinned(folder: Path, size: int, name: str = "") -> Pinned | None:
     return None
 
 
-def has_receipt(file: Path, known: Pinned | None) -> bool:
-    """Return whether a receipt beside a file says that it was verified, and its stat still fits.
+def valid_receipt(file: Path, known: Pinned | None) -> Receipt | None:
+    """Return the receipt beside a file that says that it was verified, where its stat still fits.
 
     That of another model than the pinned one counts too: it is that model.
     """
     receipt = read_receipt(file.parent, file.name)
     if receipt is None or not receipt.is_current(file.stat()):
-        return False
-    return known is None or receipt.model != known.model or receipt.fits(known.artifact)
+        return None
+    is_it = known is None or receipt.model != known.model or receipt.fits(known.artifact)
+    return receipt if is_it else None
 
 
 def _digests(artifact: Artifact) -> tuple[ByteRange, ...]:

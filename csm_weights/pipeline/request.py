@@ -38,7 +38,8 @@ class Request:
     selection. `dest` overrides the manifest's destination, `staging` its staging
     folder, `revision` its commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
     are mirrors. `consume` lets chunk files go as their file grows. `patience` is how
-    many seconds a server may give nothing.
+    many seconds a server may give nothing. `block_digests` asks for the digests of
+    blocks in the receipts.
     """
 
     root: Path
@@ -51,6 +52,7 @@ class Request:
     revision: str | None = None
     consume: bool = False
     patience: float | None = None
+    block_digests: bool = False
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:

@@ -80,10 +80,12 @@ class Session:
     good: dict[Path, frozenset[int]] = field(default_factory=dict)
     notes: list[Finding] = field(default_factory=list)
     patience: float | None = None
+    block_digests: bool = False
 
     def inspect(self) -> State:
         """Inspect what is on disk of the chosen artifacts; what was found wrong stays wrong."""
-        return inspect(self.manifest, self.chosen, self.paths, self.known_bad, self.good)
+        known = self.known_bad, self.good
+        return inspect(self.manifest, self.chosen, self.paths, *known, self.block_digests)
 
     def plan(self, target: Target) -> Plan:
         """Inspect the disk, and plan how the chosen artifacts get where `target` wants them.
@@ -139,7 +141,7 @@ class Session:
         subjects = [self.subject(artifact, file) for artifact, file in files]
         label = label_for("verifying", [artifact.path for artifact, _ in files])
         with Progress(label, sum(file.size or 0 for _, file in files)) as progress:
-            found = gates.verify(subjects, progress.advance)
+            found = gates.verify(subjects, progress.advance, self.block_digests)
         for file in found:
             if isinstance(file, gates.Rejected):
                 self.known_bad[file.path], self.good[file.path] = file.finding(), file.good
@@ -195,7 +197,14 @@ def begin(
         if findings := data_findings(paths.root, folder, [a.path for a in chosen]):
             raise WrongContent("a model cannot be installed there", findings[:20])
     policy = _policy(request, manifest, environment)
-    return Session(manifest, paths, chosen, policy, patience=request.patience)
+    return Session(
+        manifest,
+        paths,
+        chosen,
+        policy,
+        patience=request.patience,
+        block_digests=request.block_digests,
+    )
 
 
 def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from csm_weights.concurrency import Cancelled, OnProgress, deferred_interrupts
 from csm_weights.files import open_regular
-from csm_weights.hashing import Hasher, feed
+from csm_weights.hashing import Sink, feed
 from csm_weights.store.atomic import create, created, write_all, writing
 
 if sys.platform == "linux":
@@ -134,7 +134,7 @@ def copy_hashed(
     source: Extent,
     target: OutputFile,
     offset: int,
-    sinks: Sequence[Hasher],
+    sinks: Sequence[Sink],
     direct: bool,
     on_progress: OnProgress,
     cancel: threading.Event,

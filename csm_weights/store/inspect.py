@@ -170,14 +170,16 @@ def inspect(
     paths: Paths,
     known_bad: Mapping[Path, Finding],
     good: Mapping[Path, frozenset[int]] | None = None,
+    need_blocks: bool = False,
 ) -> State:
     """Inspect the chosen artifacts of a manifest.
 
     `known_bad` holds what hashing has found out earlier in this run: those
     files are invalid whatever their receipts say. `good` has the offsets of
-    the pieces that are right in them.
+    the pieces that are right in them. With `need_blocks` a file counts as verified
+    only where its receipt has the digests of its blocks.
     """
-    disk = _Disk(manifest, paths, known_bad, good or {})
+    disk = _Disk(manifest, paths, known_bad, good or {}, need_blocks)
     device = disk.device(paths.staging)
     return State(
         manifest=manifest,
@@ -215,6 +217,7 @@ class _Disk:
     paths: Paths
     known_bad: Mapping[Path, Finding]
     good: Mapping[Path, frozenset[int]]
+    need_blocks: bool
 
     def __post_init__(self) -> None:
         manifest, paths = self.manifest, self.paths
@@ -305,6 +308,8 @@ class _Disk:
                 good = frozenset(piece.offset for piece in artifact.pieces if piece.end <= size)
             return FileStatus(path, FileState.INVALID, size, finding, receipt, good=good)
         state = FileState.VERIFIED if is_own and is_fit else FileState.UNVERIFIED
+        if self.need_blocks and size and receipt and not receipt.blocks:
+            state = FileState.UNVERIFIED
         is_shared = status.st_nlink > 1 and bool(status.st_mode & 0o222)
         return FileStatus(path, state, size, None, receipt, path.is_symlink(), is_shared)
 

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.errors import Finding
 from csm_weights.files import Fingerprint, read_bounded
 from csm_weights.manifest.paths import RECEIPTS
@@ -30,7 +31,8 @@ class VerifiedFile:
 
     `git_sha1` is the git blob id, where it was taken. `pieces` tell where its
     pieces came from. `fingerprint` is the stat of the bytes that were hashed.
-    `notes` are findings about sources for which another one stepped in.
+    `notes` are findings about sources for which another one stepped in. `blocks`
+    tile the file, each with its sha256, where those were taken.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class VerifiedFile:
     fingerprint: Fingerprint
     git_sha1: str | None = None
     notes: tuple[Finding, ...] = ()
+    blocks: tuple[ByteRange, ...] = ()
 
     @property
     def size(self) -> int:
@@ -50,7 +53,8 @@ class VerifiedFile:
 class Receipt:
     """The record of a verified file: `path` is relative to the folder it is in.
 
-    `model` is the manifest's name, `verified_at` in ISO 8601, UTC.
+    `model` is the manifest's name, `verified_at` in ISO 8601, UTC. `blocks` are
+    those of `VerifiedFile`: as true as the rest of the receipt, and no truer.
     """
 
     path: str
@@ -62,12 +66,13 @@ class Receipt:
     verified_at: str
     tool: str
     git_sha1: str | None = None
+    blocks: tuple[ByteRange, ...] = ()
 
     @classmethod
     def of(cls, file: VerifiedFile, path: str, model: str, verified_at: str, tool: str) -> Receipt:
         """Return the receipt of a file that has just been verified."""
         found = (file.size, file.sha256, file.pieces, file.fingerprint)
-        return cls(path, model, *found, verified_at, tool, file.git_sha1)
+        return cls(path, model, *found, verified_at, tool, file.git_sha1, file.blocks)
 
     def is_current(self, status: os.stat_result) -> bool:
         """Check that the file has not been touched since it was verified, by its stat."""

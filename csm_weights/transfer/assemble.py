@@ -18,10 +18,11 @@ from functools import partial as bind
 from operator import itemgetter
 from pathlib import Path
 
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.concurrency import OnProgress, run_all
 from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.files import Fingerprint
-from csm_weights.hashing import Hasher, feed, git_sha1, sha256
+from csm_weights.hashing import BlockHasher, Hasher, Sink, feed, git_sha1, sha256
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.store.atomic import create, created, sync, unlink_shared, write_all, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
@@ -54,7 +55,8 @@ class Assembly:
     `arrived` ranges of others that it wrote. `remote` are the offsets of the
     pieces that come over a network, `consuming` of those that `consume` moves
     out of their chunk files, one after the other, once all others are there;
-    it returns where the piece came from, or raises SourceError.
+    it returns where the piece came from, or raises SourceError. `blocks` asks for
+    the digests of blocks as well.
     """
 
     artifact: Artifact
@@ -65,6 +67,7 @@ class Assembly:
     remote: frozenset[int] = frozenset()
     consume: Callable[[PartialWriter], str] | None = None
     consuming: frozenset[int] = frozenset()
+    blocks: bool = False
 
 
 def assemble(
@@ -119,6 +122,7 @@ class _Partial:
         self._lock = threading.Lock()
         self._kept = {record.offset: record for record in job.journaled}
         self._records: dict[int, PieceRecord] = {}
+        self._blocks: dict[int, tuple[ByteRange, ...]] = {}
         self._findings: dict[int, tuple[Finding, ...]] = {}
         self._git_sha1: str | None = None
         unlink_shared(self.path)
@@ -167,7 +171,7 @@ class _Partial:
                 writer.close()
             self._whole.finish(index, writer.whole, verified=record is not None)
             if record:
-                self._records[index] = record
+                self._records[index], self._blocks[index] = record, writer.blocks
                 self._git_sha1 = writer.git_sha1
 
     def _fill(self, writer: PartialWriter, is_consumed: bool) -> PieceRecord:
@@ -214,6 +218,7 @@ class _Partial:
             Fingerprint.of(os.fstat(self.target.fd)),
             self._git_sha1,
             tuple(dict.fromkeys(self.notes)),
+            tuple(one for i in sorted(self._blocks) for one in self._blocks[i]),
         )
 
 
@@ -234,6 +239,7 @@ class PartialWriter:
         self._before = claimed
         self._digest = sha256()
         self._git: Hasher | None = None
+        self._blocks: BlockHasher | None = None
         self._arriving: ReorderBuffer | None = None
         self._counted = 0
         self._lock = threading.Lock()
@@ -250,6 +256,8 @@ class PartialWriter:
             self.whole = self._digest
         if self._partial.job.artifact.is_pinned_by_git:
             self._git = git_sha1(self.piece.size)
+        if self._partial.job.blocks:
+            self._blocks = BlockHasher(self.piece.offset)
 
     def advance(self, count: int) -> None:
         """See `PieceWriter`."""
@@ -274,6 +282,11 @@ class PartialWriter:
         """The git blob id of what was written, where that is what the manifest pins."""
         return self._git.hexdigest() if self._git else None
 
+    @property
+    def blocks(self) -> tuple[ByteRange, ...]:
+        """The blocks of the piece with their digests, where they are asked for."""
+        return self._blocks.blocks() if self._blocks else ()
+
     def copy_from(self, fd: int, offset: int) -> None:
         """See `PieceWriter`."""
         self.reset()
@@ -297,9 +310,10 @@ class PartialWriter:
         feed(fd, self.piece.offset, size, self._sinks(), self.advance, partial.cancel)
         return self._digest.hexdigest()
 
-    def _sinks(self) -> list[Hasher]:
+    def _sinks(self) -> list[Sink]:
         whole = None if self.whole is self._digest else self.whole
-        return [sink for sink in (self._digest, self._git, whole) if sink is not None]
+        sinks = (self._digest, self._git, self._blocks, whole)
+        return [sink for sink in sinks if sink is not None]
 
     def secure(self, size: int) -> None:
         """Make the piece's first `size` bytes durable, and then a line of the journal about it."""

@@ -12,7 +12,7 @@ from dataclasses import InitVar, dataclass
 
 from csm_weights.byte_ranges import Ranges
 from csm_weights.concurrency import Cancelled
-from csm_weights.hashing import Hasher, feed, sha256
+from csm_weights.hashing import Hasher, Sink, feed, sha256
 from csm_weights.store.block_io import OutputFile
 
 
@@ -124,7 +124,7 @@ class ReorderBuffer:
     target: OutputFile
     start: int
     end: int
-    sinks: Sequence[Hasher]
+    sinks: Sequence[Sink]
     buffers: BufferPool
     arrived: InitVar[Sequence[tuple[int, int]]]
     record: Callable[[int, int], None]

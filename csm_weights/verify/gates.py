@@ -242,11 +242,14 @@ def check_sum(folder: Path, path: str, digest: str, known: str | None) -> GateRe
     return GateResult(Gate.DIGEST, path, not findings, expected, f"sha256 {known}", findings)
 
 
-def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[VerifiedFile | Rejected]:
+def verify(
+    subjects: Sequence[Subject], on_progress: OnProgress, blocks: bool = False
+) -> list[VerifiedFile | Rejected]:
     """Hash files of the right size and compare them with what is pinned.
 
     Every byte is read once, and covered by a sha256 of the manifest: by its
-    piece's, or by the whole file's. Damage is reported piece by piece.
+    piece's, or by the whole file's. Damage is reported piece by piece. `blocks`
+    asks for the digests of blocks as well.
     """
     before = [_fingerprint(subject.path) for subject in subjects]
     jobs = []
@@ -257,7 +260,8 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Verifie
         if not subject.is_pinned or (artifact.sha256 is not None and not attested):
             ranges = ()
         whole, git = attested is None, artifact.is_pinned_by_git
-        jobs.append(HashJob(subject.path, subject.edition.size, ranges, whole, git))
+        size = subject.edition.size
+        jobs.append(HashJob(subject.path, size, ranges, whole, git, blocks))
     measured = _measure(jobs, on_progress)
     return [
         _judge(subject, found, first, on_progress)
@@ -310,7 +314,7 @@ def _judge(
         return Rejected(path, tuple(findings), good)
     pieces = artifact.pieces if found.ranges else ()
     records = tuple(PieceRecord(p.offset, p.size, p.sha256, "in place") for p in pieces)
-    return VerifiedFile(path, whole, records, after, found.git_sha1)
+    return VerifiedFile(path, whole, records, after, found.git_sha1, blocks=found.blocks)
 
 
 def _measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests | Finding]:

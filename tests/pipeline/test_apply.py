@@ -32,7 +32,7 @@ from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.store import atomic, install
 from csm_weights.store.inspect import FileState, State, inspect
 from csm_weights.store.journal import journal_path, partial_path
-from csm_weights.store.receipts import Receipt, receipt_path
+from csm_weights.store.receipts import Receipt, read_receipt, receipt_path
 from tests.support.privileges import unprivileged
 from tests.support.toy import NOTE, PIECE_SIZE, Toy, flip
 
@@ -878,3 +878,53 @@ def test_two_checkouts_with_one_destination_take_turns(tmp_path: Path) -> None:
             assert not (tmp_path / "dest" / "b.bin").exists()
         waiting.result(timeout=30)
     assert (tmp_path / "dest" / "b.bin").exists()
+
+
+def have_blocks(toy: Toy, *paths: str) -> bool:
+    """Whether the receipts of installed files have the digests of blocks that tile them."""
+    for path in paths:
+        receipt = read_receipt(toy.installed("a.bin").parent, path)
+        assert receipt is not None
+        content, at = toy.good(path), 0
+        for block in receipt.blocks:
+            found = hashlib.sha256(content[at : at + block.size]).hexdigest()
+            assert (block.offset, block.sha256) == (at, found)
+            at += block.size
+        if at != len(content):
+            return False
+    return True
+
+
+def test_block_digests_are_kept_in_the_receipts(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, hashed: Callable[[], int]
+) -> None:
+    """They are taken as files are assembled, stay when files move, and a second run does nothing.
+
+    Without the option there are none, and a later run with it hashes what is installed.
+    """
+    monkeypatch.setattr(hashing, "DIGEST_BLOCK", 16 << 10)
+    asked = replace(toy.request(), block_digests=True)
+    assert apply.weights(asked, smoke=False).error is None
+    assert have_blocks(toy, "a.bin", "b.bin", "note.txt")
+    hashed()
+    assert verbs(apply.weights(asked, smoke=False)) == []
+    assert hashed() == 0
+
+    shutil.rmtree(toy.installed("a.bin").parent)
+    weights(toy)
+    assert not have_blocks(toy, "a.bin")
+    assert set(verbs(apply.weights(asked, smoke=False))) == {Verify}
+    assert have_blocks(toy, "a.bin", "b.bin", "note.txt")
+
+
+def test_block_digests_outlive_a_killed_run(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that an earlier run verified without them are hashed in blocks by the next."""
+    monkeypatch.setattr(hashing, "DIGEST_BLOCK", 16 << 10)
+    saved = toy.chunk_file("a.bin", 3).read_bytes()
+    flip(toy.chunk_file("a.bin", 3))
+    with pytest.raises(WrongContent):
+        weights(toy, "a.bin")
+    toy.chunk_file("a.bin", 3).write_bytes(saved)
+    apply.weights(replace(toy.request("a.bin"), block_digests=True), smoke=False)
+
+    assert have_blocks(toy, "a.bin")
