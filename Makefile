@@ -1,7 +1,7 @@
 # csm-weights: `make` shows what there is.
 #
 # Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  STAGING=folder  SOURCE=auto
-#            URL='https://mirror ...'  REVISION=commit  PATIENCE=60  CONSUME=1  SEAL=1  SMOKE=0
+#            URL='https://mirror ...'  CACHE='folder ...'  REVISION=commit  PATIENCE=60  CONSUME=1  SEAL=1  SMOKE=0
 #            PYTHON=python3.11
 
 MODEL  ?= csm-1b
@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 SWITCHES := CONSUME SEAL SMOKE
-KNOWN := MODEL ONLY DEST STAGING SOURCE URL REVISION PATIENCE FILE TO OUT TEXT KEY NEW_KEY $(SWITCHES) \
+KNOWN := MODEL ONLY DEST STAGING SOURCE URL CACHE REVISION PATIENCE FILE TO OUT TEXT KEY NEW_KEY $(SWITCHES) \
 	FUZZ_SECONDS SEED MINUTES PYTHON VENV
 
 # Values are data: a call of make's functions in them is not made, here or in a recipe.
@@ -40,7 +40,7 @@ switch = $(if $(filter $(yes),$($(1))),--$(2))
 WHAT  := --model $(call quoted,$(MODEL)) $(call option,ONLY,only) $(call option,DEST,dest)
 AT    := $(call option,STAGING,staging)
 FROM  := $(AT) $(call option,SOURCE,source) $(foreach url,$(URL),--url $(call quoted,$(url))) \
-	$(call option,REVISION,revision)
+	$(foreach cache,$(CACHE),--cache $(call quoted,$(cache))) $(call option,REVISION,revision)
 GOING := $(call switch,CONSUME,consume)
 WAITING := $(call option,PATIENCE,patience)
 SEALED := $(call switch,SEAL,seal)

@@ -20,9 +20,8 @@ TYPED = "CSM_WEIGHTS_TYPED"
 #: What a person writes after make for an option of a task.
 MAKE = {
     **{f"--{name}": name.upper() for name in ("model", "only", "dest", "staging", "source", "url")},
-    **{
-        f"--{name}": name.upper() for name in ("revision", "patience", "file", "key", "out", "seed")
-    },
+    **{f"--{name}": name.upper() for name in ("cache", "revision", "patience", "file", "key")},
+    **{f"--{name}": name.upper() for name in ("out", "seed")},
     "--path": "FILE",
     "--text": "TEXT",
     "--to": "TO",

@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
         None,
         "https:// or file:/// URL of a folder with files or chunk files; may be repeated",
     ),
+    "cache": (None, "shared folder laid out as HF_HUB_CACHE, only read; may be repeated"),
     "revision": ("", "another commit, branch or tag of the repository; the digests stay the same"),
     "consume": (
         False,
@@ -54,12 +55,12 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
 
 #: Options of every task about files that are here, and of those that fetch them.
 FILES = ("model", "only", "dest", "json")
-SOURCES = (*FILES, "staging", "source", "url", "revision")
+SOURCES = (*FILES, "staging", "source", "url", "cache", "revision")
 
 #: Options that go into the request of a task.
 REQUEST = (
-    *("model", "only", "dest", "staging", "source", "url", "revision", "consume", "patience"),
-    "block_digests",
+    *("model", "only", "dest", "staging", "source", "url", "cache", "revision"),
+    *("consume", "patience", "block_digests"),
 )
 
 
@@ -134,6 +135,7 @@ def make_request(root: Path, **options: Any) -> Request:
         dest=options.pop("dest", "") or None,
         staging=options.pop("staging", "") or None,
         urls=tuple(url or ()),
+        caches=tuple(options.pop("cache", None) or ()),
         revision=options.pop("revision", "") or None,
         patience=parse_patience(patience),
         **options,

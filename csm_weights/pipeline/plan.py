@@ -189,15 +189,22 @@ def _why_not_consumed(item: ArtifactState, state: State, policy: SourcePolicy) -
 def _blocking(
     item: ArtifactState, origins: Iterable[PieceOrigin], policy: SourcePolicy
 ) -> list[Finding]:
-    """Return why a file cannot be assembled: wrong or extra chunk files, or no source."""
+    """Return why a file cannot be assembled: wrong or extra chunk files, or no source.
+
+    Where folders were named, also which of them are not there.
+    """
+    help_text = NEXT_SOURCE if policy.shelves else ""
     if not policy.chunks:
-        return list(policy.problems) or _absent(item, item.installed)
+        return list(policy.problems) or _absent(item, item.installed, help_text)
+    gone = [problem for problem in policy.problems if problem.kind is Kind.MISSING]
     is_begun = any(part.state is not FileState.ABSENT for part in item.chunks)
     if not (is_begun or item.journal.pieces):
-        return _absent(item, item.installed)
+        return [*gone, *_absent(item, item.installed, help_text)]
     pairs = zip(origins, item.chunks, strict=False)
     wrong = [part.finding for origin, part in pairs if origin.source is PieceSource.NOWHERE]
-    return [*filter(None, wrong), *item.extras]
+    mends = {Kind.MISSING: help_text} if help_text else {}
+    found = [replace(f, help=mends.get(f.kind, f.help)) for f in wrong if f]
+    return [*gone, *found, *item.extras]
 
 
 def _absent(item: ArtifactState, file: FileStatus, help_text: str = "") -> list[Finding]:

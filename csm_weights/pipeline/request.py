@@ -37,9 +37,9 @@ class Request:
     `only` are words that `Manifest.select` knows; none means the default
     selection. `dest` overrides the manifest's destination, `staging` its staging
     folder, `revision` its commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
-    are mirrors. `consume` lets chunk files go as their file grows. `patience` is how
-    many seconds a server may give nothing. `block_digests` asks for the digests of
-    blocks in the receipts.
+    are mirrors, `caches` folders laid out as the Hub's cache, only read. `consume` lets chunk
+    files go as their file grows. `patience` is how many seconds a server may give nothing.
+    `block_digests` asks for the digests of blocks in the receipts.
     """
 
     root: Path
@@ -49,6 +49,7 @@ class Request:
     staging: str | None = None
     source: str = "auto"
     urls: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
     revision: str | None = None
     consume: bool = False
     patience: float | None = None
@@ -62,10 +63,13 @@ class Request:
             raise UsageError(f"no source called {self.source!r}; there are {known}{hint}")
         for url in self.urls:
             check_mirror(url, REMOTE.keys() - {HUB})
-        if self.urls and self.source in ("chunks", "hf"):
-            raise UsageError(
-                f"--source={self.source} does not use --url; leave --url out, or use --source=auto"
-            )
+        for option, given, others in (
+            ("--url", self.urls, ("chunks", "hf")),
+            ("--cache", self.caches, ("chunks",)),
+        ):
+            if given and self.source in others:
+                way = f"leave {option} out, or use --source=auto"
+                raise UsageError(f"--source={self.source} does not use {option}; {way}")
         if self.source == "mirror" and not self.urls:
             raise UsageError("--source=mirror needs --url=https://... or --url=file:///...")
         if self.consume and self.source not in ("auto", "chunks"):

@@ -176,7 +176,7 @@ def begin(
         own = f"a folder of its own is expected, such as --dest models/{manifest.name}"
         raise UsageError(f"--dest {request.dest} is the root of the file system; {own}")
     staging = request.root / user_path(request.staging or manifest.staging)
-    shelves = list(filter(None, map(folder_of, request.urls)))
+    shelves = _shelves(request)
     beside = paths.destination / RECEIPTS / "staging"
     if not request.staging and atomic.why_read_only(staging) and not atomic.why_read_only(beside):
         # A checkout that may only be read, as in a container: what is unfinished, and its
@@ -207,14 +207,17 @@ def begin(
     )
 
 
+def _shelves(request: Request) -> list[Path]:
+    """Return the folders of this machine that a request names as sources."""
+    return [*filter(None, map(folder_of, request.urls)), *map(user_path, request.caches)]
+
+
 def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -> SourcePolicy:
     """Return which sources a request allows, and why others are not asked."""
     word, remote, problems = request.source, list[str](), list[Finding]()
-    for url in request.urls:
-        shelf = folder_of(url)
-        if shelf is None:
-            remote.append(url)
-        elif not shelf.is_dir():
+    remote += [url for url in request.urls if not folder_of(url)]
+    for shelf in _shelves(request):
+        if not shelf.is_dir():
             mend = "insert the disk, or mount it"
             problems.append(Finding(Kind.MISSING, str(shelf), "a folder", "none", mend))
     if environment.offline and remote:
@@ -231,6 +234,7 @@ def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -
     return SourcePolicy(
         chunks=word in ("auto", "chunks"),
         cache=word in ("auto", "hf"),
+        shelves=bool(_shelves(request)),
         remote=tuple(remote) if word != "chunks" else (),
         problems=tuple(problems),
         remote_first=word == "hf",

@@ -71,6 +71,10 @@ class FileStatus:
         return self.state in (FileState.UNVERIFIED, FileState.CONSUMED)
 
 
+#: Folders below one that the user names where ComfyUI's nodes for CSM keep its files.
+COMFYUI = ("sesame", "TTS/csm-1b", "models/sesame", "models/TTS/csm-1b")
+
+
 class Shelved(NamedTuple):
     """A piece in a folder that the user names: it begins at byte `start` of a file of `size`."""
 
@@ -193,12 +197,12 @@ def inspect(
     )
 
 
-def _shelved(artifact: Artifact, shelf: Path) -> dict[int, Shelved]:
-    """Return the pieces that files of the right size in a shelf have, by offset."""
-    places = [(shelf / artifact.path, artifact.size, artifact.tiles)]
+def _in_folder(artifact: Artifact, folder: Path) -> dict[int, Shelved]:
+    """Return the pieces that files of the right size in a folder have, by offset."""
+    places = [(folder / artifact.path, artifact.size, artifact.tiles)]
     for piece in artifact.pieces:
         names = (piece.part, PurePosixPath(piece.part).name)
-        places += [(shelf / name, piece.size, (piece,)) for name in names]
+        places += [(folder / name, piece.size, (piece,)) for name in names]
     found: dict[int, Shelved] = {}
     for path, size, pieces in places:
         status, _ = stat_of(path)
@@ -229,10 +233,10 @@ class _Disk:
         self.has_receipts = functools.cache(lambda folder: (folder / RECEIPTS).is_dir())
         self.type = functools.cache(filesystem_type)
         self.strays = functools.cache(self._strays)
-        self.cache = None
-        if paths.cache and manifest.repo:
-            with contextlib.suppress(OSError):
-                self.cache = CachedRepo(paths.cache, manifest.repo, manifest.revision)
+        self.cache = self.cached_repo(paths.cache)
+        within = [shelf / name for shelf in paths.shelves for name in ("", *COMFYUI)]
+        self.folders = [folder for folder in within if self.is_folder(folder)]
+        self.caches = list(filter(None, map(self.cached_repo, paths.shelves)))
         self.chunk_names: dict[Path, set[str]] = {}
         for artifact in manifest.artifacts:
             for piece in artifact.pieces:
@@ -243,6 +247,23 @@ class _Disk:
         """Return the nearest folder on the way to `folder` that exists."""
         folder = folder.absolute()
         return folder if folder.is_dir() else self.nearest(folder.parent)
+
+    def cached_repo(self, cache: Path | None) -> CachedRepo | None:
+        """Return the model's repository in a folder laid out as the Hub's cache, if it may be."""
+        repo, revision = self.manifest.repo, self.manifest.revision
+        # A cache that may not be read holds nothing for us.
+        with contextlib.suppress(OSError):
+            return CachedRepo(cache, repo, revision) if cache and repo else None
+        return None
+
+    def shelved(self, artifact: Artifact) -> Iterator[Mapping[int, Shelved]]:
+        """Yield the pieces that folders and caches which the user names have, by offset."""
+        yield from filter(None, (_in_folder(artifact, folder) for folder in self.folders))
+        for cache in self.caches:
+            with contextlib.suppress(OSError):
+                if path := cache.find(artifact):
+                    size, tiles = artifact.size, artifact.tiles
+                    yield {tile.offset: Shelved(path, size, tile.offset) for tile in tiles}
 
     def artifact(self, artifact: Artifact) -> ArtifactState:
         paths = self.paths
@@ -260,7 +281,7 @@ class _Disk:
             journal=journal,
             copied=self.journal(installed.path, artifact).pieces,
             cached=self.cached(artifact),
-            shelved=tuple(_shelved(artifact, shelf) for shelf in paths.shelves),
+            shelved=tuple(self.shelved(artifact)),
             chunks=chunks,
             extras=tuple(self.extras(artifact)),
             stranded=why_stranded(artifact, staged.path, journal, paths.root),

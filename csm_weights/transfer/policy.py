@@ -80,13 +80,15 @@ class SourcePolicy:
     """Which sources there are besides installed and staged files.
 
     `remote` are asked in this order, after everything on this machine;
-    `problems` say why others are not among them. `remote_first` prefers a
+    `problems` say why others are not among them. `shelves` is True where the user
+    named folders of this machine. `remote_first` prefers a
     remote file to one whose text the manifest has. `consume` allows chunk
     files to go as their file grows, where that makes room.
     """
 
     chunks: bool = True
     cache: bool = True
+    shelves: bool = False
     remote: tuple[str, ...] = ()
     problems: tuple[Finding, ...] = ()
     remote_first: bool = False
