@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -36,10 +37,12 @@ def run(
     as_json: bool = False,
     command: str = "",
     model: tuple[Path, str] = (Path(), ""),
+    files: Mapping[str, str] | None = None,
 ) -> int:
     """Show what a call of the task `command` returns or raises; return the exit code.
 
     `model` is the root and the model that it is about, which an error as JSON names.
+    `files` are paths to write the result to, by their form; see `reports`.
     Until it ends, an interrupt and a termination signal raise KeyboardInterrupt.
     """
     _open_streams()
@@ -48,7 +51,15 @@ def run(
     try:
         if at_interrupt is _exit:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return _show(_result_of(call, command), as_json, command, model)
+        start = time.monotonic()
+        result = _result_of(call, command)
+        problem = None
+        if command:
+            from csm_weights.commands import reports
+
+            seconds = time.monotonic() - start
+            problem = reports.write(result, command, model, seconds, files or {}, _as_typed)
+        return _show(result, as_json, command, model, problem)
     except KeyboardInterrupt:
         # During an import, or while the result was printed.
         return errors.Interrupted.exit_code
@@ -95,23 +106,30 @@ def _result_of(call: Callable[[], object], command: str) -> object:
         return CsmWeightsError("out of memory: free some, or raise the limit (ulimit -v)")
 
 
-def _show(result: object, as_json: bool, command: str, model: tuple[Path, str]) -> int:
-    """Print a result on stdout and its error on stderr; return the exit code."""
-    error = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
+def _show(
+    result: object,
+    as_json: bool,
+    command: str,
+    model: tuple[Path, str],
+    problem: CsmWeightsError | None = None,
+) -> int:
+    """Print a result on stdout and its error, or else a `problem`, on stderr; return the code."""
+    own = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
+    error: CsmWeightsError | None = own or problem
     try:
         if as_json:
             from csm_weights.commands.render import json
             from csm_weights.pipeline.request import known_name
 
-            known = known_name(*model) if result is error else None
+            known = known_name(*model) if result is own else None
             _print(json.render(result, command, known), sys.stdout)
-        elif result is not error:
+        elif result is not own:
             from csm_weights.commands.render import text
 
             shown = text.render(result) + ("\n" if error else "")
             _print(_for_a_person(shown, sys.stdout), sys.stdout)
-    except OSError as problem:
-        error = NoSpace(f"the result cannot be printed: {problem.strerror}")
+    except OSError as failed:
+        error = NoSpace(f"the result cannot be printed: {failed.strerror}")
     if error:
         from csm_weights.commands.render import blocks
 
@@ -133,15 +151,20 @@ def _print(text: str, stream: TextIO | None) -> None:
             raise
 
 
+def _as_typed(text: str) -> str:
+    """Return a text with the commands that a person types."""
+    if not (typed := os.environ.get(TYPED)):
+        return text
+    from csm_weights.commands.render.blocks import COMMAND
+
+    if typed == "make":
+        return re.sub(rf"{COMMAND.pattern}|(?<![\w-])--[a-z-]+", _make_words, text)
+    return COMMAND.sub(lambda command: typed + command[0].removeprefix("inv"), text)
+
+
 def _for_a_person(text: str, stream: TextIO | None) -> str:
     """Return a text with the commands that a person types, and on a terminal in colour."""
-    if typed := os.environ.get(TYPED):
-        from csm_weights.commands.render.blocks import COMMAND
-
-        if typed == "make":
-            text = re.sub(rf"{COMMAND.pattern}|(?<![\w-])--[a-z-]+", _make_words, text)
-        else:
-            text = COMMAND.sub(lambda command: typed + command[0].removeprefix("inv"), text)
+    text = _as_typed(text)
     has_colour = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
     if not has_colour or os.environ.get("NO_COLOR"):
         return text

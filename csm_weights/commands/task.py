@@ -51,11 +51,16 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "dry": (False, "show what would be done, and do nothing"),
     "require_gpu": (False, "exit with 77 unless the smoke test runs on a GPU"),
     "json": (False, "print the result as JSON on stdout, and errors too"),
+    "junit": ("", "file to write the result to as JUnit XML, for CI systems"),
+    "verdict": ("", "file to write the verdict to, in one line: /dev/termination-log in a pod"),
 }
 
 #: Options of every task about files that are here, and of those that fetch them.
-FILES = ("model", "only", "dest", "json")
+FILES = ("model", "only", "dest", "json", "junit", "verdict")
 SOURCES = (*FILES, "staging", "source", "url", "cache", "revision")
+
+#: Options that name a file for the result, in the form of that name; see `console`.
+WRITTEN = ("junit", "verdict")
 
 #: Options that go into the request of a task.
 REQUEST = (
@@ -77,8 +82,8 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
     default and help. The function's first argument is called `request`, and
     made of the options in `REQUEST`; or `root`, the folder with manifests/. It
     gets all other options by their names. The result is printed as text or
-    JSON; the error that it carries, or that is raised, ends the process with
-    its exit code.
+    JSON, and written to the files that options of `WRITTEN` name; the error that
+    it carries, or that is raised, ends the process with its exit code.
     """
     options = own | {name: OPTIONS[name] for name in names}
 
@@ -87,6 +92,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
 
         def body(context: Context, /, **given: Any) -> None:
             as_json, root = given.pop("json", False), Path(context.config.csm_weights.root)
+            files = {key: given.pop(key) for key in WRITTEN if key in given}
 
             def call() -> object:
                 _refuse_core_options(context, name)
@@ -101,7 +107,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
 
             # Two files that are named are of no model that is known.
             model = "" if given.get("file") else given.get("model", "")
-            if code := console.run(call, as_json, name, (root, model)):
+            if code := console.run(call, as_json, name, (root, model), files):
                 raise Exit(code=code)
 
         required = [key for key, (default, _) in options.items() if default is REQUIRED]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ def render(result: object) -> str:
 
 def _status(report: StatusReport) -> str:
     state, plan = report.state, report.plan
-    rows, steps = [], _steps(state, plan.actions)
+    rows, steps = [], steps_of(state, plan.actions)
     for item in state.artifacts:
         path, size = item.artifact.path, format_size(item.artifact.size)
         if path in report.refused:
@@ -78,7 +78,7 @@ def _status(report: StatusReport) -> str:
     return "\n\n".join(filter(None, shown))
 
 
-def _steps(state: State, actions: Iterable[Action]) -> dict[str, str]:
+def steps_of(state: State, actions: Iterable[Action]) -> dict[str, str]:
     """Return in words what is done with each file, by its path."""
     words: dict[str, list[str]] = {item.artifact.path: [] for item in state.artifacts}
     for action in actions:
@@ -135,7 +135,7 @@ def _outcome(outcome: Outcome) -> str:
     state = outcome.state
     shown = [printable(f"{state.manifest.name} -> {state.paths.destination}")]
     if outcome.actions:
-        shown.append(table(("file", "done"), _steps(state, outcome.actions).items()))
+        shown.append(table(("file", "done"), steps_of(state, outcome.actions).items()))
     files = []
     for item in state.artifacts:
         found = item.installed if item.installed.state is not FileState.ABSENT else item.staged
@@ -159,35 +159,43 @@ def _outcome(outcome: Outcome) -> str:
 
 
 def _gates(results: Sequence[GateResult]) -> str:
-    rows = []
+    unread = [f"{r.path}: {r.found}" for r in results if r.found.startswith("not read")]
+    return "\n".join([table(("verdict", "gate", ""), gate_rows(results)), *map(printable, unread)])
+
+
+def gate_rows(results: Sequence[GateResult]) -> Iterator[tuple[str, str, str]]:
+    """Yield the verdict of each gate that was run, its name, and how many files passed it."""
     for gate in Gate:
         oks = [result.ok for result in results if result.gate is gate]
         if oks:
             verdict = "NOT OK" if False in oks else "not run" if None in oks else "OK"
-            rows.append((verdict, gate.value, f"{oks.count(True)} of {count(len(oks), 'file')}"))
-    unread = [f"{r.path}: {r.found}" for r in results if r.found.startswith("not read")]
-    return "\n".join([table(("verdict", "gate", ""), rows), *map(printable, unread)])
+            yield verdict, gate.value, f"{oks.count(True)} of {count(len(oks), 'file')}"
+
+
+def verdict(outcome: Outcome) -> str:
+    """Return in a few words what holds of the files of an outcome without an error."""
+    states = {item.installed.state for item in outcome.state.artifacts}
+    if outcome.smoke:
+        return "OK: installed, verified, smoke test passed"
+    is_installed = states == {FileState.VERIFIED} or outcome.results
+    return "OK: installed and verified" if is_installed else "OK: verified"
 
 
 def _ending(outcome: Outcome) -> list[str]:
     """Return the verdict, where the files are, and the command that is most likely wanted now."""
     state = outcome.state
-    states = [item.installed.state for item in state.artifacts]
-    is_staged = FileState.ABSENT in states
+    is_staged = FileState.ABSENT in [item.installed.state for item in state.artifacts]
     folder = state.paths.staging if is_staged else state.paths.destination
-    verdict, rows = "OK: verified", [("files", str(folder))]
-    if set(states) == {FileState.VERIFIED} or outcome.results:
-        verdict = "OK: installed and verified"
+    rows = [("files", str(folder))]
     has_weights = any(item.artifact.is_weights for item in state.artifacts)
     if is_staged:
         rows.append(("next", state.paths.command("place")))
     elif outcome.smoke:
-        verdict = "OK: installed, verified, smoke test passed"
         below = os.path.relpath(folder, state.paths.root)
         rows.append(("next", f'in Python: csm_weights.Model.from_local("{below}")'))
     elif has_weights and any(item.artifact.format == "config" for item in state.artifacts):
         rows.append(("next", state.paths.command("smoke")))
-    return [verdict, *(printable(f"  {word:7}{text}") for word, text in rows)]
+    return [verdict(outcome), *(printable(f"  {word:7}{text}") for word, text in rows)]
 
 
 def _smoke(report: SmokeReport, is_known: bool) -> str:

@@ -1,0 +1,54 @@
+"""Write the result of a task for others than the person who typed it: files, GitHub Actions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from csm_weights.config import user_path
+from csm_weights.errors import CsmWeightsError, NoSpace
+
+
+def write(
+    result: object,
+    command: str,
+    model: tuple[Path, str],
+    seconds: float,
+    files: Mapping[str, str],
+    as_typed: Callable[[str], str],
+) -> CsmWeightsError | None:
+    """Write a result to files, and on GitHub as annotations and a summary.
+
+    `model` is the root and the name of the model, or its manifest's path. `files`
+    are paths by the form of their content: junit or verdict. `as_typed`
+    makes the commands in a text those that a person types. Return the error
+    of the first file that cannot be written.
+    """
+    files = {form: path for form, path in files.items() if path}
+    on_github = os.environ.get("GITHUB_ACTIONS") == "true"
+    summary = os.environ.get("GITHUB_STEP_SUMMARY", "")
+    if not files and not on_github and not summary:
+        return None
+    from csm_weights.commands.render import github, junit, verdict
+    from csm_weights.pipeline.request import known_name
+
+    ended = verdict.Ended(command, known_name(*model) or model[1], result, seconds)
+    if on_github:
+        workspace = os.environ.get("GITHUB_WORKSPACE")
+        for line in github.annotate(ended, Path(workspace) if workspace else None):
+            print(as_typed(line), file=sys.stderr, flush=True)  # noqa: T201
+    if summary:
+        with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as file:
+            file.write(as_typed(github.summary(ended)))
+    forms = {"junit": junit.render, "verdict": verdict.render}
+    problems = []
+    for form, path in files.items():
+        try:
+            # In place: in a pod the file is a mount, and its folder may only be read.
+            user_path(path).write_text(as_typed(forms[form](ended)) + "\n", encoding="utf-8")
+        except OSError as error:
+            problems.append(NoSpace(f"--{form} {path} cannot be written: {error.strerror}"))
+    return next(iter(problems), None)
