@@ -136,6 +136,7 @@ class Kind(enum.StrEnum):
     TOO_SLOW = "too slow", Category.NETWORK
     WRONG_ANSWER = "unexpected answer", Category.NETWORK
     REDIRECT = "redirect refused", Category.NETWORK
+    DAMAGED = "damaged on the way", Category.NETWORK
 
     NOT_INSTALLED = "not installed", Category.SMOKE
 

@@ -80,10 +80,17 @@ def read_checkpoint(file: MultipartFile) -> TensorIndex:
     return TensorIndex(tensors, size)
 
 
+#: How a zip of torch begins: the header of its first record, in the archive's one folder.
+_ZIP = re.compile(
+    re.escape(LOCAL_SIGN) + rb".{26}[^/\\]{1,255}/(data\.pkl|(data|code|constants)/)", re.DOTALL
+)
+
+
 def _is_torch(head: bytes) -> bool:
-    """Check for a zip whose first record is a data.pkl, or for the magic number before 1.6."""
-    is_zip = head.startswith(LOCAL_SIGN) and b"/data.pkl" in head
-    return is_zip or (head.startswith(PROTO) and MAGIC.to_bytes(10, "little") in head[:32])
+    """Check for a zip whose first record is one of torch's, or for the magic number before 1.6."""
+    return _ZIP.match(head) is not None or (
+        head.startswith(PROTO) and MAGIC.to_bytes(10, "little") in head[:32]
+    )
 
 
 FORMAT = Format(

@@ -8,13 +8,13 @@ anything else, with the name of the opcode or global and its byte in the pickle.
 from __future__ import annotations
 
 import pickletools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
 from csm_weights.formats.tensor_index import ITEM_BITS, MAX_DIMS, MAX_INDEX, index_cost
+from csm_weights.formats.torch_names import DTYPES, INERT, READ, STORAGES, TYPES, verdict
 from csm_weights.untrusted import Malformed, Unsupported, are_sizes, is_text, show
 
 #: Ceiling of a pickle, bytes, and of the objects it makes. CSM-1B's has 22 kB.
@@ -25,83 +25,6 @@ MAX_STACK = 10_000
 #: Most values searched for tensors, and their deepest nesting.
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 100
-
-#: torch's names of dtypes and of older files' storage types, by safetensors' word or one like it.
-_WORDS = {
-    "F64": ("float64", "Double"),
-    "F32": ("float32", "Float"),
-    "F16": ("float16", "Half"),
-    "BF16": ("bfloat16", "BFloat16"),
-    "I64": ("int64", "Long"),
-    "I32": ("int32", "Int"),
-    "I16": ("int16", "Short"),
-    "I8": ("int8", "Char"),
-    "U8": ("uint8", "Byte"),
-    "BOOL": ("bool", "Bool"),
-    "C64": ("complex64", "ComplexFloat"),
-    "C128": ("complex128", "ComplexDouble"),
-    "C32": ("complex32", ""),
-    "U16": ("uint16", ""),
-    "U32": ("uint32", ""),
-    "U64": ("uint64", ""),
-    "F8_E4M3": ("float8_e4m3fn", ""),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", ""),
-    "F8_E5M2": ("float8_e5m2", ""),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", ""),
-    "F8_E8M0": ("float8_e8m0fnu", ""),
-    "F4_X2": ("float4_e2m1fn_x2", ""),
-}
-#: torch's class of a storage, by safetensors' word for the dtype.
-STORAGE_NAMES = {word: f"{name}Storage" for word, (_, name) in _WORDS.items() if name}
-_DTYPES = {f"torch {name}": word for word, (name, _) in _WORDS.items()}
-_STORAGES = {
-    f"{module} {name}": word
-    for word, name in STORAGE_NAMES.items()
-    for module in ("torch", "torch.cuda")
-} | {"torch.storage UntypedStorage": "U8"}
-#: Calls whose result holds no tensor that lies in the file.
-_INERT = {
-    *("_codecs encode", "builtins bytearray", "builtins complex", "torch device"),
-    "torch.serialization _get_layout",
-}
-_CALLED = {
-    *("collections OrderedDict", "collections Counter", "builtins set", "torch Size"),
-    *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3")),
-    *(f"torch._utils _rebuild_{what}" for what in ("parameter", "parameter_with_state")),
-    "torch._tensor _rebuild_from_type_v2",
-}
-_TYPES = {"torch Tensor", "torch._tensor Tensor", "torch.nn.parameter Parameter"}
-_GLOBALS = _STORAGES.keys() | _DTYPES.keys() | _INERT | _CALLED | _TYPES
-#: Names that torch.load(weights_only=True) allows too: tensors that this reader does not know.
-_UNREAD = {
-    *(f"torch {kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")),
-    *(f"torch bits{n}" for n in ("1x8", "2x4", "4x2", "8", "16")),
-    *(f"torch._utils _rebuild_{what}" for what in ("qtensor", "sparse_tensor", "nested_tensor")),
-    *(f"torch per_{of}" for of in ("tensor_affine", "tensor_symmetric")),
-    *(f"torch per_channel_{of}" for of in ("affine", "symmetric", "affine_float_qparams")),
-    "torch._utils _rebuild_meta_tensor_no_storage",
-    "torch._utils _rebuild_wrapper_subclass",
-    "torch._utils _rebuild_device_tensor_from_cpu_tensor",
-    "torch._utils _rebuild_device_tensor_from_numpy",
-}
-
-#: Names that checkpoints often have beside their tensors, and that torch.load(weights_only=True)
-#: refuses. Any other that it refuses may do anything.
-_DATA_CLASSES = {
-    *("argparse Namespace", "types SimpleNamespace", "collections defaultdict"),
-    *(f"builtins {kind}" for kind in ("bool", "dict", "float", "frozenset", "int", "list", "str")),
-    *("builtins range", "builtins slice", "builtins tuple"),
-    *(f"pathlib {kind}" for kind in ("PosixPath", "PurePosixPath", "WindowsPath")),
-    *(f"datetime {kind}" for kind in ("date", "datetime", "timedelta", "timezone")),
-    *("numpy dtype", "numpy ndarray", "numpy._core.numeric _frombuffer"),
-    *(
-        f"numpy.{core}.multiarray {made}"
-        for core in ("core", "_core")
-        for made in ("_reconstruct", "scalar")
-    ),
-    *("numpy.core.numeric _frombuffer", "torch.nn.functional relu", "torch._C._nn gelu"),
-}
-_MODULE_CLASS = re.compile(r"torch\.nn\.modules\.[a-z_]+ [A-Z][A-Za-z0-9]*")
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -315,6 +238,19 @@ class _Machine:
             case "NEWOBJ" if len(self.stack) > 1 and isinstance(self.stack[-2], _Unread):
                 self.pop()
                 self.make(self.pop())
+            case "NEWOBJ_EX" if len(self.stack) > 2 and isinstance(self.stack[-3], _Unread):
+                self.pop()
+                self.pop()
+                self.make(self.pop())
+            case "EMPTY_SET":
+                self.make(_INERT_OBJECT)
+            case "ADDITEMS":
+                items, target = self.pop_mark(), self.pop()
+                if target is not _INERT_OBJECT:
+                    raise Malformed("items for a set", _kind(target))
+                self.push(_set_of(items))
+            case "FROZENSET":
+                self.make(_set_of(self.pop_mark()))
             case "BUILD":  # drops the attributes of an OrderedDict, such as a module's _metadata
                 state, target = self.pop(), self.pop()
                 is_plain = type(state) is dict and not any(str(k).startswith("__") for k in state)
@@ -386,15 +322,12 @@ class _Machine:
     def find(self, module: str, name: str, is_whole: bool = True) -> _Global | _Unread:
         """Return a global that is read as data, or one that is noted and left unread."""
         text = f"{module} {name}".replace("__builtin__ ", "builtins ")
-        if is_whole and text in _GLOBALS:
+        if is_whole and text in READ:
             return _Global(text)
-        found = f"global {show(text)}"
-        if is_whole and (text in _DATA_CLASSES or _MODULE_CLASS.fullmatch(text)):
-            module = text.partition(" ")[0]
-            found += f": torch.load would run code of {module}, if without weights_only"
-        elif not is_whole or text not in _UNREAD:
-            raise Malformed("a global of a checkpoint", found)
-        self.unread = self.unread or Unsupported("plain tensors", found)
+        why = verdict(text) if is_whole else None
+        if why is None:
+            raise Malformed("a global of a checkpoint", f"global {show(text)}")
+        self.unread = self.unread or Unsupported("plain tensors", f"global {show(text)}{why}")
         return _Unread(text)
 
     def storage(self, value: Any) -> Storage | _Unread:
@@ -402,12 +335,12 @@ class _Machine:
             case ("storage" | "module", _Unread() as kind, *_):
                 return kind
             case ("storage", _Global(name), str(key), str(), int(elements), *rest) if (
-                name in _STORAGES
+                name in STORAGES
                 and type(elements) is int
                 and elements >= 0
                 and rest in ([], [None])
             ):
-                found = Storage(_STORAGES[name], key, elements)
+                found = Storage(STORAGES[name], key, elements)
                 if self.storages.setdefault(key, found).nbytes != found.nbytes:
                     raise Malformed("one size for each storage", f"two for {show(key)}")
                 return found
@@ -432,9 +365,7 @@ def _call(called: Any, arguments: Any) -> Any:
         case ("collections Counter", () | (dict(),)):
             return _INERT_OBJECT
         case ("builtins set", () | (list(),)):
-            if any(isinstance(item, View) for item in arguments[0] if arguments):
-                raise Unsupported("tensors with names", "tensors in a set")
-            return _INERT_OBJECT
+            return _set_of(arguments[0] if arguments else [])
         case ("torch Size", (tuple(size),)):
             return size
         case (_, tuple()) if name.startswith("torch._utils _rebuild_tensor"):
@@ -445,12 +376,18 @@ def _call(called: Any, arguments: Any) -> Any:
         ) if not hooks and len(rest) == name.endswith("state"):
             return view
         case ("torch._tensor _rebuild_from_type_v2", (inner, _Global(type_), tuple(inside), _)) if (
-            type_ in _TYPES
+            type_ in TYPES
         ):
             return _call(inner, inside)
-        case _ if name in _INERT and isinstance(arguments, tuple):
+        case _ if name in INERT and isinstance(arguments, tuple):
             return _INERT_OBJECT
     raise Malformed("a call that makes a tensor or a dict", f"a call of {_kind(called)}")
+
+
+def _set_of(items: list[Any]) -> object:
+    if any(isinstance(item, View) for item in items):
+        raise Unsupported("tensors with names", "tensors in a set")
+    return _INERT_OBJECT
 
 
 def _view(name: str, arguments: tuple[Any, ...]) -> View:
@@ -458,7 +395,7 @@ def _view(name: str, arguments: tuple[Any, ...]) -> View:
         case (Storage() as storage, int(offset), tuple(shape), tuple(stride), *rest):
             dtype = storage.dtype
             if name.endswith("v3") and len(rest) > 2 and isinstance(rest[2], _Global):
-                dtype = _DTYPES.get(rest.pop(2).name, "")
+                dtype = DTYPES.get(rest.pop(2).name, "")
             if len(rest) == 3 and isinstance(rest[2], dict) and rest.pop():
                 raise Unsupported(
                     "a view that is stored as it is", f"a view of {dtype} with metadata"
@@ -473,6 +410,8 @@ def _view(name: str, arguments: tuple[Any, ...]) -> View:
 
 
 def _set(target: dict[Any, Any], key: Any, value: Any) -> None:
+    if isinstance(key, _Unread):
+        return
     if isinstance(key, str) and not is_text(key):
         raise Malformed("a name that is text", _kind(key))
     if not isinstance(key, str | int | float | bytes | None):

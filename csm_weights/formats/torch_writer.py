@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from csm_weights.formats import torch_zip
 from csm_weights.formats.tensor_index import ITEM_BITS, row_major
-from csm_weights.formats.torch_pickle import STORAGE_NAMES
+from csm_weights.formats.torch_names import STORAGE_NAMES
 from csm_weights.formats.torch_zip import FULL16, FULL32
 
 #: Data begin at multiples of this many bytes.

@@ -6,15 +6,20 @@ from; the writer verifies them, so no source vouches for itself.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Protocol
 
-from csm_weights.errors import Finding
+from csm_weights.errors import Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
 
 #: What helps where some pieces of a file are here and others in no source.
 NEXT_SOURCE = "insert the next disk, or add a --url that has it, and run the same command again"
+
+
+#: Times that a remote source is asked for a piece while it gives wrong bytes.
+ASKED = 3
 
 
 class NotAvailable(Exception):
@@ -74,7 +79,8 @@ class Source(Protocol):
     """One place that may have pieces.
 
     A source with an attribute `is_remote` that is true may deliver the right
-    bytes the next time.
+    bytes the next time. It is asked once more for a piece that it has just
+    delivered only if those bytes were wrong, and then begins afresh.
     """
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
@@ -88,8 +94,11 @@ class Source(Protocol):
 class FirstOf:
     """A source that asks each in turn until one delivers the right bytes.
 
-    It raises SourceError with every source's finding, and with what is `known` of a piece
-    at its offset; NotAvailable where none has the piece.
+    A remote one that gives wrong bytes is asked again after all others, `ASKED`
+    times in all. The same wrong bytes each time are its content; others each time
+    were damaged on the way, which may pass. Raises SourceError with every source's
+    finding, and with what is `known` of a piece at its offset; NotAvailable where
+    none has the piece.
     """
 
     def __init__(self, *sources: Source, known: Mapping[int, Finding] | None = None) -> None:
@@ -98,8 +107,8 @@ class FirstOf:
 
     def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
         """See `Source`."""
-        findings: list[Finding] = []
-        queue, asked_twice = deque(self._sources), set[int]()
+        found: dict[int, Sequence[Finding]] = {}
+        queue, wrong = deque(self._sources), defaultdict[int, list[Finding]](list)
         while queue:
             source, is_its_own = queue.popleft(), writer.is_empty
             try:
@@ -107,7 +116,7 @@ class FirstOf:
             except NotAvailable:
                 continue
             except SourceError as error:
-                findings += error.findings
+                found[id(source)] = error.findings
                 continue
             try:
                 writer.verify(place)
@@ -117,15 +126,24 @@ class FirstOf:
                     # Some of the bytes are an earlier run's or another source's.
                     queue.appendleft(source)
                     continue
-                findings += error.findings
-                if getattr(source, "is_remote", False) and id(source) not in asked_twice:
-                    asked_twice.add(id(source))
+                tries = wrong[id(source)]
+                tries += error.findings
+                found[id(source)] = [tries[0] if len({*tries}) == 1 else _damaged(tries)]
+                if getattr(source, "is_remote", False) and len(tries) < ASKED:
                     queue.append(source)
                 continue
-            writer.notes += findings
+            writer.notes += chain.from_iterable(found.values())
             return place
+        findings = [*chain.from_iterable(found.values())]
         if piece.offset in self._known:
             findings.append(self._known[piece.offset])
         if findings:
             raise SourceError(findings)
         raise NotAvailable
+
+
+def _damaged(tries: Sequence[Finding]) -> Finding:
+    """Return the finding for bytes of one source that were wrong in another way each time."""
+    found = f"other wrong bytes each of {len(tries)} times"
+    mend = "run the same command again; where that does not help, use another network or proxy"
+    return Finding(Kind.DAMAGED, tries[0].where, tries[0].expected, found, mend)

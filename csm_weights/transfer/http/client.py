@@ -36,7 +36,7 @@ from csm_weights.transfer.http.responses import (
     requested_wait,
     wrong_answer,
 )
-from csm_weights.transfer.source import SourceError
+from csm_weights.transfer.source import ASKED, SourceError
 
 #: Redirects that are followed from one request.
 REDIRECTS = 5
@@ -79,7 +79,7 @@ class TransientError(Exception):
 
     `seconds` is how long the server asks to wait, if it does; 0 means that
     another try may be made at once. `is_doubtful` marks an answer that makes
-    no sense: it gets one more try, not the whole patience.
+    no sense: it gets as many tries as wrong bytes, not the whole patience.
     """
 
     finding: Finding
@@ -246,6 +246,11 @@ class HttpClient:
             raise TransientError(finding, seconds)
         return response
 
+    def begin_afresh(self, times: int) -> None:
+        """Close the connections that are idle, and wait, as before try `times` after the first."""
+        self._session.close()
+        self.pause(self.timeouts.backoff * 2 ** (times - 1))
+
     def pause(self, seconds: float, over: threading.Event | None = None) -> None:
         """Wait; raise Cancelled when the run is cancelled meanwhile, or `over` is set."""
         until = time.monotonic() + seconds
@@ -284,7 +289,7 @@ class RetryPolicy:
         client, now = self._client, time.monotonic()
         self._tries += 1
         self._doubts += error.is_doubtful
-        if self._doubts > 1:
+        if self._doubts >= ASKED:
             raise SourceError([error.finding])
         backoff = client.timeouts.backoff * 2 ** min(self._tries - 1, 10)
         delay = min(backoff * random.uniform(0.5, 1.5), 30)

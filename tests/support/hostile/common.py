@@ -21,6 +21,7 @@ UNREAD = frozenset(
         "names_that_are_one",
         "set_of_tensors",
         "namespace",
+        "class_of_another_package",
         "sparse_tensor",
         "storage_for_a_tensor",
         "storage_of_another_kind",

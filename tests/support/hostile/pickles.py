@@ -104,6 +104,19 @@ BAD_PICKLES: Bad = {
         b"\x80\x02" + _NAMESPACE[:-1] + SYSTEM + b"b.",
         "global os system",
     ),
+    "class_of_another_package": (
+        b"\x80\x02cnobody.knows\nConfig\n)\x81.",
+        "global nobody.knows Config: torch.load would run code of nobody.knows",
+    ),
+    "class_of_another_package_before_os_system": (
+        b"\x80\x02cnobody.knows\nConfig\n)\x81" + SYSTEM + text("true") + b"\x85R\x86.",
+        "global os system",
+    ),
+    "module_of_another_package": (
+        b"\x80\4" + b"\x8c\x06nobody\x8c\x09os.system\x93" + text("true") + b"\x85R.",
+        "a global of a checkpoint, found global nobody os.system",
+    ),
+    "call_of_torch": (b"\x80\x02ctorch.hub\nload\n.", "global torch.hub load"),
     "method_of_a_namespace": (
         b"\x80\x02cargparse\nNamespace.__init__\n.",
         "a global of a checkpoint, found global argparse Namespace.__init__",
