@@ -7,8 +7,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any, ClassVar, TextIO
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple, TextIO
 
 from csm_weights.errors import printable
 
@@ -27,6 +27,26 @@ NAMED_AFTER = 2.0
 #: Seconds without a byte after which that is shown; and between two looks whether it is so.
 QUIET_SECONDS = 4.0
 LOOK_SECONDS = 0.5
+
+#: Seconds between two events of one work at least, but for its first and its last.
+EVENT_SECONDS = 0.2
+
+
+class Event(NamedTuple):
+    """The bytes of a work that are done; times are of the monotonic clock, in seconds.
+
+    Works of one label differ in when they `started`.
+    """
+
+    label: str
+    started: float
+    now: float
+    done: int
+    total: int
+
+
+#: Functions that get the events of all works that have bytes, from any thread.
+listeners: list[Callable[[Event], None]] = []
 
 
 def format_size(count: float) -> str:
@@ -75,7 +95,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._lock = threading.Lock()
         self._done = 0
-        self._started = self._shown_at = self._moved_at = time.monotonic()
+        self._started = self._shown_at = self._moved_at = self._told_at = time.monotonic()
         self._shown_percent = 0
         self._bar: Any = self._open_bar() if total >= WORTH_SHOWING else None
         self._plain = total >= WORTH_SHOWING and self._bar is None
@@ -106,6 +126,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         Progress._running.append(self)
+        self._tell(self._started)
         if self._plain:
             self.log(format_size(self._total))
         threading.Thread(target=self._watch, daemon=True).start()
@@ -115,6 +136,7 @@ class Progress:
         with self._lock:
             self._is_over.set()
             Progress._running.remove(self)
+            self._tell(time.monotonic())
             if self._bar is not None:
                 self._bar.close()
         if kind is None and (self._bar is not None or self._plain):
@@ -147,6 +169,8 @@ class Progress:
         with self._lock:
             self._done += count
             self._moved_at = now = time.monotonic()
+            if now - self._told_at >= EVENT_SECONDS:
+                self._tell(now)
             if self._bar is not None:
                 self._bar.update(count)
             elif self._plain:
@@ -155,6 +179,12 @@ class Progress:
                 if now - self._shown_at >= (LEAST_SECONDS if further else LINE_SECONDS):
                     self._shown_at, self._shown_percent = now, percent
                     self.log(f"{percent} %, {self._words(now - self._started)}")
+
+    def _tell(self, now: float) -> None:
+        self._told_at = now
+        if self._total:
+            for listener in listeners:
+                listener(Event(self._label, self._started, now, self._done, self._total))
 
     def log(self, text: str) -> None:
         """Print a line under this label at once."""

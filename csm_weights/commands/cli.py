@@ -19,7 +19,7 @@ from invoke.program import Program
 from invoke.tasks import Task
 
 from csm_weights.commands.program import start
-from csm_weights.commands.task import FILES, REQUIRED, SOURCES, make_request, task
+from csm_weights.commands.task import FILES, PAGE, REQUIRED, SOURCES, make_request, task
 from csm_weights.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 @task(
-    *(*SOURCES, "consume", "patience", "block_digests", "seal", "dry", "require_gpu"),
+    *(*SOURCES, *PAGE, "consume", "patience", "block_digests", "seal", "dry", "require_gpu"),
     smoke=(True, "--no-smoke skips the smoke test, and needs no torch"),
 )
 def weights(request: Request, smoke: bool, require_gpu: bool, seal: bool, dry: bool) -> object:
@@ -108,7 +108,7 @@ def _sealed(request: Request, done: Outcome, seal: bool) -> Outcome:
 
 
 @task(
-    *FILES,
+    *(*FILES, *PAGE),
     sums=("", "also check the files against this SHA256SUMS file"),
     write_sums=(False, "write SHA256SUMS next to the files, once they are verified"),
     attestation=("", "also check the files against this attestation, made by `inv attest`"),
@@ -141,7 +141,7 @@ def attest(request: Request, out: str, key: str, new_key: str) -> object:
 
 
 @task(
-    *(*FILES, "require_gpu"),
+    *(*FILES, *PAGE, "require_gpu"),
     device=("", "torch device: cpu, cuda, cuda:1 (default: a GPU if there is one)"),
     frames=(8, "number of frames to generate, of 80 ms each (default: 8)"),
     dtype=("", "float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU)"),
@@ -155,6 +155,14 @@ def smoke(request: Request, record: bool, frames: int, **options: Any) -> object
     if record:
         return str(smoke.record_golden(request, frames))
     return smoke.smoke(request, frames=frames, **options)
+
+
+@task(*(*FILES, "host"), html=(REQUIRED, "page to write, for a browser: FILE.html"))
+def report(request: Request) -> object:
+    """Write a page about the installed files: gates, pieces, smoke test; asks no server."""
+    from csm_weights.commands import page
+
+    return page.report(request)
 
 
 @task(

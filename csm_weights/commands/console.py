@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from csm_weights import errors
 from csm_weights.errors import CsmWeightsError, NoSpace
+
+if TYPE_CHECKING:
+    from csm_weights.commands.page import Page
 
 #: The program that a person typed where it is not inv, such as "make": messages name its commands.
 TYPED = "CSM_WEIGHTS_TYPED"
@@ -38,11 +41,12 @@ def run(
     command: str = "",
     model: tuple[Path, str] = (Path(), ""),
     files: Mapping[str, str] | None = None,
+    page: Page | None = None,
 ) -> int:
     """Show what a call of the task `command` returns or raises; return the exit code.
 
     `model` is the root and the model that it is about, which an error as JSON names.
-    `files` are paths to write the result to, by their form; see `reports`.
+    `files` are paths to write the result to, by their form, and `page` its page; see `reports`.
     Until it ends, an interrupt and a termination signal raise KeyboardInterrupt.
     """
     _open_streams()
@@ -58,7 +62,7 @@ def run(
             from csm_weights.commands import reports
 
             seconds = time.monotonic() - start
-            problem = reports.write(result, command, model, seconds, files or {}, _as_typed)
+            problem = reports.write(result, command, model, seconds, files or {}, _as_typed, page)
         return _show(result, as_json, command, model, problem)
     except KeyboardInterrupt:
         # During an import, or while the result was printed.

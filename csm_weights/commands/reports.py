@@ -7,9 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from csm_weights.config import user_path
 from csm_weights.errors import CsmWeightsError, NoSpace
+
+if TYPE_CHECKING:
+    from csm_weights.commands.page import Page
 
 
 def write(
@@ -19,6 +23,7 @@ def write(
     seconds: float,
     files: Mapping[str, str],
     as_typed: Callable[[str], str],
+    page: Page | None = None,
 ) -> CsmWeightsError | None:
     """Write a result to files, and on GitHub as annotations and a summary.
 
@@ -30,8 +35,9 @@ def write(
     files = {form: path for form, path in files.items() if path}
     on_github = os.environ.get("GITHUB_ACTIONS") == "true"
     summary = os.environ.get("GITHUB_STEP_SUMMARY", "")
+    problems = [page.write(result, as_typed)] if page else []
     if not files and not on_github and not summary:
-        return None
+        return next(filter(None, problems), None)
     from csm_weights.commands.render import github, junit, verdict
     from csm_weights.pipeline.request import known_name
 
@@ -44,11 +50,10 @@ def write(
         with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as file:
             file.write(as_typed(github.summary(ended)))
     forms = {"junit": junit.render, "verdict": verdict.render}
-    problems = []
     for form, path in files.items():
         try:
             # In place: in a pod the file is a mount, and its folder may only be read.
             user_path(path).write_text(as_typed(forms[form](ended)) + "\n", encoding="utf-8")
         except OSError as error:
             problems.append(NoSpace(f"--{form} {path} cannot be written: {error.strerror}"))
-    return next(iter(problems), None)
+    return next(filter(None, problems), None)

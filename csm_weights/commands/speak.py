@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, MissingInput, NoSpace, UsageError, printable
+from csm_weights.errors import Finding, Kind, MissingInput, UsageError, printable
 from csm_weights.model.offline_assets import not_installed
 from csm_weights.pipeline.locate import Weights
 from csm_weights.pipeline.request import Request
 from csm_weights.progress import Progress
-from csm_weights.store.atomic import why_read_only, write_whole
+from csm_weights.store.atomic import require_writable, write_whole
 
 
 def speak(
@@ -42,11 +42,7 @@ def speak(
         raise UsageError(f"--max-seconds {max_seconds:g} is not at least 0.08, a frame of audio")
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed {seed} is not from 0 to {2**63 - 1}")
-    if reason := "a folder of that name" if out.is_dir() else why_read_only(out.parent):
-        words = ("a file that can be written", reason, "choose another --out")
-        raise NoSpace(
-            "the speech cannot be written", [Finding(Kind.NOT_WRITABLE, str(out), *words)]
-        )
+    require_writable(out, "--out")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, for Mimi
     try:
         import torch

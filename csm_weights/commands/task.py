@@ -16,6 +16,7 @@ from invoke.tasks import Task
 from csm_weights.errors import UsageError
 
 if TYPE_CHECKING:
+    from csm_weights.commands.page import Page
     from csm_weights.pipeline.request import Request
 
 #: The default of an option that has to be given.
@@ -53,11 +54,16 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "json": (False, "print the result as JSON on stdout, and errors too"),
     "junit": ("", "file to write the result to as JUnit XML, for CI systems"),
     "verdict": ("", "file to write the verdict to, in one line: /dev/termination-log in a pod"),
+    "report": ("", "also write the result, or the error, as a page for a browser: FILE.html"),
+    "host": (False, "name this machine on the page"),
 }
 
 #: Options of every task about files that are here, and of those that fetch them.
 FILES = ("model", "only", "dest", "json", "junit", "verdict")
 SOURCES = (*FILES, "staging", "source", "url", "cache", "revision")
+
+#: Options of every task whose result can be a page.
+PAGE = ("report", "host")
 
 #: Options that name a file for the result, in the form of that name; see `console`.
 WRITTEN = ("junit", "verdict")
@@ -82,7 +88,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
     default and help. The function's first argument is called `request`, and
     made of the options in `REQUEST`; or `root`, the folder with manifests/. It
     gets all other options by their names. The result is printed as text or
-    JSON, and written to the files that options of `WRITTEN` name; the error that
+    JSON, and written to the files that options of `WRITTEN` and `PAGE` name; the error that
     it carries, or that is raised, ends the process with its exit code.
     """
     options = own | {name: OPTIONS[name] for name in names}
@@ -93,21 +99,26 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
         def body(context: Context, /, **given: Any) -> None:
             as_json, root = given.pop("json", False), Path(context.config.csm_weights.root)
             files = {key: given.pop(key) for key in WRITTEN if key in given}
+            empty = [key for key in required if not given[key]]
+            page = _page(given, name)
 
             def call() -> object:
                 _refuse_core_options(context, name)
-                if empty := [key for key in required if not given[key]]:
+                if empty:
                     raise UsageError(needs(name, empty))
                 if "root" in takes:
                     return function(root, **given)
                 asked = {key: given.pop(key) for key in REQUEST if key in given}
-                return function(make_request(root, **asked), **given)
+                request = make_request(root, **asked)
+                if page:
+                    page.begin(request)
+                return function(request, **given)
 
             from csm_weights.commands import console
 
             # Two files that are named are of no model that is known.
             model = "" if given.get("file") else given.get("model", "")
-            if code := console.run(call, as_json, name, (root, model), files):
+            if code := console.run(call, as_json, name, (root, model), files, page):
                 raise Exit(code=code)
 
         required = [key for key, (default, _) in options.items() if default is REQUIRED]
@@ -121,6 +132,17 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
         return Task(body, name, iterable=iterable, help=helps, auto_shortflags=False)
 
     return make
+
+
+def _page(given: dict[str, Any], name: str) -> Page | None:
+    """Return the page that options ask for, and take these options out."""
+    host, paths = given.pop("host", False), {key: given.pop(key, "") for key in ("report", "html")}
+    option, path = next((item for item in paths.items() if item[1]), ("", ""))
+    if not path:
+        return None
+    from csm_weights.commands.page import Page
+
+    return Page(Path(path), f"--{option}", name, host)
 
 
 def needs(task: str, names: Sequence[str]) -> str:

@@ -89,6 +89,14 @@ def why_read_only(folder: Path) -> str:
     return "" if is_ours else "no permission to write"
 
 
+def require_writable(file: Path, option: str) -> None:
+    """Raise NoSpace where a file, named by an option, cannot be written; before long work."""
+    if reason := "a folder of that name" if file.is_dir() else why_read_only(file.parent):
+        words = ("a file that can be written", reason, f"choose another {option}")
+        finding = Finding(Kind.NOT_WRITABLE, str(file), *words)
+        raise NoSpace(f"{file.name} cannot be written", [finding])
+
+
 def stay_inside(folder: Path, base: Path) -> None:
     """Raise WrongContent where a link on the way from `base` to `folder` leads out of `base`.
 

@@ -206,6 +206,12 @@ def _smoke(report: SmokeReport, is_known: bool) -> str:
     checks = [
         ("OK" if c.ok else "NOT OK", f"{c.name}: {c.value}; limit {c.limit}") for c in report.checks
     ]
+    head = ("verdict", f"smoke test on {report.device}")
+    return f"{table(head, checks)}\n\n{table(('figure', 'measured'), smoke_figures(report))}"
+
+
+def smoke_figures(report: SmokeReport) -> list[tuple[str, str]]:
+    """Return what a smoke test measured beside its checks, each with its name."""
     f = report.figures
     driver = f", driver {f.driver}" if f.driver != "-" else ""
     seconds = f"{report.load_seconds:.2f} s"
@@ -219,15 +225,13 @@ def _smoke(report: SmokeReport, is_known: bool) -> str:
         share = f.frame_bytes * report.frames_per_second / f.memory_rate
         frame += f", {share:.0%} of the memory's {_rate(f.memory_rate)}"
     device = f", device {format_size(f.peak_device)}" if f.peak_device else ""
-    figures = [
+    return [
         ("machine", f"{f.machine}{driver}, torch {f.torch}, {f.dtype}"),
         ("loading", loaded),
         ("speed", f"real-time factor {report.real_time_factor:.3g}, below 1 is faster"),
         ("a frame", frame),
         ("peak memory", f"host {format_size(f.peak_host)}{device}"),
     ]
-    head = ("verdict", f"smoke test on {report.device}")
-    return f"{table(head, checks)}\n\n{table(('figure', 'measured'), figures)}"
 
 
 def _rate(rate: float) -> str:
