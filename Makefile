@@ -129,12 +129,14 @@ standin: $(VENV)/.base ## Write a full-size stand-in of CSM-1B (needs 25 GB of d
 test: $(VENV)/.test ## Run the tests
 	@$(VENV)/bin/python -m pytest -n auto
 
-lint: $(VENV)/.test ## Check style, types, the layers of imports, the script
+lint: $(VENV)/.test ## Check style, types, layers of imports, scripts, workflows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/shellcheck recombine.sh .ci/run
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-actions action.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 damage: $(VENV)/.test ## Damage weights in 300 ways: each must be named by tensor
 	@DAMAGES=300 $(VENV)/bin/python -m pytest -q tests/formats/test_damage.py

@@ -135,6 +135,7 @@ OPENING = {
     "commands.attest._make_keys",  # makes the file
     "commands.console._open_streams",  # /dev/null, as the next one
     "commands.console._print",
+    "commands.reports.append",  # a file of GitHub's runner
     "commands.reports.write",  # what someone named to be written to, also /dev/stdout
     "transfer.policy.deliver",  # a connection, as the next one
     "commands.doctor._ask",

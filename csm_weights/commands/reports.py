@@ -47,8 +47,8 @@ def write(
         for line in github.annotate(ended, Path(workspace) if workspace else None):
             print(as_typed(line), file=sys.stderr, flush=True)  # noqa: T201
     if summary:
-        with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as file:
-            file.write(as_typed(github.summary(ended)))
+        with contextlib.suppress(OSError):
+            append(Path(summary), as_typed(github.summary(ended)))
     forms = {"junit": junit.render, "verdict": verdict.render}
     for form, path in files.items():
         try:
@@ -57,3 +57,9 @@ def write(
         except OSError as error:
             problems.append(NoSpace(f"--{form} {path} cannot be written: {error.strerror}"))
     return next(filter(None, problems), None)
+
+
+def append(path: Path, text: str) -> None:
+    """Add a text to a file that GitHub reads after a step; raises OSError."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
