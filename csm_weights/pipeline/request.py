@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csm_weights.config import check_mirror
@@ -98,19 +98,32 @@ def manifests(root: Path) -> list[Path]:
 def find_manifest(root: Path, model: str) -> Manifest:
     """Return the manifest called `model`, in manifests/ or of the package, or at that path.
 
-    Raises UsageError, naming those there are, when there is none.
+    Raises UsageError when there is none, naming those there are, and for one that
+    bears the name of another: a model's files are known by its name.
     """
     by_path = model.endswith(".toml") or "/" in model
-    path = Path(model) if by_path else root / "manifests" / f"{model}.toml"
     if not by_path and path_problem(model):
         raise UsageError(f"{model!r} is not a valid model name")
-    if not by_path and not os.path.lexists(path):
-        path = SHIPPED / path.name
+    path = Path(model) if by_path else _named(root, model)
     if not (path.is_file() if by_path else os.path.lexists(path)):
         known = [path.stem for path in manifests(root)]
         hint = did_you_mean(model, known) or ", or give the path of a manifest (.toml)"
         raise UsageError(f"no model called {model!r}; there are {', '.join(known)}{hint}")
-    return load(path)
+    manifest = load(path)
+    own = _named(root, manifest.name)
+    is_other = own.is_file() and not own.samefile(path)
+    if is_other and replace(load(own), where=manifest.where) != manifest:
+        raise UsageError(
+            f"{path} has the name of another manifest, {own}: {manifest.name!r}. It could replace"
+            f" that model's files; give it a name of its own, or review it and put it at {own}"
+        )
+    return manifest
+
+
+def _named(root: Path, name: str) -> Path:
+    """Return the path of the manifest of that name, which may not exist."""
+    own = root / "manifests" / f"{name}.toml"
+    return own if os.path.lexists(own) else SHIPPED / own.name
 
 
 def known_name(root: Path, model: str) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csm_weights.errors import ManifestInvalid, WrongContent
+from csm_weights.errors import ManifestInvalid, UsageError, WrongContent
 from csm_weights.manifest import parse as manifests
 from csm_weights.manifest.parse import parse
 from csm_weights.manifest.paths import path_problem
 from csm_weights.manifest.render import render
-from csm_weights.manifest.types import Manifest
+from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply
+from csm_weights.pipeline.request import Request
 from tests.e2e.test_hostile_files import watched
 from tests.support import hostile
 from tests.support.clone import Clone
@@ -143,6 +146,49 @@ def _with_link_among_receipts(tmp_path: Path, name: str) -> tuple[Toy, Path]:
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / "precious")
     return toy, link
+
+
+# ---- manifests that take the place of another model's
+
+
+def _installed_toy(root: Path) -> tuple[Toy, Path]:
+    """A toy whose b.bin is installed, and a manifest elsewhere, with other bytes for it."""
+    root.mkdir()
+    toy, other = Toy.make(root), root.parent / "sent.toml"
+    apply.weights(toy.request("b.bin"), smoke=False)
+    b = toy.artifact("b.bin")
+    evil = Artifact("b.bin", b.group, b.format, 4, sha256=hashlib.sha256(b"evil").hexdigest())
+    other.write_text(render(replace(toy.manifest, artifacts=(evil,))))
+    staged = toy.staged("b.bin")
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    staged.write_bytes(b"evil")
+    return toy, other
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_manifest_with_the_name_of_another_is_refused(is_known: bool, tmp_path: Path) -> None:
+    """It ends with 2 and names both, whether it is sent or lies in manifests/."""
+    toy, other = _installed_toy(tmp_path / "root")
+    if is_known:
+        other = other.rename(toy.root / "manifests" / "sent.toml")
+    with pytest.raises(UsageError, match=r"sent\.toml has the name of .*toy\.toml: 'toy'"):
+        apply.weights(Request(toy.root, "sent" if is_known else str(other)), smoke=False)
+    assert toy.installed("b.bin").read_bytes() == toy.good("b.bin")
+
+
+def test_a_manifest_that_ships_keeps_its_name(tmp_path: Path) -> None:
+    """Also where the folder that is worked in has no manifests, as with the installed package."""
+    other = tmp_path / "sent.toml"
+    other.write_bytes(hostile.manifest().replace(b'"bad"', b'"csm-1b"', 1))
+    with pytest.raises(UsageError, match=r"has the name of .*csm-1b\.toml"):
+        apply.status(Request(tmp_path, str(other)))
+
+
+def test_a_copy_of_a_manifest_is_that_manifest(tmp_path: Path) -> None:
+    """A manifest may be named by any path, as long as nothing in it differs."""
+    toy, other = _installed_toy(tmp_path / "root")
+    other.write_text(render(toy.manifest))
+    assert apply.status(Request(toy.root, str(other), ("b.bin",))).plan.is_done
 
 
 # ---- properties
