@@ -49,7 +49,7 @@ def safetensors_file(
         begin, shape = end, tensors[name].shape
         end += math.prod(shape) * ITEM_BITS[kinds[name]] // 8
         header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def blocks() -> Iterator[bytes | bytearray]:

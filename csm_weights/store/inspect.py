@@ -227,7 +227,7 @@ class _Disk:
         manifest, paths = self.manifest, self.paths
         self.nearest = functools.cache(self._nearest)
         self.device = functools.cache(lambda folder: self.nearest(folder).stat().st_dev)
-        self.names = functools.cache(lambda folder: sorted(f.name for f in folder.iterdir()))
+        self.names = functools.cache(lambda folder: sorted(f.name for f in os.scandir(folder)))
         self.real = functools.cache(lambda path: Path(os.path.realpath(path)))
         self.is_folder = functools.cache(Path.is_dir)
         self.has_receipts = functools.cache(lambda folder: (folder / RECEIPTS).is_dir())

@@ -305,6 +305,10 @@ def other_json(hub: HubServer, _: pytest.MonkeyPatch) -> None:
     hub.fault("status", match="*/tree/*", code=200, body='{"error": "none"}')
 
 
+def no_json(hub: HubServer, _: pytest.MonkeyPatch) -> None:
+    hub.fault("status", code=200, body="out of order")
+
+
 def no_commit(hub: HubServer, _: pytest.MonkeyPatch) -> None:
     told = json.dumps({"id": REPO, "sha": "../../main"})
     hub.fault("status", match=f"/api/models/{REPO}", code=200, body=told)
@@ -332,6 +336,7 @@ def offline(_: HubServer, patch: pytest.MonkeyPatch) -> None:
         (takes_long, 6, Kind.TOO_SLOW),
         (portal, 6, Kind.NO_NETWORK),
         (other_json, 6, Kind.WRONG_ANSWER),
+        (no_json, 6, Kind.WRONG_ANSWER),
         (no_commit, 6, Kind.WRONG_ANSWER),
         (offline, 3, Kind.OFFLINE),
     ],

@@ -273,6 +273,7 @@ def test_chunk_files_are_assembled_and_moved() -> None:
         (Assemble, 30, 30),
         (Move, 0, 0),
     ]
+    assert plan.actions[0].detail == "from 3 chunk files"
 
 
 def test_fetching_stops_before_the_move() -> None:
@@ -287,6 +288,7 @@ def test_a_chunk_file_that_is_kept_in_the_partial_may_be_missing() -> None:
     kept = (PieceRecord(0, 10, SHA, "x"),)
     plan = make_plan(a_state(replace(item, chunks=parts, journal=Journal(kept))), Target.STAGED)
     assert [(type(s), s.cost.read, s.cost.written) for s in plan.actions] == [(Assemble, 30, 20)]
+    assert plan.actions[0].detail == "from 2 chunk files and 1 piece verified in an earlier run"
 
 
 def test_every_bad_chunk_file_is_reported_at_once() -> None:

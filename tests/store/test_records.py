@@ -103,6 +103,15 @@ def test_what_was_refuted_has_no_lines_before_that(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "a", artifact) == Journal(arrived=(other, late), is_begun=True)
 
 
+def test_a_range_beyond_the_end_of_its_piece_is_left_out(tmp_path: Path) -> None:
+    """Bytes behind a piece are another piece's; up to its end they count."""
+    artifact = Artifact("a", "g", "opaque", 10, SHA, pieces=(Piece("chunks/a-0", 0, 10, SHA),))
+    beyond, last = Arrival(6, 6, SHA), Arrival(5, 5, SHA)
+    partial_path(tmp_path / "a").touch()
+    journal_path(tmp_path / "a").write_text("\n".join(map(dump_record, [beyond, last])))
+    assert read_journal(tmp_path / "a", artifact) == Journal(arrived=(last,), is_begun=True)
+
+
 def test_a_fingerprint_survives_a_rename_but_not_an_edit(tmp_path: Path) -> None:
     """A rename keeps inode, size and mtime; a write does not, nor does another file."""
     path = tmp_path / "a"

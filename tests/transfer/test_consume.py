@@ -158,6 +158,28 @@ def test_each_step_frees_what_it_wrote(toy: Toy, monkeypatch: pytest.MonkeyPatch
     assert max(held) <= toy.artifact(NAME).size + STEP + blocks
 
 
+def test_the_unfinished_file_has_its_name_before_bytes_go(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folders above it are made durable first: after a power cut it can be found."""
+    synced, before = set[str](), list[set[str]]()
+    fsync, punch = os.fsync, block_io.punch
+
+    def noted(fd: int) -> None:
+        synced.add(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        fsync(fd)
+
+    def punched(fd: int, offset: int, size: int) -> None:
+        before.append(set(synced))
+        punch(fd, offset, size)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(consume, "punch", punched)
+    fetch(toy)
+    staging = partial_of(toy).parent
+    assert {str(path) for path in (staging, staging.parent, toy.root)} <= before[0]
+
+
 def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
     """Status with --consume tells the step, and the most disk that it takes besides."""
     report = apply.status(asked(toy))
