@@ -1,7 +1,7 @@
 # csm-weights: `make` shows what there is.
 #
 # Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  STAGING=folder  SOURCE=auto
-#            URL='https://mirror ...'  CACHE='folder ...'  REVISION=commit  PATIENCE=60  CONSUME=1  SEAL=1  SMOKE=0
+#            URL='https://mirror ...'  CACHE='folder ...'  REVISION=commit  PATIENCE=60  LIMIT_RATE=20M  CONSUME=1  SEAL=1  SMOKE=0
 #            PYTHON=python3.11
 
 MODEL  ?= csm-1b
@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 SWITCHES := CONSUME SEAL SMOKE
-KNOWN := MODEL ONLY DEST STAGING SOURCE URL CACHE REVISION PATIENCE FILE TO OUT TEXT KEY NEW_KEY $(SWITCHES) \
+KNOWN := MODEL ONLY DEST STAGING SOURCE URL CACHE REVISION PATIENCE LIMIT_RATE FILE TO OUT TEXT KEY NEW_KEY $(SWITCHES) \
 	FUZZ_SECONDS SEED MINUTES PYTHON VENV
 
 # Values are data: a call of make's functions in them is not made, here or in a recipe.
@@ -42,7 +42,7 @@ AT    := $(call option,STAGING,staging)
 FROM  := $(AT) $(call option,SOURCE,source) $(foreach url,$(URL),--url $(call quoted,$(url))) \
 	$(foreach cache,$(CACHE),--cache $(call quoted,$(cache))) $(call option,REVISION,revision)
 GOING := $(call switch,CONSUME,consume)
-WAITING := $(call option,PATIENCE,patience)
+WAITING := $(call option,PATIENCE,patience) $(call option,LIMIT_RATE,limit-rate)
 SEALED := $(call switch,SEAL,seal)
 
 # The programs of a virtual environment name its Python by its path.

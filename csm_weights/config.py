@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,20 @@ def parse_patience(text: str) -> float | None:
     if not 0 < seconds < math.inf:
         raise UsageError(f"--patience {text!r} is not a number of seconds")
     return seconds if text else None
+
+
+def parse_rate(text: str) -> float | None:
+    """Return the bytes a second that --limit-rate names, or None for ""; raise UsageError.
+
+    As for curl and wget K is 1024, M its square, and G its cube.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([KMG]?)B?(?:/s)?", text.strip(), re.IGNORECASE)
+    rate = float(found[1]) * 1024 ** " KMG".index(found[2].upper() or " ") if found else 0.0
+    if rate < 1024:
+        raise UsageError(f"--limit-rate {text!r} is not a rate from 1K on: 500K, 20M, 1G, or bytes")
+    return rate
 
 
 def check_mirror(url: str, schemes: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from invoke.program import Program
 from invoke.tasks import Task
 
 from csm_weights.commands.program import start
-from csm_weights.commands.task import FILES, PAGE, REQUIRED, SOURCES, make_request, task
+from csm_weights.commands.task import FETCHING, FILES, PAGE, REQUIRED, SOURCES, make_request, task
 from csm_weights.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 @task(
-    *(*SOURCES, *PAGE, "consume", "patience", "block_digests", "seal", "dry", "require_gpu"),
+    *(*SOURCES, *FETCHING, *PAGE, "seal", "dry", "require_gpu"),
     smoke=(True, "--no-smoke skips the smoke test, and needs no torch"),
 )
 def weights(request: Request, smoke: bool, require_gpu: bool, seal: bool, dry: bool) -> object:
@@ -73,7 +73,7 @@ def status(request: Request, check: bool) -> object:
     return apply.status(request, check=check)
 
 
-@task(*SOURCES, "consume", "patience", "block_digests", "seal", "dry")
+@task(*SOURCES, *FETCHING, "seal", "dry")
 def fetch(request: Request, seal: bool, dry: bool) -> object:
     """Join or download the files into output/, or into --dest, and verify them."""
     from csm_weights.pipeline.plan import Target

@@ -26,6 +26,7 @@ MAKE = {
     **{f"--{name}": name.upper() for name in ("model", "only", "dest", "staging", "source", "url")},
     **{f"--{name}": name.upper() for name in ("cache", "revision", "patience", "file", "key")},
     **{f"--{name}": name.upper() for name in ("out", "seed")},
+    "--limit-rate": "LIMIT_RATE",
     "--path": "FILE",
     "--text": "TEXT",
     "--to": "TO",

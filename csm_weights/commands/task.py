@@ -43,6 +43,7 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
         "remove the chunk files while their file grows, for a disk without room for both",
     ),
     "patience": ("", "seconds to keep trying a server that sends nothing (default: 60)"),
+    "limit_rate": ("", "bytes a second of all downloads together: 500K, 20M, 1G (K is 1024)"),
     "block_digests": (
         False,
         "also keep the sha256 of each 8 MiB block in the receipts: later loads with verify=True"
@@ -62,6 +63,9 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
 FILES = ("model", "only", "dest", "json", "junit", "verdict")
 SOURCES = (*FILES, "staging", "source", "url", "cache", "revision")
 
+#: Options of every task that fetches files.
+FETCHING = ("consume", "patience", "limit_rate", "block_digests")
+
 #: Options of every task whose result can be a page.
 PAGE = ("report", "host")
 
@@ -71,7 +75,7 @@ WRITTEN = ("junit", "verdict")
 #: Options that go into the request of a task.
 REQUEST = (
     *("model", "only", "dest", "staging", "source", "url", "cache", "revision"),
-    *("consume", "patience", "block_digests"),
+    *FETCHING,
 )
 
 
@@ -153,7 +157,7 @@ def needs(task: str, names: Sequence[str]) -> str:
 
 def make_request(root: Path, **options: Any) -> Request:
     """Return the request that options of the command line make."""
-    from csm_weights.config import parse_patience
+    from csm_weights.config import parse_patience, parse_rate
     from csm_weights.pipeline.request import Request
 
     only, url, patience = (options.pop(name, "") for name in ("only", "url", "patience"))
@@ -166,6 +170,7 @@ def make_request(root: Path, **options: Any) -> Request:
         caches=tuple(options.pop("cache", None) or ()),
         revision=options.pop("revision", "") or None,
         patience=parse_patience(patience),
+        limit_rate=parse_rate(options.pop("limit_rate", "")),
         **options,
     )
 

@@ -384,11 +384,11 @@ def _assemble(
     paths, cancel = session.paths, threading.Event()
     verb = "fetching" if any(action.remote for action in actions) else "assembling"
     label = label_for(verb, [action.artifact.path for action in actions])
-    names, patience = session.policy.remote, session.patience
+    names, limits = session.policy.remote, (session.patience, session.limit_rate)
     try:
         with (
             Progress(label, sum(action.artifact.size for action in actions)) as progress,
-            RemoteSources(names, session.manifest, cancel, progress.log, patience) as remote,
+            RemoteSources(names, session.manifest, cancel, progress.log, *limits) as remote,
         ):
             jobs = [
                 Assembly(

@@ -39,6 +39,7 @@ class Request:
     folder, `revision` its commit of the Hub's repository. `source` is a word of `SOURCES`, `urls`
     are mirrors, `caches` folders laid out as the Hub's cache, only read. `consume` lets chunk
     files go as their file grows. `patience` is how many seconds a server may give nothing.
+    `limit_rate` is how many bytes a second all of them may give together.
     `block_digests` asks for the digests of blocks in the receipts.
     """
 
@@ -53,6 +54,7 @@ class Request:
     revision: str | None = None
     consume: bool = False
     patience: float | None = None
+    limit_rate: float | None = None
     block_digests: bool = False
 
     def __post_init__(self) -> None:

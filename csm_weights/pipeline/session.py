@@ -80,6 +80,7 @@ class Session:
     good: dict[Path, frozenset[int]] = field(default_factory=dict)
     notes: list[Finding] = field(default_factory=list)
     patience: float | None = None
+    limit_rate: float | None = None
     block_digests: bool = False
 
     def inspect(self) -> State:
@@ -203,6 +204,7 @@ def begin(
         chosen,
         policy,
         patience=request.patience,
+        limit_rate=request.limit_rate,
         block_digests=request.block_digests,
     )
 

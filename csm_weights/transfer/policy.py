@@ -164,8 +164,9 @@ class RemoteSources:
     """The remote sources of a run, which share one downloader; each is opened when first asked.
 
     `cancel` is set when the run is given up; `log` gets a line for each outage,
-    which may last `patience` seconds. `limits` are other limits of the client
-    than the usual ones, by their names in `Timeouts`.
+    which may last `patience` seconds. `limit_rate` is how many bytes a second they may
+    give together. `limits` are other limits of the client than the usual ones, by their
+    names in `Timeouts`.
     """
 
     names: Iterable[str]
@@ -173,6 +174,7 @@ class RemoteSources:
     cancel: threading.Event
     log: Callable[[str], None]
     patience: float | None = None
+    limit_rate: float | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def __enter__(self) -> Sequence[LazySource]:
@@ -185,10 +187,12 @@ class RemoteSources:
     @cached_property
     def _downloader(self) -> RangeDownloader:
         from csm_weights.transfer.http.client import Timeouts
+        from csm_weights.transfer.http.lines import Lines
         from csm_weights.transfer.http.ranges import RangeDownloader
 
         timeouts = replace(Timeouts.with_patience(self.patience), **self.limits)
-        return self._closing.enter_context(RangeDownloader(self.cancel, self.log, timeouts))
+        lines = Lines(self.limit_rate)
+        return self._closing.enter_context(RangeDownloader(self.cancel, self.log, timeouts, lines))
 
     def _open(self, name: str) -> Source:
         with self._lock:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support.hub import FAULTS, HubServer
+from tests.support.hub.responses import Event
 
 REPO = "org/model"
 BIG = random.Random("big").randbytes(300_001)
@@ -622,6 +623,16 @@ def test_trickle(hub: HubServer) -> None:
     began = time.monotonic()
     assert ask(url).body == BIG
     assert time.monotonic() - began > 0.15
+
+
+def test_crowd(hub: HubServer) -> None:
+    """The fault `crowd` slows all bodies down once there are too many of them."""
+    fault = hub.fault("crowd", lines=2, rate=3e6)
+    began = time.monotonic()
+    assert ask(signed(hub)).body == BIG
+    assert time.monotonic() - began > 0.08
+    event = Event(0, "trickle", 1000, fault, lines=2)
+    assert [event.rate(lines) * lines for lines in (1, 2, 3, 4)] == [1000, 2000, 1000, 1000]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

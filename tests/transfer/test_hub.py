@@ -30,7 +30,8 @@ from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer.assemble import Assembly, assemble
 from csm_weights.transfer.http.auth import HubCredentials
 from csm_weights.transfer.http.client import Timeouts
-from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
+from csm_weights.transfer.http.lines import SPAN
+from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.hub import Hub
 from csm_weights.transfer.source import FirstOf
 from tests.support.hub import Fault, HubServer

@@ -21,7 +21,8 @@ from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer.assemble import Assembly, assemble, write_text
 from csm_weights.transfer.http.auth import HubCredentials
 from csm_weights.transfer.http.client import Timeouts
-from csm_weights.transfer.http.ranges import SPAN, RangeDownloader
+from csm_weights.transfer.http.lines import SPAN
+from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.hub import Hub
 from csm_weights.transfer.local import ChunkFiles, WholeFile
 from csm_weights.transfer.mirror import Mirror

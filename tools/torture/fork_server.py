@@ -128,7 +128,8 @@ def _import_everything() -> None:
         importlib.import_module(name)
     _set_sizes("store.block_io", STEP=SMALL)
     _set_sizes("transfer.reorder", BLOCK=SMALL, READ_BACK=8 * SMALL)
-    _set_sizes("transfer.http.ranges", BLOCK=SMALL, SPAN=2 * SMALL)
+    _set_sizes("transfer.http.ranges", BLOCK=SMALL)
+    _set_sizes("transfer.http.lines", SPAN=2 * SMALL)
     _set_sizes("transfer.consume", STEP=SMALL)
 
 

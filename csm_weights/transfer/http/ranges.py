@@ -29,12 +29,10 @@ from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, Log, RetryPolicy, Timeouts, TransientError
 from csm_weights.transfer.http.deadlines import Wait
+from csm_weights.transfer.http.lines import MOST, Lines
 from csm_weights.transfer.http.responses import cause_of, host_of, lost_finding, wrong_answer
 from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import PieceWriter, SourceError
-
-#: Bytes that one request asks for. A kill loses at most this much a stream: 20 MiB in all.
-SPAN = 2 * BLOCK
 
 #: Bytes read at a time: what is lost when a connection is reset.
 READ = 256 << 10
@@ -42,8 +40,8 @@ READ = 256 << 10
 #: Bytes that a stream must have brought for a failure to count as the first one again.
 PROGRESS = 16 << 10
 
-#: Streams that are open at the same time.
-STREAMS = 5
+#: Threads for streams: more than are open at a time, so that one of them always waits.
+THREADS = MOST + 4
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 
@@ -149,13 +147,18 @@ class _NoRanges(Exception):
 
 
 class RangeDownloader(HttpClient):
-    """All transfers of one run, by a pool of streams."""
+    """All transfers of one run, by a pool of streams, as many at once as there are `lines`."""
 
     def __init__(
-        self, cancel: threading.Event, log: Log = lambda _: None, timeouts: Timeouts | None = None
+        self,
+        cancel: threading.Event,
+        log: Log = lambda _: None,
+        timeouts: Timeouts | None = None,
+        lines: Lines | None = None,
     ) -> None:
         super().__init__(cancel, log, timeouts)
-        self._pool = ThreadPoolExecutor(STREAMS)
+        self.lines = lines or Lines()
+        self._pool = ThreadPoolExecutor(THREADS)
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -167,10 +170,10 @@ class RangeDownloader(HttpClient):
         Raises SourceError; what was written until then stays.
         """
         if file.has_ranges:
-            over, tasks = threading.Event(), []
+            over, tasks, step = threading.Event(), [], self.lines.span
             for start, end in writer.wanted():
-                # Cut where multiples of SPAN are.
-                cuts = [start, *range((start // SPAN + 1) * SPAN, end, SPAN), end]
+                # Cut where multiples of the step are.
+                cuts = [start, *range((start // step + 1) * step, end, step), end]
                 tasks += [bind(self._fetch_span, file, s, writer, over) for s in pairwise(cuts)]
             with contextlib.suppress(_NoRanges):
                 run_all(tasks, over, pool=self._pool)
@@ -191,30 +194,34 @@ class RangeDownloader(HttpClient):
     ) -> None:
         """Write the bytes of a half-open range of the artifact, in as many tries as it takes."""
         (at, end), retry = span, RetryPolicy(self, file.resolve(), over)
-        while at < end:
-            if over.is_set() or self.cancel.is_set():
-                raise Cancelled
-            url, started = file.resolve(), time.monotonic()
-            stream: RangeStream | None = None
-            failure: TransientError | None = None
-            try:
-                with self._open(file, url, at, end, over, is_whole) as stream:
-                    stream.read_into(writer, at)
-            except TransientError as error:
-                failure = error
-                is_about_url = error.is_doubtful or error.seconds == 0
-                if not stream and (is_about_url or error.finding.kind is Kind.NO_NETWORK):
-                    file.forget(url)
-            came = max(0, stream.at - at) if stream else 0
-            at += came
-            is_too_slow = failure is not None and failure.finding.kind is Kind.TOO_SLOW
-            if at == end or (came >= PROGRESS and not is_too_slow):
-                retry.progressed()
-            if failure is None and at < end and came < PROGRESS:
-                words = (f"answers of at least {PROGRESS:,} bytes", f"one of {came:,}")
-                failure = _doubtful(file, *words)
-            if failure:
-                retry.wait(failure, started)
+        with self.lines.line() as line:
+            while at < end:
+                if over.is_set() or self.cancel.is_set():
+                    raise Cancelled
+                if not is_whole:
+                    self.lines.enter(line, lambda: over.is_set() or self.cancel.is_set())
+                url, started = file.resolve(), time.monotonic()
+                stream: RangeStream | None = None
+                failure: TransientError | None = None
+                gave_way = False
+                try:
+                    with self._open(file, url, at, end, over, is_whole) as stream:
+                        gave_way = stream.read_into(writer, at, line)
+                except TransientError as error:
+                    failure = error
+                    is_about_url = error.is_doubtful or error.seconds == 0
+                    if not stream and (is_about_url or error.finding.kind is Kind.NO_NETWORK):
+                        file.forget(url)
+                came = max(0, stream.at - at) if stream else 0
+                at += came
+                is_too_slow = failure is not None and failure.finding.kind is Kind.TOO_SLOW
+                if at == end or (came >= PROGRESS and not is_too_slow):
+                    retry.progressed()
+                if failure is None and at < end and came < PROGRESS and not gave_way:
+                    words = (f"answers of at least {PROGRESS:,} bytes", f"one of {came:,}")
+                    failure = _doubtful(file, *words)
+                if failure:
+                    retry.wait(failure, started)
 
     @contextlib.contextmanager
     def _open(
@@ -237,7 +244,8 @@ class RangeDownloader(HttpClient):
             except BaseException:
                 response.close()
                 raise
-            stream = RangeStream(self, response, file.offset + start, file.offset + stop, over)
+            ends = file.offset + start, file.offset + stop
+            stream = RangeStream(self, self.lines, response, *ends, over)
         if is_whole:
             stream.end, file.stream = end, None
         try:
@@ -309,6 +317,7 @@ class RangeStream:
     """
 
     client: HttpClient
+    lines: Lines
     response: requests.Response
     at: int
     end: int
@@ -320,28 +329,36 @@ class RangeStream:
         """End the connection: what is left of the body is not wanted."""
         self.response.close()
 
-    def read_into(self, writer: PieceWriter, at: int) -> None:
-        """Read from byte `at` to `end`, by blocks; what came before a failure is written too."""
+    def read_into(self, writer: PieceWriter, at: int, line: int) -> bool:
+        """Read from byte `at` to `end`, by blocks; what came before a failure is written too.
+
+        Return True where it has stopped before, as one line fewer is wanted.
+        """
         watchdog, shutdown = self.client.watchdog, self.response.raw.shutdown
+        read = min(READ, self.lines.span)
         with watchdog.watching(shutdown, math.inf, self.over) as wait:
-            waste = memoryview(bytearray(READ))
+            waste = memoryview(bytearray(read))
             while self.at < at:
                 self.at += self._read(waste[: at - self.at], wait)
-            while self.at < self.end:
+            gives_way = False
+            while self.at < self.end and not gives_way:
                 if self.over.is_set():
                     raise Cancelled
                 # Blocks lie on a grid, whatever byte a stream goes on from.
                 room = min(self.end, (self.at // BLOCK + 1) * BLOCK) - self.at
                 block, size = writer.acquire_buffer(), 0
                 try:
-                    while size < room:
-                        with block[size : min(room, size + READ)] as view:
+                    while size < room and not gives_way:
+                        with block[size : min(room, size + read)] as view:
                             came = self._read(view, wait)
                         size += came
                         writer.advance(came)
+                        self.client.pause(self.lines.came(came), self.over)
+                        gives_way = self.lines.is_surplus(line)
                 finally:
                     writer.write(block, self.at, size)
                     self.at += size
+            return gives_way
 
     def _read(self, view: memoryview, wait: Wait) -> int:
         """Return the number of bytes read into `view`, one at least; raise TransientError."""

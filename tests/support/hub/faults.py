@@ -347,11 +347,14 @@ def _drop_header(exchange: Exchange, *, name: str) -> Response | None:
     return replace(response, headers=kept) if len(kept) < len(response.headers) else None
 
 
-def _event(exchange: Exchange, at: int, kind: Any, value: float = 0.0) -> Response | None:
+def _event(
+    exchange: Exchange, at: int, kind: Any, value: float = 0.0, lines: int = 0
+) -> Response | None:
     response = exchange.response
     if exchange.request.method == "HEAD" or at >= response.length:
         return None
-    return replace(response, events=(*response.events, Event(at, kind, value, exchange.fault)))
+    event = Event(at, kind, value, exchange.fault, lines)
+    return replace(response, events=(*response.events, event))
 
 
 @_fault("reset", "RST after `at` bytes of the body.")
@@ -372,3 +375,8 @@ def _stall(exchange: Exchange, *, at: int = 0, seconds: float = 60.0) -> Respons
 @_fault("trickle", "`rate` bytes a second after `at` bytes.")
 def _trickle(exchange: Exchange, *, rate: float, at: int = 0) -> Response | None:
     return _event(exchange, at, "trickle", rate)
+
+
+@_fault("crowd", "`rate` bytes a second; of more than `lines` bodies at once, half of it in all.")
+def _crowd(exchange: Exchange, *, lines: int, rate: float) -> Response | None:
+    return _event(exchange, 0, "trickle", rate, lines)

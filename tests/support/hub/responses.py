@@ -60,12 +60,18 @@ class Patch(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that happens after `at` bytes of a body."""
+    """Something that happens after `at` bytes of a body; `lines` is how many are not too many."""
 
     at: int
     kind: Literal["reset", "cut", "stall", "trickle"]
     value: float
     fault: Fault
+    lines: int = 0
+
+    def rate(self, lines: int) -> float:
+        """Return the bytes a second of each of so many bodies."""
+        is_crowd = 0 < self.lines < lines
+        return self.value * self.lines / 2 / lines if is_crowd else self.value
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,10 @@ class HubServer:
         """Count the bytes of bodies that a host sent."""
         return sum(request.sent for request in self.requests(host))
 
+    def most_sending(self, host: Host = "storage") -> int:
+        """Return how many bodies a host has sent at the same time, at most."""
+        return self._servers[host].most_sending
+
     def clear(self) -> None:
         """Empty the log."""
         with self._lock:

@@ -11,6 +11,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
@@ -59,6 +60,8 @@ class SocketServer(ThreadingHTTPServer):
         self.hub = hub
         self.name = name
         self.url = f"http://{address}:{self.server_port}"
+        #: Bodies that are being sent, and the most that were at the same time.
+        self.sending = self.most_sending = 0
         self._open: set[socket.socket] = set()
         self._stopped = False
         self._changed = threading.Condition()
@@ -80,6 +83,18 @@ class SocketServer(ThreadingHTTPServer):
         with self._changed:
             self._open.discard(connection)
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count a body that is sent in the block."""
+        with self._changed:
+            self.sending += 1
+            self.most_sending = max(self.most_sending, self.sending)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.sending -= 1
 
     def stop(self) -> None:
         self.shutdown()
@@ -143,6 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.sendall(_head(response, self.close_connection))
         if bodiless:
             return
+        with self.server.counted():
+            self._send_body(response, record)
+
+    def _send_body(self, response: Response, record: Record) -> None:
         position, pace = 0, None
         for event in sorted(response.events, key=lambda event: event.at):
             self._stream(response, record, position, event.at, pace)
@@ -165,7 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         while begin < end:
             slow = pace is not None and not pace.fault.cleared.is_set()
-            block = max(int(pace.value / 20), 1) if pace and slow else _BLOCK
+            rate = pace.rate(self.server.sending) if pace and slow else 0.0
+            block = max(int(rate / 20), 1) if rate else _BLOCK
             stop = min(begin + block, end)
             # Counted before, so that who has the bytes finds them in the log.
             record.sent += stop - begin
@@ -175,8 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
             finally:
                 record.sent -= stop - begin - sent
             begin += sent
-            if pace and slow:
-                pace.fault.cleared.wait(sent / pace.value)
+            if pace and rate:
+                pace.fault.cleared.wait(sent / rate)
 
     def _send_some(self, response: Response, begin: int, stop: int) -> int:
         if response.chunked:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import pytest
 import requests
 
+from csm_weights.concurrency import run_all
 from csm_weights.errors import Finding, Kind
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, TransientError
 from csm_weights.transfer.http.deadlines import MOMENT
+from csm_weights.transfer.http.lines import SLACK, SPAN, Climb, Lines
 from csm_weights.transfer.http.ranges import RangeDownloader, RangeStream, RemoteFile
 from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import SourceError
@@ -104,8 +108,8 @@ def test_a_slow_disk_is_not_the_servers_fault() -> None:
 
         def read_at_leisure(body: Body) -> int:
             response = cast(requests.Response, body)
-            stream = RangeStream(client, response, 0, BLOCK, threading.Event())
-            stream.read_into(SlowDisk(BLOCK), 0)
+            stream = RangeStream(client, Lines(), response, 0, BLOCK, threading.Event())
+            stream.read_into(SlowDisk(BLOCK), 0, line=0)
             return body.cuts
 
         assert read_at_leisure(Body(0)) == 0
@@ -166,3 +170,61 @@ def test_answers_of_next_to_nothing_are_given_up() -> None:
         ):
             downloader.fetch(file, Writer(len(DATA)))
         assert len(hub.log) < 20
+
+
+def fetched(hub: HubServer, file: RemoteFile, writer: Writer, lines: Lines) -> None:
+    """Fetch a file over these lines."""
+    with RangeDownloader(threading.Event(), timeouts=HASTY, lines=lines) as downloader:
+        downloader.fetch(file, writer)
+    assert sum(entry.sent for entry in hub.log) >= len(writer.data)
+
+
+def test_no_more_lines_are_open_than_there_may_be() -> None:
+    """A server never sends more bodies at a time than lines are wanted."""
+    data = random.Random(5).randbytes(8 * SPAN)
+    with at_hub(data) as (hub, file):
+        writer = Writer(len(data))
+        fetched(hub, file, writer, Lines(climb=Climb(first=2)))
+        assert hub.most_sending("hub") <= 2
+        assert bytes(writer.data) == data
+
+
+class Fewer(Writer):
+    """A writer for which one line is enough once three were busy."""
+
+    def __init__(self, size: int, hub: HubServer, climb: Climb) -> None:
+        super().__init__(size)
+        self.hub, self.climb = hub, climb
+
+    def advance(self, count: int) -> None:  # noqa: ARG002
+        if self.hub.most_sending("hub") >= 3:
+            self.climb.lines = 1
+
+
+def test_a_line_that_gives_way_loses_no_byte() -> None:
+    """Lines that are closed in the middle of a span leave the rest of it to be fetched later."""
+    data = random.Random(6).randbytes(6 * SPAN)
+    with at_hub(data) as (hub, file):
+        hub.fault("trickle", rate=20e6)
+        climb = Climb(first=4)
+        writer = Fewer(len(data), hub, climb)
+        fetched(hub, file, writer, Lines(climb=climb))
+        assert bytes(writer.data) == data
+        assert len(hub.requests("hub")) > 6
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_limit_holds_for_all_files_together(tmp_path: Path, ranges: bool) -> None:
+    """Two files at once take the time of both at the limit; a slow machine only takes longer."""
+    limit, data = 2 << 20, bytes(1 << 20)
+    for name in ("x", "y"):
+        (tmp_path / name).write_bytes(data)
+    with (
+        serving(tmp_path, ranges) as server,
+        RangeDownloader(threading.Event(), timeouts=HASTY, lines=Lines(limit)) as downloader,
+    ):
+        files = [at_url(f"{server.url}/{name}", len(data)) for name in ("x", "y")]
+        began = time.monotonic()
+        tasks = [partial(downloader.fetch, file, Writer(len(data))) for file in files]
+        run_all(tasks, threading.Event(), waiting=2)
+        assert time.monotonic() - began >= 2 * len(data) / limit - 2 * SLACK
