@@ -34,7 +34,6 @@ class Model(plain.Model):
     says whether its bytes have the digests that a manifest pins.
     """
 
-    folder: Path | None = None
     verified: bool = False
 
     @classmethod

@@ -139,6 +139,7 @@ class Kind(enum.StrEnum):
     DAMAGED = "damaged on the way", Category.NETWORK
 
     NOT_INSTALLED = "not installed", Category.SMOKE
+    FAST_PATH = "fast path not usable", Category.SMOKE
 
 
 #: Help for a file whose content is not what its name says.

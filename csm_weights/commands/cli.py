@@ -49,17 +49,17 @@ def main() -> None:
 
 
 @task(
-    *(*SOURCES, *FETCHING, *PAGE, "seal", "dry", "require_gpu"),
+    *(*SOURCES, *FETCHING, *PAGE, "seal", "dry", "require_gpu", "require_fast"),
     smoke=(True, "--no-smoke skips the smoke test, and needs no torch"),
 )
-def weights(request: Request, smoke: bool, require_gpu: bool, seal: bool, dry: bool) -> object:
+def weights(request: Request, smoke: bool, seal: bool, dry: bool, **required: bool) -> object:
     """Join or download, verify, install and smoke-test a model."""
     from csm_weights.pipeline import apply
     from csm_weights.pipeline.plan import Target
 
     if dry:
         return apply.plan(request, Target.BOTH)
-    return _sealed(request, apply.weights(request, smoke, require_gpu), seal)
+    return _sealed(request, apply.weights(request, smoke, **required), seal)
 
 
 @task(
@@ -141,7 +141,7 @@ def attest(request: Request, out: str, key: str, new_key: str) -> object:
 
 
 @task(
-    *(*FILES, *PAGE, "require_gpu"),
+    *(*FILES, *PAGE, "require_gpu", "require_fast"),
     device=("", "torch device: cpu, cuda, cuda:1 (default: a GPU if there is one)"),
     frames=(8, "number of frames to generate, of 80 ms each (default: 8)"),
     dtype=("", "float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU)"),

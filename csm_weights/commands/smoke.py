@@ -16,6 +16,7 @@ def smoke(
     frames: int = smoke_test.FRAMES,
     dtype: str = "",
     max_rtf: float = 0.0,
+    require_fast: bool = False,
 ) -> Outcome:
     """Run the gates, load the installed model and check what it generates.
 
@@ -27,7 +28,13 @@ def smoke(
     if outcome.error:
         return outcome
     return smoke_test.run(
-        outcome, device or None, require_gpu, frames, dtype or None, max_rtf or None
+        outcome,
+        device or None,
+        require_gpu,
+        frames,
+        dtype or None,
+        max_rtf or None,
+        require_fast,
     )
 
 

@@ -69,6 +69,7 @@ def speak(
     ]
     with Progress("loading the model", 0):
         model = Model.from_local(found.paths, device, config=found.config, digests=found.digests)
+        model.folder = found.folder
     generator, longest = Generator(model, texts, mimi), round(max_seconds * 1000)
     Progress("speaking", 0).log(f"at most {longest // 80:,} frames of 80 ms")
     with warnings.catch_warnings(record=True) as caught:

@@ -52,6 +52,7 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "seal": (False, "make the installed files read-only, with fs-verity where it is supported"),
     "dry": (False, "show what would be done, and do nothing"),
     "require_gpu": (False, "exit with 77 unless the smoke test runs on a GPU"),
+    "require_fast": (False, "fail unless every fast path of the GPU gives the reference's frames"),
     "json": (False, "print the result as JSON on stdout, and errors too"),
     "junit": ("", "file to write the result to as JUnit XML, for CI systems"),
     "verdict": ("", "file to write the verdict to, in one line: /dev/termination-log in a pod"),

@@ -217,7 +217,10 @@ class Model(nn.Module):
     """A CSM network; the state dict's names are `CsmConfig.tensor_shapes()`'s.
 
     `Model(config)` has random weights; `Model.from_local` reads a file's.
+    `folder` is where the model's other files are, such as what its smoke test found.
     """
+
+    folder: Path | None = None
 
     def __init__(self, config: CsmConfig) -> None:
         super().__init__()
@@ -279,6 +282,7 @@ class Model(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, assign=True)
+        model.folder = folder
         return model.eval().requires_grad_(False)
 
     def setup_caches(self, max_batch_size: int) -> None:

@@ -22,7 +22,7 @@ from csm_weights.errors import UsageError
 from csm_weights.model import watermark
 from csm_weights.model.codec import Codec, Mimi, find_codec, require_below
 from csm_weights.model.csm import FRAME_MS, Model
-from csm_weights.model.fast_decoder import Decoder
+from csm_weights.model.decoders import DecodingPath, FrameDecoder, choose_path, open_decoder
 from csm_weights.model.tokenizer import TextTokenizer, Tokenizer, find_tokenizer
 
 #: Hz of the audio that CSM speaks and hears.
@@ -59,12 +59,16 @@ class Generator:
     `tokenizer` is a `tokenizer.Tokenizer` or one of the tokenizers library,
     `codec` a `codec.Codec` or transformers' MimiModel; where None they are
     found, when first needed, on this machine alone. `watermarked` is True
-    where the audio made last carries Sesame's watermark.
+    where the audio made last carries Sesame's watermark. `fast` is a path of
+    `decoders.names_of` to decode by; where None `decoders.choose_path` takes one.
     """
 
-    def __init__(self, model: Model, tokenizer: Any = None, codec: Any = None) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Any = None, codec: Any = None, fast: str | None = None
+    ) -> None:
         self._model = model
         self._given = (tokenizer, codec)
+        self._fast = fast
         self.watermarked = False
 
     @property
@@ -193,14 +197,19 @@ class Generator:
         return tokens, mask
 
     @cached_property
-    def _decoder(self) -> Decoder:
-        return Decoder(self._model)
+    def path(self) -> DecodingPath:
+        """The path that frames are decoded by, and why it is this one."""
+        return choose_path(self._model, self._fast)
+
+    @cached_property
+    def _decoder(self) -> FrameDecoder:
+        return open_decoder(self._model, self.path.name)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         given = self._given[0]
         if given is None:
-            return find_tokenizer(getattr(self._model, "folder", None))
+            return find_tokenizer(self._model.folder)
         # the tokenizers library's own, or anything that encodes
         is_fast = hasattr(given, "token_to_id") and hasattr(given, "to_str")
         return TextTokenizer(given) if is_fast else given

@@ -4,6 +4,9 @@ The model runs in bfloat16 on a GPU and in float32 on the CPU. Golden frames are
 float32's, so where there are some the model is loaded in float32 as well. The
 prompt is made from the config alone: no tokenizer, no audio codec.
 
+On a GPU the verdict rests on the reference. The fast paths are then checked
+against it in a child process, and a wrong one is no fault of the model.
+
 Importing this module raises SmokeUnavailable where there is no torch.
 """
 
@@ -11,16 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from csm_weights.config import pip_command
 from csm_weights.errors import (
+    CsmWeightsError,
     Finding,
     Kind,
     MissingInput,
@@ -31,8 +35,10 @@ from csm_weights.errors import (
 from csm_weights.files import read_bounded
 from csm_weights.formats.architecture import CsmConfig
 from csm_weights.formats.weights_file import locate
+from csm_weights.model.path_checks import PathCheck, PathRequest, check_in_child
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport
 from csm_weights.store.atomic import write_whole
+from csm_weights.untrusted import dump_record, parse_record
 
 try:
     import torch
@@ -44,7 +50,8 @@ except (ImportError, OSError) as error:
     ) from None
 
 from csm_weights.model.csm import FRAME_MS, Model
-from csm_weights.model.fast_decoder import Decoder, weights_per_frame
+from csm_weights.model.decoders import FrameDecoder, describe_device, names_of, open_decoder
+from csm_weights.model.fast_decoder import weights_per_frame
 
 #: Most that a logit of step-by-step decoding may differ from the parallel
 #: pass's, as a share of the largest logit, by dtype. Measured with random
@@ -88,7 +95,42 @@ def run(
     word = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if word not in CACHE_LIMITS:
         raise UsageError(f"the dtype {word!r}; known are {', '.join(CACHE_LIMITS)}")
+    report = _run_verdict(path, place, word, frames, expected)
+    if names := to_check(place):
+        # the child needs the memory
+        synchronize(place)
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+        request = PathRequest(str(path), str(place), word, frames, names)
+        report = replace(report, paths=check_in_child(request))
+    if best := next((one for one in report.paths if one.ok), None):
+        rate = 1000 / best.ms
+        report = replace(report, frames_per_second=rate, real_time_factor=best.ms / FRAME_MS)
+    if max_rtf is not None:
+        name, rtf = "real-time factor, below 1 is faster", report.real_time_factor
+        speed = Check(name, f"{rtf:.3g}", f"at most {max_rtf:g}", rtf <= max_rtf)
+        report = replace(report, checks=(*report.checks, speed))
+    return report
+
+
+def to_check(place: torch.device) -> tuple[str, ...]:
+    """Return the paths of a device that are checked in a child process: a GPU's fast ones."""
+    return names_of(place)[:-1] if place.type == "cuda" else ()
+
+
+def _run_verdict(
+    path: Path,
+    place: torch.device,
+    word: str,
+    frames: int,
+    expected: tuple[list[int], list[list[int]]] | None,
+) -> SmokeReport:
+    """Return the report of the path on which the verdict rests: the reference on a GPU.
+
+    `word` is a dtype, `expected` what `read_golden` returns.
+    """
     on_gpu = place.type == "cuda"
+    name = "eager" if to_check(place) else names_of(place)[0]
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(place)
     with _computing(place):
@@ -100,12 +142,9 @@ def run(
         # generate, and check what came of it
         prompt = make_prompt(model.config)
         count = max(frames, len(expected[1]) if expected else 0)
-        codes, logits, rate = _generate(model, prompt, count)
+        codes, logits, rate = _generate(model, open_decoder(model, name), prompt, count)
         rtf = 1000 / (rate * FRAME_MS)
         checks = _checks(model, prompt, codes, logits, CACHE_LIMITS[word])
-        if max_rtf is not None:
-            name = "real-time factor, below 1 is faster"
-            checks.append(Check(name, f"{rtf:.3g}", f"at most {max_rtf:g}", rtf <= max_rtf))
         # measure the device, before another model takes memory
         machine, driver = describe_device(place)
         weight = model.text_embeddings.weight
@@ -128,7 +167,7 @@ def run(
         if expected is not None:
             if word != "float32":
                 exact = Model.from_local(path, place, torch.float32)
-                codes, *_ = _generate(exact, prompt, count)
+                codes, *_ = _generate(exact, open_decoder(exact, name), prompt, count)
             checks.append(_check_golden(*expected, prompt, codes, word))
     return SmokeReport(str(place), tuple(checks), rate, rtf, seconds, figures)
 
@@ -143,7 +182,8 @@ def record_golden(directory: Path, path: Path, frames: int) -> None:
     with _computing(place):
         model = Model.from_local(directory, place, torch.float32)
         prompt = make_prompt(model.config)
-        codes, *_ = _generate(model, prompt, frames)
+        decoder = open_decoder(model, names_of(place)[0])
+        codes, *_ = _generate(model, decoder, prompt, frames)
     rows = ",\n    ".join(json.dumps(row) for row in codes.tolist())
     write_whole(
         path,
@@ -237,16 +277,66 @@ def _frames(model: Model, prompt: list[int], codes: Tensor) -> tuple[Tensor, ...
     return tokens, mask, torch.arange(tokens.shape[1], device=codes.device)[None]
 
 
-def _generate(model: Model, prompt: list[int], frames: int) -> tuple[Tensor, Tensor, float]:
-    """Generate greedy frames as for a listener: with caches, one after the other.
+def check_paths() -> None:
+    """Run the paths of the request in sys.argv; print each one's check as a line of JSON.
+
+    The main program of a child process. It ends after a path that raised what
+    may have spoiled the device for the others.
+    """
+    request = parse_record(sys.argv[1], PathRequest)
+    assert request is not None, "the parent wrote it"
+    place = torch.device(request.device)
+    with _computing(place):
+        model = Model.from_local(Path(request.path), place, getattr(torch, request.dtype))
+        for name in request.names:
+            is_sound = True
+            try:
+                check = _check_path(model, name, request.frames, CACHE_LIMITS[request.dtype])
+            except CsmWeightsError as error:
+                check = PathCheck(name, False, str(error))
+            except Exception as error:
+                lines = str(error).splitlines() or ["no message"]
+                check = PathCheck(name, False, f"{type(error).__name__}: {lines[0][:200]}")
+                is_sound = False
+            sys.stdout.write(dump_record(check) + "\n")
+            sys.stdout.flush()
+            if not is_sound:
+                return
+
+
+def _check_path(model: Model, name: str, frames: int, tolerance: float) -> PathCheck:
+    """Compare greedy and drawn frames of a path with the reference, and time it."""
+    decoder, prompt = open_decoder(model, name), make_prompt(model.config)
+    topk, found = min(50, model.config.audio_vocab), []
+    for temperature, best_of in ((0.0, 1), (0.9, topk)):
+        codes, logits, rate = _generate(model, decoder, prompt, frames, temperature, best_of)
+        if not 0 <= int(codes.min()) <= int(codes.max()) < model.config.audio_vocab:
+            return PathCheck(name, False, f"codes from {int(codes.min())} to {int(codes.max())}")
+        found.append(_against_parallel(model, prompt, codes, logits, tolerance))
+        # a drawn code is one of the best of its logits, a greedy one the best
+        best = logits.topk(best_of).values[..., -1]
+        if bool((logits.gather(-1, codes[..., None])[..., 0] < best).any()):
+            return PathCheck(name, False, "codes that are not among the best of their logits")
+    check = next((one for one in found if not one.ok), found[0])
+    return PathCheck(name, check.ok, check.value, check.limit, 1000 / rate if check.ok else 0.0)
+
+
+def _generate(
+    model: Model,
+    decoder: FrameDecoder,
+    prompt: list[int],
+    frames: int,
+    temperature: float = 0.0,
+    topk: int = 1,
+) -> tuple[Tensor, Tensor, float]:
+    """Generate frames, greedy by default, as for a listener: with caches, one after the other.
 
     Returns codes (T, K), logits (T, K, V), and the frames a second after the first.
     """
     place = model.projection.weight.device
     none = torch.zeros(0, model.config.codebooks, dtype=torch.long, device=place)
     tokens, mask, _ = _frames(model, prompt, none)
-    decoder = Decoder(model)
-    steps = [(decoder.start(tokens, mask, temperature=0), decoder.logits)]
+    steps = [(decoder.start(tokens, mask, temperature, topk), decoder.logits)]
     # the first frame also reads the prompt and sets the device up
     synchronize(place)
     start = time.perf_counter()
@@ -276,7 +366,17 @@ def _checks(
     bad = +bad  # without those that have none
     value = f"{bad.total()}" + (f", in {', '.join([*bad][:3])}" if bad else "")
     finite = Check("weights that are not finite", value, "0", not bad)
-    # logits of one frame after the other are those of one pass without caches
+    cached = _against_parallel(model, prompt, codes, logits, tolerance)
+    # codes are in the audio vocabulary
+    low, high, last = int(codes.min()), int(codes.max()), c.audio_vocab - 1
+    name, is_ok = f"codes of {len(codes)} frames", 0 <= low <= high <= last
+    return [names, finite, cached, Check(name, f"{low} to {high}", f"0 to {last}", is_ok)]
+
+
+def _against_parallel(
+    model: Model, prompt: list[int], codes: Tensor, logits: Tensor, tolerance: float
+) -> Check:
+    """Check that logits of one frame after the other are those of one pass without caches."""
     with torch.no_grad():
         inputs = _frames(model, prompt, codes[:-1])
         hidden = model.backbone_hidden(*inputs)[0, len(prompt) - 1 :]
@@ -285,11 +385,7 @@ def _checks(
     limit = tolerance * float(parallel.abs().max())
     name = "cached against parallel logits, largest difference"
     words = f"{limit:.1e}, {tolerance:.0e} of the largest logit"
-    cached = Check(name, f"{difference:.1e}", words, difference <= limit)
-    # codes are in the audio vocabulary
-    low, high, last = int(codes.min()), int(codes.max()), c.audio_vocab - 1
-    name, is_ok = f"codes of {len(codes)} frames", 0 <= low <= high <= last
-    return [names, finite, cached, Check(name, f"{low} to {high}", f"0 to {last}", is_ok)]
+    return Check(name, f"{difference:.1e}", words, difference <= limit)
 
 
 def _check_golden(
@@ -322,24 +418,6 @@ TRIES = 4
 
 #: Runs of one measurement on a GPU, over which the time to start and to wait is spread.
 GPU_RUNS = 20
-
-
-def describe_device(device: torch.device) -> tuple[str, str]:
-    """Return the name of a device, and its driver's version, "-" for a CPU."""
-    if device.type == "cuda":
-        pattern = r"Module\s+(?:for \S+\s+)?([0-9.]+)"
-        found = _first("/proc/driver/nvidia/version", pattern)
-        return torch.cuda.get_device_name(device), found or "unknown"
-    return _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or "CPU", "-"
-
-
-def _first(path: str, pattern: str) -> str | None:
-    """Return the first match of the pattern's group in a small text file."""
-    try:
-        match = re.search(pattern, read_bounded(Path(path), 64 << 10).decode(errors="replace"))
-    except OSError:
-        return None
-    return match[1].strip() if match else None
 
 
 def bus_rate(device: torch.device) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from csm_weights.files import read_bounded
 from csm_weights.manifest.paths import RECEIPTS
+from csm_weights.model.path_checks import PathCheck
 from csm_weights.untrusted import parse_record
 
 #: Most bytes read of a report: it has about two thousand.
@@ -52,7 +56,9 @@ class SmokeReport:
     is faster than real time. `load_seconds` is from opening the file to all
     tensors on the device. `bound_to` says what it holds for: pairs of name
     and digest or version, of the files, the golden frames, torch, this
-    package. `made_at` is ISO 8601 in UTC.
+    package. `made_at` is ISO 8601 in UTC. `paths` are the fast paths of a GPU,
+    the fastest first, checked against the reference: the speed is that of the
+    first that is right, else the reference's.
     """
 
     device: str
@@ -63,6 +69,7 @@ class SmokeReport:
     figures: Figures
     bound_to: tuple[tuple[str, str], ...] = ()
     made_at: str = ""
+    paths: tuple[PathCheck, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -75,10 +82,23 @@ def report_path(directory: Path) -> Path:
     return directory / RECEIPTS / "smoke-report"  # receipts end in .json, so none has this name
 
 
-def read_report(directory: Path) -> SmokeReport | None:
-    """Return the last report of the model in `directory`, or None where none can be read."""
+def path_report_path(directory: Path, machine: str, driver: str, torch: str, dtype: str) -> Path:
+    """Return where the last report is kept that has checked fast paths on such a machine.
+
+    One for each card, driver, torch, dtype, version of this package and of Triton.
+    """
+    words = [machine, driver, torch, dtype]
+    for package in ("csm-weights", "triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            words.append(version(package))
+    key = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+    return report_path(directory).with_name(f"smoke-report.{key}")
+
+
+def read_report(path: Path) -> SmokeReport | None:
+    """Return the report at `path`, or None where none can be read."""
     try:
-        text = read_bounded(report_path(directory), MAX_REPORT)
+        text = read_bounded(path, MAX_REPORT)
     except OSError:
         return None
     return parse_record(text.decode(errors="replace"), SmokeReport)

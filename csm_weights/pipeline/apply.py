@@ -89,7 +89,9 @@ def apply(request: Request, target: Target) -> Outcome:
     return run(begin(request), target)
 
 
-def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> Outcome:
+def weights(
+    request: Request, smoke: bool = True, require_gpu: bool = False, require_fast: bool = False
+) -> Outcome:
     """Fetch, install, gate and smoke-test a model; a second run has nothing to do.
 
     Without weights among what is chosen there is nothing to smoke-test, and for
@@ -105,9 +107,9 @@ def weights(request: Request, smoke: bool = True, require_gpu: bool = False) -> 
     if not smoke_test.is_for(session.manifest):
         Progress("smoke", 0).log("there is no smoke test for this model; it is not run")
         return outcome
-    if known := smoke_test.known_report(outcome.state, require_gpu):
+    if known := smoke_test.known_report(outcome.state, require_gpu, require_fast):
         return replace(outcome, smoke=known, smoke_is_known=True)
-    return smoke_test.run(outcome, require_gpu=require_gpu)
+    return smoke_test.run(outcome, require_gpu=require_gpu, require_fast=require_fast)
 
 
 def run(session: Session, target: Target) -> Outcome:

@@ -6,10 +6,11 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from csm_weights.errors import CsmWeightsError, SmokeFailed, UsageError
+from csm_weights.errors import CsmWeightsError, Finding, Kind, SmokeFailed, UsageError
 from csm_weights.hashing import sha256_of
 from csm_weights.manifest.types import Manifest
 from csm_weights.model import smoke_report
+from csm_weights.model.path_checks import PathCheck
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.session import Outcome, now
 from csm_weights.progress import Progress
@@ -29,12 +30,15 @@ def is_for(manifest: Manifest) -> bool:
     return any(artifact.format == "config" for artifact in manifest.artifacts)
 
 
-def known_report(state: State, require_gpu: bool) -> SmokeReport | None:
+def known_report(state: State, require_gpu: bool, require_fast: bool = False) -> SmokeReport | None:
     """Return the good report of an earlier run of these very files, where it still holds.
 
-    A report made on the CPU does not hold where a GPU is required, or may be here.
+    A report made on the CPU does not hold where a GPU is required, or may be here, nor
+    one with a wrong fast path where those are required.
     """
-    known = smoke_report.read_report(state.paths.destination)
+    known = smoke_report.read_report(smoke_report.report_path(state.paths.destination))
+    if require_fast and known and not (known.paths and all(one.ok for one in known.paths)):
+        return None
     if known is None or not known.ok or known.bound_to != _binding(state):
         return None
     # Whether a GPU may be here, without torch: an earlier run may have had none.
@@ -51,11 +55,13 @@ def run(
     frames: int = FRAMES,
     dtype: str | None = None,
     max_rtf: float | None = None,
+    require_fast: bool = False,
 ) -> Outcome:
     """Load the installed model, generate some frames, and record the report.
 
     The first weight file of the manifest's order is loaded. `max_rtf` is the largest
-    real-time factor that passes; None leaves the speed unchecked. Returns the
+    real-time factor that passes; None leaves the speed unchecked. A fast path of the
+    GPU that is wrong is a note, or an error with `require_fast`. Returns the
     outcome with the report, or with the error that the test ends in.
     """
     state = outcome.state
@@ -69,7 +75,7 @@ def run(
             report = smoke.run(
                 state.paths.destination / chosen[0].path,
                 device=device,
-                require_gpu=require_gpu,
+                require_gpu=require_gpu or require_fast,
                 frames=frames,
                 golden=_golden(state),
                 dtype=dtype,
@@ -79,19 +85,33 @@ def run(
         error.advice = "\n".join(filter(None, [error.advice, VERIFIED]))
         return replace(outcome, error=error)
     report = replace(report, bound_to=_binding(state), made_at=now())
-    if not report.ok:
-        wrong = "; ".join(
-            f"{c.name}: {c.value}, limit {c.limit}" for c in report.checks if not c.ok
-        )
-        failed = SmokeFailed(f"the smoke test failed: {wrong}", advice=VERIFIED)
+    wrong = [f"{c.name}: {c.value}, limit {c.limit}" for c in report.checks if not c.ok]
+    slow = [_path_finding(check, report) for check in report.paths if not check.ok]
+    if wrong or not report.ok or (require_fast and slow):
+        wrong += [f"{f.where}: {f.found}" for f in slow if require_fast]
+        failed = SmokeFailed(f"the smoke test failed: {'; '.join(wrong)}", advice=VERIFIED)
         return replace(outcome, smoke=report, error=failed)
+    outcome = replace(outcome, notes=(*outcome.notes, *slow))
     try:
-        path = smoke_report.report_path(state.paths.destination)
-        atomic.write_whole(path, dump_record(report) + "\n")
+        folder, f = state.paths.destination, report.figures
+        paths = [smoke_report.report_path(folder)]
+        if report.paths:
+            # which fast path may be taken is remembered for each card
+            key = (f.machine, f.driver, f.torch, f.dtype)
+            paths.append(smoke_report.path_report_path(folder, *key))
+        for path in paths:
+            atomic.write_whole(path, dump_record(report) + "\n")
     except CsmWeightsError as error:
         # A folder that may only be read can hold a good model all the same.
         return replace(outcome, smoke=report, notes=(*outcome.notes, *error.findings))
     return replace(outcome, smoke=report)
+
+
+def _path_finding(check: PathCheck, report: SmokeReport) -> Finding:
+    """Return what is wrong with a fast path, and what is done about it."""
+    taken = next((one.name for one in report.paths if one.ok), "eager")
+    mend = f"the model is right; it is decoded by the path {taken!r} on this machine"
+    return Finding(Kind.FAST_PATH, f"path {check.name}", check.limit, check.found, mend)
 
 
 def _golden(state: State) -> Path | None:

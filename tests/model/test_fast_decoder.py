@@ -22,6 +22,7 @@ from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.weights_file import find
 from csm_weights.model import fast_decoder
 from csm_weights.model.csm import Model, chosen_attention, make_sampler
+from csm_weights.model.decoders import FrameDecoder
 from csm_weights.model.fast_decoder import Decoder, weights_per_frame
 from tests.model.test_csm import frames
 from tests.support.networks import TINY, random_model
@@ -53,7 +54,9 @@ def reference(model: Model, count: int, tokens: Tensor, mask: Tensor, **how: Any
     return found
 
 
-def generated(decoder: Decoder, count: int, tokens: Tensor, mask: Tensor, **how: Any) -> list[Any]:
+def generated(
+    decoder: FrameDecoder, count: int, tokens: Tensor, mask: Tensor, **how: Any
+) -> list[Any]:
     """Codes and logits of `count` frames, as a decoder gives them."""
     found = [(decoder.start(tokens, mask, **how), decoder.logits)]
     found += [(decoder.step(), decoder.logits) for _ in range(count - 1)]

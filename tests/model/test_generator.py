@@ -408,12 +408,12 @@ def test_the_models_folder_is_looked_in(model: Model, tmp_path: Path) -> None:
     """A generator looks for the tokenizer where its model was loaded from."""
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     other = Model(TINY)
-    other.folder = tmp_path  # type: ignore[assignment]
+    other.folder = tmp_path
     script = Script(0)
     scripted(other, script).generate_frames("x", 0, [])
 
     assert script.asked[0][0].shape[1] == 6
-    assert not hasattr(model, "folder")
+    assert model.folder is None
 
 
 def test_without_a_tokenizer_the_error_has_the_command(model: Model) -> None:

@@ -261,7 +261,7 @@ def test_what_is_no_file_counts_as_absent_at_once(
     assert (item.journal.pieces, item.journal.arrived) == ((), ())
     assert (item.installed.state is VERIFIED) == (name != "receipt")
     assert (item.chunks[0].state is INVALID) == (name == "chunk file")
-    assert read_report(folder) is None
+    assert read_report(report_path(folder)) is None
 
 
 @pytest.mark.parametrize("limit", [0, 1, 65_536, 65_537, 200_000, 300_000])

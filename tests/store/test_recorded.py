@@ -98,7 +98,7 @@ def test_a_receipt_of_an_earlier_version_has_all_its_facts(installed: Path) -> N
 
 def test_a_smoke_report_of_an_earlier_version_still_counts(installed: Path) -> None:
     """Its checks, and what it holds for, are read as they were written."""
-    report = read_report(installed / "models" / "csm-tiny")
+    report = read_report(report_path(installed / "models" / "csm-tiny"))
     assert report is not None
     assert (report.ok, report.device, len(report.checks)) == (True, "cpu", 7)
     assert dict(report.bound_to)[WEIGHTS].startswith("07f61e8f0ac85bbd")

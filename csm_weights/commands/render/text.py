@@ -206,6 +206,10 @@ def _smoke(report: SmokeReport, is_known: bool) -> str:
     checks = [
         ("OK" if c.ok else "NOT OK", f"{c.name}: {c.value}; limit {c.limit}") for c in report.checks
     ]
+    checks += [
+        ("OK" if p.ok else "note", f"path {p.name}: {p.found}; limit {p.limit}{_pace(p.ms)}")
+        for p in report.paths
+    ]
     head = ("verdict", f"smoke test on {report.device}")
     return f"{table(head, checks)}\n\n{table(('figure', 'measured'), smoke_figures(report))}"
 
@@ -225,6 +229,9 @@ def smoke_figures(report: SmokeReport) -> list[tuple[str, str]]:
         share = f.frame_bytes * report.frames_per_second / f.memory_rate
         frame += f", {share:.0%} of the memory's {_rate(f.memory_rate)}"
     device = f", device {format_size(f.peak_device)}" if f.peak_device else ""
+    if report.paths:
+        taken = next((p.name for p in report.paths if p.ok), "eager, as no fast path is right")
+        frame += f"; path {taken}"
     return [
         ("machine", f"{f.machine}{driver}, torch {f.torch}, {f.dtype}"),
         ("loading", loaded),
@@ -232,6 +239,10 @@ def smoke_figures(report: SmokeReport) -> list[tuple[str, str]]:
         ("a frame", frame),
         ("peak memory", f"host {format_size(f.peak_host)}{device}"),
     ]
+
+
+def _pace(ms: float) -> str:
+    return f"; {ms:.3g} ms a frame" if ms else ""
 
 
 def _rate(rate: float) -> str:
