@@ -13,7 +13,7 @@ VENV ?= .venv
 
 SWITCHES := CONSUME SEAL SMOKE
 KNOWN := MODEL ONLY DEST STAGING SOURCE URL CACHE REVISION PATIENCE LIMIT_RATE FILE TO OUT TEXT KEY NEW_KEY $(SWITCHES) \
-	FUZZ_SECONDS SEED MINUTES PYTHON VENV
+	FUZZ_SECONDS SEED MAX_SECONDS MINUTES PYTHON VENV
 
 # Values are data: a call of make's functions in them is not made, here or in a recipe.
 $(foreach name,$(KNOWN),$(eval override $(name) := $$(value $(name))))
@@ -61,7 +61,7 @@ RUN_ENV   := $(VENV)/.smoke
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak split lock \
+.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak report split lock \
 	standin clean test lint damage test-full test-integration test-gpu messages torture torture-room bench \
 	bench-download bench-load fuzz scanners mutation
 
@@ -110,9 +110,12 @@ identify: $(VENV)/.base ## Tell what weights FILE=... are, and of which release
 convert: $(VENV)/.base ## Convert FILE=... to TO=original or transformers in OUT=...
 	@$(INV) convert --path=$(call quoted,$(FILE)) --to=$(call quoted,$(TO)) --out=$(call quoted,$(OUT))
 
-speak: $(VENV)/.speak ## Speak TEXT='...' to the WAV file OUT=... with MODEL (SEED=1)
+speak: $(VENV)/.speak ## Speak TEXT='...' to OUT=hi.wav (SEED=1, MAX_SECONDS=10)
 	@$(INV) speak --text=$(call quoted,$(TEXT)) --out=$(call quoted,$(OUT)) --model $(call quoted,$(MODEL)) \
-		$(call option,DEST,dest) $(AT) $(call option,SEED,seed)
+		$(call option,DEST,dest) $(AT) $(call option,SEED,seed) $(call option,MAX_SECONDS,max-seconds)
+
+report: $(VENV)/.base ## Write a page about the installed files, OUT=page.html
+	@$(INV) report --html=$(call quoted,$(OUT)) $(WHAT)
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT)

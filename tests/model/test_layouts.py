@@ -120,7 +120,7 @@ def test_a_config_that_is_given_tells_the_heads(tmp_path: Path) -> None:
     assert_is(Model.from_local(tmp_path, config=wide), model, torch.float32)
 
 
-@pytest.mark.parametrize("buffers", [(4099, 2, 3), (1237, 1, 2), (64, 1, 1), (1 << 20, 1, 2)])
+@pytest.mark.parametrize("buffers", [(4099, 2, 3), (1237, 1, 2), (310, 1, 1), (1 << 20, 1, 2)])
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 @pytest.mark.usefixtures("simulated_cuda")
 def test_rows_are_put_in_order_as_they_stream(

@@ -788,11 +788,13 @@ def with_budget(monkeypatch: pytest.MonkeyPatch, root: Path, budget: int) -> Non
     monkeypatch.setattr(shutil, "disk_usage", now)
 
 
-@pytest.mark.parametrize("consuming", [True, False])
 def test_killed_anywhere_it_goes_on_with_the_room_it_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, consuming: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step that a kill leaves twice on the disk does not count against the next run."""
+    """The step that a kill leaves twice on the disk does not count against the next run.
+
+    Every other run goes on without --consume, for the file that was begun.
+    """
     monkeypatch.setattr(plan_module, "CONSUMING_ROOM", 2 * STEP)
     names = acts_of(made(tmp_path / "whole"))
     model = made(tmp_path / "model")
@@ -803,7 +805,7 @@ def test_killed_anywhere_it_goes_on_with_the_room_it_had(
         toy = Toy(root, model.manifest)
         with_budget(monkeypatch, root, 2 * STEP + 6 * 4096)
         assert os.WTERMSIG(run_until(toy, at, Act.KILL)) == signal.SIGKILL, at
-        fetch(toy, consuming=consuming or not any(moved(toy).values()))
+        fetch(toy, consuming=bool(at % 2) or not any(moved(toy).values()))
         assert is_finished(toy), at
         monkeypatch.setattr(shutil, "disk_usage", real)
         shutil.rmtree(root)
