@@ -189,15 +189,22 @@ def test_too_little_memory_is_told(kilobytes: int) -> None:
     assert done.returncode == 0 or "out of memory" in done.stderr
 
 
-def test_an_interrupt_during_imports_is_130(tmp_path: Path) -> None:
-    """Ctrl-C while a task imports its modules ends with 130 and without a traceback."""
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [((INV,), "tomllib"), ((sys.executable, "-m", "csm_weights"), "invoke")],
+    ids=["a task's", "the program's"],
+)
+def test_an_interrupt_during_imports_is_130(
+    command: tuple[str | Path, ...], module: str, tmp_path: Path
+) -> None:
+    """Ctrl-C while modules are imported ends with 130 and without a traceback."""
     slow = 'import time\nprint("importing", flush=True)\ntime.sleep(30)\n'
-    (tmp_path / "tomllib.py").write_text(slow)
+    (tmp_path / f"{module}.py").write_text(slow)
     # A shell starts what is in the background with SIGINT ignored; so may have done ours.
     restore = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"
     start = f"{restore}; import os; os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", start, INV, "status", *TINY],
+        [sys.executable, "-c", start, *command, "status", *TINY],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
