@@ -1,8 +1,10 @@
 """Change single places of the code at random, and list the changes that no test notices.
 
 `python -m tools.mutation [--seed 1] [--count 150]` draws places in the rooms below and makes one
-change at each, in copies of the repository. The tests of the room run first, then the whole suite.
-What survives both is printed as a diff. A person decides whether such a change alters behaviour.
+change at each, in copies of the repository. One run of the suite under coverage tells which tests
+run which lines, also in programs that they start. A change is shown to the tests that run its
+statement, the fastest first, until one fails. What survives is printed as a diff. A person decides
+whether such a change alters behaviour.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import ast
 import os
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +21,8 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -25,16 +30,33 @@ from typing import Any
 try:
     from cosmic_ray import plugins
     from cosmic_ray.ast import ast_nodes, get_ast_from_path
-    from cosmic_ray.mutating import mutate_and_test
+    from cosmic_ray.mutating import mutate_and_test, mutate_code
     from cosmic_ray.work_item import MutationSpec, TestOutcome
+    from coverage import CoverageData
 except ModuleNotFoundError:
-    sys.exit("cosmic-ray is not installed. Run `make mutation`.")
+    sys.exit("cosmic-ray or coverage is not installed. Run `make mutation`.")
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("formats", "pipeline", "store", "transfer", "verify")
 
 #: Seconds that the tests of one change may take. A change that makes them hang is noticed.
 TIMEOUT = 1800
+
+#: Seconds that the first tests of a change take, as measured; the others follow if it survives.
+FIRST = 60
+
+#: The settings of coverage in every process of the run that it measures.
+SETTINGS = """
+[run]
+include = */csm_weights/*
+context = ${{PYTEST_CURRENT_TEST-}}
+data_file = {folder}/data
+parallel = true
+[paths]
+package =
+    {root}/csm_weights
+    */csm_weights
+"""
 
 
 def main() -> None:
@@ -44,7 +66,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies that work at once")
     parser.add_argument("--rooms", nargs="+", default=ROOMS, choices=ROOMS)
-    parser.add_argument("--quick", action="store_true", help="run the tests of the room only")
+    parser.add_argument("--quick", action="store_true", help=f"at most {FIRST} s of tests a change")
+    parser.add_argument("--measured", type=Path, help="folder of such a run's coverage, to keep it")
     options = parser.parse_args()
     chosen = draw(options.rooms, options.count, random.Random(options.seed))
     outcomes: Counter[str] = Counter()
@@ -54,24 +77,88 @@ def main() -> None:
             copy = Path(scratch, str(number))
             subprocess.run(["git", "clone", "-q", "--shared", ROOT, copy], check=True)
             copies.put(copy)
-        for room in options.rooms:
-            subprocess.run(tests_of(copy, [f"tests/{room}"]), check=True)
+        suite = Suite.measure(copy, options.measured or Path(scratch, "measured"))
 
         def examine(change: MutationSpec) -> tuple[str, str]:
             copy = copies.get()
             try:
-                return run(change, copy, options.quick)
+                return run(change, copy, suite, options.quick)
             finally:
                 copies.put(copy)
 
         with ThreadPoolExecutor(options.jobs) as pool:
-            for change, (outcome, diff) in zip(chosen, pool.map(examine, chosen), strict=True):
+            for change, (outcome, told) in zip(chosen, pool.map(examine, chosen), strict=True):
                 outcomes[outcome] += 1
                 place = f"{change.module_path}:{change.start_pos[0]}"
                 print(f"{outcome}: {change.operator_name.split('/')[-1]} at {place}", flush=True)
-                if outcome == "SURVIVED":
-                    print(diff, flush=True)
+                print(told, flush=True)
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The tests that run each line of a module, and the seconds that each test takes."""
+
+    lines: dict[str, dict[int, list[str]]]
+    seconds: dict[str, float]
+
+    @classmethod
+    def measure(cls, copy: Path, folder: Path) -> Suite:
+        """Run the whole suite in a copy under coverage, unless `folder` has what that gives."""
+        found, times = folder / "combined", folder / "seconds"
+        if not found.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o777)  # some tests give up their privileges
+            settings = folder / "coveragerc"
+            settings.write_text(SETTINGS.format(folder=folder.absolute(), root=ROOT))
+            tests = tests_of(copy, ["-p", "tools.mutation_contexts", "-n", "auto", "tests"])
+            tests += ["--ignore", "tests/tools"]
+            under = {**os.environ, "COVERAGE_PROCESS_START": str(settings.absolute())}
+            subprocess.run([t for t in tests if t != "-x"], env=under, check=False)
+            combine = [sys.executable, "-m", "coverage", "combine", "-q", f"--rcfile={settings}"]
+            data = folder.absolute().glob("data.*")
+            subprocess.run([*combine, f"--data-file={found}", *data], check=True)
+        data = CoverageData(found)
+        data.read()
+        lines = {
+            str(Path(file).relative_to(ROOT)): {
+                line: [re.sub(r" \((setup|call|teardown)\)$", "", test) for test in tests]
+                for line, tests in data.contexts_by_lineno(file).items()
+            }
+            for file in data.measured_files()
+            if Path(file).is_relative_to(ROOT)
+        }
+        pairs = [line.split(" ", 1) for line in times.read_text().splitlines()]
+        return cls(lines, {test: float(seconds) for seconds, test in pairs})
+
+    def tests(self, change: MutationSpec) -> list[str]:
+        """Return the tests that run what is changed, the fastest first."""
+        module = str(change.module_path)
+        statement = lines_of((ROOT / module).read_text(), change.start_pos[0])
+        by_line = self.lines.get(module, {})
+        found = {test for line, tests in by_line.items() if line in statement for test in tests}
+        return sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
+
+
+def lines_of(source: str, line: int) -> range:
+    """Return the lines whose run shows that the statement at `line` has run.
+
+    These are its own, up to its body. A statement that runs while the module is imported acts
+    on all of the module's functions, and the head of a function on that function.
+    """
+    nodes = [
+        node for node in ast.walk(ast.parse(source)) if getattr(node, "lineno", line + 1) <= line
+    ]
+    kinds = (ast.stmt, ast.ExceptHandler)
+    around = [n for n in nodes if isinstance(n, kinds) and line <= (n.end_lineno or n.lineno)]
+    inner = max(around, key=lambda node: node.lineno, default=None)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    if inner is None or not any(isinstance(node, functions) for node in around):
+        return range(1, len(source.splitlines()) + 1)
+    last = inner.end_lineno or inner.lineno
+    if isinstance(body := getattr(inner, "body", None), list) and not isinstance(inner, functions):
+        last = max(inner.lineno, body[0].lineno - 1)
+    return range(inner.lineno, last + 1)
 
 
 def draw(rooms: tuple[str, ...], count: int, chance: random.Random) -> list[MutationSpec]:
@@ -94,7 +181,19 @@ def draw(rooms: tuple[str, ...], count: int, chance: random.Random) -> list[Muta
                 change = MutationSpec(module, name, occurrence, start, end)
                 family = name.split("/")[-1].split("_")[0]
                 places[module, start, family].append(change)
-    return [chance.choice(places[place]) for place in chance.sample(sorted(places), count)]
+    changes = (chance.choice(places[place]) for place in chance.sample(sorted(places), len(places)))
+    return list(islice(filter(is_python, changes), count))
+
+
+def is_python(change: MutationSpec) -> bool:
+    """Return whether the changed module compiles: `not` before `x := y` does not."""
+    operator: Any = plugins.get_operator(change.operator_name)
+    source = (ROOT / change.module_path).read_text()
+    try:
+        compile(mutate_code(source, operator(), change.occurrence) or "", "changed", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def annotation_ranges(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -113,11 +212,11 @@ def tests_of(copy: Path, arguments: list[str]) -> list[str]:
     return ["env", "-C", str(copy), f"PYTHONPATH={copy}", *pytest, *arguments]
 
 
-def run(change: MutationSpec, copy: Path, quick: bool) -> tuple[str, str]:
-    """Make the change in a copy and run the tests there; return the outcome and the diff."""
-    room = f"tests/{change.module_path.parts[1]}"
-    own = tests_of(copy, [room])
-    rest = tests_of(copy, ["tests", "--ignore", room, "--ignore", "tests/tools"])
+def run(change: MutationSpec, copy: Path, suite: Suite, is_quick: bool) -> tuple[str, str]:
+    """Make the change in a copy and run its tests there; return the outcome and what tells it.
+
+    That is the test that noticed the change, or the diff.
+    """
     inside = MutationSpec(
         copy / change.module_path,
         change.operator_name,
@@ -125,12 +224,23 @@ def run(change: MutationSpec, copy: Path, quick: bool) -> tuple[str, str]:
         change.start_pos,
         change.end_pos,
     )
-    for tests in [own] if quick else [own, rest]:
-        result = mutate_and_test([inside], shlex.join(tests), TIMEOUT)
+    tests, total, first = suite.tests(change), 0.0, 0
+    while first < len(tests) and total < FIRST:
+        total += suite.seconds[tests[first]]
+        first += 1
+    listed = copy.with_suffix(".tests")
+    for part in (tests[:first], [] if is_quick else tests[first:]):
+        listed.write_text("\n".join(part))
+        command = tests_of(copy, [f"@{listed}"]) if part else ["true"]
+        result = mutate_and_test([inside], shlex.join(command), TIMEOUT)
         if result.test_outcome != TestOutcome.SURVIVED:
             break
     outcome = result.test_outcome.name if result.test_outcome else result.worker_outcome.name
-    return outcome, result.diff or result.output or ""
+    told = result.diff or ""
+    if outcome == "KILLED":
+        noticed = re.findall(r"^(?:FAILED|ERROR) .*", result.output, re.M)
+        told = noticed[0] if noticed else result.output or "the tests cannot be imported"
+    return outcome, f"{told}\n({total:.0f} s of tests; {first} of {len(tests)})"
 
 
 if __name__ == "__main__":
