@@ -59,7 +59,7 @@ HEAVY |= {"securesystemslib", "cryptography"}
     [
         "import csm_weights.pipeline.apply, csm_weights.commands.render.json",
         "import csm_weights.commands.split",
-        "import csm_weights.commands.doctor, csm_weights.commands.render.text",
+        "import csm_weights.pipeline.doctor, csm_weights.commands.render.text",
         "import csm_weights.commands.lock",
         "import csm_weights.commands.smoke",
         "import csm_weights.commands.attest, csm_weights.commands.seal",
@@ -138,7 +138,7 @@ OPENING = {
     "commands.reports.append",  # a file of GitHub's runner
     "commands.reports.write",  # what someone named to be written to, also /dev/stdout
     "transfer.policy.deliver",  # a connection, as the next one
-    "commands.doctor._ask",
+    "pipeline.doctor._ask",
 }
 
 #: Methods of a path, and functions of modules, that open a file by its name.

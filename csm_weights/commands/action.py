@@ -18,12 +18,12 @@ from typing import Any
 
 from csm_weights.commands import console, reports
 from csm_weights.commands.render import github
-from csm_weights.commands.render.text import total
 from csm_weights.commands.task import make_request
 from csm_weights.errors import Kind, UsageError
 from csm_weights.files import read_file
 from csm_weights.manifest.render import render
 from csm_weights.pipeline import apply, smoke_test
+from csm_weights.pipeline.actions import total
 from csm_weights.pipeline.plan import Plan, Target
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.pipeline.session import Outcome, Session, begin

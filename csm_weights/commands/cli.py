@@ -172,7 +172,7 @@ def report(request: Request) -> object:
 )
 def doctor(request: Request, smoke: bool, offline: bool) -> object:
     """Find out what stands in the way of weights, before anything is downloaded."""
-    from csm_weights.commands import doctor
+    from csm_weights.pipeline import doctor
 
     return doctor.closure(request) if offline else doctor.examine(request, smoke)
 

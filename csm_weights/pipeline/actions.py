@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 from csm_weights.byte_ranges import Ranges
 from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, error_for
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.progress import Progress, label_for
+from csm_weights.progress import Progress, format_size, label_for
 from csm_weights.store import atomic, install
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
 from csm_weights.store.journal import partial_path
@@ -347,6 +347,18 @@ class Copy(Action):
 
 #: The kinds of actions, cheapest first: what one finds out may change what is left to do.
 ORDER: tuple[type[Action], ...] = (Verify, WriteText, Assemble, Consume, Move, Copy)
+
+
+def total(steps: Iterable[Action], name: str) -> int:
+    """Return the sum of a field of the costs of actions, in bytes."""
+    return sum(getattr(step.cost, name) for step in steps)
+
+
+def costs(actions: Iterable[Action]) -> str:
+    """Return in words what actions fetch, read and write."""
+    read, written, fetched = (total(actions, name) for name in ("read", "written", "fetched"))
+    over_network = f"{format_size(fetched)} to fetch, " if fetched else ""
+    return f"{over_network}{format_size(read)} to read, {format_size(written)} to write"
 
 
 def known_text(artifact: Artifact) -> str | None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from csm_weights.commands import doctor, lock
+from csm_weights.commands import lock
 from csm_weights.errors import CsmWeightsError, Finding, Kind
 from csm_weights.hashing import git_sha1
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
-from csm_weights.pipeline import apply
+from csm_weights.pipeline import apply, doctor
 from csm_weights.pipeline.request import Request
 from tests.support import network
 from tests.support.hub import HubServer

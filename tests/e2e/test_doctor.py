@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.test_doctor import NO_SOCKETS, REPO, TOKEN, write_manifest
+from tests.pipeline.test_doctor import NO_SOCKETS, REPO, TOKEN, write_manifest
 from tests.support.clone import INV, Clone, Result
 from tests.support.hub import HubServer
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from csm_weights.commands import doctor
+from csm_weights.pipeline import doctor
 from csm_weights.transfer.http.client import Timeouts
 
 #: Limits that end within a test.

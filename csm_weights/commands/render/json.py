@@ -9,20 +9,20 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from csm_weights.commands.render.text import origin_words, total
+from csm_weights.commands.render.text import origin_words
 from csm_weights.errors import CsmWeightsError
 from csm_weights.model.smoke_report import SmokeReport
-from csm_weights.pipeline.actions import Action
+from csm_weights.pipeline.actions import Action, total
 from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.store.inspect import FileState
 
 if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.commands.attest import Attesting
-    from csm_weights.commands.doctor import DoctorReport
     from csm_weights.commands.identify import Identification
     from csm_weights.commands.seed_cache import Seeding
     from csm_weights.formats.compare import Comparison
     from csm_weights.formats.transformers_layout import Value
+    from csm_weights.pipeline.doctor import DoctorReport
 
 #: The version of the schema: keys are added to it; one that goes or changes makes a new version.
 SCHEMA = 1

@@ -11,7 +11,7 @@ from csm_weights.commands.render import blocks
 from csm_weights.commands.render.blocks import SHORT, count, paragraph, table
 from csm_weights.errors import printable
 from csm_weights.model.smoke_report import SmokeReport
-from csm_weights.pipeline.actions import Action, Consume
+from csm_weights.pipeline.actions import Action, Consume, costs
 from csm_weights.pipeline.plan import room
 from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.progress import format_size
@@ -24,10 +24,10 @@ MOST = 5
 
 if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.commands.attest import Attesting
-    from csm_weights.commands.doctor import DoctorReport
     from csm_weights.commands.identify import Identification
     from csm_weights.commands.seed_cache import Seeding
     from csm_weights.formats.compare import Comparison
+    from csm_weights.pipeline.doctor import DoctorReport
 
 
 def render(result: object) -> str:
@@ -114,18 +114,6 @@ def origin_words(origin: PieceOrigin) -> str:
         PieceSource.CONSUMED: f"the unfinished file, and the rest of {origin.where}",
         PieceSource.NOWHERE: f"nowhere: {origin.where}",
     }.get(origin.source, origin.where)
-
-
-def total(steps: Iterable[Action], name: str) -> int:
-    """Return the sum of a field of the costs of actions, in bytes."""
-    return sum(getattr(step.cost, name) for step in steps)
-
-
-def costs(actions: Iterable[Action]) -> str:
-    """Return in words what actions fetch, read and write."""
-    read, written, fetched = (total(actions, name) for name in ("read", "written", "fetched"))
-    over_network = f"{format_size(fetched)} to fetch, " if fetched else ""
-    return f"{over_network}{format_size(read)} to read, {format_size(written)} to write"
 
 
 # ---- what a command did
@@ -299,7 +287,7 @@ def _identification(found: Identification) -> str:
 
 
 def _doctor(report: DoctorReport) -> str:
-    from csm_weights.commands.doctor import Verdict
+    from csm_weights.pipeline.doctor import Verdict
 
     rows = [(str(check.verdict), check.name, check.found) for check in report.checks]
     shown = [printable(report.subject), table(("verdict", "check", "found"), rows)]

@@ -16,15 +16,14 @@ from typing import Any
 
 import pytest
 
-from csm_weights.commands import doctor
-from csm_weights.commands.doctor import CheckResult, DoctorReport, Verdict
 from csm_weights.commands.render import blocks
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.errors import CsmWeightsError, Kind
 from csm_weights.manifest import parse, render
 from csm_weights.model import offline_assets
-from csm_weights.pipeline import apply
+from csm_weights.pipeline import apply, doctor
+from csm_weights.pipeline.doctor import CheckResult, DoctorReport, Verdict
 from csm_weights.pipeline.request import Request
 from csm_weights.store import hub_cache
 from tests.support.clone import REPOSITORY

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
-from csm_weights.commands.render.text import costs
 from csm_weights.concurrency import run_all
 from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment, pip_command
 from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, MissingInput, error_for
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.model import offline_assets
 from csm_weights.pipeline import apply
-from csm_weights.pipeline.actions import Assemble
+from csm_weights.pipeline.actions import Assemble, costs
 from csm_weights.pipeline.request import Request, find_manifest
 from csm_weights.pipeline.session import Session, begin
 from csm_weights.progress import Progress, format_size
