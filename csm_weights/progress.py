@@ -1,16 +1,23 @@
-"""Progress on stderr: a bar on a terminal, plain lines elsewhere, nothing on stdout."""
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere, nothing on stdout.
+
+For programs there are lines of JSON. Whoever wants more adds a function to `listeners`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import enum
+import itertools
+import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any, ClassVar, NamedTuple, Self, TextIO
 
-from csm_weights.errors import printable
+from csm_weights.errors import CsmWeightsError, printable
 
 #: Off a terminal there is a line every so many seconds, or percent after the least time.
 LINE_SECONDS = 10.0
@@ -32,10 +39,21 @@ LOOK_SECONDS = 0.5
 EVENT_SECONDS = 0.2
 
 
+class Happening(enum.StrEnum):
+    """The kinds of events."""
+
+    BEGIN = "begin"
+    PROGRESS = "progress"
+    LOG = "log"
+    END = "end"
+    FAILED = "failed"
+
+
 class Event(NamedTuple):
     """The bytes of a work that are done; times are of the monotonic clock, in seconds.
 
-    Works of one label differ in when they `started`.
+    `total` is 0 for a work without bytes. `number` tells works of one label apart, `message`
+    is what a log says.
     """
 
     label: str
@@ -43,9 +61,12 @@ class Event(NamedTuple):
     now: float
     done: int
     total: int
+    number: int = 0
+    what: Happening = Happening.PROGRESS
+    message: str = ""
 
 
-#: Functions that get the events of all works that have bytes, from any thread.
+#: Functions that get the events of all works, from any thread; they must not wait.
 listeners: list[Callable[[Event], None]] = []
 
 
@@ -84,10 +105,13 @@ class Progress:
     """A count of bytes towards `total` that shows how it goes, safe to use from any thread.
 
     A thread of its own tells what is being done where that takes long and nothing
-    moves. Of works in one another it is the innermost that is told.
+    moves. Of works in one another it is the innermost that is told. While `is_quiet`
+    only listeners are told.
     """
 
+    is_quiet: ClassVar[bool] = False
     _running: ClassVar[list[Progress]] = []
+    _numbers: ClassVar[Iterator[int]] = itertools.count(1)
 
     def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
         self._label = label
@@ -97,12 +121,14 @@ class Progress:
         self._done = 0
         self._started = self._shown_at = self._moved_at = self._told_at = time.monotonic()
         self._shown_percent = 0
+        self._number = next(Progress._numbers)
         self._bar: Any = self._open_bar() if total >= WORTH_SHOWING else None
-        self._plain = total >= WORTH_SHOWING and self._bar is None
+        self._plain = total >= WORTH_SHOWING and self._bar is None and not self.is_quiet
         self._is_over = threading.Event()
 
     def _open_bar(self) -> Any:
-        if not (self._stream and self._stream.isatty()) or os.environ.get("TQDM_DISABLE"):
+        is_hidden = self.is_quiet or os.environ.get("TQDM_DISABLE")
+        if is_hidden or not (self._stream and self._stream.isatty()):
             return None
         from tqdm import tqdm
 
@@ -126,9 +152,9 @@ class Progress:
 
     def __enter__(self) -> Progress:
         Progress._running.append(self)
-        self._tell(self._started)
+        self._tell(self._started, Happening.BEGIN)
         if self._plain:
-            self.log(format_size(self._total))
+            self._line(format_size(self._total))
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -136,12 +162,12 @@ class Progress:
         with self._lock:
             self._is_over.set()
             Progress._running.remove(self)
-            self._tell(time.monotonic())
+            self._tell(time.monotonic(), Happening.FAILED if kind else Happening.END)
             if self._bar is not None:
                 self._bar.close()
         if kind is None and (self._bar is not None or self._plain):
             seconds = time.monotonic() - self._started
-            self.log(f"{format_size(self._done)} in {seconds:.1f} s")
+            self._line(f"{format_size(self._done)} in {seconds:.1f} s")
 
     def _watch(self) -> None:
         is_named = self._plain
@@ -154,6 +180,8 @@ class Progress:
                 is_due = now - self._shown_at >= (LINE_SECONDS if is_named else NAMED_AFTER)
                 # A stall is told as soon as it is one.
                 is_due |= self._plain and self._shown_at < self._moved_at + QUIET_SECONDS <= now
+                if now - self._told_at >= LINE_SECONDS:
+                    self._tell(now)
                 if self._bar is not None:
                     self._bar.refresh()
                 elif Progress._running[-1:] != [self]:
@@ -161,7 +189,7 @@ class Progress:
                 elif is_due:
                     self._shown_at = now
                     going = self._words(seconds) if self._plain else f"{seconds:.0f} s so far"
-                    self.log(going) if is_named else self._print(f"{self._label} ...")
+                    self._line(going) if is_named else self._print(f"{self._label} ...")
                     is_named = True
 
     def advance(self, count: int) -> None:
@@ -178,23 +206,83 @@ class Progress:
                 further = percent >= self._shown_percent + LINE_PERCENT
                 if now - self._shown_at >= (LEAST_SECONDS if further else LINE_SECONDS):
                     self._shown_at, self._shown_percent = now, percent
-                    self.log(f"{percent} %, {self._words(now - self._started)}")
+                    self._line(f"{percent} %, {self._words(now - self._started)}")
 
-    def _tell(self, now: float) -> None:
+    def _tell(self, now: float, what: Happening = Happening.PROGRESS, message: str = "") -> None:
         self._told_at = now
-        if self._total:
-            for listener in listeners:
-                listener(Event(self._label, self._started, now, self._done, self._total))
+        figures = (self._label, self._started, now, self._done, self._total)
+        for listener in listeners:
+            listener(Event(*figures, self._number, what, message))
 
     def log(self, text: str) -> None:
         """Print a line under this label at once."""
+        self._tell(time.monotonic(), Happening.LOG, text)
+        self._line(text)
+
+    def _line(self, text: str) -> None:
         self._print(f"{self._label}: {text}")
 
     def _print(self, line: str) -> None:
-        if not self._stream:
+        if not self._stream or self.is_quiet:
             return
         write = self._bar.write if self._bar is not None else print
         # That nobody can read it stops no work.
         with contextlib.suppress(OSError):
             write(printable(line), file=self._stream)
+            self._stream.flush()
+
+
+#: The version of docs/json-schema/progress-v1.json: keys are added to it; one that goes or changes
+#: makes a new version.
+SCHEMA = 1
+
+
+class JsonLines:
+    """While the block runs, all progress goes to stderr as JSON, and bars and lines do not."""
+
+    def __init__(self, command: str, stream: TextIO | None = None) -> None:
+        self._command = command
+        self._stream = stream or sys.stderr
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        Progress.is_quiet = True
+        listeners.append(self._tell)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        listeners.remove(self._tell)
+        Progress.is_quiet = False
+
+    def end(self, error: CsmWeightsError | None) -> None:
+        """Write the last object: how the task has ended."""
+        self._write(
+            event="result",
+            command=self._command,
+            ok=error is None,
+            exit_code=error.exit_code if error else 0,
+            message=error.message if error else "",
+            findings=[asdict(finding) for finding in error.findings] if error else [],
+            advice=error.advice if error else "",
+        )
+
+    def _tell(self, event: Event) -> None:
+        seconds = event.now - event.started
+        own: dict[str, Any] = {"message": event.message} if event.what is Happening.LOG else {}
+        self._write(
+            event=event.what,
+            work=event.number,
+            label=event.label,
+            seconds=round(seconds, 3),
+            done=event.done,
+            total=event.total or None,
+            rate=round(event.done / seconds) if event.done and seconds > 0 else None,
+            **own,
+        )
+
+    def _write(self, **values: object) -> None:
+        line = json.dumps({"schema": SCHEMA, "time": round(time.time(), 3), **values})
+        # That nobody can read it stops no work.
+        with self._lock, contextlib.suppress(OSError, AttributeError):
+            self._stream.write(f"{line}\n")
             self._stream.flush()

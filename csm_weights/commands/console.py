@@ -17,6 +17,7 @@ from csm_weights.errors import CsmWeightsError, NoSpace
 
 if TYPE_CHECKING:
     from csm_weights.commands.page import Page
+    from csm_weights.progress import JsonLines
 
 #: The program that a person typed where it is not inv, such as "make": messages name its commands.
 TYPED = "CSM_WEIGHTS_TYPED"
@@ -43,11 +44,13 @@ def run(
     model: tuple[Path, str] = (Path(), ""),
     files: Mapping[str, str] | None = None,
     page: Page | None = None,
+    progress: str = "auto",
 ) -> int:
     """Show what a call of the task `command` returns or raises; return the exit code.
 
     `model` is the root and the model that it is about, which an error as JSON names.
     `files` are paths to write the result to, by their form, and `page` its page; see `reports`.
+    With the `progress` json there is nothing but JSON on stderr.
     Until it ends, an interrupt and a termination signal raise KeyboardInterrupt.
     """
     _open_streams()
@@ -56,15 +59,21 @@ def run(
     try:
         if at_interrupt is _exit:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        start = time.monotonic()
-        result = _result_of(call, command)
-        problem = None
-        if command:
-            from csm_weights.commands import reports
+        with contextlib.ExitStack() as listening:
+            lines: JsonLines | None = None
+            if progress == "json":
+                from csm_weights.progress import JsonLines
 
-            seconds = time.monotonic() - start
-            problem = reports.write(result, command, model, seconds, files or {}, _as_typed, page)
-        return _show(result, as_json, command, model, problem)
+                lines = listening.enter_context(JsonLines(command))
+            start = time.monotonic()
+            result = _result_of(call, command)
+            problem = None
+            if command:
+                from csm_weights.commands import reports
+
+                took = time.monotonic() - start
+                problem = reports.write(result, command, model, took, files or {}, _as_typed, page)
+            return _show(result, as_json, command, model, problem, lines)
     except KeyboardInterrupt:
         # During an import, or while the result was printed.
         return errors.Interrupted.exit_code
@@ -117,8 +126,12 @@ def _show(
     command: str,
     model: tuple[Path, str],
     problem: CsmWeightsError | None = None,
+    lines: JsonLines | None = None,
 ) -> int:
-    """Print a result on stdout and its error, or else a `problem`, on stderr; return the code."""
+    """Print a result on stdout and its error, or else a `problem`, on stderr; return the code.
+
+    Where stderr has `lines` of JSON, the error is one of them.
+    """
     own = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
     error: CsmWeightsError | None = own or problem
     try:
@@ -135,7 +148,9 @@ def _show(
             _print(_for_a_person(shown, sys.stdout), sys.stdout)
     except OSError as failed:
         error = NoSpace(f"the result cannot be printed: {failed.strerror}")
-    if error:
+    if lines:
+        lines.end(error)
+    elif error:
         from csm_weights.commands.render import blocks
 
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from csm_weights.hashing import sha256_of
 from csm_weights.pipeline import apply, smoke_test
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, begin, gate_error, now
-from csm_weights.progress import Event, Progress
+from csm_weights.progress import Event, Happening, Progress
 from csm_weights.store.atomic import require_writable, write_whole
 
 
@@ -78,7 +78,7 @@ class Page:
             tool=f"csm-weights {version('csm-weights')}",
             manifest_sha256=sha256_of(Path(status.state.manifest.where)) if status else "",
             host=self._host,
-            events=tuple(self._events),
+            events=tuple(e for e in self._events if e.total and e.what != Happening.LOG),
             as_typed=as_typed,
         )
         try:

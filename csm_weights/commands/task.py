@@ -13,7 +13,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import Task
 
-from csm_weights.errors import UsageError
+from csm_weights.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from csm_weights.commands.page import Page
@@ -54,6 +54,7 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "require_gpu": (False, "exit with 77 unless the smoke test runs on a GPU"),
     "require_fast": (False, "fail unless every fast path of the GPU gives the reference's frames"),
     "json": (False, "print the result as JSON on stdout, and errors too"),
+    "progress": ("auto", "auto, or json: what is done, one JSON object a line on stderr"),
     "junit": ("", "file to write the result to as JUnit XML, for CI systems"),
     "verdict": ("", "file to write the verdict to, in one line: /dev/termination-log in a pod"),
     "report": ("", "also write the result, or the error, as a page for a browser: FILE.html"),
@@ -73,6 +74,9 @@ PAGE = ("report", "host")
 #: Options that name a file for the result, in the form of that name; see `console`.
 WRITTEN = ("junit", "verdict")
 
+#: The words that --progress takes: for a person, and for a program.
+PROGRESS = ("auto", "json")
+
 #: Options that go into the request of a task.
 REQUEST = (
     *("model", "only", "dest", "staging", "source", "url", "cache", "revision"),
@@ -89,14 +93,14 @@ class _Function(Protocol):
 def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]]:
     """Make a task of a function that returns what is to be shown.
 
-    Its options are those of `OPTIONS` with these `names`, and its `own`: their
-    default and help. The function's first argument is called `request`, and
+    Its options are those of `OPTIONS` with these `names`, `progress`, and its `own`:
+    their default and help. The function's first argument is called `request`, and
     made of the options in `REQUEST`; or `root`, the folder with manifests/. It
     gets all other options by their names. The result is printed as text or
     JSON, and written to the files that options of `WRITTEN` and `PAGE` name; the error that
     it carries, or that is raised, ends the process with its exit code.
     """
-    options = own | {name: OPTIONS[name] for name in names}
+    options = own | {name: OPTIONS[name] for name in (*names, "progress")}
 
     def make(function: _Function) -> Task[Any]:
         name, takes = function.__name__.replace("_", "-"), inspect.signature(function).parameters
@@ -105,10 +109,13 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
             as_json, root = given.pop("json", False), Path(context.config.csm_weights.root)
             files = {key: given.pop(key) for key in WRITTEN if key in given}
             empty = [key for key in required if not given[key]]
-            page = _page(given, name)
+            page, progress = _page(given, name), given.pop("progress")
 
             def call() -> object:
                 _refuse_core_options(context, name)
+                if progress not in PROGRESS:
+                    hint = did_you_mean(progress, PROGRESS) or "; there are auto and json"
+                    raise UsageError(f"no progress called {progress!r}{hint}")
                 if empty:
                     raise UsageError(needs(name, empty))
                 if "root" in takes:
@@ -123,7 +130,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
 
             # Two files that are named are of no model that is known.
             model = "" if given.get("file") else given.get("model", "")
-            if code := console.run(call, as_json, name, (root, model), files, page):
+            if code := console.run(call, as_json, name, (root, model), files, page, progress):
                 raise Exit(code=code)
 
         required = [key for key, (default, _) in options.items() if default is REQUIRED]

@@ -24,6 +24,7 @@ from csm_weights.model.codec import Codec, Mimi, find_codec, require_below
 from csm_weights.model.csm import FRAME_MS, Model
 from csm_weights.model.decoders import DecodingPath, FrameDecoder, choose_path, open_decoder
 from csm_weights.model.tokenizer import TextTokenizer, Tokenizer, find_tokenizer
+from csm_weights.progress import Progress
 
 #: Hz of the audio that CSM speaks and hears.
 SAMPLE_RATE = 24_000
@@ -121,8 +122,9 @@ class Generator:
         prompt = (text, speaker, context, max_audio_length_ms)
         limit = int(max_audio_length_ms / FRAME_MS)
         made = self.iter_frames(*prompt, temperature, topk)
-        # disable=None: no bar where stderr is no terminal
-        bar = tqdm(made, desc="generating", total=limit, leave=False, unit=" frames", disable=None)
+        hidden = Progress.is_quiet or None  # None: no bar where stderr is no terminal
+        words = ("generating", limit, False)
+        bar = tqdm(made, *words, unit=" frames", disable=hidden)
         frames = list(bar)
         none = torch.zeros(0, self._model.config.codebooks, dtype=torch.long, device=self.device)
         return torch.stack(frames) if frames else none
