@@ -8,19 +8,19 @@
 # SHA256SUMS beside the chunk files lists their digests and, in a comment, the joined file's. All
 # are checked before anything is written, and the joined file is before it is renamed. (bash 3.2)
 #
-# exit codes: 0 done, 2 usage, 3 chunk files are missing or not pulled, 4 wrong content,
-#             7 not enough disk or not writable, 130 interrupted
+# exit codes: 0 done, 2 usage, 3 chunk files are missing or not pulled, 4 wrong content or not
+#             readable, 7 not enough disk or not writable, 130 interrupted
 
-set -euo pipefail
+set -euo pipefail; shopt -s nullglob dotglob
 export LC_ALL=C CDPATH=
-shopt -s nullglob dotglob
-show() { local text=${*//[[:cntrl:]]/?}; printf '%s\n' "${text//$'\xc2'[$'\x80'-$'\x9f']/?}"; }
+unseen=$'[[:cntrl:]]|\xc2[\x80-\x9f\xad]|\xd8\x9c|\xe1\xa0[\x8b-\x8f]|\xe2\x80[\x8b-\x8f\xa8-\xae]'
+unseen+=$'|\xe2\x81[\xa0-\xaf]|\xe3\x85\xa4|\xef(\xb8[\x80-\x8f]|\xbb\xbf|\xbe\xa0)|\xf3\xa0'
+show() { if [[ $* =~ $unseen ]]; then printf '%q\n' "$*"; else printf '%s\n' "$*"; fi; }
 say() { show "$@" >&2; }
 die() { say "recombine.sh: $2"; exit "$1"; } # CODE MESSAGE
-code=0
-finding() { # CODE WHERE KIND EXPECTED FOUND HELP
-  say "  $2: $3: expected $4, found $5 -> $6"
-  code=$((code > $1 ? code : $1))
+finding() { # WHERE KIND EXPECTED FOUND HELP
+  say "  $1: $2: expected $3, found $4 -> $5"
+  if [[ $2 != missing && $2 != git-lfs* ]]; then code=4; else code=$((code ? code : 3)); fi
 }
 sha() { if command -v "sha$1sum" >/dev/null; then "sha$1sum"; else shasum -a "$1"; fi; }
 digest() { sha "$1" | cut -d ' ' -f 1; } # BITS: of stdin
@@ -31,7 +31,7 @@ about='^# ([^/]+): ([1-9][0-9]{0,14}) bytes'
 about+='(, sha256 ([0-9a-f]{64}))?(, Hub blob id ([0-9a-f]{40}))?$'
 sum='^([0-9a-f]{64}) [ *]([^/]+)$'
 read_list() { # FOLDER: append what its SHA256SUMS says
-  local list=$1/SHA256SUMS line n='' help="git checkout $1, or chmod u+rwx $1"
+  local list=$1/SHA256SUMS line n='' help="git checkout $1, or chmod u+rwx $1" kind=missing
   while IFS= read -r line || [[ $line ]]; do
     line=${line%$'\r'}
     if [[ $line =~ $about && ${BASH_REMATCH[3]}${BASH_REMATCH[5]} ]]; then
@@ -40,22 +40,24 @@ read_list() { # FOLDER: append what its SHA256SUMS says
     elif [[ $n && $line =~ $sum && $1/${BASH_REMATCH[2]} == "${files[n]}".part-* ]]; then
       chunks+=("$1/${BASH_REMATCH[2]}") sums+=("${BASH_REMATCH[1]}")
     elif [[ $line && $line != '#'* ]]; then
-      finding 4 "$list" malformed "lines as inv split writes them" "$line" "$help"
+      finding "$list" malformed "lines as inv split writes them" "$line" "$help"
       break
     fi
   done < <(if [[ -r $1 && -f $list && -s $list ]]; then head -c 1000000 "$list"; fi)
-  [[ $n$line ]] || finding 3 "$list" missing "a list of chunk files" none "$help"
+  [[ -r $1 && -x $1 ]] || kind=unreadable
+  [[ $n$line ]] || finding "$list" "$kind" "a list of chunk files" none "$help"
 }
-real() { readlink -f "$1" 2>/dev/null || (cd -P "$(dirname "$1")" && show "$PWD/${1##*/}"); }
+real() { readlink -f "$1" 2>/dev/null || (cd -P "$(dirname "$1")" && echo "$PWD/${1##*/}"); }
 check_chunk() { # FILE SHA256
+  local kind=missing; [[ ! -s $1 || -r $1 ]] || kind=unreadable
   if [[ ! -f $1 || ! -r $1 || ! -s $1 ]]; then
-    finding 3 "$1" missing "a chunk file" "none that can be read, or an empty one" "$help"
+    finding "$1" "$kind" "a chunk file" "none that can be read, or an empty one" "$help"
   elif [[ $(real "$1") != "$(cd -P chunks && pwd)"/* ]]; then
-    finding 4 "$1" "path not usable" "a file inside chunks/" "a link out of it" "copy it there"
+    finding "$1" "path not usable" "a file inside chunks/" "a link out of it" "copy it there"
   elif head -c 64 "$1" | grep -aq '^version https://git-lfs.github.com/spec/v1'; then
-    finding 3 "$1" "git-lfs pointer" "a chunk file" "a pointer to it" "git lfs pull"
+    finding "$1" "git-lfs pointer" "a chunk file" "a pointer to it" "git lfs pull"
   elif say "checking $1"; [[ $(digest 256 <"$1") != "$2" ]]; then
-    finding 4 "$1" "wrong digest" "sha256 $2" "another in $(($(wc -c <"$1"))) bytes" "$help"
+    finding "$1" "wrong digest" "sha256 $2" "another in $(($(wc -c <"$1"))) bytes" "$help"
   fi
 }
 check_file() { # FILE INDEX: whether it is what the list says; sets found
@@ -68,7 +70,7 @@ check_file() { # FILE INDEX: whether it is what the list says; sets found
   [[ ${wholes[$2]:-$found} == "$found" && ${blobs[$2]:-$pointer} == "$pointer" ]]
 }
 
-model=csm-1b format='' partial=''
+model=csm-1b format='' partial='' code=0
 trap 'if [[ -f $partial ]]; then rm -f "$partial"; fi' EXIT
 trap 'say "recombine.sh: interrupted; what was there before is as it was"; exit 130' INT TERM HUP
 while (($#)); do
@@ -99,8 +101,7 @@ starts+=("${#chunks[@]}")
 for ((n = 0; n < ${#files[@]}; n++)); do
   final=$output/${files[n]##*/}
   if [[ -f $final ]] && check_file "$final" "$n"; then
-    show "$final: already right, kept (sha256 $found)"
-    continue
+    show "$final: already right, kept (sha256 $found)"; continue
   fi
   for left in "$final".recombine-partial.*; do # of runs that were killed
     if [[ -f $left && $(kill -0 "${left##*.}" 2>&1) == *"No such proc"* ]]; then rm "$left"; fi
@@ -112,8 +113,7 @@ for ((n = 0; n < ${#files[@]}; n++)); do
   check_file "$partial" "$n" || die 4 "$final: wrong content, sha256 $found; the chunk files were \
 right, so the disk or memory failed, or the list is wrong -> git checkout ${files[n]%/*}"
   [[ -f $final || ! -e $final ]] || die 4 "$final: path not usable -> move it away"
-  mv -f "$partial" "$final" || die 7 "$final: cannot be replaced, see above"
-  partial=''
+  mv -f "$partial" "$final" || die 7 "$final: cannot be replaced, see above"; partial=''
   show "$final: joined (sha256 $found)"
 done
 sync # the new names too

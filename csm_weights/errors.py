@@ -8,6 +8,7 @@ and the category the error to raise.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -174,9 +175,15 @@ class Finding:
 
     @classmethod
     def changed(cls, where: object, found: str = "a change in the meantime") -> Finding:
-        """Return that a file was written to while it was read, or since it was verified."""
+        """Return that a file was written to while it was read."""
         help = "stop whatever writes to it, and run the same command again"
         return cls(Kind.CHANGED, str(where), "a file that does not change", found, help)
+
+    @classmethod
+    def edited(cls, where: object, found: str = "a later change") -> Finding:
+        """Return that a file is not the one any more that was verified."""
+        help = "inv verify says what is wrong with it, inv weights gets the right one"
+        return cls(Kind.EDITED, str(where), "the file that was verified", found, help)
 
     @classmethod
     def wrong_digest(
@@ -191,11 +198,18 @@ class Finding:
         return printable(f"{text} -> {self.help}" if self.help else text)
 
 
+#: Letters that cannot be seen, though they count as printable: fillers, joiners and selectors.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
+
 def printable(text: str) -> str:
-    """Return the text without control characters: names may hold line ends and escapes."""
-    if text.isprintable():
+    """Return the text with all that cannot be seen escaped: controls, line ends, marks, fillers."""
+    if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c.isprintable() else "?" for c in text)
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _INVISIBLE.sub(lambda c: c[0].encode("unicode_escape").decode(), "".join(escaped))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -27,9 +27,11 @@ LEAST_SECONDS = 1.0
 #: Work below this many bytes is most often over before anyone could read a line about it.
 WORTH_SHOWING = 32 << 20
 
-#: Seconds until work that is too small to be shown, or has no bytes, is named all the same;
-#: and until a rate is steady enough to be shown, and a time left with it.
-NAMED_AFTER = 2.0
+#: Seconds until work that is too small to be shown, or has no bytes, is named all the same.
+NAMED_AFTER = 1.5
+
+#: Seconds until a rate is steady enough to be shown, and a time left with it.
+STEADY_AFTER = 2.0
 
 #: Seconds without a byte after which that is shown; and between two looks whether it is so.
 QUIET_SECONDS = 4.0
@@ -92,7 +94,7 @@ def _pace(done: int, total: int, seconds: float, quiet: float = 0.0) -> str:
     text = f"{format_size(done)} of {format_size(total)}"
     if quiet >= QUIET_SECONDS:
         return f"{text}, {'finishing' if done >= total else f'nothing for {quiet:.0f} s'}"
-    if seconds < NAMED_AFTER or not done:
+    if seconds < STEADY_AFTER or not done:
         return text
     left = max(0, total - done) * seconds / done
     time_left = f"{left:.0f} s" if left < 120 else f"{left // 60:.0f} min"

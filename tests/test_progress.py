@@ -51,6 +51,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return own
 
 
+def test_work_is_named_within_two_seconds() -> None:
+    """However small it is: so long nothing may be silent."""
+    assert progress.NAMED_AFTER + progress.LOOK_SECONDS <= 2
+
+
 def run(clock: Clock, seconds: float, steps: int = 100, total: int = TOTAL) -> list[str]:
     """The lines of work that takes `seconds` in equal steps, off a terminal."""
     stream = io.StringIO()

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from csm_weights.commands.split import SPLIT_LOCK
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Session, begin
+from csm_weights.pipeline.session import Session, Summary, begin
 from csm_weights.store import atomic
 from csm_weights.store.journal import partial_path
 from csm_weights.store.leftovers import holds_consumed, unfinished
 from csm_weights.store.lock import lock, locked
 
 
-def clean(request: Request, dry: bool) -> str:
-    """Remove partials, journals and the like; return what that was, one path a line.
+def clean(request: Request, dry: bool) -> Summary:
+    """Remove partials, journals and the like; return what that was.
 
     What is removed is decided once no other run is at work. The unfinished
     file that has the bytes of consumed chunk files stays: it is the only copy.
@@ -31,12 +31,13 @@ def clean(request: Request, dry: bool) -> str:
                 with atomic.writing(path):
                     is_folder = path.is_dir() and not path.is_symlink()
                     shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
-    return "\n".join([*map(str, left), *kept]) or "nothing to remove"
+    why = "it holds the bytes of consumed chunk files; inv weights continues it"
+    lines = [*map(str, left), *(f"kept: {path}: {why}" for path in kept)] or ["nothing to remove"]
+    return Summary(session.manifest.name, lines, {"dry": dry, "removed": left, "kept": kept})
 
 
-def _find(session: Session) -> tuple[list[Path], list[str]]:
-    """Return what may be removed, and in words what is kept."""
+def _find(session: Session) -> tuple[list[Path], list[Path]]:
+    """Return what may be removed, and the unfinished files that are kept."""
     state = session.inspect()
     held = [partial_path(i.staged.path) for i in state.artifacts if holds_consumed(i)]
-    why = "it holds the bytes of consumed chunk files; inv weights continues it"
-    return unfinished(state), [f"kept: {partial}: {why}" for partial in held]
+    return unfinished(state), held

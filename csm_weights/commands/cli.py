@@ -153,7 +153,7 @@ def smoke(request: Request, record: bool, frames: int, **options: Any) -> object
     from csm_weights.commands import smoke
 
     if record:
-        return str(smoke.record_golden(request, frames))
+        return smoke.record_golden(request, frames)
     return smoke.smoke(request, frames=frames, **options)
 
 
@@ -189,7 +189,7 @@ def seed_cache(request: Request, move_main: bool, dry: bool) -> object:
 
 
 @task(
-    *("model", "dest", "staging", "json"),
+    *("model", "dest", "staging"),
     file=(
         None,
         "a file of weights, its chunk files, shards, or a folder; give it twice, or once to"
@@ -204,7 +204,6 @@ def compare(request: Request, file: Sequence[str]) -> object:
 
 
 @task(
-    "json",
     path=(REQUIRED, "file of weights, one of its chunk files or shards, or a folder of them"),
     also=(None, "another one; may be repeated"),
 )

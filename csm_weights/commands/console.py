@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from csm_weights import errors
@@ -83,6 +86,22 @@ def run(
             signal.signal(signal.SIGINT, _exit)
 
 
+def exit_unprinted(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """End the program where a list or help of Invoke's cannot be printed, as where a result cannot.
+
+    It is Python's `excepthook`: anything else is a bug, and is shown as one.
+    """
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+        return sys.__excepthook__(kind, error, trace)
+    if isinstance(error, BrokenPipeError):
+        os._exit(0)
+    with contextlib.suppress(OSError):
+        print(f"error: the result cannot be printed: {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(NoSpace.exit_code)
+
+
 def exit_on_interrupt() -> None:
     """Let Ctrl-C end the program without a word as long as no task runs, as during imports."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -145,7 +164,7 @@ def _show(
             from csm_weights.commands.render import text
 
             shown = text.render(result) + ("\n" if error else "")
-            _print(_for_a_person(shown, sys.stdout), sys.stdout)
+            _print(_coloured(_as_typed(shown), sys.stdout), sys.stdout)
     except OSError as failed:
         error = NoSpace(f"the result cannot be printed: {failed.strerror}")
     if lines:
@@ -154,7 +173,7 @@ def _show(
         from csm_weights.commands.render import blocks
 
         with contextlib.suppress(OSError):
-            _print(_for_a_person(blocks.error(error), sys.stderr), sys.stderr)
+            _print(_coloured(blocks.error(_error_as_typed(error)), sys.stderr), sys.stderr)
     return error.exit_code if error else 0
 
 
@@ -172,19 +191,27 @@ def _print(text: str, stream: TextIO | None) -> None:
 
 
 def _as_typed(text: str) -> str:
-    """Return a text with the commands that a person types."""
+    """Return a text with the commands that a person types; what is quoted, or in a path, stays."""
     if not (typed := os.environ.get(TYPED)):
         return text
     from csm_weights.commands.render.blocks import COMMAND
 
     if typed == "make":
-        return re.sub(rf"{COMMAND.pattern}|(?<![\w-])--[a-z-]+", _make_words, text)
+        option = r"(?<![^\s(])--[a-z-]+(?=[=\s]|[,;:.)]+(?:\s|$)|$)"
+        return re.sub(rf"(?<![\w./-]){COMMAND.pattern}|{option}", _make_words, text)
     return COMMAND.sub(lambda command: typed + command[0].removeprefix("inv"), text)
 
 
-def _for_a_person(text: str, stream: TextIO | None) -> str:
-    """Return a text with the commands that a person types, and on a terminal in colour."""
-    text = _as_typed(text)
+def _error_as_typed(error: CsmWeightsError) -> CsmWeightsError:
+    """Return an error with the commands that a person types; paths and what was found stay."""
+    if TYPED not in os.environ:
+        return error
+    findings = [replace(f, help=_as_typed(f.help)) for f in error.findings]
+    return type(error)(_as_typed(error.message), findings, _as_typed(error.advice))
+
+
+def _coloured(text: str, stream: TextIO | None) -> str:
+    """Return a text in colour, for a terminal that has it."""
     has_colour = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
     if not has_colour or os.environ.get("NO_COLOR"):
         return text

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from csm_weights.concurrency import OnProgress
@@ -14,7 +15,7 @@ from csm_weights.manifest.render import render
 from csm_weights.manifest.types import MAX_TEXT, Artifact, Manifest
 from csm_weights.pipeline import repo_manifest
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import begin, gate_error
+from csm_weights.pipeline.session import Summary, begin, gate_error
 from csm_weights.progress import Progress
 from csm_weights.store.inspect import ArtifactState, State
 from csm_weights.store.manifest_file import write_manifest
@@ -22,7 +23,7 @@ from csm_weights.store.receipts import VerifiedFile
 from csm_weights.verify import gates
 
 
-def lock(request: Request, dry: bool, size: str = "") -> str:
+def lock(request: Request, dry: bool, size: str = "") -> Summary:
     """Add the digests of the installed, verified files; return the difference.
 
     A file without pieces that is larger than `size` gets some of that size,
@@ -47,8 +48,8 @@ def lock(request: Request, dry: bool, size: str = "") -> str:
                 manifest = pin.with_artifact(manifest, artifact)
         for artifact in _in_pieces(to_cut, cuts, manifest.name, progress.advance):
             manifest = pin.with_artifact(manifest, artifact)
-    difference = _write(Path(manifest.where), manifest, dry)
-    return difference or f"{manifest.where}: nothing to add, it has every digest of these files"
+    known = f"{manifest.where}: nothing to add, it has every digest of these files"
+    return _write(Path(manifest.where), manifest, dry, known)
 
 
 def _cuts(state: State, piece_size: int) -> dict[str, list[tuple[int, int]]]:
@@ -102,7 +103,7 @@ def lock_repo(
     model: str,
     dry: bool,
     patience: float | None = None,
-) -> str:
+) -> Summary:
     """Write the manifest of any repository of the Hub, from the Hub's own metadata.
 
     `revision` is a commit, branch or tag, "" the main branch; `only` are
@@ -117,24 +118,25 @@ def lock_repo(
     is_known = path.exists()
     globs = [glob for word in only.split(",") if (glob := word.strip())]
     manifest = repo_manifest.from_hub(path, repo, revision, globs, patience)
-    difference = _write(path, manifest, dry)
-    if is_known:
-        return difference or f"{path}: nothing to add, it has all that the Hub reports"
-    if dry:
-        return render(manifest)
+    known = f"{path}: nothing to add, it has all that the Hub reports"
+    done = _write(path, manifest, dry, known)
+    if is_known or dry:
+        return done if is_known else replace(done, lines=render(manifest).splitlines())
     count, total = len(manifest.artifacts), sum(a.size for a in manifest.artifacts)
-    return (
-        f"{manifest.where}: {count:,} files, {total:,} bytes, commit {manifest.revision}\n"
+    lines = [
+        f"{manifest.where}: {count:,} files, {total:,} bytes, commit {manifest.revision}",
         "these are the sizes and digests that the Hub reported; next:"
-        f" inv weights --model {model or path.stem}"
-    )
+        f" inv weights --model {model or path.stem}",
+    ]
+    return replace(done, lines=lines)
 
 
-def _write(path: Path, manifest: Manifest, dry: bool) -> str:
-    """Write a manifest unless it is there already; return the difference."""
+def _write(path: Path, manifest: Manifest, dry: bool, known: str) -> Summary:
+    """Write a manifest unless it is there already; return the difference, or what is `known`."""
     before = read_file(path, MAX_TEXT, "a manifest").decode() if path.exists() else ""
     lines = (before.splitlines(keepends=True), render(manifest).splitlines(keepends=True))
     difference = "".join(difflib.unified_diff(*lines, str(path), "locked"))
     if difference and not dry:
         write_manifest(path, manifest)
-    return difference
+    values = {"dry": dry, "manifest": path, "difference": difference}
+    return Summary(manifest.name, difference.splitlines() or [known], values)

@@ -24,6 +24,7 @@ def start(tasks: Collection) -> None:
     from csm_weights.commands import console
 
     console.exit_on_interrupt()
+    sys.excepthook = console.exit_unprinted
     if not (words := sys.argv[1:]):
         sys.exit(console.run(lambda: _overview(tasks)))
     if code := console.run(lambda: refuse_typos(tasks, words)):

@@ -34,7 +34,7 @@ def _seal(run: Session, item: ArtifactState) -> Sealed:
     """Seal one file and renew its receipt at once, so that a kill costs one hashing at most."""
     receipt = item.installed.receipt
     if item.installed.state is not FileState.VERIFIED or receipt is None:
-        finding = Finding.changed(item.installed.path, str(item.installed.state))
+        finding = Finding.edited(item.installed.path, str(item.installed.state))
         raise WrongContent("only verified files are sealed; run the same command again", [finding])
     done = seal(run.paths.destination, receipt)
     sealed = Fingerprint.of(item.installed.path.stat())
@@ -45,7 +45,7 @@ def _seal(run: Session, item: ArtifactState) -> Sealed:
         file = next(i.installed for i in run.inspect().artifacts if i.artifact == item.artifact)
         (verified,) = run.verify([(item.artifact, file)])
         if verified is None or verified.sha256 != receipt.sha256:
-            found = run.known_bad.get(file.path) or Finding.changed(file.path)
+            found = run.known_bad.get(file.path) or Finding.edited(file.path)
             raise WrongContent("a file was changed while it was being sealed", [found])
         receipt = replace(receipt, fingerprint=verified.fingerprint, verified_at=now())
     install.record(run.paths.destination, receipt)

@@ -152,7 +152,7 @@ def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
         return receipt.sha256
     found = measure([HashJob(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
     if found.whole != receipt.sha256 or not found.git_sha1:
-        finding = Finding.changed(file, f"sha256 {found.whole}")
+        finding = Finding.edited(file, f"sha256 {found.whole}")
         raise WrongContent("a file was changed since it was verified", [finding])
     return found.git_sha1
 

@@ -1,11 +1,9 @@
 """Smoke-test an installed model: load it, generate some frames, and check them."""
 
-from pathlib import Path
-
 from csm_weights.errors import UsageError
 from csm_weights.pipeline import smoke_test
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Outcome, Session, begin, gate_error
+from csm_weights.pipeline.session import Outcome, Session, Summary, begin, gate_error
 from csm_weights.store.inspect import State
 
 
@@ -38,7 +36,7 @@ def smoke(
     )
 
 
-def record_golden(request: Request, frames: int) -> Path:
+def record_golden(request: Request, frames: int) -> Summary:
     """Record the golden frames of a model that passes its gates; return their file."""
     session, state = _begin(request)
     if error := gate_error(session.gate(state, rehash=True)):
@@ -47,7 +45,7 @@ def record_golden(request: Request, frames: int) -> Path:
 
     path = request.root / "manifests" / f"{state.manifest.name}.golden.json"
     write_golden(state.paths.destination, path, frames)
-    return path
+    return Summary(state.manifest.name, [str(path)], {"golden": path})
 
 
 def _begin(request: Request) -> tuple[Session, State]:

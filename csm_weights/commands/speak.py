@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from csm_weights.errors import Finding, Kind, MissingInput, UsageError, printable
+from csm_weights.errors import Finding, Kind, MissingInput, UsageError
 from csm_weights.model.offline_assets import not_installed
 from csm_weights.pipeline.locate import Weights
 from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Summary
 from csm_weights.progress import Progress
 from csm_weights.store.atomic import require_writable, write_whole
 
@@ -25,7 +26,7 @@ def speak(
     seed: int = 0,
     tokenizer: str = "",
     codec: str = "",
-) -> str:
+) -> Summary:
     """Write a text as speech to the WAV file `out`, whole or not at all; return what was written.
 
     `context` are recordings of the speaker, and `context_text` the words in each.
@@ -84,6 +85,8 @@ def speak(
         notes.append("the model ended before the first frame: try another --seed")
     elif len(audio) * 1000 >= longest // 80 * 80 * rate:
         notes.append("cut off by --max-seconds, perhaps before the end of the text")
-    shown = f"{out}: {len(audio) / rate:.2f} s, {rate:,} Hz, mono, 16 bits"
+    seconds = round(len(audio) / rate, 3)
+    shown = f"{out}: {seconds:.2f} s, {rate:,} Hz, mono, 16 bits"
     ok = f"OK: spoken with {request.model}, speaker {speaker}, seed {seed}"
-    return "\n".join(map(printable, [shown, *notes, ok]))
+    values = {"file": out, "seconds": seconds, "rate": rate, "remarks": notes}
+    return Summary(request.model, [shown, *notes, ok], values)

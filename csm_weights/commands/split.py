@@ -19,6 +19,7 @@ from csm_weights.manifest.parse import load
 from csm_weights.manifest.paths import CHUNKS, path_problem
 from csm_weights.manifest.render import render_artifact
 from csm_weights.manifest.types import Artifact, Manifest, Piece
+from csm_weights.pipeline.session import Summary
 from csm_weights.progress import Progress
 from csm_weights.store.atomic import sync, write_whole, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
@@ -31,7 +32,7 @@ from csm_weights.verify.sums import MAX_SUMS, SUMS, render_chunk_list
 SPLIT_LOCK = ".split.lock"
 
 
-def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bool) -> str:
+def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bool) -> Summary:
     """Cut `file` into chunk files below `root`; return its manifest entry, or what was written.
 
     `size` is that of a chunk file: bytes, or with a unit (MiB, GB, ...). With
@@ -48,9 +49,13 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
     if not folder.startswith(f"{CHUNKS}/"):
         raise UsageError(f"--chunks {folder!r}: choose a folder below {CHUNKS}/")
     piece_size, total = pin.parse_size(size), file.stat().st_size
-    files = count(len(pin.tiling(total, piece_size)), "chunk file")
+    number = len(pin.tiling(total, piece_size))
+    files = count(number, "chunk file")
+    values = {"dry": dry, "folder": folder, "chunk_files": number, "size": total}
+    values |= {"manifest": manifest or None, "sha256": None}
     if dry:
-        return f"would write {files} of at most {piece_size:,} bytes to {folder}/"
+        would = f"would write {files} of at most {piece_size:,} bytes to {folder}/"
+        return Summary(None, [would], values)
     locks, target, current = root / "output", Path(manifest), None
     if manifest and target.exists():
         current = load(target)
@@ -68,10 +73,11 @@ def split(root: Path, file: Path, chunks: str, size: str, manifest: str, dry: bo
         _known_list(root / folder / SUMS)
         artifact = split_file(file, root, folder, piece_size, progress.advance)
         write_chunk_list(root, artifact)
+    values["sha256"] = artifact.sha256
     if current is None:
-        return "\n".join(["[[artifact]]", *render_artifact(artifact)])
+        return Summary(None, ["[[artifact]]", *render_artifact(artifact)], values)
     write_manifest(target, pin.with_artifact(current, artifact))
-    return f"{files} in {folder}/, entry in {manifest}"
+    return Summary(current.name, [f"{files} in {folder}/, entry in {manifest}"], values)
 
 
 def write_chunk_list(root: Path, artifact: Artifact) -> None:

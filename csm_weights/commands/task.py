@@ -13,7 +13,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import Task
 
-from csm_weights.errors import UsageError, did_you_mean
+from csm_weights.errors import NoSpace, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from csm_weights.commands.page import Page
@@ -62,7 +62,7 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
 }
 
 #: Options of every task about files that are here, and of those that fetch them.
-FILES = ("model", "only", "dest", "json", "junit", "verdict")
+FILES = ("model", "only", "dest", "junit", "verdict")
 SOURCES = (*FILES, "staging", "source", "url", "cache", "revision")
 
 #: Options of every task that fetches files.
@@ -93,25 +93,32 @@ class _Function(Protocol):
 def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]]:
     """Make a task of a function that returns what is to be shown.
 
-    Its options are those of `OPTIONS` with these `names`, `progress`, and its `own`:
-    their default and help. The function's first argument is called `request`, and
+    Its options are those of `OPTIONS` with these `names`, its `own`: their default and
+    help, `--progress` and `--json`. The function's first argument is called `request`, and
     made of the options in `REQUEST`; or `root`, the folder with manifests/. It
     gets all other options by their names. The result is printed as text or
     JSON, and written to the files that options of `WRITTEN` and `PAGE` name; the error that
     it carries, or that is raised, ends the process with its exit code.
     """
-    options = own | {name: OPTIONS[name] for name in (*names, "progress")}
+    options = own | {name: OPTIONS[name] for name in (*names, "progress", "json")}
 
     def make(function: _Function) -> Task[Any]:
         name, takes = function.__name__.replace("_", "-"), inspect.signature(function).parameters
 
         def body(context: Context, /, **given: Any) -> None:
-            as_json, root = given.pop("json", False), Path(context.config.csm_weights.root)
+            as_json, root = given.pop("json"), Path(context.config.csm_weights.root)
             files = {key: given.pop(key) for key in WRITTEN if key in given}
             empty = [key for key in required if not given[key]]
             page, progress = _page(given, name), given.pop("progress")
 
             def call() -> object:
+                try:
+                    return act()
+                except NoSpace as error:
+                    error.advice = error.advice or folders
+                    raise
+
+            def act() -> object:
                 _refuse_core_options(context, name)
                 if progress not in PROGRESS:
                     hint = did_you_mean(progress, PROGRESS) or "; there are auto and json"
@@ -134,6 +141,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
                 raise Exit(code=code)
 
         required = [key for key, (default, _) in options.items() if default is REQUIRED]
+        folders = "" if "staging" not in options else "--staging and --dest name other folders"
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         defaults = {"_context": REQUIRED} | {key: default for key, (default, _) in options.items()}
         parameters = [inspect.Parameter(key, kind, default=defaults[key]) for key in defaults]

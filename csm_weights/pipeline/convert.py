@@ -52,7 +52,7 @@ from csm_weights.manifest.parse import load
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline.request import manifests
-from csm_weights.pipeline.session import receipt_of
+from csm_weights.pipeline.session import Summary, receipt_of
 from csm_weights.progress import Progress
 from csm_weights.store.atomic import write_whole
 from csm_weights.store.install import install
@@ -112,7 +112,7 @@ class Conversion:
             raise UsageError(f"--manifest {self.manifest!r}: {problem}")
 
 
-def convert(root: Path, wanted: Conversion) -> str:
+def convert(root: Path, wanted: Conversion) -> Summary:
     """Write weights in another layout, format or dtype; return what was written.
 
     Every file is written under an unfinished name and hashed on the way, and
@@ -156,7 +156,10 @@ def convert(root: Path, wanted: Conversion) -> str:
     if wanted.manifest:
         notes.append(_write_manifest(root, wanted, receipts, texts))
     shown = [f"{r.path}: {r.size:,} bytes, sha256 {r.sha256}" for r in receipts]
-    return "\n".join([*shown, *notes, f"OK: converted to the {wanted.to} layout in {wanted.out}"])
+    ok = f"OK: converted to the {wanted.to} layout in {wanted.out}"
+    files_made = [{"path": r.path, "size": r.size, "sha256": r.sha256} for r in receipts]
+    values = {"folder": wanted.out, "files": files_made, "remarks": notes}
+    return Summary(wanted.manifest or None, [*shown, *notes, ok], values)
 
 
 def _checked(named: NamedTensors, folder: Path) -> CsmConfig:

@@ -102,7 +102,7 @@ def _manifest(base: Manifest, listing: Listing) -> Manifest:
         elif same is False:
             where = f"{base.where}: {before.path}"
             mend = "if the Hub is right, move the manifest away and run the command again"
-            findings.append(Finding(Kind.CHANGED, where, _ids(before), _ids(reported), mend))
+            findings.append(Finding(Kind.DIFFERENT, where, _ids(before), _ids(reported), mend))
         naming = replace(reported, group=before.group, format=before.format)
         artifacts.append(naming if same is False else pin.with_reported(before, reported))
     if findings:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from csm_weights.config import HubEnvironment, folder_of, offline, user_path
-from csm_weights.errors import CsmWeightsError, Finding, Kind, UsageError, WrongContent, error_for
+from csm_weights.errors import (
+    CsmWeightsError,
+    Finding,
+    Kind,
+    UsageError,
+    WrongContent,
+    error_for,
+    printable,
+)
 from csm_weights.manifest.paths import RECEIPTS, data_findings
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.model.smoke_report import SmokeReport
@@ -63,6 +71,18 @@ class Outcome:
     error: CsmWeightsError | None = None
     sealed: tuple[Sealed, ...] = ()
     attested: Attested | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A result that is told in lines of text; a program gets `values`, by their keys in JSON."""
+
+    model: str | None
+    lines: Sequence[str]
+    values: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.lines))
 
 
 @dataclass

@@ -182,9 +182,9 @@ def writing(path: Path) -> Iterator[None]:
             finding = Finding(Kind.IN_THE_WAY, where, *words)
             raise WrongContent("the file cannot be written", [finding]) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            mend = "free some disk or choose another --staging or --dest, and run the command again"
+            mend = "free some disk or choose another folder, and run the same command again"
             finding = Finding(Kind.NO_SPACE, where, "room to write", found, mend)
             raise NoSpace("the disk is full", [finding]) from error
-        mend = "make it writable, or choose another --staging or --dest"
+        mend = "make it writable, or choose another folder"
         finding = Finding(Kind.NOT_WRITABLE, where, "a place to write", found, mend)
         raise NoSpace("the file cannot be written there", [finding]) from error

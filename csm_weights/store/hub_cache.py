@@ -279,7 +279,7 @@ def _write(seed: Seed, unfinished: Path, on_progress: OnProgress) -> None:
 
 
 def _changed(seed: Seed) -> WrongContent:
-    finding = Finding.changed(seed.file, f"other bytes than those of the digest {seed.blob}")
+    finding = Finding.edited(seed.file, f"other bytes than those of the digest {seed.blob}")
     return WrongContent("a file is no longer the one that was verified", [finding])
 
 

@@ -110,7 +110,7 @@ class Hub(RemoteSource):
             if pinned and found != pinned:
                 words = (f"{what} {pinned}", f"{what} {found}" if found else f"no {what}")
                 mend = "what the Hub has under this name is not what is pinned; see inv lock --repo"
-                raise SourceError([Finding(Kind.CHANGED, where, *words, mend)])
+                raise SourceError([Finding(Kind.DIFFERENT, where, *words, mend)])
         size = headers.get("X-Linked-Size")
         if size is None and response.status_code == 200:
             size = headers.get("Content-Length")

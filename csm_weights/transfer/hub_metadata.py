@@ -100,7 +100,7 @@ def _commit(hub: Hub, url: str) -> tuple[str, bool]:
         raise _nonsense(hub, "a commit, 40 hex digits", repr(commit))
     if SHA1.fullmatch(hub.revision) and commit != hub.revision:
         words = (f"commit {hub.revision}", f"commit {commit}")
-        raise SourceError([Finding(Kind.CHANGED, hub.page, *words)])
+        raise SourceError([Finding(Kind.DIFFERENT, hub.page, *words)])
     return commit, bool(found.get("gated"))
 
 

@@ -62,7 +62,7 @@ def seal(directory: Path, receipt: Receipt) -> Sealed:
     try:
         status = os.fstat(fd)
         if not receipt.is_current(status):
-            raise _changed(file)
+            raise WrongContent("only verified files are sealed", [Finding.edited(file)])
         verity = enable_verity(fd, file)
         if stat.S_IMODE(os.fstat(fd).st_mode) & ~_READABLE:
             try:
@@ -102,7 +102,8 @@ def enable_verity(fd: int, file: Path) -> bool:
         if error.errno in _NO_VERITY:
             return False
         if error.errno == errno.ETXTBSY:
-            raise _changed(file) from error
+            changed = Finding.changed(file, "a program that has it open for writing")
+            raise WrongContent("the file could not be sealed", [changed]) from error
         if error.errno in (errno.EACCES, errno.EROFS):
             raise _not_ours(error, file) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -118,8 +119,3 @@ def _not_ours(error: OSError, file: Path) -> CsmWeightsError:
     help_text = "seal it as its owner, or copy it to a folder of your own with --dest"
     finding = Finding(Kind.NOT_WRITABLE, str(file), expected, found, help_text)
     return NoSpace("the file could not be sealed", [finding])
-
-
-def _changed(file: Path) -> WrongContent:
-    found = "a later write, or a program that has it open for writing"
-    return WrongContent("the file could not be sealed", [Finding.changed(file, found)])

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from csm_weights.commands import verify
+from csm_weights.commands.cli import collection
 from csm_weights.commands.render import blocks
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
-from csm_weights.commands.render.blocks import SHORT, WIDTH, table
+from csm_weights.commands.render.blocks import SHORT, WIDTH, columns, table
 from csm_weights.errors import (
     CsmWeightsError,
     Finding,
@@ -30,6 +31,7 @@ from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.session import Outcome
 from csm_weights.progress import format_size
 from csm_weights.verify.gates import Gate, GateResult
+from tests.support.clone import REPOSITORY
 from tests.support.schema import checked
 from tests.support.toy import Toy, flip
 
@@ -109,6 +111,22 @@ def test_the_last_column_is_wrapped_at_eighty_columns() -> None:
     assert lines[-1] == "b     one"
 
 
+@pytest.mark.parametrize(
+    "name", ["\u30e2\u30c7\u30eb.bin", "\U0001f600.bin", "e\u0301t\u00e9.bin", "\uac00"]
+)
+def test_a_table_is_aligned_whatever_the_letters(name: str) -> None:
+    """Wide letters take two columns and accents none, as terminals show them."""
+    head, *rows = table(("file", "size"), [(name, "1 B"), ("a", "2 B")]).split("\n")
+    places = [columns(line[: line.index(word)]) for line, word in ((rows[0], "1"), (rows[1], "2"))]
+    assert places == [head.index("size")] * 2
+
+
+def test_wide_letters_are_wrapped_by_the_columns_they_take() -> None:
+    """No line of wide words is wider than the screen."""
+    lines = table(("file", "next"), [("a", "\u30e2\u30c7\u30eb " * 40)]).split("\n")
+    assert WIDTH - 8 < max(map(columns, lines)) <= WIDTH
+
+
 def test_a_table_of_nothing_is_its_head() -> None:
     """No rows leave the head."""
     assert table(("a", "b"), []) == "a  b"
@@ -118,6 +136,7 @@ def test_a_table_of_nothing_is_its_head() -> None:
 
 
 BAD = [ESCAPE, "\x9b2J", "\r", "\n", "\x08", "\x7f", "\u202e", "\u2028", "\udc80", "\0"]
+BAD += ["\u200b", "\u2060", "\ufeff", "\u3164", "\u2800", "\ufe0f", "\U000e0101", "\xad"]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -126,6 +145,7 @@ def test_control_characters_are_cleaned(bad: str) -> None:
     cleaned = printable(f"a{bad}b")
     assert is_clean(cleaned)
     assert (cleaned[0], cleaned[-1], cleaned.count("\n")) == ("a", "b", 0)
+    assert cleaned == f"a{bad}b".encode("unicode_escape").decode()
 
 
 @pytest.mark.parametrize("text", ["plain", "été", "日本語", "→ ok"])
@@ -323,6 +343,19 @@ def test_a_failed_outcome_has_its_code_and_findings(toy: Toy) -> None:
     (finding,) = failed.error.findings
     assert data["findings"] == [{**vars(finding), "kind": "wrong digest"}]
     assert [g["gate"] for g in data["gates"] if g["ok"] is False] == ["digest"]
+
+
+def test_every_task_has_json_and_a_schema_of_it() -> None:
+    """Each task takes --json, and the schema names the commands of all and no others."""
+    tasks = list(collection(REPOSITORY).tasks.values())
+    assert [one.name for one in tasks if "json" not in one.help] == []
+    schema = json.loads((REPOSITORY / "docs" / "json-schema" / "v1.json").read_text())
+    known = {
+        name
+        for one in schema["$defs"].values()
+        for name in one.get("properties", {}).get("command", {}).get("enum", ())
+    }
+    assert known == {one.name for one in tasks} | {"standin"}
 
 
 def test_json_has_whole_digests_and_receipts(toy: Toy, outcome: Outcome) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from csm_weights.commands.render import json as as_json
 from csm_weights.commands.speak import speak
 from csm_weights.errors import (
     CsmWeightsError,
@@ -35,6 +36,7 @@ from csm_weights.pipeline.request import Request
 from tests.model.test_generator import TINY_CODEC, FakeCipher, byte_tokenizer
 from tests.support.clone import EMBEDDED, copy_tiny
 from tests.support.privileges import unprivileged
+from tests.support.schema import checked
 from tests.support.toy import flip
 
 #: Seven frames of 1,920 samples.
@@ -83,7 +85,8 @@ def spoken(root: Path, files: Path, **options: Any) -> tuple[Path, str]:
         {"text": "Hi", "out": root / "hi.wav", "max_seconds": SECONDS} | named | options
     )
     shown = speak(Request(root, "csm-tiny"), **given)
-    return given["out"], shown
+    assert checked(as_json.render(shown, "speak"))["seconds"] >= 0
+    return given["out"], str(shown)
 
 
 def recording(path: Path, channels: int = 1, width: int = 2, rate: int = 24_000) -> Path:

@@ -243,7 +243,7 @@ def test_split_and_assemble_is_the_identity(size: int, count: int) -> None:
 def run(root: Path, file: Path, **options: str) -> str:
     """Split as `inv split` does, into chunks/all/ by default."""
     asked = {"chunks": "chunks/all", "size": "300", "manifest": ""} | options
-    return split_command(root, file, dry=False, **asked)
+    return str(split_command(root, file, dry=False, **asked))
 
 
 def test_a_second_split_keeps_the_lines_of_the_first(tmp_path: Path) -> None:

@@ -128,10 +128,17 @@ def test_staging_is_a_folder_for_the_parts_of_the_line(clone: Clone, volume: Pat
 def test_without_a_folder_that_takes_files_both_options_are_advised(read_only: Clone) -> None:
     """Neither staging nor destination can be written: exit code 7, and what helps."""
     done = inv(read_only, "weights", *MODEL, "--no-smoke")
-    assert (done.returncode, "another --staging or --dest" in " ".join(done.stderr.split())) == (
+    assert (done.returncode, "--staging and --dest name other" in done.stderr) == (
         7,
         True,
     ), done.stderr
+
+
+def test_a_task_advises_only_folders_that_it_can_be_given(read_only: Clone) -> None:
+    """What split cannot write is told without options that split lacks."""
+    done = inv(read_only, "split", "Makefile")
+    assert (done.returncode, "not writable" in done.stderr) == (7, True)
+    assert "--staging" not in done.stderr and "--dest" not in done.stderr
 
 
 @pytest.mark.parametrize("make", [by_permissions, by_mount])

@@ -327,13 +327,13 @@ def test_a_closed_folder_is_not_passed_over(
     result = tree.run(*arguments, before=UNPRIVILEGED)
 
     folder.chmod(0o755)
-    assert findings(result)[0].startswith("chunks/safetensors/SHA256SUMS: missing: ")
-    assert (result.returncode, tree.outputs()) == (3, {})
+    assert findings(result)[0].startswith("chunks/safetensors/SHA256SUMS: unreadable: ")
+    assert (result.returncode, tree.outputs()) == (4, {})
 
 
 def test_names_do_not_drive_the_terminal(tree: Tree) -> None:
-    """Control characters in a list, of one byte or two, are printed as question marks."""
-    evil = "\x1b]0;owned\x07\x9b2J\r.part-aa"
+    """Control, bidirectional and invisible characters in a list are printed escaped."""
+    evil = "\x1b]0;owned\x07\x9b2J\r\u202e\u200b.part-aa"
     (tree.root / f"chunks/ckpt/{evil}").write_bytes(b"x")
     tree.list(CKPT).write_text(
         f"# {evil[:-8]}: 1 bytes, sha256 {FIRST}\n{FIRST}  {evil}\nbad\x1b[\n"
@@ -343,7 +343,15 @@ def test_names_do_not_drive_the_terminal(tree: Tree) -> None:
 
     assert result.returncode == 4
     assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", result.stderr) is None
-    assert "chunks/ckpt/?]0;owned??2J?.part-aa" in result.stderr
+    assert re.search("[\u200b\u202e]", result.stderr) is None
+    assert r"chunks/ckpt/\E]0;owned\a\302\2332J\r\342\200\256\342\200\213.part-aa" in result.stderr
+
+
+def test_letters_of_any_language_are_printed_as_they_are(tree: Tree) -> None:
+    """A name in Japanese or with accents is no reason to escape."""
+    name = "\u30e2\u30c7\u30eb \xe9t\xe9 \U0001f600.part-aa"
+    tree.list(CKPT).write_text(f"# {name[:-8]}: 1 bytes, sha256 {FIRST}\n{FIRST}  {name}\n")
+    assert f"chunks/ckpt/{name}: missing" in tree.run("ckpt").stderr
 
 
 # ---- joining
@@ -509,13 +517,13 @@ def test_bad_chunk_file_is_its_own_finding(tree: Tree, name: str) -> None:
 
 
 def test_unreadable_chunk_file(tree: Tree) -> None:
-    """A chunk file without read permission is a finding."""
+    """A chunk file without read permission is a finding with the exit code that `inv` has."""
     (tree.root / CHUNK).chmod(0)
 
     result = tree.run(before=UNPRIVILEGED)
 
-    assert findings(result)[0].startswith(f"{CHUNK}: missing: ")
-    assert (result.returncode, tree.outputs()) == (3, {})
+    assert findings(result)[0].startswith(f"{CHUNK}: unreadable: ")
+    assert (result.returncode, tree.outputs()) == (4, {})
 
 
 def test_all_findings_at_once(tree: Tree) -> None:

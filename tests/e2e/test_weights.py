@@ -425,7 +425,7 @@ TRAPS = [
     (("identify", "--path="), "identify needs --path; see inv --help identify"),
     (("speak",), "speak needs --text, --out; see inv --help speak"),
     (("convert", "weights"), "convert needs --to, --out; see inv --help convert"),
-    (("clean", *TINY, "--json"), "see inv --help clean"),
+    (("clean", *TINY, "--only", "ckpt"), "see inv --help clean"),
     (("weights", *TINY, "-e"), "weights has no -e, only long options"),
     (("weights", *TINY, "-r", "main"), "weights has no -r, only long options"),
 ]
@@ -496,17 +496,24 @@ def test_every_task_with_json_prints_just_that(
 
 
 WITH_RESULTS = [
-    ("weights", "--no-smoke", "--seal"),
-    ("status", "--check"),
-    ("verify",),
-    ("attest",),
-    ("verify", "--attestation", "models/csm-tiny/csm-tiny.intoto.json"),
-    ("doctor", "--no-smoke"),
-    ("doctor", "--offline"),
-    ("compare",),
-    ("seed-cache", "--dry"),
-    ("seed-cache",),
-    ("fetch", "--dest", "models/other", "--dry"),
+    ("weights", *TINY, "--no-smoke", "--seal"),
+    ("status", *TINY, "--check"),
+    ("verify", *TINY),
+    ("attest", *TINY),
+    ("verify", *TINY, "--attestation", "models/csm-tiny/csm-tiny.intoto.json"),
+    ("doctor", *TINY, "--no-smoke"),
+    ("doctor", *TINY, "--offline"),
+    ("compare", *TINY),
+    ("seed-cache", *TINY, "--dry"),
+    ("seed-cache", *TINY),
+    ("fetch", *TINY, "--dest", "models/other", "--dry"),
+    ("clean", *TINY, "--dry"),
+    ("lock", *TINY, "--dry"),
+    ("identify", "models/csm-tiny"),
+    ("split", "models/csm-tiny/model.safetensors", "--chunks", "chunks/new"),
+    ("split", "models/csm-tiny/model.safetensors", "--dry"),
+    ("convert", "models/csm-tiny", "--to", "transformers", "--out", "models/new"),
+    ("standin", "--name", "csm-tiny", "--dry"),
 ]
 
 
@@ -516,7 +523,7 @@ def test_json_is_of_the_documented_schema(clone: Clone) -> None:
     hub = f'[hub]\nrepo = "org/tiny"\nrevision = "{"a" * 40}"\n\n[smoke]'
     path.write_text(path.read_text().replace("[smoke]", hub))
     for task, *options in WITH_RESULTS:
-        result = clone.inv(task, *TINY, *options, "--json")
+        result = clone.inv(task, *options, "--json")
         data = checked(result.stdout)
         assert (data["command"], data["exit_code"]) == (task, result.returncode), result.stderr
         assert len(data) > 9

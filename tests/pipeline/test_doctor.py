@@ -260,7 +260,11 @@ OBSTACLES = {
         )
     ),
     "another file": Obstacle(
-        Kind.CHANGED, "access", 4, "inv lock", lambda b: b.hub.fault("etag", value=f'"{"0" * 64}"')
+        Kind.DIFFERENT,
+        "access",
+        4,
+        "inv lock",
+        lambda b: b.hub.fault("etag", value=f'"{"0" * 64}"'),
     ),
     "no network": Obstacle(Kind.NO_NETWORK, "hosts", 6, "check the network", nobody),
     "offline": Obstacle(

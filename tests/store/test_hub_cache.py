@@ -407,7 +407,7 @@ def test_bytes_that_are_not_those_of_the_name_get_no_name(hub: Hub, number: int)
     flip(hub.seeds[number].file)
     with pytest.raises(WrongContent) as caught:
         hub.seed()
-    assert [f.kind for f in caught.value.findings] == [Kind.CHANGED]
+    assert [f.kind for f in caught.value.findings] == [Kind.EDITED]
     assert list(hub.blobs.iterdir()) == []
     assert not hub.snapshot.joinpath("big.bin").is_symlink()
 

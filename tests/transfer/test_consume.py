@@ -353,7 +353,7 @@ def test_recombine_takes_no_begun_chunk_file(toy: Toy) -> None:
 
 def test_clean_keeps_what_was_consumed(toy: Toy) -> None:
     """Clean leaves the only copy of consumed bytes, and says so."""
-    told = clean(asked(begun(toy)), dry=False)
+    told = str(clean(asked(begun(toy)), dry=False))
     assert str(partial_of(toy)) in told
     assert "kept" in told
     fetch(toy)

@@ -213,8 +213,9 @@ def test_a_file_that_was_changed_meanwhile_is_not_sealed(toy: Toy) -> None:
     apply.weights(toy.request("a.bin"), smoke=False)
     receipt = receipt_of(toy, "a.bin")
     os.utime(toy.installed("a.bin"))
-    with pytest.raises(WrongContent, match="could not be sealed"):
+    with pytest.raises(WrongContent, match="only verified files are sealed") as caught:
         seal.seal(toy.root / "models/toy", receipt)
+    assert [finding.kind for finding in caught.value.findings] == [Kind.EDITED]
     assert mode(toy.installed("a.bin")) == 0o644
 
 

@@ -18,13 +18,14 @@ from csm_weights.commands.split import split_file, write_chunk_list
 from csm_weights.errors import Finding, Kind, UsageError, error_for
 from csm_weights.formats.architecture import parse_config
 from csm_weights.manifest import pin
+from csm_weights.pipeline.session import Summary
 from csm_weights.progress import Progress
 from csm_weights.store.manifest_file import write_manifest
 from tools.standin.recipes import RECIPES, standin_manifest
 from tools.standin.write import sizes, write_standin
 
 
-def make_standin(root: Path, name: str, dry: bool) -> str:
+def make_standin(root: Path, name: str, dry: bool) -> Summary:
     """Write the chunk files and the manifest of a stand-in; return what is there now.
 
     The files are made whole below output/ first, so twice their size is needed.
@@ -35,8 +36,10 @@ def make_standin(root: Path, name: str, dry: bool) -> str:
     config = parse_config(recipe.config.encode(), "config.json")
     total = sum(sizes(config).values())
     free = shutil.disk_usage(root).free
+    values = {"dry": dry, "folder": f"chunks/{name}", "size": total}
     if dry:
-        return f"would write {total:,} bytes to chunks/{name}/; needs twice that meanwhile"
+        would = f"would write {total:,} bytes to chunks/{name}/; needs twice that meanwhile"
+        return Summary(name, [would], values)
     if free < 2 * total:
         finding = Finding(Kind.NO_SPACE, str(root), f"{2 * total:,} bytes free", f"{free:,}")
         raise error_for("a stand-in needs room for its files and their chunk files", [finding])
@@ -59,4 +62,5 @@ def make_standin(root: Path, name: str, dry: bool) -> str:
         if artifact.pieces:
             write_chunk_list(root, artifact)
     write_manifest(root / "manifests" / f"{name}.toml", manifest)
-    return f"{total:,} bytes in chunks/{name}/; now run inv weights --model {name}"
+    done = f"{total:,} bytes in chunks/{name}/; now run inv weights --model {name}"
+    return Summary(name, [done], values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from csm_weights.errors import CsmWeightsError, Finding, printable
@@ -18,7 +19,9 @@ COMMAND = re.compile(
 )
 
 #: Commands that stay in one piece when a text is wrapped.
-_WHOLE = re.compile(rf"{COMMAND.pattern}|(\.venv/bin/)?pip install (-\w \S+ )*\S+")
+_WHOLE = re.compile(
+    rf"{COMMAND.pattern}|\bmake [a-z-]+( [A-Z_]+=\S+)*|(\.venv/bin/)?pip install (-\w \S+ )*\S+"
+)
 
 #: Stands for a space at which no line may end; no message has it, since it is not printable.
 _GLUE = "\0"
@@ -30,13 +33,22 @@ SHORT = 16
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return rows of words in columns as wide as they need to be; the last one is wrapped."""
     lines = [[printable(word) for word in line] for line in (head, *rows)]
-    widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]]
+    widths = [max(map(columns, column)) for column in list(zip(*lines, strict=True))[:-1]]
     indent = sum(widths) + 2 * len(widths)
     texts = []
     for *words, last in lines:
-        start = "".join(f"{word.ljust(width)}  " for word, width in zip(words, widths, strict=True))
+        spaces = [width - columns(word) + 2 for word, width in zip(words, widths, strict=True)]
+        start = "".join(word + " " * space for word, space in zip(words, spaces, strict=True))
         texts.append(start + f"\n{' ' * indent}".join(wrapped(last, indent) or [""]))
     return "\n".join(text.rstrip() for text in texts)
+
+
+def columns(text: str) -> int:
+    """Return the columns that a text takes on a terminal: wide letters two, marks on them none."""
+    if text.isascii():
+        return len(text)
+    marks = sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
 
 def wrapped(text: str, indent: int = 0) -> list[str]:
@@ -45,10 +57,15 @@ def wrapped(text: str, indent: int = 0) -> list[str]:
     No word is cut, and no command that someone may copy: those may stick out.
     """
     text, width = printable(text), max(24, WIDTH - indent)
-    if 0 < len(text) <= width:
+    if 0 < columns(text) <= width:
         return [text.rstrip()]
     whole = _WHOLE.sub(lambda command: command[0].replace(" ", _GLUE), text)
-    lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+    lines: list[str] = []
+    for word in re.findall(" *[^ ]+", whole):
+        if lines and columns(lines[-1] + word) <= width:
+            lines[-1] += word
+        else:
+            lines.append(word.lstrip())
     return [line.replace(_GLUE, " ") for line in lines]
 
 

@@ -13,7 +13,7 @@ from csm_weights.commands.render.text import origin_words
 from csm_weights.errors import CsmWeightsError
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action, total
-from csm_weights.pipeline.session import Outcome, StatusReport
+from csm_weights.pipeline.session import Outcome, StatusReport, Summary
 from csm_weights.store.inspect import FileState
 
 if TYPE_CHECKING:  # what a task does not show need not be imported for it
@@ -42,6 +42,7 @@ def render(result: object, command: str = "", model: str | None = None) -> str:
         "Identification": _identification,
         "DoctorReport": _doctor,
         "Seeding": _seeding,
+        "Summary": _summary,
     }
     shared = {
         "schema": SCHEMA,
@@ -176,6 +177,10 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
 
 def _identification(found: Identification) -> dict[str, Any]:
     return {"files": [asdict(one) | {"verdict": one.verdict} for one in found.files]}
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    return {"model": summary.model, **summary.values}
 
 
 def _value(value: Value) -> dict[str, Any]:
