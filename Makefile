@@ -147,7 +147,7 @@ damage: $(VENV)/.test ## Damage weights in 300 ways: each must be named by tenso
 test-full: $(VENV)/.test ## Run the tests that need root, 45 GB of disk, or minutes
 	@$(VENV)/bin/python -m pytest -m full tests
 
-test-integration: $(VENV)/.test ## Run the tests against nginx and other huggingface_hub
+test-integration: $(VENV)/.test ## Run the tests against nginx, Chromium, other releases
 	@$(VENV)/bin/python -m pytest -m integration tests
 
 test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
