@@ -12,8 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 
 SWITCHES := CONSUME SEAL SMOKE
-KNOWN := MODEL ONLY DEST STAGING SOURCE URL CACHE REVISION PATIENCE LIMIT_RATE FILE TO OUT TEXT KEY NEW_KEY $(SWITCHES) \
-	FUZZ_SECONDS SEED MAX_SECONDS MINUTES PYTHON VENV
+KNOWN := MODEL ONLY DEST STAGING SOURCE URL CACHE REVISION PATIENCE LIMIT_RATE WITH REPORT FILE TO OUT TEXT \
+	KEY NEW_KEY $(SWITCHES) FUZZ_SECONDS SEED MAX_SECONDS MINUTES PYTHON VENV
 
 # Values are data: a call of make's functions in them is not made, here or in a recipe.
 $(foreach name,$(KNOWN),$(eval override $(name) := $$(value $(name))))
@@ -44,6 +44,7 @@ FROM  := $(AT) $(call option,SOURCE,source) $(foreach url,$(URL),--url $(call qu
 GOING := $(call switch,CONSUME,consume)
 WAITING := $(call option,PATIENCE,patience) $(call option,LIMIT_RATE,limit-rate)
 SEALED := $(call switch,SEAL,seal)
+PAGE := $(call option,REPORT,report)
 
 # The programs of a virtual environment name its Python by its path.
 MOVED := echo "$(VENV) was made for another folder. Was this clone moved or renamed?" \
@@ -57,7 +58,7 @@ ifneq ($(filter $(no),$(SMOKE)),)
 RUN_ENV   := $(VENV)/.base
 SMOKE_OPT := --no-smoke
 else
-RUN_ENV   := $(VENV)/.smoke
+RUN_ENV   := $(VENV)/$(if $(WITH),.speak,.smoke)
 endif
 
 .DEFAULT_GOAL := help
@@ -71,9 +72,9 @@ help: ## Show this help
 
 weights: $(VENV)/.base ## Join or download, verify, install and smoke-test MODEL
 	@# Report what is missing before torch is installed.
-	@$(INV) weights $(WHAT) $(FROM) $(GOING) --dry > /dev/null
+	@$(INV) weights $(WHAT) $(FROM) $(GOING) $(call option,WITH,with) --dry > /dev/null
 	@$(MAKE) --silent --no-print-directory $(RUN_ENV)
-	@$(INV) weights $(WHAT) $(FROM) $(GOING) $(WAITING) $(SEALED) $(SMOKE_OPT)
+	@$(INV) weights $(WHAT) $(FROM) $(GOING) $(WAITING) $(SEALED) $(SMOKE_OPT) $(call option,WITH,with) $(PAGE)
 
 doctor: $(VENV)/.base ## Find out what stands in the way of weights
 	@$(INV) doctor $(WHAT) $(FROM) $(GOING) $(SMOKE_OPT)
@@ -88,13 +89,13 @@ place: $(VENV)/.base ## Install verified files: move them from output/
 	@$(INV) place $(WHAT) $(AT) $(SEALED)
 
 verify: $(VENV)/.base ## Hash the installed files again and run all gates
-	@$(INV) verify $(WHAT)
+	@$(INV) verify $(WHAT) $(PAGE)
 
 attest: $(VENV)/.attest ## Write where the files come from (KEY=file signs it)
 	@$(INV) attest $(WHAT) $(call option,KEY,key) $(call option,NEW_KEY,new-key)
 
 smoke: $(VENV)/.smoke ## Load the installed model and run the smoke test
-	@$(INV) smoke $(WHAT)
+	@$(INV) smoke $(WHAT) $(PAGE)
 
 seed-cache: $(VENV)/.base ## Link the installed files into the Hub's cache
 	@$(INV) seed-cache $(WHAT)

@@ -23,22 +23,18 @@ from torch import Tensor
 
 import csm_weights
 from csm_weights import Generator, Model, Segment, hashing, load_csm_1b
-from csm_weights.commands import lock, seed_cache
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import sha256
 from csm_weights.manifest.parse import load
 from csm_weights.model import csm as plain
 from csm_weights.model import stream
-from csm_weights.model.codec import find_codec
-from csm_weights.model.tokenizer import find_tokenizer
 from csm_weights.pipeline import apply, locate, session
 from csm_weights.pipeline import request as requests
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.store.inspect import inspect
 from csm_weights.store.receipts import Receipt, dump_receipt, read_receipt, receipt_path
-from tests.model.test_generator import TINY_CODEC, byte_tokenizer
 from tests.support.clone import REPOSITORY
 from tests.support.hub import HubServer
 from tests.support.toy import flip
@@ -644,47 +640,6 @@ def test_a_name_that_is_none_is_refused(root: Path, repo: str) -> None:
     with pytest.raises(UsageError, match="ORG/NAME"):
         Model.from_pretrained(repo)
     assert not (root.parent / "hf").exists()
-
-
-@pytest.mark.usefixtures("online")
-def test_the_codec_comes_verified_through_the_commands(
-    root: Path, hub: HubServer, tmp_path: Path
-) -> None:
-    """Lock, fetch and seed, as the missing codec's error says, bring it where it is found."""
-    from transformers import MimiConfig, MimiModel
-
-    MimiModel(MimiConfig(**TINY_CODEC)).save_pretrained(tmp_path / "mimi")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "mimi").iterdir()}
-    hub.add_repo("kyutai/mimi", files)
-    with pytest.raises(MissingInput) as caught:
-        find_codec(32, torch.device("cpu"))
-    for command in ("inv lock --repo kyutai/mimi", "--model mimi", "inv seed-cache"):
-        assert command in str(caught.value)
-
-    lock.lock_repo(root, "kyutai/mimi", "", "", "", dry=False)
-    assert apply.weights(Request(root, "mimi")).error is None
-    seed_cache.seed_cache(Request(root, "mimi"))
-    assert find_codec(32, torch.device("cpu")).sample_rate == 24_000
-
-
-@pytest.mark.usefixtures("online")
-def test_the_tokenizer_comes_verified_through_the_commands(root: Path, hub: HubServer) -> None:
-    """What the missing tokenizer's error says puts it beside the model's files."""
-    content = byte_tokenizer().to_str().encode()
-    hub.push(REPO, {"tokenizer.json": content})
-    digest = hashlib.sha256(content).hexdigest()
-    entry = '\n[[artifact]]\npath = "tokenizer.json"\ngroup = "tokenizer"\nformat = "opaque"\n'
-    entry += f'size = {len(content)}\nsha256 = "{digest}"\n'
-    entry += 'evidence = { size = "A", sha256 = "A" }\n'
-    manifest = root / "manifests" / "csm-1b.toml"
-    manifest.write_text(manifest.read_text() + entry)
-    model = loaded()
-    with pytest.raises(MissingInput, match="inv weights --only tokenizer"):
-        find_tokenizer(model.folder)
-
-    request = Request(root, "csm-1b", ("tokenizer",), revision="main")
-    assert apply.weights(request).error is None
-    assert find_tokenizer(model.folder).encode("")
 
 
 def test_csm_tiny_itself_speaks() -> None:

@@ -49,17 +49,24 @@ def main() -> None:
 
 
 @task(
-    *(*SOURCES, *FETCHING, *PAGE, "seal", "dry", "require_gpu", "require_fast"),
+    *(*SOURCES, *FETCHING, *PAGE, "with_", "seal", "dry", "require_gpu", "require_fast"),
     smoke=(True, "--no-smoke skips the smoke test, and needs no torch"),
 )
-def weights(request: Request, smoke: bool, seal: bool, dry: bool, **required: bool) -> object:
+def weights(
+    request: Request, smoke: bool, with_: str, seal: bool, dry: bool, **required: bool
+) -> object:
     """Join or download, verify, install and smoke-test a model."""
+    from csm_weights.commands import speech
     from csm_weights.pipeline import apply
     from csm_weights.pipeline.plan import Target
 
+    more = speech.requests(request, with_)
     if dry:
-        return apply.plan(request, Target.BOTH)
-    return _sealed(request, apply.weights(request, smoke, **required), seal)
+        plan, *others = [apply.plan(one, Target.BOTH) for one in (request, *more)]
+        return replace(plan, also=tuple(others))
+    done = speech.bring(apply.weights(request, smoke, **required), more)
+    also = tuple(_sealed(*pair, seal) for pair in zip(more, done.also, strict=False))
+    return replace(_sealed(request, done, seal), also=also)
 
 
 @task(

@@ -29,7 +29,7 @@ TYPED = "CSM_WEIGHTS_TYPED"
 MAKE = {
     **{f"--{name}": name.upper() for name in ("model", "only", "dest", "staging", "source", "url")},
     **{f"--{name}": name.upper() for name in ("cache", "revision", "patience", "file", "key")},
-    **{f"--{name}": name.upper() for name in ("out", "seed")},
+    **{f"--{name}": name.upper() for name in ("out", "seed", "with", "report")},
     "--limit-rate": "LIMIT_RATE",
     "--path": "FILE",
     "--text": "TEXT",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError
-from csm_weights.model.offline_assets import not_installed
+from csm_weights.model.offline_assets import BRING, not_installed
+from csm_weights.pipeline import speech
 from csm_weights.pipeline.locate import Weights
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Summary
@@ -61,8 +62,14 @@ def speak(
         finding = Finding(Kind.NOT_THERE, request.model, *words)
         raise MissingInput("the model is not on this machine", [finding])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    texts = TextTokenizer.from_file(Path(tokenizer)) if tokenizer else find_tokenizer(found.folder)
-    mimi = Mimi.from_local(codec, device=device) if codec else find_codec(32, device)
+    home = speech.codec_folder(request)
+    command = " ".join([BRING, *request.options])
+    if tokenizer:
+        texts = TextTokenizer.from_file(Path(tokenizer))
+    else:
+        texts = find_tokenizer(found.folder, home, command)
+    options = (32, device)
+    mimi = Mimi.from_local(codec, *options) if codec else find_codec(*options, home, command)
     rate = mimi.sample_rate
     segments = [
         Segment(speaker, words, read_wav(Path(file), rate))

@@ -57,6 +57,7 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "progress": ("auto", "auto, or json: what is done, one JSON object a line on stderr"),
     "junit": ("", "file to write the result to as JUnit XML, for CI systems"),
     "verdict": ("", "file to write the verdict to, in one line: /dev/termination-log in a pod"),
+    "with_": ("", "also get what goes with the model: speak, for its tokenizer and codec"),
     "report": ("", "also write the result, or the error, as a page for a browser: FILE.html"),
     "host": (False, "name this machine on the page"),
 }

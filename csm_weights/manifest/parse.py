@@ -24,6 +24,7 @@ from csm_weights.untrusted import Malformed, show
 _RULES = {
     "name": (re.compile(NAME), "lowercase letters, digits, '.', '_', '-'"),
     "group": (re.compile(NAME), "a lowercase word"),
+    "codec": (re.compile(NAME), "the name of a manifest"),
     "repo": (re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII), "ORG/NAME"),
     **{
         key: (re.compile(f"[0-9a-f]{{{digits}}}"), f"{digits} lowercase hex digits")
@@ -211,6 +212,7 @@ def _manifest(table: _Table, where: str) -> Manifest:
     if type(schema) is not int or schema != types.SCHEMA:
         table.refuse("schema", f"{types.SCHEMA}", "another, or none")
     layout, hub, smoke = table.table("layout"), table.table("hub"), table.table("smoke")
+    speech = table.table("speech")
     has_hub = bool(hub.left)
     gated, default = hub.left.pop("gated", False), table.left.pop("default", [])
     if not isinstance(gated, bool):
@@ -228,10 +230,11 @@ def _manifest(table: _Table, where: str) -> Manifest:
         gated=gated is True,
         default=tuple(default),
         golden=smoke.text("golden") if smoke.left else None,
+        codec=speech.text("codec") if speech.left else None,
         artifacts=tuple(_artifact(t) for t in table.tables("artifact")),
         where=where,
     )
-    for part in (layout, hub, smoke, table):
+    for part in (layout, hub, smoke, speech, table):
         part.finish()
     if not manifest.artifacts:
         table.refuse("artifact", "at least one", "none")

@@ -21,6 +21,8 @@ def render(manifest: Manifest) -> str:
         lines += ["gated = true"] if manifest.gated else []
     if manifest.golden:
         lines += ["", "[smoke]", f"golden = {_quote(manifest.golden)}"]
+    if manifest.codec:
+        lines += ["", "[speech]", f"codec = {_quote(manifest.codec)}"]
     for artifact in manifest.artifacts:
         lines += ["", "[[artifact]]", *render_artifact(artifact)]
     return "\n".join(lines) + "\n"

@@ -141,8 +141,9 @@ class Manifest:
     `staging` receives assembled files, `destination` installed ones.
     `revision` is a commit of the Hub's `repo`; `gated` means that the Hub
     serves its files only to those who accepted its terms. `default` are the
-    words that are meant when nothing is named. `where` is the file it was
-    read from, for messages.
+    words that are meant when nothing is named. `codec` is the name of the
+    manifest with what a model needs to speak besides its own files. `where` is
+    the file it was read from, for messages.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Manifest:
     gated: bool = False
     default: tuple[str, ...] = ()
     golden: str | None = None
+    codec: str | None = None
     where: str = ""
 
     def select(self, words: Iterable[str]) -> tuple[Artifact, ...]:

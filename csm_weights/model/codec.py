@@ -10,11 +10,13 @@ from torch import Tensor
 
 from csm_weights.config import HubEnvironment
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
-from csm_weights.model.offline_assets import not_installed, snapshots
-
-#: The repository of Mimi for transformers, and the files it consists of.
-CODEC_REPO = "kyutai/mimi"
-CODEC_FILES = ("config.json", "model.safetensors")
+from csm_weights.model.offline_assets import (
+    BRING,
+    CODEC_FILES,
+    CODEC_REPO,
+    codec_folder,
+    not_installed,
+)
 
 
 class Codec(Protocol):
@@ -105,16 +107,19 @@ def require_below(values: Tensor, count: int, what: str, whose: str) -> None:
         raise UsageError(f"{what} {low} to {high}; {whose} has 0 to {count - 1}")
 
 
-def find_codec(codebooks: int, device: torch.device) -> Mimi:
-    """Find Mimi in the Hub's cache; raises MissingInput, with the command, where it is not."""
-    for found in snapshots(CODEC_REPO, CODEC_FILES):
+def find_codec(
+    codebooks: int, device: torch.device, folder: Path | None = None, command: str = BRING
+) -> Mimi:
+    """Find Mimi in a folder where it is installed, or in the Hub's cache.
+
+    Raises MissingInput, with the command that brings it verified, where it is not.
+    """
+    if found := codec_folder(folder):
         return Mimi.from_local(found, codebooks, device)
     where = f"{CODEC_REPO} in {HubEnvironment.read().cache}"
-    words = (" and ".join(CODEC_FILES), "not both", f"hf download {CODEC_REPO}")
-    finding = Finding(Kind.MISSING, where, *words)
+    finding = Finding(Kind.MISSING, where, " and ".join(CODEC_FILES), "not both", command)
     advice = (
-        f"In a checkout, and verified: inv lock --repo {CODEC_REPO} && inv weights --model mimi"
-        " && inv seed-cache --model mimi\n"
+        f"Or: hf download {CODEC_REPO}\n"
         "inv speak takes one by --codec FOLDER; a program gets the codes by generate_frames."
     )
     raise MissingInput(

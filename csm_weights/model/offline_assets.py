@@ -1,4 +1,4 @@
-"""The repositories that CSM needs to speak without a network, in the Hub's cache."""
+"""What CSM needs to speak without a network: tokenizer, codec, and the Hub's cache."""
 
 from __future__ import annotations
 
@@ -13,32 +13,46 @@ from csm_weights.store.hub_cache import main_of, repository, snapshot_file, snap
 #: The repository that the model's own files can be seeded into.
 CSM = "sesame/csm-1b"
 
+#: The file that holds a tokenizer, and the repositories that have it, in this order.
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_REPOS = (CSM, "meta-llama/Llama-3.2-1B")
+
+#: The repository of Mimi for transformers, and the files it consists of.
+CODEC_REPO = "kyutai/mimi"
+CODEC_FILES = ("config.json", "model.safetensors")
+
+#: The command that brings a tokenizer and a codec, verified, with a model.
+BRING = "inv weights --with speak"
+
 
 @dataclass(frozen=True)
 class Asset:
     """A repository that is needed for `purpose`, with the sizes of its files in bytes, if known.
 
     A name may be a folder's. `gated`: only to those who accepted its terms.
-    `optional`: Sesame's own generator does without. `missing` are those of the
-    files that an offline client does not find; `command` downloads them.
+    `missing` are those of the files that an offline client does not find;
+    `command` downloads them.
     """
 
     repo: str
     purpose: str
     files: Mapping[str, int | None]
     gated: bool = False
-    optional: bool = False
     missing: tuple[str, ...] = ()
     command: str = ""
 
 
 #: What Sesame's generator asks the Hub for, and then its libraries moshi and silentcipher.
 ASSETS = (
-    Asset(CSM, "the model", {"config.json": None, "model.safetensors": 6_211_186_784}, gated=True),
+    Asset(
+        CSM,
+        "the model, as other programs find it",
+        {"config.json": None, "model.safetensors": 6_211_186_784},
+        gated=True,
+    ),
     Asset(
         "meta-llama/Llama-3.2-1B",
-        "the text tokenizer of Sesame's own generator; today's sesame/csm-1b carries one itself,"
-        " and transformers needs no other",
+        "the text tokenizer of Sesame's own generator; others take that of sesame/csm-1b",
         dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")),
         gated=True,
     ),
@@ -53,27 +67,19 @@ ASSETS = (
         {"44_1_khz/73999_iteration": None},
         command="hf download sony/silentcipher",
     ),
-    Asset(
-        "kyutai/mimi",
-        "Mimi again, as the Generator of this package takes it, by transformers",
-        {"config.json": None, "model.safetensors": None},
-        optional=True,
-    ),
 )
 
 
-def find_assets(cache: Path, in_place: bool = False) -> list[Asset]:
-    """Return the repositories that CSM needs to speak offline, with what is missing of each.
+def find_assets(cache: Path) -> list[Asset]:
+    """Return the repositories that Sesame's generator asks for, with what is missing of each.
 
-    `in_place` says that the model's own files are installed and verified.
     Judged by presence and, where it is known, by size: nothing is hashed.
     """
     found = []
     for asset in ASSETS:
         command = asset.command or " ".join(["hf download", asset.repo, *asset.files])
         if asset.repo == CSM:
-            seed = "inv seed-cache --only safetensors"
-            command = seed if in_place else f"inv weights --only safetensors && {seed}"
+            command = "inv weights --only safetensors && inv seed-cache --only safetensors"
         named = asset.files.items()
         missing = tuple(n for n, size in named if not _is_found(cache, asset.repo, n, size))
         found.append(replace(asset, missing=missing, command=command))
@@ -99,6 +105,19 @@ def snapshots(repo: str, names: tuple[str, ...]) -> Iterator[Path]:
     for snapshot in snapshots_of(repository(cache, repo)):
         if all(snapshot_file(cache, repo, snapshot.name, name) for name in names):
             yield snapshot
+
+
+def tokenizer_file(*folders: Path | None) -> Path | None:
+    """Return the tokenizer in the first of these folders that has one, or in the Hub's cache."""
+    here = [folder / TOKENIZER_FILE for folder in folders if folder]
+    cached = (s for repo in TOKENIZER_REPOS for s in snapshots(repo, (TOKENIZER_FILE,)))
+    found = next((file for file in here if file.is_file()), None)
+    return found or next((snapshot / TOKENIZER_FILE for snapshot in cached), None)
+
+
+def codec_folder(folder: Path | None) -> Path | None:
+    """Return the folder with Mimi: `folder`, if there is one, or a snapshot in the Hub's cache."""
+    return folder or next(snapshots(CODEC_REPO, CODEC_FILES), None)
 
 
 def not_installed(package: str, purpose: str) -> MissingInput:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 from csm_weights.files import read_file
-from csm_weights.model.offline_assets import not_installed, snapshots
+from csm_weights.model.offline_assets import (
+    BRING,
+    TOKENIZER_FILE,
+    TOKENIZER_REPOS,
+    not_installed,
+    tokenizer_file,
+)
 
 if TYPE_CHECKING:
     import tokenizers
-
-#: The file that holds a tokenizer, and the repositories that have it, in this order.
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_REPOS = ("sesame/csm-1b", "meta-llama/Llama-3.2-1B")
 
 #: Most bytes read of it: Llama 3.2's has 17 MB.
 MAX_TOKENIZER = 256 << 20
@@ -74,21 +76,19 @@ class TextTokenizer:
         return [bos, *ids, eos]
 
 
-def find_tokenizer(folder: Path | None) -> TextTokenizer:
-    """Find the tokenizer beside the model's files in `folder`, or else in the Hub's cache.
+def find_tokenizer(
+    folder: Path | None, codec: Path | None = None, command: str = BRING
+) -> TextTokenizer:
+    """Find the tokenizer beside the model's files in `folder`, or the codec's, or in the cache.
 
-    Raises MissingInput, with the command, where there is none.
+    Raises MissingInput, with the command that brings it verified, where there is none.
     """
-    if folder is not None and (folder / TOKENIZER_FILE).is_file():
-        return TextTokenizer.from_file(folder / TOKENIZER_FILE)
-    for repo in TOKENIZER_REPOS:
-        for found in snapshots(repo, (TOKENIZER_FILE,)):
-            return TextTokenizer.from_file(found / TOKENIZER_FILE)
+    if file := tokenizer_file(folder, codec):
+        return TextTokenizer.from_file(file)
     where = f"{folder / TOKENIZER_FILE if folder else TOKENIZER_FILE}, and the Hub's cache"
-    command = f"hf download {TOKENIZER_REPOS[0]} {TOKENIZER_FILE}"
     finding = Finding.missing(where, "the tokenizer", command)
     advice = (
-        "In a checkout, verified and beside the model: inv weights --only tokenizer\n"
+        f"Or: hf download {TOKENIZER_REPOS[0]} {TOKENIZER_FILE}\n"
         "inv speak takes one by --tokenizer FILE; a program may give the text as token ids."
     )
     raise MissingInput("text needs a tokenizer, and none is on this machine", [finding], advice)

@@ -28,9 +28,10 @@ from csm_weights.config import PUBLIC_ENDPOINT, HubEnvironment, pip_command
 from csm_weights.errors import Category, CsmWeightsError, Finding, Kind, MissingInput, error_for
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.model import offline_assets
-from csm_weights.pipeline import apply
+from csm_weights.pipeline import apply, speech
 from csm_weights.pipeline.actions import Assemble, costs
-from csm_weights.pipeline.request import Request, find_manifest
+from csm_weights.pipeline.locate import Weights
+from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Session, begin
 from csm_weights.progress import Progress, format_size
 from csm_weights.store import atomic
@@ -119,31 +120,40 @@ def _not_asked(why: str, *names: str) -> list[CheckResult]:
 
 
 def closure(request: Request) -> DoctorReport:
-    """Check which repositories that CSM needs to speak are in the Hub's cache; offline."""
-    environment, checks = HubEnvironment.read(), []
-    is_installed = False
-    if find_manifest(request.root, request.model).repo == offline_assets.CSM:
-        chosen = Request(request.root, request.model, ("safetensors",), request.dest)
-        is_installed = apply.status(chosen).plan.is_done
-    for need in offline_assets.find_assets(environment.cache, is_installed):
-        help_text = need.command
-        if need.gated and need.command.startswith("hf "):
-            help_text = f"accept the terms at {environment.page(need.repo)}, then {need.command}"
-        found = f"not here: {need.purpose}"
-        if not need.missing:
-            check = CheckResult(need.repo, Verdict.OK, f"here: {need.purpose}")
-        elif need.optional:
-            check = CheckResult(need.repo, Verdict.NOTE, f"{found}; {help_text}")
-        else:
-            missing = f"no {', '.join(need.missing)}"
-            words = ("its files in the cache", missing, help_text)
-            findings = (Finding(Kind.MISSING, need.repo, *words),)
-            check = CheckResult(need.repo, Verdict.NOT_OK, found, findings)
-        checks.append(check)
+    """Check that a model can speak without a network: its files, its tokenizer, its codec.
+
+    Nothing is hashed or loaded. What Sesame's own generator asks the Hub's cache for is
+    noted.
+    """
+    environment, bring = HubEnvironment.read(), " ".join([offline_assets.BRING, *request.options])
+    weights, home = next(Weights(request).candidates(), None), speech.codec_folder(request)
+    beside = begin(request).paths.destination
+    here = [
+        ("weights", weights and weights.paths[0], bring),
+        ("tokenizer", offline_assets.tokenizer_file(beside, home), bring),
+        ("codec", offline_assets.codec_folder(home), bring),
+        *(
+            (name, importlib.util.find_spec(name) and "installed", pip_command("speak"))
+            for name in ("torch", "transformers", "tokenizers")
+        ),
+    ]
+    checks = []
+    for name, found, command in here:
+        findings = () if found else (Finding.missing(name, "on this machine", command),)
+        verdict = Verdict.OK if found else Verdict.NOT_OK
+        checks.append(CheckResult(name, verdict, str(found or "not here"), findings))
+    for need in offline_assets.find_assets(environment.cache):
+        found, command = f"here: {need.purpose}", need.command
+        if need.gated and command.startswith("hf "):
+            command = f"accept the terms at {environment.page(need.repo)}, then {command}"
+        if need.missing:
+            found = f"not here: {need.purpose}; {command}"
+        checks.append(CheckResult(need.repo, Verdict.NOTE if need.missing else Verdict.OK, found))
     needed = [finding for check in checks for finding in check.findings]
-    error = MissingInput("CSM cannot speak offline yet", needed) if needed else None
-    subject = f"what CSM needs to speak offline, in {environment.cache}"
-    return DoctorReport(subject, tuple(checks), "CSM can speak with HF_HUB_OFFLINE=1", error)
+    error = MissingInput(f"{request.model} cannot speak offline yet", needed) if needed else None
+    subject = f"what {request.model} needs to speak offline, and Sesame's own code in the cache"
+    promise = f"{request.model} can speak with HF_HUB_OFFLINE=1"
+    return DoctorReport(subject, tuple(checks), promise, error)
 
 
 # ---- asking servers

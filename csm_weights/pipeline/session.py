@@ -43,7 +43,7 @@ class StatusReport:
     """The state of the disk, and the plan that follows from it.
 
     `advice` says how to get what is missing. `refused` are the paths of artifacts that
-    have the right digest and failed another gate.
+    have the right digest and failed another gate. `also` is about what --with names.
     """
 
     state: State
@@ -51,6 +51,7 @@ class StatusReport:
     advice: str = ""
     error: CsmWeightsError | None = None
     refused: frozenset[str] = frozenset()
+    also: tuple[StatusReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Outcome:
     `actions` are those taken, in order. `smoke` is the last smoke report of
     these very files; `smoke_is_known` says that it is an earlier run's. `sealed`
     are the files that were sealed, `attested` is what an attestation says of them.
+    `also` are the outcomes for what --with names.
     """
 
     state: State
@@ -71,6 +73,7 @@ class Outcome:
     error: CsmWeightsError | None = None
     sealed: tuple[Sealed, ...] = ()
     attested: Attested | None = None
+    also: tuple[Outcome, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ from csm_weights.model.tokenizer import TextTokenizer
 from csm_weights.model.wav import read_wav, wav_bytes
 from csm_weights.pipeline.locate import network_in
 from csm_weights.pipeline.request import Request
-from tests.model.test_generator import TINY_CODEC, FakeCipher, byte_tokenizer
-from tests.support.clone import EMBEDDED, copy_tiny
+from tests.model.test_generator import FakeCipher
+from tests.support.clone import EMBEDDED, REPOSITORY, copy_tiny
 from tests.support.privileges import unprivileged
 from tests.support.schema import checked
 from tests.support.toy import flip
+from tools.standin.speech import CHUNKS
 
 #: Seven frames of 1,920 samples.
 SECONDS, SAMPLES = 0.56, 7 * 1920
@@ -46,20 +47,11 @@ SECONDS, SAMPLES = 0.56, 7 * 1920
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tokenizer.json and, in mimi/, a codec of random weights."""
-    from transformers import MimiConfig, MimiModel
-
     folder = tmp_path_factory.mktemp("files")
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    torch.manual_seed(1)
-    mimi = MimiModel(MimiConfig(**TINY_CODEC)).eval()
-    for (
-        name,
-        values,
-    ) in mimi.named_buffers():  # all zeros in a new model: any code would sound alike
-        if name.endswith("embed_sum"):
-            values.normal_(std=0.003)
-            values[35:] = 1000  # so that no sound gets a code that csm-tiny does not have
-    mimi.save_pretrained(folder / "mimi")
+    (folder / "mimi").mkdir()
+    for part in (REPOSITORY / CHUNKS).rglob("*.part-aa"):
+        shutil.copy(part, folder / "mimi" / part.stem)
+    (folder / "mimi" / "tokenizer.json").rename(folder / "tokenizer.json")
     return folder
 
 
@@ -211,10 +203,10 @@ def test_installed_and_cached_files_are_found(root: Path, files: Path, tmp_path:
         ({"seed": -1}, UsageError, "--seed -1"),
         ({"seed": 2**63}, UsageError, "--seed"),
         ({"tokenizer": "none.json"}, MissingInput, r"none\.json"),
-        ({"tokenizer": ""}, MissingInput, "hf download sesame/csm-1b tokenizer.json"),
+        ({"tokenizer": ""}, MissingInput, "inv weights --with speak --model csm-tiny"),
         ({"tokenizer": ""}, MissingInput, "--tokenizer FILE"),
         ({"codec": "none"}, MissingInput, "none/model.safetensors.*hf download kyutai/mimi"),
-        ({"codec": ""}, MissingInput, "hf download kyutai/mimi"),
+        ({"codec": ""}, MissingInput, "inv weights --with speak --model csm-tiny"),
         ({"codec": ""}, MissingInput, "--codec FOLDER"),
         ({"context": ["none.wav"], "context_text": ["a"]}, MissingInput, r"none\.wav"),
     ],

@@ -28,6 +28,7 @@ from csm_weights.model.generator import Generator, Segment
 from csm_weights.model.tokenizer import TextTokenizer, find_tokenizer
 from csm_weights.model.watermark import resample
 from tests.support.networks import TINY
+from tools.standin.speech import CONFIG as TINY_CODEC
 
 SMALL = replace(TINY, max_positions=20)
 
@@ -42,21 +43,6 @@ SIGNATURE = {
     "max_audio_length_ms": 90_000,
     "temperature": 0.9,
     "topk": 50,
-}
-
-#: A Mimi that costs next to nothing, with the 1,920 samples a frame of the real one.
-TINY_CODEC = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "num_filters": 4,
-    "codebook_size": 64,
-    "codebook_dim": 4,
-    "vector_quantization_hidden_dimension": 4,
-    "upsample_groups": 8,
-    "num_quantizers": 32,
 }
 
 

@@ -670,58 +670,37 @@ def test_the_gpu_is_what_nvidia_smi_says(
 # ---- what speaking offline takes
 
 
-def fill(cache: Path, needed: offline_assets.Asset) -> None:
-    """Puts empty files of the right size where an offline client looks for them."""
-    home = hub_cache.repository(cache, needed.repo)
-    commit = "a" * 40
-    for name in needed.files:
-        path = home / "snapshots" / commit / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.truncate(SIZES.get(name, 10))
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text(commit)
-
-
-SIZES = {
-    "model.safetensors": 6_211_186_784,
-    "tokenizer-e351c8d8-checkpoint125.safetensors": 384_644_900,
-}
-
-
-def test_each_repository_that_is_not_here_has_its_command(bench: Bench) -> None:
-    """Without anything in the cache, four repositories are named, each with what brings it."""
+def test_each_thing_that_speaking_takes_is_named_with_its_command(bench: Bench) -> None:
+    """One command brings weights, tokenizer and codec; what other programs ask for is noted."""
     diagnosis = doctor.closure(bench.asked())
-    helps = [check.findings[0].help for check in diagnosis.checks if check.findings]
-    assert (code(diagnosis), len(helps)) == (3, 4)
-    assert helps[0] == "inv weights --only safetensors && inv seed-cache --only safetensors"
-    assert "accept the terms at" in helps[1] and "hf download meta-llama" in helps[1]
-    assert helps[2].startswith("hf download kyutai/moshiko-pytorch-bf16")
-    assert helps[3] == "hf download sony/silentcipher"
+    bad = {c.name: c.findings[0].help for c in diagnosis.checks if c.verdict is Verdict.NOT_OK}
+    command = "inv weights --with speak --model csm-tiny --only all"
+    assert (code(diagnosis), bad) == (3, dict.fromkeys(("weights", "tokenizer", "codec"), command))
+    notes = {c.name: c.found for c in diagnosis.checks if c.verdict is Verdict.NOTE}
+    assert "accept the terms at" in notes["meta-llama/Llama-3.2-1B"]
+    assert "hf download kyutai/moshiko-pytorch-bf16" in notes["kyutai/moshiko-pytorch-bf16"]
+    assert set(notes) == {asset.repo for asset in offline_assets.ASSETS}
 
 
-def test_what_is_here_is_not_asked_for(bench: Bench) -> None:
-    """With one repository missing only that is reported; with all of them, speaking is promised."""
-    cache = bench.root / "home" / "hub"
-    needs = [need for need in offline_assets.find_assets(cache) if not need.optional]
-    mimi, *others = sorted(needs, key=lambda n: "kyutai" not in n.repo)
-    for needed in others:
-        fill(cache, needed)
-    diagnosis = doctor.closure(bench.asked())
-    bad = [check.name for check in diagnosis.checks if check.verdict is Verdict.NOT_OK]
-    assert (bad, code(diagnosis)) == ([mimi.repo], 3)
-    fill(cache, mimi)
+def test_a_missing_package_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speaking takes packages as well: the command installs them."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: n != "tokenizers" and real(n))
+    found = checks(doctor.closure(bench.asked()))
+    assert found["torch"].verdict is Verdict.OK
+    assert found["tokenizers"].findings[0].help.endswith("'.[speak]'")
+
+
+def test_files_in_the_cache_are_enough(bench: Bench) -> None:
+    """Tokenizer and codec of the Hub's cache count, and weights in chunk files."""
+    bench.give_parts()
+    for repo, names in (("sesame/csm-1b", ["tokenizer.json"]), ("kyutai/mimi", FILES[::2])):
+        snapshot = (
+            hub_cache.repository(bench.root / "home" / "hub", repo) / "snapshots" / ("a" * 40)
+        )
+        snapshot.mkdir(parents=True)
+        for name in names:
+            (snapshot / name).touch()
     diagnosis = doctor.closure(bench.asked())
     assert code(diagnosis) == 0
-    assert said(diagnosis).endswith("OK: CSM can speak with HF_HUB_OFFLINE=1")
-
-
-def test_what_only_our_generator_wants_is_a_note(bench: Bench) -> None:
-    """The codec for transformers is named with its command, and its absence is no error."""
-    cache = bench.root / "home" / "hub"
-    for needed in offline_assets.find_assets(cache):
-        if not needed.optional:
-            fill(cache, needed)
-    last = doctor.closure(bench.asked()).checks[-1]
-    assert (last.name, last.verdict, last.findings) == ("kyutai/mimi", Verdict.NOTE, ())
-    assert "hf download kyutai/mimi config.json model.safetensors" in last.found
+    assert said(diagnosis).endswith("OK: csm-tiny can speak with HF_HUB_OFFLINE=1")

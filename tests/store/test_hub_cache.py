@@ -621,7 +621,7 @@ def test_the_bytes_are_durable_before_they_have_a_name(
 # ---- what speaking offline takes
 
 
-#: What the five repositories have that is asked of them, with sizes where these are known.
+#: What the four repositories have that is asked of them, with sizes where these are known.
 CLOSURE: dict[str, dict[str, int]] = {
     "sesame/csm-1b": {"config.json": 155, "model.safetensors": 6_211_186_784},
     "meta-llama/Llama-3.2-1B": {
@@ -631,7 +631,6 @@ CLOSURE: dict[str, dict[str, int]] = {
     },
     "kyutai/moshiko-pytorch-bf16": {"tokenizer-e351c8d8-checkpoint125.safetensors": 384_644_900},
     "sony/silentcipher": {"44_1_khz/73999_iteration/hparams.yaml": 1},
-    "kyutai/mimi": {"config.json": 1, "model.safetensors": 1},
 }
 
 
@@ -647,7 +646,7 @@ def fill(cache: Path, repo: str, sizes: dict[str, int], main: str = OTHER) -> No
     (home / "refs" / "main").write_text(main)
 
 
-def test_an_empty_cache_lacks_all_five(hub: Hub) -> None:
+def test_an_empty_cache_lacks_all_four(hub: Hub) -> None:
     """Each repository is named with what it is for, and the command that brings it."""
     needed = find_assets(hub.cache)
     assert [(n.repo, not n.missing, n.gated) for n in needed] == [
@@ -655,24 +654,21 @@ def test_an_empty_cache_lacks_all_five(hub: Hub) -> None:
         ("meta-llama/Llama-3.2-1B", False, True),
         ("kyutai/moshiko-pytorch-bf16", False, False),
         ("sony/silentcipher", False, False),
-        ("kyutai/mimi", False, False),
     ]
-    assert [n.repo for n in needed if n.optional] == ["kyutai/mimi"]
     assert all(n.missing == tuple(n.files) for n in needed)
     assert [n.command for n in needed[1:]] == [
         "hf download meta-llama/Llama-3.2-1B tokenizer.json tokenizer_config.json"
         " special_tokens_map.json",
         "hf download kyutai/moshiko-pytorch-bf16 tokenizer-e351c8d8-checkpoint125.safetensors",
         "hf download sony/silentcipher",
-        "hf download kyutai/mimi config.json model.safetensors",
     ]
 
 
 def test_a_whole_cache_lacks_nothing(hub: Hub) -> None:
-    """With what the five repositories are asked for in the snapshots of main, all are here."""
+    """With what the four repositories are asked for in the snapshots of main, all are here."""
     for repo, sizes in CLOSURE.items():
         fill(hub.cache, repo, sizes)
-    assert [n.missing for n in find_assets(hub.cache)] == [()] * 5
+    assert [n.missing for n in find_assets(hub.cache)] == [()] * 4
 
 
 def test_a_file_that_is_short_or_not_of_main_is_missing(hub: Hub) -> None:
@@ -685,9 +681,8 @@ def test_a_file_that_is_short_or_not_of_main_is_missing(hub: Hub) -> None:
     assert missing["kyutai/moshiko-pytorch-bf16"] == (name,)
 
 
-def test_the_models_own_files_come_from_their_place(hub: Hub) -> None:
-    """What is in place and verified only has to be added; else it has to come there first."""
-    assert find_assets(hub.cache, in_place=True)[0].command == "inv seed-cache --only safetensors"
+def test_the_models_own_files_are_fetched_and_linked(hub: Hub) -> None:
+    """The model's own files come by this package's commands."""
     command = find_assets(hub.cache)[0].command
     assert command == "inv weights --only safetensors && inv seed-cache --only safetensors"
 

@@ -181,5 +181,6 @@ def _names() -> tuple[str, ...]:
         text=True,
     )
     names = [name for name in listed.stdout.split("\0") if name]
-    wanted = (n for n in names if not n.startswith("chunks/") or n.startswith(EMBEDDED))
+    embedded = (EMBEDDED, "chunks/mimi-tiny/")
+    wanted = (n for n in names if not n.startswith("chunks/") or n.startswith(embedded))
     return tuple(name for name in wanted if (REPOSITORY / name).is_file())

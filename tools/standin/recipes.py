@@ -23,6 +23,7 @@ class Recipe:
     seed: int
     piece_size: int
     golden: str | None = None
+    codec: str | None = None
 
 
 def _config(text_vocab: int, audio_vocab: int, backbone: str, decoder: str) -> str:
@@ -51,6 +52,7 @@ RECIPES = {
         seed=2,
         piece_size=200 << 10,
         golden="csm-tiny.golden.json",
+        codec="mimi-tiny",
     ),
 }
 
@@ -70,6 +72,7 @@ def standin_manifest(name: str, recipe: Recipe, artifacts: Sequence[Artifact]) -
         staging=f"output/{name}",
         destination=f"models/{name}",
         golden=recipe.golden,
+        codec=recipe.codec,
         artifacts=(
             *weights,
             Artifact(

@@ -14,8 +14,8 @@ WIDTH = 80
 
 #: A command that messages tell a person to run.
 COMMAND = re.compile(
-    r"\binv [a-z][a-z-]*(?: --(?:(?:model|only|dest|source|url|revision|repo|file|key|size)[= ]"
-    r"[^\s,;`]+|[a-z-]+\b(?!=)))*"
+    r"\binv [a-z][a-z-]*(?: --(?:(?:model|only|dest|source|url|revision|repo|file|key|size|with"
+    r"|text|out)[= ][^\s,;`]+|[a-z-]+\b(?!=)))*"
 )
 
 #: Commands that stay in one piece when a text is wrapped.

@@ -93,6 +93,7 @@ def _status(report: StatusReport) -> dict[str, Any]:
         "bytes_to_fetch": total(plan.actions, "fetched"),
         "bytes_freed_meanwhile": total(plan.actions, "freed"),
         "bytes_free": state.free_staging,
+        "also": [_status(one) for one in report.also],
     }
 
 
@@ -132,6 +133,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "smoke": _smoke(outcome.smoke, outcome.smoke_is_known) if outcome.smoke else None,
         "sealed": [asdict(one) for one in outcome.sealed],
         "attested": asdict(attested) | {"signer": signer} if attested else None,
+        "also": [_outcome(one) for one in outcome.also],
     }
 
 

@@ -71,6 +71,7 @@ def _status(report: StatusReport) -> str:
                 f" most {size} more of disk; inv split makes them again"
             )
         )
+    shown += map(_status, report.also)
     if not report.error:
         shown += blocks.findings("problems:", plan.findings)
     shown += blocks.findings("to be repaired:", plan.notes)
@@ -141,6 +142,7 @@ def _outcome(outcome: Outcome) -> str:
     if outcome.smoke:
         shown.append(_smoke(outcome.smoke, outcome.smoke_is_known))
     shown += blocks.findings("repaired:", outcome.notes)
+    shown += map(_outcome, outcome.also)
     if not outcome.error:
         shown.append("\n".join(_ending(outcome)))
     return "\n\n".join(shown)
@@ -178,6 +180,9 @@ def _ending(outcome: Outcome) -> list[str]:
     has_weights = any(item.artifact.is_weights for item in state.artifacts)
     if is_staged:
         rows.append(("next", state.paths.command("place")))
+    elif outcome.also:
+        text = "inv speak --text=Hello --out=hello.wav"
+        rows.append(("next", " ".join([text, *state.paths.options])))
     elif outcome.smoke:
         below = os.path.relpath(folder, state.paths.root)
         rows.append(("next", f'in Python: csm_weights.Model.from_local("{below}")'))
