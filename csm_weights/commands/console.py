@@ -198,6 +198,7 @@ def _as_typed(text: str) -> str:
 
     if typed == "make":
         option = r"(?<![^\s(])--[a-z-]+(?=[=\s]|[,;:.)]+(?:\s|$)|$)"
+        text = re.sub(r"(?<![\w./-])hf auth login", ".venv/bin/hf auth login", text)
         return re.sub(rf"(?<![\w./-]){COMMAND.pattern}|{option}", _make_words, text)
     return COMMAND.sub(lambda command: typed + command[0].removeprefix("inv"), text)
 

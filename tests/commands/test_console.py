@@ -118,6 +118,7 @@ def test_verdicts_have_colour_on_a_terminal(
         ("a --model-like word and --other", "a --model-like word and --other"),
         ("wrote my--out.bin in inv/inv weights", "wrote my--out.bin in inv/inv weights"),
         ("no file '--out'", "no file '--out'"),
+        ("run hf auth login, or", "run .venv/bin/hf auth login, or"),
     ],
 )
 def test_commands_are_told_as_they_are_typed(

@@ -425,7 +425,7 @@ TRAPS = [
     (("identify", "--path="), "identify needs --path; see inv --help identify"),
     (("speak",), "speak needs --text, --out; see inv --help speak"),
     (("convert", "weights"), "convert needs --to, --out; see inv --help convert"),
-    (("clean", *TINY, "--only", "ckpt"), "see inv --help clean"),
+    (("clean", *TINY, "--keep-everything"), "see inv --help clean"),
     (("weights", *TINY, "-e"), "weights has no -e, only long options"),
     (("weights", *TINY, "-r", "main"), "weights has no -r, only long options"),
 ]
@@ -535,8 +535,9 @@ def test_screens_are_at_most_80_columns_wide(clone: Clone) -> None:
     hub = f'[hub]\nrepo = "org/tiny"\nrevision = "{"a" * 40}"\n\n[smoke]'
     path.write_text(path.read_text().replace("[smoke]", hub))
     shown = []
-    for task, *options in [("status",), ("doctor",), *WITH_RESULTS, ("place",), ("lock",)]:
-        result = clone.inv(task, *TINY, *options)
+    others = [(task, *TINY) for task in ("status", "doctor", "place", "lock")]
+    for command in [*others[:2], *WITH_RESULTS, *others[2:]]:
+        result = clone.inv(*command)
         shown += [*result.stdout.splitlines(), *result.stderr.splitlines()]
     os.truncate(clone.installed / "ckpt.pt", 5)
     for model in ("csm-tiny", "csm-1b", "csm-2b"):
