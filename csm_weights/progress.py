@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple, Self, TextIO
@@ -70,6 +71,17 @@ class Event(NamedTuple):
 
 #: Functions that get the events of all works, from any thread; they must not wait.
 listeners: list[Callable[[Event], None]] = []
+
+#: Bytes that were taken from each source since this was cleared: from a host, or from a kind of
+#: folder on this machine.
+taken: Counter[str] = Counter()
+_taking = threading.Lock()
+
+
+def took(source: str, count: int) -> None:
+    """Count bytes that were taken from a source, whether they turn out to be right or not."""
+    with _taking:
+        taken[source] += count
 
 
 def format_size(count: float) -> str:
@@ -266,6 +278,7 @@ class JsonLines:
             message=error.message if error else "",
             findings=[asdict(finding) for finding in error.findings] if error else [],
             advice=error.advice if error else "",
+            taken=dict(taken),
         )
 
     def _tell(self, event: Event) -> None:

@@ -117,8 +117,9 @@ def _result_of(call: Callable[[], object], command: str) -> object:
     try:
         if not command:
             return call()
-        from csm_weights.progress import Progress
+        from csm_weights.progress import Progress, taken
 
+        taken.clear()
         with Progress(command, 0):
             return call()
     except CsmWeightsError as error:

@@ -58,12 +58,13 @@ OPTIONS: dict[str, tuple[str | bool | None, str]] = {
     "junit": ("", "file to write the result to as JUnit XML, for CI systems"),
     "verdict": ("", "file to write the verdict to, in one line: /dev/termination-log in a pod"),
     "with_": ("", "also get what goes with the model: speak, for its tokenizer and codec"),
+    "metrics": ("", "file to write the run's figures to, in OpenMetrics' text format: FILE.prom"),
     "report": ("", "also write the result, or the error, as a page for a browser: FILE.html"),
     "host": (False, "name this machine on the page"),
 }
 
 #: Options of every task about files that are here, and of those that fetch them.
-FILES = ("model", "only", "dest", "junit", "verdict")
+FILES = ("model", "only", "dest", "junit", "verdict", "metrics")
 SOURCES = (*FILES, "staging", "source", "url", "cache", "revision")
 
 #: Options of every task that fetches files.
@@ -73,7 +74,7 @@ FETCHING = ("consume", "patience", "limit_rate", "block_digests")
 PAGE = ("report", "host")
 
 #: Options that name a file for the result, in the form of that name; see `console`.
-WRITTEN = ("junit", "verdict")
+WRITTEN = ("junit", "verdict", "metrics")
 
 #: The words that --progress takes: for a person, and for a program.
 PROGRESS = ("auto", "json")

@@ -21,6 +21,7 @@ from csm_weights.files import Fingerprint, opened
 from csm_weights.hashing import Hasher, ShortRead, feed, sha256
 from csm_weights.manifest.paths import CHUNKS
 from csm_weights.manifest.types import Piece
+from csm_weights.progress import took
 from csm_weights.store.atomic import stay_inside, sync, writing
 from csm_weights.store.block_io import Extent, can_punch, punch
 from csm_weights.store.inspect import ArtifactState
@@ -181,6 +182,7 @@ def consume(root: Path, stakes: Mapping[int, Stake], writer: PartialWriter) -> s
                 if end > at:
                     if writer.copy(Extent(fd, at, end - at), at) != digest:
                         raise changed
+                    took("chunk", end - at)
                     writer.secure(end)
                 if Fingerprint.of(os.fstat(fd)) != seen:
                     raise changed

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from csm_weights.errors import Finding
 from csm_weights.manifest.types import Artifact, Manifest, Piece
+from csm_weights.progress import took
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
 from csm_weights.transfer.local import ChunkFiles, Shelf, WholeFile
 from csm_weights.transfer.source import FirstOf, NotAvailable, PieceWriter, Source
@@ -72,7 +73,9 @@ class Candidate:
         """See `Source`: only the pieces that it is known to have are taken from it."""
         if self.source is None or piece.offset not in self.pieces:
             raise NotAvailable
-        return self.source.deliver(artifact, piece, writer)
+        place = self.source.deliver(artifact, piece, writer)
+        took(self.kind, piece.size)
+        return place
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from urllib3.exceptions import HTTPError
 from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import Category, Finding, Kind
 from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.progress import took
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, Log, RetryPolicy, Timeouts, TransientError
 from csm_weights.transfer.http.deadlines import Wait
@@ -214,6 +215,7 @@ class RangeDownloader(HttpClient):
                         file.forget(url)
                 came = max(0, stream.at - at) if stream else 0
                 at += came
+                took(host_of(file.where), came)
                 is_too_slow = failure is not None and failure.finding.kind is Kind.TOO_SLOW
                 if at == end or (came >= PROGRESS and not is_too_slow):
                     retry.progressed()
