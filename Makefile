@@ -64,7 +64,7 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak report split lock \
 	standin clean test lint damage test-full test-integration test-gpu messages torture torture-room bench \
-	bench-download bench-load fuzz scanners mutation
+	bench-download bench-load bench-ci fuzz scanners mutation
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=ckpt] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
@@ -183,6 +183,9 @@ bench-download: $(VENV)/.test ## Measure downloads against hf, curl, aria2c (25 
 
 bench-load: $(VENV)/.test ## Measure loading, and speaking on a GPU (38 GB of disk)
 	@$(VENV)/bin/python -m benchmarks.load
+
+bench-ci: $(VENV)/.test ## Count what 200 CI jobs ask of the Hub, and hf download beside
+	@$(VENV)/bin/python -m benchmarks.ci
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,11 @@ import yaml
 from csm_weights.commands import action
 from csm_weights.errors import UsageError
 from tests.support.actions import Job, Runner
-from tests.support.clone import EMBEDDED, REPOSITORY
+from tests.support.clone import REPOSITORY
+from tests.support.gated import FILES, PINNED, REPO, WEIGHTS, manifest
 from tests.support.hub import HubServer
 
 TOKEN = "hf_secret"
-REPO = "sesame/gated"
-NAME = "model.safetensors"
-MANIFEST = REPOSITORY / "manifests" / "csm-tiny.toml"
 
 
 def pull_request(head: str | None) -> dict[str, Any]:
@@ -35,15 +32,6 @@ def pull_request(head: str | None) -> dict[str, Any]:
 
 
 FORK, OWN, GONE = pull_request("eve/x"), pull_request("a/x"), pull_request(None)
-
-
-def tiny(name: str) -> bytes:
-    parts = sorted((REPOSITORY / EMBEDDED).rglob(f"{name}.part-*"))
-    return b"".join(part.read_bytes() for part in parts)
-
-
-CONFIG = next(a["text"] for a in tomllib.loads(MANIFEST.read_text())["artifact"] if "text" in a)
-FILES = {NAME: tiny(NAME), "ckpt.pt": tiny("ckpt.pt"), "config.json": CONFIG.encode()}
 
 
 @pytest.fixture
@@ -62,7 +50,8 @@ def runner(hub: HubServer, tmp_path: Path) -> Runner:
     (workspace / "manifests").mkdir(parents=True)
     environment = {"HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(REPOSITORY)}
     runner = Runner(REPOSITORY, workspace, temp, {}, environment, skip=["install"])
-    write_manifest(runner, hub)
+    path = runner.workspace / "manifests" / "gated.toml"
+    path.write_text(manifest(hub.push(REPO, {"README.md": b"x"})))
     install(runner)
     return runner
 
@@ -73,18 +62,6 @@ def install(runner: Runner) -> None:
     venv = runner.temp / "csm-weights" / "venv"
     venv.parent.mkdir(parents=True)
     venv.symlink_to(sys.prefix)
-
-
-def write_manifest(runner: Runner, hub: HubServer, text: str = MANIFEST.read_text()) -> None:
-    commit = hub.push(REPO, {"README.md": b"x"})
-    pinned = f'[hub]\nrepo = "{REPO}"\nrevision = "{commit}"\ngated = true\n\n[layout]'
-    text = text.replace("[layout]", pinned).replace("chunks/csm-tiny/", "chunks/gated/")
-    text = (
-        text.replace('"csm-tiny"', '"gated"')
-        .replace("[smoke]", "")
-        .replace('golden = "csm-tiny.golden.json"', "")
-    )
-    (runner.workspace / "manifests" / "gated.toml").write_text(text)
 
 
 def gated(runner: Runner, token: str = TOKEN, **more: Any) -> Job:
@@ -103,17 +80,12 @@ def test_the_tiny_model_needs_no_token(runner: Runner, hub: HubServer) -> None:
     """Its chunk files come with the action: no server is asked, and no cache is used."""
     job = runner.run({"model": "csm-tiny"})
     assert job.ok, job.log
-    assert (Path(job.outputs["path"]) / NAME).read_bytes() == FILES[NAME]
-    pinned = {
-        a["path"]: a["sha256"]
-        for a in tomllib.loads(MANIFEST.read_text())["artifact"]
-        if "sha256" in a
-    }
-    assert json.loads(job.outputs["digests"]) == pinned
+    assert (Path(job.outputs["path"]) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+    assert json.loads(job.outputs["digests"]) == PINNED
     assert (job.outputs["model"], job.outputs["cache-hit"]) == ("csm-tiny", "false")
     assert job.ran == ["python", "choose", "fetch"]
     assert job.summary.startswith("### OK: installed and verified: csm-tiny, 2 files")
-    assert pinned[NAME] in job.summary
+    assert PINNED[WEIGHTS] in job.summary
     assert hub.log == []
     assert [path.name for path in runner.workspace.iterdir()] == ["manifests"]
 
@@ -125,7 +97,7 @@ def test_a_second_job_asks_no_server(runner: Runner, hub: HubServer) -> None:
     assert len(hub.log) <= 30
     [((key, _), files)] = runner.caches.items()
     assert re.fullmatch(r"csm-weights-gated-[0-9a-f]{32}", key)
-    assert [Path(path).name for path in files] == [NAME, "config.json"]
+    assert [Path(path).name for path in files] == [WEIGHTS, "config.json"]
     hub.clear()
     warm = gated(runner)
     assert warm.ok and warm.outputs["cache-hit"] == "true", warm.log
@@ -143,10 +115,10 @@ def test_what_a_cache_holds_is_not_believed(quick: Runner, hub: HubServer) -> No
     assert gated(quick).ok
     hub.clear()
     [files] = quick.caches.values()
-    [path] = [path for path in files if path.endswith(NAME)]
+    [path] = [path for path in files if path.endswith(WEIGHTS)]
     files[path] = files[path][:300_000] + b"poison" + files[path][300_006:]
     mended = gated(quick)
-    assert mended.ok and (Path(mended.outputs["path"]) / NAME).read_bytes() == FILES[NAME]
+    assert mended.ok and (Path(mended.outputs["path"]) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
     assert hub.bytes_sent() == 204_800
     assert "::notice title=wrong digest" in mended.log
     offline = replace(quick, environment={**quick.environment, "HF_HUB_OFFLINE": "1"})
@@ -160,11 +132,11 @@ def test_pieces_of_an_older_cache_are_used(quick: Runner, hub: HubServer) -> Non
     """After a change of the manifest, only pieces that are new are fetched."""
     assert gated(quick).ok
     [((old, paths), files)] = quick.caches.items()
-    [path] = [path for path in files if path.endswith(NAME)]
-    data = b"x" * 1000 + files[path][1000:]
-    quick.caches[(old, paths)] = {**files, path: data}
-    manifest = quick.workspace / "manifests" / "gated.toml"
-    manifest.write_text(manifest.read_text().replace("for tests.", "for other tests."))
+    [file] = [file for file in files if file.endswith(WEIGHTS)]
+    data = b"x" * 1000 + files[file][1000:]
+    quick.caches[(old, paths)] = {**files, file: data}
+    path = quick.workspace / "manifests" / "gated.toml"
+    path.write_text(path.read_text().replace("for tests.", "for other tests."))
     hub.clear()
     job = gated(quick)
     assert job.ok and job.outputs["cache-hit"] == "false"
@@ -236,10 +208,10 @@ def test_the_key_is_of_the_manifest_and_the_choice(
 ) -> None:
     """Another choice, or another digest, has another key; both begin with the model."""
     keys = [chosen()["key"], chosen()["key"], chosen(ONLY="ckpt")["key"]]
-    manifest = runner.workspace / "manifests" / "gated.toml"
-    manifest.write_text(manifest.read_text().replace("schema = 1", "schema = 1 # a comment"))
+    path = runner.workspace / "manifests" / "gated.toml"
+    path.write_text(path.read_text().replace("schema = 1", "schema = 1 # a comment"))
     keys.append(chosen()["key"])
-    manifest.write_text(manifest.read_text().replace("07f61e8f0ac8", "17f61e8f0ac8"))
+    path.write_text(path.read_text().replace("07f61e8f0ac8", "17f61e8f0ac8"))
     keys.append(chosen()["key"])
     assert keys[0] == keys[1] == keys[3] and len(set(keys)) == 3
     assert all(key.startswith(chosen()["older"]) for key in keys)
@@ -249,16 +221,16 @@ def test_more_than_the_cache_takes_is_left_out(
     chosen: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files are cached as long as they fit; the others are named in a notice."""
-    monkeypatch.setattr(action, "CACHE_LIMIT", len(FILES[NAME]) + len(FILES["config.json"]))
+    monkeypatch.setattr(action, "CACHE_LIMIT", len(FILES[WEIGHTS]) + len(FILES["config.json"]))
     found = chosen(ONLY="safetensors,ckpt")
-    assert [Path(path).name for path in found["paths"].split("\n")] == [NAME, "config.json"]
+    assert [Path(path).name for path in found["paths"].split("\n")] == [WEIGHTS, "config.json"]
     assert found[""].endswith(" bytes of all caches: ckpt.pt")
 
 
 def test_csm_1b_fits_into_the_cache(chosen: Callable[..., dict[str, str]]) -> None:
     """Without a choice, one format of CSM-1B and its config are cached: 6.2 of 10 GB."""
     found = chosen(MODEL="csm-1b")
-    assert [Path(path).name for path in found["paths"].split("\n")] == [NAME, "config.json"]
+    assert [Path(path).name for path in found["paths"].split("\n")] == [WEIGHTS, "config.json"]
     assert found[""] == ""
     both = chosen(MODEL="csm-1b", ONLY="safetensors,ckpt")
     assert both["paths"] == found["paths"] and "ckpt.pt" in both[""]
@@ -336,7 +308,7 @@ def test_the_action_installs_itself(runner: Runner) -> None:
     job = replace(runner, skip=(), environment=environment).run({"model": "csm-tiny"})
     assert job.ok, job.log
     assert job.ran == ["python", "install", "choose", "fetch"]
-    assert (Path(job.outputs["path"]) / NAME).read_bytes() == FILES[NAME]
+    assert (Path(job.outputs["path"]) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
 
 
 LINT = """

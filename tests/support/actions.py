@@ -33,6 +33,9 @@ from csm_weights.commands import action
 #: What a cache holds: the files, by the key and the paths that they were saved with.
 Caches = dict[tuple[str, str], dict[str, bytes]]
 
+#: The folder of the job, in the paths of a cache.
+_TEMP = "$RUNNER_TEMP"
+
 #: The Python that the action installs itself into.
 _PYTHON = re.escape("$RUNNER_TEMP/csm-weights/venv/bin/python")
 
@@ -188,19 +191,24 @@ class Runner:
         raise AssertionError("the step has not ended the process")
 
     def _restore(self, given: Mapping[str, str]) -> dict[str, str]:
-        of_paths = {
-            key: files for (key, paths), files in self.caches.items() if paths == given["path"]
-        }
+        paths, saved = self._anywhere(given["path"]), self.caches.items()
+        of_paths = {key: files for (key, saved_as), files in saved if saved_as == paths}
         older = [key for key in of_paths if key.startswith(given["restore-keys"])]
         key = given["key"] if given["key"] in of_paths else (older or [""])[-1]
-        for path, data in of_paths.get(key, {}).items():
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_bytes(data)
+        for name, data in of_paths.get(key, {}).items():
+            path = Path(name.replace(_TEMP, str(self.temp)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         return {"cache-hit": str(key == given["key"]).lower() if key else ""}
 
     def _save(self, given: Mapping[str, str]) -> None:
-        files = {path: Path(path).read_bytes() for path in given["path"].splitlines()}
-        self.caches.setdefault((given["key"], given["path"]), files)
+        paths = given["path"].splitlines()
+        files = {self._anywhere(path): Path(path).read_bytes() for path in paths}
+        self.caches.setdefault((given["key"], self._anywhere(given["path"])), files)
+
+    def _anywhere(self, paths: str) -> str:
+        """Return paths that are the same on each machine, as GitHub's are."""
+        return paths.replace(str(self.temp), _TEMP)
 
     def clear(self) -> None:
         """Empty the folder of the job, as between two jobs."""

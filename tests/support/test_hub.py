@@ -815,3 +815,21 @@ def _blob_id(data: bytes) -> str:
 def _pointer(data: bytes) -> bytes:
     version = "version https://git-lfs.github.com/spec/v1"
     return f"{version}\noid sha256:{sha256(data)}\nsize {len(data)}\n".encode()
+
+
+def test_quotas_are_counted_where_they_are_on(hub: HubServer) -> None:
+    """The 501st request of the API in five minutes is refused, and says when to ask again."""
+    hub.has_quotas = True
+    connection = http.client.HTTPConnection(urlsplit(hub.endpoint).netloc)
+
+    def ask(path: str) -> tuple[int, str]:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read()
+        return response.status, response.headers["RateLimit"]
+
+    found = [ask("/api/models/org/model") for _ in range(501)]
+    left = [rate.removesuffix(rate.partition(";t=")[2]) for _, rate in found]
+    assert {status for status, _ in found[:500]} == {200}
+    assert (left[0], left[499], left[500]) == ('"api";r=499;t=', *['"api";r=0;t='] * 2)
+    assert (found[500][0], ask("/org/model/resolve/main/config.json")[0]) == (429, 200)

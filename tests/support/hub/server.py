@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+import math
 import re
 import secrets
 import threading
@@ -51,6 +52,9 @@ from tests.support.hub.sockets import Record, SocketServer, second_address
 #: Seconds that a signed URL lives.
 LIFETIME = 3600.0
 
+#: Seconds of the window that the Hub counts requests in: 3,000 for files, 500 of its API.
+WINDOW = 300
+
 
 _NAME = "([^/]+/[^/]+)"
 
@@ -73,6 +77,9 @@ class HubServer:
         self.resolve_cache = False
         #: The URL of a server that stands in for the storage host, with the same paths.
         self.storage_base: str | None = None
+        #: Whether requests over the Hub's quotas are refused, all of them being of one address.
+        self.has_quotas = False
+        self._windows: dict[str, tuple[float, int]] = {}
         self._repos: dict[str, Repo] = {}
         self._tokens: dict[str, Token] = {}
         self._faults: list[Fault] = []
@@ -280,17 +287,30 @@ class HubServer:
     def _from_hub(self, request: Request) -> Response:
         url = urlsplit(request.path)
         api = url.path.startswith("/api/") and not url.path.startswith(_CACHED)
+        kind, quota = ("api", 500) if api else ("resolvers", 3000)
+        left, seconds = self._left(kind, quota) if self.has_quotas else (quota - 1, WINDOW)
         try:
+            if left < 0:
+                raise Refusal(429, "You have reached your rate limit")
             response = self._api(request, url.path) if api else self._resolve(request, url.path)
         except Refusal as refusal:
             response = refused(refusal, api)
-        kind, quota = ("api", 500) if api else ("resolvers", 3000)
         usual = {
-            "RateLimit": f'"{kind}";r={quota - 1};t=300',
-            "RateLimit-Policy": f'"fixed window";"{kind}";q={quota};w=300',
+            "RateLimit": f'"{kind}";r={max(left, 0)};t={seconds}',
+            "RateLimit-Policy": f'"fixed window";"{kind}";q={quota};w={WINDOW}',
             "X-LogEntry-Id": f"Root=1-{secrets.token_hex(12)}",
         }
         return replace(response, headers=usual | response.headers)
+
+    def _left(self, kind: str, quota: int) -> tuple[int, int]:
+        """Count a request; return how many are left in its window, and the window's seconds."""
+        now = time.monotonic()
+        with self._lock:
+            begun, count = self._windows.get(kind, (now, 0))
+            if now >= begun + WINDOW:
+                begun, count = now, 0
+            self._windows[kind] = begun, count + 1
+        return quota - count - 1, math.ceil(begun + WINDOW - now)
 
     def _token(self, request: Request) -> Token | None:
         given = request.headers.get("authorization")
