@@ -63,8 +63,8 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak report split lock \
-	standin clean test lint damage test-full test-integration test-gpu messages torture torture-room bench \
-	bench-download bench-load bench-ci fuzz scanners mutation
+	standin clean test lint damage test-full test-integration test-torch test-gpu messages torture torture-room \
+	bench bench-download bench-load bench-ci fuzz scanners mutation
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=ckpt] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
@@ -150,6 +150,14 @@ test-full: $(VENV)/.test ## Run the tests that need root, 45 GB of disk, or minu
 
 test-integration: $(VENV)/.test ## Run the tests against nginx, Chromium, other releases
 	@$(VENV)/bin/python -m pytest -m integration tests
+
+test-torch: $(VENV)/.test ## Run the model's tests with the newest torch of its range
+	@$(PYTHON) -m venv $(VENV)/torch
+	@grep -v '^torch==' constraints.txt > $(VENV)/torch/constraints.txt
+	@echo "installing the newest torch, 3 GB or more ..." >&2
+	@$(VENV)/torch/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint $(VENV)/torch/constraints.txt --editable '.[torch,test]' >&2
+	@$(VENV)/torch/bin/python -m pytest tests/model tests/test_api.py tests/commands/test_speak.py
 
 test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
 	@$(VENV)/bin/python -m pytest -m gpu tests

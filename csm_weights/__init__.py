@@ -18,7 +18,15 @@ __all__ = ["Generator", "Model", "Segment", "load_csm_1b"]
 def __getattr__(name: str) -> object:
     """Return what a program imports from here; torch is loaded when it is first asked for."""
     if name in __all__:
-        return getattr(importlib.import_module("csm_weights.api"), name)
+        try:
+            return getattr(importlib.import_module("csm_weights.api"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            from csm_weights.config import pip_command
+
+            message = f"csm_weights.{name} needs torch: {pip_command('torch')}"
+            raise ModuleNotFoundError(message, name="torch") from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

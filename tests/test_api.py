@@ -655,6 +655,14 @@ def test_csm_tiny_itself_speaks() -> None:
     assert golden["frames"] == frames.tolist()
 
 
+def test_without_torch_the_import_names_the_command() -> None:
+    """A program that imports the model without torch is told in one sentence what installs it."""
+    code = "import sys; sys.modules['torch'] = None; from csm_weights import load_csm_1b"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "ModuleNotFoundError: csm_weights.load_csm_1b needs torch: .venv/bin/pip install "
+    assert done.stderr.splitlines()[-1].startswith(said)
+
+
 def test_torch_without_numpy_does_not_warn() -> None:
     """An environment without NumPy, which nothing here needs, imports without a warning."""
     code = "import sys; sys.modules['numpy'] = None; from csm_weights import Model"
