@@ -1,8 +1,8 @@
 # csm-weights: `make` shows what there is.
 #
 # Variables: MODEL=csm-1b  ONLY=safetensors  DEST=folder  STAGING=folder  SOURCE=auto
-#            URL='https://mirror ...'  CACHE='folder ...'  REVISION=commit  PATIENCE=60  LIMIT_RATE=20M  CONSUME=1  SEAL=1  SMOKE=0
-#            PYTHON=python3.11
+#            URL='https://mirror ...'  CACHE='folder ...'  REVISION=commit  PATIENCE=60
+#            LIMIT_RATE=20M  CONSUME=1  SEAL=1  SMOKE=0  PYTHON=python3.11
 
 MODEL  ?= csm-1b
 SOURCE ?= auto

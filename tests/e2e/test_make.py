@@ -33,6 +33,13 @@ def test_values_are_data(clone: Clone, tmp_path: Path, name: str, text: str) -> 
     assert not mark.exists()
 
 
+def test_sources_and_limits_are_passed_on(clone: Clone) -> None:
+    """CACHE= and URL= may name several; LIMIT_RATE= goes to what downloads."""
+    plan = clone.make_target("--dry-run", "weights", "CACHE=/a /b", "LIMIT_RATE=20M").stdout
+    assert plan.count("--cache '/a' --cache '/b'") == 2
+    assert plan.count("--limit-rate '20M'") == 1
+
+
 def test_a_folder_may_have_any_name(clone: Clone, tmp_path: Path) -> None:
     """Quotes, spaces, dollars and backslashes in DEST are part of the folder's name."""
     folder = tmp_path / "o'neil's \"$HOME\" (1) \\ #%"
