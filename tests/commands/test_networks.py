@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from csm_weights.commands.task import make_request
 from csm_weights.errors import UsageError
 from csm_weights.pipeline import apply
+from csm_weights.transfer.http import lines
 from tests.support.servers import serving
 from tests.support.toy import Toy
 
@@ -36,16 +36,23 @@ def test_without_a_limit_there_is_none() -> None:
     assert make_request(Path(), limit_rate="").limit_rate is None
 
 
-def test_a_run_keeps_to_its_limit(toy: Toy, tmp_path: Path) -> None:
-    """It takes the time that its bytes take at the limit, on a slow machine more."""
+def test_the_lines_of_a_run_have_its_limit(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One limit is for all files together."""
+    limits: list[float | None] = []
+
+    class Watched(lines.Lines):
+        def __init__(self, limit: float | None = None) -> None:
+            limits.append(limit)
+            super().__init__(limit)
+
+    monkeypatch.setattr(lines, "Lines", Watched)
     shutil.rmtree(toy.root / "chunks")
-    (tmp_path / "mirror").mkdir()
     for name in ("a.bin", "b.bin"):
-        (tmp_path / "mirror" / name).write_bytes(toy.good(name))
-    with serving(tmp_path / "mirror", ranges=True) as server:
+        (tmp_path / name).write_bytes(toy.good(name))
+    with serving(tmp_path, ranges=True) as server:
         options = {"model": "toy", "only": "a.bin,b.bin", "source": "mirror", "url": [server.url]}
-        began = time.monotonic()
-        done = apply.weights(make_request(toy.root, **options, limit_rate="1M"), smoke=False)
+        done = apply.weights(make_request(toy.root, **options, limit_rate="100M"), smoke=False)
     assert done.error is None
-    size = sum(toy.artifact(name).size for name in ("a.bin", "b.bin"))
-    assert time.monotonic() - began >= size / (1 << 20) - 0.2
+    assert limits == [100 << 20]
