@@ -125,8 +125,8 @@ def lock_repo(
     count, total = len(manifest.artifacts), sum(a.size for a in manifest.artifacts)
     lines = [
         f"{manifest.where}: {count:,} files, {total:,} bytes, commit {manifest.revision}",
-        "these are the sizes and digests that the Hub reported; next:"
-        f" inv weights --model {model or path.stem}",
+        "these are the sizes and digests that the Hub reported",
+        f"next: inv weights --model {model or path.stem}",
     ]
     return replace(done, lines=lines)
 

@@ -45,6 +45,11 @@ def speak(
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed {seed} is not from 0 to {2**63 - 1}")
     require_writable(out, "--out")
+    found = next(Weights(request).candidates(), None)
+    if found is None:
+        words = ("its weights", "none", " ".join(["inv weights", *request.options]))
+        finding = Finding(Kind.NOT_THERE, request.model, *words)
+        raise MissingInput("the model is not on this machine", [finding])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, for Mimi
     try:
         import torch
@@ -56,11 +61,6 @@ def speak(
         from csm_weights.model.wav import read_wav, wav_bytes
     except ImportError:
         raise not_installed("torch", "runs the model") from None
-    found = next(Weights(request).candidates(), None)
-    if found is None:
-        words = ("its weights", "none", " ".join(["inv weights", *request.options]))
-        finding = Finding(Kind.NOT_THERE, request.model, *words)
-        raise MissingInput("the model is not on this machine", [finding])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     home = speech.codec_folder(request)
     command = " ".join([BRING, *request.options])

@@ -425,8 +425,8 @@ def _assemble(
         ]
         # A finding about a remote source does not say which file to leave out.
         if bad <= set[str]().union(*here) and not isinstance(error, NoSpace):
-            pairs = zip(actions, here, strict=True)
-            error.advice = way_around(a.artifact for a, names in pairs if not bad & names)
+            wrong = [a.artifact for a, names in zip(actions, here, strict=True) if bad & names]
+            error.advice = way_around(a for a in session.chosen if a not in wrong)
         raise
     for action, assembled in zip(actions, done, strict=True):
         session.notes += assembled.notes

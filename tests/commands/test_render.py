@@ -298,6 +298,9 @@ def test_the_smoke_test_has_its_limits_and_verdicts(outcome: Outcome) -> None:
     text = as_text.render(replace(outcome, smoke=SMOKE))
     assert "OK       finite: 1.0; limit all\n" in text
     assert "NOT OK   cache: 0.5; limit at most 0.1\n" in text
+    slow = replace(SMOKE, frames_per_second=0.25, real_time_factor=1250.0)
+    text = as_text.render(replace(outcome, smoke=slow))
+    assert "4,000 ms for 80 ms" in text and "real-time factor 1,250" in text
     assert SMOKE.ok is False
 
 

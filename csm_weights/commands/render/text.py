@@ -217,7 +217,7 @@ def smoke_figures(report: SmokeReport) -> list[tuple[str, str]]:
         rate = f.loaded_bytes / report.load_seconds
         bus = f", {rate / f.bus_rate:.0%} of the bus's {_rate(f.bus_rate)}" if f.bus_rate else ""
         loaded = f"{format_size(f.loaded_bytes)} in {seconds}, {_rate(rate)}{bus}"
-    frame = f"{1000 / report.frames_per_second:.3g} ms for 80 ms of audio"
+    frame = f"{_figure(1000 / report.frames_per_second)} ms for 80 ms of audio"
     if f.memory_rate:
         share = f.frame_bytes * report.frames_per_second / f.memory_rate
         frame += f", {share:.0%} of the memory's {_rate(f.memory_rate)}"
@@ -228,14 +228,19 @@ def smoke_figures(report: SmokeReport) -> list[tuple[str, str]]:
     return [
         ("machine", f"{f.machine}{driver}, torch {f.torch}, {f.dtype}"),
         ("loading", loaded),
-        ("speed", f"real-time factor {report.real_time_factor:.3g}, below 1 is faster"),
+        ("speed", f"real-time factor {_figure(report.real_time_factor)}, below 1 is faster"),
         ("a frame", frame),
         ("peak memory", f"host {format_size(f.peak_host)}{device}"),
     ]
 
 
 def _pace(ms: float) -> str:
-    return f"; {ms:.3g} ms a frame" if ms else ""
+    return f"; {_figure(ms)} ms a frame" if ms else ""
+
+
+def _figure(number: float) -> str:
+    """Return a measured number in three digits, a large one without a fraction."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _rate(rate: float) -> str:
