@@ -63,7 +63,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak report split lock \
-	standin clean test lint damage test-full test-integration test-torch test-gpu messages torture torture-room \
+	standin clean test lint damage test-full test-integration test-torch test-gpu test-kernels messages torture torture-room \
 	bench bench-download bench-load bench-ci fuzz scanners mutation
 
 help: ## Show this help
@@ -162,6 +162,9 @@ test-torch: $(VENV)/.test ## Run the model's tests with the newest torch of its 
 test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
 	@$(VENV)/bin/python -m pytest -m gpu tests
 
+test-kernels: $(VENV)/.kernels ## Run the tests of the fused kernels, without a GPU
+	@TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto tests/model/test_kernels.py
+
 messages: $(VENV)/.test ## Write docs/messages.md anew: every message of the package
 	@UPDATE_GOLDEN=1 $(VENV)/bin/python -m pytest -q tests/commands/test_messages.py
 
@@ -223,7 +226,7 @@ $(VENV)/.test: $(VENV)/.smoke
 	@$(PIP) --editable '.[torch,test]' >&2
 	@touch $@
 
-$(VENV)/.fuzz $(VENV)/.mutation: $(VENV)/.%: $(VENV)/.test
+$(VENV)/.fuzz $(VENV)/.mutation $(VENV)/.kernels: $(VENV)/.%: $(VENV)/.test
 	@echo "installing what $* needs ..." >&2
 	@$(PIP) --quiet --editable '.[$*]'
 	@touch $@

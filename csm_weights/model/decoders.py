@@ -95,10 +95,19 @@ def names_of(device: torch.device) -> tuple[str, ...]:
 
 
 def open_decoder(model: Model, name: str) -> FrameDecoder:
-    """Return a decoder of the path `name`; raises UsageError for one that the device has not."""
+    """Return a decoder of the path `name`.
+
+    Raises UsageError for one that the device or the network has not, or without Triton.
+    """
     device = model.projection.weight.device
     _require_path(name, device)
-    return EagerDecoder(model) if name == "eager" else Decoder(model)
+    if name == "eager":
+        return EagerDecoder(model)
+    if name == "fused":
+        from csm_weights.model.fused_decoder import FusedDecoder
+
+        return FusedDecoder(model)
+    return Decoder(model)
 
 
 def _require_path(name: str, device: torch.device) -> None:

@@ -55,8 +55,6 @@ class Decoder:
         c = model.config
         like = model.projection.weight
         self._model = model
-        self._backbone = _FusedTransformer(model.backbone, c.backbone, c.max_positions)
-        self._decoder = _FusedTransformer(model.decoder, c.decoder, c.codebooks)
         self._caches = model.new_caches(c.backbone, 1, c.max_positions)
         self._depth_caches = model.new_caches(c.decoder, 1, c.codebooks)
         self._positions = torch.arange(c.max_positions, device=like.device)
@@ -67,6 +65,7 @@ class Decoder:
         self._temperature = torch.ones((), device=like.device)
         self._logits = like.new_zeros(1, c.codebooks, c.audio_vocab)
         self._length = 0
+        self._prepare(model)
         self._backbone_step = _captured(self._run_backbone, like.device)
         # topk (0 is greedy) and the step with it; graphs hold memory, so only the last is kept
         self._depth_step: tuple[int, Callable[[], None]] | None = None
@@ -102,7 +101,7 @@ class Decoder:
         self._temperature.fill_(temperature)
         topk = topk if temperature else 0
         if self._depth_step is None or self._depth_step[0] != topk:
-            step = _captured(lambda: self._run_depth(sampler), self._last_h.device)
+            step = _captured(lambda: self._run_depth(sampler, topk), self._last_h.device)
             self._depth_step = topk, step
         self._depth_step[1]()
         return self._codes.clone()
@@ -121,6 +120,11 @@ class Decoder:
         self._depth_step[1]()
         return self._codes.clone()
 
+    def _prepare(self, model: Model) -> None:
+        c = model.config
+        self._backbone = _FusedTransformer(model.backbone, c.backbone, c.max_positions)
+        self._decoder = _FusedTransformer(model.decoder, c.decoder, c.codebooks)
+
     def _run_backbone(self) -> None:
         """Read the last frame's codes; write the hidden state after them."""
         x = self._model.embed_audio(self._codes).sum(dim=1, keepdim=True)
@@ -129,7 +133,7 @@ class Decoder:
         self._last_h.copy_(self._backbone(x, self._input_pos, caches, attn_mask)[:, -1])
         self._input_pos.add_(1)
 
-    def _run_depth(self, sampler: Sampler) -> None:
+    def _run_depth(self, sampler: Sampler, topk: int) -> None:  # noqa: ARG002
         """Read the hidden state; write the codes of all codebooks."""
         model, last_h, V = self._model, self._last_h, self._model.config.audio_vocab
         logits, codes = [model.codebook0_head(last_h)], []
@@ -154,9 +158,7 @@ class _FusedTransformer:
     """A stack that reads a few positions at a time into caches whose shape stays."""
 
     def __init__(self, stack: Transformer, config: TransformerConfig, positions: int) -> None:
-        angles = torch.outer(torch.arange(positions, device="cpu"), stack.freqs)
-        freqs_cis = torch.polar(torch.ones_like(angles), angles)
-        self._freqs_cis = freqs_cis.to(stack.norm.scale.device)
+        self._freqs_cis = rotations(stack, positions)
         self._layers = [_FusedLayer(cast(Layer, layer), config) for layer in stack.layers]
         self._norm = stack.norm
 
@@ -178,14 +180,20 @@ class _FusedTransformer:
         return _rms_norm(x, self._norm)
 
 
+def rotations(stack: Transformer, positions: int) -> Tensor:
+    """Return how each pair of features turns at each position: complex (positions, D / 2)."""
+    angles = torch.outer(torch.arange(positions, device="cpu"), stack.freqs)
+    return torch.polar(torch.ones_like(angles), angles).to(stack.norm.scale.device)
+
+
 class _FusedLayer:
     """One layer with q, k and v in one product, and w1 and w3 in another; no weight is copied."""
 
     def __init__(self, layer: Layer, config: TransformerConfig) -> None:
         attn, mlp = layer.attn, layer.mlp
         self.layer, self.config = layer, config
-        self.qkv = _fused((attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight))
-        self.w13 = _fused((mlp.w1.weight, mlp.w3.weight))
+        self.qkv = fused((attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight))
+        self.w13 = fused((mlp.w1.weight, mlp.w3.weight))
 
     def __call__(
         self,
@@ -232,7 +240,7 @@ def _product(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _fused(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def fused(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return one weight for several that lie one after the other in memory, else the same ones."""
     first = weights[0]
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()

@@ -17,7 +17,7 @@ from pathlib import Path
 from csm_weights.untrusted import dump_record, parse_record, show
 
 #: Fast paths on a GPU, the fastest first.
-FAST_PATHS = ("graphs",)
+FAST_PATHS = ("fused", "graphs")
 
 #: Seconds that a child has: it loads the model, compiles kernels and generates some frames.
 TIMEOUT = 600.0
