@@ -16,8 +16,10 @@ import itertools
 import mmap
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ if _MADVISE is not None:
 
 @dataclass(frozen=True)
 class StagingBuffers:
-    """Sizes of the buffers that a file streams through: `count` of `block` bytes a thread."""
+    """Sizes of the buffers that a file streams through: up to `count` of `block` bytes a thread."""
 
     block: int
     count: int
@@ -61,7 +63,9 @@ def staging_buffers(device: torch.device) -> StagingBuffers:
     """Return the buffers on the way to a device."""
     if device.type == "cpu":
         return StagingBuffers(2 << 20, 1, workers())  # these stay in the cores' caches
-    return StagingBuffers(8 << 20, 2, min(8, workers()))  # 128 MiB of pinned memory at most
+    # smaller blocks cost more in Python than they gain, larger ones leave the cores' caches;
+    # 32 threads read more than any bus takes, from 256 MiB of pinned memory at most
+    return StagingBuffers(4 << 20, 2, min(32, workers()))
 
 
 def load_tensors(
@@ -333,7 +337,11 @@ class _HostConsumer:
 
 
 class _CudaConsumer:
-    """Pinned buffers, copied to the device on a stream of their own while others are filled."""
+    """Pinned buffers, copied to the device on a stream of their own while others are filled.
+
+    A further one is pinned, up to their number, when it is needed: the first blocks flow by
+    then, as pinning takes up to a millisecond a MiB.
+    """
 
     def __init__(
         self,
@@ -342,40 +350,51 @@ class _CudaConsumer:
         device: torch.device,
         before: torch.cuda.Stream,
     ) -> None:
-        self._targets = targets
+        self._targets, self._sizes, self._device = targets, buffers, device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # the flat buffer may reuse memory that work on the caller's stream still needs
         self._stream.wait_stream(before)
-        size, count = buffers.block, range(buffers.count)
-        # a tensor a buffer: in one for all they would lie wherever the size makes them
-        with torch.cuda.stream(self._stream):
-            try:
-                self._host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in count]
-            except RuntimeError as error:
-                raise MemoryError(
-                    f"{size * len(count):,} bytes cannot be pinned: {error}"
-                ) from None
-            self._blocks = [torch.empty(size, dtype=torch.uint8, device=device) for _ in count]
-        # files are read into the memory of the tensors
-        pages = [(ctypes.c_char * size).from_address(one.data_ptr()) for one in self._host]
-        self._buffers = [memoryview(page).cast("B") for page in pages]
-        self._copied = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
-        self._index = 0
+        # the one whose copy is the oldest comes first
+        self._pinned: deque[_PinnedBuffer] = deque()
 
     def buffer(self) -> memoryview:
-        # the buffer whose copy is the oldest
-        self._index = (self._index + 1) % len(self._buffers)
-        self._copied[self._index].synchronize()
-        return self._buffers[self._index]
+        is_free = bool(self._pinned) and self._pinned[0].copied.query()
+        if not is_free and len(self._pinned) < self._sizes.count:
+            with torch.cuda.stream(self._stream):
+                self._pinned.append(_PinnedBuffer(self._sizes.block, self._device))
+        else:
+            self._pinned.rotate(-1)
+        # the last one is that which is filled now
+        self._pinned[-1].copied.synchronize()
+        return self._pinned[-1].memory
 
     def consume(self, offset: int, size: int) -> None:
         # nothing here waits for the device
-        index = self._index
-        with torch.cuda.stream(self._stream), self._buffers[index][:size] as host:
-            block = self._blocks[index][:size]
-            block.copy_(self._host[index][:size], non_blocking=True)
+        pinned = self._pinned[-1]
+        with torch.cuda.stream(self._stream), pinned.memory[:size] as host:
+            block = pinned.block[:size]
+            block.copy_(pinned.host[:size], non_blocking=True)
             self._targets.put(offset, host, block)
-            self._copied[index].record(self._stream)
+            pinned.copied.record(self._stream)
 
     def finish(self) -> None:
         self._stream.synchronize()
+
+
+class _PinnedBuffer:
+    """A pinned buffer, as `memory` for reading into it, and its block on the device."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        try:
+            # a tensor a buffer: in one for all they would lie wherever the size makes them
+            self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise MemoryError(
+                f"{size:,} bytes of a staging buffer cannot be pinned ({error}); is the memory"
+                " that may be locked used up? See ulimit -l, and the limit of the container"
+            ) from None
+        self.block = torch.empty(size, dtype=torch.uint8, device=device)
+        page = (ctypes.c_char * size).from_address(self.host.data_ptr())
+        self.memory = memoryview(page).cast("B")
+        # torch's events have no types
+        self.copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -35,8 +35,10 @@ def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Simulation:
     def empty_anywhere(
         *size: Any, device: Any = None, pin_memory: bool = False, **options: Any
     ) -> Tensor:
-        if pin_memory and not simulation.can_pin:
-            raise RuntimeError("CUDA error: out of memory")
+        if pin_memory:
+            simulation.pinned += 1
+            if simulation.pinned > simulation.most_pinned:
+                raise RuntimeError("CUDA error: out of memory")
         if device is not None and torch.device(device).type == "cuda":
             simulation.devices.append(torch.device(device))
         return empty(*size, **options)

@@ -56,6 +56,9 @@ class Event:
             stream, count = self.moment
             stream.make(count)
 
+    def query(self) -> bool:
+        return self.moment is None or self.moment[0].made >= self.moment[1]
+
 
 class _Late(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Puts off copies, and clones, to a stream."""
@@ -81,7 +84,7 @@ class Simulation:
     def __init__(self) -> None:
         self.streams: list[Stream] = []
         self.devices: list[torch.device] = []
-        self.can_pin = True
+        self.pinned, self.most_pinned = 0, 1 << 40
 
     def stream(self, device: torch.device | None = None) -> Stream:
         self.streams.append(Stream(device))

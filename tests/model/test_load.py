@@ -418,20 +418,50 @@ def test_everything_goes_to_the_callers_current_gpu(
     assert {stream.device for stream in simulated_cuda.streams} == {torch.device("cuda", CURRENT)}
 
 
+@pytest.mark.parametrize("most", [0, 1, 3])
 def test_memory_that_cannot_be_pinned_is_a_clear_error(
-    files: dict[str, Path], simulated_cuda: Simulation
+    files: dict[str, Path], simulated_cuda: Simulation, most: int
 ) -> None:
-    """The error has the bytes that were asked for, and is a MemoryError, which smoke reports."""
-    simulated_cuda.can_pin = False
-    with pytest.raises(MemoryError, match=r"4,096 bytes cannot be pinned: CUDA error"):
-        on_gpu(files["safetensors"], buffers=StagingBuffers(2048, 2, 1))
+    """At the first buffer or a later one: a MemoryError with bytes and cause, and nothing flows."""
+    simulated_cuda.most_pinned = most
+    words = r"2,048 bytes of a staging buffer cannot be pinned \(CUDA error: out of memory\)"
+    with pytest.raises(MemoryError, match=f"{words}.*ulimit"):
+        on_gpu(files["safetensors"], buffers=StagingBuffers(2048, 4, 2))
+
+    assert [len(stream.waiting) for stream in simulated_cuda.streams if stream.waiting] == []
 
 
-def test_pinned_buffers_are_within_their_bound() -> None:
-    """At most 256 MiB are pinned, whatever the number of cores."""
+@pytest.mark.parametrize(("is_late", "pinned_"), [(False, 1), (True, 3)])
+def test_buffers_are_pinned_when_they_are_needed(
+    files: dict[str, Path],
+    state: dict[str, Tensor],
+    simulated_cuda: Simulation,
+    monkeypatch: pytest.MonkeyPatch,
+    is_late: bool,
+    pinned_: int,
+) -> None:
+    """One a thread where copies are faster than reading, and more only while copies are late."""
+    if not is_late:
+
+        def copied(event: Event) -> bool:
+            event.synchronize()
+            return True
+
+        monkeypatch.setattr(Event, "query", copied)
+    found = on_gpu(files["safetensors"], buffers=StagingBuffers(2048, 3, 1))
+
+    assert_same(found, state, torch.bfloat16)
+    assert simulated_cuda.pinned == pinned_
+
+
+@pytest.mark.parametrize("cores", [1, 16, 500])
+def test_pinned_buffers_are_within_their_bound(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    """Blocks of 4 MiB, two for each of as many threads as there are cores, 256 MiB at most."""
+    monkeypatch.setattr(load, "workers", lambda: cores)
     buffers = load.staging_buffers(torch.device("cuda"))
+
+    assert (buffers.block, buffers.count, buffers.threads) == (4 << 20, 2, min(cores, 32))
     assert buffers.block * buffers.count * buffers.threads <= 256 << 20
-    assert buffers.count >= 2
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(
