@@ -7,11 +7,16 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.toy import Toy
 
 # Several test processes share the cores; torch would start a thread a core in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # Where the tests run on GitHub, what they run is not to write to the page of that job.
 for name in [name for name in os.environ if name.startswith("GITHUB_")]:

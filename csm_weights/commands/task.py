@@ -117,7 +117,8 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
                 try:
                     return act()
                 except NoSpace as error:
-                    error.advice = error.advice or folders
+                    if not any("--" in finding.help for finding in error.findings):
+                        error.advice = error.advice or folders
                     raise
 
             def act() -> object:

@@ -17,7 +17,8 @@ from invoke.program import Program
 
 from csm_weights.commands import console
 from csm_weights.commands.cli import collection
-from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput
+from csm_weights.commands.task import task
+from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, NoSpace
 from tests.support.clone import INV, REPOSITORY
 
 ERROR = MissingInput("not here", [Finding.missing("a.bin", 10, "inv fetch --model toy")], "advice")
@@ -153,6 +154,29 @@ def test_a_program_of_its_own_can_have_the_tasks(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as caught:
         program.run(["csm-weights", "status", "--model", "none"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "mend", "advised"),
+    [
+        (("staging", "dest"), "choose another folder", 1),
+        (("staging", "dest"), "choose another --staging", 0),
+        (("dest",), "choose another folder", 0),
+    ],
+)
+def test_other_folders_are_advised_once_and_where_they_can_be_given(
+    options: tuple[str, ...], mend: str, advised: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task that cannot write names its options for folders, unless the finding does."""
+
+    def full(root: Path, **_: str) -> None:
+        raise NoSpace("full", [Finding(Kind.NO_SPACE, str(root), "room", "none", mend)])
+
+    program = Program(namespace=collection(REPOSITORY, task(*options)(full)), name="inv")
+    with pytest.raises(SystemExit) as caught:
+        program.run(["inv", "full"])
+    assert caught.value.code == 7
+    assert capsys.readouterr().err.count("--staging and --dest name other folders") == advised
 
 
 # ---- whole processes

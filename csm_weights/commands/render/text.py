@@ -150,7 +150,7 @@ def _outcome(outcome: Outcome) -> str:
 
 def _gates(results: Sequence[GateResult]) -> str:
     unread = [f"{r.path}: {r.found}" for r in results if r.found.startswith("not read")]
-    return "\n".join([table(("verdict", "gate", ""), gate_rows(results)), *map(printable, unread)])
+    return "\n".join([table(("verdict", "gate", ""), gate_rows(results)), *map(paragraph, unread)])
 
 
 def gate_rows(results: Sequence[GateResult]) -> Iterator[tuple[str, str, str]]:
