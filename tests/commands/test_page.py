@@ -176,7 +176,7 @@ def test_rates_are_drawn_over_time() -> None:
         html.render(WrongContent("no"), None, replace(RUN, events=events("a", *range(5000))))
     )
     [polygon] = [attrs["points"] for tag, attrs in many.tags if tag == "polygon"]
-    assert len(str(polygon).split()) <= 2 * html.MOST_POINTS + 2
+    assert len(str(polygon).split()) <= 300
 
 
 def test_a_smoke_test_has_its_limits(toy: Toy) -> None:

@@ -13,13 +13,15 @@ from invoke.program import Program
 
 from csm_weights.commands.cli import collection
 from csm_weights.commands.speak import speak
+from csm_weights.errors import WrongContent
 from csm_weights.manifest.parse import load
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.model.codec import find_codec
 from csm_weights.model.tokenizer import find_tokenizer
-from csm_weights.pipeline import doctor, speech
+from csm_weights.pipeline import apply, doctor, speech
 from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import Outcome
 from tests.commands.test_speak import files
 from tests.support.clone import REPOSITORY, copy_tiny
 from tests.support.hub import HubServer
@@ -50,7 +52,10 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_csm_tiny_speaks_from_chunk_files(tiny: Path) -> None:
     """Two commands make a WAV file on a fresh machine, and the second one again the same."""
-    assert run(tiny, "weights", "--model=csm-tiny", "--with=speak", "--no-smoke") == 0
+    page = tiny / "page.html"
+    words = ("weights", "--model=csm-tiny", "--with=speak", "--no-smoke", f"--report={page}")
+    assert run(tiny, *words) == 0
+    assert "mimi-tiny: tokenizer.json" in page.read_text(encoding="utf-8")
     request = Request(tiny, "csm-tiny")
     said = [tiny / "first.wav", tiny / "again.wav"]
     for path in said:
@@ -95,6 +100,20 @@ def test_a_wrong_codec_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]
     assert run(tiny, "weights", "--model=csm-tiny", "--with=speak", "--no-smoke") == 4
     assert "wrong digest" in capsys.readouterr().err
     assert (tiny / "models" / "csm-tiny" / "model.safetensors").exists()
+
+
+def test_a_codec_that_fails_a_gate_ends_the_run(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of what goes with a model is that of the run."""
+    real = apply.weights
+
+    def weights(request: Request, *options: bool, **more: bool) -> Outcome:
+        error = WrongContent("no") if request.model == "mimi-tiny" else None
+        return replace(real(request, *options, **more), error=error)
+
+    monkeypatch.setattr(apply, "weights", weights)
+    assert run(tiny, "weights", "--model=csm-tiny", "--with=speak", "--no-smoke") == 4
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def test_chunk_files_become_verified_weights(program: Program, tmp_path: Path) -
     placed = here / "models" / "csm-tiny"
     assert (placed / "model.safetensors").stat().st_size == 1_191_632
     assert list((placed / ".csm-weights").iterdir())
-    assert program("verify", "--model=csm-tiny").returncode == 0
+    assert program("verify", "--model=csm-tiny", "--report=page.html").returncode == 0
+    assert "OK: installed and verified" in (here / "page.html").read_text(encoding="utf-8")
     with (placed / "model.safetensors").open("r+b") as file:
         file.seek(1_000_000)
         file.write(b"poison")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from csm_weights.commands.render.text import smoke_figures, verdict
 from csm_weights.errors import Category, CsmWeightsError, Finding, printable
 from csm_weights.manifest.types import Piece
 from csm_weights.pipeline.actions import known_text
+from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.progress import Event, format_size
 from csm_weights.store.inspect import ArtifactState, FileState
@@ -119,11 +120,19 @@ def render(result: object, status: StatusReport | None, run: Run) -> str:
     """Return the page of a result or an error; `status` is what is on disk after the run."""
     error = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
     outcome = result if isinstance(result, Outcome) else None
-    results = outcome.results if outcome else ()
     notes = (outcome.notes if outcome else ()) or (status.plan.notes if status else ())
     named = error.findings if error else ()
-    items = status.state.artifacts if status else ()
-    files = [_file(item, status, results, named) for item in items if status]
+    parts = [("", status, outcome.results if outcome else ())] if status else []
+    for one in getattr(result, "also", ()):
+        is_plan = isinstance(one, StatusReport)
+        report = one if is_plan else StatusReport(one.state, Plan(one.state, (), (), ()))
+        parts.append((f"{one.state.manifest.name}: ", report, getattr(one, "results", ())))
+    gates = [replace(r, path=prefix + r.path) for prefix, _, own in parts for r in own]
+    files = [
+        _file(prefix, item, report, own, named)
+        for prefix, report, own in parts
+        for item in report.state.artifacts
+    ]
     boxes = [box for file in files for box in file["boxes"]]
     word, text = _verdict(result, error)
     environment = Environment(
@@ -143,7 +152,7 @@ def render(result: object, status: StatusReport | None, run: Run) -> str:
         facts=_facts(status, files, boxes, run),
         files=files,
         legend={(box.source, box.state): box for box in boxes}.values(),
-        gates=sorted(results, key=lambda r: list(Gate).index(r.gate)),
+        gates=sorted(gates, key=lambda r: list(Gate).index(r.gate)),
         curves=list(_curves(run.events)),
         width=WIDTH,
         height=HEIGHT,
@@ -201,6 +210,7 @@ def _facts(
 
 
 def _file(
+    prefix: str,
     item: ArtifactState,
     status: StatusReport,
     results: Sequence[GateResult],
@@ -219,7 +229,7 @@ def _file(
     state = "wrong" if any(result.ok is False for result in own) else worst
     joined = _joined(boxes)
     return {
-        "path": item.artifact.path,
+        "path": prefix + item.artifact.path,
         "size": item.artifact.size,
         "count": len(boxes),
         "words": f"{format_size(item.artifact.size)}, {count(len(boxes), 'piece')}",
