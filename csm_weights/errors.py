@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -210,6 +211,14 @@ def printable(text: str) -> str:
         return text
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return _INVISIBLE.sub(lambda c: c[0].encode("unicode_escape").decode(), "".join(escaped))
+
+
+def columns(text: str) -> int:
+    """Return the columns that a text takes on a terminal: wide letters two, marks on them none."""
+    if text.isascii():
+        return len(text)
+    marks = sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

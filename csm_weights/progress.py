@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple, Self, TextIO
 
-from csm_weights.errors import CsmWeightsError, printable
+from csm_weights.errors import CsmWeightsError, columns, printable
 
 #: Off a terminal there is a line every so many seconds, or percent after the least time.
 LINE_SECONDS = 10.0
@@ -33,6 +33,9 @@ NAMED_AFTER = 1.5
 
 #: Seconds until a rate is steady enough to be shown, and a time left with it.
 STEADY_AFTER = 2.0
+
+#: Columns of a bar that its percentage and pace may take, and that its label gets at least.
+PACE, MIN_LABEL = 50, 28
 
 #: Seconds without a byte after which that is shown; and between two looks whether it is so.
 QUIET_SECONDS = 4.0
@@ -98,6 +101,16 @@ def label_for(verb: str, paths: Iterable[str]) -> str:
     return f"{verb} {names[0] if len(names) == 1 else f'{len(names):,} files'}"
 
 
+def shortened(text: str, room: int) -> str:
+    """Return a text in at most so many columns, without its middle where it takes more."""
+    if columns(text) <= room:
+        return text
+    head, tail = text[: len(text) // 2], text[len(text) // 2 :]
+    while columns(f"{head}...{tail}") > room:
+        head, tail = (head[:-1], tail) if columns(head) > columns(tail) else (head, tail[1:])
+    return f"{head}...{tail}"
+
+
 def _pace(done: int, total: int, seconds: float, quiet: float = 0.0) -> str:
     """Return how much is done, and once the rate is steady how fast, and how long it will take.
 
@@ -151,7 +164,9 @@ class Progress:
             def format_dict(bar) -> Any:
                 """Return what the bar shows, in our units."""
                 shown: Any = super().format_dict
-                return shown | {"pace": self._words(shown["elapsed"])}
+                room = max(MIN_LABEL, (shown["ncols"] or 80) - PACE)
+                own = {"prefix": shortened(shown["prefix"], room)}
+                return shown | own | {"pace": self._words(shown["elapsed"])}
 
         return Bar(
             total=self._total,

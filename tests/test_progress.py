@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from csm_weights import progress
+from csm_weights.errors import columns
 from csm_weights.progress import (
     LINE_PERCENT,
     LINE_SECONDS,
@@ -269,23 +270,25 @@ def test_a_label_has_the_name_of_the_file() -> None:
 
 
 @pytest.fixture
-def terminal() -> Callable[[dict[str, str], float], tuple[str, str]]:
+def terminal() -> Callable[..., tuple[str, str]]:
     """Runs some work whose stderr is a terminal; returns its stdout and what was shown."""
     code = f"""
 import sys, time
 from csm_weights.progress import Progress
-with Progress("hashing", {TOTAL}) as shown:
+with Progress(sys.argv[2], {TOTAL}) as shown:
     for _ in range(5):
         time.sleep(float(sys.argv[1]) / 5)
         shown.advance({TOTAL} // 5)
 """
 
-    def show(environment: dict[str, str], seconds: float) -> tuple[str, str]:
+    def show(
+        environment: dict[str, str], seconds: float, label: str = "hashing"
+    ) -> tuple[str, str]:
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
         clean = {k: v for k, v in os.environ.items() if k not in ("TQDM_DISABLE", "NO_COLOR")}
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(seconds)],
+            [sys.executable, "-c", code, str(seconds), label],
             stdout=subprocess.PIPE,
             stderr=theirs,
             env={**clean, "TERM": "xterm", **environment},
@@ -314,7 +317,7 @@ def _read_all(fd: int) -> str:
     return shown.decode(errors="replace")
 
 
-Terminal = Callable[[dict[str, str], float], tuple[str, str]]
+Terminal = Callable[..., tuple[str, str]]
 
 
 def test_on_a_terminal_there_is_a_bar(terminal: Terminal) -> None:
@@ -324,6 +327,17 @@ def test_on_a_terminal_there_is_a_bar(terminal: Terminal) -> None:
     assert re.search(r"hashing: +\d+%\|.*\| [\d.]+ [KMG]iB of 3\.1 GiB", shown)
     assert "\r" in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("letter", ["x", "\u30e2"])
+def test_a_long_name_leaves_room_for_the_bar(terminal: Terminal, letter: str) -> None:
+    """Of a label that would fill the line the middle is left out; the last line has all of it."""
+    label = f"hashing {letter * 90}.bin"
+    _, shown = terminal({"PYTHONUTF8": "1"}, 0.6, label)
+    bars = [line for line in re.split("[\r\n]+", shown) if "%|" in line]
+    assert bars and all(re.search(r"hashing .*\.\.\..*\.bin: +\d+%\|.*\| .* of 3", b) for b in bars)
+    assert max(map(columns, bars)) <= 100
+    assert f"{label}: " in shown
 
 
 def test_a_bar_has_no_colour(terminal: Terminal) -> None:

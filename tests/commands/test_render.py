@@ -15,7 +15,7 @@ from csm_weights.commands.cli import collection
 from csm_weights.commands.render import blocks
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
-from csm_weights.commands.render.blocks import SHORT, WIDTH, columns, table
+from csm_weights.commands.render.blocks import SHORT, WIDTH, table
 from csm_weights.errors import (
     CsmWeightsError,
     Finding,
@@ -23,6 +23,7 @@ from csm_weights.errors import (
     MissingInput,
     NoSpace,
     WrongContent,
+    columns,
     printable,
 )
 from csm_weights.model.smoke_report import Check, Figures, SmokeReport

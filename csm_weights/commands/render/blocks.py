@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import textwrap
-import unicodedata
 from collections.abc import Iterable, Sequence
 
-from csm_weights.errors import CsmWeightsError, Finding, printable
+from csm_weights.errors import CsmWeightsError, Finding, columns, printable
 
 #: Columns that a screen has at least.
 WIDTH = 80
@@ -41,14 +40,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         start = "".join(word + " " * space for word, space in zip(words, spaces, strict=True))
         texts.append(start + f"\n{' ' * indent}".join(wrapped(last, indent) or [""]))
     return "\n".join(text.rstrip() for text in texts)
-
-
-def columns(text: str) -> int:
-    """Return the columns that a text takes on a terminal: wide letters two, marks on them none."""
-    if text.isascii():
-        return len(text)
-    marks = sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
-    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
 
 def wrapped(text: str, indent: int = 0) -> list[str]:
