@@ -3,14 +3,15 @@
 `python -m tools.mutation [--seed 1] [--count 150]` draws places in the rooms below and makes one
 change at each, in copies of the repository. One run of the suite under coverage tells which tests
 run which lines, also in programs that they start. A change is shown to the tests that run its
-statement, the fastest first, until one fails. What survives is printed as a diff. A person decides
-whether such a change alters behaviour.
+statement, those of its room and the fastest first, until one fails. What survives is printed as a
+diff. A person decides whether such a change alters behaviour.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import math
 import os
 import random
 import re
@@ -39,11 +40,8 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).parents[1]
 ROOMS = ("formats", "pipeline", "store", "transfer", "verify")
 
-#: Seconds that the tests of one change may take. A change that makes them hang is noticed.
-TIMEOUT = 1800
-
-#: Seconds that the first tests of a change take, as measured; the others follow if it survives.
-FIRST = 60
+#: Seconds of tests, as measured, that are run at once: the others follow if the change survives.
+SHARES = (10.0, 60.0, math.inf)
 
 #: The settings of coverage in every process of the run that it measures.
 SETTINGS = """
@@ -66,7 +64,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies that work at once")
     parser.add_argument("--rooms", nargs="+", default=ROOMS, choices=ROOMS)
-    parser.add_argument("--quick", action="store_true", help=f"at most {FIRST} s of tests a change")
+    parser.add_argument("--quick", action="store_true", help="at most a minute of tests a change")
     parser.add_argument("--measured", type=Path, help="folder of such a run's coverage, to keep it")
     options = parser.parse_args()
     chosen = draw(options.rooms, options.count, random.Random(options.seed))
@@ -76,6 +74,8 @@ def main() -> None:
         for number in range(options.jobs):
             copy = Path(scratch, str(number))
             subprocess.run(["git", "clone", "-q", "--shared", ROOT, copy], check=True)
+            # Later runs write no bytecode, and are faster with what is there.
+            subprocess.run(tests_of(copy, ["--collect-only", "-qq", "tests"]), check=True)
             copies.put(copy)
         suite = Suite.measure(copy, options.measured or Path(scratch, "measured"))
 
@@ -132,12 +132,14 @@ class Suite:
         return cls(lines, {test: float(seconds) for seconds, test in pairs})
 
     def tests(self, change: MutationSpec) -> list[str]:
-        """Return the tests that run what is changed, the fastest first."""
+        """Return the tests that run what is changed: those of its room, then the fastest first."""
         module = str(change.module_path)
         statement = lines_of((ROOT / module).read_text(), change.start_pos[0])
         by_line = self.lines.get(module, {})
         found = {test for line, tests in by_line.items() if line in statement for test in tests}
-        return sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
+        room = f"tests/{change.module_path.parts[1]}/"
+        known = found & self.seconds.keys()
+        return sorted(known, key=lambda t: (not t.startswith(room), self.seconds[t]))
 
 
 def lines_of(source: str, line: int) -> range:
@@ -224,15 +226,18 @@ def run(change: MutationSpec, copy: Path, suite: Suite, is_quick: bool) -> tuple
         change.start_pos,
         change.end_pos,
     )
-    tests, total, first = suite.tests(change), 0.0, 0
-    while first < len(tests) and total < FIRST:
-        total += suite.seconds[tests[first]]
-        first += 1
+    left, total = suite.tests(change), 0.0
     listed = copy.with_suffix(".tests")
-    for part in (tests[:first], [] if is_quick else tests[first:]):
+    for most in SHARES[:-1] if is_quick else SHARES:
+        part = []
+        while left and total < most:
+            part.append(left.pop(0))
+            total += suite.seconds[part[-1]]
         listed.write_text("\n".join(part))
         command = tests_of(copy, [f"@{listed}"]) if part else ["true"]
-        result = mutate_and_test([inside], shlex.join(command), TIMEOUT)
+        # A change that makes the tests hang is noticed.
+        limit = 60 + 5 * sum(suite.seconds[test] for test in part)
+        result = mutate_and_test([inside], shlex.join(command), limit)
         if result.test_outcome != TestOutcome.SURVIVED:
             break
     outcome = result.test_outcome.name if result.test_outcome else result.worker_outcome.name
@@ -240,7 +245,7 @@ def run(change: MutationSpec, copy: Path, suite: Suite, is_quick: bool) -> tuple
     if outcome == "KILLED":
         noticed = re.findall(r"^(?:FAILED|ERROR) .*", result.output, re.M)
         told = noticed[0] if noticed else result.output or "the tests cannot be imported"
-    return outcome, f"{told}\n({total:.0f} s of tests; {first} of {len(tests)})"
+    return outcome, f"{told}\n({len(left)} tests were not run)" if left else told
 
 
 if __name__ == "__main__":

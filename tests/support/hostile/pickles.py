@@ -135,6 +135,10 @@ BAD_PICKLES: Bad = {
         state_dict(text("v"), tensor(of=storage(elements=3)), text("w"), tensor()),
         "one size for each storage",
     ),
+    "one_storage_that_shrinks": (
+        state_dict(text("v"), tensor(), text("w"), tensor(of=storage(elements=3))),
+        "one size for each storage",
+    ),
     "storage_of_another_kind": (
         state_dict(text("w"), tensor(of=storage(kind=b"ctorch\nQInt8Storage\n"))),
         "global torch QInt8Storage",
