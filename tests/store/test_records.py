@@ -17,6 +17,7 @@ from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.model.smoke_report import SmokeReport, report_path
 from csm_weights.store.journal import (
     Arrival,
+    Consumed,
     Journal,
     PieceRecord,
     Refuted,
@@ -110,6 +111,17 @@ def test_a_range_beyond_the_end_of_its_piece_is_left_out(tmp_path: Path) -> None
     partial_path(tmp_path / "a").touch()
     journal_path(tmp_path / "a").write_text("\n".join(map(dump_record, [beyond, last])))
     assert read_journal(tmp_path / "a", artifact) == Journal(arrived=(last,), is_begun=True)
+
+
+@pytest.mark.parametrize(("moved", "counts"), [(0, False), (1, True), (10, True), (11, False)])
+def test_bytes_that_moved_count_up_to_the_size_of_the_piece(
+    moved: int, counts: bool, tmp_path: Path
+) -> None:
+    """From its first byte to its last; a line about more bytes is wrong."""
+    artifact = Artifact("a", "g", "opaque", 10, SHA, pieces=(Piece("chunks/a-0", 0, 10, SHA),))
+    partial_path(tmp_path / "a").touch()
+    journal_path(tmp_path / "a").write_text(dump_record(line := Consumed(0, moved, SHA)))
+    assert read_journal(tmp_path / "a", artifact).consumed == ((line,) if counts else ())
 
 
 def test_a_fingerprint_survives_a_rename_but_not_an_edit(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import resource
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -224,6 +225,12 @@ def test_a_chunk_file_that_changes_while_its_blocks_are_shared_is_refused(
 
 
 # ---- resuming
+
+
+def test_other_systems_share_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is Linux's: elsewhere the bytes are copied."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not block_io.clone_range(0, 0, 1, 0, 4096)
 
 
 def test_kept_pieces_are_not_asked_for_again(sample: Sample) -> None:

@@ -38,6 +38,18 @@ def _changed(index: int, **fields: Any) -> bytes:
     return zip_of(entries)
 
 
+def _with_zip64_end(rest: int = 44, locator: tuple[int, int, int] | None = None) -> bytes:
+    """Return the good checkpoint with a zip64 end record of `rest` more bytes, and its locator.
+
+    That holds the number of the disk, the record's byte, and how many disks there are.
+    """
+    content = good_checkpoint()
+    body, last = content[:-22], content[-22:]
+    here, count, length, start = struct.unpack("<2H2I", last[8:20])
+    wide = struct.pack("<4sQ2H2I4Q", b"PK\6\6", rest, 45, 45, 0, 0, here, count, length, start)
+    return body + wide + struct.pack("<4sIQI", b"PK\6\7", *(locator or (0, len(body), 1))) + last
+
+
 def _without(name: str) -> bytes:
     return zip_of([e for e in records(GOOD_PICKLE) if e.name != f"archive/{name}"])
 
@@ -104,6 +116,9 @@ BAD_ZIPS: Bad = {
     "descriptor_missing": (_changed(3, descriptor=b""), "a data descriptor like"),
     "hidden_extra_field": (_changed(2, local={"extra": _SECRET}), "extra field 0x7777"),
     "central_extra_field": (_changed(2, central={"extra": _SECRET}), "extra field 0x7777"),
+    "zip64_end_of_another_size": (_with_zip64_end(rest=45), "a zip64 end record at byte"),
+    "zip64_end_elsewhere": (_with_zip64_end(locator=(0, 0, 1)), "a zip64 end record at byte"),
+    "zip64_end_of_two_disks": (_with_zip64_end(locator=(0, 0, 2)), "a zip64 end record at byte"),
     "central_zip64_not_needed": (_changed(2, central={"extra": _WIDE}), "where they are needed"),
     "central_comment": (_changed(2, central={"comment": b"hi"}), "without comment"),
     "central_sizes_differ": (_changed(2, central={"packed": 20}), "24 bytes stored"),

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 
 from csm_weights.errors import Kind
-from csm_weights.transfer.http.responses import FOREVER, redirect_target, requested_wait
+from csm_weights.transfer.http.responses import (
+    FOREVER,
+    classify_error,
+    redirect_target,
+    requested_wait,
+)
 from csm_weights.transfer.source import SourceError
 
 
@@ -176,3 +181,11 @@ def test_a_server_that_the_user_named_may_lead_into_a_private_network() -> None:
 def test_a_move_to_https_and_an_invented_address_are_followed(source: str, target: str) -> None:
     """The same host over https, and an address that only stands for a name behind a proxy."""
     assert redirect_target(source, target) == target
+
+
+@pytest.mark.usefixtures("names")
+@pytest.mark.parametrize(("url", "where"), [("http://.hub", ".hub"), ("http:///x", "a URL")])
+def test_a_url_that_cannot_be_asked_is_named_by_its_host(url: str, where: str) -> None:
+    """Where it has none, as a redirect may, the finding says at least what it is about."""
+    finding = classify_error(url, ValueError("invalid"))
+    assert (finding.kind, finding.where) == (Kind.NO_NETWORK, where)
