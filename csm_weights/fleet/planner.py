@@ -83,8 +83,7 @@ class Planner:
         self.events: list[str] = []
         self.pulls: dict[tuple[int, int], tuple[int, float]] = {}  # -> source, start
         self.load = Counter[int]()  # pulls that a source serves now
-        self.fetchers = 0
-        self._may_fetch = self.live if has_origin else 0
+        self.fetchers, self.may_fetch = 0, self.live if has_origin else 0
         self._refused = 0
         self._random = random.Random(seed)
         self._first = self.all  # blocks without a holder among the receivers, and not on their way
@@ -149,7 +148,7 @@ class Planner:
         can_pass_on, can_fetch = self.servers >> node & 1, self._can_fetch(node)
         if not can_pass_on:
             free = [] if others else free
-            can_fetch = can_fetch and not others & self._may_fetch
+            can_fetch = can_fetch and not others & self.may_fetch
         todo = self._first & lack
         for source in sorted(free, key=active.__getitem__):
             if blocks := todo & self.serves[source]:
@@ -168,7 +167,7 @@ class Planner:
 
     def _can_fetch(self, node: int) -> bool:
         is_member = self.fetchers >> node & 1 or self.fetchers.bit_count() < FETCHERS
-        return bool(is_member and self._may_fetch >> node & 1)
+        return bool(is_member and self.may_fetch >> node & 1)
 
     def _ask_peer(self, node: int, lack: int, others: int, now: float) -> Pull | None:
         free = self.free & others
@@ -254,18 +253,19 @@ class Planner:
     # ---- what a node has
 
     def holds(self, node: int, blocks: int) -> None:
-        """Count verified blocks that a node came with; with all of them it is a first holder."""
+        """Count verified blocks that a node came with; with all at once it is a first holder."""
+        blocks &= self.lacks[node] & ~self._coming[node]
         if blocks == self.all:
             self.seeds |= 1 << node
         else:
-            for block in bits(blocks & self.lacks[node]):
+            for block in bits(blocks):
                 self._count(block, +1)
         self.lacks[node] &= ~blocks
 
     def promise(self, node: int, blocks: int) -> None:
         """Note which blocks a node is about to serve: nobody fetches them meanwhile; 0 ends it."""
         self.promises[node] = blocks
-        if not blocks:
+        if not blocks or (node >= 0 and not self.servers >> node & 1):
             del self.promises[node]
 
     def offers(self, node: int, blocks: int) -> None:
@@ -343,15 +343,15 @@ class Planner:
 
     def _is_last(self, source: int) -> bool:
         """Return whether a source is the only first holder, and there is no origin."""
-        return self.seeds & self.servers == 1 << source and not self._may_fetch
+        return self.seeds & self.servers == 1 << source and not self.may_fetch
 
     def cannot_fetch(self, node: int) -> None:
         """Note that a node's fetching from the origin failed, after the retries that it has."""
-        self._may_fetch &= ~(1 << node)
+        self.may_fetch &= ~(1 << node)
         self.fetchers &= ~(1 << node)
         self._refused += 1
         if self._refused >= REFUSALS:
-            self._may_fetch = 0
+            self.may_fetch = 0
 
     def wrong(self, node: int, block: int) -> None:
         """Note that a block arrived with a wrong digest.

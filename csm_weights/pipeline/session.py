@@ -182,14 +182,16 @@ class Session:
 
 
 def begin(
-    request: Request, choose: Callable[[Manifest], tuple[Artifact, ...]] | None = None
+    request: Request,
+    choose: Callable[[Manifest], tuple[Artifact, ...]] | None = None,
+    manifest: Manifest | None = None,
 ) -> Session:
     """Begin the run of a command: read the manifest, find the folders, choose the artifacts.
 
-    `choose` takes the place of the request's own words. Raises UsageError for
-    names that do not exist, ManifestInvalid, MissingInput.
+    `choose` takes the place of the request's own words, `manifest` of the one that it names.
+    Raises UsageError for names that do not exist, ManifestInvalid, MissingInput.
     """
-    manifest = find_manifest(request.root, request.model)
+    manifest = manifest or find_manifest(request.root, request.model)
     if request.revision:
         manifest = replace(manifest, revision=request.revision)
     environment = HubEnvironment.read()
