@@ -13,7 +13,7 @@ VENV ?= .venv
 
 SWITCHES := CONSUME SEAL SMOKE
 KNOWN := MODEL ONLY DEST STAGING SOURCE URL CACHE REVISION PATIENCE LIMIT_RATE WITH REPORT FILE TO OUT TEXT \
-	KEY NEW_KEY $(SWITCHES) FUZZ_SECONDS SEED MAX_SECONDS MINUTES PYTHON VENV
+	KEY NEW_KEY ADDRESS DIR NODES $(SWITCHES) FUZZ_SECONDS SEED MAX_SECONDS MINUTES PYTHON VENV
 
 # Values are data: a call of make's functions in them is not made, here or in a recipe.
 $(foreach name,$(KNOWN),$(eval override $(name) := $$(value $(name))))
@@ -62,9 +62,9 @@ RUN_ENV   := $(VENV)/$(if $(WITH),.speak,.smoke)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak report split lock \
-	standin clean test lint damage test-full test-integration test-torch test-gpu test-kernels messages torture torture-room \
-	bench bench-download bench-load bench-ci fuzz scanners mutation
+.PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak fleet report split lock \
+	standin clean test lint damage test-full test-integration test-fleet test-torch test-gpu test-kernels messages torture torture-room \
+	bench bench-download bench-load bench-ci bench-fleet fuzz scanners mutation
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=ckpt] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
@@ -118,6 +118,11 @@ speak: $(VENV)/.speak ## Speak TEXT='...' to OUT=hi.wav (SEED=1, MAX_SECONDS=10)
 report: $(VENV)/.base ## Write a page about the installed files, OUT=page.html
 	@$(INV) report --html=$(call quoted,$(OUT)) $(WHAT)
 
+fleet: $(VENV)/.fleet ## Bring MODEL to all nodes of a Ray cluster (DIR, NODES)
+	@$(INV) fleet --model $(call quoted,$(MODEL)) $(call option,ONLY,only) $(call option,SOURCE,source) \
+		$(foreach url,$(URL),--url $(call quoted,$(url))) $(call option,REVISION,revision) $(WAITING) \
+		$(call option,ADDRESS,address) $(call option,DIR,dir) $(call option,NODES,nodes)
+
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT)
 
@@ -159,6 +164,9 @@ test-torch: $(VENV)/.test ## Run the model's tests with the newest torch of its 
 		--constraint $(VENV)/torch/constraints.txt --editable '.[torch,test]' >&2
 	@$(VENV)/torch/bin/python -m pytest tests/model tests/test_api.py tests/commands/test_speak.py
 
+test-fleet: $(VENV)/.fleet ## Run the tests of many machines, on Ray on this one
+	@$(VENV)/bin/python -m pytest -m fleet tests
+
 test-gpu: $(VENV)/.test ## Run the tests that need an NVIDIA GPU
 	@$(VENV)/bin/python -m pytest -m gpu tests
 
@@ -198,6 +206,9 @@ bench-load: $(VENV)/.test ## Measure loading, and speaking on a GPU (38 GB of di
 bench-ci: $(VENV)/.test ## Count what 200 CI jobs ask of the Hub, and hf download beside
 	@$(VENV)/bin/python -m benchmarks.ci
 
+bench-fleet: $(VENV)/.fleet ## Measure a fleet in network namespaces (root)
+	@$(VENV)/bin/python -m benchmarks.fleet
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is older than 3.11; say make PYTHON=python3.11" >&2; exit 1; }
@@ -227,6 +238,8 @@ $(VENV)/.test: $(VENV)/.smoke
 	@touch $@
 
 $(VENV)/.fuzz $(VENV)/.mutation $(VENV)/.kernels: $(VENV)/.%: $(VENV)/.test
+
+$(VENV)/.fuzz $(VENV)/.mutation $(VENV)/.fleet: $(VENV)/.%: $(VENV)/.test
 	@echo "installing what $* needs ..." >&2
 	@$(PIP) --quiet --editable '.[$*]'
 	@touch $@

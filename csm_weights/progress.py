@@ -243,6 +243,13 @@ class Progress:
         for listener in listeners:
             listener(Event(*figures, self._number, what, message))
 
+    def rename(self, label: str) -> None:
+        """Show another label from now on."""
+        with self._lock:
+            self._label = label
+            if self._bar is not None:
+                self._bar.set_description_str(printable(label), refresh=False)
+
     def log(self, text: str) -> None:
         """Print a line under this label at once."""
         self._tell(time.monotonic(), Happening.LOG, text)

@@ -185,6 +185,20 @@ def doctor(request: Request, smoke: bool, offline: bool) -> object:
 
 
 @task(
+    *("model", "only", "source", "url", "revision", "patience", "json", "require_gpu"),
+    address=("auto", "address of the cluster, or local for this machine alone (default: auto)"),
+    dir=("", "folder on each node, with its own ~ and $VARIABLES (default: this machine's)"),
+    nodes=(0, "nodes that are expected at least (default: those that are there)"),
+    smoke=(False, "run the smoke test on each node as well"),
+)
+def fleet(request: Request, **options: Any) -> object:
+    """Bring a model to every node of a Ray cluster, with one download, and verify it there."""
+    from csm_weights.commands import fleet
+
+    return fleet.fleet(request, **options)
+
+
+@task(
     *(*FILES, "dry"),
     move_main=(False, "point main at this commit even if it is at another one"),
 )

@@ -27,6 +27,9 @@ ASK_COMPLETE = 10.0
 GRACE = 15.0
 LOOK = 0.25
 
+#: Seconds before which no first copy is late, however short the others took.
+LATE = 3.0
+
 #: Nodes that wait and are asked again after each answer.
 WOKEN = 8
 
@@ -66,7 +69,8 @@ class Coordinator:
 
     def __init__(self, job: Job) -> None:
         self.layout, count = job.layout, job.nodes
-        self.planner = Planner(len(self.layout.blocks), count, bool(job.remote) or job.is_shared)
+        has_origin, size = bool(job.remote) or job.is_shared, len(self.layout.blocks)
+        self.planner = Planner(size, count, has_origin, least_late=LATE)
         self.events = self.planner.events
         self.credentials: dict[str, str] = {}
         self._hello: dict[int, Hello] = {}
@@ -75,6 +79,12 @@ class Coordinator:
         self._orders: dict[int, dict[int, Act]] = defaultdict(dict)  # node -> piece -> what to do
         self._busy: set[tuple[int, int]] = set()  # a node and the piece that it hashes or fetches
         self._doubted: dict[int, dict[int, tuple[str, int]]] = {}  # piece -> recalled digests
+        self._rounds = [0] * len(
+            self.layout.pieces
+        )  # how often the digests of a piece were recalled
+        self._retried: set[tuple[int, int]] = set()  # a node and a piece that was wrong there once
+        self._disproved: set[tuple[int, int]] = set()  # a node and a piece that it listed wrongly
+        self._hopeless: set[int] = set()  # pieces of which no source has the right bytes
         self._trusted: set[int] = set()  # nodes that fetch
         self._waiting: dict[Slot, asyncio.Future[Task]] = {}
         self._seen: dict[int, float] = {}
@@ -191,7 +201,9 @@ class Coordinator:
 
     def _end_if_all_ended(self) -> None:
         ended = {*self._installed, *self._left, *self._silent}
-        self._is_over = len(ended) == len(self.planner.lacks)
+        if len(ended) == len(self.planner.lacks):
+            self._is_over = True
+            self._wake(time.monotonic(), len(self._waiting) + 1)
 
     @property
     def _are_all_here(self) -> bool:
@@ -203,7 +215,7 @@ class Coordinator:
 
     async def _watch(self) -> None:
         last = time.monotonic()
-        while True:
+        while not self._is_over:
             await asyncio.sleep(LOOK)
             now = time.monotonic()
             if now - last > SILENCE / 4:  # held up itself: everybody gets the time back
@@ -223,8 +235,7 @@ class Coordinator:
     def _end_if_stuck(self) -> None:
         """Give up the nodes that lack what nobody can give any more."""
         planner = self.planner
-        is_idle = not planner.pulls and not self._busy and set(planner.promises) <= {NOBODY}
-        if not is_idle or not self._are_all_here:
+        if planner.pulls or set(planner.promises) - {NOBODY} or not self._are_all_here:
             return
         working = {n for n in self._hello if planner.live >> n & 1 and not self._is_complete(n)}
         waiting = {slot for slot, future in self._waiting.items() if not future.done()}
@@ -262,8 +273,10 @@ class Coordinator:
     def _task(self, node: int, is_first: bool, now: float) -> Task | None:
         if node in self._left:
             return Task(Act.LEAVE, findings=self._left[node])
-        if self._is_over and node in self._installed:
-            return Task(Act.LEAVE)
+        if self._is_over:
+            words = ("an answer before the others were done", "none", "run the same command again")
+            late = Finding(Kind.NO_NETWORK, "", *words)
+            return Task(Act.LEAVE, findings=() if node in self._installed else (late,))
         if node in self._silent or not self._is_open:
             return None
         if not self.planner.live >> node & 1:
@@ -274,7 +287,7 @@ class Coordinator:
         for piece, act in self._orders[node].items():
             if (node, piece) not in self._busy:
                 self._trusted |= {node} if act is Act.REFETCH else set()
-                return self._begin(node, Task(act, piece))
+                return self._begin(node, Task(act, piece, round=self._rounds[piece]))
         if task := self._unchecked(node):
             return self._begin(node, task)
         if self._is_complete(node):
@@ -287,11 +300,15 @@ class Coordinator:
 
     def _task_of(self, pull: Pull) -> Task:
         piece = self.layout.blocks[pull.block].piece
-        digest, _ = self._digests[piece].of.get(pull.block, ("", ORIGIN))
+        table = self._digests[piece]
+        digest, _ = table.of.get(pull.block, ("", ORIGIN))
         if pull.source == ORIGIN:
             self._trusted.add(pull.node)
-            return Task(Act.FETCH, pull.block, digest=digest)
-        return Task(Act.PULL, pull.block, self._hello[pull.source].address, digest)
+            # Against digests that only one node vouches for, the origin may be right.
+            digest = digest if table.is_bound else ""
+            return Task(Act.FETCH, pull.block, "", digest, self._rounds[piece])
+        address = self._hello[pull.source].address
+        return Task(Act.PULL, pull.block, address, digest, self._rounds[piece])
 
     def _begin(self, node: int, task: Task) -> Task:
         self._busy.add((node, task.number))
@@ -303,7 +320,7 @@ class Coordinator:
         for piece, mask in enumerate(self.layout.masks):
             is_new = piece not in self._verified[node] and (node, piece) not in self._busy
             if not lack & mask and is_new:
-                return Task(Act.HASH, piece)
+                return Task(Act.HASH, piece, round=self._rounds[piece])
         return None
 
     def _elect(self) -> None:
@@ -324,7 +341,8 @@ class Coordinator:
                 act = Act.REFETCH
                 able = list(bits(self.planner.may_fetch & self.planner.servers))
                 able = [n for n in able if n in self._hello and not self._is_complete(n)]
-                if not able:
+                if not able or piece in self._hopeless:
+                    able = []
                     self.planner.promise(NOBODY, self.planner.promises.get(NOBODY, 0) | mask)
             if able and self._is_open:
                 node = min(able, key=lambda n: len(self._orders[n]))
@@ -333,7 +351,8 @@ class Coordinator:
 
     def _has(self, node: int, piece: int) -> bool:
         is_here = node in self._hello and piece in self._verified[node]
-        return is_here and piece not in self._hello[node].spared
+        is_false = (node, piece) in self._disproved
+        return is_here and not is_false and piece not in self._hello[node].spared
 
     def _promise(self, node: int) -> None:
         """Let nobody fetch what a node is about to serve."""
@@ -346,20 +365,25 @@ class Coordinator:
         task, number = answer.task, answer.task.number
         if task.act in (Act.HASH, Act.REFETCH):
             self._busy.discard((node, number))
-            if node not in self._left:
+            if node not in self._left and task.round == self._rounds[number]:
                 self._hashed(node, answer)
                 self._elect()
             return
         table = self._digests[self.layout.blocks[number].piece]
         known, found = table.of.get(number), "".join(answer.digests)
-        if answer.result is Result.FAILED:
+        if task.round != self._rounds[self.layout.blocks[number].piece]:
+            self.planner.failed(node, number)
+        elif answer.result is Result.FAILED:
             self.planner.failed(node, number)
             if task.act is Act.FETCH:
                 self._cannot_fetch(node, answer.findings)
         elif answer.result is Result.WRONG:
             self.planner.wrong(node, number)
-        elif (known and known[0] != found) or (not known and task.digest):
-            self.planner.failed(node, number)  # its digest was recalled meanwhile
+        elif known and known[0] != found:
+            self.planner.failed(node, number)
+            if task.act is Act.FETCH:
+                self._recall(self.layout.blocks[number].piece)
+                self._elect()
         else:
             table.of.setdefault(number, (found, node))
             self.planner.done(node, number, now)
@@ -390,13 +414,19 @@ class Coordinator:
             self.planner.offers(node, mask)
         elif act is Act.REFETCH:
             self._cannot_fetch(node, answer.findings)
-        elif had or table.is_bound:
+            if any(finding.kind is Kind.WRONG_DIGEST for finding in answer.findings):
+                self._hopeless.add(piece)  # every source was asked for the piece, more than once
+        elif had or (table.is_bound and (node, piece) in self._retried):
             # What it had when it came has changed, or others found these very bytes right.
             expected, found = f"sha256 {pinned.sha256}", "another one, though each block was right"
             found = "another one, in spite of its receipt" if had else found
             help_text = "check this node's disk and memory; inv verify hashes its files"
             words = (f"{artifact.path} from byte {pinned.offset:,}", expected, found, help_text)
             self._give_up(node, [Finding(Kind.WRONG_DIGEST, *words)])
+        elif (node, piece) not in self._retried:
+            # Once it may be this node's fault: a block may have been written over by a late one.
+            self._retried.add((node, piece))
+            self.planner.recall(mask, keep=~(1 << node))
         else:
             self._recall(piece)
 
@@ -436,8 +466,10 @@ class Coordinator:
             self._doubted[piece] = table.of
         else:
             self.planner.blame(table.lister, "gave digests that are not those of the piece")
-            self._verified[table.lister].discard(piece)
+            self._disproved.add((table.lister, piece))
             self._doubted[piece] = {}
         holders = (n for n in range(len(self._verified)) if piece in self._verified[n])
         self.planner.recall(self.layout.masks[piece], sum(1 << n for n in holders))
         self._digests[piece] = Digests()
+        self._rounds[piece] += 1
+        self._busy = {(n, p) for n, p in self._busy if p != piece}

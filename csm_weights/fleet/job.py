@@ -118,13 +118,15 @@ class Task:
     """One thing for a node to do with a block or piece, by its number.
 
     `address` is the URL of the node to pull from, `digest` the hex sha256 that a block must
-    have, or "" where nobody knows it yet. `findings` say why a node has to leave.
+    have, or "" where nobody knows it yet. `round` counts how often the digests of its piece were
+    recalled before. `findings` say why a node has to leave.
     """
 
     act: Act
     number: int = -1
     address: str = ""
     digest: str = ""
+    round: int = 0
     findings: tuple[Finding, ...] = ()
 
 

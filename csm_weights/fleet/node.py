@@ -19,7 +19,15 @@ from urllib3.exceptions import HTTPError
 
 from csm_weights.byte_ranges import Ranges
 from csm_weights.config import HubEnvironment, offline
-from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, UsageError, error_for
+from csm_weights.errors import (
+    CsmWeightsError,
+    Finding,
+    Kind,
+    NoSpace,
+    SmokeFailed,
+    UsageError,
+    error_for,
+)
 from csm_weights.fleet import server
 from csm_weights.fleet.files import Files, RangeWriter, folder_on_node
 from csm_weights.fleet.job import (
@@ -35,10 +43,10 @@ from csm_weights.fleet.job import (
 from csm_weights.hashing import sha256
 from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.pipeline import actions as act
-from csm_weights.pipeline import apply
+from csm_weights.pipeline import apply, smoke_test
 from csm_weights.pipeline.plan import Plan, Target
 from csm_weights.pipeline.request import Request
-from csm_weights.pipeline.session import Session, begin, gate_error
+from csm_weights.pipeline.session import Outcome, Session, begin, gate_error
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.lock import locked
 from csm_weights.transfer.policy import PieceSource, RemoteSources
@@ -147,28 +155,14 @@ class Node:
     def _begin(self) -> Session:
         job, own = self.job, version("csm-weights")
         if job.version != own:
-            expected, found = f"csm-weights {job.version}", f"csm-weights {own}"
-            help_text = "install the same version on all nodes"
-            raise error_for(
-                "another version of this package",
-                [Finding(Kind.DIFFERENT, self.name, expected, found, help_text)],
-            )
+            words = (f"csm-weights {job.version}", f"csm-weights {own}")
+            finding = Finding(Kind.DIFFERENT, "", *words, "install the same version on all nodes")
+            raise error_for("another version of this package", [finding])
         self._directory = folder_on_node(job.directory)
         if not Path(self._directory).is_absolute():
-            raise UsageError(f"--dir {self._directory!r} is not an absolute path on {self.name}")
-        # Without the checkout there are no chunk files; this package's folder has none.
-        root = job.root if Path(job.root).is_dir() else Path(__file__).parents[1]
-        request = Request(
-            Path(root),
-            only=job.paths,
-            dest=self._directory,
-            staging=str(Path(self._directory) / RECEIPTS / "staging"),
-            source=job.source,
-            urls=job.urls,
-            patience=job.patience,
-        )
-        session = begin(request, manifest=job.manifest)
-        staged = Path(root) / job.manifest.staging
+            raise UsageError(f"--dir {self._directory!r} is not an absolute path")
+        session = session_of(job, self._directory)
+        staged = session.paths.root / job.manifest.staging
         if staged.is_dir() and not job.is_shared:
             shelves = (staged, *session.paths.shelves)
             session.paths = replace(session.paths, shelves=shelves)
@@ -228,6 +222,7 @@ class Node:
                 here = Ranges([(a.offset, a.offset + a.size) for a in item.journal.arrived])
                 blocks = [b for b in layout.of_piece[number] if not here.missing(b.start, b.end)]
                 arrived += [(b.number, self.files.digest(b)) for b in blocks]
+        self.files.have |= {b.number for b in layout.blocks if b.piece in verified}
         own = [block for block in layout.blocks if block.piece in {*verified, *spared}]
         self._counts["from_disk"] = sum(block.end - block.start for block in own)
         return Hello(url, tuple(verified), tuple(spared), tuple(arrived))
@@ -362,3 +357,36 @@ class Node:
         self._gates = session.gate(outcome.state, rehash=False)
         if error := gate_error(self._gates):
             raise error
+
+
+def session_of(job: Job, directory: str) -> Session:
+    """Begin a session of a job's files in a folder of this node."""
+    # Without the checkout there are no chunk files; this package's folder has none.
+    root = job.root if Path(job.root).is_dir() else Path(__file__).parents[1]
+    request = Request(
+        Path(root),
+        only=job.paths,
+        dest=directory,
+        staging=str(Path(directory) / RECEIPTS / "staging"),
+        source=job.source,
+        urls=job.urls,
+        patience=job.patience,
+    )
+    return begin(request, manifest=job.manifest)
+
+
+def smoke(job: Job, directory: str) -> tuple[str, tuple[Finding, ...]]:
+    """Run the smoke test of the files in a folder; return its verdict and what it found.
+
+    In a process of its own: it imports torch, and may take a GPU.
+    """
+    try:
+        session = session_of(job, directory)
+        outcome = smoke_test.run(Outcome(session.inspect()), require_gpu=job.require_gpu)
+    except CsmWeightsError as error:
+        return "not run", error.findings
+    if not outcome.error:
+        return "passed", ()
+    found = Finding(Kind.NOT_INSTALLED, "", "a smoke test that passes", outcome.error.message)
+    verdict = "failed" if isinstance(outcome.error, SmokeFailed) else "not run"
+    return verdict, outcome.error.findings or (found,)

@@ -69,10 +69,14 @@ class Planner:
     """The state of a fleet: who lacks, has, gets and serves which block.
 
     `has_origin` says that blocks which no node has can be fetched. `seed` decides what is drawn.
-    `events` are lines for the report: which node was shut out, and why.
+    `events` are lines for the report: which node was shut out, and why. No first copy is late
+    before `least_late` seconds.
     """
 
-    def __init__(self, blocks: int, nodes: int, has_origin: bool, seed: int = 0) -> None:
+    def __init__(
+        self, blocks: int, nodes: int, has_origin: bool, seed: int = 0, least_late: float = 0.0
+    ) -> None:
+        self._least_late = least_late
         self.all = (1 << blocks) - 1
         self.blocks = blocks
         self.live = self.servers = self.free = self.idle = (1 << nodes) - 1
@@ -136,7 +140,7 @@ class Planner:
         active, late = Counter[int](), set[tuple[int, int]]()
         for key, (source, start) in self._firsts.items():
             usual = self._first_seconds[source == ORIGIN]
-            is_late = len(usual) > 0 and now - start > LATE * median(usual)
+            is_late = len(usual) > 0 and now - start > max(LATE * median(usual), self._least_late)
             active[source] += not is_late
             late |= {key} if is_late else set()
         free = [
@@ -282,8 +286,9 @@ class Planner:
 
     def recall(self, blocks: int, keep: int = 0) -> None:
         """Take back blocks whose digests were wrong, of all nodes but those in `keep`."""
-        for node, block in [key for key in self.pulls if blocks >> key[1] & 1]:
-            self._end(node, block)
+        for node, block in list(self.pulls):
+            if blocks >> block & 1 and not keep >> node & 1:
+                self._end(node, block)
         for node in range(len(self.lacks)):
             if keep >> node & 1:
                 continue

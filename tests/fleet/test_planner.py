@@ -67,8 +67,11 @@ class Rehearsal:
             elif chance > 0.985 and self.faults and self.has_origin and recalls < 3:
                 recalls += 1
                 blocks = self.random.getrandbits(self.blocks)
-                self.planner.recall(blocks, keep=self.random.getrandbits(self.nodes))
-                self.pulls = [p for p in self.pulls if not blocks >> p.block & 1]
+                keep = self.random.getrandbits(self.nodes)
+                self.planner.recall(blocks, keep)
+                self.pulls = [
+                    p for p in self.pulls if keep >> p.node & 1 or not blocks >> p.block & 1
+                ]
 
     def ask(self, node: int, now: float) -> bool:
         """Let a node ask; check what it is told to do."""

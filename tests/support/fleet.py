@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -68,4 +69,9 @@ class Fleet:
         assert not any(thread.is_alive() for thread in threads), self.state()
         self.loop.call_soon_threadsafe(self.loop.stop)
         looping.join()
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                self.loop.run_until_complete(task)
+        self.loop.close()
         return self.reports

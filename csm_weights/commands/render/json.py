@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.commands.attest import Attesting
     from csm_weights.commands.identify import Identification
     from csm_weights.commands.seed_cache import Seeding
+    from csm_weights.fleet.cluster import FleetOutcome
     from csm_weights.formats.compare import Comparison
     from csm_weights.formats.transformers_layout import Value
     from csm_weights.pipeline.doctor import DoctorReport
@@ -41,6 +42,7 @@ def render(result: object, command: str = "", model: str | None = None) -> str:
         "Comparison": _comparison,
         "Identification": _identification,
         "DoctorReport": _doctor,
+        "FleetOutcome": _fleet,
         "Seeding": _seeding,
         "Summary": _summary,
     }
@@ -205,4 +207,13 @@ def _seeding(seeding: Seeding) -> dict[str, Any]:
         "cache": seeding.cache,
         "files": [asdict(file) for file in seeding.files],
         "remarks": seeding.notes,
+    }
+
+
+def _fleet(outcome: FleetOutcome) -> dict[str, Any]:
+    return {
+        "model": outcome.model,
+        "seconds": outcome.seconds,
+        "nodes": [asdict(report) for report in outcome.nodes],
+        "events": outcome.events,
     }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.commands.attest import Attesting
     from csm_weights.commands.identify import Identification
     from csm_weights.commands.seed_cache import Seeding
+    from csm_weights.fleet.cluster import FleetOutcome
     from csm_weights.formats.compare import Comparison
     from csm_weights.pipeline.doctor import DoctorReport
 
@@ -39,6 +40,7 @@ def render(result: object) -> str:
         "Comparison": _comparison,
         "Identification": _identification,
         "DoctorReport": _doctor,
+        "FleetOutcome": _fleet,
         "Seeding": _seeding,
     }
     return renderers.get(type(result).__name__, str)(result)
@@ -320,4 +322,25 @@ def _seeding(seeding: Seeding) -> str:
     if seeding.files:
         asked = f'"{repo}"' if seeding.main == revision else f'"{repo}", revision={revision!r}'
         shown.append(printable(f"OK: with HF_HUB_OFFLINE=1, from_pretrained({asked}) finds it"))
+    return "\n\n".join(shown)
+
+
+# ---- fleet
+
+
+def _fleet(outcome: FleetOutcome) -> str:
+    rows = []
+    for report in outcome.nodes:
+        sizes = map(format_size, (report.from_disk, report.from_nodes, report.from_origin))
+        gates = {result.ok for result in report.gates}
+        gate = "NOT OK" if False in gates else "OK" if gates else "-"
+        words = (report.node, report.host, report.status, f"{report.seconds:.1f} s", *sizes)
+        rows.append((*words, str(report.refused), gate, report.smoke or "-"))
+    head = ("node", "host", "state", "after", "own disk", "nodes", "origin", "refused", "gates")
+    shown = [f"{outcome.model} on {count(len(rows), 'node')}", table((*head, "smoke"), rows)]
+    if outcome.events:
+        shown.append("\n".join(["on the way:", *(paragraph(f"  {e}") for e in outcome.events)]))
+    if not outcome.error:
+        good = f"OK: verified on {count(len(rows), 'node')} in {outcome.seconds:.1f} s"
+        shown.append(good)
     return "\n\n".join(shown)

@@ -116,7 +116,8 @@ class RemoteSource(ABC):
             with self._lock:
                 self.raise_refusal()
                 file = self.find(artifact, piece)
-            place = artifact.path, piece.offset
+            # By its end: a part of a piece may be asked for, or the rest of it.
+            place = artifact.path, max((end for _, end in writer.wanted()), default=piece.end)
             if times := self._delivered[place]:
                 # Its bytes were wrong: over another connection, by another signed URL.
                 file.forget(file.resolve())
