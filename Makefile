@@ -64,7 +64,7 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help weights doctor status fetch place verify attest smoke seed-cache compare identify convert speak fleet report split lock \
 	standin clean test lint damage test-full test-integration test-fleet test-torch test-gpu test-kernels messages torture torture-room \
-	bench bench-download bench-load bench-ci bench-fleet fuzz scanners mutation
+	bench bench-download bench-gpu bench-load bench-ci bench-fleet fuzz scanners mutation
 
 help: ## Show this help
 	@echo "make TARGET [MODEL=csm-1b] [ONLY=ckpt] [DEST=folder] [SOURCE=hf] [SMOKE=0]"
@@ -199,6 +199,9 @@ bench: $(VENV)/.base ## Measure against cat and sha256sum (needs 40 GB of disk)
 
 bench-download: $(VENV)/.test ## Measure downloads against hf, curl, aria2c (25 GB, nginx)
 	@$(VENV)/bin/python -m benchmarks.download --full
+
+bench-gpu: ## Measure loading and speaking on a GPU (7 GB of disk, 8 minutes)
+	@$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) -m benchmarks.gpu
 
 bench-load: $(VENV)/.test ## Measure loading, and speaking on a GPU (38 GB of disk)
 	@$(VENV)/bin/python -m benchmarks.load
