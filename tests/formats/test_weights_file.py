@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm_weights.errors import Kind, MissingInput, WrongContent
-from csm_weights.formats import format_named, sniff
+from csm_weights.formats import format_named, sniff, torch_checkpoint
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.identify import check_network
 from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, row_major
@@ -44,6 +44,14 @@ def _message(reader: Any, path: Path) -> str:
 
 
 # --- safetensors
+
+
+def test_an_unknown_dtype_is_all_that_is_told_of_its_tensor(tmp_path: Path) -> None:
+    """Its bytes are known from the header: they are no hole, and the digest may decide."""
+    content, _ = hostile.BAD_SAFETENSORS["dtype_unknown"]
+    with pytest.raises(WrongContent) as caught:
+        read_safetensors(hostile.written(tmp_path, content))
+    assert [finding.kind for finding in caught.value.findings] == [Kind.UNSUPPORTED]
 
 
 def test_safetensors_table(tmp_path: Path) -> None:
@@ -265,6 +273,21 @@ def test_pickle_refused(name: str, tmp_path: Path) -> None:
     content, reason = hostile.BAD_PICKLES[name]
     path = hostile.written(tmp_path, hostile.checkpoint(content))
     assert reason in _message(read_checkpoint, path)
+
+
+@pytest.mark.parametrize(("most", "is_read"), [(3, False), (4, True)])
+def test_repeated_elements_are_counted_by_the_byte(
+    most: int, is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view that has less than its storage makes no room for one that has 4 bytes more."""
+    monkeypatch.setattr(torch_checkpoint, "MAX_REPEATED", most)
+    views = (hostile.tensor(shape=(1,), stride=(1,)), hostile.tensor(shape=(7,), stride=(0,)))
+    content = hostile.state_dict(hostile.text("v"), views[0], hostile.text("w"), views[1])
+    path = hostile.written(tmp_path, hostile.checkpoint(content))
+    if is_read:
+        assert set(read_checkpoint(path).tensors) == {"v", "w"}
+    else:
+        assert "at most 3 bytes of repeated elements" in _message(read_checkpoint, path)
 
 
 def test_pickle_position_is_in_the_finding(tmp_path: Path) -> None:
