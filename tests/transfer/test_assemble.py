@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -160,6 +161,30 @@ def test_pieces_of_many_blocks_and_whole_pages_arrive(
     """Pieces that need several writes, or could go straight to the disk, are right."""
     sample = Sample(tmp_path, size, piece)
     assert sample.is_right(sample.run())
+
+
+def test_whole_pages_go_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The aligned part of a block is written directly, and the rest of it is not."""
+    direct, written = set[int](), list[tuple[bool, int, int]]()
+    real_open, real_write = os.open, os.pwrite
+
+    def opened(path: Path, flags: int, *rest: Any, **named: Any) -> int:
+        fd = real_open(path, flags & ~os.O_DIRECT, *rest, **named)
+        if flags & os.O_DIRECT:
+            direct.add(fd)
+        return fd
+
+    def noted(fd: int, data: memoryview, offset: int) -> int:
+        written.append((fd in direct, offset, len(data)))
+        return real_write(fd, data, offset)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "pwrite", noted)
+    with contextlib.closing(block_io.OutputFile(tmp_path / "file")) as target:
+        target.write(memoryview(bytes(3 * 4096 + 100)), 4096, direct=True)
+    assert written == [(True, 4096, 3 * 4096), (False, 4 * 4096, 100)]
 
 
 def test_without_direct_writes_the_result_is_the_same(
