@@ -141,7 +141,7 @@ def main() -> None:
     with HubServer() as hub, tempfile.TemporaryDirectory() as folder:
         bench = Bench(hub, Path(folder), SIZE)
         rows = [*measure_limit(bench), measure_freely(bench), *measure_throttling(bench)]
-    text = f"{machine()}; medians of 3 runs.\n\n{table(rows)}"
+    text = f"{machine()}; ours the median of 3 runs.\n\n{table(rows)}"
     print(text)
     if options.write:
         write_report(text, "measured lines")

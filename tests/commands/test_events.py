@@ -13,6 +13,7 @@ from invoke.program import Program
 from csm_weights import progress
 from csm_weights.commands.cli import collection
 from csm_weights.progress import WORTH_SHOWING, JsonLines, Progress
+from tests.support.clone import REPOSITORY
 from tests.support.schema import checked
 from tests.support.toy import Toy, flip
 
@@ -140,3 +141,10 @@ def test_a_closed_stderr_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with JsonLines("weights") as lines, Progress("hashing", 10) as shown:
         shown.advance(10)
         lines.end(None)
+
+
+def test_the_example_of_the_page_is_of_the_schema() -> None:
+    """What docs/networks.md shows is what is printed."""
+    block = (REPOSITORY / "docs" / "networks.md").read_text().split("```json\n")[1].split("```")[0]
+    events = [checked(line, "progress-v1")["event"] for line in block.splitlines()]
+    assert events == ["begin", "progress", "end", "result"]
