@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import re
+import shutil
 from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -135,6 +136,16 @@ def test_pieces_of_an_unfinished_file_are_marked(toy: Toy) -> None:
     assert page is not None
     assert page.bars[0] == "C◐ C◐ C◐ C… C◐"
     assert "DRY RUN: nothing was done" in page.text
+
+
+def test_what_a_mirror_would_give_is_marked(toy: Toy) -> None:
+    """A plan without chunk files has the mirror's address at each run of pieces."""
+    shutil.rmtree(toy.root / "chunks")
+    where = ("--source=mirror", "--url=https://mirror.example/toy")
+    code, page = run(toy, "weights", "--no-smoke", "--dry", *where)
+    assert page is not None
+    assert (code, page.bars) == (0, ["M… M… M… M… M…", "M… M… M…", "T…"])
+    assert "still to come, a mirror" in page.text and "https://mirror.example/toy" in page.text
 
 
 def test_nothing_on_a_page_is_run_or_loaded(toy: Toy) -> None:

@@ -20,7 +20,7 @@ from csm_weights.commands.render.blocks import count
 from csm_weights.commands.render.text import smoke_figures, verdict
 from csm_weights.errors import Category, CsmWeightsError, Finding, printable
 from csm_weights.manifest.types import Piece
-from csm_weights.pipeline.actions import known_text
+from csm_weights.pipeline.actions import WriteText
 from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.progress import Event, format_size
@@ -113,7 +113,12 @@ class Box(NamedTuple):
     @property
     def words(self) -> str:
         """The same as a person reads it who sees no colours."""
-        return f"{STATES[self.state][1]}, {SOURCES[self.source][1]}"
+        return f"{STATES[self.state][1]}, {self.origin}"
+
+    @property
+    def origin(self) -> str:
+        """Its source in words."""
+        return SOURCES[self.source][1]
 
 
 def render(result: object, status: StatusReport | None, run: Run) -> str:
@@ -128,11 +133,11 @@ def render(result: object, status: StatusReport | None, run: Run) -> str:
         report = one if is_plan else StatusReport(one.state, Plan(one.state, (), (), ()))
         parts.append((f"{one.state.manifest.name}: ", report, getattr(one, "results", ())))
     gates = [replace(r, path=prefix + r.path) for prefix, _, own in parts for r in own]
-    files = [
-        _file(prefix, item, report, own, named)
-        for prefix, report, own in parts
-        for item in report.state.artifacts
-    ]
+    shown: dict[Path, dict[str, Any]] = {}
+    for prefix, report, own in parts:
+        for item in report.state.artifacts:
+            shown.setdefault(item.installed.path, _file(prefix, item, report, own, named))
+    files = list(shown.values())
     boxes = [box for file in files for box in file["boxes"]]
     word, text = _verdict(result, error)
     environment = Environment(
@@ -253,7 +258,7 @@ def _boxes(
     # The digest gate names pieces so; those that it does not name have been found right.
     named = {w.removeprefix(path) for w in wrong for path in paths if w.startswith(f"{path} bytes")}
     is_hashed, is_here = is_verified or named, any(f.state is FileState.UNVERIFIED for f in files)
-    has_text = known_text(artifact) is not None
+    writes = {action.artifact.path for action in status.plan.having(WriteText)}
     for number, piece in enumerate(artifact.tiles, start=1):
         record, origin = records.get(piece.offset), origins.get(piece.offset)
         where = record.source if record and record.is_of(piece) else ""
@@ -267,7 +272,7 @@ def _boxes(
             state, source, where = "wrong", "chunk", piece.part
         elif is_here:
             state, source, where = "here", "place", str(item.installed.path)
-        elif has_text and planned not in _PLANNED:
+        elif artifact.path in writes:
             state, source, where = "planned", "text", ""
         elif origin is None or planned is PieceSource.NOWHERE:
             state, source, where = "missing", "nowhere", ""
@@ -276,6 +281,7 @@ def _boxes(
         else:
             remote = "hub" if origin.where == HUB else "mirror"
             state, source, where = "planned", _PLANNED.get(planned, remote), origin.where
+            where = "" if where == HUB else where
         yield Box(source, state, piece.size, number, number, where)
 
 
