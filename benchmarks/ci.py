@@ -1,7 +1,7 @@
 """Measures what 200 CI jobs ask of a Hub with the real rate limit, and `hf download` beside it.
 
     make bench-ci
-    python -m benchmarks.ci --jobs 20 --write     # fewer; and puts the figures into the report
+    python -m benchmarks.ci --jobs 20 --write     # fewer, and puts the figures into the report
 
 A fifth of the jobs are pull requests from forks, which have no token. A cold job has an empty
 cache, a warm one that of the first cold job. All of them share one address, and so one limit:
@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,8 @@ class Bench:
         job = runner.run({"model": "gated", "token": token}, event)
         if not is_warm and not self.caches:
             self.caches = caches
+        if not job.ok:
+            print(job.log, file=sys.stderr)
         return job.ok and (job.outputs["cache-hit"] == "true") is (is_warm and bool(token))
 
     def hf(self, token: str, folder: Path, is_warm: bool) -> bool:
@@ -159,15 +162,11 @@ def main() -> None:
     """Measures all of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--dir", type=Path, default=ROOT / "output" / "bench-ci")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     options = parser.parse_args()
-    shutil.rmtree(options.dir, ignore_errors=True)
-    options.dir.mkdir(parents=True)
-    try:
-        rows = measure(options.dir.resolve(), options.jobs)
-    finally:
-        shutil.rmtree(options.dir)
+    # Outside the checkout, as a job's own folder is: Python imports from the checkout here.
+    with tempfile.TemporaryDirectory(prefix="csm-bench-ci-") as folder:
+        rows = measure(Path(folder), options.jobs)
     text = f"{machine()}; one run.\n\n{table(rows)}"
     print(text)
     if options.write:
