@@ -203,7 +203,7 @@ bench-download: $(VENV)/.test ## Measure downloads against hf, curl, aria2c (25 
 bench-gpu: ## Measure loading and speaking on a GPU (7 GB of disk, 8 minutes)
 	@$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) -m benchmarks.gpu
 
-bench-load: $(VENV)/.test ## Measure loading, and speaking on a GPU (38 GB of disk)
+bench-load: $(VENV)/.test ## Measure loading on the CPU (38 GB of disk)
 	@$(VENV)/bin/python -m benchmarks.load
 
 bench-ci: $(VENV)/.test ## Count what 200 CI jobs ask of the Hub, and hf download beside

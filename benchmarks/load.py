@@ -1,6 +1,6 @@
-"""Measures loading, and on a GPU generating, on the full-size stand-in of CSM-1B.
+"""Measures loading on the CPU, on the full-size stand-in of CSM-1B; benchmarks.gpu is for a GPU.
 
-    make bench-load                              # needs 38 GB of disk; a GPU for its part
+    make bench-load                              # needs 38 GB of disk
     python -m benchmarks.load --runs 3 --write   # the same, and puts the figures into docs/
     python -m benchmarks.load --model csm-tiny --runs 1      # does it work at all
 
@@ -23,13 +23,6 @@ from pathlib import Path
 
 from benchmarks.common import INV, ROOT, Row, Run, machine, run, table, write_report
 from benchmarks.plot import bars
-
-#: The bar to beat on a GPU: what others publish, in GB/s of the file.
-#: InstantTensor: its README, an H200; safetensors 0.7 and Run:ai: as quoted there.
-PUBLISHED = {"InstantTensor (published)": 48.5, "Run:ai (published)": 7.4}
-
-GPU_GOAL = "40 GB/s or more"
-FRAMES_GOAL = "at most 0.09"
 
 
 def cool(paths: Sequence[Path]) -> None:
@@ -87,16 +80,16 @@ def measure_staging(file: Path, runs: int) -> list[Row]:
 
 
 def measure_loading(
-    file: Path, parts: Sequence[Path], checkpoint: Path, runs: int, device: str
+    file: Path, parts: Sequence[Path], checkpoint: Path, runs: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """F32 to bfloat16 on a device: ours from file, chunk files and ckpt.pt, and the libraries'."""
+    """F32 to bfloat16 on the CPU: ours from file, chunk files and ckpt.pt, and the libraries'."""
     sides = {
-        "ours": lambda: load(f"ours {device}", [file]),
-        "ours, from chunk files": lambda: load(f"ours {device}", parts),
-        "ours, from ckpt.pt": lambda: load(f"ours {device}", [checkpoint]),
-        "safetensors load_file": lambda: load(f"load_file {device}", [file]),
-        "safetensors safe_open": lambda: load(f"safe_open {device}", [file]),
-        "torch.load(mmap=True)": lambda: load(f"torch.load {device}", [checkpoint]),
+        "ours": lambda: load("ours cpu", [file]),
+        "ours, from chunk files": lambda: load("ours cpu", parts),
+        "ours, from ckpt.pt": lambda: load("ours cpu", [checkpoint]),
+        "safetensors load_file": lambda: load("load_file cpu", [file]),
+        "safetensors safe_open": lambda: load("safe_open cpu", [file]),
+        "torch.load(mmap=True)": lambda: load("torch.load cpu", [checkpoint]),
     }
     found = in_turn(runs, sides)
     size = file.stat().st_size
@@ -106,7 +99,7 @@ def measure_loading(
     fastest = min(median(of) for of in peers.values())
     rows = [
         Row(
-            f"bfloat16 on {device} / {name}",
+            f"bfloat16 on cpu / {name}",
             f"{ours:.2f} s",
             f"{median(of):.2f} s",
             f"{ours / median(of):.2f} times its time",
@@ -118,42 +111,15 @@ def measure_loading(
         taken = median(found[name])
         rows.append(
             Row(
-                f"bfloat16 on {device}: {name} / from one file",
+                f"bfloat16 on cpu: {name} / from one file",
                 f"{taken:.2f} s",
                 f"{ours:.2f} s",
                 f"{taken / ours:.2f} times its time",
                 "at most 1.05" if "chunk files" in name else "",
             )
         )
-    goal = GPU_GOAL if device == "cuda" else ""
-    rows.append(Row(f"bfloat16 on {device}: rate", f"{rates['ours']:.1f} GB/s", "", "", goal))
+    rows.append(Row("bfloat16 on cpu: rate", f"{rates['ours']:.1f} GB/s", "", "", ""))
     return rows, rates
-
-
-def measure_frames(folder: Path) -> list[Row]:
-    """Frames on the GPU: graphs against the eager reference, in one process."""
-    command = [sys.executable, "-m", "benchmarks.frames", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout)
-    fast, eager = found["fast"], found["eager"]
-    return [
-        Row(
-            "a frame, CUDA graphs / eager",
-            f"{fast * 1000:.2f} ms",
-            f"{eager * 1000:.1f} ms",
-            f"{fast / eager:.3f} times its time",
-            "",
-        ),
-        Row("real-time factor", f"{fast / 0.08:.3f}", f"{eager / 0.08:.3f}", "", FRAMES_GOAL),
-        Row("share of the roofline", f"{found['roofline']:.0%}", "", "", ""),
-        Row("attention kernels", found["kernels"], "", "", ""),
-    ]
-
-
-def has_gpu() -> bool:
-    """Whether torch finds a CUDA device; asked in another process, which starts no CUDA here."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def main() -> None:
@@ -174,32 +140,17 @@ def main() -> None:
         parts = sorted((chunks / "safetensors").iterdir())
         cool([file, checkpoint, *parts])
         rows = measure_staging(file, options.runs)
-        devices = ["cpu", "cuda"] if has_gpu() else ["cpu"]
-        rates: dict[str, float] = {}
-        for device in devices:
-            more, rates = measure_loading(file, parts, checkpoint, options.runs, device)
-            rows += more
-        rows += measure_frames(options.dir) if "cuda" in devices else []
+        more, rates = measure_loading(file, parts, checkpoint, options.runs)
+        rows += more
     finally:
         shutil.rmtree(options.dir, ignore_errors=True)
-    where = (
-        subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
-            check=False,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        if "cuda" in devices
-        else ""
-    )
-    head = f"{machine()}{', ' + where if where else ''}; {options.runs} runs each, medians."
+    head = f"{machine()}; {options.runs} runs each, medians."
     text = f"{head}\n\n{table(rows)}"
     print(text)
     if options.write:
         write_report(text, "measured loading")
-        published = PUBLISHED if "cuda" in devices else {}
-        title = f"F32 file to bfloat16 on {devices[-1]}, GB of the file a second"
-        bars(title, {**rates, **published}, ROOT / "docs" / "loading.svg")
+        title = "F32 file to bfloat16 on cpu, GB of the file a second"
+        bars(title, rates, ROOT / "docs" / "loading.svg")
 
 
 if __name__ == "__main__":

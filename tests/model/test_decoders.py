@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +120,18 @@ def test_a_check_holds_for_its_card_driver_torch_and_dtype(gpu: Any, other: dict
     assert choose_path(gpu, None).name == "eager"
     remember(gpu, *map(right, FAST_PATHS))
     assert choose_path(gpu, None).name == FAST_PATHS[0]
+
+
+def test_without_triton_the_fused_path_says_so(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smoke test then notes it, and the graphs are taken."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("kernels", "fused_decoder"):
+        monkeypatch.delitem(sys.modules, f"csm_weights.model.{name}", raising=False)
+    monkeypatch.setattr(decoders, "names_of", lambda _: FAST_PATHS)
+    with pytest.raises(UsageError, match=r"the fused path needs Triton .*torch for CUDA brings it"):
+        open_decoder(model, "fused")
 
 
 def test_a_path_can_be_forced_on_a_gpu(gpu: Any) -> None:

@@ -13,8 +13,9 @@ from csm_weights.byte_ranges import ByteRange
 from csm_weights.formats.weights_file import find, open_weights
 from csm_weights.model import smoke
 from csm_weights.model.csm import Model
-from csm_weights.model.fast_decoder import Decoder
+from csm_weights.model.decoders import FrameDecoder, open_decoder
 from csm_weights.model.load import StagingBuffers, load_tensors
+from csm_weights.model.path_checks import FAST_PATHS
 from tests.model.test_fast_decoder import prompt, reference
 from tests.model.test_load import tensors_of
 from tests.model.test_smoke import saved, tiny_state
@@ -70,25 +71,27 @@ def on_gpu(dtype: torch.dtype) -> Model:
     return Model.from_local(CHUNKS / "safetensors", "cuda", dtype, config=TINY)
 
 
-def generated(decoder: Decoder, count: int, **how: Any) -> list[Tensor]:
+def generated(decoder: FrameDecoder, count: int, **how: Any) -> list[Tensor]:
     tokens, mask = prompt()
     first = decoder.start(tokens.cuda(), mask.cuda(), **how)
     return [first, *(decoder.step() for _ in range(count - 1))]
 
 
-def test_graphs_give_the_frames_of_the_reference() -> None:
-    """In float32 40 greedy frames out of CUDA graphs are those of the CPU's reference."""
+@pytest.mark.parametrize("path", [*FAST_PATHS, "eager"])
+def test_every_path_gives_the_frames_of_the_reference(path: str) -> None:
+    """In float32 40 greedy frames on the GPU are those of the CPU's reference."""
     torch.set_float32_matmul_precision("highest")
     model = Model.from_local(CHUNKS / "safetensors", config=TINY)
     expected = [codes for codes, _ in reference(model, 40, *prompt(), temperature=0)]
-    found = generated(Decoder(on_gpu(torch.float32)), 40, temperature=0)
+    found = generated(open_decoder(on_gpu(torch.float32), path), 40, temperature=0)
 
     assert [codes.tolist() for codes in expected] == [codes.tolist() for codes in found]
 
 
-def test_a_seed_gives_the_same_frames_again() -> None:
+@pytest.mark.parametrize("path", FAST_PATHS)
+def test_a_seed_gives_the_same_frames_again(path: str) -> None:
     """Codes drawn follow the seed, in the first sequence (which captures) as in later ones."""
-    decoder = Decoder(on_gpu(torch.bfloat16))
+    decoder = open_decoder(on_gpu(torch.bfloat16), path)
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -97,20 +100,23 @@ def test_a_seed_gives_the_same_frames_again() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_draws_of_one_sequence_differ() -> None:
+@pytest.mark.parametrize("path", FAST_PATHS)
+def test_draws_of_one_sequence_differ(path: str) -> None:
     """A replayed graph draws anew each time, not the same again."""
-    frames = generated(Decoder(on_gpu(torch.bfloat16)), 30, temperature=2.0)
+    frames = generated(open_decoder(on_gpu(torch.bfloat16), path), 30, temperature=2.0)
 
     assert len({str(codes.tolist()) for codes in frames}) > 20
 
 
 @pytest.mark.parametrize("dtype", list(smoke.CACHE_LIMITS))
 def test_smoke_is_ok_on_a_gpu_in_every_dtype(tmp_path: Path, dtype: str) -> None:
-    """Every check is OK, and bus, memory and driver are measured."""
+    """Every check is OK, every fast path is right, and bus, memory and driver are measured."""
     folder = saved(tmp_path, tiny_state(seed=1))
     report = smoke.run(folder, device="cuda", require_gpu=True, dtype=dtype)
 
     assert [check.name for check in report.checks if not check.ok] == []
+    assert [(check.name, check.found) for check in report.paths if not check.ok] == []
+    assert [check.name for check in report.paths] == list(FAST_PATHS)
     figures = report.figures
     assert min(figures.bus_rate, figures.memory_rate, figures.peak_device) > 0
     assert figures.driver != "-"
