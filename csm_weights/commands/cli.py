@@ -185,7 +185,7 @@ def doctor(request: Request, smoke: bool, offline: bool) -> object:
 
 
 @task(
-    *("model", "only", "source", "url", "revision", "patience", "json", "require_gpu"),
+    *("model", "only", "source", "url", "revision", "patience", "json", "require_gpu", *PAGE),
     address=("auto", "address of the cluster, or local for this machine alone (default: auto)"),
     dir=("", "folder on each node, with its own ~ and $VARIABLES (default: this machine's)"),
     nodes=(0, "nodes that are expected at least (default: those that are there)"),

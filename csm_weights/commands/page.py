@@ -69,8 +69,13 @@ class Page:
         from csm_weights.commands.render import html
 
         status = None
+        # A fleet's files are on its nodes.
         with contextlib.suppress(CsmWeightsError, OSError):
-            status = apply.status(replace(self._request, consume=False))
+            status = (
+                None
+                if self._command == "fleet"
+                else apply.status(replace(self._request, consume=False))
+            )
         run = html.Run(
             command=self._command,
             made_at=now(),

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -16,9 +17,12 @@ import pytest
 from invoke.program import Program
 
 from csm_weights import progress
+from csm_weights.commands import verify
 from csm_weights.commands.cli import collection
 from csm_weights.commands.render import html
 from csm_weights.errors import Finding, Kind, WrongContent
+from csm_weights.fleet.cluster import FleetOutcome
+from csm_weights.fleet.job import NodeReport, Status
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.plan import Target
 from csm_weights.progress import Event
@@ -211,6 +215,24 @@ def test_very_many_pieces_share_boxes(toy: Toy) -> None:
     page = Page(html.render(WrongContent("no"), apply.status(toy.request()), RUN))
     assert page.bars == ["C… -"]
     assert "piece 11 to 300 of 300, 290 B: missing, no source" in page.text
+
+
+def test_each_node_of_a_fleet_has_a_row(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of each node by their source, gates that failed, and what happened on the way."""
+    gates = verify.verify(toy.request()).results
+    good = NodeReport("node 0", "a", Status.VERIFIED, 1.5, "/d", 0, 3 << 20, 1 << 20, 2)
+    lost = NodeReport("node 1", HOSTILE, Status.LOST, 9.0, gates=gates)
+    error = WrongContent("1 of 2 nodes is not verified")
+    outcome = FleetOutcome("toy", (good, lost), 9.5, ("node 1 was lost",), error)
+    text = Page(html.render(outcome, None, RUN)).text
+    assert "node 0 a verified 1.5 s 0 B 3.0 MiB 1.0 MiB 2 - - node 1 <script>alert(1)" in text
+    assert "✗ NOT OK present node 1: a.bin" in text and "node 1 was lost" in text
+    text = Page(html.render(replace(outcome, error=None), None, RUN)).text
+    assert "OK: verified on 2 nodes in 9.5 s" in text
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, page = run(toy, "fleet")
+    assert page is not None
+    assert (code, page.bars) == (3, []) and "'.[fleet]'" in page.text
 
 
 # ---- files that cannot be written

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from csm_weights.commands.render.blocks import count
-from csm_weights.commands.render.text import smoke_figures, verdict
+from csm_weights.commands.render.text import NODE_HEAD, node_rows, smoke_figures, verdict
+from csm_weights.commands.render.text import render as render_text
 from csm_weights.errors import Category, CsmWeightsError, Finding, printable
 from csm_weights.manifest.types import Piece
 from csm_weights.pipeline.actions import WriteText
@@ -125,6 +126,7 @@ def render(result: object, status: StatusReport | None, run: Run) -> str:
     """Return the page of a result or an error; `status` is what is on disk after the run."""
     error = result if isinstance(result, CsmWeightsError) else getattr(result, "error", None)
     outcome = result if isinstance(result, Outcome) else None
+    fleet: Any = result if hasattr(result, "nodes") else None
     notes = (outcome.notes if outcome else ()) or (status.plan.notes if status else ())
     named = error.findings if error else ()
     parts = [("", status, outcome.results if outcome else ())] if status else []
@@ -133,6 +135,8 @@ def render(result: object, status: StatusReport | None, run: Run) -> str:
         report = one if is_plan else StatusReport(one.state, Plan(one.state, (), (), ()))
         parts.append((f"{one.state.manifest.name}: ", report, getattr(one, "results", ())))
     gates = [replace(r, path=prefix + r.path) for prefix, _, own in parts for r in own]
+    for node in fleet.nodes if fleet else ():
+        gates += [replace(r, path=f"{node.node}: {r.path}") for r in node.gates if not r.ok]
     shown: dict[Path, dict[str, Any]] = {}
     for prefix, report, own in parts:
         for item in report.state.artifacts:
@@ -155,6 +159,9 @@ def render(result: object, status: StatusReport | None, run: Run) -> str:
         error=error,
         advice=error.advice.splitlines() if error else (),
         facts=_facts(status, files, boxes, run),
+        nodes=node_rows(fleet) if fleet else (),
+        node_head=NODE_HEAD,
+        happened=fleet.events if fleet else (),
         files=files,
         legend={(box.source, box.state): box for box in boxes}.values(),
         gates=sorted(gates, key=lambda r: list(Gate).index(r.gate)),
@@ -184,9 +191,10 @@ def _verdict(result: object, error: CsmWeightsError | None) -> tuple[str, str]:
     """Return the word at the top of the page, and the sentence behind it."""
     if error:
         return "NOT OK", f"{error.message} (exit code {error.exit_code})"
-    if isinstance(result, Outcome):
-        return "OK", verdict(result).removeprefix("OK: ")
-    return "DRY RUN", "nothing was done; this is what would be"
+    if isinstance(result, StatusReport):
+        return "DRY RUN", "nothing was done; this is what would be"
+    words = verdict(result) if isinstance(result, Outcome) else render_text(result).splitlines()[-1]
+    return "OK", words.removeprefix("OK: ")
 
 
 def _facts(

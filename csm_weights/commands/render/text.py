@@ -329,6 +329,24 @@ def _seeding(seeding: Seeding) -> str:
 
 
 def _fleet(outcome: FleetOutcome) -> str:
+    rows, nodes = node_rows(outcome), count(len(outcome.nodes), "node")
+    shown = [f"{outcome.model} on {nodes}", table(NODE_HEAD, rows)]
+    if outcome.events:
+        shown.append("\n".join(["on the way:", *(paragraph(f"  {e}") for e in outcome.events)]))
+    if not outcome.error:
+        shown.append(f"OK: verified on {nodes} in {outcome.seconds:.1f} s")
+    return "\n\n".join(shown)
+
+
+#: The names of the columns of `node_rows`.
+NODE_HEAD = (
+    *("node", "host", "state", "after", "own disk", "nodes", "origin", "refused", "gates"),
+    "smoke",
+)
+
+
+def node_rows(outcome: FleetOutcome) -> list[tuple[str, ...]]:
+    """Return what became of each node of a fleet, in words."""
     rows = []
     for report in outcome.nodes:
         sizes = map(format_size, (report.from_disk, report.from_nodes, report.from_origin))
@@ -336,11 +354,4 @@ def _fleet(outcome: FleetOutcome) -> str:
         gate = "NOT OK" if False in gates else "OK" if gates else "-"
         words = (report.node, report.host, report.status, f"{report.seconds:.1f} s", *sizes)
         rows.append((*words, str(report.refused), gate, report.smoke or "-"))
-    head = ("node", "host", "state", "after", "own disk", "nodes", "origin", "refused", "gates")
-    shown = [f"{outcome.model} on {count(len(rows), 'node')}", table((*head, "smoke"), rows)]
-    if outcome.events:
-        shown.append("\n".join(["on the way:", *(paragraph(f"  {e}") for e in outcome.events)]))
-    if not outcome.error:
-        good = f"OK: verified on {count(len(rows), 'node')} in {outcome.seconds:.1f} s"
-        shown.append(good)
-    return "\n\n".join(shown)
+    return rows
