@@ -143,7 +143,7 @@ def measure(folder: Path, jobs: int) -> list[Row]:
     goals |= {("most", "cold"): "at most 30", ("most", "warm"): "0"}
     words = {
         "failed": "jobs that failed",
-        "most": "requests to the Hub by one job, at most",
+        "most": "requests to the Hub with the token of one job, at most",
         "to_hub": "requests to the Hub by all jobs",
         "refused": "requests that the Hub refused with 429",
         "to_storage": "requests to the storage host by all jobs",
