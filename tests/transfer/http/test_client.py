@@ -227,6 +227,6 @@ def test_a_broken_handshake_is_not_a_bad_certificate() -> None:
 
 
 def test_what_a_server_says_cannot_drive_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Control characters in what is logged of a wait come out as question marks."""
+    """Control characters in what is logged of a wait come out escaped."""
     Progress("fetching", 0, sys.stderr).log("503 \x1b]0;title\x07")
-    assert capsys.readouterr().err == "fetching: 503 ?]0;title?\n"
+    assert capsys.readouterr().err == "fetching: 503 \\x1b]0;title\\x07\n"
