@@ -225,6 +225,7 @@ def test_each_node_of_a_fleet_has_a_row(toy: Toy, monkeypatch: pytest.MonkeyPatc
     error = WrongContent("1 of 2 nodes is not verified")
     outcome = FleetOutcome("toy", (good, lost), 9.5, ("node 1 was lost",), error)
     text = Page(html.render(outcome, None, RUN)).text
+    assert "(exit code 4) model toy took" in text
     assert "node 0 a verified 1.5 s 0 B 3.0 MiB 1.0 MiB 2 - - node 1 <script>alert(1)" in text
     assert "✗ NOT OK present node 1: a.bin" in text and "node 1 was lost" in text
     text = Page(html.render(replace(outcome, error=None), None, RUN)).text

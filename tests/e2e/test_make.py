@@ -132,3 +132,13 @@ def test_a_moved_clone_says_what_to_do(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "moved or renamed" in result.stderr
     assert "Remove .venv and run the same command again" in result.stderr
+
+
+def test_what_speaking_takes_comes_by_make(clone: Clone) -> None:
+    """WITH=speak brings tokenizer and codec, REPORT writes the page, and make speak is next."""
+    words = ("MODEL=csm-tiny", "SMOKE=0", "WITH=speak", "REPORT=page.html")
+    done = clone.make_target("weights", *words)
+    assert done.returncode == 0, done.stderr
+    assert "make speak TEXT=Hello OUT=hello.wav MODEL=csm-tiny" in done.stdout
+    assert (clone.root / "models" / "mimi-tiny" / "tokenizer.json").is_file()
+    assert "mimi-tiny: tokenizer.json" in (clone.root / "page.html").read_text(encoding="utf-8")

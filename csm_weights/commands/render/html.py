@@ -158,7 +158,7 @@ def render(result: object, status: StatusReport | None, run: Run) -> str:
         verdict=text,
         error=error,
         advice=error.advice.splitlines() if error else (),
-        facts=_facts(status, files, boxes, run),
+        facts=_facts(status, fleet, files, boxes, run),
         nodes=node_rows(fleet) if fleet else (),
         node_head=NODE_HEAD,
         happened=fleet.events if fleet else (),
@@ -198,11 +198,16 @@ def _verdict(result: object, error: CsmWeightsError | None) -> tuple[str, str]:
 
 
 def _facts(
-    status: StatusReport | None, files: Sequence[dict[str, Any]], boxes: Sequence[Box], run: Run
+    status: StatusReport | None,
+    fleet: Any,
+    files: Sequence[dict[str, Any]],
+    boxes: Sequence[Box],
+    run: Run,
 ) -> list[tuple[str, str]]:
     """Return what a person asks first: which model, how much of it, from where, how long."""
     if status is None:
-        return [("took", _seconds(run.seconds))]
+        model = [("model", fleet.model)] if fleet else []
+        return [*model, ("took", _seconds(run.seconds))]
     verified = [file for file in files if file["state"] == "verified"]
     sizes: Counter[str] = Counter()
     for box in boxes:
