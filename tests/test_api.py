@@ -606,6 +606,20 @@ def test_revisions_are_kept_apart(hub: HubServer) -> None:
     assert sum(not torch.equal(main[name], tuned[name]) for name in main) == 1
 
 
+@pytest.mark.usefixtures("online")
+def test_a_config_json_counts_if_the_manifest_has_its_bytes(hub: HubServer, root: Path) -> None:
+    """One that was edited describes no network, though its size is right."""
+    hub.add_repo(OTHER, HUB_FILES)
+    Model.from_pretrained(OTHER)
+    request = locate.of_repo(root, OTHER, None)
+    (found, *_) = locate.Weights(request).candidates()
+    assert found.config is not None
+    config = found.folder / "config.json"
+    config.write_bytes(CONFIG.replace(b'"text_vocab_size": 512', b'"text_vocab_size": 513'))
+    (found, *_) = locate.Weights(request).candidates()
+    assert found.config is None
+
+
 @pytest.mark.usefixtures("online", "root")
 def test_a_ckpt_alone_will_do(hub: HubServer) -> None:
     """A repository may have only ckpt.pt."""
