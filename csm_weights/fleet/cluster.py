@@ -139,7 +139,7 @@ def run(
             run.close()
     seconds = time.monotonic() - started
     return FleetOutcome(
-        job.manifest.name, tuple(reports), seconds, run.events, _error(job, reports)
+        job.manifest.name, tuple(reports), seconds, run.events, error_of(job.manifest.name, reports)
     )
 
 
@@ -300,7 +300,7 @@ class _Bar:
         self._shown = done
 
 
-def _error(job: Job, reports: Sequence[NodeReport]) -> CsmWeightsError | None:
+def error_of(model: str, reports: Sequence[NodeReport]) -> CsmWeightsError | None:
     """Return the one error for all nodes that are not good."""
     bad = [report for report in reports if report.status is not Status.VERIFIED]
     findings = [
@@ -309,7 +309,7 @@ def _error(job: Job, reports: Sequence[NodeReport]) -> CsmWeightsError | None:
         for f in report.findings
     ]
     good = len(reports) - len(bad)
-    message = f"{job.manifest.name}: verified on {good} of {len(reports)} nodes"
+    message = f"{model}: verified on {good} of {len(reports)} nodes"
     if bad:
         return error_for(message, findings)
     failed = [report for report in reports if report.smoke not in ("", "passed")]

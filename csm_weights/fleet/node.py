@@ -23,6 +23,8 @@ from csm_weights.errors import (
     CsmWeightsError,
     Finding,
     Kind,
+    MissingInput,
+    NetworkFailed,
     NoSpace,
     SmokeFailed,
     UsageError,
@@ -62,6 +64,9 @@ PAUSE = 0.2
 #: The plan's name for what comes from the other nodes or from the origin.
 FLEET = "the fleet"
 
+#: The kinds of findings that stand for errors without any.
+KINDS = {NoSpace: Kind.NO_SPACE, NetworkFailed: Kind.NO_NETWORK, MissingInput: Kind.MISSING}
+
 #: Calls a method of the coordinator, with this node's number first, and returns its result.
 Call = Callable[..., Any]
 
@@ -97,7 +102,8 @@ class Node:
             self._error = error_for(f"{self.name} failed", [Finding.unreadable(where, error)])
         findings: tuple[Finding, ...] = ()
         if self._error:
-            lone = Finding(Kind.UNSUPPORTED, self._directory, "files", self._error.message)
+            kind = KINDS.get(type(self._error), Kind.UNSUPPORTED)
+            lone = Finding(kind, self._directory, "verified files", self._error.message)
             findings = self._error.findings or (lone,)
             with contextlib.suppress(Exception):
                 call("leave", findings)

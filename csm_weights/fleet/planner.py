@@ -384,7 +384,8 @@ class Planner:
     def blame(self, node: int, why: str) -> None:
         """Shut a node out as a server for good."""
         self._accusers[node] += [node] * ACCUSATIONS
-        self._shut_out(node, why)
+        self.events.append(f"node {node} serves no more: {why}")
+        self._stop_serving(node)
 
     def _shut_out(self, node: int, why: str) -> None:
         if self.servers >> node & 1:

@@ -66,6 +66,14 @@ def test_the_recipe_is_what_kubernetes_takes(number: int, version: str) -> None:
     kubernetes_validate.validate(OBJECTS[number], version, strict=True)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_job_for_a_shared_volume_is_what_kubernetes_takes(number: int) -> None:
+    """Each object of the Indexed Job has the keys of its kind, and no others."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    text = RECIPE.with_name("indexed-job.yaml").read_text()
+    kubernetes_validate.validate(list(yaml.safe_load_all(text))[number], "1.33", strict=True)
+
+
 def test_the_pod_has_no_privileges() -> None:
     """Neither container is root, writes to its root, or has a capability."""
     assert POD["securityContext"]["runAsNonRoot"] and POD["securityContext"]["runAsUser"] > 0

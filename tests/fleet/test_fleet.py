@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,13 +16,16 @@ from typing import Any
 import pytest
 import requests
 
-from csm_weights.errors import Kind, NoSpace
-from csm_weights.fleet import coordinator, node, planner, server
+from csm_weights.commands.render import json as as_json
+from csm_weights.commands.render import text
+from csm_weights.errors import Finding, Kind, MissingInput, NetworkFailed, NoSpace, SmokeFailed
+from csm_weights.fleet import cluster, coordinator, node, planner, server
 from csm_weights.fleet.job import Act, Answer, Job, NodeReport, Status, Task
 from csm_weights.fleet.node import Node
 from csm_weights.pipeline import apply
 from tests.support.fleet import Fleet
 from tests.support.network import be_hasty
+from tests.support.schema import checked
 from tests.support.servers import serving
 from tests.support.toy import Toy, flip
 
@@ -36,7 +42,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coordinator, "SILENCE", 1.5)
     monkeypatch.setattr(node, "BEAT", 0.3)
     monkeypatch.setattr(node, "PAUSE", 0.01)
-    monkeypatch.setattr(node, "QUIET", 1.0)
+    monkeypatch.setattr(node, "QUIET", 3.0)
     be_hasty(monkeypatch)
 
 
@@ -370,6 +376,51 @@ def test_a_server_gives_verified_blocks_to_those_with_the_secret_only(tmp_path: 
             assert get("a%20b/file", span="bytes=5-2") == (416, b"")
             assert get("a%20b/file", span="") == (416, b"")
             assert requests.put(url, data=b"x", timeout=5).status_code == 501
+
+
+def test_without_ray_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to install, and is a missing input."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingInput, match=r"needs Ray: .*\[fleet\]"), cluster.connected("auto"):
+        pass
+
+
+def test_without_a_cluster_the_error_says_how_to_start_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first line of Ray's own message is quoted."""
+
+    def init(*_: object, **__: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore words.")
+
+    ray = types.SimpleNamespace(init=init, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(MissingInput, match="ray start --head") as raised, cluster.connected("auto"):
+        pass
+    assert raised.value.findings[0].found == "Could not find any running Ray instance."
+
+
+def test_the_report_has_a_line_for_each_node_and_the_worst_exit_code() -> None:
+    """A node that vanished is no good node; text and JSON tell of it."""
+    gone = Finding(Kind.NO_NETWORK, "", "a node until the end of the job", "its process is gone")
+    reports = (
+        NodeReport("node 0", "a 10.0.0.1", Status.VERIFIED, 1.0, from_nodes=5 << 20),
+        NodeReport("node 1", "b 10.0.0.2", Status.LOST, 0.0, findings=(gone,)),
+    )
+    error = cluster.error_of("toy", reports)
+    assert isinstance(error, NetworkFailed)
+    assert error.findings[0].where == "node 1 (b 10.0.0.2)"
+    outcome = cluster.FleetOutcome("toy", reports, 1.5, ("node 1 gave no sign of life",), error)
+    shown = text.render(outcome)
+    assert re.search("node 0 .*verified .*5.0 MiB", shown)
+    assert re.search("node 1 .*lost", shown)
+    assert "OK" not in shown.replace("NOT OK", "")
+    data = checked(as_json.render(outcome, "fleet"))
+    assert [node["status"] for node in data["nodes"]] == ["verified", "lost"]
+    assert data["exit_code"] == 6
+    smoked = (replace(reports[0], smoke="failed"),)
+    assert isinstance(cluster.error_of("toy", smoked), SmokeFailed)
+    assert cluster.error_of("toy", reports[:1]) is None
 
 
 def test_blocks_tile_every_piece(toy: Toy) -> None:
