@@ -200,7 +200,7 @@ bench: $(VENV)/.base ## Measure against cat and sha256sum (needs 40 GB of disk)
 bench-download: $(VENV)/.test ## Measure downloads against hf, curl, aria2c (25 GB, nginx)
 	@$(VENV)/bin/python -m benchmarks.download --full
 
-bench-gpu: ## Measure loading and speaking on a GPU (7 GB of disk, 8 minutes)
+bench-gpu: ## Measure loading and speaking on a GPU (7 GB of disk)
 	@$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) -m benchmarks.gpu
 
 bench-load: $(VENV)/.test ## Measure loading on the CPU (38 GB of disk)
