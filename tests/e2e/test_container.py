@@ -150,6 +150,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
     yield made
     for container in made.buildah("containers", "-q").split():
         made.buildah("umount", container)
+    shutil.rmtree(folder, ignore_errors=True)  # some gigabytes
 
 
 @pytest.fixture(scope="module")
