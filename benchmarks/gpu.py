@@ -327,15 +327,15 @@ def sections(device: torch.device) -> dict[str, tuple[Callable[[Place], Iterator
     def of_path(path: str) -> Callable[[Place], Iterator[Row]]:
         return lambda place: frames(place, path)
 
-    paths = {f"frames-{path}": (of_path(path), 75.0) for path in names_of(device)}
+    paths = {f"frames-{path}": (of_path(path), 50.0) for path in names_of(device)}
     return {
-        "tests": (tests, 90.0),
-        "prepare": (prepare, 75.0),
-        "load": (load, 45.0),
-        "safetensors": (safetensors, 30.0),
+        "tests": (tests, 120.0),
+        "prepare": (prepare, 60.0),
+        "load": (load, 40.0),
+        "safetensors": (safetensors, 25.0),
         **paths,
-        "speak": (speak, 45.0),
-        "split": (split, 60.0),
+        "speak": (speak, 40.0),
+        "split": (split, 45.0),
     }
 
 

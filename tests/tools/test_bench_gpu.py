@@ -44,6 +44,14 @@ def test_every_section_runs_and_says_what_it_is_held_to(
     assert "steps: launches" in table
 
 
+def test_a_run_ends_within_eight_minutes() -> None:
+    """The limits of all sections of a GPU, each of which may be used up, come to 480 seconds."""
+    limits = [limit for _, limit in gpu.sections(torch.device("cuda:0")).values()]
+
+    assert len(limits) == 9
+    assert sum(limits) <= 480
+
+
 class Clock:
     """A device whose runs take 2 ms by its own clock, and events that read it."""
 
