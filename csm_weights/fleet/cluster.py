@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -314,11 +314,8 @@ def error_of(model: str, reports: Sequence[NodeReport]) -> CsmWeightsError | Non
         return error_for(message, findings)
     failed = [report for report in reports if report.smoke not in ("", "passed")]
     if failed:
-        kinds: dict[bool, Callable[..., CsmWeightsError]] = {
-            True: SmokeFailed,
-            False: SmokeUnavailable,
-        }
-        kind = kinds[any(report.smoke == "failed" for report in failed)]
         message = f"{message}; the smoke test passed on {len(reports) - len(failed)}"
-        return kind(message, findings)
+        if any(report.smoke == "failed" for report in failed):
+            return SmokeFailed(message, findings)
+        return SmokeUnavailable(message, findings)
     return None

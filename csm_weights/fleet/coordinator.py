@@ -43,12 +43,10 @@ Slot = tuple[int, bool]
 class State:
     """What the driver shows: how many nodes are done, blocks they have, and what happened."""
 
-    complete: int
     installed: int
     given_up: tuple[int, ...]
     have: tuple[int, ...]
     events: tuple[str, ...]
-    calls: int
     is_over: bool
 
 
@@ -79,9 +77,7 @@ class Coordinator:
         self._orders: dict[int, dict[int, Act]] = defaultdict(dict)  # node -> piece -> what to do
         self._busy: set[tuple[int, int]] = set()  # a node and the piece that it hashes or fetches
         self._doubted: dict[int, dict[int, tuple[str, int]]] = {}  # piece -> recalled digests
-        self._rounds = [0] * len(
-            self.layout.pieces
-        )  # how often the digests of a piece were recalled
+        self._rounds = [0 for _ in self.layout.pieces]  # how often its digests were recalled
         self._retried: set[tuple[int, int]] = set()  # a node and a piece that was wrong there once
         self._disproved: set[tuple[int, int]] = set()  # a node and a piece that it listed wrongly
         self._hopeless: set[int] = set()  # pieces of which no source has the right bytes
@@ -96,7 +92,6 @@ class Coordinator:
         self._opens_at = float("inf")
         self._is_open = self._is_over = False
         self._watcher: asyncio.Task[None] | None = None
-        self._calls = 0
 
     # ---- what nodes and the driver call
 
@@ -131,7 +126,6 @@ class Coordinator:
     async def next(self, node: int, is_first: bool, answer: Answer | None = None) -> Task:
         """Take the answer to the last task, and return the next one as soon as there is one."""
         now = self._see(node)
-        self._calls += 1
         if answer:
             self._take(node, answer, now)
         task = self._task(node, is_first, now)
@@ -168,12 +162,10 @@ class Coordinator:
         """Return what there is to show."""
         lacks = self.planner.lacks
         return State(
-            complete=sum(self._is_complete(node) for node in self._hello),
             installed=len(self._installed),
             given_up=tuple(sorted({*self._left, *self._silent})),
             have=tuple((self.planner.all & ~lack).bit_count() for lack in lacks),
             events=tuple(self.events),
-            calls=self._calls,
             is_over=self._is_over,
         )
 

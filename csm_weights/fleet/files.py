@@ -78,14 +78,18 @@ class Files:
         self._numbers = {(b.artifact.path, b.start, b.end): b.number for b in layout.blocks}
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all of them; from now on nothing is served."""
+        self.have.clear()
         for file in self.open.values():
             file.close()
 
     def find(self, path: str, start: int, end: int) -> int | None:
-        """Return the descriptor of the file with a block that may be served, or None."""
+        """Return a descriptor, to be closed, of the file with a block that may be served, or None.
+
+        It is one of its own: the number of a closed file may be another file's a moment later.
+        """
         is_here = self._numbers.get((path, start, end)) in self.have
-        return self.open[path].fd if is_here else None
+        return os.dup(self.open[path].fd) if is_here else None
 
     def digest(self, block: Block) -> str:
         """Return the hex sha256 of a block as it lies on the disk."""

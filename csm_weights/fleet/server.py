@@ -14,7 +14,7 @@ from urllib.parse import unquote
 #: Seconds after which a connection that says nothing is closed.
 QUIET = 60.0
 
-#: Finds the descriptor of an open file that may be read from one byte to another, or None.
+#: Opens a file that may be read from one byte to another: a descriptor to be closed, or None.
 Find = Callable[[str, int, int], int | None]
 
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})")
@@ -47,16 +47,20 @@ class Handler(BaseHTTPRequestHandler):
         if fd is None:
             self._refuse(404)
             return
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{end - 1}/*")
-        self.send_header("Content-Length", str(end - start))
-        self.end_headers()
-        self.send_body(fd, start, end)
+        try:
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/*")
+            self.send_header("Content-Length", str(end - start))
+            self.end_headers()
+            self.send_body(fd, start, end)
+        finally:
+            os.close(fd)
 
     def send_body(self, fd: int, start: int, end: int) -> None:
         """Send the bytes `[start, end)` of a file without copying them through this process."""
         with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
-            self.connection.sendfile(file, start, end - start)
+            if self.connection.sendfile(file, start, end - start) < end - start:
+                self.close_connection = True  # the file was cut: the rest will not come
 
     def _refuse(self, status: int) -> None:
         self.send_response(status)

@@ -103,6 +103,14 @@ def test_a_hostile_name_ends_no_label() -> None:
     assert parsed(text)["source_bytes", hostile] == 5
 
 
+def test_a_name_that_is_no_text_is_escaped(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte of the command line that is not UTF-8 is written as an escape: exit code 2."""
+    text = run(toy.root, "verify", "--model=a\udcff")
+    assert parsed(text)["exit_code", ""] == 2
+    assert r'model="a\\udcff"' in text
+    assert "not a valid model name" in capsys.readouterr().err
+
+
 def test_a_file_that_cannot_be_written_is_an_error(
     toy: Toy, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sys
 import threading
@@ -20,6 +21,7 @@ from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text
 from csm_weights.errors import Finding, Kind, MissingInput, NetworkFailed, NoSpace, SmokeFailed
 from csm_weights.fleet import cluster, coordinator, node, planner, server
+from csm_weights.fleet.files import Files
 from csm_weights.fleet.job import Act, Answer, Job, NodeReport, Status, Task
 from csm_weights.fleet.node import Node
 from csm_weights.pipeline import apply
@@ -357,7 +359,8 @@ def test_a_server_gives_verified_blocks_to_those_with_the_secret_only(tmp_path: 
     with path.open("rb") as file:
 
         def find(name: str, start: int, end: int) -> int | None:
-            return file.fileno() if (name, start, end) == ("a b/file", 2, 6) else None
+            found = (name, start, end) in (("a b/file", 2, 6), ("a b/file", 5, 20))
+            return os.dup(file.fileno()) if found else None
 
         with server.serving("127.0.0.1", "s3cret", find) as url:
 
@@ -376,6 +379,27 @@ def test_a_server_gives_verified_blocks_to_those_with_the_secret_only(tmp_path: 
             assert get("a%20b/file", span="bytes=5-2") == (416, b"")
             assert get("a%20b/file", span="") == (416, b"")
             assert requests.put(url, data=b"x", timeout=5).status_code == 501
+            with pytest.raises(requests.exceptions.ChunkedEncodingError):
+                get("a%20b/file", span="bytes=5-19")
+
+
+def test_closed_files_are_not_served(toy: Toy, base: Path) -> None:
+    """After the end no descriptor is given; one given before still has the same file's bytes."""
+    fleet = Fleet(base, toy.manifest, 1)
+    give(toy, fleet.folder(0))
+    session, layout = node.session_of(fleet.job, str(fleet.folder(0))), fleet.job.layout
+    files = Files(layout, {item.artifact.path: item for item in session.inspect().artifacts})
+    block = layout.of_piece[0][0]
+    wanted = block.artifact.path, block.start, block.end
+    assert files.find(*wanted) is None
+    files.hash(0)
+    fd = files.find(*wanted)
+    assert fd is not None
+    files.close()
+    assert files.find(*wanted) is None
+    data = os.pread(fd, block.end - block.start, block.start)
+    os.close(fd)
+    assert data == toy.good(block.artifact.path)[block.start : block.end]
 
 
 def test_without_ray_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

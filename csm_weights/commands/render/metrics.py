@@ -55,5 +55,6 @@ def _verified(ended: Ended) -> int:
 
 
 def _escaped(text: str) -> str:
-    """Return a label's value with what would end it escaped."""
+    """Return a label's value with what would end it, or is no text, escaped."""
+    text = text.encode(errors="backslashreplace").decode()
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
