@@ -305,6 +305,18 @@ def other_json(hub: HubServer, _: pytest.MonkeyPatch) -> None:
     hub.fault("status", match="*/tree/*", code=200, body='{"error": "none"}')
 
 
+def untyped_page(hub: HubServer, _: pytest.MonkeyPatch) -> None:
+    hub.fault("status", code=200, body="<p>Sign in</p>")
+
+
+def odd_rows(rows: str) -> Any:
+    def prepare(hub: HubServer, _: pytest.MonkeyPatch) -> None:
+        hub.add_repo(REPO, FILES)
+        hub.fault("status", match="*/tree/*", code=200, body=rows)
+
+    return prepare
+
+
 def no_json(hub: HubServer, _: pytest.MonkeyPatch) -> None:
     hub.fault("status", code=200, body="out of order")
 
@@ -335,7 +347,11 @@ def offline(_: HubServer, patch: pytest.MonkeyPatch) -> None:
         (stalls, 6, Kind.NO_NETWORK),
         (takes_long, 6, Kind.TOO_SLOW),
         (portal, 6, Kind.NO_NETWORK),
+        (untyped_page, 6, Kind.NO_NETWORK),
         (other_json, 6, Kind.WRONG_ANSWER),
+        (odd_rows('["a"]'), 6, Kind.WRONG_ANSWER),
+        (odd_rows('[{"path": "a"}]'), 6, Kind.WRONG_ANSWER),
+        (odd_rows('[{"path": "a", "size": "1", "oid": "0"}]'), 6, Kind.WRONG_ANSWER),
         (no_json, 6, Kind.WRONG_ANSWER),
         (no_commit, 6, Kind.WRONG_ANSWER),
         (offline, 3, Kind.OFFLINE),

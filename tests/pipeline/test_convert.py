@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -80,10 +81,18 @@ def digest_of_parts() -> str:
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
 
 
+def flags_in(archive: Path) -> set[tuple[bool, int]]:
+    """Return the flags of records with bytes and without."""
+    with zipfile.ZipFile(archive) as records:
+        return {(record.file_size > 0, record.flag_bits) for record in records.infolist()}
+
+
 def test_torch_reads_what_is_written_as_a_checkpoint(tmp_path: Path) -> None:
     """torch.load gives the same tensors, and checks the archive's own CRCs."""
     out = converted(PARTS, "original", tmp_path / "out", format="ckpt")
     assert_equal(torch.load(out / "ckpt.pt", weights_only=True), released())
+    torch.save({"w": torch.ones(1), "none": torch.ones(0)}, tmp_path / "theirs.pt")
+    assert flags_in(out / "ckpt.pt") <= flags_in(tmp_path / "theirs.pt")
     back = converted(out / "ckpt.pt", "original", tmp_path / "back")
     assert digest(back / "model.safetensors") == digest_of_parts()
 

@@ -472,6 +472,27 @@ def test_a_write_between_copy_and_punch_is_not_lost(
     assert victim.read_bytes()[:4] == b"mine"
 
 
+@pytest.mark.parametrize("byte", [1000, 1001, 1002, 1003])
+def test_rot_after_the_check_takes_no_more_bytes(
+    toy: Toy, byte: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Consumed bytes that change before the rest of their piece is moved are reported."""
+    begun(toy)
+    before, real = moved(toy), consume.verify
+
+    def verified(*given: Any) -> list[consume.Proof]:
+        proofs = real(*given)
+        flip(partial_of(toy), PIECE_SIZE + byte)
+        return proofs
+
+    monkeypatch.setattr(consume, "verify", verified)
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    assert kinds(caught.value) == {Kind.CHANGED}
+    assert "the unfinished file, where" in str(caught.value)
+    assert moved(toy) == before
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_rot_in_the_only_copy_is_reported_and_the_chunk_file_put_back_mends_it(
     toy: Toy, index: int
