@@ -601,6 +601,16 @@ def test_chunk_files_behind_a_link_out_of_the_folder_are_not_consumed(
     assert {path: path.read_bytes() for path in elsewhere.iterdir()} == before
 
 
+def test_a_folder_exchanged_for_a_link_is_refused(toy: Toy, tmp_path: Path) -> None:
+    """Also after the disk was inspected a link that leads out of chunks/ stops it."""
+    (item,) = apply.status(asked(toy)).state.artifacts
+    folder = toy.chunk_file(NAME, 0).parent
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WrongContent, match="a link that leads to"):
+        consume.require_punching([consume.Subject(item, frozenset({0}), toy.root)])
+
+
 def test_a_chunk_file_exchanged_for_a_link_is_not_punched(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
