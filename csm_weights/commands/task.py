@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -73,6 +74,13 @@ FETCHING = ("consume", "patience", "limit_rate", "block_digests")
 #: Options of every task whose result can be a page.
 PAGE = ("report", "host")
 
+#: Options that name files or folders and whose `~` is replaced here; of others it is where
+#: they are read.
+PATHS = (
+    *("model", "path", "also", "file", "out", "manifest", "context", "tokenizer", "codec"),
+    *("key", "new_key", "attestation", "sums", "report", "html"),
+)
+
 #: Options that name a file for the result, in the form of that name; see `console`.
 WRITTEN = ("junit", "verdict", "metrics")
 
@@ -109,6 +117,7 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
 
         def body(context: Context, /, **given: Any) -> None:
             as_json, root = given.pop("json"), Path(context.config.csm_weights.root)
+            given |= {key: _at_home(given[key]) for key in PATHS if key in given}
             files = {key: given.pop(key) for key in WRITTEN if key in given}
             empty = [key for key in required if not given[key]]
             page, progress = _page(given, name), given.pop("progress")
@@ -155,6 +164,13 @@ def task(*names: str, **own: tuple[Any, str]) -> Callable[[_Function], Task[Any]
         return Task(body, name, iterable=iterable, help=helps, auto_shortflags=False)
 
     return make
+
+
+def _at_home(value: str | list[str]) -> str | list[str]:
+    """Return paths with the folder that `~` names; a shell leaves it in --option=~/file."""
+    if isinstance(value, list):
+        return [*map(os.path.expanduser, value)]
+    return os.path.expanduser(value)  # noqa: PTH111 # pathlib's raises for an unknown user
 
 
 def _page(given: dict[str, Any], name: str) -> Page | None:

@@ -100,6 +100,20 @@ def test_a_page_tells_all_of_a_good_run(toy: Toy) -> None:
     assert run(toy, "report")[0] == 0
 
 
+def test_a_path_after_an_equals_sign_may_begin_with_a_tilde(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves it there: it is the home of the user, for one path as for several."""
+    monkeypatch.setenv("HOME", str(toy.root))
+    monkeypatch.chdir(toy.root)
+    code, page = run(toy, "report", "--html=~/page.html")
+    assert (code, page is not None) == (3, True)
+    assert not Path("~").exists()
+    with pytest.raises(SystemExit):
+        Program(namespace=collection(toy.root)).run(["inv", "compare", "--file=~/x", "--file=~/y"])
+    assert f"{toy.root}/x" in capsys.readouterr().err
+
+
 def test_a_report_is_of_what_is_installed(toy: Toy) -> None:
     """`inv report` hashes nothing that has a receipt; what is missing and wrong is told."""
     code, page = run(toy, "report")
