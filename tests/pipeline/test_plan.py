@@ -13,7 +13,7 @@ from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint
 from csm_weights.manifest.render import render
 from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
-from csm_weights.pipeline.actions import Action, Assemble, Copy, Keep, Move, WriteText
+from csm_weights.pipeline.actions import Action, Assemble, Copy, Keep, Move, Verify, WriteText
 from csm_weights.pipeline.plan import Plan, Target, default_selection, make_plan
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import begin
@@ -274,6 +274,14 @@ def test_chunk_files_are_assembled_and_moved() -> None:
         (Move, 0, 0),
     ]
     assert plan.actions[0].detail == "from 3 chunk files"
+
+
+def test_a_file_is_verified_at_the_size_that_it_has() -> None:
+    """Another edition has another size; what is read is the file that is here."""
+    item = an_item(pieces=3, placed=UNVERIFIED)
+    other = replace(item, installed=replace(item.installed, size=25))
+    plan = make_plan(a_state(other), Target.BOTH)
+    assert [(type(s), s.cost.read) for s in plan.actions] == [(Verify, 25)]
 
 
 def test_fetching_stops_before_the_move() -> None:
