@@ -150,6 +150,8 @@ class Node:
                 for slot in slots:
                     slot.start()
                 self._installing.wait()
+                for slot in slots if self._error else ():
+                    slot.join(2 * QUIET)  # before the files are closed
             if not self._error:
                 self._install()
                 self._seconds = time.monotonic() - self._started
@@ -258,10 +260,10 @@ class Node:
                 elif task.act is not Act.WAIT:
                     answer = self._do(task)
         except CsmWeightsError as error:
-            self._error = error
+            self._error = self._error or error
         except Exception as error:  # the coordinator is gone, or the disk fails
             finding = Finding.unreadable(self._directory, error)
-            self._error = error_for(f"{self.name} failed", [finding])
+            self._error = self._error or error_for(f"{self.name} failed", [finding])
         finally:
             if self._error:
                 self._over.set()
