@@ -214,6 +214,8 @@ def test_a_summary_shows_words_as_they_are() -> None:
     assert len(rows(text)[-1]) == 5
     many = github.summary(refused(*(finding(str(number)) for number in range(999))))
     assert len(rows(many)) == 202 and many.endswith("\n\nand 799 more\n\n")
+    long = github.summary(refused(*[finding("ö_" * 2_000)] * 150))
+    assert len(long.encode()) < 1 << 20 and re.search(r"\n\nand 1\d\d more\n\n$", long)
 
 
 def test_there_is_no_summary_without_an_outcome() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from csm_weights.commands.render import text, verdict
@@ -15,8 +16,8 @@ from csm_weights.store.inspect import FileState
 #: Annotations of a kind that GitHub shows of one step.
 ANNOTATIONS = 10
 
-#: Rows of a table: a summary may have 1 MiB.
-ROWS = 200
+#: Rows and bytes of a table: GitHub drops a summary of more than 1 MiB, which has four at most.
+ROWS, TABLE = 200, 200_000
 
 #: Characters that Markdown or HTML takes for more than themselves.
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>|~&$]")
@@ -105,8 +106,10 @@ def _findings(findings: Iterable[Finding]) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table whose cells are Markdown already."""
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    more = len(lines) - 2 - ROWS
-    return "\n".join(lines[: ROWS + 2]) + (f"\n\nand {more:,} more" if more > 0 else "")
+    ends = accumulate(len(line.encode()) + 1 for line in lines)
+    kept = [line for line, end in zip(lines, ends, strict=True) if end <= TABLE][: ROWS + 2]
+    more = len(lines) - len(kept)
+    return "\n".join(kept) + (f"\n\nand {more:,} more" if more else "")
 
 
 def _code(words: str) -> str:
