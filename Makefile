@@ -121,7 +121,7 @@ report: $(VENV)/.base ## Write a page about the installed files, OUT=page.html
 fleet: $(VENV)/.fleet ## Bring MODEL to all nodes of a Ray cluster (DIR, NODES)
 	@$(INV) fleet --model $(call quoted,$(MODEL)) $(call option,ONLY,only) $(call option,SOURCE,source) \
 		$(foreach url,$(URL),--url $(call quoted,$(url))) $(call option,REVISION,revision) $(WAITING) \
-		$(call option,ADDRESS,address) $(call option,DIR,dir) $(call option,NODES,nodes)
+		$(call option,ADDRESS,address) $(call option,DIR,dir) $(call option,NODES,nodes) $(PAGE)
 
 clean: $(VENV)/.base ## Remove unfinished files of MODEL
 	@$(INV) clean --model $(call quoted,$(MODEL)) $(call option,DEST,dest) $(AT)

@@ -40,6 +40,14 @@ def test_sources_and_limits_are_passed_on(clone: Clone) -> None:
     assert plan.count("--limit-rate '20M'") == 1
 
 
+def test_a_fleet_gets_its_options_and_a_page(clone: Clone) -> None:
+    """NODES=, DIR= and REPORT= go to inv fleet; what is not named stays away."""
+    words = ("NODES=3", "DIR=$TMPDIR/m", "REPORT=page.html")
+    plan = clone.make_target("--dry-run", "fleet", *words).stdout
+    assert "--nodes '3'" in plan and "--report 'page.html'" in plan
+    assert "--dir '$TMPDIR/m'" in plan and "--address" not in plan
+
+
 def test_a_folder_may_have_any_name(clone: Clone, tmp_path: Path) -> None:
     """Quotes, spaces, dollars and backslashes in DEST are part of the folder's name."""
     folder = tmp_path / "o'neil's \"$HOME\" (1) \\ #%"
