@@ -382,18 +382,18 @@ def test_the_disk_is_asked_about_folders_once(
 ) -> None:
     """However many artifacts there are, mounts are read once and folders listed once."""
     asked: list[str] = []
-    listdir = Path.iterdir
+    scandir = os.scandir
 
-    def listing(path: Path) -> Iterator[Path]:
-        asked.append(path.name)
-        return listdir(path)
+    def listing(path: Path) -> Any:
+        asked.append(Path(path).name)
+        return scandir(path)
 
     def mounts(_: Path) -> str:
         asked.append("mounts")
         return "ext4"
 
     (tmp_path / "chunks").mkdir()
-    monkeypatch.setattr(Path, "iterdir", listing)
+    monkeypatch.setattr(os, "scandir", listing)
     monkeypatch.setattr(inspecting, "filesystem_type", mounts)
     manifest = many(300)
     inspect(manifest, manifest.artifacts, Paths.of(manifest, tmp_path), {})
