@@ -250,10 +250,10 @@ def sample_project(
 ):  # fmt: skip
     """Draw a code (1,) from logits (V,), and project its row of table (V, C) by w (N, C): y (N,).
 
-    noise (V,), float32, is exponential: the first of racing clocks is a draw
-    from the topk best, and from those that equal the last of them. VP is the
-    power of two from V on. Each program draws the same. Without PROJECT there
-    is one program and no y. Bound: w, 4.2 MB.
+    noise (V,), float32, is drawn from the exponential distribution: the code with
+    the largest ratio of probability to noise is a draw from the topk best, and from
+    those that equal the last of them. VP is the power of two from V on. Each program
+    draws the same. Without PROJECT there is one program and no y. Bound: w, 4.2 MB.
     """
     n, i = tl.program_id(0) * B + tl.arange(0, B), tl.arange(0, VP)
     if PROJECT:
