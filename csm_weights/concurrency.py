@@ -9,9 +9,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from types import FrameType
 from typing import TypeVar
 
-#: Seconds between two checks whether a task has failed or an interrupt has come.
-POLL_SECONDS = 0.2
-
 T = TypeVar("T")
 
 #: Called with the number of bytes that were worked on, from any thread; a negative one takes
@@ -52,7 +49,7 @@ def run_all(
             done, unfinished = wait(futures, timeout=0)
             while unfinished and not any(f.exception() for f in done):
                 raise_pending()
-                done, unfinished = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                done, unfinished = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
         finally:
             if not all(future.done() for future in futures):
                 cancel.set()

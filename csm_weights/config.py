@@ -23,9 +23,6 @@ PUBLIC_ENDPOINT = "https://huggingface.co"
 #: The variable with headers for mirrors, one a line: `Authorization: Bearer ...`.
 MIRROR_HEADERS = "CSM_MIRROR_HEADERS"
 
-#: Most bytes read of the file that holds a token: it has less than a hundred.
-MAX_TOKEN = 64 << 10
-
 
 @dataclass(frozen=True)
 class HubEnvironment:
@@ -62,7 +59,7 @@ class HubEnvironment:
         if not token_from:
             path = folder(first("HF_TOKEN_PATH", default=f"{home}/token"))
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                token_from = str(path) if read_bounded(path, MAX_TOKEN).decode().strip() else ""
+                token_from = str(path) if read_bounded(path, 64 << 10).decode().strip() else ""
         return cls(
             endpoint=first("HF_ENDPOINT", default=PUBLIC_ENDPOINT).rstrip("/"),
             offline=is_offline in {"1", "ON", "YES", "TRUE"},

@@ -69,7 +69,7 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(fd)
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int = 64 << 20) -> bytes:
     """Return the first `limit` bytes of a regular file; raises OSError."""
     content = bytearray()
     with opened(path) as fd:
@@ -93,9 +93,8 @@ def read_file(path: Path, limit: int, what: str) -> bytes:
     except NotRegular as error:
         found = str(error.strerror)
     except OSError as error:
-        finding = Finding(
-            Kind.MISSING, str(path), what, error.strerror or str(error), "check the path"
-        )
+        found = error.strerror or str(error)
+        finding = Finding(Kind.MISSING, str(path), what, found, "check the path")
         raise MissingInput(f"{what} cannot be read", [finding]) from None
     expected = f"{what}, a regular file of at most {limit:,} bytes"
     finding = Finding(Kind.MALFORMED, str(path), expected, found, "check the path")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,9 @@ AHEAD = 8 << 20
 #: Bytes of a block that may have a digest of its own beside its piece's: few enough that every
 #: core has blocks to hash, and a receipt has some ten kilobytes of them for each GiB.
 DIGEST_BLOCK = 8 << 20
+
+#: Digests in hex as they are written here; a commit is one of SHA-1.
+SHA1_HEX, SHA256_HEX = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 
 class Sink(Protocol):

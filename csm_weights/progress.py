@@ -95,6 +95,11 @@ def format_size(count: float) -> str:
     return f"{count:.0f} B" if units[0] == "B" else f"{count:,.1f} {units[0]}"
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number of things in words."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def label_for(verb: str, paths: Iterable[str]) -> str:
     """Return a label for work on files: with the file's name, or how many there are."""
     names = list(paths)

@@ -198,10 +198,7 @@ def fleet(request: Request, **options: Any) -> object:
     return fleet.fleet(request, **options)
 
 
-@task(
-    *(*FILES, "dry"),
-    move_main=(False, "point main at this commit even if it is at another one"),
-)
+@task(*(*FILES, "dry"), move_main=(False, "point main at this commit even if it is at another one"))
 def seed_cache(request: Request, move_main: bool, dry: bool) -> object:
     """Link the installed files into the Hub's cache, for other programs."""
     from csm_weights.commands import seed_cache
@@ -302,9 +299,8 @@ def lock(root: Path, model: str, repo: str, only: str, dry: bool, **options: str
     from csm_weights.commands import lock
     from csm_weights.config import parse_patience
 
-    dest, size, revision, patience = (
-        options[key] for key in ("dest", "size", "revision", "patience")
-    )
+    dest, size = options["dest"], options["size"]
+    revision, patience = options["revision"], options["patience"]
     if repo and (dest or size):
         raise UsageError("--dest and --size are about installed files: leave them out with --repo")
     if (revision or patience) and not repo:

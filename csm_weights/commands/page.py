@@ -69,13 +69,9 @@ class Page:
         from csm_weights.commands.render import html
 
         status = None
-        # A fleet's files are on its nodes.
         with contextlib.suppress(CsmWeightsError, OSError):
-            status = (
-                None
-                if self._command == "fleet"
-                else apply.status(replace(self._request, consume=False))
-            )
+            if self._command != "fleet":  # whose files are on its nodes
+                status = apply.status(replace(self._request, consume=False))
         run = html.Run(
             command=self._command,
             made_at=now(),

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from csm_weights.commands.page import Page
     from csm_weights.commands.render.verdict import Ended
 
-#: Most bytes read of a file that --metrics has written: it has some hundred.
-MAX_METRICS = 64 << 10
-
 
 def write(
     result: object,
@@ -77,7 +74,7 @@ def _write_metrics(path: Path, ended: Ended) -> None:
     """Write the figures of a task in one rename; an earlier success stays in the file."""
     before = ""
     with contextlib.suppress(OSError):
-        before = read_bounded(path, MAX_METRICS).decode(errors="replace")
+        before = read_bounded(path, 64 << 10).decode(errors="replace")
     from csm_weights.commands.render import metrics
 
     write_whole(path.absolute(), metrics.render(ended, dict(taken), before, time.time()))

@@ -1,6 +1,5 @@
 """Link the installed files into the Hub's standard cache, for other programs."""
 
-import re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from csm_weights.errors import (
     WrongContent,
     error_for,
 )
-from csm_weights.hashing import HashJob, measure
+from csm_weights.hashing import SHA1_HEX, HashJob, measure
 from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline.request import Request
@@ -26,9 +25,6 @@ from csm_weights.store.inspect import FileState, State
 from csm_weights.store.lock import NAME as LOCK
 from csm_weights.store.lock import lock
 from csm_weights.store.receipts import Receipt
-
-#: From this many bytes on the Hub keeps a file of any kind outside of git, by its sha256.
-LARGE = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def seed_cache(request: Request, move_main: bool = False, dry: bool = False) -> 
         raise UsageError(
             f"the manifest of {manifest.name} names no repository of the Hub: it has no [hub]"
         )
-    if not re.fullmatch("[0-9a-f]{40}", revision):
+    if not SHA1_HEX.fullmatch(revision):
         raise UsageError(f"the Hub's cache keeps files by commit, and {revision!r} is not one")
     cache, seeded, unrecorded = HubEnvironment.read().cache.absolute(), [], []
     with ExitStack() as stack:
@@ -134,10 +130,8 @@ def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Se
             if known and known.stat().st_size != receipt.size:
                 notes.append(f"{artifact.path}: left as it is in the cache, from the Hub")
                 continue
-            notes.append(
-                f"{artifact.path}: not the edition of commit {revision};"
-                " `hf cache verify` will report it"
-            )
+            words = f"not the edition of commit {revision}; `hf cache verify` will report it"
+            notes.append(f"{artifact.path}: {words}")
         blob = _blob(artifact, receipt, item.installed.path)
         seeds.append(Seed(artifact.path, item.installed.path, receipt.size, blob))
     return seeds, notes
@@ -148,7 +142,8 @@ def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
     is_pinned = receipt.size == artifact.size
     if is_pinned and artifact.git_sha1:
         return artifact.git_sha1
-    if artifact.is_weights or (is_pinned and artifact.blob_id) or receipt.size >= LARGE:
+    # From 10 MB on the Hub keeps a file of any kind outside of git.
+    if artifact.is_weights or (is_pinned and artifact.blob_id) or receipt.size >= 10_000_000:
         return receipt.sha256
     found = measure([HashJob(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
     if found.whole != receipt.sha256 or not found.git_sha1:

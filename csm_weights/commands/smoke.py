@@ -26,13 +26,7 @@ def smoke(
     if outcome.error:
         return outcome
     return smoke_test.run(
-        outcome,
-        device or None,
-        require_gpu,
-        frames,
-        dtype or None,
-        max_rtf or None,
-        require_fast,
+        outcome, device or None, require_gpu, frames, dtype or None, max_rtf or None, require_fast
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial as bind
 from pathlib import Path
 
-from csm_weights.commands.render.blocks import count
 from csm_weights.concurrency import OnProgress, deferred_interrupts, run_all
 from csm_weights.errors import Finding, Kind, MissingInput, UsageError, WrongContent
 from csm_weights.files import opened, read_file
@@ -20,7 +19,7 @@ from csm_weights.manifest.paths import CHUNKS, path_problem
 from csm_weights.manifest.render import render_artifact
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.pipeline.session import Summary
-from csm_weights.progress import Progress
+from csm_weights.progress import Progress, count
 from csm_weights.store.atomic import sync, write_whole, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
 from csm_weights.store.lock import are_real, lock

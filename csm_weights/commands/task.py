@@ -88,10 +88,7 @@ WRITTEN = ("junit", "verdict", "metrics")
 PROGRESS = ("auto", "json")
 
 #: Options that go into the request of a task.
-REQUEST = (
-    *("model", "only", "dest", "staging", "source", "url", "cache", "revision"),
-    *FETCHING,
-)
+REQUEST = (*("model", "only", "dest", "staging", "source", "url", "cache", "revision"), *FETCHING)
 
 
 class _Function(Protocol):

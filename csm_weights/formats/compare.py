@@ -32,9 +32,6 @@ from csm_weights.untrusted import show
 BLOCK = 512 << 10
 VIEW_BLOCK = 1 << 20
 
-#: Most threads: each needs up to 5 MiB, and the process must stay below 100 MiB.
-MAX_THREADS = 8
-
 
 class What(enum.StrEnum):
     """Kinds of differences; the value is the word a person reads."""
@@ -84,11 +81,8 @@ class Comparison:
     def error(self) -> WrongContent | None:
         """The error for the differences; None where there are tensors and all are equal."""
         if not self.differences:
-            return (
-                None
-                if self.equal
-                else WrongContent("there are no tensors to compare in either file")
-            )
+            nothing = WrongContent("there are no tensors to compare in either file")
+            return None if self.equal else nothing
         findings = [
             Finding(Kind.DIFFERENT, one.where, one.first, one.second)
             for one in self.differences[:MAX_FINDINGS]
@@ -164,7 +158,8 @@ class WeightsPair:
 
         changed = "a file changed while it was compared; compare again"
         try:
-            run_all([work] * min(workers(), MAX_THREADS), cancel)
+            # A thread needs up to 5 MiB, and the process must stay below 100 MiB.
+            run_all([work] * min(workers(), 8), cancel)
         except EOFError as error:
             raise WrongContent(changed, [Finding.changed(error, "a shorter one")]) from None
         if changes := [finding for source in self._sources for finding in source.changes()]:
@@ -230,9 +225,7 @@ def first_difference(
             block = bytearray(count * tensor.info.itemsize)
             read_elements(tensor.source, tensor.info, start, block)
             on_progress(len(block))
-            blocks.append(
-                block if first.dtype == second.dtype else converted(block, tensor.dtype, narrow)
-            )
+            blocks.append(converted(block, tensor.dtype, narrow))
         if blocks[0] != blocks[1]:
             bits = int.from_bytes(blocks[0], "little") ^ int.from_bytes(blocks[1], "little")
             width = 8 * len(blocks[0]) // count

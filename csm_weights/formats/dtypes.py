@@ -12,9 +12,6 @@ FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 #: Bytes that are rounded at once: integers that stay in the core's cache.
 _SLICE = 32 << 10
 
-#: The least magnitude that rounds to infinity in F16.
-_BEYOND_F16 = 65520.0
-
 
 def converted(raw: bytearray, source: str, target: str) -> bytearray:
     """Return little-endian elements of one of `FLOATS` as another.
@@ -39,7 +36,8 @@ def converted(raw: bytearray, source: str, target: str) -> bytearray:
         try:
             return bytearray(struct.pack(f"<{count}e", *numbers))
         except OverflowError:
-            fits = (n if abs(n) < _BEYOND_F16 else n * math.inf for n in numbers)
+            # from 65,520 on a magnitude rounds to infinity
+            fits = (n if abs(n) < 65520.0 else n * math.inf for n in numbers)
             return bytearray(struct.pack(f"<{count}e", *fits))
     return _upper_halves(wide) if target == "BF16" else wide
 

@@ -18,9 +18,6 @@ from csm_weights.formats.transformers_layout import Layout, NamedTensors, name_t
 from csm_weights.formats.weights_file import open_weights
 from csm_weights.untrusted import Malformed, show
 
-#: Whose layout it is, in words.
-_LAYOUTS = {"original": "the original", "transformers": "transformers'"}
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -48,7 +45,8 @@ class Identity:
     def __str__(self) -> str:
         words = [self.model]
         if self.network:
-            words[0] += f" in {_LAYOUTS[self.layout]} layout"
+            whose = "the original" if self.layout == "original" else "transformers'"
+            words[0] += f" in {whose} layout"
         if self.codec_tensors:
             words.append(f"with Mimi's {self.codec_tensors:,} tensors")
         if self.wrapper:

@@ -50,10 +50,7 @@ def original_config(network: CsmConfig) -> str:
 
 
 def transformers_config(
-    network: CsmConfig,
-    dtype: str,
-    codec: Mapping[str, Any],
-    known: Mapping[str, Any],
+    network: CsmConfig, dtype: str, codec: Mapping[str, Any], known: Mapping[str, Any]
 ) -> str:
     """Return config.json for transformers' CsmForConditionalGeneration.
 
@@ -63,9 +60,8 @@ def transformers_config(
     word = next((word for word, name in FLOATS.items() if name == dtype), "float32")
     if known:
         kept = {key: value for key, value in known.items() if key != "torch_dtype"}
-        kept |= {"dtype": word} | (
-            {"codec_config": {"model_type": "mimi", **codec}} if codec else {}
-        )
+        kept |= {"dtype": word}
+        kept |= {"codec_config": {"model_type": "mimi", **codec}} if codec else {}
         return json.dumps(kept, indent=2, sort_keys=True) + "\n"
     stacks = {"backbone": network.backbone, "decoder": network.decoder}
     figures = {}
@@ -91,23 +87,20 @@ def transformers_config(
     }
     has_tokens = network.text_vocab > max(_TOKENS.values())
     tokens = _TOKENS if has_tokens else dict.fromkeys(_TOKENS) | {"audio_token_id": 0}
-    data = (
-        figures["backbone"]
-        | tokens
-        | {
-            "architectures": ["CsmForConditionalGeneration"],
-            "codebook_eos_token_id": 0,
-            "codebook_pad_token_id": network.audio_vocab - 1,
-            "codec_config": {"model_type": "mimi"} | dict(codec),
-            "depth_decoder_config": decoder,
-            "dtype": word,
-            "max_position_embeddings": network.max_positions,
-            "model_type": "csm",
-            "text_vocab_size": network.text_vocab,
-            "tie_codebooks_embeddings": True,
-            "tie_word_embeddings": True,
-        }
-    )
+    data = figures["backbone"] | tokens
+    data |= {
+        "architectures": ["CsmForConditionalGeneration"],
+        "codebook_eos_token_id": 0,
+        "codebook_pad_token_id": network.audio_vocab - 1,
+        "codec_config": {"model_type": "mimi"} | dict(codec),
+        "depth_decoder_config": decoder,
+        "dtype": word,
+        "max_position_embeddings": network.max_positions,
+        "model_type": "csm",
+        "text_vocab_size": network.text_vocab,
+        "tie_codebooks_embeddings": True,
+        "tie_word_embeddings": True,
+    }
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 

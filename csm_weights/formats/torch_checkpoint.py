@@ -73,9 +73,8 @@ def read_checkpoint(file: MultipartFile) -> TensorIndex:
                 info = _locate(name, view, places)
                 spare -= max(0, info.nbytes - view.storage.nbytes)
                 if spare < 0:
-                    raise Unsupported(
-                        f"at most {MAX_REPEATED:,} bytes of repeated elements", "more"
-                    )
+                    expected = f"at most {MAX_REPEATED:,} bytes of repeated elements"
+                    raise Unsupported(expected, "more")
                 tensors[name] = info
     return TensorIndex(tensors, size)
 
@@ -88,9 +87,8 @@ _ZIP = re.compile(
 
 def _is_torch(head: bytes) -> bool:
     """Check for a zip whose first record is one of torch's, or for the magic number before 1.6."""
-    return _ZIP.match(head) is not None or (
-        head.startswith(PROTO) and MAGIC.to_bytes(10, "little") in head[:32]
-    )
+    is_legacy = head.startswith(PROTO) and MAGIC.to_bytes(10, "little") in head[:32]
+    return is_legacy or _ZIP.match(head) is not None
 
 
 FORMAT = Format(

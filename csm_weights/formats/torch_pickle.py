@@ -258,9 +258,8 @@ class _Machine:
                     self.push(target)
                     return False
                 if not isinstance(target, _OrderedDict) or not is_plain:
-                    raise Malformed(
-                        "BUILD of a state dict's _metadata", f"BUILD of {_kind(target)}"
-                    )
+                    found = f"BUILD of {_kind(target)}"
+                    raise Malformed("BUILD of a state dict's _metadata", found)
                 self.push(target)
             case "BINPERSID":
                 self.make(self.storage(self.pop()))
@@ -397,9 +396,8 @@ def _view(name: str, arguments: tuple[Any, ...]) -> View:
             if name.endswith("v3") and len(rest) > 2 and isinstance(rest[2], _Global):
                 dtype = DTYPES.get(rest.pop(2).name, "")
             if len(rest) == 3 and isinstance(rest[2], dict) and rest.pop():
-                raise Unsupported(
-                    "a view that is stored as it is", f"a view of {dtype} with metadata"
-                )
+                found = f"a view of {dtype} with metadata"
+                raise Unsupported("a view that is stored as it is", found)
             plain = not rest or (len(rest) == 2 and type(rest[0]) is bool and rest[1] in ({}, None))
             plain = plain and len(shape) == len(stride) and are_sizes([offset, *shape, *stride])
             if plain and len(shape) > MAX_DIMS:

@@ -105,9 +105,8 @@ def directory(records: Iterable[tuple[ArchiveRecord, int]]) -> bytes:
         start = max(start, record.end)
         entries.append(record.central(crc))
     count, length = len(entries), sum(map(len, entries))
-    end64 = torch_zip.END64.pack(
-        torch_zip.END64_SIGN, 44, 0x031E, 45, 0, 0, count, count, length, start
-    )
+    figures = (44, 0x031E, 45, 0, 0, count, count, length, start)
+    end64 = torch_zip.END64.pack(torch_zip.END64_SIGN, *figures)
     locator = torch_zip.LOCATOR.pack(torch_zip.LOCATOR_SIGN, 0, start + length, 1)
     few = min(count, FULL16)
     ends = min(length, FULL32), min(start, FULL32)
@@ -148,9 +147,8 @@ def pickle_state_dict(tensors: Mapping[str, Stored]) -> bytes:
     """
     stream = io.BytesIO()
     items = enumerate(tensors.items())
-    _Pickler(stream, protocol=2).dump(
-        {name: _Tensor(str(n), tensor) for n, (name, tensor) in items}
-    )
+    made = {name: _Tensor(str(n), tensor) for n, (name, tensor) in items}
+    _Pickler(stream, protocol=2).dump(made)
     return stream.getvalue()
 
 

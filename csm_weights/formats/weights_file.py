@@ -260,9 +260,8 @@ def _set_of(shard: re.Match[str]) -> tuple[str, int, str]:
 
 def _check_count(where: Path, count: int) -> None:
     if not 1 <= count <= MAX_SHARDS:
-        finding = Finding(
-            Kind.MALFORMED, str(where), f"1 to {MAX_SHARDS} shards", str(count), GET_AGAIN
-        )
+        expected = f"1 to {MAX_SHARDS} shards"
+        finding = Finding(Kind.MALFORMED, str(where), expected, str(count), GET_AGAIN)
         raise WrongContent("the number of shards makes no sense", [finding])
 
 

@@ -11,10 +11,7 @@ SCHEMA = 1
 
 #: Formats that hold the weights, each a whole model by itself, with the word for --only and
 #: the ending of their files.
-WEIGHT_FORMATS = {
-    "safetensors": ("safetensors", ".safetensors"),
-    "torch-zip": ("ckpt", ".pt"),
-}
+WEIGHT_FORMATS = {"safetensors": ("safetensors", ".safetensors"), "torch-zip": ("ckpt", ".pt")}
 
 #: Formats whose structure the gates can read; "opaque" has size and digest only.
 FORMATS = (*WEIGHT_FORMATS, "config", "opaque")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 from csm_weights.byte_ranges import Ranges
 from csm_weights.errors import CsmWeightsError, Finding, Kind, NoSpace, error_for
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.progress import Progress, format_size, label_for
+from csm_weights.progress import Progress, count, format_size, label_for
 from csm_weights.store import atomic, install
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
 from csm_weights.store.journal import partial_path
@@ -193,25 +193,24 @@ class Assemble(Action):
     def detail(self) -> str:
         """The number of pieces from each origin."""
         counts = {kind: len(self.pieces_from(kind)) for kind in PieceSource}
+        pieces = {kind: count(number, "piece") for kind, number in counts.items()}
         remote = next((o.where for o in self.origins if o.source is PieceSource.REMOTE), "")
         if len(self.origins) > counts[PieceSource.REMOTE] > 0:
-            remote += f" ({_count(counts[PieceSource.REMOTE], 'piece')})"
-        consumed = _count(counts[PieceSource.CONSUMED], "chunk file")
+            remote += f" ({pieces[PieceSource.REMOTE]})"
+        consumed = count(counts[PieceSource.CONSUMED], "chunk file")
         words = {
-            PieceSource.SALVAGED: f"{_count(counts[PieceSource.SALVAGED], 'piece')} of the"
-            " damaged file",
-            PieceSource.CHUNK: _count(counts[PieceSource.CHUNK], "chunk file"),
+            PieceSource.SALVAGED: f"{pieces[PieceSource.SALVAGED]} of the damaged file",
+            PieceSource.CHUNK: count(counts[PieceSource.CHUNK], "chunk file"),
             PieceSource.CONSUMED: f"{consumed} consumed in an earlier run",
             PieceSource.CACHED: "the Hub's cache",
-            PieceSource.SHELF: f"{_count(counts[PieceSource.SHELF], 'piece')} of other folders",
+            PieceSource.SHELF: f"{pieces[PieceSource.SHELF]} of other folders",
             PieceSource.REMOTE: remote,
         }
         texts = [text for kind, text in words.items() if counts[kind]]
         if lacking := counts[PieceSource.NOWHERE]:
             texts.append(f"{lacking} more that no source has yet")
-        kept = len(self.item.journal.pieces)
-        if kept:
-            texts.append(f"{_count(kept, 'piece')} verified in an earlier run")
+        if kept := len(self.item.journal.pieces):
+            texts.append(f"{count(kept, 'piece')} verified in an earlier run")
         return f"from {' and '.join(texts) or 'nothing, as it is empty'}{self.remark}"
 
     @classmethod
@@ -374,10 +373,6 @@ def way_around(artifacts: Iterable[Artifact]) -> str:
     return f"No file was installed. To install the others: --only={','.join(by_path)}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _verified(actions: Sequence[ActionT], session: Session) -> list[tuple[ActionT, VerifiedFile]]:
     """Hash the files of actions; return those that are right, and their actions."""
     found = session.verify([(action.artifact, action.file) for action in actions])
@@ -393,10 +388,10 @@ def _assemble(
     actions: Sequence[Assemble], session: Session, stakes: Mapping[int, consume.Stake]
 ) -> None:
     """Assemble files and install them in staging; `stakes` are pieces that are consumed."""
-    paths, cancel = session.paths, threading.Event()
+    paths, request, cancel = session.paths, session.request, threading.Event()
     verb = "fetching" if any(action.remote for action in actions) else "assembling"
     label = label_for(verb, [action.artifact.path for action in actions])
-    names, limits = session.policy.remote, (session.patience, session.limit_rate)
+    names, limits = session.policy.remote, (request.patience, request.limit_rate)
     try:
         with (
             Progress(label, sum(action.artifact.size for action in actions)) as progress,
@@ -412,7 +407,7 @@ def _assemble(
                     action.remote,
                     bind(consume.consume, paths.root, stakes),
                     frozenset(stakes),
-                    session.block_digests,
+                    request.block_digests,
                 )
                 for action in actions
             ]

@@ -25,12 +25,6 @@ from csm_weights.store.lock import locked
 from csm_weights.transfer.policy import SourcePolicy
 from csm_weights.verify import gates
 
-#: More rounds than this mean that something else keeps changing the files.
-MAX_ROUNDS = 12
-
-#: Inspections before what is missing counts as missing: another run may be moving it just then.
-INSPECTIONS = 3
-
 
 def status(request: Request, check: bool = False) -> StatusReport:
     """Return what is here and what `weights` would do; the content of no file is read.
@@ -115,7 +109,7 @@ def weights(
 def run(session: Session, target: Target) -> Outcome:
     """Apply the plan of a session, a round at a time; see `apply`."""
     is_staged = target is Target.STAGED
-    for _ in range(INSPECTIONS):
+    for _ in range(3):  # another run may be moving what is missing just then
         plan = session.plan(target)
         if not plan.findings:
             break
@@ -124,7 +118,7 @@ def run(session: Session, target: Target) -> Outcome:
         return Outcome(plan.state, notes=plan.notes)
     done: list[Action] = []
     with locked(session.paths, with_destination=not is_staged):
-        for _ in range(MAX_ROUNDS):
+        for _ in range(12):  # more are needed only where something else keeps changing the files
             plan = session.plan(target)
             session.notes += plan.notes
             _require_all(plan, session)

@@ -94,11 +94,11 @@ class Conversion:
 
     def __post_init__(self) -> None:
         formats = [one.choice for one in FORMATS]
-        words = (
+        for option, word, known in (
             ("--to", self.to, ("original", "transformers")),
             ("--format", self.format, formats),
-        )
-        for option, word, known in (*words, ("--dtype", self.dtype or "float32", FLOATS)):
+            ("--dtype", self.dtype or "float32", FLOATS),
+        ):
             if word not in known:
                 hint = did_you_mean(word, known)
                 raise UsageError(f"no {option} {word!r}; there are {', '.join(known)}{hint}")
@@ -240,12 +240,8 @@ def _write(
         left = [partial_path(out / name) for name in missing]
         there = sum(path.stat().st_size for path in left if path.is_file())
         size = sum(new.size for new in missing.values())
-        if (free := shutil.disk_usage(out).free) < size - there:
-            words = (
-                f"{size - there:,} bytes free",
-                f"{free:,}",
-                "free some, or choose another --out",
-            )
+        if (free := shutil.disk_usage(out).free) < (needed := size - there):
+            words = (f"{needed:,} bytes free", f"{free:,}", "free some, or choose another --out")
             raise NoSpace("too little disk", [Finding(Kind.NO_SPACE, str(out), *words)])
         with Progress("converting", size) as progress:
             for name, new in missing.items():
@@ -293,7 +289,6 @@ def _folder(root: Path, wanted: Conversion) -> str:
 def _write_manifest(
     root: Path, wanted: Conversion, receipts: Sequence[Receipt], texts: Mapping[str, str]
 ) -> str:
-    """Write a manifest of the new files; return what was written."""
     artifacts = [
         Artifact(
             path=receipt.path,

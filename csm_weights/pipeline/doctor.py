@@ -199,12 +199,9 @@ class _Server:
             try:
                 self.source.deliver(artifact, piece, _FirstByte(piece))
             except NotAvailable:
-                where, expected = (
-                    f"{self.source.url}/{artifact.path}",
-                    "the file, or its chunk files",
-                )
+                where = f"{self.source.url}/{artifact.path}"
                 help_text = "check the URL of the folder, or give another one with --url"
-                words = (expected, "no such file", help_text)
+                words = ("the file, or its chunk files", "no such file", help_text)
                 failed[piece.offset] = [Finding(Kind.NOT_THERE, where, *words)]
             except SourceError as error:
                 failed[piece.offset] = error.findings
@@ -371,9 +368,8 @@ class _Examination:
         is_sent = HUB in self.servers and self.environment.token_from
         if is_sent and endpoint != PUBLIC_ENDPOINT:
             clear = " in the clear" if endpoint.startswith("http:") else ""
-            told = (
-                f"{check.found}; HF_ENDPOINT: the token goes{clear} to {urlsplit(endpoint).netloc}"
-            )
+            host = urlsplit(endpoint).netloc
+            told = f"{check.found}; HF_ENDPOINT: the token goes{clear} to {host}"
             verdict = check.verdict if unreached else Verdict.NOTE
             check = replace(check, found=told, verdict=verdict)
         ways = {host: proxy_for(url) for host, url in hosts.items()}
@@ -428,8 +424,6 @@ def _gpu() -> CheckResult:
     if cards:
         found = "; ".join(f"{name}, {free} of {total} free" for name, free, total in cards)
         return CheckResult("GPU", Verdict.OK, found)
-    if Path("/dev/nvidiactl").exists():
-        return CheckResult(
-            "GPU", Verdict.NOTE, "a driver is installed, but nvidia-smi lists no GPU"
-        )
-    return CheckResult("GPU", Verdict.NOTE, f"none: {on_cpu}")
+    has_driver = Path("/dev/nvidiactl").exists()
+    unlisted = "a driver is installed, but nvidia-smi lists no GPU"
+    return CheckResult("GPU", Verdict.NOTE, unlisted if has_driver else f"none: {on_cpu}")

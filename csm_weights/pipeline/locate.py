@@ -29,9 +29,6 @@ from csm_weights.store.inspect import ArtifactState, FileState, FileStatus
 from csm_weights.store.manifest_file import write_manifest
 from csm_weights.store.receipts import Receipt, read_receipt
 
-#: The files that are fetched of a repository that no manifest here names.
-WANTED = ("config.json", "model.safetensors", "ckpt.pt", "tokenizer.json")
-
 #: The file that describes a network.
 CONFIG = "config.json"
 
@@ -58,7 +55,8 @@ def of_repo(root: Path, repo: str, revision: str | None) -> Request:
     home = above / folder / quote(revision or "main", safe="")
     if not (known := sorted(home.glob("manifests/*.toml"))):
         path = repo_manifest.path_of(home, repo, revision or "")
-        write_manifest(path, repo_manifest.from_hub(path, repo, revision or "", WANTED))
+        wanted = ("config.json", "model.safetensors", "ckpt.pt", "tokenizer.json")
+        write_manifest(path, repo_manifest.from_hub(path, repo, revision or "", wanted))
         known = [path]
     return Request(home, known[0].stem)
 

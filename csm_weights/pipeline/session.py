@@ -99,17 +99,15 @@ class Session:
     paths: Paths
     chosen: tuple[Artifact, ...]
     policy: SourcePolicy
+    request: Request
     known_bad: dict[Path, Finding] = field(default_factory=dict)
     good: dict[Path, frozenset[int]] = field(default_factory=dict)
     notes: list[Finding] = field(default_factory=list)
-    patience: float | None = None
-    limit_rate: float | None = None
-    block_digests: bool = False
 
     def inspect(self) -> State:
         """Inspect what is on disk of the chosen artifacts; what was found wrong stays wrong."""
-        known = self.known_bad, self.good
-        return inspect(self.manifest, self.chosen, self.paths, *known, self.block_digests)
+        known = self.known_bad, self.good, self.request.block_digests
+        return inspect(self.manifest, self.chosen, self.paths, *known)
 
     def plan(self, target: Target) -> Plan:
         """Inspect the disk, and plan how the chosen artifacts get where `target` wants them.
@@ -165,7 +163,7 @@ class Session:
         subjects = [self.subject(artifact, file) for artifact, file in files]
         label = label_for("verifying", [artifact.path for artifact, _ in files])
         with Progress(label, sum(file.size or 0 for _, file in files)) as progress:
-            found = gates.verify(subjects, progress.advance, self.block_digests)
+            found = gates.verify(subjects, progress.advance, self.request.block_digests)
         for file in found:
             if isinstance(file, gates.Rejected):
                 self.known_bad[file.path], self.good[file.path] = file.finding(), file.good
@@ -222,16 +220,7 @@ def begin(
     for folder in (paths.staging, paths.destination):
         if findings := data_findings(paths.root, folder, [a.path for a in chosen]):
             raise WrongContent("a model cannot be installed there", findings[:20])
-    policy = _policy(request, manifest, environment)
-    return Session(
-        manifest,
-        paths,
-        chosen,
-        policy,
-        patience=request.patience,
-        limit_rate=request.limit_rate,
-        block_digests=request.block_digests,
-    )
+    return Session(manifest, paths, chosen, _policy(request, manifest, environment), request)
 
 
 def _shelves(request: Request) -> list[Path]:
@@ -277,7 +266,9 @@ def gate_error(results: Iterable[gates.GateResult]) -> CsmWeightsError | None:
 
 def receipt_of(verified: VerifiedFile, path: str, model: str) -> Receipt:
     """Return the receipt of a file that has just been verified, by this tool."""
-    return Receipt.of(verified, path, model, now(), f"csm-weights {version('csm-weights')}")
+    found = (verified.size, verified.sha256, verified.pieces, verified.fingerprint)
+    made = (now(), f"csm-weights {version('csm-weights')}")
+    return Receipt(path, model, *found, *made, verified.git_sha1, verified.blocks)
 
 
 def now() -> str:

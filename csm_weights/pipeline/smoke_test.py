@@ -10,7 +10,6 @@ from csm_weights.errors import CsmWeightsError, Finding, Kind, SmokeFailed, Usag
 from csm_weights.hashing import sha256_of
 from csm_weights.manifest.types import Manifest
 from csm_weights.model import smoke_report
-from csm_weights.model.path_checks import PathCheck
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.session import Outcome, now
 from csm_weights.progress import Progress
@@ -86,7 +85,13 @@ def run(
         return replace(outcome, error=error)
     report = replace(report, bound_to=_binding(state), made_at=now())
     wrong = [f"{c.name}: {c.value}, limit {c.limit}" for c in report.checks if not c.ok]
-    slow = [_path_finding(check, report) for check in report.paths if not check.ok]
+    taken = next((one.name for one in report.paths if one.ok), "eager")
+    mend = f"the model is right; it is decoded by the path {taken!r} on this machine"
+    slow = [
+        Finding(Kind.FAST_PATH, f"path {one.name}", one.limit, one.found, mend)
+        for one in report.paths
+        if not one.ok
+    ]
     if wrong or not report.ok or (require_fast and slow):
         wrong += [f"{f.where}: {f.found}" for f in slow if require_fast]
         failed = SmokeFailed(f"the smoke test failed: {'; '.join(wrong)}", advice=VERIFIED)
@@ -105,13 +110,6 @@ def run(
         # A folder that may only be read can hold a good model all the same.
         return replace(outcome, smoke=report, notes=(*outcome.notes, *error.findings))
     return replace(outcome, smoke=report)
-
-
-def _path_finding(check: PathCheck, report: SmokeReport) -> Finding:
-    """Return what is wrong with a fast path, and what is done about it."""
-    taken = next((one.name for one in report.paths if one.ok), "eager")
-    mend = f"the model is right; it is decoded by the path {taken!r} on this machine"
-    return Finding(Kind.FAST_PATH, f"path {check.name}", check.limit, check.found, mend)
 
 
 def _golden(state: State) -> Path | None:

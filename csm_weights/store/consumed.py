@@ -94,8 +94,6 @@ def why_unfit(chunk: Path, where: str, artifact: Artifact) -> Finding | None:
         found = "no permission to write"
     else:
         return None
-    expected, mend = (
-        "a regular file without other links, that may be removed",
-        "leave --consume out, or replace it by a copy",
-    )
+    expected = "a regular file without other links, that may be removed"
+    mend = "leave --consume out, or replace it by a copy"
     return Finding(Kind.NOT_CONSUMABLE, where, expected, found, mend)

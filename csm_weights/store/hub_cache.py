@@ -15,7 +15,6 @@ into a store that all repositories of the cache share, `blobs/xx/<xet hash>`.
 import contextlib
 import enum
 import os
-import re
 import shutil
 import stat
 import threading
@@ -26,15 +25,12 @@ from pathlib import Path, PurePosixPath
 from csm_weights.concurrency import OnProgress
 from csm_weights.errors import Finding, Kind, WrongContent, error_for
 from csm_weights.files import opened, read_bounded
-from csm_weights.hashing import Hasher, HashJob, ShortRead, git_sha1, measure, sha256
+from csm_weights.hashing import SHA1_HEX, Hasher, HashJob, ShortRead, git_sha1, measure, sha256
 from csm_weights.manifest.types import Artifact
 from csm_weights.store import atomic, block_io
 
 #: The suffix of unfinished files, the standard client's and ours.
 UNFINISHED = ".incomplete"
-
-#: A commit: only a branch that names a whole one can be followed offline.
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class How(enum.StrEnum):
@@ -85,7 +81,8 @@ def main_of(home: Path) -> str | None:
         text = read_bounded(home / "refs" / "main", 100).decode("ascii")
     except (OSError, UnicodeDecodeError):
         return None
-    return text if _COMMIT.fullmatch(text) else None
+    # Only a branch that names a whole commit can be followed offline.
+    return text if SHA1_HEX.fullmatch(text) else None
 
 
 def snapshots_of(home: Path) -> list[Path]:

@@ -29,12 +29,6 @@ from csm_weights.store.hub_cache import CachedRepo
 from csm_weights.store.journal import Journal, PieceRecord, is_unfinished, read_journal
 from csm_weights.store.receipts import Receipt, read_receipt
 
-#: File systems on which a copy within the file system can share blocks.
-SHARING = frozenset({"xfs", "btrfs", "bcachefs"})
-
-#: The tasks that have --staging, of those that messages tell a person to run.
-WITH_STAGING = ("weights", "fetch", "place")
-
 
 class FileState(enum.StrEnum):
     """The state of a file, as it is known without hashing; the value is the status word."""
@@ -149,7 +143,7 @@ class Paths:
 
     def command(self, task: str) -> str:
         """Return the command that runs a task on the same files and folders."""
-        has_staging = task in WITH_STAGING
+        has_staging = task in ("weights", "fetch", "place")
         options = [o for o in self.options if has_staging or not o.startswith("--staging ")]
         return " ".join([f"inv {task}", *options])
 
@@ -420,7 +414,7 @@ class _Disk:
         """Check whether copies of a folder's files into the staging folder share blocks."""
         staging = self.paths.staging
         is_one_disk = self.device(folder) == self.device(staging)
-        return is_one_disk and self.type(self.nearest(staging)) in SHARING
+        return is_one_disk and self.type(self.nearest(staging)) in ("xfs", "btrfs", "bcachefs")
 
 
 def filesystem_type(path: Path) -> str:
@@ -429,7 +423,7 @@ def filesystem_type(path: Path) -> str:
     Source: /proc/self/mountinfo, the mount point that is the longest prefix.
     """
     try:
-        mounts = read_bounded(Path("/proc/self/mountinfo"), 64 << 20).decode(errors="replace")
+        mounts = read_bounded(Path("/proc/self/mountinfo")).decode(errors="replace")
     except OSError:
         return ""
     best, kind = "", ""

@@ -14,9 +14,6 @@ from csm_weights.files import read_bounded
 from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.untrusted import parse_record
 
-#: Most bytes read of a journal: it has a few hundred a piece.
-MAX_JOURNAL = 64 << 20
-
 #: Lines that may be records; others are passed over quickly, however many they are.
 _LINE = re.compile(rb'^\{"[ -~]{40,}\}$', re.MULTILINE)
 
@@ -127,7 +124,7 @@ def read_journal(file: Path, artifact: Artifact) -> Journal:
     if not partial_path(file).is_file():
         return Journal()
     try:
-        data = read_bounded(journal_path(file), MAX_JOURNAL)
+        data = read_bounded(journal_path(file))
     except OSError:
         return Journal(is_begun=True)
     tiles, starts = artifact.tiles, [piece.offset for piece in artifact.tiles]

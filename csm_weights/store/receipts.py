@@ -18,9 +18,6 @@ from csm_weights.manifest.types import Artifact
 from csm_weights.store.journal import PieceRecord
 from csm_weights.untrusted import dump_record, parse_record
 
-#: Most bytes read of a receipt: it has a few hundred a piece.
-MAX_RECEIPT = 64 << 20
-
 #: Names of fields that are other ones on disk, as every version before has written them.
 _ON_DISK = {"verified_at": "proven_at"}
 
@@ -68,12 +65,6 @@ class Receipt:
     git_sha1: str | None = None
     blocks: tuple[ByteRange, ...] = ()
 
-    @classmethod
-    def of(cls, file: VerifiedFile, path: str, model: str, verified_at: str, tool: str) -> Receipt:
-        """Return the receipt of a file that has just been verified."""
-        found = (file.size, file.sha256, file.pieces, file.fingerprint)
-        return cls(path, model, *found, verified_at, tool, file.git_sha1, file.blocks)
-
     def is_current(self, status: os.stat_result) -> bool:
         """Check that the file has not been touched since it was verified, by its stat."""
         return self.fingerprint == Fingerprint.of(status)
@@ -112,7 +103,7 @@ def load_receipt(text: str) -> Receipt | None:
 def read_receipt(directory: Path, path: str) -> Receipt | None:
     """Return the receipt of `directory/path`, or None where there is none that can be read."""
     try:
-        text = read_bounded(receipt_path(directory, path), MAX_RECEIPT)
+        text = read_bounded(receipt_path(directory, path))
     except OSError:
         return None
     return load_receipt(text.decode(errors="replace"))

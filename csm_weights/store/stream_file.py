@@ -12,12 +12,9 @@ from csm_weights.concurrency import OnProgress, deferred_interrupts
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import sha256
 from csm_weights.store.atomic import unlink_shared, writing
-from csm_weights.store.block_io import OutputFile
+from csm_weights.store.block_io import STEP, OutputFile
 from csm_weights.store.journal import PieceRecord, partial_path
 from csm_weights.store.receipts import VerifiedFile
-
-#: Bytes that are written at a time.
-STEP = 4 << 20
 
 
 def write_stream(

@@ -40,9 +40,6 @@ from csm_weights.transfer.reorder import BufferPool, InOrderDigest, ReorderBuffe
 from csm_weights.transfer.source import NEXT_SOURCE, NotAvailable, Source, SourceError
 from csm_weights.untrusted import dump_record
 
-#: Files that are fetched over a network at the same time.
-FILES_AT_ONCE = 8
-
 #: Files that are open at the same time, three descriptors each.
 OPEN_FILES = 64
 
@@ -96,7 +93,7 @@ def assemble(
             queues = sorted(((q, p) for p in partials for q in p.queues()), key=itemgetter(0))
             remote = sum(p.tiles[q[0]].offset in p.job.remote for q, p in queues)
             tasks = [bind(p.run, q) for q, p in queues]
-            run_all(tasks, cancel, waiting=min(FILES_AT_ONCE, remote))
+            run_all(tasks, cancel, waiting=min(8, remote))  # files that are fetched at once
             wrong = [finding for partial in partials for finding in partial.findings()]
             findings |= dict.fromkeys(wrong)
             done += [] if wrong else [partial.verified() for partial in partials]

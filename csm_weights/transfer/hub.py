@@ -6,7 +6,6 @@ origin and nowhere else.
 
 from __future__ import annotations
 
-import re
 from functools import partial as bind
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +14,7 @@ import requests
 
 from csm_weights.config import no_token
 from csm_weights.errors import Finding, Kind
+from csm_weights.hashing import SHA1_HEX, SHA256_HEX
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.transfer.http.auth import TOKENS, HubCredentials
 from csm_weights.transfer.http.ranges import RangeDownloader, RemoteFile, RemoteSource
@@ -25,9 +25,6 @@ from csm_weights.transfer.http.responses import (
     wrong_answer,
 )
 from csm_weights.transfer.source import SourceError
-
-SHA256 = re.compile(r"[0-9a-f]{64}")
-SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
 class Hub(RemoteSource):
@@ -98,12 +95,12 @@ class Hub(RemoteSource):
         headers, where = response.headers, f"{self.page} {artifact.path}"
         linked, commit = headers.get("X-Linked-Etag"), headers.get("X-Repo-Commit", "")[:40]
         etag = (linked or headers.get("ETag") or "").removeprefix("W/").strip('"')
-        is_sha1, is_sha256 = SHA1.fullmatch(etag), SHA256.fullmatch(etag)
+        is_sha1, is_sha256 = SHA1_HEX.fullmatch(etag), SHA256_HEX.fullmatch(etag)
         if linked and not is_sha1 and not is_sha256:
             expected = "an X-Linked-Etag of hex digits"
             raise SourceError([wrong_answer(where, expected, repr(etag[:80]))])
         for what, pinned, found in (
-            ("commit", self.revision if SHA1.fullmatch(self.revision) else None, commit),
+            ("commit", self.revision if SHA1_HEX.fullmatch(self.revision) else None, commit),
             ("sha256", artifact.sha256 if is_sha256 else None, etag),
             ("git blob id", artifact.git_sha1 if is_sha1 else None, etag),
         ):
@@ -144,19 +141,13 @@ class Hub(RemoteSource):
             kind, expected = Kind.SCOPE, "a token that may read gated files"
             mend = f"let the token read public gated repositories, at {tokens}"
         elif is_gated and ("awaiting" in lower or "pending" in lower):
-            kind, expected, mend = (
-                Kind.PENDING,
-                granted,
-                f"wait until its authors decide; see {page}",
-            )
+            kind, expected = Kind.PENDING, granted
+            mend = f"wait until its authors decide; see {page}"
         elif is_gated and "reject" in lower:
             kind, expected, mend = Kind.REJECTED, granted, f"its authors have refused; see {page}"
         elif is_gated:
-            kind, expected, mend = (
-                Kind.TERMS,
-                "terms that you have accepted",
-                f"accept them at {page}",
-            )
+            kind, expected = Kind.TERMS, "terms that you have accepted"
+            mend = f"accept them at {page}"
         elif code == "RepoNotFound" or status == 404:
             expected, mend = "a repository or file of that name", "check the name"
             if not has_token:

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from urllib.parse import quote, urljoin
 
 from csm_weights.errors import Finding, Kind, UsageError, WrongContent, error_for
-from csm_weights.hashing import blob_id, git_sha1, sha256
+from csm_weights.hashing import SHA1_HEX, SHA256_HEX, blob_id, git_sha1, sha256
 from csm_weights.manifest.paths import folded, path_problem
 from csm_weights.manifest.pin import group_of
 from csm_weights.manifest.types import MAX_SIZE, Artifact
@@ -24,7 +24,7 @@ from csm_weights.transfer.http.auth import HubCredentials
 from csm_weights.transfer.http.client import Timeouts
 from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.http.responses import foreign_redirect, wrong_answer
-from csm_weights.transfer.hub import SHA1, SHA256, Hub
+from csm_weights.transfer.hub import Hub
 from csm_weights.transfer.source import SourceError
 from csm_weights.untrusted import reader
 
@@ -96,9 +96,9 @@ def _commit(hub: Hub, url: str) -> tuple[str, bool]:
     """Return the commit that the revision stands for, and whether its files are gated."""
     _, found = hub.get_json(url)
     commit = found.get("sha") if isinstance(found, dict) else None
-    if not isinstance(commit, str) or not SHA1.fullmatch(commit):
+    if not isinstance(commit, str) or not SHA1_HEX.fullmatch(commit):
         raise _nonsense(hub, "a commit, 40 hex digits", repr(commit))
-    if SHA1.fullmatch(hub.revision) and commit != hub.revision:
+    if SHA1_HEX.fullmatch(hub.revision) and commit != hub.revision:
         words = (f"commit {hub.revision}", f"commit {commit}")
         raise SourceError([Finding(Kind.DIFFERENT, hub.page, *words)])
     return commit, bool(found.get("gated"))
@@ -204,11 +204,11 @@ def _findings(file: File, page: str) -> list[Finding]:
     wrong: list[tuple[str, str]] = []
     if not 0 <= file.size <= MAX_SIZE:
         wrong.append((f"a size up to {MAX_SIZE:,}", str(file.size)))
-    if not SHA1.fullmatch(file.oid):
+    if not SHA1_HEX.fullmatch(file.oid):
         wrong.append(("a git blob id", repr(file.oid[:80])))
     if file.lfs_size not in (None, file.size):
         wrong.append((f"{file.size:,} bytes as in the tree", f"{file.lfs_size:,} bytes in LFS"))
-    if file.sha256 is not None and not SHA256.fullmatch(file.sha256):
+    if file.sha256 is not None and not SHA256_HEX.fullmatch(file.sha256):
         wrong.append(("a sha256", repr(file.sha256[:80])))
     elif file.size == 0 and file.sha256 not in (None, _NOTHING):
         wrong.append((f"sha256 {_NOTHING}, of no bytes", f"sha256 {file.sha256}"))

@@ -72,9 +72,6 @@ class InOrderDigest:
 #: Bytes of a buffer: what each stream loses when a run is killed.
 BLOCK = 2 << 20
 
-#: Buffers that may wait in memory for their turn, over all files: 48 MiB.
-HELD = 24
-
 #: Bytes read back at a time, before the hashing checks whether it was cancelled.
 READ_BACK = 8 * BLOCK
 
@@ -85,10 +82,10 @@ MOMENT = 0.1
 class BufferPool:
     """Buffers of `BLOCK` bytes, used again and again; at most `held` of them wait in memory.
 
-    They are aligned to pages, as direct writes need it.
+    That is 48 MiB over all files. They are aligned to pages, as direct writes need it.
     """
 
-    def __init__(self, held: int = HELD) -> None:
+    def __init__(self, held: int = 24) -> None:
         self._free: list[memoryview] = []
         self._lock = threading.Lock()
         self._room = held

@@ -8,7 +8,6 @@ Source: the DSSE envelope of secure-systems-lab/dsse.
 
 import base64
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from csm_weights.config import pip_command
 from csm_weights.errors import Finding, Kind, MissingInput, WrongContent
 from csm_weights.formats.json_stream import STRICT
+from csm_weights.hashing import SHA256_HEX
 from csm_weights.manifest.paths import path_problem
 from csm_weights.untrusted import Malformed, is_text, show
 from csm_weights.verify.statement import PREDICATE_TYPE, STATEMENT_TYPE
@@ -31,8 +31,6 @@ MAX_VALUES = 1_000_000
 #: Most signatures and subjects: more is an attack on our time.
 MAX_SIGNATURES = 16
 MAX_SUBJECTS = 10_000
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 #: Environment variable with the passphrase of an encrypted private key.
 PASSPHRASE = "CSM_KEY_PASSPHRASE"
@@ -188,7 +186,7 @@ def _statement(
         if name in subjects:
             raise Malformed("every file once", show(name), at)
         sha256 = _sha256(one)
-        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        if not isinstance(sha256, str) or not SHA256_HEX.fullmatch(sha256):
             raise Malformed("a sha256 of 64 hex digits", show(sha256), at)
         subjects[name] = sha256
     return Attestation(body, subjects, signatures, frozenset(known))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from csm_weights.store.stream_file import STEP, write_stream
+from csm_weights.store.block_io import STEP
+from csm_weights.store.stream_file import write_stream
 
 
 def test_an_interrupt_while_writing_is_raised_between_two_steps(tmp_path: Path) -> None:

@@ -88,8 +88,3 @@ def paragraph(text: str) -> str:
     first = len(text) - len(text.lstrip())
     indent = first + 3 if first else 0
     return " " * first + f"\n{' ' * indent}".join(wrapped(text.lstrip(), indent))
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number of things in words."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -75,9 +75,8 @@ def summary(ended: Ended) -> str:
         head = ("file", "bytes", "state", "from", "sha256")
         blocks.append(_table(head, _files(ended.result)))
         if ended.result.results:
-            blocks.append(
-                _table(("verdict", "gate", "files"), text.gate_rows(ended.result.results))
-            )
+            rows = text.gate_rows(ended.result.results)
+            blocks.append(_table(("verdict", "gate", "files"), rows))
     if ended.error and ended.error.findings:
         blocks.append(_findings(ended.error.findings))
     if isinstance(ended.result, Outcome) and ended.result.notes:

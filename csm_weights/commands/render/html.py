@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from csm_weights.commands.render.blocks import count
 from csm_weights.commands.render.text import NODE_HEAD, node_rows, smoke_figures, verdict
 from csm_weights.commands.render.text import render as render_text
 from csm_weights.errors import Category, CsmWeightsError, Finding, printable
@@ -24,7 +23,7 @@ from csm_weights.manifest.types import Piece
 from csm_weights.pipeline.actions import WriteText
 from csm_weights.pipeline.plan import Plan
 from csm_weights.pipeline.session import Outcome, StatusReport
-from csm_weights.progress import Event, format_size
+from csm_weights.progress import Event, count, format_size
 from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.transfer.policy import HUB, PieceSource
 from csm_weights.verify.gates import Gate, GateResult
@@ -107,11 +106,6 @@ class Box(NamedTuple):
         return SOURCES[self.source][0] + STATES[self.state][0]
 
     @property
-    def amount(self) -> str:
-        """Its size in words."""
-        return format_size(self.size)
-
-    @property
     def words(self) -> str:
         """The same as a person reads it who sees no colours."""
         return f"{STATES[self.state][1]}, {self.origin}"
@@ -152,7 +146,7 @@ def render(result: object, status: StatusReport | None, run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["typed"] = run.as_typed
+    environment.filters |= {"typed": run.as_typed, "size": format_size}
     return environment.get_template("page.html").render(
         word=word,
         verdict=text,

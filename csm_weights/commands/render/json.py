@@ -13,7 +13,7 @@ from csm_weights.commands.render.text import origin_words
 from csm_weights.errors import CsmWeightsError
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action, total
-from csm_weights.pipeline.session import Outcome, StatusReport, Summary
+from csm_weights.pipeline.session import Outcome, StatusReport
 from csm_weights.store.inspect import FileState
 
 if TYPE_CHECKING:  # what a task does not show need not be imported for it
@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.fleet.cluster import FleetOutcome
     from csm_weights.formats.compare import Comparison
     from csm_weights.formats.transformers_layout import Value
-    from csm_weights.pipeline.doctor import DoctorReport
 
 #: The version of the schema: keys are added to it; one that goes or changes makes a new version.
 SCHEMA = 1
@@ -41,10 +40,13 @@ def render(result: object, command: str = "", model: str | None = None) -> str:
         "Attesting": _attesting,
         "Comparison": _comparison,
         "Identification": _identification,
-        "DoctorReport": _doctor,
+        "DoctorReport": lambda report: {
+            "subject": report.subject,
+            "checks": [asdict(check) for check in report.checks],
+        },
         "FleetOutcome": _fleet,
         "Seeding": _seeding,
-        "Summary": _summary,
+        "Summary": lambda summary: {"model": summary.model, **summary.values},
     }
     shared = {
         "schema": SCHEMA,
@@ -183,19 +185,11 @@ def _identification(found: Identification) -> dict[str, Any]:
     return {"files": [asdict(one) | {"verdict": one.verdict} for one in found.files]}
 
 
-def _summary(summary: Summary) -> dict[str, Any]:
-    return {"model": summary.model, **summary.values}
-
-
 def _value(value: Value) -> dict[str, Any]:
     """Return a number with its bits; one that JSON does not have is text."""
     number = value.number
     is_json = not isinstance(number, complex) and math.isfinite(number)
     return {"number": number if is_json else repr(number), "bits": value.bits}
-
-
-def _doctor(report: DoctorReport) -> dict[str, Any]:
-    return {"subject": report.subject, "checks": [asdict(check) for check in report.checks]}
 
 
 def _seeding(seeding: Seeding) -> dict[str, Any]:

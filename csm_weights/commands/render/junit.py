@@ -24,8 +24,10 @@ class _Case:
 
 
 def render(ended: Ended) -> str:
-    """Return a task as a suite: its checks one by one, and last the task itself."""
-    cases = [*_checks(ended), _whole(ended)]
+    """Return a task as a suite: its checks one by one, and last itself, with all findings."""
+    details = str(ended.error) if ended.error else ""
+    words = (verdict.render(ended), details)
+    cases = [*_checks(ended), _Case(ended.command, ended.title, not ended.error, *words)]
     failed, skipped = ([case.ok for case in cases].count(ok) for ok in (False, None))
     numbers = {"tests": len(cases), "failures": failed, "errors": 0, "skipped": skipped}
     attributes = {name: str(number) for name, number in numbers.items()}
@@ -42,12 +44,6 @@ def render(ended: Ended) -> str:
             ElementTree.SubElement(element, word, kind).text = case.details or None
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
-
-
-def _whole(ended: Ended) -> _Case:
-    """Return the task itself as a test, which fails with all findings."""
-    details = str(ended.error) if ended.error else ""
-    return _Case(ended.command, ended.title, not ended.error, verdict.render(ended), details)
 
 
 def _checks(ended: Ended) -> Iterator[_Case]:

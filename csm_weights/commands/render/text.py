@@ -8,13 +8,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from csm_weights.commands.render import blocks
-from csm_weights.commands.render.blocks import SHORT, count, paragraph, table
+from csm_weights.commands.render.blocks import SHORT, paragraph, table
 from csm_weights.errors import printable
 from csm_weights.model.smoke_report import SmokeReport
 from csm_weights.pipeline.actions import Action, Consume, costs
 from csm_weights.pipeline.plan import room
 from csm_weights.pipeline.session import Outcome, StatusReport
-from csm_weights.progress import format_size
+from csm_weights.progress import count, format_size
 from csm_weights.store.inspect import ArtifactState, FileState, State
 from csm_weights.transfer.policy import PieceOrigin, PieceSource
 from csm_weights.verify.gates import Gate, GateResult

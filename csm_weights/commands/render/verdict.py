@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from csm_weights.commands.render import text
-from csm_weights.commands.render.blocks import count
 from csm_weights.errors import CsmWeightsError, printable
 from csm_weights.pipeline.session import Outcome
-from csm_weights.progress import format_size
+from csm_weights.progress import count, format_size
 
 #: Most characters of a line: Kubernetes keeps 4,096 bytes of a termination message.
 LONGEST = 1000

@@ -41,9 +41,6 @@ from csm_weights.transfer.source import ASKED, SourceError
 #: Redirects that are followed from one request.
 REDIRECTS = 5
 
-#: Bytes of a JSON answer at most.
-MAX_JSON = 64 << 20
-
 Log = Callable[[str], None]
 
 
@@ -159,7 +156,7 @@ class HttpClient:
                 ):
                     try:
                         if response.status_code < 400:
-                            body = response.raw.read(MAX_JSON)
+                            body = response.raw.read(64 << 20)
                     except (HTTPError, OSError, ValueError) as error:
                         found = "an incomplete answer" if wait.is_late else cause_of(error)
                         raise TransientError(lost_finding(host_of(response.url), found)) from None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from csm_weights.concurrency import Cancelled
-from csm_weights.transfer.reorder import BLOCK
+from csm_weights.transfer.reorder import BLOCK, MOMENT
 
 #: Lines that a run begins with, and has at most.
 FIRST, MOST = 5, 12
@@ -36,9 +36,6 @@ SLACK, AHEAD = 0.07, 0.04
 
 #: Bytes of a request at least, and what its size is a multiple of.
 SMALLEST = 16 << 10
-
-#: Seconds after which a line that waits for its turn checks whether it is still wanted.
-MOMENT = 0.1
 
 
 class Climb:

@@ -41,9 +41,6 @@ READ = 256 << 10
 #: Bytes that a stream must have brought for a failure to count as the first one again.
 PROGRESS = 16 << 10
 
-#: Threads for streams: more than are open at a time, so that one of them always waits.
-THREADS = MOST + 4
-
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 
 
@@ -160,7 +157,8 @@ class RangeDownloader(HttpClient):
     ) -> None:
         super().__init__(cancel, log, timeouts)
         self.lines = lines or Lines()
-        self._pool = ThreadPoolExecutor(THREADS)
+        # More threads than streams are open at a time, so that one of them always waits.
+        self._pool = ThreadPoolExecutor(MOST + 4)
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
