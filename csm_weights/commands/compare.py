@@ -41,9 +41,8 @@ def here_of_model(request: Request, named: Sequence[Files]) -> list[Files]:
     items = [item for item in state.artifacts if item.artifact.is_weights]
     items.sort(key=lambda item: item.artifact.format)
     if not named and [len(items), len({item.artifact.format for item in items})] != [2, 2]:
-        raise UsageError(
-            f"{request.model} does not have one file of each format; give two with --file"
-        )
+        name = request.model
+        raise UsageError(f"{name} does not have one file of each format; give two with --file")
     known = {path.resolve() for files in named for paths in files for path in paths}
     found, findings = [], []
     for item in items:

@@ -56,9 +56,8 @@ class Identified:
         if not self.differ:
             return f"the tensors of {self.release}, every one equal"
         if len(self.differ) >= total:
-            return (
-                f"another model of the dimensions of {self.release}, or all of it trained: {count}"
-            )
+            other = f"another model of the dimensions of {self.release}, or all of it trained"
+            return f"{other}: {count}"
         return f"a fine-tune of {self.release}: {count}"
 
 

@@ -26,6 +26,9 @@ from csm_weights.store.lock import NAME as LOCK
 from csm_weights.store.lock import lock
 from csm_weights.store.receipts import Receipt
 
+#: From this many bytes on the Hub keeps a file of any kind outside of git, by its sha256.
+LARGE = 10_000_000
+
 
 @dataclass(frozen=True)
 class Seeding:
@@ -120,7 +123,6 @@ def _verified(run: Session) -> State:
 
 
 def _seeds(state: State, cache: Path, repo: str, revision: str) -> tuple[list[Seed], list[str]]:
-    """Return the files for the cache, and notes about them."""
     seeds, notes = [], []
     for item in state.artifacts:
         artifact, receipt = item.artifact, item.installed.receipt
@@ -142,8 +144,7 @@ def _blob(artifact: Artifact, receipt: Receipt, file: Path) -> str:
     is_pinned = receipt.size == artifact.size
     if is_pinned and artifact.git_sha1:
         return artifact.git_sha1
-    # From 10 MB on the Hub keeps a file of any kind outside of git.
-    if artifact.is_weights or (is_pinned and artifact.blob_id) or receipt.size >= 10_000_000:
+    if artifact.is_weights or (is_pinned and artifact.blob_id) or receipt.size >= LARGE:
         return receipt.sha256
     found = measure([HashJob(file, receipt.size, whole=True, git=True)], lambda _: None)[0]
     if found.whole != receipt.sha256 or not found.git_sha1:

@@ -262,10 +262,6 @@ def _in_our_order(
     The size of a head is that of the first network that has such projections.
     """
     configs = [network] if network else read_configs(folders)
-    networks = {
-        "backbone": [*(config.backbone for config in configs), *FLAVORS.values()],
-        "decoder": [*(config.decoder for config in configs), *FLAVORS.values()],
-    }
     permuted = {name: match for name in tensors if (match := _PERMUTED.fullmatch(name))}
     shapes = {(match[1], match[2], tensors[name].shape) for name, match in permuted.items()}
     ordered = dict(tensors)
@@ -274,7 +270,7 @@ def _in_our_order(
         place, found = f"{where}: {show(tensor.name)}", tensor.signature
         head_dims = [
             one.head_dim
-            for one in networks[stack]
+            for one in (*(getattr(config, stack) for config in configs), *FLAVORS.values())
             if (stack, "q", (one.dim, one.dim)) in shapes
             and (stack, "k", (one.kv_heads * one.head_dim, one.dim)) in shapes
         ]

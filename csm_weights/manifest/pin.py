@@ -24,9 +24,6 @@ LOCKED_SIZE = "64MiB"
 #: Pieces of one manifest at most, so that its text stays below what `parse` takes.
 MAX_PIECES = 10_000
 
-#: File name endings that stand for a group.
-_GROUPS = {ending: word for word, ending in WEIGHT_FORMATS.values()} | {".json": "config"}
-
 
 def suffix(index: int) -> str:
     """Return the two letters that split(1) gives chunk file `index`: aa, ab, ..., yz."""
@@ -36,8 +33,9 @@ def suffix(index: int) -> str:
 
 def group_of(name: str) -> str:
     """Return a word for --only: that of the known ending, else the file's stem."""
-    if known := _GROUPS.get(Path(name).suffix):
-        return known
+    known = {ending: word for word, ending in WEIGHT_FORMATS.values()} | {".json": "config"}
+    if word := known.get(Path(name).suffix):
+        return word
     return re.sub(r"[^a-z0-9._-]", "-", Path(name).stem.lower()).lstrip("._-")[:64] or "file"
 
 
