@@ -58,26 +58,25 @@ class Request:
     block_digests: bool = False
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            near = _OTHER_WORDS.get(self.source.lower()) or self.source
+        source = self.source
+        if source not in SOURCES:
+            near = _OTHER_WORDS.get(source.lower()) or source
             hint = did_you_mean(near, SOURCES)
             known = ", ".join(SOURCES)
-            raise UsageError(f"no source called {self.source!r}; there are {known}{hint}")
+            raise UsageError(f"no source called {source!r}; there are {known}{hint}")
         for url in self.urls:
             check_mirror(url, REMOTE.keys() - {HUB})
         for option, given, others in (
             ("--url", self.urls, ("chunks", "hf")),
             ("--cache", self.caches, ("chunks",)),
         ):
-            if given and self.source in others:
+            if given and source in others:
                 way = f"leave {option} out, or use --source=auto"
-                raise UsageError(f"--source={self.source} does not use {option}; {way}")
-        if self.source == "mirror" and not self.urls:
+                raise UsageError(f"--source={source} does not use {option}; {way}")
+        if source == "mirror" and not self.urls:
             raise UsageError("--source=mirror needs --url=https://... or --url=file:///...")
-        if self.consume and self.source not in ("auto", "chunks"):
-            raise UsageError(
-                f"--consume needs chunk files, which --source={self.source} does not use"
-            )
+        if self.consume and source not in ("auto", "chunks"):
+            raise UsageError(f"--consume needs chunk files, which --source={source} does not use")
         if self.revision and not REVISION.fullmatch(self.revision):
             raise UsageError(f"--revision {self.revision!r} is not a commit, branch or tag")
 

@@ -18,7 +18,6 @@ from csm_weights.store.inspect import FileState
 
 if TYPE_CHECKING:  # what a task does not show need not be imported for it
     from csm_weights.commands.attest import Attesting
-    from csm_weights.commands.identify import Identification
     from csm_weights.commands.seed_cache import Seeding
     from csm_weights.fleet.cluster import FleetOutcome
     from csm_weights.formats.compare import Comparison
@@ -39,7 +38,9 @@ def render(result: object, command: str = "", model: str | None = None) -> str:
         "Outcome": _outcome,
         "Attesting": _attesting,
         "Comparison": _comparison,
-        "Identification": _identification,
+        "Identification": lambda found: {
+            "files": [asdict(one) | {"verdict": one.verdict} for one in found.files]
+        },
         "DoctorReport": lambda report: {
             "subject": report.subject,
             "checks": [asdict(check) for check in report.checks],
@@ -179,10 +180,6 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
         "bytes_equal": comparison.nbytes,
         "differences": differences,
     }
-
-
-def _identification(found: Identification) -> dict[str, Any]:
-    return {"files": [asdict(one) | {"verdict": one.verdict} for one in found.files]}
 
 
 def _value(value: Value) -> dict[str, Any]:
