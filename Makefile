@@ -136,7 +136,7 @@ standin: $(VENV)/.base ## Write a full-size stand-in of CSM-1B (needs 25 GB of d
 	@$(INV) standin
 
 test: $(VENV)/.test ## Run the tests
-	@$(VENV)/bin/python -m pytest -n auto
+	@$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.test ## Check style, types, layers of imports, scripts, workflows
 	$(VENV)/bin/ruff check .

@@ -29,8 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Run three workers on two cores: many tests wait for servers and for other processes."""
-    return max(1, (os.cpu_count() or 1) * 3 // 2)
+    """Run two workers on each core: many tests wait for the disk, servers and other processes."""
+    return 2 * (os.cpu_count() or 1)
 
 
 @pytest.fixture

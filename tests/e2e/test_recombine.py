@@ -229,9 +229,9 @@ def test_line_ends_of_a_list(tree: Tree, end: str) -> None:
     assert tree.outputs() == BOTH
 
 
-def test_the_hundredth_joined_file_of_a_folder(tmp_path: Path) -> None:
+def test_the_fortieth_joined_file_of_a_folder(tmp_path: Path) -> None:
     """A list may describe many files, each before its chunk files."""
-    models = [Model(f"m{index}.bin", "ckpt", ("sha256",), 50, 30) for index in range(100)]
+    models = [Model(f"m{index}.bin", "ckpt", ("sha256",), 50, 30) for index in range(40)]
     tree = Tree(tmp_path / "tree").write(*models)
     tree.list(models[0]).write_text("# a comment\n\n".join(m.list for m in models))
 
