@@ -32,6 +32,7 @@ MAKE = {
     **{f"--{name}": name.upper() for name in ("out", "seed", "with", "report")},
     "--limit-rate": "LIMIT_RATE",
     "--path": "FILE",
+    "--html": "OUT",
     "--text": "TEXT",
     "--to": "TO",
     "--consume": "CONSUME=1",

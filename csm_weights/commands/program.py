@@ -71,7 +71,7 @@ def _explained(error: ParseError | ValueError, tasks: Collection) -> str:
         names = re.findall("'(.*?)'", lacking[2])
         positional = error.context.positional_args if error.context else []
         if len(names) == len(positional) == 1:
-            return f"{lacking[1]} needs a {names[0]}: inv {lacking[1]} {names[0].upper()}"
+            return f"{lacking[1]} needs {names[0].upper()}: inv {lacking[1]} {names[0].upper()}"
         return needs(lacking[1], names)
     unknown = re.match("No idea what '(.*)' is!", str(error), re.DOTALL)
     if not unknown:

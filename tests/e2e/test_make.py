@@ -113,6 +113,12 @@ def test_a_file_is_no_option(clone: Clone, target: str) -> None:
     assert (result.returncode, "missing: --dry=a file\n" in result.stderr) == (2, True)
 
 
+def test_a_page_without_a_name_is_asked_for_in_makes_words(clone: Clone) -> None:
+    """`make report` names the variable, and not the option that make gives to inv."""
+    error = clone.make_target("report").stderr
+    assert "report needs OUT" in error and "--html" not in error
+
+
 def test_a_text_is_no_option(clone: Clone) -> None:
     """Nor are a value of TEXT and one of OUT: the run ends later, for want of a tokenizer."""
     result = clone.make_target("speak", "MODEL=csm-tiny", "TEXT=--speaker=1", "OUT=--seed=1")

@@ -420,7 +420,7 @@ TRAPS = [
     (("--dry", "fetch", *TINY), "put it after the task: inv fetch --dry"),
     (("verify", *TINY, "--write-sums", "--dry"), "verify has no --dry"),
     (("smoke", *TINY, "--frames", "x"), "'x' is not a number"),
-    (("split",), "split needs a file: inv split FILE"),
+    (("split",), "split needs FILE: inv split FILE"),
     (("split", "--file="), "split needs --file; see inv --help split"),
     (("identify", "--path="), "identify needs --path; see inv --help identify"),
     (("speak",), "speak needs --text, --out; see inv --help speak"),
