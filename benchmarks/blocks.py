@@ -19,27 +19,12 @@ from functools import partial as bind
 from pathlib import Path
 
 from benchmarks.common import Row, machine, table, write_report
+from benchmarks.loader import Nowhere
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.concurrency import workers
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.hashing import Digests, HashJob, measure
-from csm_weights.model.stream import page_buffer, stream
-
-
-class _Nowhere:
-    """A consumer that drops its blocks."""
-
-    def __init__(self) -> None:
-        self._buffer = page_buffer(2 << 20)
-
-    def buffer(self) -> memoryview:
-        return self._buffer
-
-    def consume(self, offset: int, size: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
+from csm_weights.model.stream import stream
 
 
 def first(file: Path, has_blocks: bool) -> Digests:
@@ -51,7 +36,7 @@ def first(file: Path, has_blocks: bool) -> Digests:
 def later(file: Path, digests: Sequence[ByteRange]) -> None:
     """Stream a file as a load with verify=True does, to nowhere."""
     with MultipartFile([file]) as source:
-        stream(source, digests, _Nowhere)
+        stream(source, digests, bind(Nowhere, 2 << 20))
 
 
 def ratio(

@@ -21,11 +21,11 @@ from csm_weights.model.stream import blocks, page_buffer, stream
 STAGING_BLOCK = 1 << 20
 
 
-class _Nowhere:
+class Nowhere:
     """A consumer that drops its blocks: what reading alone costs."""
 
-    def __init__(self) -> None:
-        self._buffer = page_buffer(STAGING_BLOCK)
+    def __init__(self, size: int = STAGING_BLOCK) -> None:
+        self._buffer = page_buffer(size)
 
     def buffer(self) -> memoryview:
         return self._buffer
@@ -40,7 +40,7 @@ class _Nowhere:
 def stage(paths: Sequence[str]) -> object:
     """Stream the whole file to nowhere."""
     with MultipartFile(paths) as source:
-        stream(source, blocks(source.size, 64 * STAGING_BLOCK), _Nowhere)
+        stream(source, blocks(source.size, 64 * STAGING_BLOCK), Nowhere)
     return None
 
 

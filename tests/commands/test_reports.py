@@ -25,7 +25,7 @@ from tests.commands.test_render import BAD, SMOKE
 from tests.support.clone import REPOSITORY
 from tests.support.toy import Toy, flip
 
-ROOT = Path("/work")
+ROOT = Path("/srv")
 NASTY = "50%,\r\n::error::x: | `a` <b> *c* _d_ $e$ \x1b]0;t\x07"
 
 
@@ -148,7 +148,7 @@ def parsed(line: str) -> tuple[str, dict[str, str], str]:
 
 def test_a_finding_is_an_annotation() -> None:
     """Each is an error at its file, named from the checkout; a URL is no file."""
-    inside, other, url = "/work/models/a.bin bytes 0 to 70,000", "/mnt/a,b:c%", "https://hub/org/m"
+    inside, other, url = "/srv/models/a.bin bytes 0 to 70,000", "/mnt/a,b:c%", "https://hub/org/m"
     lines = github.annotate(refused(*map(Finding.missing, (inside, other, url), (1, 2, 3))), ROOT)
     read = [parsed(line) for line in lines]
     assert [kind for kind, _, _ in read] == ["error"] * 3

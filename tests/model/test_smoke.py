@@ -21,15 +21,8 @@ from csm_weights.model.csm import Model
 from csm_weights.model.fast_decoder import Decoder
 from csm_weights.model.smoke import record_golden
 from csm_weights.model.smoke_report import SmokeReport
-from tests.support.networks import TINY
+from tests.support.networks import TINY, TINY_CONFIG
 
-TINY_CONFIG = {
-    "audio_num_codebooks": 32,
-    "audio_vocab_size": 35,
-    "backbone_flavor": "tiny-backbone",
-    "decoder_flavor": "tiny-decoder",
-    "text_vocab_size": 512,
-}
 NAMES = "tensors of the right name and shape"
 FINITE = "weights that are not finite"
 CACHE = "cached against parallel logits, largest difference"
