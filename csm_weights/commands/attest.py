@@ -17,7 +17,6 @@ from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, begin, gate_error, now
 from csm_weights.progress import Progress
 from csm_weights.store import atomic
-from csm_weights.store.inspect import FileState
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.verify import envelope, statement
 from csm_weights.verify.envelope import Attested, Signer
@@ -61,7 +60,7 @@ def attest_files(request: Request, out: str = "", key: str = "", make_key: str =
     subjects, name, files = digests_of(results), state.manifest.name, []
     for item in state.artifacts:
         file, path = item.installed, item.artifact.path
-        pieces = file.receipt.pieces if file.receipt and file.state is FileState.VERIFIED else ()
+        pieces = file.valid_receipt.pieces if file.valid_receipt else ()
         stat = Fingerprint.of(file.path.stat())
         files.append((item.artifact, VerifiedFile(file.path, subjects[path], pieces, stat)))
     where = Path(state.manifest.where)

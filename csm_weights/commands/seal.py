@@ -8,7 +8,7 @@ from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, Session, begin, gate_error, now
 from csm_weights.progress import Progress, label_for
 from csm_weights.store import install
-from csm_weights.store.inspect import ArtifactState, FileState
+from csm_weights.store.inspect import ArtifactState
 from csm_weights.store.lock import locked
 from csm_weights.verify.seal import Sealed, seal
 
@@ -32,8 +32,8 @@ def seal_placed(request: Request, outcome: Outcome) -> Outcome:
 
 def _seal(run: Session, item: ArtifactState) -> Sealed:
     """Seal one file and renew its receipt at once, so that a kill costs one hashing at most."""
-    receipt = item.installed.receipt
-    if item.installed.state is not FileState.VERIFIED or receipt is None:
+    receipt = item.installed.valid_receipt
+    if receipt is None:
         finding = Finding.edited(item.installed.path, str(item.installed.state))
         raise WrongContent("only verified files are sealed; run the same command again", [finding])
     done = seal(run.paths.destination, receipt)

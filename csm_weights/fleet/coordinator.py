@@ -428,9 +428,7 @@ class Coordinator:
         before = self._doubted.pop(piece, {}) | table.of
         wrong = {n: giver for n, (digest, giver) in before.items() if digest != own[n][0]}
         if wrong:
-            holders = (n for n in range(len(self._verified)) if piece in self._verified[n])
-            keep = sum(1 << n for n in holders)
-            self.planner.recall(sum(1 << number for number in wrong), keep)
+            self.planner.recall(sum(1 << number for number in wrong), self._holders(piece))
             for giver in sorted(set(wrong.values())):
                 self.planner.blame(giver, "gave a wrong digest")
         is_bound = not wrong and bool(before)
@@ -440,6 +438,10 @@ class Coordinator:
                 self.planner.offers(other, self.layout.masks[piece])
             if hello.arrived:
                 self._count_arrived(other)
+
+    def _holders(self, piece: int) -> int:
+        """Return the set of nodes that have verified a piece."""
+        return sum(1 << node for node, pieces in enumerate(self._verified) if piece in pieces)
 
     def _count_arrived(self, node: int) -> None:
         """Count the blocks that an earlier run has left, where their digest is known by now."""
@@ -460,8 +462,7 @@ class Coordinator:
             self.planner.blame(table.lister, "gave digests that are not those of the piece")
             self._disproved.add((table.lister, piece))
             self._doubted[piece] = {}
-        holders = (n for n in range(len(self._verified)) if piece in self._verified[n])
-        self.planner.recall(self.layout.masks[piece], sum(1 << n for n in holders))
+        self.planner.recall(self.layout.masks[piece], self._holders(piece))
         self._digests[piece] = Digests()
         self._rounds[piece] += 1
         self._busy = {(n, p) for n, p in self._busy if p != piece}

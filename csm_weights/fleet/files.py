@@ -13,20 +13,17 @@ from csm_weights.files import open_regular
 from csm_weights.fleet.job import Block, Layout
 from csm_weights.hashing import Hasher, feed, git_sha1, sha256
 from csm_weights.manifest.types import Piece
-from csm_weights.store.atomic import create, unlink_shared, write_all, writing
 from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
-from csm_weights.store.inspect import ArtifactState, FileState
+from csm_weights.store.inspect import ArtifactState
 from csm_weights.store.journal import (
     Arrival,
     PieceRecord,
     Record,
     Refuted,
-    journal_path,
-    partial_path,
 )
+from csm_weights.store.partial_file import PartialFile
 from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import SourceError
-from csm_weights.untrusted import dump_record
 
 
 class OpenFile:
@@ -34,38 +31,35 @@ class OpenFile:
 
     def __init__(self, item: ArtifactState) -> None:
         self.artifact = item.artifact
-        found = [f for f in (item.installed, item.staged) if f.state is FileState.VERIFIED]
-        self.path = found[0].path if found else partial_path(item.staged.path)
-        self.output: OutputFile | None = None
-        if found:
+        self._partial: PartialFile | None = None
+        if item.verified:
+            self.path = item.verified.path
             self.fd = open_regular(self.path)
-            return
-        unlink_shared(self.path)
-        # A journal whose partial has got its name says nothing of the next one.
-        flags = os.O_APPEND | (0 if self.path.exists() else os.O_TRUNC)
-        self.journal_fd = create(journal_path(item.staged.path), flags)
-        self.output = OutputFile(self.path)
-        self.fd = self.output.fd
-        with writing(self.path):
-            os.ftruncate(self.fd, self.artifact.size)
+        else:
+            self._partial = PartialFile(item.staged.path, self.artifact.size)
+            self.path, self.fd = self._partial.path, self._partial.target.fd
+
+    @property
+    def output(self) -> OutputFile:
+        """The unfinished file, to be written to."""
+        assert self._partial, "a verified file is never written"
+        return self._partial.target
 
     def close(self) -> None:
         """Close the files."""
-        if self.output:
-            self.output.close()
-            os.close(self.journal_fd)
+        if self._partial:
+            self._partial.close()
         else:
             os.close(self.fd)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write bytes to the unfinished file; raises NoSpace."""
-        assert self.output, "a verified file is never written"
         self.output.write(data, offset, direct=False)
 
     def record(self, line: Record) -> None:
-        """Write a line of the journal, in one write, of an unfinished file."""
-        if self.output:
-            write_all(self.journal_fd, f"\n{dump_record(line)}\n".encode(), self.path)
+        """Write a line of the journal of an unfinished file."""
+        if self._partial:
+            self._partial.journal(line)
 
 
 class Files:
@@ -167,7 +161,6 @@ class RangeWriter:
 
     def copy_from(self, fd: int, offset: int) -> None:
         """See `PieceWriter`."""
-        assert self.file.output, "a verified file is never written"
         extent = Extent(fd, offset + self.start - self.piece.offset, self.end - self.start)
         ignored: list[Hasher] = []
         target, cancel = self.file.output, threading.Event()

@@ -49,7 +49,7 @@ from csm_weights.pipeline import apply, smoke_test
 from csm_weights.pipeline.plan import Plan, Target
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, Session, begin, gate_error
-from csm_weights.store.inspect import ArtifactState, FileState
+from csm_weights.store.inspect import ArtifactState
 from csm_weights.store.lock import locked
 from csm_weights.transfer.policy import PieceSource, RemoteSources
 from csm_weights.transfer.source import FirstOf, NotAvailable, Source, SourceError
@@ -220,9 +220,8 @@ class Node:
         arrived: list[tuple[int, str]] = []
         for number, (artifact, piece) in enumerate(layout.pieces):
             item = state[artifact.path]
-            found = [f for f in (item.installed, item.staged) if f.state is FileState.VERIFIED]
-            if found:
-                is_pinned = found[0].size == artifact.size
+            if item.verified:
+                is_pinned = item.verified.size == artifact.size
                 (verified if is_pinned else spared).append(number)
             elif any(record.is_of(piece) for record in item.journal.pieces):
                 verified.append(number)

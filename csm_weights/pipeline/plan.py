@@ -115,7 +115,7 @@ def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Pla
     origins: dict[str, tuple[PieceOrigin, ...]] = {}
     for item in state.artifacts:
         pieces: tuple[PieceOrigin, ...] = ()
-        if FileState.VERIFIED not in (item.installed.state, item.staged.state):
+        if item.verified is None:
             pieces = origins[item.artifact.path] = policy.origins(item, state.paths.root)
         found = _decide(item, pieces, state, target, policy)
         if isinstance(found, Action):

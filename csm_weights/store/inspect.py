@@ -60,6 +60,11 @@ class FileStatus:
     good: frozenset[int] = frozenset()
 
     @property
+    def valid_receipt(self) -> Receipt | None:
+        """The receipt, where it still fits the file's stat: the digest is known by it."""
+        return self.receipt if self.state is FileState.VERIFIED else None
+
+    @property
     def is_usable(self) -> bool:
         """True for a chunk file with nothing known to be wrong, of which bytes may have moved."""
         return self.state in (FileState.UNVERIFIED, FileState.CONSUMED)
@@ -103,6 +108,17 @@ class ArtifactState:
     unfit: tuple[Finding, ...] = ()
     saves_nothing: str = ""
     held_twice: int = 0
+
+    @property
+    def file(self) -> FileStatus:
+        """The installed file, or the staged one where nothing is installed."""
+        return self.installed if self.installed.state is not FileState.ABSENT else self.staged
+
+    @property
+    def verified(self) -> FileStatus | None:
+        """The verified file, the installed one first, if there is one."""
+        files = (self.installed, self.staged)
+        return next((file for file in files if file.state is FileState.VERIFIED), None)
 
     @property
     def is_here(self) -> bool:

@@ -33,8 +33,7 @@ def unfinished(state: State) -> list[Path]:
 
 def holds_consumed(item: ArtifactState) -> bool:
     """Check whether the unfinished file has bytes that are nowhere else."""
-    is_whole = FileState.VERIFIED in (item.installed.state, item.staged.state)
-    return bool(item.stranded or item.journal.consumed) and not is_whole
+    return bool(item.stranded or item.journal.consumed) and item.verified is None
 
 
 def leftovers(state: State, goal_is_staged: bool) -> list[Path]:

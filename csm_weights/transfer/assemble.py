@@ -24,21 +24,19 @@ from csm_weights.errors import Finding, Kind, error_for
 from csm_weights.files import Fingerprint
 from csm_weights.hashing import BlockHasher, Hasher, Sink, feed, git_sha1, sha256
 from csm_weights.manifest.types import Artifact, Piece
-from csm_weights.store.atomic import create, created, sync, unlink_shared, write_all, writing
-from csm_weights.store.block_io import Extent, OutputFile, copy_hashed
+from csm_weights.store.atomic import created, sync, write_all, writing
+from csm_weights.store.block_io import Extent, copy_hashed
 from csm_weights.store.journal import (
     Arrival,
     Consumed,
     PieceRecord,
-    Record,
     Refuted,
-    journal_path,
     partial_path,
 )
+from csm_weights.store.partial_file import PartialFile
 from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer.reorder import BufferPool, InOrderDigest, ReorderBuffer
 from csm_weights.transfer.source import NEXT_SOURCE, NotAvailable, Source, SourceError
-from csm_weights.untrusted import dump_record
 
 #: Files that are open at the same time, three descriptors each.
 OPEN_FILES = 64
@@ -102,39 +100,27 @@ def assemble(
     return done
 
 
-class _Partial:
+class _Partial(PartialFile):
     """The unfinished file of one job, with its journal and whole-file digest."""
 
     def __init__(
         self, job: Assembly, on_progress: OnProgress, cancel: threading.Event, buffers: BufferPool
     ) -> None:
+        super().__init__(job.target, job.artifact.size)
         self.job = job
         self.tiles = job.artifact.tiles
         self.buffers = buffers
-        self.path = partial_path(job.target)
         self.on_progress = on_progress
         self.cancel = cancel
         self.notes: list[Finding] = []
         self.is_named = False
-        self._lock = threading.Lock()
         self._kept = {record.offset: record for record in job.journaled}
         self._records: dict[int, PieceRecord] = {}
         self._blocks: dict[int, tuple[ByteRange, ...]] = {}
         self._findings: dict[int, tuple[Finding, ...]] = {}
         self._git_sha1: str | None = None
-        unlink_shared(self.path)
-        # A journal whose partial has got its name says nothing of the next one.
-        is_new = not self.path.exists()
-        self.journal_fd = create(journal_path(job.target), os.O_APPEND | (os.O_TRUNC * is_new))
-        self.target = OutputFile(self.path)
-        with writing(self.path):
-            os.ftruncate(self.target.fd, job.artifact.size)
         starts = [piece.offset for piece in self.tiles] + [job.artifact.size]
         self._whole = InOrderDigest(self.target.fd, starts, cancel)
-
-    def close(self) -> None:
-        self.target.close()
-        os.close(self.journal_fd)
 
     def queues(self) -> list[tuple[int, ...]]:
         """Return which pieces, by index, are done one after the other by one worker.
@@ -191,12 +177,6 @@ class _Partial:
         record = PieceRecord(piece.offset, piece.size, piece.sha256, place)
         self.journal(record)
         return record
-
-    def journal(self, record: Record) -> None:
-        """Write a line of the journal."""
-        with self._lock:
-            # A line may follow one that a crash has torn, so it brings its own start.
-            write_all(self.journal_fd, f"\n{dump_record(record)}\n".encode(), self.path)
 
     def findings(self) -> list[Finding]:
         """Return what is wrong with the pieces, or else with the whole."""

@@ -60,7 +60,7 @@ class Subject:
     @property
     def receipt(self) -> Receipt | None:
         """The receipt, where it still fits the file's stat: the digest is known by it."""
-        return self.file.receipt if self.file.state is FileState.VERIFIED else None
+        return self.file.valid_receipt
 
     @property
     def edition(self) -> Edition:

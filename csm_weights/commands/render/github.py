@@ -11,7 +11,6 @@ from csm_weights.commands.render import text, verdict
 from csm_weights.commands.render.verdict import Ended
 from csm_weights.errors import Finding, printable
 from csm_weights.pipeline.session import Outcome
-from csm_weights.store.inspect import FileState
 
 #: Annotations of a kind that GitHub shows of one step.
 ANNOTATIONS = 10
@@ -87,8 +86,7 @@ def summary(ended: Ended) -> str:
 def _files(outcome: Outcome) -> Iterator[tuple[str, ...]]:
     taken = text.steps_of(outcome.state, outcome.actions)
     for item in outcome.state.artifacts:
-        file = item.installed if item.installed.state is not FileState.ABSENT else item.staged
-        receipt = file.receipt if file.state is FileState.VERIFIED else None
+        file, receipt = item.file, item.file.valid_receipt
         size = "" if file.size is None else f"{file.size:,}"
         steps = taken.get(item.artifact.path, "")
         sha256 = _code(receipt.sha256) if receipt else ""

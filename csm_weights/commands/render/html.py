@@ -230,9 +230,8 @@ def _file(
 ) -> dict[str, Any]:
     """Return what the page shows of one file: its words, and the boxes of its bar."""
     own = [result for result in results if result.path == item.artifact.path]
-    files = (item.installed, item.staged)
-    receipts = [f.receipt for f in files if f.receipt and f.state is FileState.VERIFIED]
-    digests = [d for d in (r.sha256 for r in own) if d] + [r.sha256 for r in receipts]
+    receipts = (item.installed.valid_receipt, item.staged.valid_receipt)
+    digests = [d for d in (r.sha256 for r in own) if d] + [r.sha256 for r in receipts if r]
     is_verified = bool(digests) and all(result.ok is not False for result in own)
     findings = [*error, *(finding for result in own for finding in result.findings)]
     wrong = {finding.where for finding in findings if finding.kind.category is Category.CONTENT}

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 from csm_weights.commands.render.verdict import Ended
 from csm_weights.pipeline.session import Outcome
-from csm_weights.store.inspect import FileState
 
 #: The last success, in a file of an earlier run.
 _SUCCESS = re.compile(r"^csm_weights_last_success_timestamp_seconds\{.*\} (\d+\.\d{3})$", re.M)
@@ -50,8 +49,7 @@ def render(ended: Ended, taken: Mapping[str, int], before: str, now: float) -> s
 def _verified(ended: Ended) -> int:
     if not isinstance(ended.result, Outcome):
         return 0
-    files = [(item.installed.state, item.staged.state) for item in ended.result.state.artifacts]
-    return sum(FileState.VERIFIED in states for states in files)
+    return sum(item.verified is not None for item in ended.result.state.artifacts)
 
 
 def _escaped(text: str) -> str:

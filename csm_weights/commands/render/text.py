@@ -129,10 +129,9 @@ def _outcome(outcome: Outcome) -> str:
         shown.append(table(("file", "done"), steps_of(state, outcome.actions).items()))
     files = []
     for item in state.artifacts:
-        found = item.installed if item.installed.state is not FileState.ABSENT else item.staged
-        receipt = found.receipt if found.state is FileState.VERIFIED else None
+        file, receipt = item.file, item.file.valid_receipt
         sha256 = receipt.sha256[:SHORT] if receipt else "-"
-        size = "-" if found.size is None else format_size(found.size)
+        size = "-" if file.size is None else format_size(file.size)
         files.append((_state(item), size, sha256, item.artifact.path))
     shown.append(table(("state", "size", "sha256", "file"), files))
     if outcome.sealed:
