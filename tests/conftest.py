@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.prefork import skip_syncs
 from tests.support.toy import Toy
+
+skip_syncs()
 
 # Several test processes share the cores; torch would start a thread a core in each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -113,7 +113,7 @@ def test_what_is_no_file_is_refused_at_once(clone: Clone, name: str, kind: str) 
     KINDS[kind](path)
     for command, code in place.runs:
         task, *options = command.split()
-        done = clone.run(".venv/bin/inv", task, *CSM_TINY, *options, limit=LIMIT)
+        done = clone.inv(task, *CSM_TINY, *options, limit=LIMIT)
         assert "Traceback" not in done.stderr
         assert done.returncode == code, (command, done.stderr)
 

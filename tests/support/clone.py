@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import compileall
 import functools
 import os
 import re
@@ -9,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,9 @@ EMBEDDED = "chunks/csm-tiny/"
 
 #: The variables of the caller that commands see; no other may change what a test finds.
 _KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+
+#: Folders that no command writes to: clones share their files.
+CODE = ("csm_weights", "docs", "tests", "tools", "benchmarks")
 
 #: Seconds after which a command counts as hanging.
 LIMIT = 120.0
@@ -58,15 +64,7 @@ class Clone:
     @classmethod
     def make(cls, root: Path) -> Clone:
         """Copy the files that git knows or would add, and link a virtual environment."""
-        for name in _names():
-            target = root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, target)
-        venv = root / ".venv"
-        venv.mkdir()
-        (venv / "bin").symlink_to(BIN)
-        for stamp in (".base", ".smoke", ".speak", ".test"):
-            (venv / stamp).touch()
+        shutil.copytree(_template(), root, copy_function=_copy, symlinks=True, dirs_exist_ok=True)
         clone = cls(root)
         clone.extra.mkdir()
         return clone
@@ -137,16 +135,21 @@ class Clone:
             start_new_session=True,
         )
 
-    def inv(self, *arguments: str) -> Result:
-        """Run `inv` with these arguments, in a fork unless the start of Python matters."""
+    def inv(self, *arguments: str, limit: float = LIMIT) -> Result:
+        """Run `inv` for at most `limit` seconds, in a fork unless the start of Python matters."""
         at_start = prefork.READ_AT_START
-        if any(self.extra.glob("*.py")) or any(n.startswith(at_start) for n in self.variables):
-            return self.run(INV, *arguments)
+        # Coverage tells tests apart by the environment of what they start.
+        if (
+            "COVERAGE_PROCESS_START" in os.environ
+            or any(self.extra.glob("*.py"))
+            or any(n.startswith(at_start) for n in self.variables)
+        ):
+            return self.run(INV, *arguments, limit=limit)
         environment = self.environment()
         started = {name: environment[name] for name in environment if name.startswith(at_start)}
         started.pop("PYTHONPATH")
         server = prefork.server(tuple(started.items()))
-        return _without_delays(server.run(INV, arguments, self.root, environment, LIMIT))
+        return _without_delays(server.run(INV, arguments, self.root, environment, limit))
 
     def make_target(self, *arguments: str) -> Result:
         """Run `make` with these arguments."""
@@ -172,6 +175,31 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 
 @functools.cache
+def _template() -> Path:
+    """Make the checkout that the clones of this process are copies of, its modules compiled."""
+    folder = Path(tempfile.mkdtemp(prefix="csm-clone-"))
+    atexit.register(shutil.rmtree, folder)
+    for name in _names():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY / name, target)
+    compileall.compile_dir(folder / "csm_weights", quiet=1)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "bin").symlink_to(BIN)
+    for stamp in (".base", ".smoke", ".speak", ".test"):
+        (folder / ".venv" / stamp).touch()
+    return folder
+
+
+def _copy(source: str, target: str) -> None:
+    is_code = Path(source).relative_to(_template()).parts[0] in CODE
+    is_near = Path(source).stat().st_dev == Path(target).parent.stat().st_dev
+    if is_code and is_near:
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
 def _names() -> tuple[str, ...]:
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
