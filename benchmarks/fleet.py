@@ -11,10 +11,12 @@ import argparse
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +28,9 @@ from benchmarks.common import ROOT
 
 #: Names and addresses of the namespaces; the addresses are those for benchmarks (RFC 2544).
 SWITCH, NODE, NETWORK = "csm-fleet", "csm-fleet-", "198.18.77."
+
+#: The mirror's address, where there is one; its link has no limit.
+MIRROR = f"{NETWORK}250"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ CASES = (
     Case("one link at a quarter", 4, 1.4, slow=0.25),
     Case("one node killed", 4, 1.3, fault="killed"),
     Case("one node serves garbage", 4, 1.4, fault="garbage"),
+    Case("the first holder killed half-way", 4, 0.0, fault="holder"),
     Case("all complete", 4, 0.0, is_complete=True),
 )
 
@@ -64,6 +70,7 @@ def namespaces(case: Case) -> Iterator[None]:
     try:
         ip("netns", "add", SWITCH)
         ip("-n", SWITCH, "link", "add", "br0", "type", "bridge")
+        ip("-n", SWITCH, "addr", "add", f"{MIRROR}/24", "dev", "br0")
         ip("-n", SWITCH, "link", "set", "br0", "up")
         for number, name in enumerate(names):
             rate = case.rate * (case.slow if number == case.nodes else 1.0)
@@ -174,6 +181,21 @@ def await_port() -> None:
     raise SystemExit("the head of the cluster does not answer")
 
 
+@contextmanager
+def mirror(folder: Path) -> Iterator[str]:
+    """Serve the files of a folder from the bridge; yield their URL."""
+    conf = f"""user root; pid {folder}/pid; error_log {folder}/error.log; daemon off;
+        events {{}} http {{ access_log off; server {{ listen {MIRROR}:8080; root {folder}; }} }}"""
+    (folder / "nginx.conf").write_text(conf)
+    command = ("ip", "netns", "exec", SWITCH, "nginx", "-c", f"{folder}/nginx.conf", "-e", "stderr")
+    server = subprocess.Popen(command)
+    try:
+        yield f"http://{MIRROR}:8080/"
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def make_payload(base: Path, size: int) -> Path:
     """Write a file of random bytes, its chunk files and a manifest; return the checkout."""
     from csm_weights.commands.split import split_file
@@ -202,11 +224,14 @@ def measure(case: Case) -> dict[str, Any]:
             install(root, base / f"node{number}" / "m")
         manifest = base / "payload.toml"
         (root / "manifests" / "payload.toml").rename(manifest)
-        subprocess.run(["rm", "-r", str(root)], check=True)
+        url = closing.enter_context(mirror(root)) if case.fault == "holder" else ""
+        if not url:
+            shutil.rmtree(root)
         address = closing.enter_context(cluster(case, base))
         before = sent(0)
         words = [sys.executable, "-m", "benchmarks.fleet", "--drive", str(manifest)]
         words += ["--address", address, "--nodes", str(case.nodes + 1), "--fault", case.fault]
+        words += ["--url", url, "--size", str(case.size << 20)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
         driver = inside(0, *words, stdout=subprocess.PIPE, env=environment)
         out, _ = driver.communicate(timeout=400)
@@ -224,7 +249,16 @@ def install(root: Path, folder: Path) -> None:
     assert outcome.error is None, outcome.error
 
 
-def drive(manifest: str, address: str, nodes: int, fault: str) -> None:
+def die_at(sent_bytes: int) -> None:
+    """End this process once its node has sent so many bytes."""
+    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    begun = int(counter.read_text())
+    while int(counter.read_text()) - begun < sent_bytes:
+        time.sleep(0.05)
+    os.kill(os.getpid(), 9)
+
+
+def drive(manifest: str, address: str, nodes: int, fault: str, url: str, size: int) -> None:
     """Run the job, inside the first holder's namespace; print what became of it."""
     from csm_weights.fleet import cluster as fleet
     from csm_weights.fleet import node, server
@@ -242,6 +276,8 @@ def drive(manifest: str, address: str, nodes: int, fault: str) -> None:
         def run(self, call: node.Call) -> Any:
             if fault == "garbage" and self.host == f"{NETWORK}2":
                 self.handler = Garbage
+            if fault == "holder" and self.host == f"{NETWORK}1":
+                threading.Thread(target=die_at, args=(size // 2,), daemon=True).start()
             return super().run(call)
 
         def _do(self, task: Any) -> Any:
@@ -250,11 +286,19 @@ def drive(manifest: str, address: str, nodes: int, fault: str) -> None:
                 os.kill(os.getpid(), 9)
             return super()._do(task)
 
-    request = Request(Path(manifest).parent / "none", manifest, ("all",), source="chunks")
+    none, source = Path(manifest).parent / "none", "mirror" if url else "chunks"
+    urls = (url,) if url else ()
+    request = Request(none, manifest, ("all",), source=source, urls=urls)
     started = time.perf_counter()
     outcome = fleet.run(request, address, "$FLEET_DIR/m", nodes, kind=Faulty)
     reports = [
-        {"host": r.host, "status": r.status, "seconds": r.seconds, "refused": r.refused}
+        {
+            "host": r.host,
+            "status": r.status,
+            "seconds": r.seconds,
+            "refused": r.refused,
+            "fetched": r.from_origin / size,
+        }
         for r in outcome.nodes
     ]
     wall = time.perf_counter() - started
@@ -269,14 +313,16 @@ def describe(case: Case, result: dict[str, Any]) -> str:
     own = [n["seconds"] for n in good if n["host"].endswith(f" {slow}")]
     others = [n["seconds"] for n in good if case.slow == 1 or not n["host"].endswith(f" {slow}")]
     times = f"{max(others) / t1:.2f}" + (f", it {own[0] / t1:.2f}" if case.slow < 1 and own else "")
+    goal = case.goal or ("2 s" if case.is_complete else "all finish")
     if case.is_complete:
         times = f"{max(others):.1f} s"
     bad = ", ".join(f"{n['host'].split()[-1]} {n['status']}" for n in nodes if n not in good)
-    refused = sum(n["refused"] for n in nodes)
+    refused, fetched = (sum(n[key] for n in nodes) for key in ("refused", "fetched"))
     return (
-        f"| {case.name} | {t1:.1f} s | {times} | {case.goal or '2 s'} | {result['sent']:.2f} |"
+        f"| {case.name} | {t1:.1f} s | {times} | {goal} | {result['sent']:.2f} |"
         f" {len(good)} of {len(nodes)} verified{f', {bad}' if bad else ''}"
-        f"{f', {refused} blocks refused' if refused else ''} |"
+        f"{f', {refused} blocks refused' if refused else ''}"
+        f"{f', {fetched:.2f} copies from the mirror' if fetched else ''} |"
     )
 
 
@@ -286,16 +332,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("cases", nargs="*")
     parser.add_argument("--receive", action="store_true")
     parser.add_argument("--send", type=int)
-    for name in ("--drive", "--address", "--fault"):
+    for name in ("--drive", "--address", "--fault", "--url"):
         parser.add_argument(name, default="")
-    parser.add_argument("--nodes", type=int, default=0)
+    for name in ("--nodes", "--size"):
+        parser.add_argument(name, type=int, default=0)
     given = parser.parse_args(words)
     if given.receive:
         receive()
     elif given.send:
         send(given.send)
     elif given.drive:
-        drive(given.drive, given.address, given.nodes, given.fault)
+        drive(given.drive, given.address, given.nodes, given.fault, given.url, given.size)
     else:
         print("| case | T1 | last node, in T1 | goal | first holder sent | end |")
         print("|---|---|---|---|---|---|")
