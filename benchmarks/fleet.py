@@ -50,7 +50,6 @@ class Case:
 CASES = (
     Case("4 nodes", 4, 1.25),
     Case("8 nodes", 8, 1.25, size=128),
-    Case("8 nodes at 25 Mbit/s", 8, 1.25, rate=25),
     Case("one link at a quarter", 4, 1.4, slow=0.25),
     Case("one node killed", 4, 1.3, fault="killed"),
     Case("one node serves garbage", 4, 1.4, fault="garbage"),

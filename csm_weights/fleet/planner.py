@@ -4,7 +4,8 @@ Pure: no clock, no network, no threads. The coordinator of a real fleet, the sim
 tests drive this one class.
 
 - A node that came with everything (a first holder) and the origin (Hub, mirror) give each block
-  to one node only, whichever asks next; so a slow node gets few of these first copies.
+  to one node only: whichever asks next, unless one that was given fewer rests. So a slow node gets
+  few of these first copies.
 - A node that verified a block serves it. The others pull the rarest block that they lack, from
   the least busy holder that is not slow.
 - A block whose only holder died or serves wrong bytes is given out again; from the origin, only
@@ -94,6 +95,8 @@ class Planner:
         self._firsts: dict[tuple[int, int], tuple[int, float]] = {}  # pulls of first copies
         self._first_seconds: dict[bool, deque[float]] = defaultdict(lambda: deque(maxlen=15))
         self._coming = [0] * nodes
+        self._resting = 0  # nodes that asked in vain and get nothing
+        self._given = [0] * nodes  # first copies that a node was given
         self._holders = [0] * blocks  # receivers that serve a block
         self._copies = [0] * blocks  # copies of a block that receivers have or get
         self._level: dict[int, int] = {0: self.all}  # number of copies -> blocks
@@ -131,7 +134,10 @@ class Planner:
             return None
         others = self.servers & ~self.seeds & ~(1 << node)
         pull = self._ask_first(node, lack, others, now) if first or not others else None
-        return pull or self._ask_peer(node, lack, others, now)
+        pull = pull or self._ask_peer(node, lack, others, now)
+        if not pull and not self._coming[node]:
+            self._resting |= 1 << node
+        return pull
 
     # ---- choosing
 
@@ -154,6 +160,8 @@ class Planner:
             free = [] if others else free
             can_fetch = can_fetch and not others & self.may_fetch
         todo = self._first & lack
+        if self._is_ahead(node, todo, others):
+            free = []
         for source in sorted(free, key=active.__getitem__):
             if blocks := todo & self.serves[source]:
                 return self._start(node, blocks, source, now)
@@ -169,11 +177,21 @@ class Planner:
                     return self._start(node, 1 << block, source, now)
         return None
 
+    def _is_ahead(self, node: int, todo: int, others: int) -> bool:
+        """Return whether another node that could pass a first copy on was given fewer, and rests.
+
+        Else as many slow nodes as there are uploads would get first copies for ever.
+        """
+        waiting = (n for n in bits(self._resting & others) if self._given[n] < self._given[node])
+        return any(self.lacks[n] & todo for n in waiting)
+
     def _can_fetch(self, node: int) -> bool:
         is_member = self.fetchers >> node & 1 or self.fetchers.bit_count() < FETCHERS
         return bool(is_member and self.may_fetch >> node & 1)
 
     def _ask_peer(self, node: int, lack: int, others: int, now: float) -> Pull | None:
+        if self.slow >> node & 1 and self._coming[node]:
+            return None  # else it would keep all uploads of a server busy
         free = self.free & others
         found = self._rarest(lack, free & ~self.slow) if free else None
         if free & self.slow and not found:
@@ -218,11 +236,13 @@ class Planner:
         block = (blocks & -blocks).bit_length() - 1
         self.pulls[node, block] = source, now
         self._coming[node] |= 1 << block
+        self._resting &= ~(1 << node)
         self._count(block, +1)
         self._busy(source, +1)
         if source == ORIGIN or self.seeds >> source & 1:
             self._first &= ~(1 << block)
             self._firsts[node, block] = source, now
+            self._given[node] += 1
         return Pull(node, block, source)
 
     def _end(self, node: int, block: int) -> tuple[int, float]:
@@ -318,15 +338,18 @@ class Planner:
         if self.servers >> node & 1:
             self._holders[block] |= 1 << node
         self._give_again(block)  # where this node may not serve it
-        self._learn(source, now - start)
+        self._learn(node, source, now - start)
 
-    def _learn(self, source: int, seconds: float) -> None:
+    def _learn(self, node: int, source: int, seconds: float) -> None:
         if source == ORIGIN or self.seeds >> source & 1:
             # Each kind has its own usual time, else all would soon be late, or nothing ever.
             self._first_seconds[source == ORIGIN].append(seconds)
             return
+        # A slow receiver does not make its servers look slow: its pulls tell nothing, and a server
+        # counts by its best.
+        if self.slow >> node & 1:
+            return
         self._rates[source].append(1 / max(seconds, 1e-9))
-        # A server counts by its best pull: a slow receiver does not make its servers look slow.
         known = {s: max(rates) for s, rates in self._rates.items() if len(rates) > 1}
         if source in known and len(known) > 2:
             is_slow = known[source] < SLOW * median(known.values())
