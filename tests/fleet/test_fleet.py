@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import sys
 import threading
 import types
@@ -25,6 +26,9 @@ from csm_weights.fleet.files import Files
 from csm_weights.fleet.job import Act, Answer, Job, NodeReport, Status, Task
 from csm_weights.fleet.node import Node
 from csm_weights.pipeline import apply
+from csm_weights.pipeline.request import Request
+from csm_weights.pipeline.session import begin
+from tests.support.clone import REPOSITORY, copy_tiny
 from tests.support.fleet import Fleet
 from tests.support.network import be_hasty
 from tests.support.schema import checked
@@ -119,6 +123,29 @@ def test_what_is_on_a_nodes_own_disk_counts_first(toy: Toy, base: Path) -> None:
     fleet.run(jobs={1: replace(fleet.job, root=str(toy.root))})
     assert_all_right(toy, fleet)
     assert fleet.reports[1].from_nodes == toy.artifact("b.bin").size
+
+
+def test_chunk_files_that_all_nodes_share_are_read_once(toy: Toy, base: Path) -> None:
+    """On a shared file system they count as the origin: no node reads what another one has."""
+    fleet = Fleet(base, toy.manifest, 3, root=str(toy.root), is_shared=True)
+    fleet.run()
+    assert_all_right(toy, fleet)
+    assert sum(r.from_origin for r in fleet.reports.values()) == size_of(fleet)
+    assert sum(r.from_disk for r in fleet.reports.values()) == 0
+
+
+def test_a_node_tells_the_verdict_of_its_smoke_test(tmp_path: Path, base: Path) -> None:
+    """It is that of the files in its folder; without them the test is not run."""
+    pytest.importorskip("torch")
+    root = copy_tiny(tmp_path)
+    shutil.copy(REPOSITORY / "manifests" / "csm-tiny.golden.json", root / "manifests")
+    request = Request(root, "csm-tiny", dest=str(base / "tiny"))
+    outcome = apply.weights(request, smoke=False)
+    assert outcome.error is None
+    job = Job(begin(request).manifest, ("model.safetensors",), str(root), "")
+    assert node.smoke(job, str(base / "tiny")) == ("passed", ())
+    verdict, findings = node.smoke(job, str(base / "nothing"))
+    assert verdict == "not run" and findings
 
 
 class Garbage(server.Handler):
