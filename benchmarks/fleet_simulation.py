@@ -220,6 +220,7 @@ def main() -> None:
         cases: dict[str, Fleet] = {
             "all well": Fleet(nodes, blocks),
             "one at a quarter": Fleet(nodes, blocks, slow={1: 0.25}),
+            "two at a tenth": Fleet(nodes, blocks, slow={1: 0.1, 2: 0.1}),
             "one dies": Fleet(nodes, blocks, dies={1: 0.5}),
             "one serves garbage": Fleet(nodes, blocks, garbage={1}),
         }

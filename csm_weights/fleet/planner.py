@@ -4,8 +4,8 @@ Pure: no clock, no network, no threads. The coordinator of a real fleet, the sim
 tests drive this one class.
 
 - A node that came with everything (a first holder) and the origin (Hub, mirror) give each block
-  to one node only: whichever asks next, unless one that was given fewer rests. So a slow node gets
-  few of these first copies.
+  to one node only, whichever asks next; a first holder not while another node that was given fewer
+  has nothing to do. So slow nodes get few of these first copies, and keep no uploads from others.
 - A node that verified a block serves it. The others pull the rarest block that they lack, from
   the least busy holder that is not slow.
 - A block whose only holder died or serves wrong bytes is given out again; from the origin, only
@@ -178,9 +178,9 @@ class Planner:
         return None
 
     def _is_ahead(self, node: int, todo: int, others: int) -> bool:
-        """Return whether another node that could pass a first copy on was given fewer, and rests.
+        """Return whether another node that was given fewer first copies has nothing to do.
 
-        Else as many slow nodes as there are uploads would get first copies for ever.
+        Without this, as many slow nodes as a first holder has uploads would get all of them.
         """
         waiting = (n for n in bits(self._resting & others) if self._given[n] < self._given[node])
         return any(self.lacks[n] & todo for n in waiting)
@@ -191,7 +191,7 @@ class Planner:
 
     def _ask_peer(self, node: int, lack: int, others: int, now: float) -> Pull | None:
         if self.slow >> node & 1 and self._coming[node]:
-            return None  # else it would keep all uploads of a server busy
+            return None  # two pulls would keep all uploads of one server busy
         free = self.free & others
         found = self._rarest(lack, free & ~self.slow) if free else None
         if free & self.slow and not found:
