@@ -68,16 +68,17 @@ class Page:
         progress.listeners.remove(self._events.append)
         from csm_weights.commands.render import html
 
-        status = None
+        status, digest = None, ""
         with contextlib.suppress(CsmWeightsError, OSError):
             if self._command != "fleet":  # whose files are on its nodes
                 status = apply.status(replace(self._request, consume=False))
+                digest = sha256_of(Path(status.state.manifest.where))
         run = html.Run(
             command=self._command,
             made_at=now(),
             seconds=time.monotonic() - self._started,
             tool=f"csm-weights {version('csm-weights')}",
-            manifest_sha256=sha256_of(Path(status.state.manifest.where)) if status else "",
+            manifest_sha256=digest,
             host=self._host,
             events=tuple(e for e in self._events if e.total and e.what != Happening.LOG),
             as_typed=as_typed,
