@@ -127,8 +127,8 @@ def test_one_bad_node(
 ) -> None:
     """A full disk, or a killed process, fails that node alone; the exit code says so."""
     ray.folder(3).mkdir(exist_ok=True)
-    ray.folder(3).joinpath(f"{fault}.fault").write_text(fault)
-    outcome = run(ray, toy, fault, mirror.url, kind=Faulty)
+    ray.folder(3).joinpath(f"one-{fault}.fault").write_text(fault)
+    outcome = run(ray, toy, f"one-{fault}", mirror.url, kind=Faulty)
     assert_right(toy, outcome, but=1)
     assert type(outcome.error) is error
     assert [r.status for r in outcome.nodes if r.status is not Status.VERIFIED] == [status]
