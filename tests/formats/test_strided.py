@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import TensorInfo, row_major
+from tests.support import hostile
 
 #: Bytes before the tensors of a test, so that an offset is not zero.
 LEAD = 24
@@ -149,6 +151,19 @@ def test_only_elements_of_the_tensor_are_read(
         read_elements(source, info, start, bytearray(4 * count))
 
 
+@pytest.mark.parametrize(("shape", "stride"), [((2, 3), (3, 1)), ((3, 2), (1, 3))])
+def test_a_tensor_beyond_the_end_of_its_files_is_not_read(
+    shape: tuple[int, int], stride: tuple[int, int], tmp_path: Path
+) -> None:
+    """One that ends with the last chunk file is read, and one that ends a byte later is not."""
+    parts = [hostile.written(tmp_path, bytes(range(20)), name) for name in "ab"]
+    info = TensorInfo("t", "F32", shape, 16, stride)
+    with MultipartFile(parts) as source:
+        assert sorted(read(source, info)) == sorted([*range(16, 20), *range(20)])
+        with pytest.raises(EOFError, match=r"a and 1 more chunk files ends before byte 41$"):
+            read(source, replace(info, offset=17))
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [
@@ -161,13 +176,18 @@ def test_only_elements_of_the_tensor_are_read(
         ("BF16", torch.bfloat16),
         ("F8_E5M2", torch.float8_e5m2),
         ("F8_E4M3", torch.float8_e4m3fn),
+        ("F8_E8M0", torch.float8_e8m0fnu),
+        ("F8_E4M3FNUZ", torch.float8_e4m3fnuz),
+        ("F8_E5M2FNUZ", torch.float8_e5m2fnuz),
         ("I32", torch.int32),
         ("U32", torch.uint32),
         ("F32", torch.float32),
         ("I64", torch.int64),
         ("U64", torch.uint64),
         ("F64", torch.float64),
+        ("C32", torch.complex32),
         ("C64", torch.complex64),
+        ("C128", torch.complex128),
     ],
 )
 def test_numbers_are_those_of_torch(dtype: str, kind: torch.dtype) -> None:

@@ -43,6 +43,16 @@ def _message(reader: Any, path: Path) -> str:
     return str(caught.value)
 
 
+def assert_refused(reader: Any, path: Path, name: str, reason: str) -> None:
+    """Check the reason, and whether the file breaks a rule or is only beyond what is read."""
+    with pytest.raises(WrongContent) as caught:
+        reader(path)
+    assert caught.value.exit_code == 4
+    assert reason in str(caught.value)
+    kinds = {finding.kind for finding in caught.value.findings}
+    assert (kinds == {Kind.UNSUPPORTED}) is (name in hostile.UNREAD)
+
+
 # --- safetensors
 
 
@@ -85,7 +95,7 @@ def test_safetensors_of_another_order_and_odd_shapes(tmp_path: Path) -> None:
 def test_safetensors_refused(name: str, tmp_path: Path) -> None:
     """Each broken rule of the format is refused as wrong content, and named."""
     content, reason = hostile.BAD_SAFETENSORS[name]
-    assert reason in _message(read_safetensors, hostile.written(tmp_path, content))
+    assert_refused(read_safetensors, hostile.written(tmp_path, content), name, reason)
 
 
 def test_safetensors_findings_are_collected(tmp_path: Path) -> None:
@@ -264,7 +274,7 @@ def test_checkpoint_honours_offset_and_stride(tmp_path: Path) -> None:
 def test_zip_refused(name: str, tmp_path: Path) -> None:
     """A zip that is not laid out exactly as torch lays it out is refused."""
     content, reason = hostile.BAD_ZIPS[name]
-    assert reason in _message(read_checkpoint, hostile.written(tmp_path, content))
+    assert_refused(read_checkpoint, hostile.written(tmp_path, content), name, reason)
 
 
 @pytest.mark.parametrize("name", hostile.BAD_PICKLES)
@@ -272,7 +282,14 @@ def test_pickle_refused(name: str, tmp_path: Path) -> None:
     """A pickle that does anything but hold data is refused, with the opcode or global."""
     content, reason = hostile.BAD_PICKLES[name]
     path = hostile.written(tmp_path, hostile.checkpoint(content))
-    assert reason in _message(read_checkpoint, path)
+    assert_refused(read_checkpoint, path, name, reason)
+
+
+@pytest.mark.parametrize("name", hostile.BAD_LEGACY)
+def test_legacy_file_refused(name: str, tmp_path: Path) -> None:
+    """A file from before torch 1.6 whose five pickles and storages do not fit is refused."""
+    content, reason = hostile.BAD_LEGACY[name]
+    assert_refused(read_checkpoint, hostile.written(tmp_path, content), name, reason)
 
 
 @pytest.mark.parametrize(("most", "is_read"), [(3, False), (4, True)])

@@ -10,6 +10,7 @@ from tests.support.hostile.common import UNREAD, written
 from tests.support.hostile.configs import BAD_CONFIGS, BAD_INDEXES, config, config_of_layers
 from tests.support.hostile.headers import BAD_SAFETENSORS, entry, good_safetensors, safetensors
 from tests.support.hostile.heavy import heavy_safetensors, heavy_zips
+from tests.support.hostile.legacy import BAD_LEGACY, STORAGE, legacy, listed
 from tests.support.hostile.manifests import BAD_MANIFESTS, files, manifest, piece
 from tests.support.hostile.opcodes import state_dict, storage, tensor, text
 from tests.support.hostile.payloads import DECOYS, EXTENSION, running_files, running_pickles
@@ -19,6 +20,7 @@ from tests.support.hostile.zips import Entry, zip_of
 __all__ = [
     "BAD_CONFIGS",
     "BAD_INDEXES",
+    "BAD_LEGACY",
     "BAD_MANIFESTS",
     "BAD_PICKLES",
     "BAD_SAFETENSORS",
@@ -26,6 +28,7 @@ __all__ = [
     "DECOYS",
     "EXTENSION",
     "GOOD_PICKLE",
+    "STORAGE",
     "UNREAD",
     "Entry",
     "checkpoint",
@@ -37,6 +40,8 @@ __all__ = [
     "good_safetensors",
     "heavy_safetensors",
     "heavy_zips",
+    "legacy",
+    "listed",
     "manifest",
     "piece",
     "running_files",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tests.support.hostile.common import Bad
@@ -38,16 +40,22 @@ def _changed(index: int, **fields: Any) -> bytes:
     return zip_of(entries)
 
 
-def _with_zip64_end(rest: int = 44, locator: tuple[int, int, int] | None = None) -> bytes:
+def _with_zip64_end(
+    rest: int = 44,
+    locator: tuple[int, int, int] | None = None,
+    wide: Mapping[str, int] = MappingProxyType({}),
+) -> bytes:
     """Return the good checkpoint with a zip64 end record of `rest` more bytes, and its locator.
 
-    That holds the number of the disk, the record's byte, and how many disks there are.
+    That holds the number of the disk, the record's byte, and how many disks there are. `wide`
+    replaces disk, first, here, count, length and start of the record.
     """
     content = good_checkpoint()
     body, last = content[:-22], content[-22:]
     here, count, length, start = struct.unpack("<2H2I", last[8:20])
-    wide = struct.pack("<4sQ2H2I4Q", b"PK\6\6", rest, 45, 45, 0, 0, here, count, length, start)
-    return body + wide + struct.pack("<4sIQI", b"PK\6\7", *(locator or (0, len(body), 1))) + last
+    says = {"disk": 0, "first": 0, "here": here, "count": count, "length": length, "start": start}
+    end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", rest, 45, 45, *{**says, **wide}.values())
+    return body + end + struct.pack("<4sIQI", b"PK\6\7", *(locator or (0, len(body), 1))) + last
 
 
 def _without(name: str) -> bytes:
@@ -63,6 +71,25 @@ def compressed(content: bytes, name: str = "archive/data/1") -> Entry:
 GOOD = records(GOOD_PICKLE)
 
 _HIDDEN = Entry("archive/data/0", b"other bytes")
+
+
+def _with_last_header(header: bytes) -> bytes:
+    """Return a checkpoint with `header` in place of the one of its last and empty record."""
+    start = good_checkpoint().index(b"PK\1\2")
+    content = zip_of([*GOOD, Entry("archive/data/1", b"")], offset=start + len(header))
+    return content[:start] + header + content[content.index(b"PK\1\2") :]
+
+
+def _with_directory(last: bytes = b"", names: int = 0) -> bytes:
+    """Return a checkpoint with more bytes in its directory, and a longer last name in that."""
+    content, end = good_checkpoint()[:-22], bytearray(good_checkpoint()[-22:])
+    at = content.rindex(b"PK\1\2")
+    entry = bytearray(content[at:] + last)
+    entry[28] += names
+    length, start = struct.unpack("<2I", end[12:20])
+    end[12:20] = struct.pack("<2I", length + len(last), start)
+    return content[:at] + bytes(entry + end)
+
 
 _SECRET = struct.pack("<2H", 0x7777, 6) + b"secret"
 
@@ -95,6 +122,8 @@ BAD_ZIPS: Bad = {
         zip_of([Entry(f"archive/data/{10**12 + i}", b"") for i in range(65_000)]),
         "a directory of at most",
     ),
+    "directory_with_part_of_an_entry": (_with_directory(b"PK\1\2"), "a whole entry"),
+    "directory_ends_within_a_name": (_with_directory(names=1), "a directory entry without comment"),
     "directory_garbled": (_changed(1, central={"extra": b"\1\0\x40\0"}), "extra field 0x0001"),
     "compressed": (zip_of([*GOOD, compressed(bytes(24))]), "method 8"),
     "zip_bomb": (zip_of([*GOOD, compressed(bytes(5_000_000))]), "method 8"),
@@ -119,6 +148,20 @@ BAD_ZIPS: Bad = {
     "zip64_end_of_another_size": (_with_zip64_end(rest=45), "a zip64 end record at byte"),
     "zip64_end_elsewhere": (_with_zip64_end(locator=(0, 0, 1)), "a zip64 end record at byte"),
     "zip64_end_of_two_disks": (_with_zip64_end(locator=(0, 0, 2)), "a zip64 end record at byte"),
+    **{
+        f"zip64_end_of_another_{field}": (
+            _with_zip64_end(wide={field: value}),
+            "two end records that agree",
+        )
+        for field, value in {
+            "disk": 1,
+            "first": 1,
+            "here": 3,
+            "count": 3,
+            "length": 7,
+            "start": 7,
+        }.items()
+    },
     "central_zip64_not_needed": (_changed(2, central={"extra": _WIDE}), "where they are needed"),
     "central_comment": (_changed(2, central={"comment": b"hi"}), "without comment"),
     "central_sizes_differ": (_changed(2, central={"packed": 20}), "24 bytes stored"),
@@ -126,6 +169,20 @@ BAD_ZIPS: Bad = {
     "size_beyond_the_file": (
         _changed(3, central={"size": 1 << 30, "packed": 1 << 30}),
         "data before byte",
+    ),
+    "size_one_beyond_the_records": (
+        _changed(3, central={"size": 3, "packed": 3}, descriptor=b""),
+        "data before byte",
+    ),
+    "header_missing": (_with_last_header(b""), "records before byte"),
+    "header_cut": (_with_last_header(struct.pack("<4s25x", b"PK\3\4")), "records before byte"),
+    "name_empty": (
+        zip_of([*GOOD, Entry("", b"", local={"extra": b""})]),
+        "a name that torch.save writes",
+    ),
+    "torchscript": (
+        zip_of([*GOOD, Entry("archive/code/a.py", b"x"), Entry("archive/constants.pkl", b"x")]),
+        "a TorchScript archive, which holds a program",
     ),
     "records_overlap": (
         _changed(2, central={"size": 30, "packed": 30}, descriptor=b""),

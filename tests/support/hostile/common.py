@@ -14,6 +14,7 @@ UNREAD = frozenset(
         "dtype_unknown",
         "text",
         "directory_over_the_ceiling",
+        "torchscript",
         "pickle_huge",
         "tuple_as_name",
         "sharing_of_exponential_size",
@@ -22,6 +23,7 @@ UNREAD = frozenset(
         "set_of_tensors",
         "namespace",
         "class_of_another_package",
+        "object_made_with_keywords",
         "sparse_tensor",
         "storage_for_a_tensor",
         "storage_of_another_kind",
@@ -30,6 +32,8 @@ UNREAD = frozenset(
         "tensor_repeats_its_storage",
         "header_of_tensors",
         "pickle_of_objects",
+        "numbers_big_endian",
+        "endian_not_told",
     }
 )
 

@@ -15,7 +15,8 @@ from tests.support.hostile.checkpoints import (
     good_checkpoint,
     records,
 )
-from tests.support.hostile.opcodes import HOOKS, number, tensor, text
+from tests.support.hostile.legacy import legacy
+from tests.support.hostile.opcodes import HOOKS, tensor, text
 from tests.support.hostile.zips import Entry, data_descriptor, zip_of
 
 
@@ -228,13 +229,6 @@ def _disguises(run: bytes) -> dict[str, tuple[bytes, str]]:
         "zip_after_7z": (b"7z\xbc\xaf'\x1c" + checkpoint(run), "a directory up to byte"),
         "tar": (_tar({"storages": run, "tensors": run, "pickle": run}), "a tar archive"),
     }
-
-
-def legacy(pickle: bytes, storages: bytes = b"", keys: bytes = b"\x80\x02].") -> bytes:
-    """A file of torch before 1.6: five pickles, and the storages."""
-    system = (text("little_endian"), b"\x88", text("protocol_version"), number(1001))
-    head = (number(0x1950A86A20F9469CFC6C), number(1001), b"}(" + b"".join(system) + b"u")
-    return b"".join(b"\x80\x02" + value + b"." for value in head) + pickle + keys + storages
 
 
 def _tar(files: Mapping[str, bytes]) -> bytes:

@@ -32,6 +32,8 @@ _PARAMETER = b"ctorch._utils\n_rebuild_parameter\n("
 
 _HOOKED = b"ccollections\nOrderedDict\n)R" + text("a") + b"K\1s"
 
+_ORDERED = b"\x80\x02ccollections\nOrderedDict\n"
+
 _NAMESPACE = b"cargparse\nNamespace\n)\x81}" + text("lr") + b"K\1sb"
 
 BAD_PICKLES: Bad = {
@@ -54,6 +56,23 @@ BAD_PICKLES: Bad = {
     "global_load_from_bytes": (b"\x80\x02ctorch.storage\n_load_from_bytes\n.", "_load_from_bytes"),
     "newobj": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "opcode NEWOBJ"),
     "newobj_ex": (b"\x80\x02ccollections\nOrderedDict\n)}\x92.", "opcode NEWOBJ_EX"),
+    "newobj_of_one_object": (b"\x80\x02)\x81.", "opcode NEWOBJ"),
+    "newobj_ex_of_two_objects": (b"\x80\4)}\x92.", "opcode NEWOBJ_EX"),
+    "object_made_with_keywords": (
+        b"\x80\4cnobody.knows\nConfig\n)}\x92.",
+        "global nobody.knows Config: torch.load would run",
+    ),
+    "text_of_python_2_not_utf8": (b"\x80\x02U\1\xff.", "the argument of SHORT_BINSTRING"),
+    "item_for_a_dict": (b"\x80\x02}K\1a.", "items for a list, found a dict"),
+    "items_for_text": (b"\x80\x02" + text("a") + b"(K\1e.", "items for a list, found text"),
+    "set_items_for_a_dict": (b"\x80\4}(K\1\x90.", "items for a set, found a dict"),
+    "set_items_for_a_list": (b"\x80\4](K\1\x90.", "items for a set, found a list"),
+    "pair_of_one": (_ORDERED + b"]]K\1aa\x85R.", "pairs of name and value, found a list"),
+    "pair_of_three": (
+        _ORDERED + b"](" + text("a") + b"K\1K\1\x87e\x85R.",
+        "pairs of name and value, found a tuple",
+    ),
+    "pair_of_letters": (_ORDERED + b"](" + text("ab") + b"e\x85R.", "value, found text"),
     "ext1": (b"\x80\x02\x82\1.", "opcode EXT1"),
     "ext2": (b"\x80\x02\x83\1\0.", "opcode EXT2"),
     "ext4": (b"\x80\x02\x84\1\0\0\0.", "opcode EXT4"),
@@ -85,7 +104,8 @@ BAD_PICKLES: Bad = {
     "pop_from_nothing": (b"\x80\x02R", "an object on the stack"),
     "pop_below_a_mark": (b"\x80\x02}}(R", "an object on the stack"),
     "tuple_without_mark": (b"\x80\x02t", "a mark on the stack"),
-    "memo_never_put": (b"\x80\x02h\7.", "memo 7"),
+    "memo_never_put": (b"\x80\x02}q\0h\1.", "memorized before, found memo 1"),
+    "memo_put_two_too_far": (b"\x80\x02}q\2.", "expected memo 0, the next one, found memo 2"),
     "stack_too_deep": (b"\x80\x02" + b"N" * 20_000, "at most 10000 objects"),
     "marks_too_many": (b"\x80\x02" + b"(" * 20_000, "at most 10000 marks"),
     "sharing_of_exponential_size": (_SHARED, "at most 1,000,000 values"),
