@@ -181,10 +181,7 @@ def _require(plan: Plan, findings: Sequence[Finding], session: Session) -> None:
 def _ways_to_get(plan: Plan, policy: SourcePolicy) -> str:
     """Return the ways to get the first file that the plan cannot get, in a few lines."""
     possible = {action.artifact.path for action in plan.actions}
-    items = [item for item in plan.state.artifacts if item.artifact.path not in possible]
-    wanted = [i.artifact for i in items if i.installed.state is not FileState.VERIFIED]
-    if not wanted:
-        return ""
+    wanted = [i.artifact for i in plan.state.artifacts if i.artifact.path not in possible]
     manifest, paths = plan.state.manifest, plan.state.paths
     command, staging = paths.command("weights"), paths.staging
     if staging.is_relative_to(paths.root):

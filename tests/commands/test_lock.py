@@ -168,6 +168,10 @@ def test_a_manifest_may_lie_anywhere(hub: HubServer, root: Path) -> None:
     assert (root / "manifests" / "short.toml").is_file()
     with pytest.raises(UsageError, match=r"ends in \.toml"):
         lock.lock_repo(root, REPO, "", "", "some/folder", False)
+    for name, stem in (("Own", "Own"), ("own.lock", "own.lock"), ("some/..toml", ".")):
+        with pytest.raises(UsageError, match=rf"--model '{stem}': .*name"):
+            lock.lock_repo(root, REPO, "", "", name, False)
+    assert [path.name for path in (root / "manifests").iterdir()] == ["short.toml"]
 
 
 @pytest.mark.parametrize("repo", ["gpt2", "a/b/c", "datasets/a/b", "../b", "a/b?x=1", "a--b/c"])

@@ -66,6 +66,18 @@ def test_csm_tiny_speaks_from_chunk_files(tiny: Path) -> None:
     assert doctor.closure(request).error is None
 
 
+def test_the_codec_counts_once_it_is_installed_and_whole(tiny: Path) -> None:
+    """Its folder is known then, not before, nor where a file is gone; no codec has none."""
+    request = Request(tiny, "csm-tiny")
+    assert speech.codec_folder(request) is None
+    done = apply.weights(speech.codec_of(request, "mimi-tiny"), smoke=False)
+    home = done.state.paths.destination
+    assert speech.codec_folder(request) == home
+    assert speech.codec_folder(Request(tiny, "mimi-tiny")) is None
+    (home / done.state.artifacts[-1].artifact.path).unlink()
+    assert speech.codec_folder(request) is None
+
+
 def test_a_dry_run_tells_all_and_writes_nothing(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ from csm_weights.commands.clean import clean
 from csm_weights.commands.render import text
 from csm_weights.commands.render.json import render as render_json
 from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.files import Fingerprint
 from csm_weights.pipeline import apply, session
 from csm_weights.pipeline.actions import Action, Assemble, Copy, Move, Verify
 from csm_weights.pipeline.plan import Target
@@ -141,6 +142,14 @@ def test_only_refuses_a_word_that_names_nothing(toy: Toy) -> None:
     """A misspelt --only is a usage error that lists the words there are."""
     with pytest.raises(UsageError, match="choose from"):
         weights(toy, "safetensor")
+
+
+def test_the_hub_is_no_source_of_a_model_without_a_repository(toy: Toy) -> None:
+    """--source=hf needs a repository in the manifest; with auto the other sources will do."""
+    with pytest.raises(UsageError, match=r"toy\.toml names no repository of the Hub") as caught:
+        apply.weights(replace(toy.request(), source="hf"), smoke=False)
+    assert caught.value.exit_code == 2
+    assert weights(toy).error is None
 
 
 def test_unknown_model_names_those_there_are(toy: Toy) -> None:
@@ -463,6 +472,34 @@ def test_each_leftover_is_removed_durably_before_the_next(
     monkeypatch.setattr(atomic, "sync", lambda _: there.append(sum(map(Path.exists, left))))
     weights(toy)
     assert there == [1, 0]
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_the_staged_copy_of_an_installed_file_goes(toy: Toy, is_link: bool) -> None:
+    """A run that was killed between copying and removing has left it; a link to the file stays."""
+    weights(toy, "a.bin")
+    staged, installed = toy.staged("a.bin"), toy.installed("a.bin")
+    (os.link if is_link else shutil.copy)(installed, staged)
+    receipt = read_receipt(installed.parent, "a.bin")
+    assert receipt is not None
+    for path in (installed, staged):
+        now = Fingerprint.of(path.stat())
+        install.record(path.parent, replace(receipt, fingerprint=now))
+    outcome = weights(toy, "a.bin")
+    assert (verbs(outcome), outcome.error) == ([], None)
+    assert staged.exists() == receipt_path(staged.parent, "a.bin").exists() == is_link
+    assert installed.read_bytes() == toy.good("a.bin")
+
+
+def test_a_run_ends_where_what_it_does_does_not_last(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program that keeps changing the files keeps no run busy for ever."""
+    rounds: list[int] = []
+    monkeypatch.setattr(Assemble, "apply", lambda actions, _: rounds.append(len(actions)))
+    with pytest.raises(CsmWeightsError, match="the files keep changing") as caught:
+        weights(toy, "a.bin")
+    assert (rounds, caught.value.exit_code) == ([1] * 12, 1)
 
 
 def test_verify_hashes_everything_and_passes(toy: Toy, hashed: Callable[[], int]) -> None:

@@ -526,3 +526,38 @@ def test_a_fine_tune_is_not_taken_for_the_release_of_its_name_and_size(tmp_path:
     shutil.rmtree(plain / ".csm-weights")
     with pytest.raises(WrongContent, match="not those that are pinned"):
         csm_weights.Model.from_local(plain)
+
+
+def test_a_conversion_may_be_repeated_with_its_manifest(tmp_path: Path) -> None:
+    """The manifest of an earlier conversion to that folder is written anew, and no other."""
+    root = tmp_path / "root"
+    (root / "manifests").mkdir(parents=True)
+    out, manifest = root / "models" / "mine", root / "manifests" / "mine.toml"
+    converted(PARTS, "original", out, root, manifest="mine")
+    text = manifest.read_text()
+    manifest.write_text(text.replace('evidence = "A"', 'evidence = "H"'))
+    converted(PARTS, "original", out, root, manifest="mine")
+    assert manifest.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "{", "\xff", "[" * 100_000])
+def test_a_config_of_mimi_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
+    """The finding names the file and the command that gets it again; nothing is written."""
+    path = saved(tmp_path / "mimi", {"encoder.weight": torch.ones(1)})
+    config = path.with_name("config.json")
+    config.write_text(text, encoding="latin-1")
+    with pytest.raises(WrongContent, match=r"config\.json cannot be used") as caught:
+        converted(PARTS, "transformers", tmp_path / "out", codec=path.parent)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.MALFORMED, str(config))
+    assert (finding.expected, finding.found) == ("a JSON object", "something else")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_in_transformers_layout_need_no_config_beside_them(tmp_path: Path) -> None:
+    """A network that its tensors tell gets the config.json that is written for it anyway."""
+    theirs = converted(PARTS, "transformers", tmp_path / "theirs")
+    expected = (theirs / "config.json").read_bytes()
+    (theirs / "config.json").unlink()
+    again = converted(theirs, "transformers", tmp_path / "again")
+    assert (again / "config.json").read_bytes() == expected

@@ -16,7 +16,7 @@ from csm_weights.errors import Finding, Kind
 from csm_weights.pipeline.actions import Assemble, WriteText
 from csm_weights.pipeline.plan import Plan, Target, make_plan
 from csm_weights.pipeline.request import Request
-from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, State
+from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, Shelved, State
 from csm_weights.store.journal import Arrival, Journal, PieceRecord
 from csm_weights.transfer.policy import HUB, REMOTE, PieceSource, RemoteSources, SourcePolicy
 from tests.pipeline.test_plan import (
@@ -205,6 +205,17 @@ def test_room_for_a_download_is_counted_before_it_begins() -> None:
     plan = make_plan(a_state(an_item(), free_staging=6), Target.STAGED, FROM_HUB)
     assert [f.kind for f in plan.findings] == [Kind.NO_SPACE]
     assert plan.findings[0].where == str(PLACES.staging)
+
+
+def test_what_one_disk_of_several_has_is_copied_before_the_next_is_there() -> None:
+    """The plan says how many pieces it goes without, and counts them neither read nor written."""
+    shelved = {offset: Shelved(Path("/disk/a"), 50, offset) for offset in (0, 10)}
+    item = replace(an_item(pieces=5), shelved=(shelved,))
+    plan = make_plan(a_state(item), Target.STAGED, SourcePolicy(chunks=False, shelves=True))
+    (step,) = plan.having(Assemble)
+    assert step.detail == "from 2 pieces of other folders and 3 more that no source has yet"
+    assert (step.cost.read, step.cost.written, step.cost.fetched) == (20, 20, 0)
+    assert [lack.where for lack in plan.lacking] == ["chunks/a-2", "chunks/a-3", "chunks/a-4"]
 
 
 def test_the_source_that_is_planned_is_the_first_that_is_asked() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from csm_weights.errors import Kind, SmokeFailed
+from csm_weights.errors import Kind, SmokeFailed, UsageError
 from csm_weights.model import smoke
 from csm_weights.model.path_checks import PathCheck, PathRequest
 from csm_weights.model.smoke_report import path_report_path, read_report, report_path
@@ -123,3 +124,28 @@ def test_a_known_report_does_not_hold_where_fast_paths_are_required(
         assert smoke_test.known_report(installed.state, require_gpu=False)
         known = smoke_test.known_report(installed.state, require_gpu=False, require_fast=True)
         assert (known is not None) == is_enough
+
+
+def test_a_folder_that_takes_no_report_holds_a_good_model_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, installed: Outcome, folder: Path
+) -> None:
+    """That the report could not be written is a note, beside the verdict."""
+    report_path(folder).mkdir(parents=True)
+    try:
+        outcome, _ = smoke_tested(monkeypatch, installed, WRONG)
+    finally:
+        report_path(folder).rmdir()
+    assert outcome.error is None and outcome.smoke is not None and outcome.smoke.ok
+    assert [(note.kind, note.where) for note in outcome.notes] == [
+        (Kind.FAST_PATH, "path wrong"),
+        (Kind.IN_THE_WAY, str(report_path(folder))),
+    ]
+
+
+def test_a_smoke_test_without_weights_is_misuse(installed: Outcome) -> None:
+    """The error names what to ask for, and says that the files are right."""
+    others = tuple(i for i in installed.state.artifacts if not i.artifact.is_weights)
+    outcome = smoke_test.run(replace(installed, state=replace(installed.state, artifacts=others)))
+    assert isinstance(outcome.error, UsageError) and outcome.smoke is None
+    assert "name safetensors or ckpt with --only" in str(outcome.error)
+    assert outcome.error.advice == smoke_test.VERIFIED

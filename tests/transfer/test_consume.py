@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -700,6 +701,23 @@ def test_a_file_system_that_frees_nothing_says_so(
     known = [file.name for file in chunk_files_of(toy)]
     assert sorted(names) == sorted(["SHA256SUMS", *known])
     assert not partial_of(toy).exists()
+
+
+def test_where_locks_keep_nobody_out_nothing_is_consumed(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that consume at once would destroy bytes; without --consume the run goes on."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    with pytest.raises(NoSpace, match="cannot be consumed there") as caught:
+        fetch(toy)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.NOT_CONSUMABLE, str(toy.staged(NAME).parent))
+    assert (finding.found, caught.value.exit_code) == ("locks that do nothing", 7)
+    assert "leave --consume out" in finding.help
+    assert all(part.exists() for part in chunk_files_of(toy))
+    assert not partial_of(toy).exists()
+    fetch(toy, consuming=False)
+    assert toy.staged(NAME).read_bytes() == toy.good(NAME)
 
 
 def test_known_file_systems_are_reported_in_the_plan(
