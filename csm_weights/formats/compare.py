@@ -156,14 +156,10 @@ class WeightsPair:
                 difference = first_difference(name, one, other, on_progress, cancel)
                 found.append((one.info.nbytes, difference))
 
-        changed = "a file changed while it was compared; compare again"
-        try:
-            # A thread needs up to 5 MiB, and the process must stay below 100 MiB.
-            run_all([work] * min(workers(), 8), cancel)
-        except EOFError as error:
-            raise WrongContent(changed, [Finding.changed(error, "a shorter one")]) from None
+        # A thread needs up to 5 MiB, and the process must stay below 100 MiB.
+        run_all([work] * min(workers(), 8), cancel)
         if changes := [finding for source in self._sources for finding in source.changes()]:
-            raise WrongContent(changed, changes)
+            raise WrongContent("a file changed while it was compared; compare again", changes)
         equal = [size for size, difference in found if difference is None]
         differences = [*self._differences, *(d for _, d in found if d)]
         differences.sort(key=lambda difference: difference.name)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from csm_weights.errors import Finding
+from csm_weights.errors import Finding, WrongContent
 from csm_weights.files import Fingerprint, NotRegular, open_regular
 from csm_weights.untrusted import Malformed
 
@@ -66,18 +66,23 @@ class MultipartFile:
         return f"{self.paths[0]}{more}"
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill all of `buffer` from byte `offset` on; raises EOFError where the bytes end."""
+        """Fill all of `buffer` from byte `offset` on; raises WrongContent where the bytes end."""
+        title = "the weights ended early"
         done = 0
         while done < len(buffer):
             index = bisect.bisect_right(self._starts, offset + done) - 1
             if index >= len(self._fds):
-                raise EOFError(f"{self.where} ends before byte {offset + len(buffer):,}")
+                found = f"its end before byte {offset + len(buffer):,}"
+                raise WrongContent(title, [Finding.changed(self.where, found)])
             within = offset + done - self._starts[index]
             room = min(len(buffer) - done, self._starts[index + 1] - offset - done)
-            with buffer[done : done + room] as part:
-                count = os.preadv(self._fds[index], [part], within)
+            try:
+                with buffer[done : done + room] as part:
+                    count = os.preadv(self._fds[index], [part], within)
+            except OSError as error:  # the system does not say of which file
+                raise OSError(error.errno, error.strerror, str(self.paths[index])) from None
             if count == 0:
-                raise EOFError(f"{self.paths[index]} became shorter while it was read")
+                raise WrongContent(title, [Finding.changed(self.paths[index], "a shorter one")])
             done += count
 
     def read(self, offset: int, size: int) -> bytes:

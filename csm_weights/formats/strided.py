@@ -52,7 +52,7 @@ def read_elements(source: MultipartFile, info: TensorInfo, start: int, buffer: b
     """Fill a buffer with elements of a tensor, from number `start` of its row-major order on.
 
     The elements are little-endian. The buffer's size must be a multiple of
-    theirs. Raises EOFError where the file ends before them.
+    theirs. Raises WrongContent where the file ends before them.
     """
     count = len(buffer) // info.itemsize
     if not 0 <= start <= start + count <= math.prod(info.shape):

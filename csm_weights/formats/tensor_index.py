@@ -165,7 +165,5 @@ def reading(file: MultipartFile, format_: str) -> Iterator[Findings]:
         yield found
     except Malformed as error:
         found.add(error)
-    except OSError as error:
-        raise error_for(title, [Finding.unreadable(file.paths[0], error)]) from None
     if found.count:
         raise error_for(title, found.listed())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -68,28 +69,28 @@ def open_weights(paths: Sequence[Path | str], format_: str = "") -> WeightsFile:
     The format is told by the first bytes, unless `format_` names it. Raises
     MissingInput, WrongContent.
     """
+    title = "the weights cannot be read"
     try:
-        source = MultipartFile(paths)
+        with ExitStack() as opened:
+            source = opened.enter_context(MultipartFile(paths))
+            head = source.read(0, HEAD)
+            name = source.paths[0].name.partition(".part-")[0]
+            found = format_named(format_) if format_ else sniff(head, name)
+            if found is None:
+                expected = f"weights as {' or '.join(one.name for one in FORMATS)}"
+                words = (expected, f"a file that starts {show(head[:16])}")
+                finding = Finding(Kind.UNSUPPORTED, source.where, *words)
+                raise WrongContent(title, [finding])
+            weights = WeightsFile(source, found.read_index(source), found.name)
+            opened.pop_all()
+            return weights
     except FileNotFoundError as error:
         raise missing(Path(str(error.filename)), "a file", "no such file") from None
     except OSError as error:
         raise from_os_error(error) from None
     except Malformed as error:
         finding = Finding(Kind.MALFORMED, str(paths[0]), error.expected, error.found, GET_AGAIN)
-        raise WrongContent("the weights cannot be read", [finding]) from None
-    try:
-        head = source.read(0, HEAD)
-        name = source.paths[0].name.partition(".part-")[0]
-        found = format_named(format_) if format_ else sniff(head, name)
-        if found is None:
-            expected = f"weights as {' or '.join(one.name for one in FORMATS)}"
-            words = (expected, f"a file that starts {show(head[:16])}")
-            finding = Finding(Kind.UNSUPPORTED, source.where, *words)
-            raise WrongContent("the weights cannot be read", [finding])
-        return WeightsFile(source, found.read_index(source), found.name)
-    except BaseException:
-        source.close()
-        raise
+        raise WrongContent(title, [finding]) from None
 
 
 def locate(path: str | Path | Sequence[Path]) -> tuple[Files, Path]:

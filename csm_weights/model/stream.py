@@ -70,11 +70,7 @@ def stream(
             consumer.finish()
 
     count = max(1, min(threads or workers(), len(ranges)))
-    try:
-        run_all([work] * count, cancel, waiting=max(0, count - workers()))
-    except EOFError as error:
-        finding = Finding.changed(source.where, str(error))
-        raise WrongContent("the weights ended early", [finding]) from None
+    run_all([work] * count, cancel, waiting=max(0, count - workers()))
     if changes := source.changes():
         raise WrongContent("the weights changed while they were read", changes)
 

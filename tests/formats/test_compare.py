@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,15 @@ from csm_weights.commands.compare import compare
 from csm_weights.commands.render import blocks
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
+from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Kind, MissingInput, UsageError, WrongContent
 from csm_weights.formats import compare as stage
 from csm_weights.formats import strided
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.compare import Comparison, Difference, What
 from csm_weights.formats.multipart import MultipartFile
-from csm_weights.formats.transformers_layout import TIED
+from csm_weights.formats.transformers_layout import TIED, NamedTensor
+from csm_weights.formats.weights_file import open_weights
 from csm_weights.pipeline.request import Request
 from tests.support import hostile
 from tests.support.clone import REPOSITORY, copy_tiny
@@ -412,6 +416,30 @@ def test_heads_come_from_the_config(tmp_path: Path) -> None:
     assert compared_paths(tmp_path / "model.safetensors", shard).differences == ()
 
 
+@pytest.mark.parametrize("shape", [(63, 64), (64,), (4, 16, 64)])
+def test_a_projection_that_is_no_whole_heads_is_refused(
+    shape: tuple[int, ...], ours: Path, tmp_path: Path
+) -> None:
+    """A projection of another layer tells the rows of a head, and this one has not those."""
+    name = "backbone_model.layers.1.self_attn.q_proj.weight"
+    state = transformers_state(codec=False) | {name: torch.zeros(shape)}
+    save_file(state, tmp_path / "theirs.safetensors")
+    with pytest.raises(WrongContent, match="cannot be split into heads") as caught:
+        compared_paths(ours, tmp_path / "theirs.safetensors")
+    (finding,) = caught.value.findings
+    assert finding.where.endswith(f"theirs.safetensors: {name}")
+    assert (finding.expected, finding.found) == ("whole heads of 16 rows", f"F32 {list(shape)}")
+
+
+def test_a_projection_of_other_heads_has_another_shape(ours: Path, tmp_path: Path) -> None:
+    """A projection of one head less is compared, and differs by its shape."""
+    name = "backbone_model.layers.1.self_attn.q_proj.weight"
+    state = transformers_state(codec=False) | {name: torch.zeros(48, 64)}
+    save_file(state, tmp_path / "theirs.safetensors")
+    difference = only(compared_paths(ours, tmp_path / "theirs.safetensors"))
+    assert (difference.name, difference.second) == (Q_PROJ, "F32 [48, 64]")
+
+
 def test_missing_shards_are_named(ours: Path, tmp_path: Path) -> None:
     """Without all of its shards a checkpoint is not compared, whichever way it is named."""
     shards = sharded(tmp_path / "theirs", transformers_state(), count=3)
@@ -522,6 +550,13 @@ def test_all_that_an_index_lists_is_read_or_refused(
         assert compared_paths(path, folder).equal == found
 
 
+@pytest.mark.parametrize("index", ["pytorch_model.bin", "model.pt"])
+def test_an_index_of_another_format_says_nothing(index: str, ours: Path) -> None:
+    """What it lists, or that it is broken, does not matter to a safetensors file beside it."""
+    (ours.parent / f"{index}.index.json").write_text("[]")
+    assert compared_paths(ours, ours.parent).error is None
+
+
 def test_an_index_may_be_large(tmp_path: Path) -> None:
     """An index of many megabytes is read: large models have a hundred thousand tensors."""
     paths = sharded(tmp_path / "theirs", tiny_state())
@@ -614,6 +649,82 @@ def test_a_path_to_nothing_is_missing_input(ours: Path, tmp_path: Path) -> None:
         assert (caught.value.findings[0].help == "check the path") is (path != empty)
 
 
+def test_what_cannot_be_opened_is_named(ours: Path) -> None:
+    """The operating system's own reason is told of the file, under its whole name."""
+    for name, reason in {
+        "x.pt": "Not a directory",
+        "x" * 300 + ".pt": "File name too long",
+    }.items():
+        path = ours / name if len(name) < 300 else ours.with_name(name)
+        with pytest.raises(WrongContent, match="the operating system") as caught:
+            open_weights([path])
+        (finding,) = caught.value.findings
+        assert (finding.kind, finding.where) == (Kind.UNREADABLE, str(path))
+        assert finding.found == reason
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_a_disk_that_fails_is_named_by_its_file(
+    reads: int, ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that fails is told with the very chunk file, at the first read and at a later one."""
+    content, left = ours.read_bytes(), iter(range(reads))
+    parts = [hostile.written(ours.parent, content[:4], "a")]
+    parts.append(hostile.written(ours.parent, content[4:], "b"))
+    preadv = os.preadv
+    second = parts[1].stat().st_ino
+
+    def failing(fd: int, *arguments: Any) -> int:
+        if os.fstat(fd).st_ino == second and next(left, None) is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, *arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(WrongContent) as caught:
+        open_weights(parts)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.UNREADABLE, str(parts[1]))
+    assert finding.found == "Input/output error"
+
+
+def test_a_file_that_is_cut_while_it_is_opened_is_refused(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header that ends early, though the file was long enough, is a change of the file."""
+    preadv = os.preadv
+
+    def cutting(*arguments: Any) -> int:
+        os.truncate(ours, 600)
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", cutting)
+    with pytest.raises(WrongContent, match="the weights ended early") as caught:
+        open_weights([ours])
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.CHANGED, str(ours))
+    assert finding.found == "a shorter one"
+
+
+def test_a_cancelled_comparison_reads_no_more(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that compares a tensor ends before its next block once another has failed."""
+    cancel = threading.Event()
+    read: list[int] = []
+
+    def progress(nbytes: int) -> None:
+        read.append(nbytes)
+        cancel.set()
+
+    monkeypatch.setattr(stage, "BLOCK", 4096)
+    with open_weights([ours]) as weights:
+        tensor = NamedTensor.of(weights.source, weights.index.tensors[Q_PROJ])
+        assert stage.first_difference(Q_PROJ, tensor, tensor, read.append, cancel) is None
+        assert sum(read) == 2 * tensor.info.nbytes
+        read.clear()
+        with pytest.raises(Cancelled):
+            stage.first_difference(Q_PROJ, tensor, tensor, progress, cancel)
+    assert read == [4096, 4096]
+
+
 def test_a_file_that_is_written_to_meanwhile_is_refused(
     ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -647,7 +758,7 @@ def test_a_file_that_is_cut_meanwhile_is_refused(
         read(source, *arguments)
 
     monkeypatch.setattr(stage, "read_elements", cutting)
-    with pytest.raises(WrongContent, match="became shorter"):
+    with pytest.raises(WrongContent, match="found a shorter one"):
         compared_paths(ours, other)
 
 

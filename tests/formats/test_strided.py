@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from csm_weights.errors import WrongContent
 from csm_weights.formats.multipart import MultipartFile
 from csm_weights.formats.strided import read_elements, to_number
 from csm_weights.formats.tensor_index import TensorInfo, row_major
@@ -160,8 +161,10 @@ def test_a_tensor_beyond_the_end_of_its_files_is_not_read(
     info = TensorInfo("t", "F32", shape, 16, stride)
     with MultipartFile(parts) as source:
         assert sorted(read(source, info)) == sorted([*range(16, 20), *range(20)])
-        with pytest.raises(EOFError, match=r"a and 1 more chunk files ends before byte 41$"):
+        with pytest.raises(WrongContent, match="ended early") as caught:
             read(source, replace(info, offset=17))
+    (finding,) = caught.value.findings
+    assert (finding.where, finding.found) == (source.where, "its end before byte 41")
 
 
 @pytest.mark.parametrize(

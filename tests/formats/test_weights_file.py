@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ from csm_weights.formats import format_named, sniff, torch_checkpoint
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.identify import check_network
 from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, row_major
+from csm_weights.formats.torch_writer import directory, layout_records
+from csm_weights.formats.torch_zip import PADDING
 from csm_weights.formats.transformers_layout import Layout, NamedTensors, Summary, name_tensors
 from csm_weights.formats.weights_file import WeightsFile
 from tests.support import hostile
@@ -426,6 +429,68 @@ def test_torch_checkpoint_beyond_4_gib(tmp_path: Path) -> None:
         assert places["last"] == tensors["last"].offset - tensors["big"].offset
     finally:
         path.unlink()
+
+
+#: What a size or place of 32 bits cannot be: it stands for one of 64 bits.
+FULL = (1 << 32) - 1
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Saves tensors of so many bytes, which take no room on the disk."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "sparse.pt"
+
+    def save(*sizes: int) -> Path:
+        with torch.serialization.skip_data():
+            torch.save([torch.empty(size, dtype=torch.uint8) for size in sizes], path)
+        return path
+
+    yield save
+    path.unlink()
+
+
+@pytest.mark.parametrize("size", [FULL - 1, FULL, FULL + 1])
+@pytest.mark.parametrize("is_place", [False, True])
+def test_an_archive_is_written_as_torch_writes_it(
+    size: int, is_place: bool, sparse: Callable[..., Path]
+) -> None:
+    """Sizes and places on either side of 32 bits, and an empty record, give torch's very bytes."""
+    if is_place:  # of the second record, after the first one's data and their descriptor
+        size -= read_checkpoint(sparse(size)).tensors["0"].offset + 16
+    path = sparse(size, 0, 16)
+    with zipfile.ZipFile(path) as archive:
+        infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    folder = infos[0].filename.partition("/")[0]
+    names = {info.filename.partition("/")[2]: info.file_size for info in infos}
+    records = list(zip(layout_records(folder, names).values(), infos, strict=True))
+    with path.open("rb") as file:
+        for record, info in records:
+            assert record.header == info.header_offset
+            file.seek(record.header)
+            assert file.read(len(record.local)) == record.local
+            file.seek(record.data + record.size)
+            assert file.read(record.end - file.tell()) == record.descriptor(info.CRC)
+        assert file.read() == directory((record, info.CRC) for record, info in records)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [(FULL + 1, "zip64 sizes, found none"), (FULL, "a data descriptor like")]
+)
+def test_a_size_of_64_bits_stands_before_the_data_too(
+    size: int, reason: str, sparse: Callable[..., Path]
+) -> None:
+    """A record without the size in its own header is refused, unless 32 bits can hold it."""
+    path = sparse(size)
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("sparse/data/0")
+    with path.open("r+b") as file:
+        at = info.header_offset + 28
+        file.seek(at)
+        (extras,) = struct.unpack("<H", file.read(2))
+        file.seek(at + 2 + len(info.filename))
+        file.write(struct.pack("<2H", PADDING, extras - 4))
+    assert reason in _message(read_checkpoint, path)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from csm_weights.commands.verify import verify
 from csm_weights.errors import Kind, NoSpace, UsageError, WrongContent
+from csm_weights.formats import strided, write
 from csm_weights.formats.architecture import CSM_1B, CsmConfig, TransformerConfig, parse_config
 from csm_weights.formats.model_files import generation_config, original_config, transformers_config
 from csm_weights.manifest.parse import load
@@ -446,6 +447,24 @@ def test_sources_that_change_meanwhile_are_refused(
     monkeypatch.setattr(OutputFile, "write", disturbing)
     with pytest.raises(WrongContent, match="changed while they were converted"):
         converted(source, "original", tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_source_that_is_cut_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that ends early while it is converted is named, and gives no file."""
+    source = saved(tmp_path / "a", released())
+    real = strided.read_elements
+
+    def cutting(*arguments: Any) -> None:
+        os.truncate(source, 10_000)
+        real(*arguments)
+
+    monkeypatch.setattr(write, "read_elements", cutting)
+    with pytest.raises(WrongContent, match="ended early") as caught:
+        converted(source, "original", tmp_path / "out")
+    assert [finding.where for finding in caught.value.findings] == [str(source)]
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -45,7 +45,10 @@ BAD_LEGACY: Bad = {
         legacy(system=b"}"),
         "numbers in little-endian order, found others",
     ),
-    "keys_are_a_dict": (legacy(keys=b"\x80\x02}."), f"pickle 5: malformed: expected {_KEYS}"),
+    "keys_are_a_dict": (
+        legacy(keys=b"\x80\x02}" + text("0") + b"K\0s."),
+        f"pickle 5: malformed: expected {_KEYS}",
+    ),
     "key_missing": (legacy(keys=listed(), storages=STORAGE), f"{_KEYS}, found others"),
     "key_too_many": (legacy(keys=listed("0", "1")), f"{_KEYS}, found others"),
     "key_is_a_number": (legacy(keys=b"\x80\x02]K\0a."), f"{_KEYS}, found others"),
