@@ -245,7 +245,8 @@ class _Disk:
         self.strays = functools.cache(self._strays)
         self.cache = self.cached_repo(paths.cache)
         within = [shelf / name for shelf in paths.shelves for name in ("", *COMFYUI)]
-        self.folders = [folder for folder in within if self.is_folder(folder)]
+        # One that may not be read holds nothing for us; Path.is_dir would raise.
+        self.folders = [folder for folder in within if os.path.isdir(folder)]  # noqa: PTH112
         self.caches = list(filter(None, map(self.cached_repo, paths.shelves)))
         self.chunk_names: dict[Path, set[str]] = {}
         for artifact in manifest.artifacts:

@@ -34,6 +34,7 @@ from csm_weights.store.hub_cache import (
     snapshot_file,
 )
 from tests.support.clone import REPOSITORY
+from tests.support.privileges import unprivileged
 from tests.support.toy import content, flip
 
 REPO = "org/name"
@@ -412,6 +413,25 @@ def test_bytes_that_are_not_those_of_the_name_get_no_name(hub: Hub, number: int)
     assert not hub.snapshot.joinpath("big.bin").is_symlink()
 
 
+@pytest.mark.parametrize("number", [0, 1], ids=["sha256", "git id"])
+def test_a_file_that_is_cut_while_it_is_copied_gets_no_name(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A file that ends early is one that was changed, and named as such."""
+    file = hub.seeds[number].file
+
+    def cut(*_: int) -> bool:
+        os.truncate(file, SIZE - 1)
+        return False
+
+    monkeypatch.setattr(block_io, "clone_range", cut)
+    monkeypatch.setattr(os, "geteuid", lambda: file.stat().st_uid + 1)
+    with pytest.raises(WrongContent, match="no longer the one that was verified") as caught:
+        hub.seed()
+    assert [(f.kind, f.where) for f in caught.value.findings] == [(Kind.EDITED, str(file))]
+    assert list(hub.blobs.iterdir()) == []
+
+
 def test_a_file_of_another_size_is_refused_at_once(hub: Hub) -> None:
     """A file that has grown since it was verified is not linked, and nothing is made."""
     with hub.big.file.open("ab") as file:
@@ -469,6 +489,15 @@ def test_a_damaged_blob_is_replaced_and_that_is_said(hub: Hub, cut: int) -> None
     assert hows(hub.seed()) == [How.REPLACED, How.REPLACED]
     assert hub.is_right()
     assert hub.leftovers() == []
+
+
+def test_a_blob_that_cannot_be_read_is_replaced(hub: Hub) -> None:
+    """Nobody can tell whether its bytes are right, and the client could not read them either."""
+    for item in hub.seeds:
+        hub.put(hub.blob(item), content(item.path, SIZE)).chmod(0)
+    with unprivileged():
+        assert hows(hub.seed()) == [How.REPLACED, How.REPLACED]
+        assert hub.is_right()
 
 
 def test_a_right_blob_of_the_shared_store_is_kept(hub: Hub) -> None:

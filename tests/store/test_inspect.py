@@ -26,6 +26,7 @@ from csm_weights.store.inspect import ArtifactState, FileState, Paths, filesyste
 from csm_weights.store.journal import PieceRecord, journal_path, partial_path
 from csm_weights.store.receipts import receipt_path
 from csm_weights.untrusted import dump_record
+from tests.support.privileges import unprivileged
 from tests.support.toy import Toy, flip
 
 VERIFIED, UNVERIFIED = FileState.VERIFIED, FileState.UNVERIFIED
@@ -193,6 +194,88 @@ def test_the_type_of_a_file_system_is_known() -> None:
     assert filesystem_type(Path("/proc/self")) == "proc"
 
 
+def test_without_a_list_of_mounts_no_type_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system without /proc has none, which is no error."""
+
+    def refuse(*_: object) -> bytes:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(inspecting, "read_bounded", refuse)
+    assert filesystem_type(Path("/")) == ""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("/", "ext4"), ("/disk", "xfs"), ("/disk/a b/c", "btrfs"), ("/diskette", "ext4")],
+)
+def test_the_innermost_mount_decides(
+    monkeypatch: pytest.MonkeyPatch, folder: str, kind: str
+) -> None:
+    """The longest mount point above the folder counts, and of two at one point the later."""
+    lines = [
+        "1 0 8:1 / / rw shared:1 - ext4 /dev/a rw",
+        "3 1 8:3 / /disk/a\\040b rw - btrfs /dev/c rw",
+        "2 1 8:2 / /disk rw - vfat /dev/b rw",
+        "4 1 8:4 / /disk rw - xfs /dev/d rw",
+    ]
+    monkeypatch.setattr(inspecting, "read_bounded", lambda _: "\n".join(lines).encode())
+    assert filesystem_type(Path(folder)) == kind
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no second file system here")
+def test_chunk_files_on_another_disk_than_staging_make_no_room(toy: Toy) -> None:
+    """Why is said with the folder that is there of staging."""
+    paths = Paths.of(toy.manifest, toy.root)
+    assert inspected(toy)["a.bin"].saves_nothing == ""
+    state = inspect(
+        toy.manifest, toy.manifest.artifacts, replace(paths, staging=Path("/proc/x")), {}
+    )
+    expected = "the chunk files are on another file system than /proc"
+    assert [item.saves_nothing for item in state.artifacts][:2] == [expected] * 2
+
+
+def test_a_chunk_file_that_may_not_be_read_is_unfit(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told before the run begins, with its path; one of the wrong size is that first."""
+    victims = {toy.chunk_file("a.bin", 1), toy.chunk_file("a.bin", 2)}
+    os.truncate(toy.chunk_file("a.bin", 2), 5)
+    real = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode, **more: (
+            not (path in victims and mode == os.R_OK) and real(path, mode, **more)
+        ),
+    )
+    chunks = inspected(toy)["a.bin"].chunks
+    assert [chunk.state for chunk in chunks[:4]] == [UNVERIFIED, INVALID, INVALID, UNVERIFIED]
+    first, second = (chunk.finding for chunk in chunks[1:3])
+    assert first and second and second.kind is Kind.WRONG_SIZE
+    assert (first.kind, first.where) == (Kind.UNREADABLE, toy.artifact("a.bin").pieces[1].part)
+    assert first.found == "permission denied"
+
+
+def test_a_cache_that_may_not_be_read_holds_nothing(toy: Toy) -> None:
+    """Another user's cache, or a folder of it, is no error: the bytes come from elsewhere."""
+    toy.write_manifest(replace(toy.manifest, repo="org/toy", revision="a" * 40))
+    cache = toy.root / "cache"
+    blob = cache / "models--org--toy/blobs" / str(toy.artifact("a.bin").sha256)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(toy.good("a.bin"))
+    paths = replace(Paths.of(toy.manifest, toy.root), cache=cache, shelves=(cache,))
+
+    def found() -> tuple[bool, int]:
+        item = inspect(toy.manifest, toy.manifest.artifacts, paths, {}).artifacts[0]
+        return item.cached is not None, len(item.shelved)
+
+    assert found() == (True, 1)
+    for folder in (blob.parent, blob.parent.parent, cache):
+        folder.chmod(0)
+        with unprivileged():
+            assert found() == (False, 0)
+
+
 @pytest.mark.parametrize("value", [[], {}, None, "0", 0.5, True])
 def test_a_journal_of_odd_values_only_costs_time(toy: Toy, value: object) -> None:
     """A journal line with a value of another type does not stop the inspection."""
@@ -347,12 +430,17 @@ def test_only_pieces_that_begin_at_a_block_share_it(
     assert state.shares_blocks is shares
 
 
-@pytest.mark.parametrize(("grown", "is_stranded"), [(0, True), (4096, False)])
+@pytest.mark.parametrize(
+    ("size", "grown", "is_stranded"),
+    [(4 << 20, 0, True), (4 << 20, 4096, False), (4096, 0, True), (4095, 0, False)],
+)
 def test_a_chunk_file_of_another_size_is_no_consumed_one(
-    tmp_path: Path, grown: int, is_stranded: bool
+    tmp_path: Path, size: int, grown: int, is_stranded: bool
 ) -> None:
-    """A hole at the start means that bytes have moved only in a file of the piece's size."""
-    size = 4 << 20
+    """A hole at the start means that bytes have moved only in a file of the piece's size.
+
+    Less than a block is never given back.
+    """
     piece = Piece("chunks/x-0", 0, size, "5" * 64)
     artifact = Artifact("x", "x", "opaque", size, "5" * 64, pieces=(piece,))
     manifest = Manifest("toy", "output/toy", "models/toy", (artifact,))

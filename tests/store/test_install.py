@@ -287,3 +287,23 @@ def test_small_files_are_written_whole_or_not_at_all(
     with pytest.raises(CsmWeightsError):
         write_whole(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_file_that_is_exchanged_at_the_last_moment_loses_the_name(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was renamed is compared once more: another file goes back, and has no receipt."""
+    real = Path.replace
+
+    def exchanging(self: Path, target: Any) -> Path:
+        if Path(target) == hall.final:
+            self.unlink()
+            self.write_text("tamper\n")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", exchanging)
+    with pytest.raises(WrongContent, match="changed while it was being installed") as caught:
+        hall.install()
+    assert [(f.kind, f.where) for f in caught.value.findings] == [(Kind.CHANGED, str(hall.final))]
+    assert (hall.final.exists(), hall.source.read_text()) == (False, "tamper\n")
+    assert not hall.record.exists()

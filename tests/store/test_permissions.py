@@ -337,3 +337,21 @@ def test_a_folder_that_takes_no_file_is_no_disk_of_a_stranger(tmp_path: Path) ->
     tmp_path.chmod(0o555)
     with unprivileged(), pytest.raises(NoSpace):
         atomic.create(tmp_path / "x")
+
+
+@needs_root
+def test_a_strangers_file_in_a_folder_that_takes_none_is_not_trusted(tmp_path: Path) -> None:
+    """Whose new files there would be cannot be found out, so the file is the stranger's."""
+    path = tmp_path / "x"
+    path.touch()
+    path.chmod(0o666)
+    os.chown(path, STRANGER, STRANGER)
+    tmp_path.chmod(0o555)
+    with unprivileged(), pytest.raises(WrongContent) as caught:
+        atomic.create(path)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.IN_THE_WAY, str(path))
+    assert (finding.found, finding.expected) == (
+        f"one of user {STRANGER}",
+        f"a file of this user ({os.geteuid()}), or none",
+    )
