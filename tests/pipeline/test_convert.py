@@ -23,6 +23,7 @@ from csm_weights.formats import strided, write
 from csm_weights.formats.architecture import CSM_1B, CsmConfig, TransformerConfig, parse_config
 from csm_weights.formats.model_files import generation_config, original_config, transformers_config
 from csm_weights.manifest.parse import load
+from csm_weights.manifest.paths import RECEIPTS
 from csm_weights.model.csm import Model
 from csm_weights.pipeline import convert
 from csm_weights.pipeline.convert import Conversion
@@ -75,6 +76,17 @@ def test_there_and_back_is_the_same_file(format_: str, shard_size: int, tmp_path
     names = sorted(path.name for path in theirs.iterdir() if path.is_file())
     assert len(names) == (8 if shard_size and format_ == "safetensors" else 3)
     assert {n: digest(theirs / n) for n in names} == {n: digest(again / n) for n in names}
+
+
+@pytest.mark.parametrize(("options", "model"), [({}, "out"), ({"manifest": "mine"}, "mine")])
+def test_the_receipt_has_the_name_of_the_manifest_or_of_the_folder(
+    options: dict[str, str], model: str, tmp_path: Path
+) -> None:
+    """A path through another folder is resolved first."""
+    (tmp_path / "manifests").mkdir()
+    out = converted(PARTS, "original", tmp_path / "b" / ".." / "out", tmp_path, **options)
+    receipt = out / RECEIPTS / "model.safetensors.json"
+    assert json.loads(receipt.read_text())["model"] == model
 
 
 def digest_of_parts() -> str:

@@ -459,6 +459,17 @@ def test_the_hub_is_asked_for_nothing_else(bench: Bench) -> None:
     assert others == ["/api/whoami-v2"]
 
 
+def test_files_that_the_hub_gives_are_counted_and_what_is_wrong_is_named(bench: Bench) -> None:
+    """The row has the repository and twelve digits of the commit, then kinds of findings."""
+    bench.owner()
+    found = checks(bench.examine())["access"].found
+    assert found == f"2 of 2 files of {REPO} at {bench.commit[:12]}"
+    another_file(bench)
+    found = checks(bench.examine())["access"].found
+    commit = parse.load(bench.root / "manifests" / "csm-tiny.toml").revision or ""
+    assert found == f"1 of 2 files of {REPO} at {commit[:12]}: not found"
+
+
 def test_the_token_goes_to_the_hub_only(bench: Bench) -> None:
     """The storage host and a mirror see nothing of it."""
     bench.owner()

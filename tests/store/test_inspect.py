@@ -111,6 +111,14 @@ def test_a_receipt_that_does_not_fit_counts_for_nothing(
     assert inspected(on_disk)[name].installed.state is UNVERIFIED
 
 
+def test_a_file_without_a_digest_of_its_own_may_have_one_piece(on_disk: Toy) -> None:
+    """The receipt's one piece is that of the manifest."""
+    receipt = inspected(on_disk)["b.bin"].installed.receipt
+    assert receipt
+    b = on_disk.artifact("b.bin")
+    assert replace(receipt, pieces=receipt.pieces[:1]).fits(replace(b, pieces=b.pieces[:1]))
+
+
 @pytest.mark.parametrize("text", ["", "rubbish", "null", "[]", "[" * 9999, "\x00\xff", "9" * 9999])
 def test_a_damaged_receipt_counts_as_absent(on_disk: Toy, text: str) -> None:
     """A receipt that cannot be understood leaves the file unverified."""

@@ -372,6 +372,11 @@ FAILING: dict[str, tuple[dict[str, Any], Kind, type[CsmWeightsError]]] = {
         WrongContent,
     ),
     "a web page": ({"name": "html", "host": "storage"}, Kind.WRONG_ANSWER, NetworkFailed),
+    "a web page that is said to be plain text": (
+        {"name": "html", "host": "storage", "kind": "text/plain", "body": b"\n<p>Sign in</p>"},
+        Kind.WRONG_ANSWER,
+        NetworkFailed,
+    ),
     "a range that is refused": (
         {"name": "status", "host": "storage", "code": 416},
         Kind.WRONG_ANSWER,

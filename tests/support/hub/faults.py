@@ -166,9 +166,11 @@ def _moved(exchange: Exchange) -> Response:
     return redirect(307, location, {}, exchange.response.entry)
 
 
-@_fault("html", "200 and the page of a captive portal.")
-def _html(exchange: Exchange, *, body: bytes = _PORTAL) -> Response:
-    page = text_response(body, kind="text/html; charset=utf-8")
+@_fault("html", "200 and the page of a captive portal, said to be of a type.")
+def _html(
+    exchange: Exchange, *, body: bytes = _PORTAL, kind: str = "text/html; charset=utf-8"
+) -> Response:
+    page = text_response(body, kind=kind)
     return replace(page, entry=exchange.response.entry)
 
 
