@@ -221,7 +221,6 @@ def _check_record(file: MultipartFile, entry: Record, limit: int) -> tuple[int, 
     if flags & DESCRIPTOR_FLAG:
         layout = "<4sI2I" if wide is None else "<4sI2Q"
         descriptor = struct.pack(layout, DESCRIPTOR_SIGN, entry.crc, entry.size, entry.size)
-    after = end + len(descriptor)
-    if after > limit or read_at(file, end, len(descriptor)) != descriptor:
+    if read_at(file, end, len(descriptor)) != descriptor:
         raise Malformed("a data descriptor like the directory's entry", "another", at)
-    return data, after
+    return data, end + len(descriptor)

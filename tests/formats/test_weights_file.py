@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csm_weights.errors import Kind, MissingInput, WrongContent
-from csm_weights.formats import format_named, sniff, torch_checkpoint
+from csm_weights.formats import format_named, sniff, torch_checkpoint, torch_pickle, torch_zip
 from csm_weights.formats.architecture import FLAVORS, CsmConfig
 from csm_weights.formats.identify import check_network
 from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, row_major
@@ -308,6 +308,52 @@ def test_repeated_elements_are_counted_by_the_byte(
         assert set(read_checkpoint(path).tensors) == {"v", "w"}
     else:
         assert "at most 3 bytes of repeated elements" in _message(read_checkpoint, path)
+
+
+def _nested(levels: int) -> bytes:
+    return b"\x80\x02" + b"]" * levels + hostile.tensor() + b"a" * levels + b"."
+
+
+_MARKS = _nested(1)[:-1] + b"(" * 15 + b"t" * 15 + b"a."
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "limit", "pickled", "reason"),
+    [
+        (torch_zip, "MAX_DIRECTORY", 246, hostile.GOOD_PICKLE, "a directory of at most 245 bytes"),
+        (
+            torch_checkpoint,
+            "MAX_PICKLE",
+            len(hostile.GOOD_PICKLE),
+            hostile.GOOD_PICKLE,
+            f"at most {len(hostile.GOOD_PICKLE) - 1} bytes",
+        ),
+        (torch_checkpoint, "MAX_NOTE", 6, hostile.GOOD_PICKLE, "at most 5 bytes, found 6"),
+        (torch_pickle, "MAX_OBJECTS", 8, hostile.GOOD_PICKLE, "at most 7 objects"),
+        (torch_pickle, "MAX_STACK", 10, hostile.GOOD_PICKLE, "at most 9 objects at once"),
+        (torch_pickle, "MAX_STACK", 15, _MARKS, "at most 14 marks at once"),
+        (torch_pickle, "MAX_VALUES", 1, hostile.GOOD_PICKLE, "at most 0 values"),
+        (torch_pickle, "MAX_DEPTH", 4, _nested(5), "at most 3 containers"),
+        (torch_pickle, "MAX_DIMS", 2, hostile.GOOD_PICKLE, "at most 1 dimensions"),
+        (torch_pickle, "MAX_INDEX", 465, hostile.GOOD_PICKLE, "a name for each tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isupper() else "",
+)
+def test_what_is_at_a_limit_is_read(
+    module: Any,
+    name: str,
+    limit: int,
+    pickled: bytes,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A limit is the most that is read, and one more is refused."""
+    path = hostile.written(tmp_path, hostile.checkpoint(pickled))
+    monkeypatch.setattr(module, name, limit)
+    assert len(read_checkpoint(path).tensors) == 1
+    monkeypatch.setattr(module, name, limit - 1)
+    assert reason in _message(read_checkpoint, path)
 
 
 def test_pickle_position_is_in_the_finding(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from tests.support.hostile.common import Bad
@@ -40,22 +38,27 @@ def _changed(index: int, **fields: Any) -> bytes:
     return zip_of(entries)
 
 
-def _with_zip64_end(
-    rest: int = 44,
-    locator: tuple[int, int, int] | None = None,
-    wide: Mapping[str, int] = MappingProxyType({}),
-) -> bytes:
-    """Return the good checkpoint with a zip64 end record of `rest` more bytes, and its locator.
+def _with_zip64_end(content: bytes, **fields: int) -> bytes:
+    """Return a zip with a zip64 end record and its locator.
 
-    That holds the number of the disk, the record's byte, and how many disks there are. `wide`
-    replaces disk, first, here, count, length and start of the record.
+    `fields` replace numbers of the record, and of the locator: the record's disk, its byte,
+    and how many disks there are.
     """
-    content = good_checkpoint()
     body, last = content[:-22], content[-22:]
     here, count, length, start = struct.unpack("<2H2I", last[8:20])
-    says = {"disk": 0, "first": 0, "here": here, "count": count, "length": length, "start": start}
-    end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", rest, 45, 45, *{**says, **wide}.values())
-    return body + end + struct.pack("<4sIQI", b"PK\6\7", *(locator or (0, len(body), 1))) + last
+    says = {"sign": 0x06064B50, "rest": 44, "made": 45, "needs": 45, "disk": 0, "first": 0}
+    says |= {"here": here, "count": count, "length": length, "start": start}
+    says |= {"at_disk": 0, "at": len(body), "disks": 1} | fields
+    *wide, disk, at, disks = says.values()
+    locator = struct.pack("<4sIQI", b"PK\6\7", disk, at, disks)
+    return body + struct.pack("<IQ2H2I4Q", *wide) + locator + last
+
+
+def _patched(sign: bytes, at: int, byte: int = 1) -> bytes:
+    """Return the good checkpoint with one byte changed behind the last of some header's signs."""
+    content = bytearray(good_checkpoint())
+    content[content.rindex(sign) + at] = byte
+    return bytes(content)
 
 
 def _without(name: str) -> bytes:
@@ -103,6 +106,10 @@ BAD_ZIPS: Bad = {
     "truncated": (good_checkpoint()[:-1], "a zip archive that ends the file"),
     "trailing_byte": (good_checkpoint() + b"\0", "a zip archive that ends the file"),
     "trailing_comment": (zip_of(GOOD, comment=b"hello"), "a zip archive that ends the file"),
+    "end_record_cut": (b"PK\5\6" + bytes(17), "a file of 21 bytes"),
+    "end_record_of_another_disk": (_patched(b"PK\5\6", 4), "one disk and no comment"),
+    "directory_on_another_disk": (_patched(b"PK\5\6", 6), "one disk and no comment"),
+    "entries_on_another_disk": (_patched(b"PK\5\6", 8), "one disk and no comment"),
     "comment_length_lies": (good_checkpoint()[:-2] + b"\1\0", "no comment"),
     "bytes_before_the_zip": (b"\x7fELF" + good_checkpoint(), "a directory up to byte"),
     "bytes_before_the_first_record": (_changed(0, before=b"\x7fELF"), "a record at byte 0"),
@@ -113,6 +120,10 @@ BAD_ZIPS: Bad = {
         "a directory up to byte",
     ),
     "count_lies": (zip_of(GOOD, count=3), "3 entries"),
+    "count_too_large": (zip_of(GOOD, count=5), "5 entries"),
+    "entry_of_another_sign": (_patched(b"PK\1\2", 3), "a directory entry without comment"),
+    "entry_of_another_disk": (_patched(b"PK\1\2", 34), "a directory entry without comment"),
+    "header_of_another_sign": (_patched(b"PK\3\4", 3), "a local header like"),
     "directory_length_lies": (zip_of(GOOD, length=10), "a directory up to byte"),
     "directory_huge": (
         zip_of([], before=b"", length=0xFFFFFFF0, offset=0),
@@ -144,13 +155,20 @@ BAD_ZIPS: Bad = {
     ),
     "descriptor_missing": (_changed(3, descriptor=b""), "a data descriptor like"),
     "hidden_extra_field": (_changed(2, local={"extra": _SECRET}), "extra field 0x7777"),
+    "padding_twice": (_changed(2, local={"extra": b"FB\0\0" * 2}), "extra field 0x4246"),
+    "padding_cut": (_changed(2, local={"extra": b"FB\5\0ZZZZ"}), "extra field 0x4246"),
+    "extra_field_cut": (_changed(2, local={"extra": b"FB\0"}), "extra field 0x0000"),
     "central_extra_field": (_changed(2, central={"extra": _SECRET}), "extra field 0x7777"),
-    "zip64_end_of_another_size": (_with_zip64_end(rest=45), "a zip64 end record at byte"),
-    "zip64_end_elsewhere": (_with_zip64_end(locator=(0, 0, 1)), "a zip64 end record at byte"),
-    "zip64_end_of_two_disks": (_with_zip64_end(locator=(0, 0, 2)), "a zip64 end record at byte"),
+    **{
+        f"zip64_end_with_another_{field}": (
+            _with_zip64_end(good_checkpoint(), **{field: value}),
+            "a zip64 end record at byte",
+        )
+        for field, value in {"sign": 7, "rest": 45, "at_disk": 1, "at": 0, "disks": 2}.items()
+    },
     **{
         f"zip64_end_of_another_{field}": (
-            _with_zip64_end(wide={field: value}),
+            _with_zip64_end(good_checkpoint(), **{field: value}),
             "two end records that agree",
         )
         for field, value in {
@@ -162,8 +180,10 @@ BAD_ZIPS: Bad = {
             "start": 7,
         }.items()
     },
+    "only_zip64_ends": (_with_zip64_end(zip_of([])), "a record data.pkl"),
     "central_zip64_not_needed": (_changed(2, central={"extra": _WIDE}), "where they are needed"),
     "central_comment": (_changed(2, central={"comment": b"hi"}), "without comment"),
+    "central_packed_larger": (_changed(2, central={"packed": 30}), "24 bytes stored"),
     "central_sizes_differ": (_changed(2, central={"packed": 20}), "24 bytes stored"),
     "central_crc_differs": (_changed(0, central={"crc": 1}), "a data descriptor like"),
     "size_beyond_the_file": (
@@ -217,7 +237,7 @@ BAD_ZIPS: Bad = {
         zip_of(records(GOOD_PICKLE, **{".format_version": b"#!/bin/sh"})),
         ".format_version: malformed",
     ),
-    "pickle_huge": (checkpoint(b"\x80\x02" + b"}" * (4 << 20)), "at most 4194304 bytes"),
+    "pickle_huge": (checkpoint(b"\x80\x02" + b"}" * ((4 << 20) - 1)), "at most 4194304 bytes"),
     "pickle_crc_wrong": (
         _changed(0, central={"crc": 7}, descriptor=data_descriptor(7, len(GOOD_PICKLE))),
         "expected CRC 0x00000007",
