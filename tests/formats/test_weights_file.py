@@ -705,3 +705,9 @@ def test_other_bytes_are_no_safetensors_file() -> None:
     """A brace where a header would begin does not make a file one, if no header is so long."""
     assert sniff(b"\xff" * 8 + b"{") is None
     assert sniff((100).to_bytes(8, "little") + b"{") is format_named("safetensors")
+
+
+def test_the_folder_of_several_files_is_that_of_the_first() -> None:
+    """There the other files of the model are looked for."""
+    paths = [Path("a/model.safetensors.part-aa"), Path("b/model.safetensors.part-ab")]
+    assert weights_file.locate(paths) == ([paths], Path("a"))

@@ -597,6 +597,13 @@ def test_a_storage_host_that_redirects_back_gets_no_token_sent(shop: Shop) -> No
     assert elsewhere and not any("authorization" in r.headers for r in elsewhere)
 
 
+def test_no_token_is_read_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is sent, so that a library that may fail, or ask a server, is not called."""
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: pytest.fail("it was asked"))
+    environment = HubEnvironment.read({"HF_TOKEN": "hf_good", "HF_HUB_OFFLINE": "1"})
+    assert HubCredentials.from_environment(environment).token is None
+
+
 def test_a_token_that_cannot_be_exchanged_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the library fails to get a token, access is refused, and its words are not repeated."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import groupby
 
 import pytest
 
@@ -91,6 +92,18 @@ def test_where_nothing_is_better_the_number_stays() -> None:
         climb.measured(100 * MIB)
     assert numbers.count(FIRST) >= 0.95 * len(numbers)
     assert set(numbers) <= {FIRST, FIRST + 1, FIRST - 1, FIRST // 2, 1}
+
+
+def test_others_are_tried_less_and_less_often_where_nothing_is_better() -> None:
+    """One more, one fewer, half as many and one, with 7, 13, 25, 49 and 49 measurements between."""
+    climb, used = Climb(), list[int]()
+    for _ in range(149):
+        used.append(climb.lines)
+        climb.measured(1.0)
+    runs = [(lines, len(list(same))) for lines, same in groupby(used)]
+    others = [(6, 1), (4, 1), (2, 1), (1, 1), (6, 1)]
+    rests = [(FIRST, count) for count in (1, 7, 13, 25, 49, 49)]
+    assert runs == [one for pair in zip(rests, others, strict=False) for one in pair] + rests[5:]
 
 
 def test_noise_is_no_reason_for_many_lines_or_none() -> None:
