@@ -28,7 +28,7 @@ from csm_weights.formats.tensor_index import TensorIndex, TensorInfo, row_major
 from csm_weights.formats.torch_writer import directory, layout_records
 from csm_weights.formats.torch_zip import PADDING
 from csm_weights.formats.transformers_layout import Layout, NamedTensors, Summary, name_tensors
-from csm_weights.formats.weights_file import WeightsFile
+from csm_weights.formats.weights_file import WeightsFile, locate
 from tests.support import hostile
 from tests.support.readers import read_checkpoint, read_safetensors
 
@@ -710,4 +710,4 @@ def test_other_bytes_are_no_safetensors_file() -> None:
 def test_the_folder_of_several_files_is_that_of_the_first() -> None:
     """There the other files of the model are looked for."""
     paths = [Path("a/model.safetensors.part-aa"), Path("b/model.safetensors.part-ab")]
-    assert weights_file.locate(paths) == ([paths], Path("a"))
+    assert locate(paths) == ([paths], Path("a"))

@@ -279,6 +279,14 @@ def test_the_published_small_files_are_written() -> None:
     assert json.loads(config)["codebook_pad_token_id"] == 2050
 
 
+@pytest.mark.parametrize("stack", ["backbone", "decoder"])
+def test_a_network_with_one_stack_of_no_published_flavor_is_described(stack: str) -> None:
+    """Its config is read back as the same network."""
+    other = replace(getattr(CSM_1B, stack), layers=3)
+    network = replace(CSM_1B, **{stack: other})
+    assert parse_config(original_config(network).encode(), "") == network
+
+
 def test_sizes_and_tokens_for_csm_1b_are_transformers_defaults() -> None:
     """Read by transformers, the config.json of CSM-1B differs from its default in RoPE alone."""
     from transformers import CsmConfig as Theirs
