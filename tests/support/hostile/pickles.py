@@ -41,6 +41,7 @@ BAD_PICKLES: Bad = {
     "only_protocol": (b"\x80\x02", "the end of the pickle"),
     "protocol_0": (b"(dp0\n.", "pickle protocol 2"),
     "protocol_1": (b"}q\0.", "pickle protocol 2"),
+    "protocol_1_is_told": (protocol(1), "pickle protocol 2"),
     "protocol_6": (protocol(6), "pickle protocol 2"),
     "protocol_twice": (b"\x80\x02\x80\x02}.", "opcode PROTO"),
     "no_stop": (GOOD_PICKLE[:-1], "the end of the pickle"),
@@ -80,6 +81,8 @@ BAD_PICKLES: Bad = {
     "frame_cut": (b"\x80\4\x95" + bytes(7), "the argument of FRAME"),
     "frame_of_nothing": (b"\x80\4\x95" + bytes(8), "the end of the pickle"),
     "names_of_a_global_are_numbers": (b"\x80\4K\1K\2\x93.", "the names of a global"),
+    "module_of_a_global_is_a_number": (b"\x80\4K\1" + text("a") + b"\x93.", "names of a global"),
+    "name_of_a_global_is_a_number": (b"\x80\4" + text("a") + b"K\1\x93.", "names of a global"),
     "buffer": (b"\x80\x02\x97.", "opcode NEXT_BUFFER"),
     "call_of_a_storage_type": (b"\x80\x02" + FLOAT + b")R.", "a call of global torch FloatStorage"),
     "call_of_a_call": (b"\x80\x02" + HOOKS + b")R.", "a call of a OrderedDict"),
@@ -168,6 +171,7 @@ BAD_PICKLES: Bad = {
         b"\x80\x02(" + text("storage") + FLOAT + text("0") + text("cpu") + b"\x88tQ.",
         "a storage: type",
     ),
+    "storage_of_more_words": (_one_tensor(of=storage()[:-2] + b"K\1tQ"), "a storage: type"),
     "storage_of_negative_size": (_one_tensor(of=storage(elements=-1)), "a storage: type"),
     "storage_record_is_larger": (_one_tensor(of=storage(elements=5)), "20 bytes in data/0"),
     "storage_record_is_smaller": (_one_tensor(of=storage(elements=7)), "28 bytes in data/0"),
@@ -182,6 +186,16 @@ BAD_PICKLES: Bad = {
     ),
     "tensor_with_hooks": (_one_tensor(tail=b"\x89" + _HOOKED), "other arguments"),
     "tensor_without_hooks": (_one_tensor(tail=b"\x89"), "other arguments"),
+    "tensor_whose_flag_is_a_number": (_one_tensor(tail=b"K\1" + HOOKS), "other arguments"),
+    "tensor_with_a_number_more": (_one_tensor(tail=b"\x89" + HOOKS + b"K\1"), "other arguments"),
+    "tensor_v2_with_a_dtype": (
+        _one_tensor(tail=b"\x89" + HOOKS + b"ctorch\nint32\n"),
+        "other arguments",
+    ),
+    "tensor_v3_of_no_dtype": (
+        _one_tensor(tail=b"\x89" + HOOKS + b"ctorch\nSize\n").replace(b"_v2", b"_v3"),
+        "other arguments",
+    ),
     "tensor_of_another_tensor": (_one_tensor(of=tensor()), "other arguments"),
     "tensor_negative_offset": (_one_tensor(offset=-1), "other arguments"),
     "tensor_negative_stride": (_one_tensor(offset=5, stride=(-3, -1)), "other arguments"),
@@ -206,6 +220,17 @@ BAD_PICKLES: Bad = {
     "parameter_of_a_storage": (
         state_dict(text("w"), _PARAMETER + storage() + b"\x88" + HOOKS + b"tR"),
         "a call of global torch._utils _rebuild_parameter",
+    ),
+    "parameter_with_a_word_more": (
+        state_dict(text("w"), _PARAMETER + tensor() + b"\x88" + HOOKS + b"}tR"),
+        "a call of global torch._utils _rebuild_parameter",
+    ),
+    "parameter_without_its_state": (
+        state_dict(
+            text("w"),
+            _PARAMETER.replace(b"\n(", b"_with_state\n(") + tensor() + b"\x88" + HOOKS + b"tR",
+        ),
+        "a call of global torch._utils _rebuild_parameter_with_state",
     ),
     "parameter_with_hooks": (
         state_dict(text("w"), _PARAMETER + tensor() + b"\x88" + _HOOKED + b"tR"),
