@@ -300,6 +300,11 @@ def takes_long(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
     hub.add_repo(REPO, FILES)
 
 
+def too_many(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(hub_metadata, "MAX_FILES", len(FILES))
+    hub.add_repo(REPO, FILES | {"one/more.txt": b"one\n"})
+
+
 def portal(hub: HubServer, _: pytest.MonkeyPatch) -> None:
     hub.fault("html")
 
@@ -350,6 +355,7 @@ def offline(_: HubServer, patch: pytest.MonkeyPatch) -> None:
         (nobody, 6, Kind.NO_NETWORK),
         (stalls, 6, Kind.NO_NETWORK),
         (takes_long, 6, Kind.TOO_SLOW),
+        (too_many, 6, Kind.WRONG_ANSWER),
         (portal, 6, Kind.NO_NETWORK),
         (untyped_page, 6, Kind.NO_NETWORK),
         (other_json, 6, Kind.WRONG_ANSWER),
@@ -377,6 +383,16 @@ def test_refusals_have_their_exit_codes(
     assert list((root / "manifests").iterdir()) == []
     assert (hub.log == []) == (prepare in (offline, nobody))
     assert len(hub.requests()) <= 12
+
+
+def test_as_many_files_as_there_may_be_are_listed(
+    hub: HubServer, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit itself is not too many."""
+    monkeypatch.setattr(hub_metadata, "MAX_FILES", len(FILES))
+    hub.add_repo(REPO, FILES)
+    lock_repo(root)
+    assert (root / "manifests").is_dir() and list((root / "manifests").iterdir()) != []
 
 
 def test_a_revision_that_does_not_exist_is_missing(hub: HubServer, root: Path) -> None:

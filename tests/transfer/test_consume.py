@@ -631,6 +631,19 @@ def test_a_chunk_file_exchanged_for_a_link_is_not_punched(
     assert elsewhere.read_bytes() == before
 
 
+def test_a_chunk_file_that_is_touched_while_it_is_hashed_is_not_consumed(toy: Toy) -> None:
+    """What was hashed may not be what is there now; the other chunk files are right."""
+    (item,) = apply.status(asked(toy)).state.artifacts
+    victim, piece = toy.chunk_file(NAME, 1), toy.artifact(NAME).pieces[1]
+    subject = consume.Subject(item, frozenset(p.offset for p in item.artifact.pieces), toy.root)
+    (proof,) = consume.verify([subject], lambda _: os.utime(victim))
+    (finding,) = proof.findings.values()
+    assert list(proof.findings) == [victim]
+    assert (finding.kind, finding.where) == (Kind.UNREADABLE, piece.part)
+    assert finding.found == "a change in the meantime"
+    assert sorted(proof.stakes) == [p.offset for p in item.artifact.pieces if p != piece]
+
+
 def make_symlink(part: Path) -> None:
     part.rename(part.with_name("elsewhere"))
     part.symlink_to("elsewhere")

@@ -34,7 +34,7 @@ from csm_weights.transfer.http.client import Timeouts
 from csm_weights.transfer.http.lines import SPAN
 from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.hub import Hub
-from csm_weights.transfer.source import FirstOf
+from csm_weights.transfer.source import FirstOf, SourceError
 from tests.support.hub import Fault, HubServer
 from tests.support.network import closed_port
 
@@ -462,6 +462,69 @@ def test_what_stays_wrong_ends_in_its_own_finding(
     assert type(failed) is error
     assert {f.kind for f in failed.findings} == {kind}
     assert all(f.expected and f.found for f in failed.findings)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid", Kind.WRONG_SIZE, "a git-lfs pointer"),
+        (f"Access to model {REPO} is restricted.", Kind.WRONG_SIZE, "the Hub's refusal in place"),
+        (f"Access to model {REPO} is granted.", Kind.WRONG_SIZE, "another file"),
+        ("  <p>Sign in</p>", Kind.WRONG_ANSWER, "a web page"),
+    ],
+)
+def test_what_comes_in_place_of_a_file_is_named(
+    shop: Shop, body: str, kind: Kind, words: str
+) -> None:
+    """The finding says what the bytes look like, and how many there are."""
+    shop.hub.fault("status", host="storage", code=200, body=body)
+    (finding,) = shop.fails().findings
+    assert (finding.kind, finding.expected) == (kind, f"a file of {SIZE:,} bytes")
+    assert finding.found.startswith(f"{len(body)} bytes: {words}")
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_file_of_another_size_is_not_asked_for(shop: Shop, more: int) -> None:
+    """The Hub tells the size of a file before it gives it, in LFS and in git."""
+    small = Artifact(
+        "small.txt", "s", "opaque", 6 + more, git_sha1=git_sha1(6, b"small\n").hexdigest()
+    )
+    large = replace(shop.artifact, size=SIZE + more)
+    for artifact, size in ((large, SIZE), (small, 6)):
+        (finding,) = shop.fails(artifact=artifact).findings
+        assert finding.kind is Kind.WRONG_SIZE
+        assert (finding.expected, finding.found) == (f"{artifact.size:,} bytes", f"{size} bytes")
+    assert not shop.hub.requests(host="storage")
+
+
+@pytest.mark.parametrize(("token", "is_advised"), [(None, True), (TOKEN, False)])
+def test_a_name_that_is_unknown_may_be_private_to_those_without_a_token(
+    shop: Shop, token: str | None, is_advised: bool
+) -> None:
+    """With a token the name is what is left to check."""
+    shop.hub.fault("status", host="hub", code=404)
+    (finding,) = shop.fails(token=token).findings
+    assert finding.kind is Kind.NOT_THERE
+    assert finding.help.startswith("check the name")
+    assert ("hf auth login" in finding.help) is is_advised
+
+
+@pytest.mark.parametrize(
+    "body", ["[]", "{}", '{"auth": 7}', '{"auth": {"accessToken": {"role": 7}}}']
+)
+def test_an_account_that_is_none_is_a_wrong_answer(shop: Shop, body: str) -> None:
+    """Whatever JSON comes in place of the owner of a token, it is no traceback."""
+    shop.hub.fault("status", "/api/whoami-v2", code=200, body=body)
+    with RangeDownloader(threading.Event(), timeouts=HASTY) as downloader:
+        hub = Hub(downloader, HubCredentials(shop.hub.endpoint, TOKEN), REPO, shop.commit)
+        with pytest.raises(SourceError) as caught:
+            hub.owner()
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (
+        Kind.WRONG_ANSWER,
+        f"{shop.hub.endpoint}/api/whoami-v2",
+    )
+    assert (finding.expected, finding.found) == ("an account and its token", "something else")
 
 
 def test_a_moved_main_is_not_followed(shop: Shop) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from csm_weights.commands.split import split_file as split
+from csm_weights.errors import CsmWeightsError, Kind
 from csm_weights.transfer.assemble import Assembly, assemble
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.mirror import Mirror
-from csm_weights.transfer.source import FirstOf
+from csm_weights.transfer.source import FirstOf, SourceError
 from tests.support.network import HASTY
 from tests.support.servers import serving
 
@@ -52,3 +53,53 @@ def test_a_mirror_is_asked_with_the_credentials_that_it_was_made_with(
         source = FirstOf(Mirror(downloader, server.url, auth))
         assemble([Assembly(artifact, tmp_path / "out" / "x.bin", source)], lambda _: None)
     assert {request.headers["x-key"] for request in server.log} == {"own"}
+
+
+def test_a_mirror_that_wants_credentials_is_asked_once(tmp_path: Path) -> None:
+    """401 holds for all that it has: no other name is tried, and the way to give them is told."""
+    (tmp_path / "x.bin").write_bytes(bytes(1000))
+    artifact = split(tmp_path / "x.bin", tmp_path, "chunks", 400, lambda _: None)
+    (tmp_path / "x.bin").unlink()
+    with (
+        serving(tmp_path, ranges=True) as server,
+        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
+    ):
+        server.absent = 401
+        with pytest.raises(SourceError) as caught:
+            Mirror(downloader, server.url).find(artifact, artifact.pieces[0])
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.FORBIDDEN, server.url)
+    assert finding.found.startswith("401 ") and "CSM_MIRROR_HEADERS" in finding.help
+    assert [(request.method, request.path) for request in server.log] == [("HEAD", "/x.bin")]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "help_text"),
+    [
+        (404, Kind.NOT_THERE, "check the URL"),
+        (410, Kind.NOT_THERE, "check the URL"),
+        (403, Kind.FORBIDDEN, "credentials"),
+        (418, Kind.WRONG_ANSWER, "credentials"),
+    ],
+)
+def test_a_file_that_goes_once_it_was_found_is_told(
+    tmp_path: Path, status: int, kind: Kind, help_text: str
+) -> None:
+    """What a GET is answered, where a HEAD said that the file is there, has its own finding."""
+    file = tmp_path / "x.bin"
+    file.write_bytes(bytes(1000))
+    artifact = split(file, tmp_path, "chunks", 400, lambda _: None)
+    with (
+        serving(tmp_path, ranges=True) as server,
+        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
+    ):
+        mirror = Mirror(downloader, server.url)
+        mirror.find(artifact, artifact.pieces[0])
+        file.unlink()
+        server.absent = status
+        job = Assembly(artifact, tmp_path / "out" / "x.bin", FirstOf(mirror))
+        with pytest.raises(CsmWeightsError) as caught:
+            assemble([job], lambda _: None)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (kind, f"{server.url}/x.bin")
+    assert finding.found.startswith(f"{status} ") and help_text in finding.help

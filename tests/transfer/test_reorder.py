@@ -167,6 +167,48 @@ def test_a_line_ahead_waits_while_the_hashing_goes_on(
     six.reorder.close()
 
 
+class Held:
+    """A sink that hashes once it is let."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def update(self, _: memoryview) -> None:
+        self.begun.set()
+        self.go_on.wait()
+
+
+def test_a_stop_ends_who_waits_for_room(tmp_path: Path) -> None:
+    """While the hashing goes on, a block that is not its turn waits; a stop ends that."""
+    six, sink = SixBlocks(tmp_path, held=0), Held()
+    six.reorder.close()
+    six.sinks = [sink]  # type: ignore[list-item]
+    six.reorder = six.begin()
+    six.put(0)
+    sink.begun.wait()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(six.put, 2)
+        while len(six.recorded) < 2:  # it is written, and now waits for room
+            time.sleep(0.001)
+        assert not waiting.done()
+        six.stop.set()
+        with pytest.raises(Cancelled):
+            waiting.result()
+    sink.go_on.set()
+    six.reorder.close()
+    assert six.reorder.wanted()[0] == (START + BLOCK, START + SIZE)
+
+
+def test_it_is_empty_until_the_first_block_comes(six: SixBlocks) -> None:
+    """Blocks that an earlier run has written count, too."""
+    assert six.reorder.is_empty
+    six.put(5)
+    assert not six.reorder.is_empty
+    six.reorder.close()
+    six.reorder = six.begin([(START, START + 1)])
+    assert not six.reorder.is_empty
+
+
 def test_a_stop_ends_those_who_put_and_those_who_wait(six: SixBlocks) -> None:
     """After a stop nothing lands, and waiting for the end ends."""
     six.put(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import tempfile
 import threading
@@ -289,6 +290,27 @@ class BreakingOff:
                 wrong = Finding(Kind.UNREADABLE, "part", "bytes", "an error", "check the disk")
                 raise SourceError([wrong]) from None
         return "part"
+
+
+class Short:
+    """A source that takes itself to be done a byte before the end."""
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
+        buffer = writer.acquire_buffer()
+        writer.write(buffer, piece.offset, piece.size - 1)
+        writer.verify("the short source")
+        return "short"
+
+
+def test_a_piece_that_did_not_come_whole_is_not_verified(tmp_path: Path) -> None:
+    """Its size is what is wrong, whatever the digest of the bytes that came."""
+    digest = hashlib.sha256(bytes(99_999)).hexdigest()
+    artifact = Artifact("x", "x", "opaque", 100_000, digest)
+    with pytest.raises(WrongContent) as caught:
+        assemble([job(artifact, tmp_path, FirstOf(Short()))], ignore)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.WRONG_SIZE, "the short source")
+    assert finding.expected == "100,000 bytes of the piece at byte 0"
 
 
 @pytest.mark.parametrize("name", ["Hub", "mirror of parts", "mirror of files without ranges"])

@@ -23,8 +23,18 @@ from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.store.inspect import FileState, FileStatus
 from csm_weights.store.journal import PieceRecord
 from csm_weights.store.receipts import Receipt, VerifiedFile
-from csm_weights.verify.gates import Gate, GateResult, Rejected, Subject, check, check_sum, verify
+from csm_weights.verify.gates import (
+    Gate,
+    GateResult,
+    Rejected,
+    Subject,
+    check,
+    check_chunk_files,
+    check_sum,
+    verify,
+)
 from tests.support.oracles import transformers_model
+from tests.support.privileges import unprivileged
 from tests.support.toy import flip
 from tools.standin.recipes import RECIPES
 from tools.standin.write import write_standin
@@ -478,6 +488,30 @@ def test_a_missing_config_is_not_run(copy: Path) -> None:
     results = check(subjects, rehash=True, on_progress=ignore)
     assert set(structure(results).values()) == {None}
     assert kinds(results, Gate.PRESENT) == [Kind.MISSING]
+
+
+def test_a_config_that_may_not_be_read_is_not_run(copy: Path) -> None:
+    """Nothing is known of it, which is no pass; the weights are not judged by it either."""
+    subjects = network(copy)
+    (copy / "config.json").chmod(0)
+    with unprivileged():
+        results = check(subjects, rehash=True, on_progress=ignore)
+    assert structure(results) == dict.fromkeys(NAMES)
+    found = {r.path: r.found for r in results if r.gate is Gate.STRUCTURE}
+    assert found["config.json"] == "not run: Permission denied"
+    assert found["ckpt.pt"] == "not run: config.json cannot be used"
+
+
+def test_chunk_files_are_told_apart(plain: Plain, tmp_path: Path) -> None:
+    """One finding each for a wrong one and one that is gone; a right one has none."""
+    parts = [(piece, tmp_path / piece.part) for piece in plain.artifact.pieces]
+    assert len(parts) > 2 and check_chunk_files(parts, ignore) == []
+    flip(parts[0][1])
+    parts[1][1].unlink()
+    wrong, gone = check_chunk_files(parts, ignore)
+    assert (wrong.kind, wrong.where) == (Kind.WRONG_DIGEST, parts[0][0].part)
+    assert wrong.expected == f"sha256 {parts[0][0].sha256}"
+    assert str(parts[1][1]) in gone.where and gone.kind in (Kind.UNREADABLE, Kind.MISSING)
 
 
 def test_a_config_is_read_before_the_weights_whatever_the_order(tiny: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,26 @@ def test_what_a_kernel_with_fs_verity_refuses_is_told(
     assert (finding.kind, finding.where) == (kind, str(toy.installed("a.bin")))
     assert caught.value.exit_code == code
     assert apply.status(toy.request("a.bin"), check=True).error is None
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_there_is_no_fs_verity_the_kernel_is_asked_once(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Only for EACCES is the file made writable and the kernel asked again."""
+    kernel = Kernel(monkeypatch, number)
+    assert [sealed.verity for sealed in weights(toy, "a.bin").sealed] == [False]
+    assert (len(kernel.asked), mode(toy.installed("a.bin"))) == (1, 0o444)
+
+
+def test_other_systems_have_no_fs_verity(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernels are not asked with Linux's numbers; the file is read-only all the same."""
+    kernel = Kernel(monkeypatch)
+    request = toy.request("a.bin")
+    outcome = apply.weights(request, smoke=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert [sealed.verity for sealed in seal_placed(request, outcome).sealed] == [False]
+    assert (kernel.asked, mode(toy.installed("a.bin"))) == ([], 0o444)
 
 
 def test_another_ones_file_cannot_be_sealed(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from requests import PreparedRequest
@@ -18,9 +19,18 @@ from csm_weights.errors import Kind
 from csm_weights.progress import Progress
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, Timeouts, TransientError
+from csm_weights.transfer.http.environment import proxy_for
 from csm_weights.transfer.source import SourceError
 from tests.support.hub import HubServer
-from tests.support.network import HASTY, closed_port, drip
+from tests.support.network import (
+    HASTY,
+    VARIABLES,
+    certificate,
+    closed_port,
+    drip,
+    refusing_proxy,
+    tls_front,
+)
 
 
 @pytest.fixture
@@ -177,6 +187,43 @@ def test_a_proxy_with_a_bad_url_is_named_without_its_password(
     finding = caught.value.findings[0]
     assert finding.kind in (Kind.PROXY, Kind.NO_NETWORK)
     assert "s3cr" not in finding.line() and "PROXY" in finding.help
+
+
+def test_a_proxy_that_is_asked_over_tls_is_verified_by_the_same_authorities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CURL_CA_BUNDLE counts for it as well: it is reached, and its own refusal is told."""
+    cert, key = certificate(tmp_path / "tls")
+    with refusing_proxy(407) as address, tls_front(f"http://{address}", cert, key) as proxy:
+        monkeypatch.setenv("https_proxy", proxy)
+        found = []
+        for trusted in ("", str(cert)):
+            monkeypatch.setenv("CURL_CA_BUNDLE", trusted)
+            with client() as asks, pytest.raises(SourceError) as caught:
+                asks.ask("HEAD", "https://hub.example/x", OriginAuth())
+            found += [f"{f.kind} {f.found}" for f in caught.value.findings]
+    assert "407" not in found[0] and "407" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("url", "exempt", "proxy"),
+    [
+        ("http://hub.example/x", "", "http://127.0.0.1:9"),
+        ("http://hub.example/x", "hub.example", ""),
+        ("http://other.example/x", "hub.example", "http://127.0.0.1:9"),
+        ("https://hub.example/x", "", ""),
+        ("http://[hub.example/x", "", ""),
+    ],
+)
+def test_the_proxy_of_a_url_is_that_of_the_environment(
+    url: str, exempt: str, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its scheme, but for NO_PROXY; what is no URL has none."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", exempt)
+    assert proxy_for(url) == proxy
 
 
 # ---- servers that give no answer

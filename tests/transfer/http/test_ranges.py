@@ -15,7 +15,7 @@ from typing import cast
 import pytest
 import requests
 
-from csm_weights.concurrency import run_all
+from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import Finding, Kind
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, TransientError
@@ -158,6 +158,51 @@ def test_the_last_byte_of_a_server_without_ranges_ends_its_connection(tmp_path: 
         downloader.fetch(file, writer)
         assert bytes(writer.data) == DATA
         assert file.stream is None
+
+
+class Part(Writer):
+    """A writer that wants some of the bytes."""
+
+    def __init__(self, size: int, *spans: tuple[int, int]) -> None:
+        super().__init__(size)
+        self.spans = list(spans)
+
+    def wanted(self) -> list[tuple[int, int]]:
+        return self.spans
+
+
+def test_what_lies_before_the_end_of_a_stream_is_asked_for_anew(tmp_path: Path) -> None:
+    """Without ranges one stream gives what follows; what it has passed needs another one."""
+    (tmp_path / "x").write_bytes(DATA)
+    with (
+        serving(tmp_path, ranges=False) as server,
+        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
+    ):
+        file = at_url(f"{server.url}/x", len(DATA))
+        gets = []
+        for start, end in ((0, BLOCK), (BLOCK, 2 * BLOCK), (100, BLOCK), (0, len(DATA))):
+            writer = Part(len(DATA), (start, end))
+            downloader.fetch(file, writer)
+            assert writer.data[start:end] == DATA[start:end]
+            gets.append(len(server.gets()))
+    assert [more - gets[0] for more in gets] == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_a_run_that_was_stopped_asks_for_nothing(tmp_path: Path, has_ranges: bool) -> None:
+    """The stop is heard before the first request, not after it."""
+    (tmp_path / "x").write_bytes(DATA)
+    stop = threading.Event()
+    with (
+        serving(tmp_path, ranges=True) as server,
+        RangeDownloader(stop, timeouts=HASTY) as downloader,
+    ):
+        file = at_url(f"{server.url}/x", len(DATA))
+        file.has_ranges = has_ranges
+        stop.set()
+        with pytest.raises(Cancelled):
+            downloader.fetch(file, Writer(len(DATA)))
+        assert server.log == []
 
 
 def test_answers_of_next_to_nothing_are_given_up() -> None:
