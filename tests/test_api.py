@@ -37,6 +37,7 @@ from csm_weights.store.inspect import inspect
 from csm_weights.store.receipts import Receipt, dump_receipt, read_receipt, receipt_path
 from tests.support.clone import REPOSITORY
 from tests.support.hub import HubServer
+from tests.support.privileges import unprivileged
 from tests.support.toy import flip
 
 CHUNKS = "chunks/csm-tiny"
@@ -608,7 +609,7 @@ def test_revisions_are_kept_apart(hub: HubServer) -> None:
 
 @pytest.mark.usefixtures("online")
 def test_a_config_json_counts_if_the_manifest_has_its_bytes(hub: HubServer, root: Path) -> None:
-    """One that was edited describes no network, though its size is right."""
+    """One that was edited, or may not be read, describes no network, though its size is right."""
     hub.add_repo(OTHER, HUB_FILES)
     Model.from_pretrained(OTHER)
     request = locate.of_repo(root, OTHER, None)
@@ -618,6 +619,15 @@ def test_a_config_json_counts_if_the_manifest_has_its_bytes(hub: HubServer, root
     config.write_bytes(CONFIG.replace(b'"text_vocab_size": 512', b'"text_vocab_size": 513'))
     (found, *_) = locate.Weights(request).candidates()
     assert found.config is None
+    config.write_bytes(CONFIG)
+    config.chmod(0)
+    with unprivileged():
+        (unread, *_) = locate.Weights(request).candidates()
+        staged = request.root / "output" / found.folder.name / "config.json"
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(CONFIG)
+        (beside, *_) = locate.Weights(request).candidates()
+    assert unread.config is None and beside.config is not None
 
 
 @pytest.mark.usefixtures("online", "root")
