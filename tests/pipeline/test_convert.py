@@ -600,3 +600,9 @@ def test_weights_in_transformers_layout_need_no_config_beside_them(tmp_path: Pat
     (theirs / "config.json").unlink()
     again = converted(theirs, "transformers", tmp_path / "again")
     assert (again / "config.json").read_bytes() == expected
+
+
+def test_a_network_may_have_two_codebooks() -> None:
+    """The decoder predicts all but the first: one is the least that there is to predict."""
+    config = original_config(replace(CSM_1B, codebooks=2)).encode()
+    assert parse_config(config, "").codebooks == 2
