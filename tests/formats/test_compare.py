@@ -530,6 +530,11 @@ def test_an_index_and_the_shards_must_agree(tmp_path: Path) -> None:
             [],
             r"M-00002-of-00001\.SAFETENSORS",
         ),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            ["other.safetensors"],
+            r"other\.safetensors",
+        ),
     ],
 )
 def test_all_that_an_index_lists_is_read_or_refused(

@@ -23,7 +23,7 @@ from csm_weights.pipeline import apply
 from csm_weights.store import inspect as inspecting
 from csm_weights.store import journal
 from csm_weights.store.inspect import ArtifactState, FileState, Paths, filesystem_type, inspect
-from csm_weights.store.journal import PieceRecord, journal_path, partial_path
+from csm_weights.store.journal import Arrival, PieceRecord, journal_path, partial_path
 from csm_weights.store.receipts import receipt_path
 from csm_weights.untrusted import dump_record
 from tests.support.privileges import unprivileged
@@ -109,6 +109,20 @@ def test_a_receipt_that_does_not_fit_counts_for_nothing(
     """Any figure of a receipt that is not the file's and the manifest's voids it."""
     edit_receipt(on_disk, name, **changes)
     assert inspected(on_disk)[name].installed.state is UNVERIFIED
+
+
+def test_bytes_that_have_arrived_are_enough_to_be_here(toy: Toy) -> None:
+    """Without a piece that is verified, a chunk file, or a consumed one."""
+    a = toy.artifact("a.bin")
+    for part in toy.root.glob("chunks/toy/*/*"):
+        part.unlink()
+    assert not inspected(toy)["a.bin"].is_here
+    partial = toy.root / "output/toy/a.bin.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(toy.good("a.bin"))
+    arrival = Arrival(a.pieces[0].offset, 10, a.pieces[0].sha256)
+    partial.with_name("a.bin.partial.journal").write_text(dump_record(arrival) + "\n")
+    assert inspected(toy)["a.bin"].is_here
 
 
 def test_a_file_without_a_digest_of_its_own_may_have_one_piece(on_disk: Toy) -> None:

@@ -67,6 +67,19 @@ def test_a_wait_that_one_request_is_asked_for_holds_for_all(hub: HubServer) -> N
         assert time.monotonic() - started > 0.8
 
 
+def test_each_wait_is_twice_the_one_before_and_30_seconds_at_most(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what chance adds, or takes away."""
+    monkeypatch.setattr("random.uniform", lambda low, high: (low + high) / 2)
+    hub.fault("status", code=503, times=6)
+    waits = list[float]()
+    monkeypatch.setattr(HttpClient, "pause", lambda *given: waits.append(given[1]))
+    with client(replace(HASTY, backoff=2, patience=600)) as asks:
+        asks.ask("HEAD", url_of(hub), OriginAuth())
+    assert [wait for wait in waits if wait > 0] == [2, 4, 8, 16, 30, 30]
+
+
 def test_a_name_that_cannot_be_resolved_is_given_up_soon_as_logged() -> None:
     """A name that may be misspelt gets a tenth of the patience, and the log says so."""
     log: list[str] = []
