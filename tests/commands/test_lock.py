@@ -32,7 +32,7 @@ from csm_weights.manifest.pin import (
     with_reported,
 )
 from csm_weights.manifest.render import render
-from csm_weights.manifest.types import Artifact, Edition, Manifest
+from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.request import Request
 from csm_weights.store.manifest_file import write_manifest
@@ -607,6 +607,22 @@ def test_a_commit_that_has_changed_is_an_error(hub: HubServer, root: Path) -> No
         (Kind.DIFFERENT, True)
     ]
     assert manifest(root) == doubtful
+
+
+def test_what_differs_is_told_by_size_and_the_best_digest(hub: HubServer, root: Path) -> None:
+    """A file that the manifest has by its pieces alone has no digest to tell."""
+    hub.add_repo(REPO, FILES)
+    lock_repo(root)
+    size = len(FILES[ONE])
+    piece = Piece(f"chunks/{ONE}", 0, size + 1, "5" * 64)
+    other = replace(entry(root, ONE), size=size + 1, sha256=None, blob_id=None, pieces=(piece,))
+    others = tuple(other if a.path == ONE else a for a in manifest(root).artifacts)
+    write_manifest(root / "manifests" / f"{NAME}.toml", replace(manifest(root), artifacts=others))
+    with pytest.raises(WrongContent) as caught:
+        lock_repo(root)
+    [finding] = caught.value.findings
+    assert finding.expected == f"{size + 1:,} bytes, pieces"
+    assert finding.found == f"{size:,} bytes, {hashlib.sha256(FILES[ONE]).hexdigest()}"
 
 
 @pytest.mark.parametrize("repo", [None, "other/model"])

@@ -606,3 +606,11 @@ def test_a_network_may_have_two_codebooks() -> None:
     """The decoder predicts all but the first: one is the least that there is to predict."""
     config = original_config(replace(CSM_1B, codebooks=2)).encode()
     assert parse_config(config, "").codebooks == 2
+
+
+def test_the_largest_dimension_is_16_million() -> None:
+    """CSM-1B's is 128,256; one more than the most is refused."""
+    config = original_config(replace(CSM_1B, text_vocab=1 << 24))
+    assert parse_config(config.encode(), "").text_vocab == 1 << 24
+    with pytest.raises(WrongContent, match="not an integer from 1 to 16777216"):
+        parse_config(original_config(replace(CSM_1B, text_vocab=(1 << 24) + 1)).encode(), "")

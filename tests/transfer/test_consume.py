@@ -402,7 +402,11 @@ def test_a_flipped_byte_is_found_before_anything_goes(toy: Toy) -> None:
     }
     with pytest.raises(WrongContent) as caught:
         fetch(toy, "a.bin", NAME)
-    assert [f.where for f in caught.value.findings] == [toy.artifact(NAME).pieces[2].part]
+    [finding] = caught.value.findings
+    piece = toy.artifact(NAME).pieces[2]
+    content = (toy.root / piece.part).read_bytes()
+    assert (finding.where, finding.expected) == (piece.part, f"sha256 {piece.sha256}")
+    assert finding.found == hashlib.sha256(content).hexdigest()
     assert {part: part.read_bytes() for part in before} == before
     assert (moved(toy), moved(toy, "a.bin")) == ({}, {})
 
