@@ -92,7 +92,7 @@ REQUEST = (*("model", "only", "dest", "staging", "source", "url", "cache", "revi
 
 
 class _Task(Task[Any]):
-    """A task that Invoke does not copy when it loads a collection: a third of its start."""
+    """A task that Invoke does not copy when it loads a collection, which takes milliseconds."""
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
