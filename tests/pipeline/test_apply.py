@@ -491,6 +491,15 @@ def test_the_staged_copy_of_an_installed_file_goes(toy: Toy, is_link: bool) -> N
     assert installed.read_bytes() == toy.good("a.bin")
 
 
+def test_a_kept_file_with_another_name_is_told(toy: Toy, tmp_path: Path) -> None:
+    """A write through that name would change it, as one to the Hub's cache does."""
+    weights(toy)
+    os.link(toy.installed("a.bin"), tmp_path / "other")
+    weights(toy)  # a link changes the file's ctime: it is verified anew
+    shown = " ".join(text.render(apply.plan(toy.request(), Target.PLACED)).split())
+    assert shown.count("(linked to another file, as in the Hub's cache: chmod a-w") == 1
+
+
 def test_a_run_ends_where_what_it_does_does_not_last(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
