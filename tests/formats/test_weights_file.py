@@ -713,3 +713,11 @@ def test_the_folder_of_several_files_is_that_of_the_first() -> None:
     """There the other files of the model are looked for."""
     paths = [Path("a/model.safetensors.part-aa"), Path("b/model.safetensors.part-ab")]
     assert locate(paths) == ([paths], Path("a"))
+
+
+@pytest.mark.parametrize(
+    "head", [b"\x80\x02}q\x00.", b"P" + torch_checkpoint.MAGIC.to_bytes(10, "little")]
+)
+def test_a_pickle_of_another_program_is_no_weights(head: bytes) -> None:
+    """A file of torch before 1.6 begins as a pickle, and has torch's magic number."""
+    assert sniff(head.ljust(64, b"."), "some") is None

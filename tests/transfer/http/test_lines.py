@@ -106,6 +106,16 @@ def test_others_are_tried_less_and_less_often_where_nothing_is_better() -> None:
     assert runs == [one for pair in zip(rests, others, strict=False) for one in pair] + rests[5:]
 
 
+def test_after_one_line_fewer_was_better_another_one_fewer_is_tried() -> None:
+    """The way down has steps of one; a step up that was better is followed by a longer one."""
+    climb = Climb(first=5)
+    used = list[int]()
+    for _ in range(12):
+        used.append(climb.lines)
+        climb.measured(100 / climb.lines)
+    assert used == [5, 6, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2]
+
+
 def test_noise_is_no_reason_for_many_lines_or_none() -> None:
     """The number stays between one and the most, whatever is measured."""
     climb, rate = Climb(), 1.0
