@@ -160,7 +160,7 @@ class Planner:
             free = [] if others else free
             can_fetch = can_fetch and not others & self.may_fetch
         todo = self._first & lack
-        if self._is_ahead(node, todo, others):
+        if free and todo and self._is_ahead(node, todo, others):
             free = []
         for source in sorted(free, key=active.__getitem__):
             if blocks := todo & self.serves[source]:

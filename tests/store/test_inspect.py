@@ -117,11 +117,11 @@ def test_bytes_that_have_arrived_are_enough_to_be_here(toy: Toy) -> None:
     for part in toy.root.glob("chunks/toy/*/*"):
         part.unlink()
     assert not inspected(toy)["a.bin"].is_here
-    partial = toy.root / "output/toy/a.bin.partial"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(toy.good("a.bin"))
+    staged = toy.staged("a.bin")
+    staged.parent.mkdir(parents=True)
+    partial_path(staged).write_bytes(toy.good("a.bin"))
     arrival = Arrival(a.pieces[0].offset, 10, a.pieces[0].sha256)
-    partial.with_name("a.bin.partial.journal").write_text(dump_record(arrival) + "\n")
+    journal_path(staged).write_text(dump_record(arrival) + "\n")
     assert inspected(toy)["a.bin"].is_here
 
 

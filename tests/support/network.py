@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from csm_weights.pipeline import doctor
-from csm_weights.transfer.http.client import Timeouts
+from csm_weights.transfer.http.client import HttpClient, Timeouts
 
 #: Limits that end within a test.
 HASTY = Timeouts(connect=5, read=15, patience=0.6, backoff=0.02, slow_seconds=2, longest_wait=30)
@@ -57,6 +57,18 @@ def be_hasty(patch: pytest.MonkeyPatch, **limits: float) -> None:
     timeouts = replace(HASTY, **limits)
     patch.setattr(Timeouts, "with_patience", classmethod(lambda *_: timeouts))
     patch.setattr(doctor, "LIMITS", {})
+
+
+def noted_waits(patch: pytest.MonkeyPatch) -> list[float]:
+    """Let clients wait for no time; return the seconds that they wait for, without chance."""
+    waits = list[float]()
+
+    def note(_: HttpClient, seconds: float, *__: object) -> None:
+        waits.extend([seconds] if seconds > 0 else [])
+
+    patch.setattr("random.uniform", lambda low, high: (low + high) / 2)
+    patch.setattr(HttpClient, "pause", note)
+    return waits
 
 
 @contextlib.contextmanager

@@ -3,70 +3,85 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Kind
+from csm_weights.manifest.types import Artifact
 from csm_weights.transfer.assemble import Assembly, assemble
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.mirror import Mirror
 from csm_weights.transfer.source import FirstOf, SourceError
 from tests.support.network import HASTY
-from tests.support.servers import serving
+from tests.support.servers import FileServer, serving
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The whole file, which the mirror has beside its chunk files."""
+    (tmp_path / "x.bin").write_bytes(bytes(1000))
+    return tmp_path / "x.bin"
+
+
+@pytest.fixture
+def artifact(file: Path) -> Artifact:
+    """The file, split into three chunk files."""
+    return split(file, file.parent, "chunks", 400, lambda _: None)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FileServer]:
+    """A mirror of the file and its chunk files."""
+    with serving(tmp_path, ranges=True) as running:
+        yield running
+
+
+@pytest.fixture
+def downloader() -> Iterator[RangeDownloader]:
+    """A downloader that is soon out of patience."""
+    with RangeDownloader(threading.Event(), timeouts=HASTY) as running:
+        yield running
 
 
 @pytest.mark.parametrize("status", [404, 410, 403])
 def test_chunk_files_are_asked_for_where_the_whole_file_is_absent(
-    tmp_path: Path, status: int
+    server: FileServer, downloader: RangeDownloader, artifact: Artifact, file: Path, status: int
 ) -> None:
     """Not found, gone, and what S3 says of files that it does not have."""
-    (tmp_path / "x.bin").write_bytes(bytes(1000))
-    artifact = split(tmp_path / "x.bin", tmp_path, "chunks", 400, lambda _: None)
-    (tmp_path / "x.bin").unlink()
-    with (
-        serving(tmp_path, ranges=True) as server,
-        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
-    ):
-        server.absent = status
-        source = FirstOf(Mirror(downloader, server.url))
-        job = Assembly(replace(artifact), tmp_path / "out" / "x.bin", source)
-        made = assemble([job], lambda _: None)[0]
-        assert made.path.read_bytes() == bytes(1000)
+    file.unlink()
+    server.absent = status
+    source = FirstOf(Mirror(downloader, server.url))
+    made = assemble([Assembly(artifact, file.parent / "out" / "x.bin", source)], lambda _: None)[0]
+    assert made.path.read_bytes() == bytes(1000)
 
 
 def test_a_mirror_is_asked_with_the_credentials_that_it_was_made_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FileServer,
+    downloader: RangeDownloader,
+    artifact: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A source on top of a mirror brings its own, and those in the environment stay unsent."""
     monkeypatch.setenv("CSM_MIRROR_HEADERS", "X-Key: of another mirror")
-    (tmp_path / "x.bin").write_bytes(bytes(1000))
-    artifact = split(tmp_path / "x.bin", tmp_path, "chunks", 400, lambda _: None)
-    with (
-        serving(tmp_path, ranges=True) as server,
-        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
-    ):
-        auth = OriginAuth(server.url, {"X-Key": "own"})
-        source = FirstOf(Mirror(downloader, server.url, auth))
-        assemble([Assembly(artifact, tmp_path / "out" / "x.bin", source)], lambda _: None)
+    auth = OriginAuth(server.url, {"X-Key": "own"})
+    source = FirstOf(Mirror(downloader, server.url, auth))
+    assemble([Assembly(artifact, tmp_path / "out" / "x.bin", source)], lambda _: None)
     assert {request.headers["x-key"] for request in server.log} == {"own"}
 
 
-def test_a_mirror_that_wants_credentials_is_asked_once(tmp_path: Path) -> None:
+def test_a_mirror_that_wants_credentials_is_asked_once(
+    server: FileServer, downloader: RangeDownloader, artifact: Artifact, file: Path
+) -> None:
     """401 holds for all that it has: no other name is tried, and the way to give them is told."""
-    (tmp_path / "x.bin").write_bytes(bytes(1000))
-    artifact = split(tmp_path / "x.bin", tmp_path, "chunks", 400, lambda _: None)
-    (tmp_path / "x.bin").unlink()
-    with (
-        serving(tmp_path, ranges=True) as server,
-        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
-    ):
-        server.absent = 401
-        with pytest.raises(SourceError) as caught:
-            Mirror(downloader, server.url).find(artifact, artifact.pieces[0])
+    file.unlink()
+    server.absent = 401
+    with pytest.raises(SourceError) as caught:
+        Mirror(downloader, server.url).find(artifact, artifact.pieces[0])
     (finding,) = caught.value.findings
     assert (finding.kind, finding.where) == (Kind.FORBIDDEN, server.url)
     assert finding.found.startswith("401 ") and "CSM_MIRROR_HEADERS" in finding.help
@@ -83,23 +98,22 @@ def test_a_mirror_that_wants_credentials_is_asked_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_goes_once_it_was_found_is_told(
-    tmp_path: Path, status: int, kind: Kind, help_text: str
+    server: FileServer,
+    downloader: RangeDownloader,
+    artifact: Artifact,
+    file: Path,
+    status: int,
+    kind: Kind,
+    help_text: str,
 ) -> None:
     """What a GET is answered, where a HEAD said that the file is there, has its own finding."""
-    file = tmp_path / "x.bin"
-    file.write_bytes(bytes(1000))
-    artifact = split(file, tmp_path, "chunks", 400, lambda _: None)
-    with (
-        serving(tmp_path, ranges=True) as server,
-        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
-    ):
-        mirror = Mirror(downloader, server.url)
-        mirror.find(artifact, artifact.pieces[0])
-        file.unlink()
-        server.absent = status
-        job = Assembly(artifact, tmp_path / "out" / "x.bin", FirstOf(mirror))
-        with pytest.raises(CsmWeightsError) as caught:
-            assemble([job], lambda _: None)
+    mirror = Mirror(downloader, server.url)
+    mirror.find(artifact, artifact.pieces[0])
+    file.unlink()
+    server.absent = status
+    job = Assembly(artifact, file.parent / "out" / "x.bin", FirstOf(mirror))
+    with pytest.raises(CsmWeightsError) as caught:
+        assemble([job], lambda _: None)
     (finding,) = caught.value.findings
     assert (finding.kind, finding.where) == (kind, f"{server.url}/x.bin")
     assert finding.found.startswith(f"{status} ") and help_text in finding.help

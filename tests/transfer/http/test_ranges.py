@@ -26,7 +26,7 @@ from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import SourceError
 from tests.support.hub import HubServer
 from tests.support.network import HASTY
-from tests.support.servers import serving
+from tests.support.servers import FileServer, serving
 
 DATA = bytes(range(256)) * (3 * BLOCK // 256)
 
@@ -65,6 +65,19 @@ def at_url(url: str, size: int) -> RemoteFile:
         return Finding(Kind.FORBIDDEN, url, "the file", response.reason)
 
     return RemoteFile(url, OriginAuth(url), size, lambda: url, refusal)
+
+
+@contextlib.contextmanager
+def at_server(
+    folder: Path, ranges: bool, stop: threading.Event | None = None
+) -> Iterator[tuple[FileServer, RangeDownloader, RemoteFile]]:
+    """A server of a file with `DATA`, and a downloader that `stop` ends."""
+    (folder / "x").write_bytes(DATA)
+    with (
+        serving(folder, ranges) as server,
+        RangeDownloader(stop or threading.Event(), timeouts=HASTY) as downloader,
+    ):
+        yield server, downloader, at_url(f"{server.url}/x", len(DATA))
 
 
 @contextlib.contextmanager
@@ -148,12 +161,7 @@ def test_a_span_that_fails_for_good_ends_the_others() -> None:
 
 def test_the_last_byte_of_a_server_without_ranges_ends_its_connection(tmp_path: Path) -> None:
     """A file that came in one stream leaves none open behind it."""
-    (tmp_path / "x").write_bytes(DATA)
-    with (
-        serving(tmp_path, ranges=False) as server,
-        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
-    ):
-        file = at_url(f"{server.url}/x", len(DATA))
+    with at_server(tmp_path, ranges=False) as (_, downloader, file):
         writer = Writer(len(DATA))
         downloader.fetch(file, writer)
         assert bytes(writer.data) == DATA
@@ -173,12 +181,7 @@ class Part(Writer):
 
 def test_what_lies_before_the_end_of_a_stream_is_asked_for_anew(tmp_path: Path) -> None:
     """Without ranges one stream gives what follows; what it has passed needs another one."""
-    (tmp_path / "x").write_bytes(DATA)
-    with (
-        serving(tmp_path, ranges=False) as server,
-        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
-    ):
-        file = at_url(f"{server.url}/x", len(DATA))
+    with at_server(tmp_path, ranges=False) as (server, downloader, file):
         gets = []
         for start, end in ((0, BLOCK), (BLOCK, 2 * BLOCK), (100, BLOCK), (0, len(DATA))):
             writer = Part(len(DATA), (start, end))
@@ -191,13 +194,8 @@ def test_what_lies_before_the_end_of_a_stream_is_asked_for_anew(tmp_path: Path) 
 @pytest.mark.parametrize("has_ranges", [True, False])
 def test_a_run_that_was_stopped_asks_for_nothing(tmp_path: Path, has_ranges: bool) -> None:
     """The stop is heard before the first request, not after it."""
-    (tmp_path / "x").write_bytes(DATA)
     stop = threading.Event()
-    with (
-        serving(tmp_path, ranges=True) as server,
-        RangeDownloader(stop, timeouts=HASTY) as downloader,
-    ):
-        file = at_url(f"{server.url}/x", len(DATA))
+    with at_server(tmp_path, ranges=True, stop=stop) as (server, downloader, file):
         file.has_ranges = has_ranges
         stop.set()
         with pytest.raises(Cancelled):
