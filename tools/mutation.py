@@ -188,12 +188,15 @@ def draw(rooms: tuple[str, ...], count: int, chance: random.Random) -> list[Muta
 
 
 def is_python(change: MutationSpec) -> bool:
-    """Return whether the changed module compiles: `not` before `x := y` does not."""
+    """Return whether the change can be made, and the changed module compiles.
+
+    `not` before `x := y` does not compile. cosmic-ray cannot change `except (a.b, c)`.
+    """
     operator: Any = plugins.get_operator(change.operator_name)
     source = (ROOT / change.module_path).read_text()
     try:
         compile(mutate_code(source, operator(), change.occurrence) or "", "changed", "exec")
-    except SyntaxError:
+    except (SyntaxError, AttributeError):
         return False
     return True
 
