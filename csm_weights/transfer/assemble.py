@@ -86,8 +86,9 @@ def assemble(
         with ExitStack() as open_files:
             partials: list[_Partial] = []
             for job in jobs[start : start + OPEN_FILES]:
-                partials.append(_Partial(job, on_progress, cancel, buffers))
-                open_files.callback(partials[-1].close)
+                partial = _Partial(job, on_progress, cancel, buffers)
+                open_files.callback(partial.close)
+                partials.append(partial)
             queues = sorted(((q, p) for p in partials for q in p.queues()), key=itemgetter(0))
             remote = sum(p.tiles[q[0]].offset in p.job.remote for q, p in queues)
             tasks = [bind(p.run, q) for q, p in queues]
@@ -141,7 +142,7 @@ class _Partial(PartialFile):
             is_consumed = self.tiles[index].offset in self.job.consuming
             # No chunk file is touched while another piece is known not to come.
             if is_consumed and self._findings:
-                continue
+                return
             writer, record = PartialWriter(self, index, self._whole.claim(index)), None
             try:
                 record = self._fill(writer, is_consumed)
@@ -152,7 +153,7 @@ class _Partial(PartialFile):
                 self._findings[index] = error.findings
             finally:
                 writer.close()
-            self._whole.finish(index, writer.whole, verified=record is not None)
+            self._whole.finish(index, writer.whole, verified=bool(record))
             if record:
                 self._records[index], self._blocks[index] = record, writer.blocks
                 self._git_sha1 = writer.git_sha1
@@ -228,7 +229,7 @@ class PartialWriter:
         self.arrived = ()
         self._digest = sha256()
         self.whole = self._before.copy() if self._before else None
-        if self.whole is not None and self.piece.offset == 0:
+        if not self.piece.offset:
             # The whole file's digest begins as its first piece's does.
             self.whole = self._digest
         if self._partial.job.artifact.is_pinned_by_git:
@@ -252,7 +253,7 @@ class PartialWriter:
     @property
     def is_empty(self) -> bool:
         """True where nothing was written yet, in this run or in one before."""
-        return not self.arrived and (self._arriving is None or self._arriving.is_empty)
+        return not self.arrived and (not self._arriving or self._arriving.is_empty)
 
     @property
     def git_sha1(self) -> str | None:
@@ -288,9 +289,9 @@ class PartialWriter:
         return self._digest.hexdigest()
 
     def _sinks(self) -> list[Sink]:
-        whole = None if self.whole is self._digest else self.whole
-        sinks = (self._digest, self._git, self._blocks, whole)
-        return [sink for sink in sinks if sink is not None]
+        sinks = self._digest, self._git, self._blocks, self.whole
+        # Each once: the first piece's digest is the whole file's as well.
+        return list(filter(None, dict.fromkeys(sinks)))
 
     def secure(self, size: int) -> None:
         """Make the piece's first `size` bytes durable, and then a line of the journal about it."""
@@ -318,7 +319,7 @@ class PartialWriter:
 
     def _reorder(self) -> ReorderBuffer:
         partial, piece = self._partial, self.piece
-        if self._arriving is None:
+        if not self._arriving:
             # A file that could not be read to its end has left its bytes in the digests.
             arrived = self.arrived
             self.reset()
@@ -341,10 +342,11 @@ class PartialWriter:
         if self._arriving and not self._arriving.finish():
             expected = f"{self.piece.size:,} bytes of the piece at byte {self.piece.offset:,}"
             raise SourceError([Finding(Kind.WRONG_SIZE, where, expected, "fewer bytes")])
-        pinned, found = self.piece.sha256, self._digest.hexdigest()
-        what, git = "sha256", self._partial.job.artifact.git_sha1
-        if not pinned and git and self.git_sha1:
-            what, pinned, found = "git blob id", git, self.git_sha1
+        what, found = "sha256", self._digest.hexdigest()
+        pinned: str | None = self.piece.sha256
+        if self.git_sha1:
+            what, found = "git blob id", self.git_sha1
+            pinned = self._partial.job.artifact.git_sha1
         if found != pinned:
             # The next run need not hash the same bytes to find this out.
             self._partial.journal(Refuted(self.piece.offset, self.piece.sha256))

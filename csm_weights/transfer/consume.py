@@ -9,6 +9,7 @@ or durable in the unfinished file with a journal that says so.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,9 +79,9 @@ def require_punching(subjects: Sequence[Subject]) -> None:
 
     Raises WrongContent where a link on the way to one leads out of chunks/.
     """
-    folders = {(subject.root / p.part).parent for subject in subjects for p in subject.pieces}
-    for folder in folders:
-        stay_inside(folder, subjects[0].root / CHUNKS)
+    folders = {(s.root / p.part).parent: s.root for s in subjects for p in s.pieces}
+    for folder, root in folders.items():
+        stay_inside(folder, root / CHUNKS)
     words = ("a file system that frees parts of a file", "one that does not")
     help_text = "leave --consume out, and have room for the whole file"
     wrong = [str(f) for f in sorted(folders) if f.is_dir() and not can_punch(f)]
@@ -100,15 +101,15 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
 def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
     """Hash all pieces, and hold the whole against the manifest where all are consumed."""
     item, whole = subject.item, sha256()
-    kept = {record.offset: record.size for record in item.journal.pieces}
-    gone = {record.offset: record.consumed for record in item.journal.consumed}
+    kept = defaultdict(int, ((record.offset, record.size) for record in item.journal.pieces))
+    gone = defaultdict(int, ((record.offset, record.consumed) for record in item.journal.consumed))
     stakes: dict[int, Stake] = {}
     findings: dict[Path, Finding] = {}
     for piece in subject.pieces:
         wrong: list[Finding] = []
         # So many of its first bytes may be in the partial; the likeliest number first.
         at = piece.offset
-        for moved in sorted({kept.get(at, 0), gone.get(at, 0), 0}, reverse=True):
+        for moved in sorted({kept[at], gone[at], 0}, reverse=True):
             both = whole.copy()
             try:
                 stake = _hash(subject, piece, moved, both, on_progress, cancel)

@@ -32,37 +32,34 @@ class InOrderDigest:
         self._lock = threading.Lock()
         self._next = 0
         self._state = sha256()
-        self._busy = False
+        self._is_reading = False
         self._finished: set[int] = set()
 
     def claim(self, index: int) -> Hasher | None:
         """Return the digest to feed with piece `index`, if it is that piece's turn."""
         with self._lock:
-            if self._busy or index != self._next:
-                return None
-            self._busy = True
-            return self._state.copy()
+            return self._state.copy() if index == self._next else None
 
     def finish(self, index: int, claimed: Hasher | None, verified: bool) -> None:
         """Report piece `index` done; a claimed digest counts only if the piece was verified."""
+        if not verified:
+            return
         with self._lock:
-            if claimed is not None:
-                self._busy = False
-                if verified:
-                    self._state, self._next = claimed, index + 1
-            elif verified:
+            if claimed:
+                self._state, self._next = claimed, index + 1
+            else:
                 self._finished.add(index)
         # Finished pieces whose turn has come are read again, by one worker at a time.
         while True:
             with self._lock:
-                if self._busy or self._next not in self._finished:
+                if self._is_reading or self._next not in self._finished:
                     return
-                self._busy = True
+                self._is_reading = True
             start, end = self._starts[self._next], self._starts[self._next + 1]
             feed(self._fd, start, end - start, [self._state], lambda _: None, self.cancel)
             with self._lock:
                 self._next += 1
-                self._busy = False
+                self._is_reading = False
 
     def hexdigest(self) -> str:
         """Return the digest of the whole; it is empty while a piece is not verified."""
@@ -72,7 +69,7 @@ class InOrderDigest:
 #: Bytes of a buffer: what each stream loses when a run is killed.
 BLOCK = 2 << 20
 
-#: Bytes read back at a time, before the hashing checks whether it was cancelled.
+#: Bytes read back at a time, before the hashing checks whether it was closed.
 READ_BACK = 8 * BLOCK
 
 #: Seconds after which a thread that waits checks whether the run was cancelled.
@@ -109,7 +106,7 @@ class BufferPool:
             self._free.append(buffer)
 
 
-@dataclass(eq=False)
+@dataclass
 class ReorderBuffer:
     """The half-open range `[start, end)` of a file whose blocks arrive in any order.
 
@@ -206,12 +203,12 @@ class ReorderBuffer:
         self._waiting.clear()
 
     def _hash_all(self) -> None:
-        while self._next < self.end and not self._is_closed:
+        while not self._is_closed:
             with self._changed:
                 here = self._waiting.pop(self._next, None)
                 # A block further on that waits in memory need not be read back.
-                ahead = [offset for offset in self._waiting if offset > self._next]
-                end = min([self._arrived.end_of(self._next), self._next + READ_BACK, *ahead])
+                ends = self._arrived.end_of(self._next), self._next + READ_BACK
+                end = min(*ends, *self._waiting)
                 if here is None and end == self._next:
                     if self._is_over:
                         return

@@ -11,6 +11,7 @@ import random
 import resource
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,13 +22,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from csm_weights import hashing
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, NoSpace, WrongContent
 from csm_weights.files import Fingerprint
-from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.store import block_io
-from csm_weights.store.journal import PieceRecord, journal_path, parse_line, partial_path
+from csm_weights.store.journal import (
+    Arrival,
+    PieceRecord,
+    journal_path,
+    parse_line,
+    partial_path,
+)
 from csm_weights.store.receipts import VerifiedFile
+from csm_weights.transfer import assemble as assembling
 from csm_weights.transfer.assemble import Assembly, assemble, write_text
 from csm_weights.transfer.local import ChunkFiles, WholeFile
 from csm_weights.transfer.source import FirstOf, NotAvailable, PieceWriter, Source, SourceError
@@ -94,6 +104,31 @@ class Nowhere:
         raise NotAvailable
 
 
+class Streaming:
+    """A source that gives what is wanted of `data` in buffers, and remembers those ranges."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.given: list[tuple[int, int]] = []
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:  # noqa: ARG002
+        for start, end in writer.wanted():
+            buffer, size = writer.acquire_buffer(), end - start
+            buffer[:size] = self.data[start:end]
+            writer.advance(size)
+            writer.write(buffer, start, size)
+            self.given.append((start, end))
+        return "stream"
+
+
+class BreakingOff:
+    """A source that gives a wrong first byte, and then an error."""
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+        writer.write(writer.acquire_buffer(), piece.offset, 1)
+        return Refusing().deliver(artifact, piece, writer)
+
+
 class Refusing:
     """A source that has everything and gives nothing, telling why."""
 
@@ -145,6 +180,66 @@ def test_two_files_are_assembled_at_once(tmp_path: Path) -> None:
     shops = [Sample(tmp_path / "x", 10_000, 3_000), Sample(tmp_path / "y", 70_000, 10_000)]
     made = assemble([s.job() for s in shops], ignore)
     assert [s.is_right(m) for s, m in zip(shops, made, strict=True)] == [True, True]
+
+
+def test_more_files_than_may_be_open_are_assembled_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is right, and they come in the order of the jobs."""
+    monkeypatch.setattr(assembling, "OPEN_FILES", 2)
+    samples = []
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        samples.append(Sample(tmp_path / str(number), 1000 + number, 600))
+    made = assemble([sample.job() for sample in samples], ignore)
+    assert [s.is_right(m) for s, m in zip(samples, made, strict=True)] == [True] * 5
+
+
+def test_digests_of_blocks_are_taken_where_they_are_asked_for(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each piece has its own blocks, also one that was kept; the last may be shorter."""
+    monkeypatch.setattr(hashing, "DIGEST_BLOCK", 100_000)
+    made = sample.run()
+    assert made.blocks == ()
+    data, job = sample.file.read_bytes(), sample.job(journaled=made.pieces[1:2])
+    spans = [
+        (start, min(start + 100_000, piece.end))
+        for piece in sample.artifact.pieces
+        for start in range(piece.offset, piece.end, 100_000)
+    ]
+    (made,) = assemble([replace(job, blocks=True)], ignore)
+    assert made.blocks == tuple(
+        ByteRange(a, b - a, hashlib.sha256(data[a:b]).hexdigest()) for a, b in spans
+    )
+
+
+def test_a_piece_whose_turn_it_is_goes_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one is read again for the digest of the whole, so it stays in the cache."""
+    sample, second_is_there = Sample(tmp_path, 20_000, 10_000), threading.Event()
+    written: list[tuple[int, bool]] = []
+    real = block_io.OutputFile.write
+
+    class SecondFirst(ChunkFiles):
+        def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+            if piece.offset == 0:
+                second_is_there.wait(60)
+            place = super().deliver(artifact, piece, writer)
+            second_is_there.set()
+            return place
+
+    def noted(self: block_io.OutputFile, data: memoryview, offset: int, direct: bool) -> None:
+        written.append((offset, direct))
+        real(self, data, offset, direct)
+
+    monkeypatch.setattr(block_io, "clone_range", lambda *_: False)
+    monkeypatch.setattr(block_io.OutputFile, "write", noted)
+    # A remote piece has a thread of its own, also where there is one core.
+    job = replace(sample.job(SecondFirst(sample.root)), remote=frozenset({0}))
+    assert sample.is_right(assemble([job], ignore)[0])
+    assert written == [(10_000, False), (0, True)]
 
 
 def test_a_whole_copy_is_a_source(sample: Sample) -> None:
@@ -277,6 +372,23 @@ def test_a_kept_piece_that_rotted_is_delivered_again(sample: Sample) -> None:
     assert source.asked == [2 * PIECE]
 
 
+def test_what_has_arrived_counts_for_the_piece_that_it_begins_in(sample: Sample) -> None:
+    """From the first byte of a piece to its last; only the rest is asked for."""
+    data = sample.file.read_bytes()
+    spans = [(0, 1000), (PIECE - 1, PIECE), (PIECE, PIECE + 10), (2 * PIECE, 3 * PIECE)]
+    sample.target.parent.mkdir()
+    with sample.partial.open("wb") as file:
+        for start, end in spans:
+            file.seek(start)
+            file.write(data[start:end])
+    source, ticks = Streaming(data), list[int]()
+    arrived = tuple(Arrival(start, end - start, "5" * 64) for start, end in spans)
+    (made,) = assemble([replace(sample.job(source), arrived=arrived)], ticks.append)
+    assert sample.is_right(made)
+    assert sum(ticks) == SIZE
+    assert sorted(source.given) == [(1000, PIECE - 1), (PIECE + 10, 2 * PIECE), (3 * PIECE, SIZE)]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     kept=st.sets(st.integers(0, 5)),
@@ -338,6 +450,16 @@ def test_a_chunk_file_of_the_wrong_size_is_reported(sample: Sample) -> None:
     assert [f.kind for f in caught.value.findings] == [Kind.WRONG_SIZE]
 
 
+def test_a_folder_in_place_of_a_chunk_file_is_reported(sample: Sample) -> None:
+    """What cannot be read is here all the same, and broken."""
+    sample.chunk_file(1).unlink()
+    sample.chunk_file(1).mkdir()
+    with pytest.raises(WrongContent) as caught:
+        sample.run()
+    about = [(f.kind, f.where) for f in caught.value.findings]
+    assert about == [(Kind.UNREADABLE, sample.artifact.pieces[1].part)]
+
+
 def test_a_chunk_file_that_is_written_meanwhile_is_reported(sample: Sample) -> None:
     """A chunk file that changes during the read does not count, even if its digest fits."""
 
@@ -387,6 +509,37 @@ def test_a_manifest_with_a_wrong_whole_gives_no_file(sample: Sample) -> None:
     ]
 
 
+def test_other_editions_are_not_held_against_the_file(sample: Sample) -> None:
+    """The bytes must be those of the first edition, which has the pieces."""
+    other = Edition(SIZE, "0" * 64, None)
+    sample.artifact = replace(sample.artifact, alternatives=(other,))
+    assert sample.is_right(sample.run())
+
+
+@pytest.mark.parametrize("digit", ["0", "f"])
+@pytest.mark.parametrize("by_git", [False, True])
+def test_a_piece_with_another_digest_is_refused(sample: Sample, digit: str, by_git: bool) -> None:
+    """The finding has both digests: sha256, or the git blob id where nothing else is pinned."""
+    first, *rest = sample.artifact.pieces
+    data = sample.file.read_bytes()
+    if by_git:
+        right = hashing.git_sha1(SIZE, data).hexdigest()
+        sample.artifact = Artifact("x", "x", "opaque", SIZE, git_sha1=right)
+        made = sample.run(WholeFile(sample.file))
+        assert sample.is_right(made) and made.git_sha1 == right
+        sample.artifact = replace(sample.artifact, git_sha1=digit * 40)
+        words = f"git blob id {digit * 40}", f"git blob id {right}"
+    else:
+        sample.artifact = replace(
+            sample.artifact, pieces=(replace(first, sha256=digit * 64), *rest)
+        )
+        words = f"sha256 {digit * 64}", f"sha256 {first.sha256}"
+    with pytest.raises(WrongContent) as caught:
+        sample.run(WholeFile(sample.file))
+    found = [(f.kind, f.where, f.expected, f.found) for f in caught.value.findings]
+    assert found == [(Kind.WRONG_DIGEST, str(sample.file), *words)]
+
+
 def test_the_blob_id_stands_in_for_the_whole_digest(sample: Sample) -> None:
     """Without a whole sha256, the Hub blob id is held against the assembled file."""
     sample.artifact = replace(sample.artifact, sha256=None)
@@ -414,6 +567,16 @@ def test_a_broken_piece_is_taken_from_the_next_source(sample: Sample, index: int
     made = sample.run(ChunkFiles(sample.root), WholeFile(sample.file))
     assert sample.is_right(made)
     assert made.pieces[index].source == str(sample.file)
+
+
+def test_a_source_is_not_blamed_for_the_bytes_of_another(tmp_path: Path) -> None:
+    """Where what a source left is wrong, the next one is asked for the whole piece."""
+    sample = Sample(tmp_path, 10_000, 10_000)
+    source = Streaming(sample.file.read_bytes())
+    made = sample.run(BreakingOff(), source)
+    assert sample.is_right(made)
+    assert source.given == [(1, 10_000), (0, 10_000)]
+    assert [note.where for note in made.notes] == ["refused 0"]
 
 
 def test_what_every_source_said_is_reported(sample: Sample) -> None:

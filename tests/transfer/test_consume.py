@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,16 +23,16 @@ from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Kind, NoSpace, UsageError, WrongContent
-from csm_weights.manifest.types import Artifact, Piece
+from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.pipeline import apply
 from csm_weights.pipeline import plan as plan_module
 from csm_weights.pipeline.actions import Assemble, Consume, Move
 from csm_weights.pipeline.plan import Target, make_plan
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome
-from csm_weights.store import block_io, inspect
+from csm_weights.store import atomic, block_io, inspect
 from csm_weights.store.consumed import CONSUMING_ROOM
-from csm_weights.store.inspect import FileState
+from csm_weights.store.inspect import ArtifactState, FileState
 from csm_weights.store.journal import (
     Arrival,
     Consumed,
@@ -41,7 +42,7 @@ from csm_weights.store.journal import (
     parse_line,
     partial_path,
 )
-from csm_weights.transfer import consume
+from csm_weights.transfer import assemble, consume
 from csm_weights.transfer.policy import HUB, SourcePolicy
 from csm_weights.untrusted import dump_record
 from tests.e2e.test_full_disk import Act, Tripwire, exit_code
@@ -148,6 +149,7 @@ def test_each_step_frees_what_it_wrote(toy: Toy, monkeypatch: pytest.MonkeyPatch
     real = block_io.punch
 
     def measured(fd: int, offset: int, size: int) -> None:
+        assert offset == 0
         every = [*chunk_files_of(toy), partial_of(toy)]
         held.append(sum(path.stat().st_blocks * 512 for path in every))
         real(fd, offset, size)
@@ -159,26 +161,38 @@ def test_each_step_frees_what_it_wrote(toy: Toy, monkeypatch: pytest.MonkeyPatch
     assert max(held) <= toy.artifact(NAME).size + STEP + blocks
 
 
+@pytest.mark.parametrize("is_readable", [True, False])
 def test_the_unfinished_file_has_its_name_before_bytes_go(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, is_readable: bool
 ) -> None:
-    """The folders above it are made durable first: after a power cut it can be found."""
-    synced, before = set[str](), list[set[str]]()
-    fsync, punch = os.fsync, block_io.punch
+    """The folders above it are made durable first, once: after a power cut it can be found.
 
-    def noted(fd: int) -> None:
-        synced.add(str(Path(f"/proc/self/fd/{fd}").readlink()))
-        fsync(fd)
+    They are those of its file system, up to one that may not be read. In the end so are
+    the file's bytes, and then the folder that its chunk files were in.
+    """
+    events: list[Path | str] = []
+    sync, punch, access = atomic.sync, block_io.punch, os.access
+
+    def synced(path: Path) -> None:
+        events.append(path)
+        sync(path)
 
     def punched(fd: int, offset: int, size: int) -> None:
-        before.append(set(synced))
+        events.append("punched")
         punch(fd, offset, size)
 
-    monkeypatch.setattr(os, "fsync", noted)
+    def allowed(path: Path, mode: int, **rest: Any) -> bool:
+        return access(path, mode, **rest) and (is_readable or path != toy.root)
+
+    monkeypatch.setattr(assemble, "sync", synced)
+    monkeypatch.setattr(os, "access", allowed)
     monkeypatch.setattr(consume, "punch", punched)
+    monkeypatch.setattr(consume, "sync", synced)
     fetch(toy)
-    staging = partial_of(toy).parent
-    assert {str(path) for path in (staging, staging.parent, toy.root)} <= before[0]
+    folders, device = partial_of(toy).parents, toy.root.stat().st_dev
+    above = list(itertools.takewhile(lambda folder: folder.stat().st_dev == device, folders))
+    in_the_end = [partial_of(toy), chunk_files_of(toy)[0].parent]
+    assert events == [*(above if is_readable else above[:2]), *["punched"] * 8, *in_the_end]
 
 
 def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
@@ -340,6 +354,28 @@ def test_a_plain_run_goes_on_with_a_begun_one(toy: Toy) -> None:
     assert [type(step) for step in outcome.actions] == [Consume]
 
 
+@pytest.mark.parametrize("consuming", [True, False])
+def test_once_all_bytes_were_moved_the_chunk_files_are_not_missed(
+    toy: Toy, consuming: bool
+) -> None:
+    """Someone removes what is left of them, with their folder: the file is finished."""
+    begun(toy, steps=8)
+    shutil.rmtree(toy.chunk_file(NAME, 0).parent)
+    fetch(toy, consuming=consuming)
+    assert is_finished(toy)
+
+
+def test_other_editions_of_a_file_are_not_held_against_its_chunk_files(toy: Toy) -> None:
+    """They make up the first edition, and are consumed."""
+    a, b, note = toy.manifest.artifacts
+    other = Edition(b.size + 1, "0" * 64, None)
+    toy.write_manifest(
+        replace(toy.manifest, artifacts=(a, replace(b, alternatives=(other,)), note))
+    )
+    fetch(toy)
+    assert is_finished(toy)
+
+
 def test_recombine_takes_no_begun_chunk_file(toy: Toy) -> None:
     """The script without Python writes nothing, and names the command that goes on."""
     begun(toy)
@@ -432,16 +468,18 @@ class Blind:
         return "the same"
 
 
-@pytest.mark.parametrize("is_blind", [False, True])
+@pytest.mark.parametrize(
+    ("byte", "is_blind"), [(1000, False), (1000, True), (1001, True), (1002, True), (1003, True)]
+)
 def test_a_chunk_file_that_changes_after_its_proof_is_not_punched(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, is_blind: bool
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, byte: int, is_blind: bool
 ) -> None:
     """What is copied is held against what was verified, so a later write loses nothing."""
     victim, real = toy.chunk_file(NAME, 1), consume.verify
 
     def verify_then_change(*arguments: Any) -> list[consume.Proof]:
         proofs = real(*arguments)
-        flip(victim)
+        flip(victim, byte)
         return proofs
 
     monkeypatch.setattr(consume, "verify", verify_then_change)
@@ -451,11 +489,51 @@ def test_a_chunk_file_that_changes_after_its_proof_is_not_punched(
         fetch(toy)
     assert Kind.CHANGED in kinds(caught.value)
     assert moved(toy)[PIECE_SIZE] == 0
-    flip(victim)
+    flip(victim, byte)
     monkeypatch.undo()
     assert lost(toy) == []
     fetch(toy)
     assert is_finished(toy)
+
+
+def cut_off(chunk: Path) -> None:
+    os.truncate(chunk, 1000)
+
+
+def test_a_chunk_file_that_goes_after_its_proof_is_reported(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is its own finding, and what was moved before stays."""
+    victim, real = toy.chunk_file(NAME, 1), consume.verify
+
+    def verify_then_remove(*arguments: Any) -> list[consume.Proof]:
+        proofs = real(*arguments)
+        victim.unlink()
+        return proofs
+
+    monkeypatch.setattr(consume, "verify", verify_then_remove)
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    found = [(f.kind, f.where) for f in caught.value.findings]
+    assert found == [(Kind.UNREADABLE, toy.artifact(NAME).pieces[1].part)]
+    assert moved(toy)[0] == PIECE_SIZE
+
+
+def test_a_chunk_file_that_is_cut_off_between_two_steps_is_reported(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that it has no longer is its own finding, and no crash."""
+
+    def punched(fd: int, offset: int, size: int) -> None:
+        block_io.punch(fd, offset, size)
+        cut_off(toy.chunk_file(NAME, 0))
+
+    monkeypatch.setattr(consume, "punch", punched)
+    with pytest.raises(WrongContent) as caught:
+        fetch(toy)
+    found = [(f.kind, f.where) for f in caught.value.findings]
+    assert found == [(Kind.UNREADABLE, toy.artifact(NAME).pieces[0].part)]
+    assert moved(toy) == {0: STEP}
 
 
 def test_a_write_between_copy_and_punch_is_not_lost(
@@ -507,8 +585,13 @@ def test_rot_in_the_only_copy_is_reported_and_the_chunk_file_put_back_mends_it(
     flip(partial_of(toy), index * PIECE_SIZE + 1000)
     with pytest.raises(WrongContent) as caught:
         fetch(toy)
-    piece = toy.artifact(NAME).pieces[index]
-    assert [f.where for f in caught.value.findings] == [piece.part]
+    piece, size = toy.artifact(NAME).pieces[index], (PIECE_SIZE, STEP)[index]
+    copy = partial_of(toy).read_bytes()[piece.offset : piece.offset + size]
+    copy += (toy.root / piece.part).read_bytes()[size:]
+    (finding,) = caught.value.findings
+    assert (finding.where, finding.expected) == (piece.part, f"sha256 {piece.sha256}")
+    told = f"{size:,} bytes of it in {partial_of(toy)}: "
+    assert finding.found == told + hashlib.sha256(copy).hexdigest()
     (toy.root / piece.part).write_bytes(toy.good(NAME)[piece.offset : piece.end])
     fetch(toy)
     assert is_finished(toy)
@@ -646,6 +729,55 @@ def test_a_chunk_file_that_is_touched_while_it_is_hashed_is_not_consumed(toy: To
     assert (finding.kind, finding.where) == (Kind.UNREADABLE, piece.part)
     assert finding.found == "a change in the meantime"
     assert sorted(proof.stakes) == [p.offset for p in item.artifact.pieces if p != piece]
+
+
+@pytest.mark.parametrize("spoil", [cut_off, Path.unlink])
+def test_a_chunk_file_that_cannot_be_hashed_is_not_consumed(
+    toy: Toy, spoil: Callable[[Path], None]
+) -> None:
+    """Cut off or removed after the inspection, it is reported; the others are right."""
+    (item,) = apply.status(asked(toy)).state.artifacts
+    spoil(toy.chunk_file(NAME, 1))
+    assert unreadable(toy, item) == {1}
+
+
+@pytest.mark.parametrize("spoil", [cut_off, Path.unlink])
+def test_consumed_bytes_that_cannot_be_hashed_are_reported(
+    toy: Toy, spoil: Callable[[Path], None]
+) -> None:
+    """Also those in the unfinished file; the piece that was not begun is right."""
+    (item,) = apply.status(asked(begun(toy))).state.artifacts
+    spoil(partial_of(toy))
+    assert unreadable(toy, item) == {0, 1}
+
+
+def unreadable(toy: Toy, item: ArtifactState) -> set[int]:
+    """The pieces, by index, that hashing reports as unreadable; the others may be consumed."""
+    pieces = item.artifact.pieces
+    subject = consume.Subject(item, frozenset(p.offset for p in pieces), toy.root)
+    (proof,) = consume.verify([subject], lambda _: None)
+    found = {i for i, p in enumerate(pieces) if toy.root / p.part in proof.findings}
+    for index in found:
+        finding = proof.findings[toy.root / pieces[index].part]
+        assert (finding.kind, finding.where) == (Kind.UNREADABLE, pieces[index].part)
+    assert set(proof.stakes) == {p.offset for i, p in enumerate(pieces) if i not in found}
+    return found
+
+
+@pytest.mark.parametrize("digit", ["0", "f"])
+def test_a_chunk_file_with_another_digest_is_not_consumed(toy: Toy, digit: str) -> None:
+    """The finding is about its file alone, and has both digests."""
+    (item,) = apply.status(asked(toy)).state.artifacts
+    first, *rest = item.artifact.pieces
+    changed = replace(item.artifact, pieces=(replace(first, sha256=digit * 64), *rest))
+    subject = consume.Subject(
+        replace(item, artifact=changed), frozenset(p.offset for p in changed.pieces), toy.root
+    )
+    (proof,) = consume.verify([subject], lambda _: None)
+    ((path, finding),) = proof.findings.items()
+    assert (path, finding.kind) == (toy.root / first.part, Kind.WRONG_DIGEST)
+    assert (finding.expected, finding.found) == (f"sha256 {digit * 64}", first.sha256)
+    assert list(proof.stakes) == [piece.offset for piece in rest]
 
 
 def make_symlink(part: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,8 @@ from csm_weights.concurrency import Cancelled
 from csm_weights.hashing import Hasher, sha256
 from csm_weights.store.block_io import OutputFile
 from csm_weights.store.journal import Arrival, parse_line
-from csm_weights.transfer.reorder import BLOCK, BufferPool, ReorderBuffer
+from csm_weights.transfer import reorder
+from csm_weights.transfer.reorder import BLOCK, BufferPool, InOrderDigest, ReorderBuffer
 from csm_weights.untrusted import dump_record
 
 START = 4096
@@ -45,11 +48,13 @@ class SixBlocks:
         self.stop = threading.Event()
         self.reorder = self.begin()
 
-    def begin(self, arrived: Sequence[tuple[int, int]] = ()) -> ReorderBuffer:
+    def begin(
+        self, arrived: Sequence[tuple[int, int]] = (), end: int = START + SIZE
+    ) -> ReorderBuffer:
         return ReorderBuffer(
             self.target,
             START,
-            START + SIZE,
+            end,
             self.sinks,
             self.blocks,
             arrived,
@@ -101,6 +106,17 @@ def test_many_threads_may_put(six: SixBlocks) -> None:
         list(pool.map(six.put, random.Random(2).sample(range(COUNT), COUNT)))
     assert six.reorder.finish()
     assert (six.digests(), six.written()) == (RIGHT, DATA)
+
+
+def test_blocks_go_past_the_page_cache(six: SixBlocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were hashed from memory, so that the cache is left to others."""
+    written: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        six.target, "write", lambda _, offset, *, direct: written.append((offset, direct))
+    )
+    six.put(0)
+    six.put(1)
+    assert written == [(START, True), (START + BLOCK, True)]
 
 
 def test_every_block_is_recorded_once_it_is_written(six: SixBlocks) -> None:
@@ -261,21 +277,71 @@ def test_a_journal_line_about_no_bytes_counts_as_absent(offset: int, size: int) 
     assert parse_line(json.dumps(json.loads(line) | {"offset": offset, "size": size})) is None
 
 
-def test_bytes_that_have_arrived_are_not_written_over(six: SixBlocks) -> None:
-    """A block over bytes that are there is refused: the digest may have passed them."""
-    six.put(0)
+@pytest.mark.parametrize(
+    ("offset", "size"), [(100, 100), (120, 10), (90, 20), (190, 20), (50, 300), (199, 1)]
+)
+def test_bytes_that_have_arrived_are_not_written_over(
+    six: SixBlocks, offset: int, size: int
+) -> None:
+    """A block over any byte of [100, 200) is refused: the digest may have passed it."""
+    six.target.write(memoryview(DATA[:200]), START, direct=False)
+    six.reorder.close()
+    six.reorder = six.begin([(START + 100, START + 200)])
     with pytest.raises(ValueError, match="arrived already"):
-        six.put(0)
-    assert six.written() == DATA[:BLOCK]
+        six.reorder.write(six.blocks.acquire(), START + offset, size)
+    assert (six.written(), six.recorded) == (DATA[:200], [])
+    for beside in (0, 200):
+        six.reorder.write(six.blocks.acquire(), START + beside, 100)
+    assert six.reorder.wanted() == [(START + 300, START + SIZE)]
 
 
-def test_blocks_go_back_when_a_landing_is_given_up(tmp_path: Path) -> None:
-    """After a reorder buffer that never ended, as many blocks may wait as before."""
+def test_a_buffer_without_bytes_goes_back(six: SixBlocks) -> None:
+    """A stream that got nothing gives its buffer back by writing nothing."""
+    block = six.blocks.acquire()
+    six.reorder.write(block, START, 0)
+    assert (six.recorded, six.reorder.wanted()) == ([], [(START, START + SIZE)])
+    assert six.blocks.acquire() is block
+
+
+@pytest.mark.parametrize("indices", [(2, 3, 4), range(COUNT)])
+def test_blocks_go_back_in_the_end(tmp_path: Path, indices: Sequence[int]) -> None:
+    """After a reorder buffer, given up or finished, as many blocks may wait as before."""
+    before = set(threading.enumerate())
     six = SixBlocks(tmp_path, held=3)
-    for index in (2, 3, 4):
+    for index in indices:
         six.put(index)
+    six.reorder.finish()
     six.reorder.close()
     assert [six.blocks.reserve() for _ in range(4)] == [True, True, True, False]
+    assert set(threading.enumerate()) <= before
+
+
+def test_so_many_buffers_wait_in_memory() -> None:
+    """48 MiB if nothing else is said; one that must wait takes the room of the next one."""
+    pool = BufferPool()
+    buffer = pool.acquire()
+    assert sum(pool.reserve() for _ in range(100)) * len(buffer) == 48 << 20
+    pool = BufferPool(1)
+    assert [pool.reserve(), pool.reserve(), pool.reserve(always=True)] == [True, False, True]
+    pool.release(buffer, reserved=True)
+    assert pool.acquire() is buffer
+    assert not pool.reserve()
+    pool.release(buffer)
+    assert not pool.reserve()
+    pool.release(buffer, reserved=True)
+    assert [pool.reserve(), pool.reserve()] == [True, False]
+
+
+def test_much_is_read_back_in_steps(six: SixBlocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 MiB at a time, so that it ends soon after it is closed, and up to a block that waits."""
+    read: list[tuple[int, int]] = []
+    monkeypatch.setattr(reorder, "feed", lambda _, offset, size, *__: read.append((offset, size)))
+    six.reorder.close()
+    step, last = 16 << 20, START + (40 << 20)
+    six.reorder = six.begin([(START, last)], last + BLOCK)
+    six.reorder.write(six.blocks.acquire(), last, BLOCK)
+    assert six.reorder.finish()
+    assert read == [(START, step), (START + step, step), (START + 2 * step, step // 2)]
 
 
 def test_who_puts_hears_that_the_hashing_has_died(tmp_path: Path) -> None:
@@ -288,3 +354,80 @@ def test_who_puts_hears_that_the_hashing_has_died(tmp_path: Path) -> None:
             six.put(index)
             time.sleep(0.05)
     six.reorder.close()
+
+
+# ---- the digest of the whole
+
+
+PIECES = random.Random(5).randbytes(1000)
+STARTS = [0, 400, 700, 1000]
+WHOLE = hashlib.sha256(PIECES).hexdigest()
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    """A file of three pieces."""
+    (tmp_path / "pieces").write_bytes(PIECES)
+    fd = os.open(tmp_path / "pieces", os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("events", "claimed", "is_whole"),
+    [
+        ("+0 -0 +1 -1 +2 -2", "012", True),
+        ("+0 +1 +2 -2 -1 -0", "0", True),
+        ("+2 +1 -1 -2 +0 -0", "0", True),
+        ("+1 +0 -0 -1 +2 -2", "02", True),
+        ("+0 +2 -0 +1 -2 -1", "01", True),
+        ("+0 +2 -0 -2 +1 -1", "01", True),
+        ("+0 x0 +0 -0 +1 -1 +2 -2", "0012", True),
+        ("+0 x0 +1 -1 +2 -2", "0", False),
+        ("+0 +1 -0 x1 +2 -2", "0", False),
+        ("+0 +1 +2 -1 -0 x2", "0", False),
+    ],
+)
+def test_the_whole_digest_grows_in_file_order(
+    fd: int, events: str, claimed: str, is_whole: bool
+) -> None:
+    """Pieces begin (+), are verified (-) or not (x); those whose turn it is feed the digest."""
+    whole, feeding = InOrderDigest(fd, STARTS, threading.Event()), dict[int, Hasher | None]()
+    had = ""
+    for event in events.split():
+        assert whole.hexdigest() == ""
+        index = int(event[1])
+        if event[0] == "+":
+            feeding[index] = digest = whole.claim(index)
+            if digest:
+                digest.update(memoryview(PIECES)[STARTS[index] : STARTS[index + 1]])
+                had += str(index)
+        else:
+            whole.finish(index, feeding[index], verified=event[0] == "-")
+    assert (had, whole.hexdigest()) == (claimed, WHOLE if is_whole else "")
+
+
+def test_a_file_of_many_pieces_is_fed_in_one_read(fd: int) -> None:
+    """Where each piece begins when the one before is done, each is given the digest."""
+    whole = InOrderDigest(fd, range(len(PIECES) + 1), threading.Event())
+    for index, byte in enumerate(PIECES):
+        digest = whole.claim(index)
+        assert digest is not None
+        digest.update(memoryview(bytes([byte])))
+        whole.finish(index, digest, verified=True)
+    assert whole.hexdigest() == WHOLE
+
+
+def test_one_worker_at_a_time_reads_again(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece that finishes meanwhile is left to the worker that reads already."""
+    whole = InOrderDigest(fd, STARTS, threading.Event())
+    waiting, feed = [2, 1], hashing.feed
+
+    def meanwhile(*arguments: Any) -> None:
+        if waiting:
+            whole.finish(waiting.pop(), None, verified=True)
+        feed(*arguments)
+
+    monkeypatch.setattr(reorder, "feed", meanwhile)
+    whole.finish(0, None, verified=True)
+    assert whole.hexdigest() == WHOLE
