@@ -18,9 +18,6 @@ from csm_weights.files import open_regular
 from csm_weights.hashing import Sink, feed
 from csm_weights.store.atomic import create, created, write_all, writing
 
-if sys.platform == "linux":
-    import fcntl
-
 #: Bytes copied and hashed at a time.
 STEP = 4 << 20
 
@@ -80,6 +77,8 @@ def clone_range(src: int, src_offset: int, dst: int, dst_offset: int, size: int)
     """
     if sys.platform != "linux":
         return False
+    import fcntl
+
     try:
         # FICLONERANGE of linux/fs.h
         fcntl.ioctl(dst, 0x4020940D, struct.pack("=qQQQ", src, src_offset, size, dst_offset))

@@ -78,7 +78,7 @@ def repository(cache: Path, repo: str) -> Path:
 def main_of(home: Path) -> str | None:
     """Return the commit that an offline client takes "main" of a repository for, or None."""
     try:
-        text = read_bounded(home / "refs" / "main", 100).decode("ascii")
+        text = read_bounded(home / "refs" / "main").decode("ascii")
     except (OSError, UnicodeDecodeError):
         return None
     # Only a branch that names a whole commit can be followed offline.
@@ -104,7 +104,6 @@ class CachedRepo:
 
     def __init__(self, cache: Path, repo: str, revision: str | None) -> None:
         self._home = repository(cache, repo)
-        self._exists = self._home.is_dir()
         self._snapshots = sorted(snapshots_of(self._home), key=lambda one: one.name != revision)
 
     def find(self, artifact: Artifact) -> Path | None:
@@ -113,8 +112,8 @@ class CachedRepo:
         By size; nothing is hashed. Blobs by name come first, then the snapshot
         of the revision, then that of main, then any.
         """
-        digests = (artifact.sha256, artifact.git_sha1) if self._exists else ()
-        paths = [self._home / "blobs" / digest for digest in digests if digest]
+        digests = filter(None, (artifact.sha256, artifact.git_sha1))
+        paths = [self._home / "blobs" / digest for digest in digests]
         for path in (*paths, *(snapshot / artifact.path for snapshot in self._snapshots)):
             file = _resolved(path, self._home)
             if file and file.stat().st_size == artifact.size and os.access(file, os.R_OK):

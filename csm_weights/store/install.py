@@ -37,9 +37,8 @@ def install(source: Path, directory: Path, receipt: Receipt) -> Receipt:
         with writing(final):
             final.replace(source)
         raise
-    sync(final.parent)
-    if source.parent != final.parent:
-        sync(source.parent)
+    for folder in dict.fromkeys((final.parent, source.parent)):
+        sync(folder)
     return record(directory, receipt)
 
 

@@ -19,9 +19,6 @@ from csm_weights.store.inspect import Paths
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-if sys.platform != "win32":
-    import fcntl
-
 #: The lock's name in the staging folder.
 NAME = ".lock"
 
@@ -81,6 +78,8 @@ def are_real(path: Path) -> bool:
     """
     if sys.platform == "win32":
         return True
+    import fcntl
+
     with opened(path, os.O_RDWR | os.O_NOFOLLOW) as fd:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -86,7 +86,7 @@ class Receipt:
     def covers_pieces(self, artifact: Artifact) -> bool:
         """Check that `sha256` is the digest of just the pieces that the manifest pins."""
         return 0 < len(artifact.pieces) == len(self.pieces) and all(
-            r.is_of(p) for r, p in zip(self.pieces, artifact.pieces, strict=True)
+            map(PieceRecord.is_of, self.pieces, artifact.pieces)
         )
 
 

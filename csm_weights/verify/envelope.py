@@ -226,7 +226,7 @@ def require_library() -> None:
         import securesystemslib.dsse  # noqa: F401
         from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: F401
     except ImportError as error:
-        words = ("securesystemslib", f"no {error.name or 'such module'}", pip_command("attest"))
+        words = ("securesystemslib", str(error), pip_command("attest"))
         finding = Finding(Kind.MISSING, "signatures", *words)
         raise MissingInput("what signs and checks signatures is not installed", [finding]) from None
 

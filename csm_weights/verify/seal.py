@@ -19,9 +19,6 @@ from csm_weights.files import open_regular
 from csm_weights.store.atomic import writing
 from csm_weights.store.receipts import Receipt
 
-if sys.platform == "linux":
-    import fcntl
-
 #: The ioctls of linux/fsverity.h: build and keep the hash tree of a file; read its digest.
 _FS_IOC_ENABLE_VERITY = 0x40806685
 _FS_IOC_MEASURE_VERITY = 0xC0046686
@@ -84,6 +81,8 @@ def enable_verity(fd: int, file: Path) -> bool:
     """
     if sys.platform != "linux":
         return False
+    import fcntl
+
     try:  # only a file with a hash tree has a digest of it
         fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, struct.pack("=HH64x", 0, 64))
         return True

@@ -42,7 +42,7 @@ def render_chunk_list(artifact: Artifact, known: str = "") -> str:
     about = f"# {name}: "
     kept = [
         line
-        for line in known.rstrip("\n").split("\n")
+        for line in known.split("\n")
         if line and not line.startswith(about) and not line[66:].startswith(f"{name}.part-")
     ]
     ids = {"sha256": artifact.sha256, "Hub blob id": artifact.blob_id}

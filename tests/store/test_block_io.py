@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def test_a_file_system_that_shares_nothing_is_no_error(
         raise OSError(number, "no")
 
     monkeypatch.setattr(fcntl, "ioctl", refuse)
+    assert not block_io.clone_range(3, 0, 4, 0, 4096)
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_other_systems_are_not_asked_to_share(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    """Their kernels have other calls under Linux's numbers."""
+    monkeypatch.setattr(fcntl, "ioctl", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(sys, "platform", system)
     assert not block_io.clone_range(3, 0, 4, 0, 4096)
 
 

@@ -336,10 +336,11 @@ def test_a_seeded_cache_has_the_layout_of_the_client(hub: Hub) -> None:
 def test_a_linked_blob_is_the_file_itself_read_only(hub: Hub) -> None:
     """A hard link takes no room, and neither name can be written to by mistake."""
     hub.big.file.chmod(0o640)
+    hub.small.file.chmod(0o777)
     hub.seed()
     assert hub.blob(hub.big).samefile(hub.big.file)
     assert stat.S_IMODE(hub.blob(hub.big).stat().st_mode) == 0o440
-    assert stat.S_IMODE(hub.blob(hub.small).stat().st_mode) & 0o222 == 0
+    assert stat.S_IMODE(hub.blob(hub.small).stat().st_mode) == 0o555
 
 
 def test_the_real_client_takes_the_files_offline(hub: Hub) -> None:
@@ -401,6 +402,14 @@ def test_a_file_of_someone_else_is_not_linked(hub: Hub, monkeypatch: pytest.Monk
     assert hows(hub.seed()) == [How.COPIED, How.COPIED]
 
 
+def test_root_links_the_file_of_anyone(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may change the mode of every file."""
+    if os.geteuid() == 0:
+        os.chown(hub.big.file, 54321, 54321)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert hows(hub.seed()) == [How.LINKED, How.LINKED]
+
+
 @pytest.mark.usefixtures("no_links")
 @pytest.mark.parametrize("number", [0, 1], ids=["sha256", "git id"])
 def test_bytes_that_are_not_those_of_the_name_get_no_name(hub: Hub, number: int) -> None:
@@ -450,8 +459,17 @@ def test_room_is_counted_before_anything_is_copied(
     monkeypatch.setattr(block_io, "copy_hashed", lambda *_: pytest.fail("copied"))
     with pytest.raises(NoSpace) as caught:
         hub.seed()
-    assert caught.value.findings[0].found == "600,001, 1 too few"
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.NO_SPACE, str(hub.blobs))
+    assert (finding.expected, finding.found) == ("600,002 bytes free", "600,001, 1 too few")
     assert list(hub.blobs.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_links")
+def test_just_enough_room_is_enough(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies may fill the disk to its last byte."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * SIZE))
+    assert hows(hub.seed()) == [How.COPIED, How.COPIED]
 
 
 def test_links_need_no_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -645,6 +663,8 @@ def test_the_bytes_are_durable_before_they_have_a_name(
     order = [f"sync {blob}.csm-weights.incomplete", f"rename {blob}", "rename big.bin"]
     order += ["rename main", "sync blobs", f"sync {COMMIT}"]
     assert [e for e in events if e in order] == order
+    folders = ("hub", hub.repository.name, "blobs", "refs", "snapshots", COMMIT)
+    assert set(events[events.index("rename main") + 1 :]) == {f"sync {name}" for name in folders}
 
 
 # ---- what speaking offline takes

@@ -147,7 +147,7 @@ def test_a_trusted_receipt_answers_without_hashing(plain: Plain) -> None:
     results = check([trusted(plain.subject())], rehash=False, on_progress=ticks.append)
     digest = results[-1]
     assert (digest.ok, digest.sha256, ticks) == (True, plain.artifact.sha256, [])
-    assert "receipt" in digest.found
+    assert digest.found == f"sha256 {plain.artifact.sha256}, by its receipt of then"
 
 
 def test_rehashing_does_not_believe_a_receipt(plain: Plain) -> None:
@@ -164,6 +164,13 @@ def test_an_untrusted_receipt_is_not_believed(plain: Plain) -> None:
     file = replace(file, file=replace(file.file, state=FileState.UNVERIFIED))
     flip(plain.path, PIECE + 1)
     assert check([file], rehash=False, on_progress=ignore)[-1].ok is False
+
+
+def test_a_receipt_does_not_stand_for_a_file_without_pieces(plain: Plain) -> None:
+    """There is no piece that is hashed instead, so the whole is."""
+    file = trusted(plain.subject(pieces=(), blob_id=None))
+    flip(plain.path)
+    assert [f.kind for f in rejected(file).findings] == [Kind.WRONG_DIGEST]
 
 
 @pytest.mark.parametrize("pins", ["sha256", "blob_id", "pieces"])
@@ -249,12 +256,86 @@ def test_a_file_of_the_wrong_size_is_not_hashed(plain: Plain) -> None:
     assert ticks == []
 
 
+def words(results: Sequence[GateResult]) -> list[tuple[bool | None, str, str]]:
+    return [(result.ok, result.expected, result.found) for result in results]
+
+
 def test_every_result_says_what_was_expected_and_found(plain: Plain) -> None:
     """Each gate has both words, whether it passed, failed or could not run."""
-    good = check([plain.subject()], rehash=True, on_progress=ignore)
+    size, digest = "1,199,901 bytes", f"sha256 {plain.artifact.sha256}"
+    assert words(check([plain.subject()], rehash=True, on_progress=ignore)) == [
+        (True, "a readable file", "present"),
+        (True, size, size),
+        (True, digest, digest),
+    ]
+    os.truncate(plain.path, 10)
+    assert words(check([plain.subject()], rehash=True, on_progress=ignore)) == [
+        (True, "a readable file", "present"),
+        (False, size, "10"),
+        (None, digest, "not run: the file is not present or has the wrong size"),
+    ]
     plain.path.unlink()
-    bad = check([plain.subject()], rehash=True, on_progress=ignore)
-    assert all(result.expected and result.found for result in [*good, *bad])
+    assert words(check([plain.subject()], rehash=True, on_progress=ignore)) == [
+        (False, "a readable file", "no such file"),
+        (None, size, "not run: the file is not present"),
+        (None, digest, "not run: the file is not present or has the wrong size"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sha256": None}, "the sha256 of 4 pieces and Hub blob id {blob_id}"),
+        ({"sha256": None, "blob_id": None}, "the sha256 of 4 pieces"),
+        ({"sha256": None, "pieces": (), "blob_id": None, "git_sha1": "6" * 40}, "git blob id 66"),
+    ],
+)
+def test_the_digest_gate_says_by_what_a_file_is_pinned(
+    plain: Plain, changes: dict[str, object], expected: str
+) -> None:
+    """By its whole sha256 where there is one, else by pieces, the Hub's ids, or both."""
+    flip(plain.path, 0)
+    flip(plain.path, PIECE)
+    result = check([plain.subject(**changes)], rehash=True, on_progress=ignore)[-1]
+    assert result.ok is False
+    assert result.expected.startswith(expected.format(blob_id=plain.artifact.blob_id))
+    assert result.found == "; ".join(finding.found for finding in result.findings)
+
+
+@pytest.mark.parametrize(
+    ("flipped", "where", "good"),
+    [
+        ([5], "{path} bytes 0 to 299,999", [1, 2, 3]),
+        ([4 * PIECE - 100], "{path} bytes 900,000 to 1,199,900", [0, 1, 2]),
+        ([5, 3 * PIECE], "{path}", [1, 2]),
+        ([5, PIECE, 2 * PIECE, 3 * PIECE], "{path}", []),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_finding(
+    plain: Plain, flipped: list[int], where: str, good: list[int]
+) -> None:
+    """One for the run that goes on: the wrong piece, all wrong pieces, or the file."""
+    for offset in flipped:
+        flip(plain.path, offset)
+    found = rejected(plain.subject())
+    assert found.finding().where == where.format(path=plain.path)
+    assert found.good == {n * PIECE for n in good}
+    if len(flipped) == 2:
+        assert found.finding().expected == "the sha256 of every piece"
+        ranges = "bytes 0 to 299,999; bytes 900,000 to 1,199,900"
+        assert found.finding().found == f"others at {ranges}"
+
+
+def test_a_file_of_one_piece_is_told_by_that(plain: Plain) -> None:
+    """No other file of the same size is suspected where there is just one piece."""
+    piece = Piece("chunks/x", 0, plain.artifact.size, str(plain.artifact.sha256))
+    flip(plain.path)
+    (found,) = rejected(plain.subject(sha256=None, blob_id=None, pieces=(piece,))).findings
+    assert (found.where, found.help) == (f"{plain.path} bytes 0 to 1,199,900", "inv weights")
+    assert (found.expected, found.found) == (
+        f"sha256 {piece.sha256}",
+        f"sha256 {sha256(plain.path)}",
+    )
 
 
 def test_a_write_during_the_hashing_is_reported(plain: Plain) -> None:
@@ -398,7 +479,13 @@ def test_a_whole_network_passes(tiny: Path) -> None:
     results = check(network(tiny), rehash=True, on_progress=ignore)
     assert {result.ok for result in results} == {True}
     assert structure(results) == dict.fromkeys(NAMES, True)
-    assert "tensors" in next(r.found for r in results if r.gate is Gate.STRUCTURE)
+    count = len(TINY.tensor_shapes())
+    of_weights = (True, f"{count} tensors as config.json implies", f"{count} tensors")
+    assert words([r for r in results if r.gate is Gate.STRUCTURE]) == [
+        (True, "a description of a CSM network", f"a network of {count} tensors"),
+        of_weights,
+        of_weights,
+    ]
 
 
 def damage_header(folder: Path) -> None:

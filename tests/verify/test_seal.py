@@ -101,8 +101,11 @@ def test_the_result_says_which_was_done(toy: Toy, monkeypatch: pytest.MonkeyPatc
     outcome = weights(toy, "a.bin", "b.bin")
     assert [s.verity for s in outcome.sealed] == [False, True]
     assert len(kernel.sealed) == 1
-    text = as_text.render(outcome)
-    assert "read-only (no fs-verity here)" in text and "read-only, fs-verity" in text
+    lines = [line for line in as_text.render(outcome).splitlines() if "read-only" in line]
+    assert [(line.split()[0], line.partition("read-only")[2]) for line in lines] == [
+        ("a.bin", " (no fs-verity here)"),
+        ("b.bin", ", fs-verity"),
+    ]
     assert [s["verity"] for s in json.loads(as_json.render(outcome))["sealed"]] == [0, 1]
 
 
@@ -147,6 +150,14 @@ def test_sealing_again_does_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -
     assert (again.sealed[0].verity, len(kernel.asked)) == (True, 1)
 
 
+def test_no_other_permission_is_left(toy: Toy) -> None:
+    """Nobody may write to a sealed file or run it, whoever could before."""
+    apply.weights(toy.request("a.bin"), smoke=False)
+    toy.installed("a.bin").chmod(0o777)
+    weights(toy, "a.bin")
+    assert mode(toy.installed("a.bin")) == 0o444
+
+
 def test_what_is_in_place_already_can_be_sealed(toy: Toy) -> None:
     """Files that an earlier run has installed are sealed without being made again."""
     apply.weights(toy.request(), smoke=False)
@@ -165,17 +176,27 @@ def test_a_read_only_file_gets_fs_verity(toy: Toy, monkeypatch: pytest.MonkeyPat
     assert apply.status(toy.request("a.bin"), check=True).error is None
 
 
+BUSY = "a program that has it open for writing"
+
+
 @pytest.mark.parametrize(
-    ("number", "kind", "code"),
+    ("number", "kind", "expected", "found", "code"),
     [
-        (errno.ETXTBSY, Kind.CHANGED, 4),
-        (errno.ENOSPC, Kind.NO_SPACE, 7),
-        (errno.EROFS, Kind.NOT_WRITABLE, 7),
-        (errno.EIO, Kind.UNREADABLE, 4),
+        (errno.ETXTBSY, Kind.CHANGED, "a file that does not change", BUSY, 4),
+        (errno.ENOSPC, Kind.NO_SPACE, "room for its hash tree", "No space left on device", 7),
+        (errno.EDQUOT, Kind.NO_SPACE, "room for its hash tree", "Disk quota exceeded", 7),
+        (errno.EROFS, Kind.NOT_WRITABLE, "a file that this user may seal", None, 7),
+        (errno.EIO, Kind.UNREADABLE, "a file or folder that can be used", None, 4),
     ],
 )
 def test_what_a_kernel_with_fs_verity_refuses_is_told(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, number: int, kind: Kind, code: int
+    toy: Toy,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: Kind,
+    expected: str,
+    found: str | None,
+    code: int,
 ) -> None:
     """A busy file or a full disk is an error; the file stays as it was, installed and verified."""
     Kernel(monkeypatch, number)
@@ -183,6 +204,7 @@ def test_what_a_kernel_with_fs_verity_refuses_is_told(
         weights(toy, "a.bin")
     (finding,) = caught.value.findings
     assert (finding.kind, finding.where) == (kind, str(toy.installed("a.bin")))
+    assert (finding.expected, finding.found) == (expected, found or os.strerror(number))
     assert caught.value.exit_code == code
     assert apply.status(toy.request("a.bin"), check=True).error is None
 
@@ -197,12 +219,15 @@ def test_where_there_is_no_fs_verity_the_kernel_is_asked_once(
     assert (len(kernel.asked), mode(toy.installed("a.bin"))) == (1, 0o444)
 
 
-def test_other_systems_have_no_fs_verity(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_other_systems_have_no_fs_verity(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
     """Their kernels are not asked with Linux's numbers; the file is read-only all the same."""
     kernel = Kernel(monkeypatch)
     request = toy.request("a.bin")
     outcome = apply.weights(request, smoke=False)
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", system)
     assert [sealed.verity for sealed in seal_placed(request, outcome).sealed] == [False]
     assert (kernel.asked, mode(toy.installed("a.bin"))) == ([], 0o444)
 

@@ -26,7 +26,14 @@ from securesystemslib.signer import CryptoSigner, SSlibKey
 from csm_weights.commands import attest
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
-from csm_weights.errors import CsmWeightsError, Kind, MissingInput, UsageError, WrongContent
+from csm_weights.errors import (
+    CsmWeightsError,
+    Finding,
+    Kind,
+    MissingInput,
+    UsageError,
+    WrongContent,
+)
 from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact, Manifest
 from csm_weights.pipeline import apply
@@ -288,7 +295,16 @@ def test_one_key_signs(desk: Desk) -> None:
         desk.attest(key="a", make_key="b")
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100, b"0" * 100_000])
+#: A kind of key that OpenSSL makes, and the libraries that sign do not know.
+SM2 = b"""-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqBHM9VAYItBG0wawIBAQQg5Ek/d9VU8iwFNH4J
+hkpv9D2I1dpPah7309qGJ8XDXouhRANCAAQlxHeqv5VrAcpNn9E8oI1SmXRZkFcZ
+a8gBRm6TNXBQoOfNsRXmZiFbEDfu7WR6pSGhNLwjc/RCMCFGYnIq66Fl
+-----END PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100, b"0" * 100_000, SM2])
 def test_what_is_no_private_key_signs_nothing(desk: Desk, content: bytes) -> None:
     """Garbage in a key's file is a finding about that file, and nothing is written."""
     desk.private.write_bytes(content)
@@ -481,7 +497,17 @@ def test_a_private_key_in_place_of_the_public_one_is_refused(desk: Desk) -> None
     assert (error.exit_code, "never hand that out" in str(error)) == (4, True)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"-----BEGIN PUBLIC KEY-----\nAAAA\n"])
+#: The public half of such a key.
+SM2_PUBLIC = b"""-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoEcz1UBgi0DQgAEJcR3qr+VawHKTZ/RPKCNUpl0WZBX
+GWvIAUZukzVwUKDnzbEV5mYhWxA37u1keqUhoTS8I3P0QjAhRmJyKuuhZQ==
+-----END PUBLIC KEY-----
+"""
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"-----BEGIN PUBLIC KEY-----\nAAAA\n", SM2_PUBLIC]
+)
 def test_what_is_no_public_key_checks_nothing(desk: Desk, content: bytes) -> None:
     """Garbage in a key's file is not called a bad signature."""
     desk.sign()
@@ -499,6 +525,13 @@ def test_a_key_that_cannot_sign_is_refused(desk: Desk) -> None:
     subprocess.run(out, check=True, capture_output=True)
     error = desk.refusal()
     assert (error.exit_code, "the key cannot be used" in str(error)) == (4, True)
+
+
+def test_a_key_is_a_file_of_at_most_64_kib(desk: Desk) -> None:
+    """Whatever else is in its place is not read, and the message says what may be."""
+    desk.private.mkdir()
+    with pytest.raises(WrongContent, match="a regular file of at most 65,536 bytes, found a fold"):
+        desk.attest(key=str(desk.private))
 
 
 @pytest.mark.parametrize("gone", ["file", "public"])
@@ -574,6 +607,47 @@ def test_another_manifest_is_a_note(desk: Desk) -> None:
     assert attested and "another version of the manifest" in attested.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("signer", "count", "words"),
+    [
+        (envelope.Signer("0123456789abcdefg", "rsa"), 2, "signed by rsa key 0123456789abcdef"),
+        (None, 2, "SIGNATURES NOT CHECKED (2): give --key"),
+        (None, 0, "NOT SIGNED: anyone may have written it"),
+    ],
+)
+def test_the_result_says_who_vouches(
+    signer: envelope.Signer | None, count: int, words: str
+) -> None:
+    """A key that signed it, others that were not asked, or nobody; then files and notes."""
+    attested = envelope.Attested("x.json", signer, count, ("a", "b"), ("a note",))
+    files = "its installed subjects: a, b"
+    assert attested.lines() == [f"attestation x.json: {words}", files, "a note"]
+
+
+def test_every_difference_between_subjects_and_files_is_a_finding() -> None:
+    """Files that are gone or of other bytes, and chosen ones that nobody has attested."""
+    names = ["gone" * 50, "other", "same"]
+    attested = envelope.Attestation(b"", dict(zip(names, "123", strict=True)), ())
+    found, chosen = {"other": "5", "same": "3"}, ["same", "more"]
+    assert envelope.differences(attested, "x.json", found, chosen) == [
+        Finding(Kind.MISSING, names[0], "sha256 1, as attested", "no such file", "inv weights"),
+        Finding(
+            Kind.DIFFERENT,
+            "other",
+            "sha256 2, as attested",
+            "sha256 5",
+            "it is not the file that was attested",
+        ),
+        Finding(
+            Kind.DIFFERENT,
+            "more",
+            "to be among the subjects of x.json",
+            f"only {names[0]}"[:200],
+            f"--only {','.join(names)}",
+        ),
+    ]
+
+
 # ---- hostile attestations
 
 
@@ -601,68 +675,202 @@ def in_base64(data: bytes) -> str:
 def test_the_statement_that_the_hostile_ones_differ_from_is_read() -> None:
     """The table below is not refused for another reason than it says."""
     read = envelope.read(enveloped(in_base64(made())), "x")
-    assert read.subjects == {"a": "0" * 64}
+    assert read == envelope.Attestation(made(), {"a": "0" * 64}, ())
+
+
+def test_signatures_and_materials_are_read_as_they_are_written() -> None:
+    """A key id may be left out, base64 has two alphabets, and odd materials are none."""
+    sha256s = ["1" * 64, 5, None, "2" * 64]
+    materials = [{"digest": {"sha256": sha256}} for sha256 in sha256s]
+    build = {"resolvedDependencies": [*materials, {"digest": []}, {}, "text"]}
+    body = made(predicate={"buildDefinition": build})
+    signatures = [{"sig": "-_8="}, {"keyid": "k", "sig": "+/9/"}, {"sig": ""}]
+    read = envelope.read(enveloped(in_base64(body), signatures=signatures), "x")
+    assert read.signatures == (("", b"\xfb\xff"), ("k", b"\xfb\xff\x7f"), ("", b""))
+    assert read.manifests == {"1" * 64, "2" * 64}
 
 
 A, SIG = {"sha256": "0" * 64}, {"keyid": "k", "sig": "AAAA"}
+
+
+def named(count: int) -> bytes:
+    """A statement about so many files."""
+    return made(subject=[{"name": f"f{i}", "digest": A} for i in range(count)])
+
+
+def valued(count: int) -> bytes:
+    """A statement of so many values, as they are counted before they are read."""
+    plain = made(more=[0])
+    return made(more=[0] * (1 + count - sum(plain.count(mark) for mark in (b",", b"[", b"{"))))
+
+
+def signed(count: int) -> bytes:
+    """A statement with so many signatures."""
+    signatures = [{"sig": in_base64(bytes([i]))} for i in range(count)]
+    return enveloped(in_base64(made()), signatures=signatures)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [made().ljust(16 << 20), valued(1_000_000), named(10_000), signed(16)],
+    ids=["bytes", "values", "subjects", "signatures"],
+)
+def test_attestations_up_to_the_limits_are_read(data: bytes) -> None:
+    """The largest that is allowed is; one more of each is among those below."""
+    assert envelope.read(data, "x").subjects
+
+
+#: Attestations that are refused: where, what is expected there, and the bytes.
 HOSTILE = {
-    "nothing": b"",
-    "not JSON": b"\x00\x01",
-    "not UTF-8": b'{"a": "\xff"}',
-    "a list": b"[]",
-    "a number of a million digits": b"1" * 1_000_000,
-    "deep": b'{"a":' * 100_000,
-    "deep lists": b"[" * 900_000,
-    "deep payload": enveloped(in_base64(b"[" * 900_000)),
-    "too many values": made(more=[{}] * 600_000),
-    "too many values in the payload": enveloped(in_base64(made(more=[0] * 1_000_001))),
-    "too large": made() + b" " * envelope.MAX_ATTESTATION,
-    "not a number": made(more=float("nan")),
-    "a key twice": made().replace(b'{"_type"', b'{"_type": 1, "_type"'),
-    "another payload type": enveloped(in_base64(made()), "text/plain"),
-    "no payload type": b'{"payload": "e30="}',
-    "a payload that is no text": enveloped("").replace(b'""', b"1"),
-    "a payload that is no base64": enveloped("!!!!"),
-    "a payload of letters abroad": enveloped("ééé="),
-    "a payload with holes": enveloped("\n".join(in_base64(made()))),
-    "an empty payload": enveloped(""),
-    "another statement type": made(_type="https://in-toto.io/Statement/v0.1"),
-    "another predicate": made(predicateType="https://slsa.dev/provenance/v0.2"),
-    "no predicate": made(predicate=None),
-    "a predicate that is a list": made(predicate=[]),
-    "no subject": made(subject=[]),
-    "a subject that is a word": made(subject=["a"]),
-    "a subject without a digest": made(subject=[{"name": "a"}]),
-    "a short digest": made(subject=[{"name": "a", "digest": {"sha256": "00"}}]),
-    "a digest in capitals": made(subject=[{"name": "a", "digest": {"sha256": "A" * 64}}]),
-    "only a sha1": made(subject=[{"name": "a", "digest": {"sha1": "0" * 40}}]),
-    "a subject twice": made(subject=[{"name": "a", "digest": A}] * 2),
-    "a subject outside": made(subject=[{"name": "../a", "digest": A}]),
-    "an absolute subject": made(subject=[{"name": "/etc/passwd", "digest": A}]),
-    "a surrogate": made(subject=[{"name": "\ud800", "digest": A}]),
-    "a subject of escapes": made(subject=[{"name": "\x1b[2J", "digest": A}]),
-    "ten thousand and one": made(
-        subject=[{"name": f"f{i}", "digest": A} for i in range(envelope.MAX_SUBJECTS + 1)]
+    "nothing": ("", "JSON, in UTF-8", b""),
+    "not JSON": ("", "JSON, in UTF-8", b"\x00\x01"),
+    "not UTF-8": ("", "JSON, in UTF-8", b'{"a": "\xff"}'),
+    "a list": ("", "a JSON object", b"[]"),
+    "a number of a million digits": ("", "JSON, in UTF-8", b"1" * 1_000_000),
+    "deep": ("", "JSON, in UTF-8", b'{"a":' * 100_000),
+    "deep lists": ("", "JSON, in UTF-8", b"[" * 900_000),
+    "deep payload": ("payload", "JSON, in UTF-8", enveloped(in_base64(b"[" * 900_000))),
+    "too many values": ("", "at most 1,000,000 values", valued(1_000_001)),
+    "too many values in the payload": (
+        "payload",
+        "at most 1,000,000 values",
+        enveloped(in_base64(made(more=[0] * 1_000_001))),
     ),
-    "signatures that are an object": enveloped(in_base64(made())).replace(b"[]", b"{}"),
-    "too many signatures": enveloped(
-        in_base64(made()), signatures=[{"sig": in_base64(bytes([i]))} for i in range(17)]
+    "too large": ("", "at most 16,777,216 bytes", made().ljust((16 << 20) + 1)),
+    "not a number": ("", "JSON, in UTF-8", made(more=float("nan"))),
+    "a key twice": ("", "JSON, in UTF-8", made().replace(b'{"_type"', b'{"_type": 1, "_type"')),
+    "another payload type": (
+        "payloadType",
+        envelope.PAYLOAD_TYPE,
+        enveloped(in_base64(made()), "text/plain"),
     ),
-    "a signature twice": enveloped(in_base64(made()), signatures=[SIG] * 2),
-    "a signature that is a word": enveloped(in_base64(made()), signatures=["x"]),
-    "a signature of garbage": enveloped(in_base64(made()), signatures=[{"sig": "?"}]),
-    "a key id that is a list": enveloped(in_base64(made()), signatures=[{"keyid": [], "sig": ""}]),
+    "no payload type": ("payloadType", envelope.PAYLOAD_TYPE, b'{"payload": "e30="}'),
+    "a payload that is no text": ("payload", "base64", enveloped("").replace(b'""', b"1")),
+    "a payload that is no base64": ("payload", "base64", enveloped("!!!!")),
+    "a payload of letters abroad": ("payload", "base64", enveloped("ééé=")),
+    "a payload with holes": ("payload", "base64", enveloped("\n".join(in_base64(made())))),
+    "an empty payload": ("payload", "JSON, in UTF-8", enveloped("")),
+    "another statement type": (
+        "_type",
+        statement.STATEMENT_TYPE,
+        made(_type="https://in-toto.io/Statement/v0.1"),
+    ),
+    "another predicate": (
+        "predicateType",
+        statement.PREDICATE_TYPE,
+        made(predicateType="https://slsa.dev/provenance/v0.2"),
+    ),
+    "no predicate": ("predicate", "a JSON object", made(predicate=None)),
+    "a predicate that is a list": ("predicate", "a JSON object", made(predicate=[])),
+    "no subject": ("subject", "a list of 1 to 10,000 subjects", made(subject=[])),
+    "a subject that is a word": ("subject[0]", "a file below the folder", made(subject=["a"])),
+    "a subject without a digest": (
+        "subject[0]",
+        "a sha256 of 64 hex digits",
+        made(subject=[{"name": "a"}]),
+    ),
+    "a short digest": (
+        "subject[0]",
+        "a sha256 of 64 hex digits",
+        made(subject=[{"name": "a", "digest": {"sha256": "00"}}]),
+    ),
+    "a digest in capitals": (
+        "subject[0]",
+        "a sha256 of 64 hex digits",
+        made(subject=[{"name": "a", "digest": {"sha256": "A" * 64}}]),
+    ),
+    "only a sha1": (
+        "subject[0]",
+        "a sha256 of 64 hex digits",
+        made(subject=[{"name": "a", "digest": {"sha1": "0" * 40}}]),
+    ),
+    "a subject twice": (
+        "subject[1]",
+        "every file once",
+        made(subject=[{"name": "a", "digest": A}] * 2),
+    ),
+    "a subject outside": (
+        "subject[0]",
+        "a file below the folder",
+        made(subject=[{"name": "../a", "digest": A}]),
+    ),
+    "an absolute subject": (
+        "subject[0]",
+        "a file below the folder",
+        made(subject=[{"name": "/etc/passwd", "digest": A}]),
+    ),
+    "a surrogate": (
+        "subject[0]",
+        "a file below the folder",
+        made(subject=[{"name": "\ud800", "digest": A}]),
+    ),
+    "a subject of escapes": (
+        "subject[0]",
+        "a file below the folder",
+        made(subject=[{"name": "\x1b[2J", "digest": A}]),
+    ),
+    "ten thousand and one": (
+        "subject",
+        "a list of 1 to 10,000 subjects",
+        named(10_001),
+    ),
+    "signatures that are an object": (
+        "",
+        "a list of at most 16 signatures",
+        enveloped(in_base64(made())).replace(b"[]", b"{}"),
+    ),
+    "too many signatures": (
+        "",
+        "a list of at most 16 signatures",
+        signed(17),
+    ),
+    "no list of signatures": (
+        "",
+        "a list of at most 16 signatures",
+        b'{"payloadType": "application/vnd.in-toto+json", "payload": "%s"}'
+        % in_base64(made()).encode(),
+    ),
+    "a key id of a surrogate": (
+        "signatures[1]",
+        "an object with sig, and a keyid that is text",
+        enveloped(in_base64(made()), signatures=[SIG, {"keyid": "\ud800", "sig": "BBBB"}]),
+    ),
+    "no payload": ("payload", "base64", b'{"payloadType": "application/vnd.in-toto+json"}'),
+    "no build": ("buildDefinition", "a JSON object", made(predicate={})),
+    "subjects that are one": ("subject", "a list of 1 to 10,000 subjects", made(subject={"a": 1})),
+    "a signature twice": (
+        "signatures",
+        "signatures that differ",
+        enveloped(in_base64(made()), signatures=[SIG] * 2),
+    ),
+    "a signature that is a word": (
+        "signatures[0]",
+        "an object with sig, and a keyid that is text",
+        enveloped(in_base64(made()), signatures=["x"]),
+    ),
+    "a signature of garbage": (
+        "signatures[0]",
+        "base64",
+        enveloped(in_base64(made()), signatures=[{"sig": "?"}]),
+    ),
+    "a key id that is a list": (
+        "signatures[0]",
+        "an object with sig, and a keyid that is text",
+        enveloped(in_base64(made()), signatures=[{"keyid": [], "sig": ""}]),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))
 def test_hostile_attestations_are_refused(name: str) -> None:
-    """Each ends with one finding on a printable line and exit code 4, in no time."""
+    """Each ends with one finding of its own on a printable line and exit code 4, in no time."""
+    at, expected, data = HOSTILE[name]
     start = time.monotonic()
     with pytest.raises(WrongContent) as caught:
-        envelope.read(HOSTILE[name], "evil.json")
+        envelope.read(data, "evil.json")
     (finding,) = caught.value.findings
-    assert (caught.value.exit_code, finding.where.split()[0]) == (4, "evil.json")
+    assert (caught.value.exit_code, finding.kind) == (4, Kind.MALFORMED)
+    assert (finding.where, finding.expected) == (f"evil.json {at}".rstrip(), expected)
     assert finding.line().isprintable() and len(finding.line()) < 600
     assert time.monotonic() - start < 2
 
@@ -673,7 +881,8 @@ def test_a_file_without_end_is_not_read(desk: Desk) -> None:
     os.mkfifo(pipe)
     for path in (Path("/dev/zero"), pipe):
         error = desk.refusal(key=False, file=path)
-        assert (error.exit_code, "regular file" in str(error)) == (4, True)
+        assert error.exit_code == 4
+        assert "a regular file of at most 16,777,216 bytes, found" in str(error)
 
 
 def test_a_huge_file_is_not_read(desk: Desk) -> None:
