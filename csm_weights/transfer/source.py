@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Protocol
 
@@ -128,7 +129,8 @@ class FirstOf:
                     continue
                 tries = wrong[id(source)]
                 tries += error.findings
-                found[id(source)] = [tries[0] if len({*tries}) == 1 else _damaged(tries)]
+                distinct = {*tries}
+                found[id(source)] = [_damaged(tries)] if len(distinct) > 1 else [*distinct]
                 if getattr(source, "is_remote", False) and len(tries) < ASKED:
                     queue.append(source)
                 continue
@@ -146,4 +148,4 @@ def _damaged(tries: Sequence[Finding]) -> Finding:
     """Return the finding for bytes of one source that were wrong in another way each time."""
     found = f"other wrong bytes each of {len(tries)} times"
     mend = "run the same command again; where that does not help, use another network or proxy"
-    return Finding(Kind.DAMAGED, tries[0].where, tries[0].expected, found, mend)
+    return replace(tries[0], kind=Kind.DAMAGED, found=found, help=mend)

@@ -509,36 +509,6 @@ def test_names_equal_but_for_their_unicode_form_end_nothing(
     assert capsys.readouterr().err.count("left out: ") == 1
 
 
-LFS = told("big.bin", b"content", lfs=True)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        replace(LFS, oid="0" * 40),
-        replace(LFS, sha256="0" * 64),
-        replace(LFS, size=8),
-        replace(LFS, lfs_size=8),
-        replace(LFS, size=8, lfs_size=8),
-        replace(LFS, size=-1, lfs_size=-1, oid=blob_id(LFS.sha256 or "", -1)),
-        replace(LFS, size=1 << 60, lfs_size=1 << 60, oid=blob_id(LFS.sha256 or "", 1 << 60)),
-        replace(LFS, sha256="g" * 64),
-        replace(LFS, oid=LFS.oid.upper()),
-        replace(LFS, size=0, lfs_size=0, oid=blob_id(LFS.sha256 or "", 0)),
-        replace(told("big.bin"), oid="main"),
-        replace(told("big.bin"), size=0),
-    ],
-)
-def test_a_hub_that_contradicts_itself_is_an_error(wrong: File) -> None:
-    """The git id must be that of the LFS pointer with this sha256 and size; the file is named."""
-    with pytest.raises(WrongContent) as caught:
-        choose([told("a"), wrong], (), PAGE)
-    assert {(f.kind, f.where) for f in caught.value.findings} == {
-        (Kind.WRONG_ANSWER, f"{PAGE} big.bin")
-    }
-    assert [a.path for a in choose([told("a"), wrong], ["a"], PAGE)[0]] == ["a"]
-
-
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12) | st.sampled_from(
     ["a/b.safetensors", "A/B.SAFETENSORS", "x.json", "x.pt", ".hidden", "all", "_", "\x7f", '"']
 )

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from requests import Response
 
 from csm_weights.pipeline import doctor
 from csm_weights.transfer.http.client import HttpClient, Timeouts
+from csm_weights.transfer.http.ranges import RangeDownloader
 
 #: Limits that end within a test.
 HASTY = Timeouts(connect=5, read=15, patience=0.6, backoff=0.02, slow_seconds=2, longest_wait=30)
@@ -207,3 +210,22 @@ def refusing_proxy(status: int) -> Iterator[str]:
 
     with serve(handle) as address:
         yield address
+
+
+class Answering(RangeDownloader):
+    """A downloader that sends nothing: each request gets the same answer, and is noted."""
+
+    def __init__(
+        self, status: int, headers: Mapping[str, str] | None = None, data: object = None
+    ) -> None:
+        super().__init__(threading.Event())
+        self.status, self.headers, self.data = status, headers or {}, data
+        self.asked: list[tuple[str, str]] = []
+
+    def ask(self, method: str, url: str, *_: object, **__: object) -> tuple[Response, bytes]:
+        """Return the answer to any request, without a body."""
+        self.asked.append((method, url))
+        response = Response()
+        response.status_code, response.reason, response.url = self.status, "Why", url
+        response.headers.update(self.headers)
+        return response, json.dumps(self.data).encode()

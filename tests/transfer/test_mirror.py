@@ -10,13 +10,13 @@ import pytest
 
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import CsmWeightsError, Kind
-from csm_weights.manifest.types import Artifact
+from csm_weights.manifest.types import Artifact, Piece
 from csm_weights.transfer.assemble import Assembly, assemble
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.ranges import RangeDownloader
 from csm_weights.transfer.mirror import Mirror
-from csm_weights.transfer.source import FirstOf, SourceError
-from tests.support.network import HASTY
+from csm_weights.transfer.source import FirstOf, NotAvailable, SourceError
+from tests.support.network import HASTY, Answering
 from tests.support.servers import FileServer, serving
 
 
@@ -117,3 +117,66 @@ def test_a_file_that_goes_once_it_was_found_is_told(
     (finding,) = caught.value.findings
     assert (finding.kind, finding.where) == (kind, f"{server.url}/x.bin")
     assert finding.found.startswith(f"{status} ") and help_text in finding.help
+
+
+# ---- what a status means
+
+PLACES = ["whole.bin", "chunks/a%20b.part"]
+PIECE = Piece("chunks/a b.part", 400, 600, "5" * 64)
+LARGE = Artifact("whole.bin", "x", "opaque", 1000, pieces=(PIECE,))
+SERVER = "http://127.0.0.1:9/folder"
+
+
+@pytest.mark.parametrize("status", [200, 206, 400, 402, 405, 409, 411, 501])
+def test_only_a_refusal_says_that_a_file_is_not_there(status: int) -> None:
+    """Whatever else a HEAD is answered, the GET will tell; the file is asked for once."""
+    answering = Answering(status)
+    mirror = Mirror(answering, f"{SERVER}/")
+    file = mirror.find(LARGE, PIECE)
+    assert (file.resolve(), file.size, file.offset) == (f"{SERVER}/whole.bin", 1000, 0)
+    assert mirror.find(LARGE, PIECE) is file
+    assert answering.asked == [("HEAD", f"{SERVER}/whole.bin")]
+    assert mirror.reached == {f"{SERVER}/whole.bin"}
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(404, NotAvailable), (410, NotAvailable), (403, SourceError)]
+)
+def test_what_a_mirror_does_not_have_is_asked_for_once(status: int, error: type[Exception]) -> None:
+    """Under the name of the whole file and of the chunk file; one refusal is told for both."""
+    answering = Answering(status)
+    mirror = Mirror(answering, f"{SERVER}/")
+    for _ in range(2):
+        with pytest.raises(error) as caught:
+            mirror.find(LARGE, PIECE)
+    if isinstance(caught.value, SourceError):
+        (finding,) = caught.value.findings
+        assert (finding.kind, finding.found) == (Kind.FORBIDDEN, "403 Why")
+    assert answering.asked == [("HEAD", f"{SERVER}/{place}") for place in PLACES]
+    assert mirror.reached == set()
+
+
+def test_a_file_without_pieces_is_asked_for_as_a_whole() -> None:
+    """It has no chunk files."""
+    answering = Answering(404)
+    whole = Artifact("whole.bin", "x", "opaque", 1000, "5" * 64)
+    with pytest.raises(NotAvailable):
+        Mirror(answering, SERVER).find(whole, whole.tiles[0])
+    assert answering.asked == [("HEAD", f"{SERVER}/whole.bin")]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        *((status, Kind.WRONG_ANSWER) for status in (400, 402, 405, 409, 411, 500)),
+        *((status, Kind.FORBIDDEN) for status in (401, 403)),
+        *((status, Kind.NOT_THERE) for status in (404, 410)),
+    ],
+)
+def test_a_refused_get_has_its_kind(status: int, kind: Kind) -> None:
+    """A file that a HEAD has found may be gone, or need credentials."""
+    file = Mirror(Answering(200), SERVER).find(LARGE, PIECE)
+    response, _ = Answering(status).ask("GET", file.resolve())
+    finding = file.refusal(response)
+    assert (finding.kind, finding.found) == (kind, f"{status} Why")
+    assert ("CSM_MIRROR_HEADERS" in finding.help) is (kind is not Kind.NOT_THERE)
