@@ -77,12 +77,7 @@ class JsonStream:
             return
         for _ in self.read_keys():
             self._take('"')
-            while True:
-                self._fill()
-                end = _TEXT.match(self._text, self._at).end()  # type: ignore[union-attr]
-                if end == self._at:
-                    break
-                self._at = end  # the window may have cut the text, or an escape in it
+            self._skip(_TEXT)
             self._take('"', blanks=False)
 
     def finish(self) -> None:
@@ -99,14 +94,19 @@ class JsonStream:
             self._text = self._text[self._at :] + self._decode(chunk, final=self._is_whole)
             self._at = 0
 
+    def _skip(self, pattern: re.Pattern[str]) -> None:
+        """Go on after all that the pattern matches, with WINDOW characters ready there."""
+        while True:  # the window may have cut what it matches
+            self._fill()
+            start = self._at
+            self._at = pattern.match(self._text, start).end()  # type: ignore[union-attr]
+            if self._at == start:
+                return
+
     def _next(self) -> str:
         """Skip blanks; return the next character, or "" at the end."""
-        while True:
-            self._fill()
-            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text) or self._is_whole:
-                self._fill()
-                return self._text[self._at : self._at + 1]
+        self._skip(_BLANKS)
+        return self._text[self._at : self._at + 1]
 
     def _take(self, expected: str, blanks: bool = True) -> str:
         found = self._next() if blanks else self._text[self._at : self._at + 1]

@@ -86,7 +86,7 @@ def _read_header(
     `unread` gets the first byte, the end and the name of each that is not supported.
     """
     stream = JsonStream(lambda at, size: file.read(8 + at, min(size, start - 8 - at)))
-    if (head := file.read(8, 16)[:1]) != b"{":
+    if (head := file.read(8, 1)) != b"{":
         raise Malformed("a header that starts with '{'", show(head), "header")
     names: set[str] = set()
     room = MAX_INDEX

@@ -231,9 +231,12 @@ def _names(index: Path, suffix: str) -> set[str]:
                     names.add(name)
                     _check_count(index, len(names))
             stream.finish()
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        raise from_os_error(error) from None
+    except (ValueError, RecursionError, Malformed) as error:
         expected = f"a weight_map from tensors to files *{suffix} beside it"
-        finding = Finding(Kind.MALFORMED, str(index), expected, show(str(error)), GET_AGAIN)
+        found = error.found if isinstance(error, Malformed) else show(str(error))
+        finding = Finding(Kind.MALFORMED, str(index), expected, found, GET_AGAIN)
         raise WrongContent("the index of the shards cannot be used", [finding]) from None
     _check_count(index, len(names))
     return names
