@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,14 @@ from csm_weights.model.smoke_report import read_report, report_path
 from csm_weights.pipeline import apply
 from csm_weights.store import inspect as inspecting
 from csm_weights.store import journal
-from csm_weights.store.inspect import ArtifactState, FileState, Paths, filesystem_type, inspect
+from csm_weights.store.inspect import (
+    ArtifactState,
+    FileState,
+    FileStatus,
+    Paths,
+    filesystem_type,
+    inspect,
+)
 from csm_weights.store.journal import Arrival, PieceRecord, journal_path, partial_path
 from csm_weights.store.receipts import receipt_path
 from csm_weights.untrusted import dump_record
@@ -317,6 +325,131 @@ def test_a_copy_of_a_verified_file_is_not_verified(on_disk: Toy) -> None:
     os.utime(file.with_name("copy"), ns=(0, file.stat().st_mtime_ns))
     file.with_name("copy").replace(file)
     assert inspected(on_disk)["a.bin"].installed.state is UNVERIFIED
+
+
+@pytest.mark.parametrize(
+    ("mode", "links", "is_shared"),
+    [
+        (0o644, 1, False),
+        (0o444, 2, False),
+        (0o555, 2, False),
+        (0o200, 2, True),
+        (0o020, 2, True),
+        (0o002, 3, True),
+    ],
+)
+def test_a_file_with_another_name_is_shared_where_anyone_may_write_to_it(
+    on_disk: Toy, mode: int, links: int, is_shared: bool
+) -> None:
+    """An edit under one name would change it under the other as well."""
+    file = on_disk.installed("a.bin")
+    for number in range(1, links):
+        file.with_name(f"name-{number}").hardlink_to(file)
+    file.chmod(mode)
+    assert inspected(on_disk)["a.bin"].installed.is_shared is is_shared
+
+
+def test_a_link_is_followed_and_told(on_disk: Toy) -> None:
+    """A file behind one is inspected as what it is."""
+    file = on_disk.installed("a.bin")
+    assert not inspected(on_disk)["a.bin"].installed.is_link
+    real = file.rename(on_disk.root / "real")
+    file.symlink_to(real)
+    status = inspected(on_disk)["a.bin"].installed
+    assert (status.is_link, status.size, status.finding) == (True, real.stat().st_size, None)
+
+
+STATES = dict.fromkeys(FileState, False) | {UNVERIFIED: True, FileState.CONSUMED: True}
+
+
+@pytest.mark.parametrize(("state", "is_usable"), STATES.items())
+def test_a_chunk_file_is_usable_where_nothing_is_known_to_be_wrong(
+    state: FileState, is_usable: bool
+) -> None:
+    """One of which bytes have moved is, too."""
+    assert FileStatus(Path("x"), state).is_usable is is_usable
+
+
+@pytest.mark.parametrize(
+    ("installed", "staged", "file", "verified"),
+    [
+        (ABSENT, ABSENT, "staged", None),
+        (ABSENT, VERIFIED, "staged", "staged"),
+        (UNVERIFIED, VERIFIED, "installed", "staged"),
+        (VERIFIED, VERIFIED, "installed", "installed"),
+        (INVALID, UNVERIFIED, "installed", None),
+    ],
+)
+def test_the_installed_file_comes_before_the_staged_one(
+    installed: FileState, staged: FileState, file: str, verified: str | None
+) -> None:
+    """Where both are there, or both are verified."""
+    item = state_of(installed, staged)
+    assert item.file.path.name == file
+    assert (item.verified.path.name if item.verified else None) == verified
+
+
+def state_of(
+    installed: FileState = ABSENT, staged: FileState = ABSENT, **changes: Any
+) -> ArtifactState:
+    """What inspecting finds of an artifact without chunk files."""
+    artifact = Artifact("a", "a", "opaque", 1, SHA)
+    files = (FileStatus(Path("installed"), installed), FileStatus(Path("staged"), staged))
+    item = ArtifactState(artifact, *files, journal.Journal(), (), ())
+    return replace(item, **changes)
+
+
+def test_an_artifact_is_here_where_anything_of_it_is_or_was(on_disk: Toy) -> None:
+    """A file, a receipt, a chunk file, or a line of a journal is enough."""
+    receipt = inspected(on_disk)["a.bin"].installed.receipt
+    gone = FileStatus(Path("x"), ABSENT)
+    here = [
+        state_of(UNVERIFIED),
+        state_of(staged=INVALID),
+        state_of(chunks=(gone, FileStatus(Path("x"), FileState.CONSUMED))),
+        state_of(installed=ABSENT, staged=ABSENT, chunks=(gone, replace(gone, receipt=receipt))),
+        state_of(journal=journal.Journal(pieces=(PieceRecord(0, 1, SHA, "x"),))),
+        state_of(journal=journal.Journal(arrived=(Arrival(0, 1, SHA),))),
+        state_of(journal=journal.Journal(consumed=(journal.Consumed(0, 1, SHA),))),
+    ]
+    assert [item.is_here for item in here] == [True] * len(here)
+    assert not state_of(chunks=(gone,)).is_here
+    assert not state_of(journal=journal.Journal(is_begun=True)).is_here
+
+
+def test_the_room_is_that_of_the_nearest_folders_that_exist(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of staging and destination each; with all on one disk the files can be renamed."""
+    free = {toy.root / "output": 3, toy.root: 5}
+    (toy.root / "output").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    state = inspect(toy.manifest, toy.manifest.artifacts, Paths.of(toy.manifest, toy.root), {})
+    assert (state.free_staging, state.free_destination, state.same_filesystem) == (3, 5, True)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "bcachefs", "ext4"])
+def test_a_cache_shares_blocks_where_the_file_system_can(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With the staging folder, if both are on one disk; without a cache there is nothing to."""
+    monkeypatch.setattr(inspecting, "filesystem_type", lambda _: kind)
+    paths = Paths.of(toy.manifest, toy.root)
+
+    def shares(cache: Path | None) -> bool:
+        asked = replace(paths, cache=cache)
+        return inspect(toy.manifest, toy.manifest.artifacts, asked, {}).cache_shares_blocks
+
+    assert (shares(toy.root / "cache"), shares(None)) == (kind != "ext4", False)
+    assert not shares(Path("/proc/x"))
+
+
+def test_a_file_system_that_frees_nothing_makes_no_room(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why is said with its type."""
+    monkeypatch.setattr(inspecting, "filesystem_type", lambda _: "vfat")
+    assert inspected(toy)["a.bin"].saves_nothing == "vfat cannot free parts of a file"
 
 
 # ---- files that are none
