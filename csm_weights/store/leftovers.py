@@ -24,8 +24,7 @@ def unfinished(state: State) -> list[Path]:
         for folder, known in names.items()
         if folder.is_dir()
         for path in folder.iterdir()
-        if is_unfinished(name := path.name)
-        and any(name[:end] in known for end in range(1, len(name)))
+        if is_unfinished(path.name) and path.name.startswith(tuple(known))
     }
     standin = state.paths.root / "output" / f"{state.manifest.name}.unfinished"
     return sorted(left | ({standin} if standin.exists() else set()))
@@ -55,7 +54,7 @@ def leftovers(state: State, goal_is_staged: bool) -> list[Path]:
         left += [
             f for f in (*map(journal_path, named), *map(partial_path, receipts)) if f.is_file()
         ]
-        if item.installed not in verified or item.installed.path == item.staged.path:
+        if item.installed not in verified:
             continue
         if item.staged in verified and not goal_is_staged:
             if not item.staged.path.samefile(item.installed.path):

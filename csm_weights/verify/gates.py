@@ -296,12 +296,12 @@ def _judge(
     path, artifact, after = subject.path, subject.artifact, _fingerprint(subject.path)
     if isinstance(found, Finding):
         return Rejected(path, (found,))
-    whole, blamed = found.whole or _attested(subject) or "", found.ranges
+    whole, blamed = _attested(subject) or str(found.whole), found.ranges
     findings = _bad_pieces(subject, blamed) if blamed else []
     if not findings:
         findings = artifact.digest_findings(subject.edition, whole, found.git_sha1, path)
         blamed = ()
-        if findings and not found.ranges and subject.is_pinned and artifact.pieces:
+        if findings and not found.ranges and subject.is_pinned:
             # The whole is wrong: hash the pieces to say where.
             ranges = tuple((p.offset, p.size) for p in artifact.pieces)
             blamed = measure([HashJob(path, artifact.size, ranges)], on_progress)[0].ranges
@@ -309,7 +309,7 @@ def _judge(
     if after is None or before != after:
         return Rejected(path, (*findings, Finding.changed(path)))
     if findings:
-        pairs = zip(artifact.pieces, blamed, strict=bool(blamed))
+        pairs = zip(artifact.pieces, blamed, strict=False)
         good = frozenset(p.offset for p, digest in pairs if digest == p.sha256)
         return Rejected(path, tuple(findings), good)
     pieces = artifact.pieces if found.ranges else ()

@@ -166,6 +166,18 @@ def test_an_untrusted_receipt_is_not_believed(plain: Plain) -> None:
     assert check([file], rehash=False, on_progress=ignore)[-1].ok is False
 
 
+@pytest.mark.parametrize("pins", ["sha256", "blob_id"])
+def test_a_forged_receipt_gives_no_digest(plain: Plain, pins: str) -> None:
+    """One whose digest is not what the manifest pins does not stand for hashing the whole."""
+    changes: dict[str, object] = {"sha256": None, "blob_id": None}
+    changes.pop(pins)
+    file = trusted(plain.subject(**changes))
+    assert file.receipt
+    forged = replace(file, file=replace(file.file, receipt=replace(file.receipt, sha256="0" * 64)))
+    (found,) = verify([forged], ignore)
+    assert isinstance(found, VerifiedFile) and found.sha256 == plain.artifact.sha256
+
+
 def test_a_receipt_does_not_stand_for_a_file_without_pieces(plain: Plain) -> None:
     """There is no piece that is hashed instead, so the whole is."""
     file = trusted(plain.subject(pieces=(), blob_id=None))
