@@ -14,7 +14,7 @@ from io import BytesIO
 from csm_weights.formats.multipart import MultipartFile, read_at
 from csm_weights.formats.tensor_index import ITEM_BITS, Format, TensorIndex, TensorInfo, reading
 from csm_weights.formats.torch_pickle import MAX_PICKLE, Pickle, View, read_pickle, tensors_of
-from csm_weights.formats.torch_zip import LOCAL_SIGN, Record, read_content, read_records
+from csm_weights.formats.torch_zip import Record, read_content, read_records
 from csm_weights.untrusted import Malformed, Unsupported, show
 
 #: Ceiling of a small record, bytes, and what each of them may say.
@@ -65,7 +65,7 @@ def read_checkpoint(file: MultipartFile) -> TensorIndex:
                 raise pickle.unread
             places = {name[5:]: r for name, r in records.items() if name.startswith("data/")}
         views = tensors_of(pickle.value)
-        for key in places.keys() - pickle.storages.keys():
+        for key in (key for key in places if key not in pickle.storages):
             found.add(Malformed("a storage of some tensor", "nothing refers to it", f"data/{key}"))
         spare = MAX_REPEATED
         for name, view in views.items():
@@ -79,16 +79,18 @@ def read_checkpoint(file: MultipartFile) -> TensorIndex:
     return TensorIndex(tensors, size)
 
 
-#: How a zip of torch begins: the header of its first record, in the archive's one folder.
-_ZIP = re.compile(
-    re.escape(LOCAL_SIGN) + rb".{26}[^/\\]{1,255}/(data\.pkl|(data|code|constants)/)", re.DOTALL
+#: How a zip of torch begins: the header of its first record, in the archive's one folder; and
+#: a file from before torch 1.6: the magic number, in a frame from pickle protocol 4 on.
+_HEAD = re.compile(
+    rb"PK\x03\x04.{26}[^/\\]{1,255}/(data\.pkl|(data|code|constants)/)"
+    rb"|\x80[\x02-\x05](\x95.{8})?\x8a\n" + re.escape(MAGIC.to_bytes(10, "little")),
+    re.DOTALL,
 )
 
 
 def _is_torch(head: bytes) -> bool:
     """Check for a zip whose first record is one of torch's, or for the magic number before 1.6."""
-    is_legacy = head.startswith(PROTO) and MAGIC.to_bytes(10, "little") in head[:32]
-    return is_legacy or _ZIP.match(head) is not None
+    return _HEAD.match(head) is not None
 
 
 FORMAT = Format(

@@ -41,7 +41,8 @@ STORAGES = {
     f"{module} {name}": word
     for word, name in STORAGE_NAMES.items()
     for module in ("torch", "torch.cuda")
-} | {"torch.storage UntypedStorage": "U8"}
+}
+STORAGES["torch.storage UntypedStorage"] = "U8"
 #: Calls whose result holds no tensor that lies in the file.
 INERT = {
     *("_codecs encode", "builtins bytearray", "builtins complex", "torch device"),
@@ -54,7 +55,7 @@ _CALLED = {
     "torch._tensor _rebuild_from_type_v2",
 }
 TYPES = {"torch Tensor", "torch._tensor Tensor", "torch.nn.parameter Parameter"}
-READ = STORAGES.keys() | DTYPES.keys() | INERT | _CALLED | TYPES
+READ = {*STORAGES, *DTYPES, *INERT, *_CALLED, *TYPES}
 #: Names that torch.load(weights_only=True) allows too: tensors that this reader does not know.
 _UNREAD = {
     *(f"torch {kind}Storage" for kind in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")),
@@ -70,7 +71,7 @@ _UNREAD = {
 
 #: Names of packages that are on every machine where checkpoints are loaded, and that have calls
 #: which run their arguments. They are refused, unless they are known to hold data.
-_HAVE_GADGETS = sys.stdlib_module_names | {"__builtin__", "numpy", "pip", "setuptools", "torch"}
+_HAVE_GADGETS = {*sys.stdlib_module_names, "__builtin__", "numpy", "pip", "setuptools", "torch"}
 _DATA = {
     *("argparse Namespace", "types SimpleNamespace", "copyreg _reconstructor"),
     *(f"collections {kind}" for kind in ("defaultdict", "deque", "ChainMap", "UserDict")),

@@ -8,6 +8,7 @@ anything else, with the name of the opcode or global and its byte in the pickle.
 from __future__ import annotations
 
 import pickletools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -26,15 +27,23 @@ MAX_STACK = 10_000
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 100
 
-_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+#: How a pickle begins.
+_HEAD = re.compile(rb"\x80[\x02-\x05]")
+
+_NAMES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-#: Opcodes that push their argument, and the others that have one.
+#: Opcodes that push their argument, and readers of the arguments of these and others.
 _LITERALS = {
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
 }
-_WITH_ARGUMENT = _LITERALS | {"BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "FRAME"}
+_WITH_ARGUMENT = {*_LITERALS, "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "FRAME"}
+_READERS = {
+    opcode.name: opcode.arg.reader
+    for opcode in pickletools.opcodes
+    if opcode.arg and opcode.name in _WITH_ARGUMENT
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +116,7 @@ def read_pickle(stream: BytesIO, where: str) -> Pickle:
     """
     start = stream.tell()
     head = stream.read(2)
-    if len(head) != 2 or head[0] != 0x80 or not 2 <= head[1] <= 5:
+    if not _HEAD.fullmatch(head):
         raise Malformed("pickle protocol 2 to 5", f"bytes {show(head)}", f"{where} byte {start}")
     machine = _Machine(stream)
     while True:
@@ -177,12 +186,11 @@ class _Machine:
         code = self.stream.read(1)
         if not code:
             raise Malformed("STOP", "the end of the pickle")
-        opcode = _OPCODES.get(code.decode("latin-1"))
-        name = opcode.name if opcode else f"byte {code[0]:#04x}"
+        name = _NAMES.get(code.decode("latin-1"), f"byte 0x{code.hex()}")
         argument: Any = None
-        if opcode and opcode.arg and name in _WITH_ARGUMENT:
+        if name in _READERS:
             try:
-                argument = opcode.arg.reader(self.stream)
+                argument = _READERS[name](self.stream)
                 if name.endswith("BINSTRING"):  # of Python 2
                     argument = argument.encode("latin-1").decode()
             except ValueError as error:
@@ -225,8 +233,7 @@ class _Machine:
             case "GLOBAL":
                 # two lines as they are: pickletools would undo escapes that pickle keeps
                 lines = [self.stream.readline().decode("latin-1") for _ in range(2)]
-                is_whole = lines[1].endswith("\n")
-                self.push(self.find(lines[0].rstrip(), lines[1].rstrip(), is_whole))
+                self.push(self.find(*(line.removesuffix("\n") for line in lines)))
             case "STACK_GLOBAL":
                 word, module = self.pop(), self.pop()
                 if not isinstance(word, str) or not isinstance(module, str):
@@ -235,13 +242,14 @@ class _Machine:
             case "REDUCE":
                 arguments = self.pop()
                 self.make(_call(self.pop(), arguments))
-            case "NEWOBJ" if len(self.stack) > 1 and isinstance(self.stack[-2], _Unread):
+            case "NEWOBJ" | "NEWOBJ_EX":
                 self.pop()
-                self.make(self.pop())
-            case "NEWOBJ_EX" if len(self.stack) > 2 and isinstance(self.stack[-3], _Unread):
-                self.pop()
-                self.pop()
-                self.make(self.pop())
+                if name == "NEWOBJ_EX":
+                    self.pop()
+                made = self.pop()
+                if not isinstance(made, _Unread):
+                    raise Malformed("an opcode of a checkpoint", f"opcode {name}")
+                self.make(made)
             case "EMPTY_SET":
                 self.make(_INERT_OBJECT)
             case "ADDITEMS":
@@ -253,13 +261,16 @@ class _Machine:
                 self.make(_set_of(self.pop_mark()))
             case "BUILD":  # drops the attributes of an OrderedDict, such as a module's _metadata
                 state, target = self.pop(), self.pop()
-                is_plain = type(state) is dict and not any(str(k).startswith("__") for k in state)
-                if isinstance(target, _Unread):
-                    self.push(target)
-                    return False
-                if not isinstance(target, _OrderedDict) or not is_plain:
-                    found = f"BUILD of {_kind(target)}"
-                    raise Malformed("BUILD of a state dict's _metadata", found)
+                match target, state:
+                    case (_OrderedDict(), dict()) if not any(
+                        isinstance(key, str) and key.startswith("__") for key in state
+                    ):
+                        pass
+                    case (_Unread(), _):
+                        pass
+                    case _:
+                        found = f"BUILD of {_kind(target)}"
+                        raise Malformed("BUILD of a state dict's _metadata", found)
                 self.push(target)
             case "BINPERSID":
                 self.make(self.storage(self.pop()))
@@ -293,13 +304,13 @@ class _Machine:
 
     def put(self, index: int | None) -> None:
         value = self.pop()
-        self.stack.append(value)
-        index = len(self.memo) if index is None else index
-        if index == len(self.memo) + 1:
-            self.memo.append(None)  # picklers count from 0, that of Python 2 from 1
-        if index > len(self.memo):
-            raise Malformed(f"memo {len(self.memo)}, the next one", f"memo {index}")
-        self.memo[index : index + 1] = [value]
+        self.push(value)
+        count = len(self.memo)
+        index = count if index is None else index
+        if index > count + 1:
+            raise Malformed(f"memo {count}, the next one", f"memo {index}")
+        self.memo += [None] * (index + 1 - count)  # picklers count from 0, that of Python 2 from 1
+        self.memo[index] = value
 
     def extend(self, items: list[Any]) -> None:
         target = self.pop()
@@ -318,12 +329,12 @@ class _Machine:
                 _set(target, key, value)
         self.push(target)
 
-    def find(self, module: str, name: str, is_whole: bool = True) -> _Global | _Unread:
+    def find(self, module: str, name: str) -> _Global | _Unread:
         """Return a global that is read as data, or one that is noted and left unread."""
         text = f"{module} {name}".replace("__builtin__ ", "builtins ")
-        if is_whole and text in READ:
+        if text in READ:
             return _Global(text)
-        why = verdict(text) if is_whole else None
+        why = verdict(text)
         if why is None:
             raise Malformed("a global of a checkpoint", f"global {show(text)}")
         self.unread = self.unread or Unsupported("plain tensors", f"global {show(text)}{why}")
@@ -333,11 +344,8 @@ class _Machine:
         match value:
             case ("storage" | "module", _Unread() as kind, *_):
                 return kind
-            case ("storage", _Global(name), str(key), str(), int(elements), *rest) if (
-                name in STORAGES
-                and type(elements) is int
-                and elements >= 0
-                and rest in ([], [None])
+            case ("storage", _Global(name), str(key), str(), elements, *rest) if (
+                name in STORAGES and are_sizes([elements]) and rest in ([], [None])
             ):
                 found = Storage(STORAGES[name], key, elements)
                 if self.storages.setdefault(key, found).nbytes != found.nbytes:
@@ -390,21 +398,37 @@ def _set_of(items: list[Any]) -> object:
 
 
 def _view(name: str, arguments: tuple[Any, ...]) -> View:
+    refused = Malformed(
+        "a tensor: storage, offset, shape, stride, flag, no hooks", "other arguments"
+    )
     match arguments:
-        case (Storage() as storage, int(offset), tuple(shape), tuple(stride), *rest):
+        case (Storage() as storage, offset, tuple(shape), tuple(stride), *rest) if len(
+            shape
+        ) == len(stride) and are_sizes([offset, *shape, *stride]):
             dtype = storage.dtype
-            if name.endswith("v3") and len(rest) > 2 and isinstance(rest[2], _Global):
-                dtype = DTYPES.get(rest.pop(2).name, "")
-            if len(rest) == 3 and isinstance(rest[2], dict) and rest.pop():
-                found = f"a view of {dtype} with metadata"
-                raise Unsupported("a view that is stored as it is", found)
-            plain = not rest or (len(rest) == 2 and type(rest[0]) is bool and rest[1] in ({}, None))
-            plain = plain and len(shape) == len(stride) and are_sizes([offset, *shape, *stride])
-            if plain and len(shape) > MAX_DIMS:
-                raise Unsupported(f"at most {MAX_DIMS} dimensions", f"{len(shape)}")
-            if plain and dtype:
-                return View(storage, dtype, offset, shape, stride)
-    raise Malformed("a tensor: storage, offset, shape, stride, flag, no hooks", "other arguments")
+        case _:
+            raise refused
+    metadata: list[Any] = []
+    match (name.rpartition("_")[2], *rest):
+        case ("tensor",):
+            pass
+        case ("v2", bool(), dict() | None as hooks, *metadata) if not hooks:
+            pass
+        case ("v3", bool(), dict() | None as hooks, _Global(kind), *metadata) if (
+            not hooks and kind in DTYPES
+        ):
+            dtype = DTYPES[kind]
+        case _:
+            raise refused
+    match metadata:
+        case [dict(items)] if items:
+            found = f"a view of {dtype} with metadata"
+            raise Unsupported("a view that is stored as it is", found)
+        case [] | [dict()] if len(shape) > MAX_DIMS:
+            raise Unsupported(f"at most {MAX_DIMS} dimensions", f"{len(shape)}")
+        case [] | [dict()]:
+            return View(storage, dtype, offset, shape, stride)
+    raise refused
 
 
 def _set(target: dict[Any, Any], key: Any, value: Any) -> None:

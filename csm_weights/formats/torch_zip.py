@@ -31,7 +31,7 @@ END_SIGN, END64_SIGN, LOCATOR_SIGN = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 
 #: The flags torch sets: names are UTF-8, and CRC and sizes come in a data descriptor
 #: after the data. An empty record has no descriptor.
-UTF8_FLAG, DESCRIPTOR_FLAG = 0x0800, 0x0008
+UTF8_FLAG, DESCRIPTOR_FLAG, BOTH_FLAGS = 0x0800, 0x0008, 0x0808
 #: Extra fields by tag: sizes beyond 32 bits, and torch's padding before the data.
 ZIP64, PADDING = 0x0001, 0x4246
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF
@@ -90,7 +90,7 @@ def read_records(file: MultipartFile, size: int) -> dict[str, Record]:
 
 def torch_flags(size: int) -> int:
     """Return the general purpose flags of a record of `size` bytes."""
-    return UTF8_FLAG | DESCRIPTOR_FLAG if size else UTF8_FLAG
+    return BOTH_FLAGS if size else UTF8_FLAG
 
 
 def read_content(file: MultipartFile, record: Record, ceiling: int) -> bytes:
@@ -130,20 +130,20 @@ def _find_directory(file: MultipartFile, size: int) -> tuple[int, int, int]:
         head = file.read(0, 16)
         kind = Malformed if head.startswith(LOCAL_SIGN) else Unsupported
         raise kind("a zip archive that ends the file", f"a file that starts {show(head)}")
-    if disk or first or here != count or comment:
+    if (disk, first, here, comment) != (0, 0, count, 0):
         raise Malformed("one disk and no comment", "something else", "zip end record")
     if at >= LOCATOR.size + END64.size:
         locator = LOCATOR.unpack(read_at(file, at - LOCATOR.size, LOCATOR.size))
         if locator[0] == LOCATOR_SIGN:
             at -= LOCATOR.size + END64.size
             sign, rest, _, _, disk, first, here, *wide = END64.unpack(read_at(file, at, END64.size))
-            if sign != END64_SIGN or rest != END64.size - 12 or locator[1:] != (0, at, 1):
+            if (sign, rest, *locator[1:]) != (END64_SIGN, END64.size - 12, 0, at, 1):
                 raise Malformed(f"a zip64 end record at byte {at}", "none", "zip end record")
             # what does not fit the short record is all ones there
             shorts = ((count, FULL16), (length, FULL32), (start, FULL32))
             agree = all(s in (w, full) for (s, full), w in zip(shorts, wide, strict=True))
             count, length, start = wide
-            if disk or first or here != count or not agree:
+            if (disk, first, here, agree) != (0, 0, count, True):
                 raise Malformed("two end records that agree", "different ones", "zip end record")
     if start + length != at:
         raise Malformed(f"a directory up to byte {at}", f"{start + length}", "zip end record")
@@ -166,7 +166,7 @@ def _read_directory(directory: bytes, count: int) -> list[Record]:
         end += names + extras
         if sign != CENTRAL_SIGN or end > len(directory) or comment or disk:
             raise Malformed("a directory entry without comment", "something else", show(name))
-        if method != 0 or flags & ~(UTF8_FLAG | DESCRIPTOR_FLAG):
+        if method or flags & ~BOTH_FLAGS:
             found = f"method {method}, flags {flags:#06x}"
             raise Malformed("a stored entry, not encrypted", found, show(name))
         wide = extra_fields(directory[end - extras : end], show(name)).get(ZIP64, b"")
@@ -201,25 +201,24 @@ def _check_record(file: MultipartFile, entry: Record, limit: int) -> tuple[int, 
     if end > limit:
         raise Malformed(f"data before byte {limit}", f"up to byte {end}", at)
     tail = read_at(file, entry.header + LOCAL.size, names + extras)
-    same = tail[:names] == entry.name.encode() and method == 0
-    same = same and not flags & ~(UTF8_FLAG | DESCRIPTOR_FLAG)
-    wide = extra_fields(tail[names:], at).get(ZIP64)
+    same = (sign, tail[:names], method) == (LOCAL_SIGN, entry.name.encode(), 0)
+    wide = extra_fields(tail[names:], at).get(ZIP64, b"")
     known = [(entry.crc, entry.size, entry.size)]
     if flags & DESCRIPTOR_FLAG:
         # CRC and sizes are not known yet when this header is written
         known += [(0, 0, 0), (0, FULL32, FULL32)]
     elif wide == struct.pack("<2Q", entry.size, entry.size):
         known.append((entry.crc, FULL32, FULL32))
-    if sign != LOCAL_SIGN or not same or (crc, packed, size) not in known:
+    if not same or flags & ~BOTH_FLAGS or (crc, packed, size) not in known:
         raise Malformed("a local header like the directory's entry", "another", at)
-    if wide is None and entry.size > FULL32:
+    if not wide and entry.size > FULL32:
         raise Malformed("zip64 sizes", "none", at)
-    numbers = {wide[i : i + 8] for i in range(0, len(wide), 8)} if wide else set()
+    numbers = {wide[i : i + 8] for i in range(0, len(wide), 8)}
     if not numbers <= {struct.pack("<Q", one) for one in (0, entry.size, entry.header)}:
         raise Malformed("zip64 sizes like the directory's", "others", at)
     descriptor = b""
     if flags & DESCRIPTOR_FLAG:
-        layout = "<4sI2I" if wide is None else "<4sI2Q"
+        layout = "<4sI2Q" if wide else "<4sI2I"
         descriptor = struct.pack(layout, DESCRIPTOR_SIGN, entry.crc, entry.size, entry.size)
     if read_at(file, end, len(descriptor)) != descriptor:
         raise Malformed("a data descriptor like the directory's entry", "another", at)

@@ -356,6 +356,32 @@ def test_what_is_at_a_limit_is_read(
     assert reason in _message(read_checkpoint, path)
 
 
+def test_a_storage_without_a_record_is_one_finding(tmp_path: Path) -> None:
+    """It is told of its tensor, and not of the storage once more."""
+    content, _ = hostile.BAD_ZIPS["storage_record_missing"]
+    with pytest.raises(WrongContent) as caught:
+        read_checkpoint(hostile.written(tmp_path, content))
+    assert [finding.expected for finding in caught.value.findings] == ["a record data/0"]
+
+
+def test_numbers_too_long_to_print_are_data(tmp_path: Path) -> None:
+    """A name of an attribute, or of a value, may be a number of 12,000 digits."""
+    long = hostile.number(1 << 40_000) + b"K\1"
+    ordered = hostile.HOOKS + b"(" + hostile.text("w") + hostile.tensor() + long + b"u"
+    pickled = b"\x80\x02" + ordered + b"}" + long + b"sb."
+    path = hostile.written(tmp_path, hostile.checkpoint(pickled))
+    assert set(read_checkpoint(path).tensors) == {"w"}
+
+
+def test_a_memo_may_be_put_anew(tmp_path: Path) -> None:
+    """An object takes the place of the one before it, and the later ones stay."""
+    puts = {"a": b"q\0", "b": b"q\1", "c": b"q\2", "d": b"q\1"}
+    words = b"](" + b"".join(hostile.text(name) + put for name, put in puts.items()) + b"e"
+    tensors = b"}(h\1" + hostile.tensor() + b"h\2" + hostile.tensor() + b"u"
+    path = hostile.written(tmp_path, hostile.checkpoint(b"\x80\x02" + words + tensors + b"\x86."))
+    assert list(read_checkpoint(path).tensors) == ["1.d", "1.c"]
+
+
 def test_pickle_position_is_in_the_finding(tmp_path: Path) -> None:
     """The finding has the byte of the pickle at which the refused opcode stands."""
     path = hostile.written(tmp_path, hostile.checkpoint(b"\x80\x02}K\1\x93."))

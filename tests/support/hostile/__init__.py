@@ -12,7 +12,7 @@ from tests.support.hostile.headers import BAD_SAFETENSORS, entry, good_safetenso
 from tests.support.hostile.heavy import heavy_safetensors, heavy_zips
 from tests.support.hostile.legacy import BAD_LEGACY, STORAGE, legacy, listed
 from tests.support.hostile.manifests import BAD_MANIFESTS, files, manifest, piece
-from tests.support.hostile.opcodes import state_dict, storage, tensor, text
+from tests.support.hostile.opcodes import HOOKS, number, state_dict, storage, tensor, text
 from tests.support.hostile.payloads import DECOYS, EXTENSION, running_files, running_pickles
 from tests.support.hostile.pickles import BAD_PICKLES
 from tests.support.hostile.zips import Entry, zip_of
@@ -28,6 +28,7 @@ __all__ = [
     "DECOYS",
     "EXTENSION",
     "GOOD_PICKLE",
+    "HOOKS",
     "STORAGE",
     "UNREAD",
     "Entry",
@@ -43,6 +44,7 @@ __all__ = [
     "legacy",
     "listed",
     "manifest",
+    "number",
     "piece",
     "running_files",
     "running_pickles",

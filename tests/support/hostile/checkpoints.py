@@ -100,7 +100,9 @@ _WIDE = struct.pack("<2HQ", 1, 8, 24)
 
 BAD_ZIPS: Bad = {
     "empty": (b"", "a file of 0 bytes"),
-    "text": (b"Access to model sesame/csm-1b is restricted." * 3, "starts b'Access to"),
+    "text": (b"Access to model sesame/csm-1b is restricted." * 3, "starts b'Access to model '"),
+    "text_with_letters_where_a_tar_has_its_sign": (b"x" * 300, "starts b'xxx"),
+    "bytes_beyond_those_of_a_pickle": (b"\xff" * 30, "starts b'\\xff"),
     "bare_pickle": (GOOD_PICKLE, "a pickle of something else"),
     "only_an_end_record": (zip_of([]), "a record data.pkl"),
     "truncated": (good_checkpoint()[:-1], "a zip archive that ends the file"),
@@ -131,7 +133,7 @@ BAD_ZIPS: Bad = {
     ),
     "directory_over_the_ceiling": (
         zip_of([Entry(f"archive/data/{10**12 + i}", b"") for i in range(65_000)]),
-        "a directory of at most",
+        "a directory of at most 4194304 bytes",
     ),
     "directory_with_part_of_an_entry": (_with_directory(b"PK\1\2"), "a whole entry"),
     "directory_ends_within_a_name": (_with_directory(names=1), "a directory entry without comment"),
@@ -148,12 +150,33 @@ BAD_ZIPS: Bad = {
         _changed(2, local={"extra": struct.pack("<2HQ", 1, 8, 99)}),
         "zip64 sizes like",
     ),
+    **{
+        f"local_zip64_sizes_{first}_and_{second}": (
+            _changed(
+                2,
+                central={"flags": 0},
+                local={
+                    "flags": 0,
+                    "crc": zlib.crc32(bytes(24)),
+                    **dict.fromkeys(("packed", "size"), 0xFFFFFFFF),
+                    "extra": struct.pack("<2H2Q", 1, 16, first, second),
+                },
+                descriptor=b"",
+            ),
+            "a local header like",
+        )
+        for first, second in ((0, 24), (24, 0))
+    },
     "local_zip64_without_wide_descriptor": (_changed(2, local={"extra": _WIDE}), "descriptor"),
     "descriptor_differs": (
         _changed(2, descriptor=data_descriptor(0, 24)),
         "a data descriptor like",
     ),
     "descriptor_missing": (_changed(3, descriptor=b""), "a data descriptor like"),
+    "sizes_neither_before_nor_after_the_data": (
+        _changed(2, local={"flags": 0x0800}, descriptor=b""),
+        "a local header like",
+    ),
     "hidden_extra_field": (_changed(2, local={"extra": _SECRET}), "extra field 0x7777"),
     "padding_twice": (_changed(2, local={"extra": b"FB\0\0" * 2}), "extra field 0x4246"),
     "padding_cut": (_changed(2, local={"extra": b"FB\5\0ZZZZ"}), "extra field 0x4246"),
@@ -180,7 +203,18 @@ BAD_ZIPS: Bad = {
             "start": 7,
         }.items()
     },
+    **{
+        f"zip64_locator_at_byte_{at}": (
+            _with_zip64_end(zip_of([]))[56 - at :],
+            f"to byte {at + 20}",
+        )
+        for at in (0, 55)
+    },
     "only_zip64_ends": (_with_zip64_end(zip_of([])), "a record data.pkl"),
+    "central_zip64_missing": (
+        _changed(3, central={"size": 0xFFFFFFFF, "packed": 0xFFFFFFFF}),
+        "zip64 sizes where they are needed, found 0 bytes",
+    ),
     "central_zip64_not_needed": (_changed(2, central={"extra": _WIDE}), "where they are needed"),
     "central_comment": (_changed(2, central={"comment": b"hi"}), "without comment"),
     "central_packed_larger": (_changed(2, central={"packed": 30}), "24 bytes stored"),
@@ -238,8 +272,11 @@ BAD_ZIPS: Bad = {
         ".format_version: malformed",
     ),
     "pickle_huge": (checkpoint(b"\x80\x02" + b"}" * ((4 << 20) - 1)), "at most 4194304 bytes"),
-    "pickle_crc_wrong": (
-        _changed(0, central={"crc": 7}, descriptor=data_descriptor(7, len(GOOD_PICKLE))),
-        "expected CRC 0x00000007",
-    ),
+    **{
+        f"pickle_crc_{crc:#010x}": (
+            _changed(0, central={"crc": crc}, descriptor=data_descriptor(crc, len(GOOD_PICKLE))),
+            f"expected CRC {crc:#010x}, found {zlib.crc32(GOOD_PICKLE):#010x}",
+        )
+        for crc in (7, 0xFFFFFFFF)
+    },
 }

@@ -35,6 +35,7 @@ _TWO = state_dict(text("v"), tensor(), text("w"), tensor(of=storage("1")))
 _KEYS = "the keys of all storages"
 
 BAD_LEGACY: Bad = {
+    "version_before": (legacy(version=number(1000)), "version 1001 and a system"),
     "version_of_another": (legacy(version=number(1002)), "version 1001 and a system"),
     "system_is_a_list": (legacy(system=b"]"), "version 1001 and a system"),
     "numbers_big_endian": (

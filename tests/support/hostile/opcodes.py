@@ -21,7 +21,8 @@ def text(value: str) -> bytes:
 def number(value: int) -> bytes:
     """Return opcodes that push a whole number of any size."""
     raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(raw)]) + raw
+    short = len(raw) < 256
+    return (b"\x8a" if short else b"\x8b") + struct.pack("<B" if short else "<I", len(raw)) + raw
 
 
 def numbers(values: Sequence[int]) -> bytes:

@@ -39,6 +39,8 @@ _NAMESPACE = b"cargparse\nNamespace\n)\x81}" + text("lr") + b"K\1sb"
 BAD_PICKLES: Bad = {
     "empty": (b"", "pickle protocol 2"),
     "only_protocol": (b"\x80\x02", "the end of the pickle"),
+    "half_a_protocol": (b"\x80", "pickle protocol 2 to 5, found bytes b'\\x80' "),
+    "protocol_of_another_byte": (b"\x81\x02}.", "pickle protocol 2"),
     "protocol_0": (b"(dp0\n.", "pickle protocol 2"),
     "protocol_1": (b"}q\0.", "pickle protocol 2"),
     "protocol_1_is_told": (protocol(1), "pickle protocol 2"),
@@ -51,14 +53,15 @@ BAD_PICKLES: Bad = {
     "not_an_opcode": (b"\x80\x02\xff.", "opcode byte 0xff"),
     "truncated_text": (b"\x80\x02X\xff\xff\xff\x7fabc", "the argument of BINUNICODE"),
     "text_not_utf8": (b"\x80\x02X\1\0\0\0\xff.", "the argument of BINUNICODE"),
-    "truncated_global": (b"\x80\x02ctorch\nFloatStorage", "torch FloatStorage"),
+    "truncated_global": (b"\x80\x02ctorch\nFloatStorage", "the end of the pickle"),
+    "global_with_spaces": (b"\x80\x02ctorch \nFloatStorage\n.", "global torch  FloatStorage"),
     "global_os_system": (b"\x80\x02" + SYSTEM + text("true") + b"\x85R.", "global os system"),
     "global_with_escapes": (_ESCAPED, "torch\\x2e_utils"),
     "global_load_from_bytes": (b"\x80\x02ctorch.storage\n_load_from_bytes\n.", "_load_from_bytes"),
     "newobj": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "opcode NEWOBJ"),
     "newobj_ex": (b"\x80\x02ccollections\nOrderedDict\n)}\x92.", "opcode NEWOBJ_EX"),
-    "newobj_of_one_object": (b"\x80\x02)\x81.", "opcode NEWOBJ"),
-    "newobj_ex_of_two_objects": (b"\x80\4)}\x92.", "opcode NEWOBJ_EX"),
+    "newobj_of_one_object": (b"\x80\x02)\x81.", "an object on the stack"),
+    "newobj_ex_of_two_objects": (b"\x80\4)}\x92.", "an object on the stack"),
     "object_made_with_keywords": (
         b"\x80\4cnobody.knows\nConfig\n)}\x92.",
         "global nobody.knows Config: torch.load would run",
@@ -101,13 +104,16 @@ BAD_PICKLES: Bad = {
     "build_with_slots": (b"\x80\x02" + HOOKS + b"N}\x86b.", "BUILD of a OrderedDict"),
     "set_item_of_a_global": (b"\x80\x02" + FLOAT + text("a") + b"K\1s.", "for a dict"),
     "odd_set_items": (b"\x80\x02}(" + text("a") + b"u.", "for a dict"),
+    "three_set_items": (b"\x80\x02}(" + text("a") + b"K\1K\1u.", "for a dict"),
     "tuple_as_name": (_SHARED[:-1] + b"}h\1K\2s.", "a name that is text"),
     "surrogate_as_name": (b"\x80\x02}" + text("\ud800") + b"K\2s.", "a name that is text"),
     "name_twice": (state_dict(text("w"), tensor(), text("w"), tensor()), "w twice"),
     "pop_from_nothing": (b"\x80\x02R", "an object on the stack"),
     "pop_below_a_mark": (b"\x80\x02}}(R", "an object on the stack"),
+    "pop_below_the_second_mark": (b"\x80\x02(}}(R", "an object on the stack"),
     "tuple_without_mark": (b"\x80\x02t", "a mark on the stack"),
     "memo_never_put": (b"\x80\x02}q\0h\1.", "memorized before, found memo 1"),
+    "memo_far_beyond": (b"\x80\x02}q\0h\5.", "memorized before, found memo 5"),
     "memo_put_two_too_far": (b"\x80\x02}q\2.", "expected memo 0, the next one, found memo 2"),
     "stack_too_deep": (b"\x80\x02" + b"N" * 20_000, "at most 10000 objects"),
     "marks_too_many": (b"\x80\x02" + b"(" * 20_000, "at most 10000 marks"),
@@ -119,6 +125,10 @@ BAD_PICKLES: Bad = {
     ),
     "set_of_tensors": (b"\x80\x02cbuiltins\nset\n](" + tensor() + b"e\x85R.", "tensors in a set"),
     "namespace": (state_dict(text("args"), _NAMESPACE), "global argparse Namespace: torch.load"),
+    "two_objects_of_classes": (
+        state_dict(text("args"), _NAMESPACE, text("config"), b"cnobody.knows\nConfig\n)\x81"),
+        "byte 13: not supported: expected plain tensors, found global argparse Namespace",
+    ),
     "namespace_before_os_system": (
         b"\x80\x02" + _NAMESPACE + SYSTEM + text("true") + b"\x85R\x86.",
         "global os system",
@@ -173,6 +183,11 @@ BAD_PICKLES: Bad = {
     ),
     "storage_of_more_words": (_one_tensor(of=storage()[:-2] + b"K\1tQ"), "a storage: type"),
     "storage_of_negative_size": (_one_tensor(of=storage(elements=-1)), "a storage: type"),
+    "storage_size_beyond_64_bits": (_one_tensor(of=storage(elements=1 << 63)), "a storage: type"),
+    "storage_size_too_long_to_print": (
+        _one_tensor(of=storage(elements=1 << 40_000)),
+        "a storage: type",
+    ),
     "storage_record_is_larger": (_one_tensor(of=storage(elements=5)), "20 bytes in data/0"),
     "storage_record_is_smaller": (_one_tensor(of=storage(elements=7)), "28 bytes in data/0"),
     "storage_dtype_lies": (
@@ -180,6 +195,7 @@ BAD_PICKLES: Bad = {
         "48 bytes in data/0",
     ),
     "storage_key_climbs_out": (_one_tensor(of=storage(key="../0")), "a record data/../0"),
+    "tensor_with_metadata_twice": (_one_tensor(tail=b"\x89" + HOOKS + b"}}"), "other arguments"),
     "tensor_with_other_metadata": (
         _one_tensor(tail=b"\x89" + HOOKS + b"}" + text("x") + b"\x88s"),
         "a view of F32 with metadata",
@@ -190,6 +206,16 @@ BAD_PICKLES: Bad = {
     "tensor_with_a_number_more": (_one_tensor(tail=b"\x89" + HOOKS + b"K\1"), "other arguments"),
     "tensor_v2_with_a_dtype": (
         _one_tensor(tail=b"\x89" + HOOKS + b"ctorch\nint32\n"),
+        "other arguments",
+    ),
+    "tensor_of_torch_0_1_with_a_flag": (
+        _one_tensor(tail=b"\x89" + HOOKS).replace(b"_v2", b""),
+        "other arguments",
+    ),
+    "tensor_v2_without_a_flag": (_one_tensor(tail=b""), "other arguments"),
+    "tensor_v3_without_a_dtype": (_one_tensor().replace(b"_v2", b"_v3"), "other arguments"),
+    "tensor_v3_with_hooks": (
+        _one_tensor(tail=b"\x89" + _HOOKED + b"ctorch\nint32\n").replace(b"_v2", b"_v3"),
         "other arguments",
     ),
     "tensor_v3_of_no_dtype": (
