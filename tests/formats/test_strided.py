@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ DTYPES = {
     "I16": torch.int16,
     "F32": torch.float32,
     "I64": torch.int64,
+    "C128": torch.complex128,
 }
 MiB = 1 << 20
 
@@ -34,7 +36,7 @@ MiB = 1 << 20
 def noise(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A file of random bytes after a lead, and those bytes."""
     path = tmp_path_factory.mktemp("noise") / "data"
-    data = torch.randint(0, 256, (8 * ELEMENTS,), dtype=torch.uint8)
+    data = torch.randint(0, 256, (16 * ELEMENTS,), dtype=torch.uint8)
     path.write_bytes(bytes(LEAD) + data.numpy().tobytes())
     return path, data
 
@@ -73,9 +75,9 @@ def test_any_view_reads_as_torch_has_it(
     """Any range of elements, of any shape, stride and offset, is that of as_strided."""
     path, data = noise
     shape, stride = view
-    info = TensorInfo("t", dtype, shape, LEAD + 3 * 8, stride)
+    info = TensorInfo("t", dtype, shape, LEAD + 3 * 16, stride)
     typed = data.view(DTYPES[dtype])
-    expected = typed.as_strided(shape, stride, 3 * 8 // info.itemsize).contiguous().flatten()
+    expected = typed.as_strided(shape, stride, 3 * 16 // info.itemsize).contiguous().flatten()
     start, stop = sorted(int(cut * expected.numel()) for cut in cuts)
     with MultipartFile([path]) as source:
         assert expected.numpy().tobytes() == read(source, info)
@@ -109,6 +111,47 @@ def test_large_views_that_are_far_apart(
         assert expected == read(source, info)
         # From the middle of one row to the middle of another.
         assert expected[4 * 555 : -4 * 777] == read(source, info, 555, len(expected) // 4 - 1332)
+
+
+class Recorded(MultipartFile):
+    """A file that records the bytes of each read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__([path])
+        self.reads: list[int] = []
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        self.reads.append(len(buffer))
+        super().read_into(buffer, offset)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "reads"),
+    [
+        ((9000, 2), (2, 1), [18_000]),
+        ((8193,), (2,), [16_385]),
+        ((5462,), (3,), [16_384]),
+        ((5463,), (3,), [8194, 8191]),
+        ((10_923,), (3,), [16_384, 16_381]),
+        ((4, 10), (20_000, 1), [10, 10, 10, 10]),
+        ((3, 2), (20_000, 20_000), [1, 1, 1, 1, 1, 1]),
+        ((300, 100), (1, 300), [30_000]),
+        ((30, 1000), (1, 60), [59_970]),
+        ((30, 1000), (1, 61), [15_219, 15_219, 15_219, 15_219]),
+        ((3, 5463), (0, 3), [16_387]),
+        ((2, 5000), (15_000, 1), [20_000]),
+        ((2, 5000), (15_001, 1), [5000, 5000]),
+    ],
+)
+def test_elements_that_are_close_are_read_together(
+    shape: tuple[int, ...], stride: tuple[int, ...], reads: list[int], tmp_path: Path
+) -> None:
+    """At once are read 16 KiB, or twice the bytes that are wanted; what spans more is halved."""
+    path = tmp_path / "data"
+    path.write_bytes(bytes(80_000))
+    with Recorded(path) as source:
+        read(source, TensorInfo("t", "U8", shape, 0, stride))
+    assert source.reads == reads
 
 
 @pytest.mark.parametrize("stride", [(2048, 1), (1, 2048), (0, 1), (8192, 4), (40_000, 1)])
@@ -148,7 +191,8 @@ def test_only_elements_of_the_tensor_are_read(
     """A range that leaves the tensor is refused."""
     path, _ = noise
     info = TensorInfo("t", "F32", (2, 3), LEAD, (3, 1))
-    with MultipartFile([path]) as source, pytest.raises(ValueError, match="of \\[2, 3\\]"):
+    said = re.escape(f"elements [{start}, {start + count}) of [2, 3]")
+    with MultipartFile([path]) as source, pytest.raises(ValueError, match=said):
         read_elements(source, info, start, bytearray(4 * count))
 
 
