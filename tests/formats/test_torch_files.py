@@ -260,6 +260,15 @@ def test_a_zip_that_python_has_written_anew_is_read(
     torch.load(new, weights_only=True)
 
 
+def test_the_last_record_may_leave_its_numbers_to_the_one_before(tmp_path: Path) -> None:
+    """What does not fit the end record of a zip is all ones there, and stands in the wide one."""
+    path = tmp_path / "file.pt"
+    torch.save(VALUES["state dict"](), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-14] + b"\xff" * 12 + content[-2:])
+    assert_read_as(path, torch.load(path, weights_only=True))
+
+
 def test_a_tensor_subclass_is_its_tensor(tmp_path: Path) -> None:
     """A tensor with attributes of its own is read as the tensor it is."""
     tensor = torch.arange(6.0)
