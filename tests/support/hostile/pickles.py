@@ -54,7 +54,10 @@ BAD_PICKLES: Bad = {
     "truncated_text": (b"\x80\x02X\xff\xff\xff\x7fabc", "the argument of BINUNICODE"),
     "text_not_utf8": (b"\x80\x02X\1\0\0\0\xff.", "the argument of BINUNICODE"),
     "truncated_global": (b"\x80\x02ctorch\nFloatStorage", "the end of the pickle"),
-    "global_with_spaces": (b"\x80\x02ctorch \nFloatStorage\n.", "global torch  FloatStorage"),
+    "global_with_spaces": (
+        b"\x80\x02ctorch \nFloatStorage\n.",
+        "a global of a checkpoint, found global torch",
+    ),
     "global_os_system": (b"\x80\x02" + SYSTEM + text("true") + b"\x85R.", "global os system"),
     "global_with_escapes": (_ESCAPED, "torch\\x2e_utils"),
     "global_load_from_bytes": (b"\x80\x02ctorch.storage\n_load_from_bytes\n.", "_load_from_bytes"),
