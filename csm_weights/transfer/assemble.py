@@ -90,7 +90,7 @@ def assemble(
                 open_files.callback(partial.close)
                 partials.append(partial)
             queues = sorted(((q, p) for p in partials for q in p.queues()), key=itemgetter(0))
-            remote = sum(p.tiles[q[0]].offset in p.job.remote for q, p in queues)
+            remote = sum(bool(partial.job.remote) for partial in partials)
             tasks = [bind(p.run, q) for q, p in queues]
             run_all(tasks, cancel, waiting=min(8, remote))  # files that are fetched at once
             wrong = [finding for partial in partials for finding in partial.findings()]

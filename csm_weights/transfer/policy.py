@@ -130,8 +130,8 @@ class SourcePolicy:
         known = {p.offset: f.finding for p, f in _chunk_files(item) if self.chunks}
         for piece in item.artifact.tiles:
             kind, where = PieceSource.NOWHERE, "no source has it"
-            if has_it := [c for c in candidates if piece.offset in c.pieces]:
-                kind, where = has_it[0].kind, has_it[0].pieces[piece.offset]
+            if first := next((c for c in candidates if piece.offset in c.pieces), None):
+                kind, where = first.kind, first.pieces[piece.offset]
             elif self.remote:
                 kind, where = PieceSource.REMOTE, self.remote[0]
             elif finding := known.get(piece.offset):

@@ -6,7 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from csm_weights.pipeline.request import Request
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, Shelved, State
 from csm_weights.store.journal import Arrival, Journal, PieceRecord
 from csm_weights.transfer.policy import HUB, REMOTE, PieceSource, RemoteSources, SourcePolicy
+from csm_weights.transfer.source import NEXT_SOURCE, NotAvailable, SourceError
 from tests.pipeline.test_plan import (
     ABSENT,
     INVALID,
@@ -218,6 +220,15 @@ def test_what_one_disk_of_several_has_is_copied_before_the_next_is_there() -> No
     assert [lack.where for lack in plan.lacking] == ["chunks/a-2", "chunks/a-3", "chunks/a-4"]
 
 
+@pytest.mark.parametrize("shelves", [False, True])
+def test_the_next_disk_is_advised_where_folders_were_named(shelves: bool) -> None:
+    """Elsewhere there is nothing more to say of what is missing."""
+    policy = SourcePolicy(shelves=True) if shelves else SourcePolicy()
+    item = with_chunk_files(an_item(pieces=2), ABSENT, ABSENT)
+    plan = make_plan(a_state(item), Target.STAGED, policy)
+    assert {f.help for f in plan.findings} == {NEXT_SOURCE if shelves else ""}
+
+
 def test_the_source_that_is_planned_is_the_first_that_is_asked() -> None:
     """With --consume, shared blocks and a damaged file in place, both name the chunk files."""
     item = damaged(an_item(pieces=2), 0, 10)
@@ -227,6 +238,25 @@ def test_the_source_that_is_planned_is_the_first_that_is_asked() -> None:
         asked = next(c for c in first if c.source and 0 in c.pieces)
         assert origins(plan) == [asked.kind] * 2
     assert origins(plan) == [PieceSource.SALVAGED] * 2
+
+
+@pytest.mark.parametrize("chunks", [True, False])
+def test_what_is_wrong_with_a_chunk_file_is_told_where_its_piece_is_nowhere(chunks: bool) -> None:
+    """By the plan and by the source; unless chunk files are not asked for."""
+    item = with_chunk_files(an_item(pieces=2), INVALID, ABSENT)
+    policy, (wrong, absent) = SourcePolicy(chunks=chunks), item.artifact.pieces
+    known = finding(wrong.part, Kind.WRONG_SIZE)
+    told = [f"{wrong.part}: {known.kind}", f"{absent.part}: {Kind.MISSING}"]
+    found = policy.origins(item, PLACES.root)
+    assert [o.where for o in found] == (told if chunks else ["no source has it"] * 2)
+    assert {o.source for o in found} == {PieceSource.NOWHERE}
+    writer: Any = SimpleNamespace(is_empty=True, notes=[])
+    source = policy.source(item, PLACES.root, [])
+    with pytest.raises(SourceError if chunks else NotAvailable) as caught:
+        source.deliver(item.artifact, wrong, writer)
+    assert getattr(caught.value, "findings", (known,)) == (known,)
+    with pytest.raises(NotAvailable):
+        source.deliver(item.artifact, absent, writer)
 
 
 def test_a_remote_source_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
