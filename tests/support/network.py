@@ -62,6 +62,22 @@ def be_hasty(patch: pytest.MonkeyPatch, **limits: float) -> None:
     patch.setattr(doctor, "LIMITS", {})
 
 
+class Clock(threading.Event):
+    """A stop on whose clock time passes only while a client waits, or a test lets it pass."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.now = 1000.0
+        patch.setattr("time.monotonic", lambda: self.now)
+        patch.setattr("random.uniform", lambda low, high: (low + high) / 2)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Let the time pass."""
+        assert timeout is not None
+        self.now += max(0.0, timeout)
+        return self.is_set()
+
+
 def noted_waits(patch: pytest.MonkeyPatch) -> list[float]:
     """Let clients wait for no time; return the seconds that they wait for, without chance."""
     waits = list[float]()
@@ -94,6 +110,30 @@ def serve(handle: Callable[[socket.socket], object]) -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(5)
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[str], bytes]) -> Iterator[tuple[str, list[str]]]:
+    """Answer what `answer` makes of a request's head, in a connection each; yield URL and heads."""
+    heads = list[str]()
+
+    def handle(connection: socket.socket) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += connection.recv(65536)
+        heads.append(head.decode())
+        connection.sendall(answer(heads[-1]))
+
+    with serve(handle) as address:
+        yield f"http://{address}", heads
+
+
+def response(status: str, *headers: str, body: bytes = b"") -> bytes:
+    """Return an answer after which the connection is closed, its length told unless it is given."""
+    lines = [f"HTTP/1.1 {status}", *headers, "Connection: close"]
+    if not any(header.startswith("Content-Length:") for header in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "\r\n"]).encode() + body
 
 
 def closed_port() -> str:

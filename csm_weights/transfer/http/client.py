@@ -15,13 +15,13 @@ from importlib.metadata import version
 from typing import Any, Self
 
 import requests
-from urllib3.exceptions import HTTPError
 
 from csm_weights.concurrency import Cancelled
 from csm_weights.errors import Finding, Kind
 from csm_weights.transfer.http.auth import OriginAuth
-from csm_weights.transfer.http.deadlines import MOMENT, Watchdog, WatchedAdapter
+from csm_weights.transfer.http.deadlines import Watchdog, WatchedAdapter
 from csm_weights.transfer.http.responses import (
+    NO_ANSWER,
     cause_of,
     classify_error,
     foreign_redirect,
@@ -36,6 +36,7 @@ from csm_weights.transfer.http.responses import (
     requested_wait,
     wrong_answer,
 )
+from csm_weights.transfer.reorder import MOMENT
 from csm_weights.transfer.source import ASKED, SourceError
 
 #: Redirects that are followed from one request.
@@ -98,6 +99,13 @@ class Outage:
     verdict: Finding | None = None
 
 
+class _Session(requests.Session):
+    """A session that follows no redirect: requests would read each one's body to its end."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Return that an answer leads nowhere."""
+
+
 class HttpClient:
     """A session of requests that share connections, credentials by origin, and one retry policy.
 
@@ -115,9 +123,9 @@ class HttpClient:
         # By host, and by whether it is asked for bodies rather than for answers about files.
         self.outages: defaultdict[tuple[str, bool], Outage] = defaultdict(Outage)
         self.watchdog = Watchdog(cancel)
-        self._quiet_until: dict[str, float] = {}
+        self._quiet_until: defaultdict[str, float] = defaultdict(float)
         self._answered: set[str] = set()
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.headers["User-Agent"] = f"csm-weights/{version('csm-weights')}"
         self._session.headers["Accept-Encoding"] = "identity"
         adapter = WatchedAdapter(self.watchdog, self.timeouts.read)
@@ -155,9 +163,11 @@ class HttpClient:
                     self.watchdog.watching(response.raw.shutdown, self.timeouts.read) as wait,
                 ):
                     try:
-                        if response.status_code < 400:
+                        if response.ok:
                             body = response.raw.read(64 << 20)
-                    except (HTTPError, OSError, ValueError) as error:
+                            # This fails where the body broke off.
+                            response.raw.read(1)
+                    except NO_ANSWER as error:
                         found = "an incomplete answer" if wait.is_late else cause_of(error)
                         raise TransientError(lost_finding(host_of(response.url), found)) from None
                 retry.progressed()
@@ -172,7 +182,7 @@ class HttpClient:
         """
         response, body = self.ask("GET", url, auth, is_own_host_only=True)
         try:
-            return response, json.loads(body) if response.status_code < 400 else None
+            return response, json.loads(body) if response.ok else None
         except ValueError:
             if "html" in response.headers.get("Content-Type", "") or body[:1] == b"<":
                 raise SourceError([portal_finding(redact(url))]) from None
@@ -195,7 +205,7 @@ class HttpClient:
         Raises SourceError, and TransientError where it may pass.
         """
         first, is_own = url, True
-        for _ in range(REDIRECTS):
+        for _ in range(1 + REDIRECTS):
             is_own = is_own and auth.covers(url)
             response = self._request(method, url, auth if is_own else OriginAuth(), headers)
             if not response.is_redirect or is_final(response):
@@ -214,10 +224,10 @@ class HttpClient:
         host, timeouts = host_of(url), self.timeouts
         limits = (timeouts.connect, timeouts.read)
         options: dict[str, Any] = {"stream": True, "allow_redirects": False, "timeout": limits}
-        self.pause(self._quiet_until.get(host, 0.0) - time.monotonic())
+        self.pause(self._quiet_until[host] - time.monotonic())
         try:
             response = self._session.request(method, url, headers=headers, auth=auth, **options)
-        except (requests.exceptions.RequestException, HTTPError, OSError, ValueError) as error:
+        except NO_ANSWER as error:
             if self.cancel.is_set():
                 raise Cancelled from None
             finding, is_new = classify_error(url, error), host not in self._answered

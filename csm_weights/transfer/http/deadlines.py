@@ -21,9 +21,7 @@ from urllib3 import HTTPConnectionPool
 
 from csm_weights.transfer.http.environment import trust_context
 from csm_weights.transfer.http.lines import MOST
-
-#: Seconds between two checks.
-MOMENT = 0.5
+from csm_weights.transfer.reorder import MOMENT
 
 
 @dataclass(eq=False)
@@ -85,7 +83,7 @@ class WatchedAdapter(HTTPAdapter):
         self._watchdog = watchdog
         self._seconds = seconds
         self._context = trust_context()
-        super().__init__(max_retries=0, pool_maxsize=MOST)
+        super().__init__(pool_maxsize=MOST)
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
         """Make the pools for hosts that need no proxy."""

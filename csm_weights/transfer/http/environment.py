@@ -50,7 +50,7 @@ def _add(context: ssl.SSLContext, path: str) -> bool:
             context.load_verify_locations(capath=path)
         else:
             context.load_verify_locations(cafile=path)
-    except (OSError, ValueError):
+    except OSError:
         return False
     return True
 

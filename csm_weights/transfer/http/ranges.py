@@ -21,7 +21,6 @@ from functools import partial as bind
 from itertools import pairwise
 
 import requests
-from urllib3.exceptions import HTTPError
 
 from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import Category, Finding, Kind
@@ -31,7 +30,13 @@ from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, Log, RetryPolicy, Timeouts, TransientError
 from csm_weights.transfer.http.deadlines import Wait
 from csm_weights.transfer.http.lines import MOST, Lines
-from csm_weights.transfer.http.responses import cause_of, host_of, lost_finding, wrong_answer
+from csm_weights.transfer.http.responses import (
+    NO_ANSWER,
+    cause_of,
+    host_of,
+    lost_finding,
+    wrong_answer,
+)
 from csm_weights.transfer.reorder import BLOCK
 from csm_weights.transfer.source import PieceWriter, SourceError
 
@@ -161,7 +166,7 @@ class RangeDownloader(HttpClient):
         self._pool = ThreadPoolExecutor(MOST + 4)
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown()
         super().__exit__()
 
     def fetch(self, file: RemoteFile, writer: PieceWriter) -> None:
@@ -277,7 +282,7 @@ def _check_answer(file: RemoteFile, response: requests.Response, start: int, sto
         length = headers.get("Content-Length", str(file.size))
         if length != str(file.size):
             head = b""
-            with contextlib.suppress(HTTPError, OSError):
+            with contextlib.suppress(*NO_ANSWER):
                 head = response.raw.read(2048)
             kind, body = Kind.WRONG_SIZE, "another file"
             if head.startswith(b"version https://git-lfs.github.com/spec/"):
@@ -368,7 +373,7 @@ class RangeStream:
         try:
             data = b"" if wait.is_late else self.response.raw.read1(len(view))
             found = "the connection was closed"
-        except (HTTPError, OSError, ValueError) as error:
+        except NO_ANSWER as error:
             data, found = b"", cause_of(error)
         wait.until = math.inf
         self._came += len(data)

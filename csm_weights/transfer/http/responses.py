@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import requests
-from urllib3.exceptions import NameResolutionError
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from csm_weights.errors import Finding, Kind
@@ -24,10 +24,14 @@ from csm_weights.transfer.source import SourceError
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _INVENTED = ipaddress.ip_network("198.18.0.0/15")
 
+#: What is raised by requests and urllib3 where no answer comes, or its body breaks off.
+NO_ANSWER = (HTTPError, OSError, ValueError)
+
 #: Seconds that stand for any longer wait.
 FOREVER = 1e9
 
-_RATE_LIMIT = re.compile(r"\br\s*=\s*(\d{1,9})\s*;\s*t\s*=\s*(\d{1,9})")
+#: No request is left, and the seconds until there is one again.
+_RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})")
 
 #: The start of a library's message that names one of its objects.
 _OBJECT = re.compile(r"^.*?(?:object at 0x\w+>|\w+\((?:host|proxy)[^)]*\)): ?")
@@ -35,11 +39,11 @@ _OBJECT = re.compile(r"^.*?(?:object at 0x\w+>|\w+\((?:host|proxy)[^)]*\)): ?")
 # ---- URLs
 
 
-def origin(url: str) -> tuple[str, str, int | None]:
+def origin(url: str) -> tuple[str, str | None, int | None]:
     """Return scheme, host and port of a URL: who it is that answers."""
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    return parts.scheme, (parts.hostname or "").lower(), port
+    return parts.scheme, parts.hostname, port
 
 
 def is_upgrade(before: str, after: str) -> bool:
@@ -117,7 +121,7 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
     if isinstance(address, ipaddress.IPv6Address):
         if address in _NAT64:
-            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+            return ipaddress.IPv4Address(address.packed[-4:])
         return address.ipv4_mapped or address.sixtofour or address
     return address
 
@@ -134,9 +138,8 @@ def requested_wait(headers: Mapping[str, str]) -> float | None:
     waits: list[float] = []
     with contextlib.suppress(Exception):
         waits.append(Retry().parse_retry_after(headers.get("Retry-After", "")))
-    match = _RATE_LIMIT.search(headers.get("RateLimit", ""))
-    if match and match[1] == "0":
-        waits.append(float(match[2]))
+    if match := _RATE_LIMIT.search(headers.get("RateLimit", "")):
+        waits.append(float(match[1]))
     return min(max(waits), FOREVER) if waits else None
 
 
@@ -195,7 +198,7 @@ def classify_error(url: str, error: BaseException) -> Finding:
 
 def is_unresolved(error: BaseException) -> bool:
     """Return whether a request failed because a name has no address."""
-    return any(isinstance(c, NameResolutionError | socket.gaierror) for c in _causes(error))
+    return any(isinstance(c, socket.gaierror) for c in _causes(error))
 
 
 def proxy_finding(url: str, found: str) -> Finding:

@@ -19,10 +19,9 @@ from csm_weights.concurrency import Cancelled, run_all
 from csm_weights.errors import Finding, Kind
 from csm_weights.transfer.http.auth import OriginAuth
 from csm_weights.transfer.http.client import HttpClient, TransientError
-from csm_weights.transfer.http.deadlines import MOMENT
 from csm_weights.transfer.http.lines import SLACK, SPAN, Climb, Lines
 from csm_weights.transfer.http.ranges import RangeDownloader, RangeStream, RemoteFile
-from csm_weights.transfer.reorder import BLOCK
+from csm_weights.transfer.reorder import BLOCK, MOMENT
 from csm_weights.transfer.source import SourceError
 from tests.support.hub import HubServer
 from tests.support.network import HASTY
