@@ -172,7 +172,7 @@ def _weights_structure(subject: Subject, config: CsmConfig | None, has_config: b
                 expected = f"{len(config.tensor_shapes())} tensors as config.json implies"
     except CsmWeightsError as error:
         findings, found = error.findings, "malformed"
-        if all(finding.kind is Kind.UNSUPPORTED for finding in findings):
+        if {finding.kind for finding in findings} == {Kind.UNSUPPORTED}:
             # the reader is narrower than the format: the digest decides
             found = f"not read: expected {findings[0].expected}, found {findings[0].found}"
             return GateResult(Gate.STRUCTURE, subject.artifact.path, None, expected, found)
@@ -216,14 +216,14 @@ def check_chunk_files(
     chunks: Sequence[tuple[Piece, Path]], on_progress: OnProgress
 ) -> list[Finding]:
     """Hash chunk files of the right size and return a finding for each wrong one."""
-    jobs = [HashJob(path, piece.size, ((0, piece.size),)) for piece, path in chunks]
+    jobs = [HashJob(path, piece.size, whole=True) for piece, path in chunks]
     findings = []
     for (piece, _), found in zip(chunks, _measure(jobs, on_progress), strict=True):
         if isinstance(found, Finding):
             findings.append(found)
-        elif found.ranges[0] != piece.sha256:
+        elif found.whole != piece.sha256:
             mend = "get it again"
-            findings.append(Finding.wrong_digest(piece.part, piece.sha256, found.ranges[0], mend))
+            findings.append(Finding.wrong_digest(piece.part, piece.sha256, found.whole, mend))
     return findings
 
 

@@ -274,22 +274,27 @@ def words(results: Sequence[GateResult]) -> list[tuple[bool | None, str, str]]:
 
 def test_every_result_says_what_was_expected_and_found(plain: Plain) -> None:
     """Each gate has both words, whether it passed, failed or could not run."""
-    size, digest = "1,199,901 bytes", f"sha256 {plain.artifact.sha256}"
-    assert words(check([plain.subject()], rehash=True, on_progress=ignore)) == [
+    digest, sizes = f"sha256 {plain.artifact.sha256}", "1,199,901 or 15 bytes"
+
+    def checked() -> list[tuple[bool | None, str, str]]:
+        file = plain.subject(alternatives=(edition(OTHER),))
+        return words(check([file], rehash=True, on_progress=ignore))
+
+    assert checked() == [
         (True, "a readable file", "present"),
-        (True, size, size),
+        (True, sizes, "1,199,901 bytes"),
         (True, digest, digest),
     ]
     os.truncate(plain.path, 10)
-    assert words(check([plain.subject()], rehash=True, on_progress=ignore)) == [
+    assert checked() == [
         (True, "a readable file", "present"),
-        (False, size, "10"),
+        (False, sizes, "10"),
         (None, digest, "not run: the file is not present or has the wrong size"),
     ]
     plain.path.unlink()
-    assert words(check([plain.subject()], rehash=True, on_progress=ignore)) == [
+    assert checked() == [
         (False, "a readable file", "no such file"),
-        (None, size, "not run: the file is not present"),
+        (None, sizes, "not run: the file is not present"),
         (None, digest, "not run: the file is not present or has the wrong size"),
     ]
 
@@ -336,6 +341,14 @@ def test_what_is_wrong_is_told_in_one_finding(
         assert found.finding().expected == "the sha256 of every piece"
         ranges = "bytes 0 to 299,999; bytes 900,000 to 1,199,900"
         assert found.finding().found == f"others at {ranges}"
+
+
+def test_digests_of_a_whole_file_that_are_wrong_are_told_by_the_first(plain: Plain) -> None:
+    """The sha256 and the Hub blob id are wrong together, for one cause."""
+    flip(plain.path)
+    found = rejected(plain.subject(pieces=()))
+    assert [f.expected.rpartition(" ")[0] for f in found.findings] == ["sha256", "Hub blob id"]
+    assert found.finding() == found.findings[0]
 
 
 def test_a_file_of_one_piece_is_told_by_that(plain: Plain) -> None:
@@ -577,6 +590,32 @@ def test_weights_of_a_model_without_a_config_must_be_well_formed(copy: Path) -> 
     assert structure(check(subjects, rehash=False, on_progress=ignore)) == {
         "model.safetensors": False
     }
+
+
+def test_weights_that_are_not_read_are_neither_right_nor_wrong(copy: Path) -> None:
+    """Where the reader is narrower than the format, the digest decides."""
+    header = b'{"a": {"dtype": "F9", "shape": [1], "data_offsets": [0, 1]}}'
+    (copy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    for names, expected in (
+        (("model.safetensors",), "a well-formed file"),
+        (("config.json", "model.safetensors"), "the tensors that config.json implies"),
+    ):
+        results = check(network(copy, *names), rehash=True, on_progress=ignore)
+        found = "not read: expected a known dtype, found F9"
+        structures = [r for r in results if r.gate is Gate.STRUCTURE]
+        assert words(structures)[-1] == (None, expected, found)
+        assert results[-1].ok is True
+
+
+def test_missing_weights_are_not_run(copy: Path) -> None:
+    """What they would have been held against is said."""
+    subjects = network(copy, "config.json", "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    subjects[1] = subject(subjects[1].artifact, copy / "model.safetensors")
+    results = check(subjects, rehash=True, on_progress=ignore)
+    why = "not run: the file is not present"
+    structures = [r for r in results if r.gate is Gate.STRUCTURE]
+    assert words(structures)[-1] == (None, "the tensors that config.json implies", why)
 
 
 def test_a_missing_config_is_not_run(copy: Path) -> None:
