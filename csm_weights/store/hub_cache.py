@@ -205,7 +205,7 @@ def _kept(
         on_progress(seed.size)
         return file
     try:
-        found = measure([HashJob(file, seed.size, whole=True, git=seed.is_git)], on_progress)[0]
+        (found,) = measure([HashJob(file, seed.size, whole=True, git=seed.is_git)], on_progress)
     except (OSError, ShortRead):
         return None
     return file if seed.blob == (found.git_sha1 if seed.is_git else found.whole) else None

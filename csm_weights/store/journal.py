@@ -134,7 +134,7 @@ def read_journal(file: Path, artifact: Artifact) -> Journal:
     for line in _LINE.findall(data):
         if not (record := parse_line(line.decode())):
             continue
-        piece = tiles[max(0, bisect_right(starts, record.offset) - 1)]
+        piece = tiles[bisect_right(starts, record.offset) - 1]
         if isinstance(record, Consumed):
             moved[record.offset, record.piece] = record
         elif isinstance(record, PieceRecord):

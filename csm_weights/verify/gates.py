@@ -304,7 +304,8 @@ def _judge(
         if findings and not found.ranges and subject.is_pinned:
             # The whole is wrong: hash the pieces to say where.
             ranges = tuple((p.offset, p.size) for p in artifact.pieces)
-            blamed = measure([HashJob(path, artifact.size, ranges)], on_progress)[0].ranges
+            (again,) = measure([HashJob(path, artifact.size, ranges)], on_progress)
+            blamed = again.ranges
             findings = _bad_pieces(subject, blamed) or findings
     if after is None or before != after:
         return Rejected(path, (*findings, Finding.changed(path)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from csm_weights.store.journal import (
     Journal,
     PieceRecord,
     Refuted,
+    is_unfinished,
     journal_path,
     parse_line,
     partial_path,
@@ -122,6 +123,71 @@ def test_bytes_that_moved_count_up_to_the_size_of_the_piece(
     partial_path(tmp_path / "a").touch()
     journal_path(tmp_path / "a").write_text(dump_record(line := Consumed(0, moved, SHA)))
     assert read_journal(tmp_path / "a", artifact).consumed == ((line,) if counts else ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "record"),
+    [
+        ({"offset": 0, "size": 1, "piece": SHA}, Arrival(0, 1, SHA)),
+        ({"offset": 0, "size": 0, "piece": SHA}, None),
+        ({"offset": -1, "size": 1, "piece": SHA}, None),
+        ({"offset": 0, "consumed": 0, "piece": SHA}, Consumed(0, 0, SHA)),
+        ({"offset": 0, "consumed": -1, "piece": SHA}, None),
+        ({"offset": -1, "consumed": 0, "piece": SHA}, None),
+        ({"offset": 0, "refuted": SHA}, Refuted(0, SHA)),
+    ],
+)
+def test_a_range_begins_at_the_first_byte_and_has_one(
+    fields: dict[str, object], record: object
+) -> None:
+    """Bytes that moved may be none; what is said of bytes before the first is not understood."""
+    assert parse_line(json.dumps({"schema": 1, **fields})) == record
+
+
+def test_a_journal_is_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Whatever the order of its lines; bytes of pieces that are not today's are kept apart."""
+    b, c = "b" * 64, "c" * 64
+    pieces = tuple(Piece(f"chunks/a-{n}", 10 * n, 10, s) for n, s in enumerate((SHA, b, c)))
+    artifact = Artifact("a", "g", "opaque", 30, "7" * 64, pieces=pieces)
+    verified = [PieceRecord(p.offset, p.size, p.sha256, "x") for p in pieces]
+    moved = [Consumed(20, 3, c), Consumed(10, 9, b), Consumed(10, 2, b)]
+    foreign, empty = [Consumed(10, 1, c), Consumed(0, 99, "d" * 64)], Consumed(0, 0, "e" * 64)
+    lines = [*reversed(verified[:2]), *moved, *foreign, empty, Arrival(19, 1, b), Arrival(20, 9, c)]
+    lines += [replace(verified[0], offset=-10), Refuted(-1, c), Refuted(20, b), Refuted(21, c)]
+    partial_path(tmp_path / "a").touch()
+    journal_path(tmp_path / "a").write_text("\n".join(map(dump_record, lines)))
+    assert read_journal(tmp_path / "a", artifact) == Journal(
+        tuple(verified[:2]),
+        (Arrival(20, 9, c),),
+        (Consumed(10, 2, b), Consumed(20, 3, c)),
+        tuple(foreign),
+        is_begun=True,
+    )
+
+
+def test_an_unfinished_file_without_a_journal_is_begun(tmp_path: Path) -> None:
+    """A journal alone is not."""
+    artifact = Artifact("a", "g", "opaque", 10, SHA)
+    journal_path(tmp_path / "a").write_text(dump_record(Arrival(0, 1, SHA)))
+    assert read_journal(tmp_path / "a", artifact) == Journal()
+    journal_path(tmp_path / "a").unlink()
+    partial_path(tmp_path / "a").touch()
+    assert read_journal(tmp_path / "a", artifact) == Journal(is_begun=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.partial", True),
+        ("a.partial.journal", True),
+        ("a.recombine-partial.17", True),
+        ("a.partial.bin", False),
+        ("a", False),
+    ],
+)
+def test_unfinished_files_are_known_by_their_names(name: str, expected: bool) -> None:
+    """Those of this package, and of recombine.sh."""
+    assert is_unfinished(name) is expected
 
 
 def test_a_fingerprint_survives_a_rename_but_not_an_edit(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from csm_weights.byte_ranges import ByteRange
 from csm_weights.commands.split import split_file as split
 from csm_weights.errors import Finding, Kind
 from csm_weights.files import Fingerprint
@@ -429,6 +430,17 @@ def test_a_verified_file_names_its_pieces(plain: Plain) -> None:
     ]
     assert (by_whole.pieces, by_pieces.sha256) == ((), by_whole.sha256)
     assert by_whole.fingerprint == Fingerprint.of(plain.path.stat())
+    assert (by_pieces.blocks, by_whole.blocks) == ((), ())
+
+
+def test_digests_of_blocks_are_taken_where_they_are_asked_for(plain: Plain) -> None:
+    """Those of a file of less than a block, and of each piece of one that its pieces pin."""
+    by_pieces, by_whole = verify([plain.subject(sha256=None), plain.subject()], ignore, blocks=True)
+    assert isinstance(by_pieces, VerifiedFile)
+    assert isinstance(by_whole, VerifiedFile)
+    artifact = plain.artifact
+    assert by_whole.blocks == (ByteRange(0, artifact.size, str(artifact.sha256)),)
+    assert by_pieces.blocks == tuple(ByteRange(p.offset, p.size, p.sha256) for p in artifact.pieces)
 
 
 # ---- other editions
@@ -677,11 +689,15 @@ def test_a_line_of_sums_that_differs_is_reported(plain: Plain) -> None:
     assert [f.kind for f in result.findings] == [Kind.WRONG_DIGEST]
 
 
-@pytest.mark.parametrize("name", ["gone", "chunks"])
-def test_a_line_of_sums_without_its_file_is_reported(plain: Plain, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "found"), [("gone", "No such file or directory"), ("chunks", "a folder")]
+)
+def test_a_line_of_sums_without_its_file_is_reported(plain: Plain, name: str, found: str) -> None:
     """A listed file that is not there, or is a folder, is not passed over."""
     result = check_sum(plain.path.parent, name, "0" * 64, None)
-    assert (result.ok, len(result.findings)) == (False, 1)
+    expected = f"sha256 {'0' * 64}"
+    finding = Finding(Kind.MISSING, str(plain.path.parent / name), expected, found)
+    assert result == GateResult(Gate.DIGEST, name, False, expected, found, (finding,))
 
 
 # ---- receipts and the whole digest
