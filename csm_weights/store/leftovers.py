@@ -49,8 +49,8 @@ def leftovers(state: State, goal_is_staged: bool) -> list[Path]:
         if not verified:
             continue
         named = [f.path for f in files if not os.path.lexists(partial_path(f.path))]
-        folders = (state.paths.staging, state.paths.destination)
-        receipts = [receipt_path(folder, item.artifact.path) for folder in folders]
+        moved_on = receipt_path(state.paths.staging, item.artifact.path)
+        receipts = (moved_on, receipt_path(state.paths.destination, item.artifact.path))
         left += [
             f for f in (*map(journal_path, named), *map(partial_path, receipts)) if f.is_file()
         ]
@@ -58,7 +58,7 @@ def leftovers(state: State, goal_is_staged: bool) -> list[Path]:
             continue
         if item.staged in verified and not goal_is_staged:
             if not item.staged.path.samefile(item.installed.path):
-                left += [item.staged.path, receipts[0]]
-        elif item.staged.state is FileState.ABSENT and receipts[0].is_file():
-            left.append(receipts[0])
+                left += [item.staged.path, moved_on]
+        elif item.staged.state is FileState.ABSENT and moved_on.is_file():
+            left.append(moved_on)
     return left

