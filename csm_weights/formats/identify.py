@@ -70,8 +70,8 @@ def identify(named: NamedTensors, configs: Iterable[CsmConfig] = ()) -> Identity
     wrong = check_network(named, network) if network else Findings(summary.where)
     model = "CSM-1B" if network == CSM_1B else "another CSM"
     if network is None:
-        known = sum(name in tensors for name in _EVERY_CSM)
-        model = "a CSM of unknown dimensions" if known == len(_EVERY_CSM) else "not CSM"
+        is_csm = all(name in tensors for name in _EVERY_CSM)
+        model = "a CSM of unknown dimensions" if is_csm else "not CSM"
     return Identity(
         model=model,
         network=network,

@@ -46,7 +46,7 @@ class MultipartFile:
                 self._starts.append(self._starts[-1] + status.st_size)
         except NotRegular as error:
             self.close()
-            raise Malformed("a regular file", str(error.strerror)) from None
+            raise Malformed("a regular file", str(error.strerror), str(error.filename)) from None
         except BaseException:
             self.close()
             raise

@@ -89,7 +89,7 @@ def open_weights(paths: Sequence[Path | str], format_: str = "") -> WeightsFile:
     except OSError as error:
         raise from_os_error(error) from None
     except Malformed as error:
-        finding = Finding(Kind.MALFORMED, str(paths[0]), error.expected, error.found, GET_AGAIN)
+        finding = Finding(Kind.MALFORMED, error.at, error.expected, error.found, GET_AGAIN)
         raise WrongContent(title, [finding]) from None
 
 

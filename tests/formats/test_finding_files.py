@@ -377,8 +377,9 @@ def test_a_format_that_is_named_is_not_told_by_the_content(tmp_path: Path) -> No
 
 
 def test_chunk_files_are_known_by_the_name_before_their_ending(tmp_path: Path) -> None:
-    """Content that no format begins with is read as the ending says, or is refused."""
-    parts = [hostile.written(tmp_path, b"nothing!", f"w.safetensors.part-a{x}") for x in "ab"]
+    """Content that no format begins with is read as the first one's says, or is refused."""
+    names = ("w.safetensors.part-aa", "other.onnx")
+    parts = [hostile.written(tmp_path, b"nothing!", name) for name in names]
     with pytest.raises(WrongContent, match="header length"):
         open_weights(parts)
     parts = [hostile.written(tmp_path, bytes(range(10)), f"w.onnx.part-a{x}") for x in "ab"]
@@ -396,14 +397,14 @@ def test_chunk_files_are_known_by_the_name_before_their_ending(tmp_path: Path) -
 
 
 def test_a_file_that_is_not_there_or_is_none_is_said(tmp_path: Path) -> None:
-    """The chunk file that is missing is named; a folder is wrong content."""
+    """The chunk file that is missing is named, and so is a folder in its place."""
     path = hostile.written(tmp_path, b"some")
     with pytest.raises(MissingInput, match="there are no weights at this path") as missing:
         open_weights([path, tmp_path / "none"])
     words = ("a file", "no such file", "inv weights")
     assert missing.value.findings == (Finding(Kind.MISSING, str(tmp_path / "none"), *words),)
     with pytest.raises(WrongContent, match="the weights cannot be read") as wrong:
-        open_weights([tmp_path])
+        open_weights([path, tmp_path, path])
     assert wrong.value.findings == (
         Finding(Kind.MALFORMED, str(tmp_path), "a regular file", "a folder", GET_AGAIN),
     )

@@ -116,7 +116,8 @@ def test_no_file_stays_open(parts: Parts, tmp_path: Path) -> None:
         MultipartFile([*parts(5, 5), tmp_path / "none"])
     with pytest.raises(Malformed) as caught:
         MultipartFile([*parts(5, 5), tmp_path])
-    assert (caught.value.expected, caught.value.found) == ("a regular file", "a folder")
+    error = caught.value
+    assert (error.at, error.expected, error.found) == (str(tmp_path), "a regular file", "a folder")
     assert open_files() == before
 
 

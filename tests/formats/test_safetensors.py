@@ -55,7 +55,14 @@ def test_the_length_of_a_header_has_its_bounds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("length", "first", "is_one"),
-    [(2, b"{", True), (100_000_000, b"{", True), (100_000_001, b"{", False), (2, b"[", False)],
+    [
+        (2, b'{"', True),
+        (100_000_000, b"{}", True),
+        (100_000_001, b"{}", False),
+        (2 | 1 << 56, b"{}", False),
+        (2, b"}}", False),
+        (2, b"[]", False),
+    ],
 )
 def test_a_file_is_known_by_its_first_nine_bytes(length: int, first: bytes, is_one: bool) -> None:
     """They are the length of a header that may be, and a brace."""
