@@ -388,6 +388,13 @@ def test_pickle_position_is_in_the_finding(tmp_path: Path) -> None:
     assert "data.pkl byte 5: malformed" in _message(read_checkpoint, path)
 
 
+def test_the_first_object_of_a_class_is_told_by_its_position(tmp_path: Path) -> None:
+    """A later one does not take its place."""
+    content, _ = hostile.BAD_PICKLES["two_objects_of_classes"]
+    message = _message(read_checkpoint, hostile.written(tmp_path, hostile.checkpoint(content)))
+    assert "data.pkl byte 13: not supported: expected plain tensors, found global arg" in message
+
+
 @pytest.mark.parametrize("name", hostile.running_pickles(""))
 def test_pickle_never_runs(name: str, tmp_path: Path) -> None:
     """A pickle that any unpickler would run does nothing here but get refused."""
