@@ -31,7 +31,7 @@ NO_ANSWER = (HTTPError, OSError, ValueError)
 FOREVER = 1e9
 
 #: No request is left, and the seconds until there is one again.
-_RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})")
+_RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
 #: The start of a library's message that names one of its objects.
 _OBJECT = re.compile(r"^.*?(?:object at 0x\w+>|\w+\((?:host|proxy)[^)]*\)): ?")

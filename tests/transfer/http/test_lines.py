@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections.abc import Callable
 from itertools import groupby
 
@@ -15,7 +15,6 @@ from csm_weights.transfer.http.lines import (
     MOST,
     SECONDS,
     SLACK,
-    SPAN,
     Climb,
     Lines,
     TokenBucket,
@@ -106,14 +105,64 @@ def test_others_are_tried_less_and_less_often_where_nothing_is_better() -> None:
     assert runs == [one for pair in zip(rests, others, strict=False) for one in pair] + rests[5:]
 
 
-def test_after_one_line_fewer_was_better_another_one_fewer_is_tried() -> None:
-    """The way down has steps of one; a step up that was better is followed by a longer one."""
-    climb = Climb(first=5)
-    used = list[int]()
-    for _ in range(12):
-        used.append(climb.lines)
-        climb.measured(100 / climb.lines)
-    assert used == [5, 6, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2]
+@pytest.mark.parametrize(
+    ("first", "server", "runs"),
+    [
+        (5, lambda n: 100 / n, "5 6 5*7 4 3 2 1*2 2 1*7 2 1"),
+        (5, lambda n: n, "5 6 8 11 12*2 11 12*7 6 12*13 1 12"),
+        (5, lambda n: min(n, 8), "5 6 8 11 8 9 8*7 7 8*13 4 8*25 1 8"),
+        (5, lambda n: 10 - abs(n - 7), "5 6 8 6 7 9 7 8 7*7 6 7*13 3 7*25 1 7"),
+        (5, lambda n: 10 if n == 1 else 1, "5 6 5*7 4 5*13 2 5*25 1*2 2 1*7 2"),
+        (8, lambda n: 10 if n <= 4 else 1, "8 9 8*7 7 8*13 4 3 4*7 5 4*13 3 4*25 2 4"),
+        (1, lambda _: 1, "1 2 1*7 2 1*13 2 1*25 2 1*49 2 1*49 2"),
+        (2, lambda _: 1, "2 3 2*7 1 2*13 1 2*25 1 2*49 3 2"),
+        (3, lambda _: 1, "3 4 3*7 2 3*13 1 3*25 1 3*49 4 3"),
+        (12, lambda _: 1, "12 11 12*7 6 12*13 1 12*25 11 12"),
+    ],
+)
+def test_numbers_are_tried_in_turn(first: int, server: Server, runs: str) -> None:
+    """What is better is kept: after a step up a longer one, after one down another one down."""
+    climb, used = Climb(first), list[str]()
+    for _ in range(200):
+        used.append(f"{climb.lines}")
+        climb.measured(server(climb.lines))
+    counts = ((lines, len(list(same))) for lines, same in groupby(used))
+    found = " ".join(lines if count == 1 else f"{lines}*{count}" for lines, count in counts)
+    assert found.startswith(runs)
+
+
+@pytest.mark.parametrize(("rate", "lines"), [(95, 5), (105, 5), (105.1, 8), (200, 8)])
+def test_more_lines_have_to_bring_five_percent_more(rate: float, lines: int) -> None:
+    """As much would be chance."""
+    climb = Climb()
+    climb.measured(100)
+    assert climb.lines == 6
+    climb.measured(rate)
+    assert climb.lines == lines
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "is_worse"),
+    [
+        (0, 0.2, True),
+        (0, 0.19, False),
+        (2 * MIB - 1, 0.25, True),
+        (2 * MIB, 0.25, False),
+        (8 * MIB - 1, 1, True),
+        (8 * MIB, 1, False),
+        (20 * MIB, 1, False),
+    ],
+)
+def test_a_try_that_brings_much_less_is_cut_short(
+    count: int, seconds: float, is_worse: bool
+) -> None:
+    """Less than 80 % of what was to come, where that is 2 MiB at least; the usual number is not."""
+    climb = Climb()
+    assert not climb.is_much_worse(0, 1)
+    climb.measured(10 * MIB)
+    assert climb.is_much_worse(count, seconds) is is_worse
+    climb.measured(0)
+    assert not climb.is_much_worse(count, seconds)
 
 
 def test_noise_is_no_reason_for_many_lines_or_none() -> None:
@@ -148,40 +197,147 @@ def test_time_in_which_nothing_was_read_is_not_saved_up() -> None:
     assert bucket.pause(1000, 100.0) == pytest.approx(1 - SLACK)
 
 
-@pytest.mark.parametrize("limit", [1024, 100 << 10, MIB, 20 * MIB, 1 << 30])
-def test_a_request_under_a_limit_asks_for_little(limit: int) -> None:
-    """What one line has on its way is at most 1 % of five seconds, or 16 KiB; a line is enough."""
+@pytest.mark.parametrize(
+    ("limit", "first", "span"),
+    [
+        (None, 5, 4 * MIB),
+        (1024, 1, 16 << 10),
+        (819199, 1, 16 << 10),
+        (819200, 1, 32 << 10),
+        (20.0 * MIB, 1, 51 * 16 << 10),
+        (105 * MIB, 1, 4 * MIB),
+        (1 << 30, 1, 4 * MIB),
+    ],
+)
+def test_a_request_under_a_limit_asks_for_little(
+    limit: float | None, first: int, span: int
+) -> None:
+    """For what one line brings in 0.04 seconds, in multiples of 16 KiB; a line is enough."""
     lines = Lines(limit)
-    assert lines.climb.lines == 1
-    assert 16 << 10 <= lines.span <= max(16 << 10, limit * 5 // 100)
-    assert lines.span <= SPAN == Lines().span
+    assert (lines.climb.lines, lines.span) == (first, span)
+    climb = Climb()
+    assert Lines(limit, climb).climb is climb
 
 
-def test_a_line_waits_until_there_is_room_for_it() -> None:
-    """One more than there may be gets its place when another one is closed."""
-    lines, in_turn = Lines(climb=Climb(first=1)), threading.Event()
-    with lines.line() as first:
-        lines.enter(first, lambda: False)
+class Noted(Climb):
+    """A climb that notes the rates that it is told, and then wants so many more lines."""
 
-        def second() -> None:
-            with lines.line() as number:
-                lines.enter(number, lambda: False)
-                in_turn.set()
+    def __init__(self, more: int = 0) -> None:
+        super().__init__()
+        self.rates = list[float]()
+        self.more = more
 
-        thread = threading.Thread(target=second)
-        thread.start()
-        assert not in_turn.wait(0.2)
-    thread.join(10)
-    assert in_turn.is_set()
+    def measured(self, rate: float) -> None:
+        """Note a rate."""
+        self.rates.append(rate)
+        self.lines += self.more
 
 
-def test_a_line_that_is_no_longer_wanted_does_not_wait() -> None:
-    """It ends with Cancelled."""
-    lines = Lines(climb=Climb(first=1))
-    with lines.line() as first, lines.line() as second:
-        lines.enter(first, lambda: False)
+def measured(*came: tuple[float, int], limit: float | None = None, more: int = 0) -> list[float]:
+    """Return the rates that are measured where bytes come after so many seconds each."""
+    clock, climb = Clock(), Noted(more)
+    lines = Lines(limit, climb, clock)
+    for seconds, count in came:
+        clock.now += seconds
+        assert (lines.came(count) > 0) is bool(limit and count)
+    return climb.rates
+
+
+def test_a_measurement_has_half_a_second_and_2_mib_at_least() -> None:
+    """It is the bytes by the seconds, and the next one begins with it."""
+    assert measured((0.5, 2 * MIB)) == [4 * MIB]
+    assert measured((0.4375, 9 * MIB)) == []
+    assert measured((0.5, 2 * MIB - 1)) == []
+    assert measured((0.5, 2 * MIB - 1), (0.5, 1)) == [2 * MIB]
+    assert measured((0.25, MIB), (0.25, MIB), (1, 3 * MIB)) == [4 * MIB, 3 * MIB]
+
+
+def test_what_comes_while_the_number_of_lines_changes_is_not_counted() -> None:
+    """For a quarter of a second."""
+    first = (0.5, 2 * MIB)
+    assert measured(first, (0.125, MIB), (0.125, 3 * MIB), (0.5, 0), more=1) == [4 * MIB, 6 * MIB]
+    assert measured(first, (0.25, 3 * MIB), (0.25, 0), more=1) == [4 * MIB]
+    assert measured(first, (0.125, MIB), (0.375, 3 * MIB)) == [4 * MIB, 8 * MIB]
+
+
+def test_a_try_that_is_cut_short_is_measured_by_what_it_brought() -> None:
+    """After a quarter of a second, and not before."""
+    for seconds, lines in ((0.25, 5), (0.2265625, 6)):
+        clock = Clock()
+        of_run = Lines(clock=clock)
+        clock.now += 0.5
+        of_run.came(8 * MIB)
+        assert of_run.climb.lines == 6
+        clock.now += 0.25 + seconds
+        of_run.came(MIB)
+        assert of_run.climb.lines == lines
+
+
+def test_at_the_limit_nothing_is_measured() -> None:
+    """No number of lines brings more than there may be; 5 % below it, one more might."""
+    limit = 105 << 16
+    assert measured((1, 100 << 16), limit=limit) == []
+    assert measured((1, (100 << 16) - 1), limit=limit) == [(100 << 16) - 1]
+    assert measured((1, 100 << 16)) == [100 << 16]
+
+
+def test_a_limit_is_waited_for_by_whoever_has_read() -> None:
+    """What was read takes its time, less a moment's worth that is caught up on."""
+    clock = Clock()
+    lines = Lines(1000.0, clock=clock)
+    assert lines.came(100) == pytest.approx(0.1 - 0.07)
+    assert lines.came(100) == pytest.approx(0.2 - 0.07)
+    clock.now += 0.13
+    assert lines.came(0) == 0
+    clock.now += 0.02
+    assert lines.came(100) == pytest.approx(0.1 - 0.02)
+    clock.now += 9
+    assert lines.came(100) == pytest.approx(0.1 - 0.07)
+    assert Lines(clock=clock).came(100) == 0
+
+
+def test_lines_wait_for_their_turn_in_order() -> None:
+    """One gets its place when another is closed, before later ones; the measurement goes on."""
+    clock, climb = Clock(), Noted()
+    lines = Lines(climb=climb, clock=clock)
+    climb.lines = 1
+    opened, turns = contextlib.ExitStack(), 0
+
+    def is_over() -> bool:
+        nonlocal turns
+        turns += 1
+        if turns == 2:
+            opened.close()
+            with pytest.raises(Cancelled):
+                lines.enter(last, lambda: True)
+        return False
+
+    first = opened.enter_context(lines.line())
+    lines.enter(first, lambda: True)
+    lines.enter(first, lambda: True)
+    clock.now += 0.25
+    lines.came(MIB)
+    with lines.line() as middle, lines.line() as last:
+        lines.enter(middle, is_over)
+        assert turns == 2
+        clock.now += 0.25
+        lines.came(MIB)
+        assert climb.rates == [4 * MIB]
+
+
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_a_line_that_is_no_longer_wanted_does_not_wait(fewer: int) -> None:
+    """It ends with Cancelled, also where more lines are open than there may be now."""
+    climb = Climb(first=2)
+    lines = Lines(climb=climb)
+    with lines.line() as first, lines.line() as second, lines.line() as third:
+        lines.enter(first, lambda: True)
+        lines.enter(second, lambda: True)
+        climb.lines -= fewer
         with pytest.raises(Cancelled):
-            lines.enter(second, lambda: True)
+            lines.enter(third, lambda: True)
+        climb.lines = 3
+        lines.enter(third, lambda: True)
 
 
 def test_the_newest_line_gives_way() -> None:
