@@ -332,8 +332,9 @@ def _measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests |
 def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
     """Return a finding for each wrong piece, or one for a file of which no piece is right."""
     pieces, path = subject.artifact.pieces, subject.path
-    bad = [(p, d) for p, d in zip(pieces, digests, strict=True) if d != p.sha256]
-    if len(bad) == len(pieces) > 1:
+    pairs = list(zip(pieces, digests, strict=True))
+    bad = [(p, d) for p, d in pairs if d != p.sha256]
+    if bad == pairs and len(pieces) > 1:
         expected = f"the sha256 of {len(pieces)} pieces"
         found = "none of them: another file of the same size"
         return [Finding(Kind.WRONG_DIGEST, str(path), expected, found, subject.mend)]

@@ -213,9 +213,12 @@ def test_all_damaged_pieces_are_reported(plain: Plain) -> None:
 def test_another_file_of_the_same_size_is_one_finding(plain: Plain) -> None:
     """A file of which no piece is right is reported as a whole, not piece by piece."""
     plain.path.write_bytes(bytes(plain.artifact.size))
-    for file in (plain.subject(), plain.subject(sha256=None)):
-        found = [(f.kind, f.where) for f in rejected(file).findings]
-        assert found == [(Kind.WRONG_DIGEST, str(plain.path))]
+    two = plain.artifact.pieces[:2]
+    for changes in ({}, {"sha256": None}, {"sha256": None, "blob_id": None, "pieces": two}):
+        (found,) = rejected(plain.subject(**changes)).findings
+        assert (found.kind, found.where) == (Kind.WRONG_DIGEST, str(plain.path))
+        assert found.expected == f"the sha256 of {2 if 'pieces' in changes else 4} pieces"
+        assert found.found == "none of them: another file of the same size"
 
 
 def test_a_file_without_pieces_is_told_as_a_whole(plain: Plain) -> None:
