@@ -126,11 +126,7 @@ def _json(data: bytes, at: str) -> dict[str, Any]:
     try:
         return _dict(STRICT.decode(data.decode()), at)
     except (ValueError, RecursionError) as error:
-        raise Malformed("JSON, in UTF-8", _first_line(error), at) from None
-
-
-def _first_line(error: Exception) -> str:
-    return show(str(error).partition("\n")[0])
+        raise Malformed("JSON, in UTF-8", show(str(error)), at) from None
 
 
 def _dict(value: object, at: str) -> dict[str, Any]:
@@ -261,7 +257,7 @@ def sign(body: bytes, key: bytes, where: str, password: bytes | None) -> tuple[s
         found = f"a passphrase that is missing, or one too many; set it in {PASSPHRASE}"
         raise _wrong_key(where, "a private key and its passphrase", found) from None
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _wrong_key(where, _KEYS.format("private"), _first_line(error)) from None
+        raise _wrong_key(where, _KEYS.format("private"), show(str(error))) from None
     envelope = Envelope(body, PAYLOAD_TYPE, {})
     envelope.sign(signer)
     text = json.dumps(envelope.to_dict(), sort_keys=True, indent=1) + "\n"
@@ -287,7 +283,7 @@ def check(body: bytes, signatures: Sequence[Signature], key: bytes, where: str) 
     try:
         public = SSlibKey.from_crypto(load_pem_public_key(key))
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _wrong_key(where, _KEYS.format("public"), _first_line(error)) from None
+        raise _wrong_key(where, _KEYS.format("public"), show(str(error))) from None
     message = Envelope(body, PAYLOAD_TYPE, {}).pae()
     for _, value in signatures:
         try:

@@ -63,7 +63,7 @@ def statement(facts: Facts) -> dict[str, Any]:
 
 def payload(data: Mapping[str, Any]) -> bytes:
     """Return a statement as the bytes that are signed: the keys sorted, in ASCII."""
-    return json.dumps(data, sort_keys=True, ensure_ascii=True, indent=1).encode() + b"\n"
+    return json.dumps(data, sort_keys=True, indent=1).encode() + b"\n"
 
 
 def dependencies(facts: Facts) -> list[Descriptor]:

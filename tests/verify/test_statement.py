@@ -35,7 +35,7 @@ from csm_weights.errors import (
     WrongContent,
 )
 from csm_weights.files import Fingerprint
-from csm_weights.manifest.types import Artifact, Manifest
+from csm_weights.manifest.types import Artifact, Edition, Manifest, Piece
 from csm_weights.pipeline import apply
 from csm_weights.pipeline.session import Outcome
 from csm_weights.store.journal import PieceRecord
@@ -232,6 +232,80 @@ def test_a_file_without_a_record_of_its_way_says_so(desk: Desk) -> None:
     desk.attest("note.txt")
     material = desk.statement()["predicate"]["buildDefinition"]["resolvedDependencies"][1]
     assert material["annotations"]["from"] == "the manifest"
+
+
+PAGE = "https://huggingface.co/org/m"
+FROM_HUB = {"name": "m.bin", "uri": f"{PAGE}/resolve/{COMMIT}/m.bin"}
+UNKNOWN = "identified by its ids; its way is unknown"
+WHOLE = {"sha256": "a" * 64}
+
+
+def piece_from(source: str, name: str = "m.bin") -> dict[str, Any]:
+    """The material of the first piece of that file."""
+    notes = {"file": "m.bin", "offset": 0, "size": 5, "from": source}
+    return {"name": name, "digest": {"sha256": "0" * 64}, "annotations": notes}
+
+
+@pytest.mark.parametrize(
+    ("sources", "artifact", "manifest", "expected"),
+    [
+        ([], {}, {}, [FROM_HUB | {"digest": WHOLE | {"gitBlob": BLOB}, "annotations": UNKNOWN}]),
+        (
+            [],
+            {"blob_id": None, "git_sha1": COMMIT},
+            {},
+            [FROM_HUB | {"digest": WHOLE | {"gitBlob": COMMIT}, "annotations": UNKNOWN}],
+        ),
+        ([], {"blob_id": None}, {}, [{"name": "m.bin", "digest": WHOLE, "annotations": "?"}]),
+        ([], {"size": 11}, {}, [{"name": "m.bin", "digest": WHOLE, "annotations": "?"}]),
+        ([], {}, {"revision": None}, [{"name": "m.bin", "digest": WHOLE, "annotations": "?"}]),
+        ([f"{PAGE}/x"], {"size": 11}, {}, [FROM_HUB | {"digest": WHOLE}]),
+        (["~/m.bin"], {}, {}, [piece_from("a file on this machine")]),
+        (["chunks/m-aa?x"], {}, {}, [piece_from("chunks/m-aa?x")]),
+        (["https://x/org/m2/y?z"], {}, {}, [piece_from("https://x/org/m2/y")]),
+        (["a/org/m/y"], {}, {}, [piece_from("a/org/m/y")]),
+        ([f"{PAGE}/x"], {}, {"repo": None}, [piece_from(f"{PAGE}/x")]),
+        (
+            ["chunks/m-aa"],
+            {"pieces": (Piece("chunks/m-aa", 0, 5, "0" * 64),)},
+            {},
+            [piece_from("chunks/m-aa", "chunks/m-aa")],
+        ),
+    ],
+)
+def test_the_materials_of_a_file_are_told_to_the_letter(
+    sources: list[str],
+    artifact: dict[str, Any],
+    manifest: dict[str, Any],
+    expected: list[dict[str, Any]],
+) -> None:
+    """By what its receipt says, and by the ids of the Hub where it says nothing."""
+    known, (entry, file) = hub_file(*sources)
+    found = materials(replace(known, **manifest), (replace(entry, **artifact), file))
+    words = {UNKNOWN: {"from": UNKNOWN}, "?": {"from": "not recorded"}}
+    for one in expected:
+        notes = one.get("annotations")
+        one |= {"annotations": words[notes]} if isinstance(notes, str) else {}
+    commit = [{"uri": PAGE, "digest": {"gitCommit": COMMIT}}] if "uri" in expected[0] else []
+    assert found == commit + expected
+
+
+def test_a_text_of_the_manifest_comes_from_there() -> None:
+    """If the edition that is there is the one whose text is known."""
+    manifest, (artifact, file) = hub_file(blob=None)
+    for size, text, source in ((10, "x", "the manifest"), (11, "x", "not recorded")):
+        entry = replace(artifact, size=12, alternatives=(Edition(size, "a" * 64, text),))
+        (found,) = materials(manifest, (entry, file))
+        assert found["annotations"] == {"from": source}
+
+
+def test_what_is_signed_and_written_is_in_one_form(desk: Desk) -> None:
+    """In ASCII, with the keys in order, each on a line of its own."""
+    assert statement.payload({"b": "é", "a": 1}) == b'{\n "a": 1,\n "b": "\\u00e9"\n}\n'
+    desk.sign()
+    data = json.loads(desk.file.read_text())
+    assert desk.file.read_text() == json.dumps(data, sort_keys=True, indent=1) + "\n"
+    assert base64.b64decode(data["payload"]) == statement.payload(desk.statement())
 
 
 # ---- nothing is attested that is not so
@@ -872,6 +946,7 @@ def test_hostile_attestations_are_refused(name: str) -> None:
     assert (caught.value.exit_code, finding.kind) == (4, Kind.MALFORMED)
     assert (finding.where, finding.expected) == (f"evil.json {at}".rstrip(), expected)
     assert finding.line().isprintable() and len(finding.line()) < 600
+    assert 0 < len(finding.found) <= 80
     assert time.monotonic() - start < 2
 
 
