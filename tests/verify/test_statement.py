@@ -700,25 +700,16 @@ def test_the_result_says_who_vouches(
 
 def test_every_difference_between_subjects_and_files_is_a_finding() -> None:
     """Files that are gone or of other bytes, and chosen ones that nobody has attested."""
-    names = ["gone" * 50, "other", "same"]
-    attested = envelope.Attestation(b"", dict(zip(names, "123", strict=True)), ())
-    found, chosen = {"other": "5", "same": "3"}, ["same", "more"]
+    names = ["gone" * 50, "more", "less", "same"]
+    attested = envelope.Attestation(b"", dict(zip(names, "1253", strict=True)), ())
+    found, chosen = {"more": "5", "less": "2", "same": "3"}, ["same", "another"]
+    other, mend = Kind.DIFFERENT, "it is not the file that was attested"
+    subjects, only = "to be among the subjects of x.json", f"--only {','.join(names)}"
     assert envelope.differences(attested, "x.json", found, chosen) == [
         Finding(Kind.MISSING, names[0], "sha256 1, as attested", "no such file", "inv weights"),
-        Finding(
-            Kind.DIFFERENT,
-            "other",
-            "sha256 2, as attested",
-            "sha256 5",
-            "it is not the file that was attested",
-        ),
-        Finding(
-            Kind.DIFFERENT,
-            "more",
-            "to be among the subjects of x.json",
-            f"only {names[0]}"[:200],
-            f"--only {','.join(names)}",
-        ),
+        Finding(other, "more", "sha256 2, as attested", "sha256 5", mend),
+        Finding(other, "less", "sha256 5, as attested", "sha256 2", mend),
+        Finding(other, "another", subjects, f"only {names[0]}"[:200], only),
     ]
 
 
