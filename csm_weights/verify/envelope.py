@@ -260,7 +260,7 @@ def sign(body: bytes, key: bytes, where: str, password: bytes | None) -> tuple[s
         raise _wrong_key(where, _KEYS.format("private"), show(str(error))) from None
     envelope = Envelope(body, PAYLOAD_TYPE, {})
     envelope.sign(signer)
-    text = json.dumps(envelope.to_dict(), sort_keys=True, indent=1) + "\n"
+    text = json.dumps(envelope.to_dict(), indent=1) + "\n"
     return text, Signer(signer.public_key.keyid, signer.public_key.scheme)
 
 
