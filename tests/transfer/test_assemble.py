@@ -25,7 +25,15 @@ from hypothesis import strategies as st
 from csm_weights import hashing
 from csm_weights.byte_ranges import ByteRange
 from csm_weights.commands.split import split_file as split
-from csm_weights.errors import CsmWeightsError, Finding, Kind, MissingInput, NoSpace, WrongContent
+from csm_weights.errors import (
+    CsmWeightsError,
+    Finding,
+    Kind,
+    MissingInput,
+    NetworkFailed,
+    NoSpace,
+    WrongContent,
+)
 from csm_weights.files import Fingerprint
 from csm_weights.manifest.types import Artifact, Edition, Piece
 from csm_weights.store import block_io
@@ -121,6 +129,21 @@ class Streaming:
         return "stream"
 
 
+class Changing(Streaming):
+    """A server that gives other wrong bytes each time, up to the one when they are right."""
+
+    is_remote = True
+
+    def __init__(self, data: bytes, right_at: int) -> None:
+        super().__init__(data)
+        self.right, self.right_at = data, right_at
+
+    def deliver(self, artifact: Artifact, piece: Piece, writer: PieceWriter) -> str:
+        times = len(self.given) + 1
+        self.data = self.right if times == self.right_at else bytes([times]) * len(self.right)
+        return super().deliver(artifact, piece, writer)
+
+
 class BreakingOff:
     """A source that gives a wrong first byte, and then an error."""
 
@@ -170,6 +193,15 @@ def test_every_byte_is_counted_once(sample: Sample) -> None:
     """Ticks add up to the file's size when all goes well."""
     ticks: list[int] = []
     assemble([sample.job()], ticks.append)
+    assert sum(ticks) == SIZE
+
+
+def test_bytes_that_must_come_again_are_taken_back(sample: Sample) -> None:
+    """Those of a wrong chunk file are counted once, though another source gives them, too."""
+    flip(sample.chunk_file(1))
+    ticks: list[int] = []
+    assemble([sample.job(ChunkFiles(sample.root), WholeFile(sample.file))], ticks.append)
+    assert [tick for tick in ticks if tick < 0] == [-PIECE]
     assert sum(ticks) == SIZE
 
 
@@ -567,6 +599,32 @@ def test_a_broken_piece_is_taken_from_the_next_source(sample: Sample, index: int
     made = sample.run(ChunkFiles(sample.root), WholeFile(sample.file))
     assert sample.is_right(made)
     assert made.pieces[index].source == str(sample.file)
+
+
+def test_a_local_source_is_not_asked_again_for_wrong_bytes(tmp_path: Path) -> None:
+    """They would be the same."""
+    sample = Sample(tmp_path, 10_000, 10_000)
+    source = Streaming(bytes(10_000))
+    with pytest.raises(WrongContent):
+        sample.run(source)
+    assert source.given == [(0, 10_000)]
+
+
+def test_a_remote_source_is_asked_three_times_for_a_piece(tmp_path: Path) -> None:
+    """The same wrong bytes are its content; others each time were damaged on the way."""
+    sample = Sample(tmp_path, 10_000, 10_000)
+    data = sample.file.read_bytes()
+    outlasting, failing = Changing(data, right_at=3), Changing(data, right_at=4)
+    made = sample.run(outlasting)
+    assert sample.is_right(made)
+    sample.partial.unlink()
+    with pytest.raises(NetworkFailed) as caught:
+        sample.run(failing)
+    assert (len(outlasting.given), len(failing.given)) == (3, 3)
+    found = [(f.kind, f.where, f.found) for f in (*made.notes, *caught.value.findings)]
+    assert found == [
+        (Kind.DAMAGED, "stream", f"other wrong bytes each of {times} times") for times in (2, 3)
+    ]
 
 
 def test_a_source_is_not_blamed_for_the_bytes_of_another(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from csm_weights import progress
 from csm_weights.commands.clean import clean
 from csm_weights.commands.render import json as as_json
 from csm_weights.commands.render import text as as_text
@@ -193,6 +195,16 @@ def test_the_unfinished_file_has_its_name_before_bytes_go(
     above = list(itertools.takewhile(lambda folder: folder.stat().st_dev == device, folders))
     in_the_end = [partial_of(toy), chunk_files_of(toy)[0].parent]
     assert events == [*(above if is_readable else above[:2]), *["punched"] * 8, *in_the_end]
+
+
+@pytest.mark.parametrize("consuming", [True, False])
+def test_what_comes_out_of_chunk_files_is_counted(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, consuming: bool
+) -> None:
+    """Every byte once, whether it is copied or moved."""
+    monkeypatch.setattr(progress, "taken", Counter())
+    fetch(toy, consuming=consuming)
+    assert progress.taken == {"chunk": toy.artifact(NAME).size}
 
 
 def test_status_shows_the_plan_and_its_peak(toy: Toy) -> None:
