@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import pytest
 
 from csm_weights.config import HubEnvironment
 from csm_weights.errors import Finding, Kind
-from csm_weights.files import NotRegular, open_regular, read_bounded
+from csm_weights.files import Fingerprint, NotRegular, open_regular, read_bounded
 from csm_weights.manifest.types import Artifact, Manifest, Piece
 from csm_weights.model.smoke_report import read_report, report_path
 from csm_weights.pipeline import apply
@@ -28,9 +29,11 @@ from csm_weights.store.inspect import (
     FileState,
     FileStatus,
     Paths,
+    Shelved,
     filesystem_type,
     inspect,
 )
+from csm_weights.store.install import record
 from csm_weights.store.journal import Arrival, PieceRecord, journal_path, partial_path
 from csm_weights.store.receipts import receipt_path
 from csm_weights.untrusted import dump_record
@@ -63,6 +66,7 @@ def test_a_fresh_repository_has_chunk_files_only(toy: Toy) -> None:
     """Chunk files are seen with their sizes; files, partials and receipts are absent."""
     item = inspected(toy)["a.bin"]
     assert (item.installed.state, item.staged.state) == (ABSENT, ABSENT)
+    assert not (item.installed.is_link or item.installed.is_shared)
     assert [part.state for part in item.chunks] == [UNVERIFIED] * 5
     assert [part.size for part in item.chunks] == [p.size for p in toy.artifact("a.bin").pieces]
     assert (item.journal.pieces, item.extras) == ((), ())
@@ -442,6 +446,127 @@ def test_a_cache_shares_blocks_where_the_file_system_can(
 
     assert (shares(toy.root / "cache"), shares(None)) == (kind != "ext4", False)
     assert not shares(Path("/proc/x"))
+
+
+def shelves_of(toy: Toy, *shelves: Path) -> tuple[Mapping[int, Shelved], ...]:
+    paths = replace(Paths.of(toy.manifest, toy.root), shelves=shelves)
+    return inspect(toy.manifest, [toy.artifact("a.bin")], paths, {}).artifacts[0].shelved
+
+
+def test_pieces_in_a_folder_are_those_of_files_of_the_right_size(toy: Toy, tmp_path: Path) -> None:
+    """The whole file comes first, then chunk files by their path or their name."""
+    shelf, size = tmp_path / "shelf", toy.artifact("a.bin").size
+    pieces = toy.artifact("a.bin").pieces
+    assert shelves_of(toy, shelf) == ()
+    inside, beside = shelf / pieces[1].part, shelf / Path(pieces[3].part).name
+    inside.parent.mkdir(parents=True)
+    shutil.copy(toy.root / pieces[1].part, inside)
+    shutil.copy(toy.root / pieces[3].part, beside)
+    (shelf / Path(pieces[0].part).name).touch()
+    (shelf / "a.bin").write_bytes(bytes(size - 1))
+    chunks = {
+        p.offset: Shelved(f, p.size, 0) for p, f in ((pieces[1], inside), (pieces[3], beside))
+    }
+    assert shelves_of(toy, shelf) == (chunks,)
+    (shelf / "a.bin").write_bytes(bytes(size))
+    whole = {p.offset: Shelved(shelf / "a.bin", size, p.offset) for p in pieces}
+    assert shelves_of(toy, tmp_path / "gone", shelf) == (whole,)
+
+
+def test_a_cached_file_is_known_by_its_size_until_it_is_hashed(toy: Toy) -> None:
+    """What hashing found wrong, and the pieces of it that are right, are not forgotten."""
+    toy.write_manifest(replace(toy.manifest, repo="org/toy", revision="a" * 40))
+    a = toy.artifact("a.bin")
+    blob = toy.root / "cache" / "models--org--toy/blobs" / str(a.sha256)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(toy.good("a.bin"))
+    paths = replace(Paths.of(toy.manifest, toy.root), cache=toy.root / "cache")
+    wrong, good = finding(blob, Kind.WRONG_DIGEST), frozenset({a.pieces[1].offset})
+    for known, expected in (
+        ({}, FileStatus(blob, UNVERIFIED, a.size)),
+        ({blob: wrong}, FileStatus(blob, INVALID, a.size, wrong, good=good)),
+    ):
+        pieces = {blob: good} if known else {}
+        state = inspect(toy.manifest, toy.manifest.artifacts, paths, known, pieces)
+        assert [item.cached for item in state.artifacts] == [expected, None, None]
+
+
+def test_files_that_are_named_like_chunk_files_are_told(toy: Toy) -> None:
+    """One by its name, of several the first, with their number; in each folder."""
+    a = toy.artifact("a.bin")
+    last = replace(a.pieces[-1], part="chunks/else/a.bin.part-zz")
+    (toy.root / "chunks/else").mkdir()
+    toy.write_manifest(
+        replace(toy.manifest, artifacts=(replace(a, pieces=(*a.pieces[:-1], last)),))
+    )
+    for name in ("toy/a.bin/a.bin.part-b", "else/a.bin.part-1", "else/a.bin.part-0"):
+        (toy.root / "chunks" / name).touch()
+    for name in ("else/a.bin.part", "else/a.bin.part-0.partial", "else/b.bin.part-0"):
+        (toy.root / "chunks" / name).touch()
+    expected, mend = "only the 5 chunk files of a.bin", "move it away; is the manifest that of"
+    assert [
+        (f.where, f.expected, f.found, f.help.startswith(mend))
+        for f in inspected(toy)["a.bin"].extras
+    ] == [
+        ("chunks/else/a.bin.part-0", expected, "2 more, this one first", True),
+        ("chunks/toy/a.bin/a.bin.part-ae", expected, "2 more, this one first", True),
+    ]
+
+
+@pytest.mark.parametrize(("need_blocks", "state"), [(False, VERIFIED), (True, UNVERIFIED)])
+def test_a_file_without_the_digests_of_its_blocks_is_hashed_where_they_are_needed(
+    on_disk: Toy, need_blocks: bool, state: FileState
+) -> None:
+    """A file of no bytes has no blocks."""
+    paths = Paths.of(on_disk.manifest, on_disk.root)
+    found = inspect(on_disk.manifest, on_disk.manifest.artifacts, paths, {}, None, need_blocks)
+    assert found.artifacts[0].installed.state is state
+    receipt = found.artifacts[0].installed.receipt
+    assert receipt
+    empty = Artifact("empty", "e", "opaque", 0, hashlib.sha256().hexdigest())
+    manifest = replace(on_disk.manifest, artifacts=(empty,))
+    path = on_disk.installed("empty")
+    path.touch()
+    now = Fingerprint.of(path.stat())
+    digest = str(empty.sha256)
+    record(
+        path.parent,
+        replace(receipt, path="empty", size=0, sha256=digest, pieces=(), fingerprint=now),
+    )
+    (item,) = inspect(manifest, [empty], paths, {}, None, need_blocks).artifacts
+    assert item.installed.state is VERIFIED
+
+
+def test_a_chunk_file_that_is_missing_or_none_is_told_with_what_helps(toy: Toy) -> None:
+    """By its path below the root; one whose bytes have moved need not be there."""
+    a = toy.artifact("a.bin")
+    for piece in a.pieces[:3]:
+        (toy.root / piece.part).unlink()
+    (toy.root / a.pieces[1].part).mkdir()
+    staged = toy.staged("a.bin")
+    staged.parent.mkdir(parents=True)
+    partial_path(staged).touch()
+    lines = [
+        journal.Consumed(p.offset, size, p.sha256)
+        for p, size in ((a.pieces[2], a.pieces[2].size), (a.pieces[3], 5))
+    ]
+    journal_path(staged).write_text("\n".join(map(dump_record, lines)))
+    chunks = inspected(toy)["a.bin"].chunks
+    states = [ABSENT, INVALID, FileState.CONSUMED, FileState.CONSUMED, UNVERIFIED]
+    assert [chunk.state for chunk in chunks] == states
+    assert [chunk.size for chunk in chunks] == [
+        None,
+        None,
+        None,
+        a.pieces[3].size,
+        a.pieces[4].size,
+    ]
+    mend = "copy the chunk file there, or restore it from git"
+    assert chunks[0].finding == Finding.missing(a.pieces[0].part, a.pieces[0].size, mend)
+    assert chunks[1].finding and chunks[1].finding.where == a.pieces[1].part
+    wrong = finding(a.pieces[2].part, Kind.WRONG_DIGEST)
+    again = inspected(toy, {toy.root / a.pieces[2].part: wrong})["a.bin"].chunks[2]
+    assert again.state is ABSENT
 
 
 def test_a_file_system_that_frees_nothing_makes_no_room(

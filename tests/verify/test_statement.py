@@ -521,11 +521,15 @@ def test_an_unsigned_one_fails_with_a_key(desk: Desk) -> None:
 def test_another_key_is_refused(desk: Desk, kind: str) -> None:
     """A key of whatever type that did not sign it ends with exit code 4, and its own message."""
     desk.sign()
+    theirs = library_key(desk.public).keyid
     desk.public.unlink()
     _, other = make_key(kind, desk.toy.root / "other")
     other.rename(desk.public)
-    error = desk.refusal()
+    error, ours = desk.refusal(), library_key(desk.public)
     assert (error.exit_code, "not signed by this key" in str(error)) == (4, True)
+    (finding,) = error.findings
+    assert finding.expected == f"a signature by the {ours.scheme} key {ours.keyid[:16]}"
+    assert finding.found == f"none by it, but of the keys {theirs[:16]}"
 
 
 def test_the_key_id_is_not_believed(desk: Desk) -> None:
