@@ -110,11 +110,12 @@ def extra_fields(extra: bytes, at: str) -> dict[int, bytes]:
     """Return the zip64 and padding fields by tag; refuse any other, which could hide bytes."""
     fields: dict[int, bytes] = {}
     while extra:
-        tag, length = struct.unpack("<2H", extra[:4]) if len(extra) >= 4 else (0, FULL32)
-        if tag not in (ZIP64, PADDING) or tag in fields or len(extra) < 4 + length:
+        head, extra = extra[:4], extra[4:]
+        # a head that is cut gets a length beyond the end
+        tag, length = struct.unpack("<2H", head.ljust(4, b"\xff"))
+        if tag not in (ZIP64, PADDING) or tag in fields or len(extra) < length:
             raise Malformed("padding or zip64 sizes", f"extra field {tag:#06x}", at)
-        fields[tag] = extra[4 : 4 + length]
-        extra = extra[4 + length :]
+        fields[tag], extra = extra[:length], extra[length:]
     return fields
 
 

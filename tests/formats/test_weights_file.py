@@ -555,6 +555,13 @@ def test_an_archive_is_written_as_torch_writes_it(
         assert file.read() == directory((record, info.CRC) for record, info in records)
 
 
+def test_a_large_record_behind_another_is_read(sparse: Callable[..., Path]) -> None:
+    """Its size and its place take 64 bits each, in one field."""
+    tensors = read_checkpoint(sparse(FULL, FULL)).tensors
+    assert [tensors[name].nbytes for name in "01"] == [FULL, FULL]
+    assert tensors["1"].offset > tensors["0"].offset + FULL
+
+
 @pytest.mark.parametrize(
     ("size", "reason"), [(FULL + 1, "zip64 sizes, found none"), (FULL, "a data descriptor like")]
 )

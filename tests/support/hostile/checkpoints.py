@@ -102,6 +102,7 @@ BAD_ZIPS: Bad = {
     "empty": (b"", "a file of 0 bytes"),
     "text": (b"Access to model sesame/csm-1b is restricted." * 3, "starts b'Access to model '"),
     "text_with_letters_where_a_tar_has_its_sign": (b"x" * 300, "starts b'xxx"),
+    "tar": (bytes(257) + b"ustar\0" + bytes(249), "a zip archive, found a tar archive"),
     "bytes_beyond_those_of_a_pickle": (b"\xff" * 30, "starts b'\\xff"),
     "bare_pickle": (GOOD_PICKLE, "a pickle of something else"),
     "only_an_end_record": (zip_of([]), "a record data.pkl"),
@@ -180,7 +181,13 @@ BAD_ZIPS: Bad = {
     "hidden_extra_field": (_changed(2, local={"extra": _SECRET}), "extra field 0x7777"),
     "padding_twice": (_changed(2, local={"extra": b"FB\0\0" * 2}), "extra field 0x4246"),
     "padding_cut": (_changed(2, local={"extra": b"FB\5\0ZZZZ"}), "extra field 0x4246"),
-    "extra_field_cut": (_changed(2, local={"extra": b"FB\0"}), "extra field 0x0000"),
+    **{
+        f"extra_field_of_{size}_bytes": (
+            _changed(2, local={"extra": b"FB\0"[:size]}),
+            f"extra field {tag}",
+        )
+        for size, tag in ((1, "0xff46"), (2, "0x4246"), (3, "0x4246"))
+    },
     "central_extra_field": (_changed(2, central={"extra": _SECRET}), "extra field 0x7777"),
     **{
         f"zip64_end_with_another_{field}": (
