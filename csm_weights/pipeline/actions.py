@@ -151,7 +151,7 @@ class Assemble(Action):
 
     origins: tuple[PieceOrigin, ...]
     policy: SourcePolicy
-    shares_blocks: bool = False
+    shares_blocks: bool
     remark: str = ""
 
     verb, writes_to = "assemble", "staging"
@@ -195,7 +195,7 @@ class Assemble(Action):
         counts = {kind: len(self.pieces_from(kind)) for kind in PieceSource}
         pieces = {kind: count(number, "piece") for kind, number in counts.items()}
         remote = next((o.where for o in self.origins if o.source is PieceSource.REMOTE), "")
-        if len(self.origins) > counts[PieceSource.REMOTE] > 0:
+        if len(self.origins) > counts[PieceSource.REMOTE]:
             remote += f" ({pieces[PieceSource.REMOTE]})"
         consumed = count(counts[PieceSource.CONSUMED], "chunk file")
         words = {

@@ -47,13 +47,13 @@ class Plan:
     @property
     def is_done(self) -> bool:
         """True where everything asked for is in its place and verified."""
-        return not self.findings and len(self.having(Keep)) == len(self.actions)
+        return not self.findings and all(isinstance(a, Keep) for a in self.actions)
 
     @property
     def is_verified(self) -> bool:
         """True where everything asked for is verified, and at most has to be moved."""
-        done = self.having(Keep, act.Move, act.Copy)
-        return not self.findings and len(done) == len(self.actions)
+        done = (Keep, act.Move, act.Copy)
+        return not self.findings and all(isinstance(a, done) for a in self.actions)
 
     @property
     def ready(self) -> tuple[Action, ...]:
@@ -119,7 +119,7 @@ def make_plan(state: State, target: Target, policy: SourcePolicy = LOCAL) -> Pla
             pieces = origins[item.artifact.path] = policy.origins(item, state.paths.root)
         found = _decide(item, pieces, state, target, policy)
         if isinstance(found, Action):
-            is_moved = target is not Target.STAGED and found.file.path != item.installed.path
+            is_moved = target is not Target.STAGED and found.file is not item.installed
             if not (is_moved and isinstance(found, Keep)):
                 actions.append(found)
             if is_moved:
@@ -221,9 +221,10 @@ def _space(plan: Plan, target: Target, policy: SourcePolicy) -> list[Finding]:
     for and makes no room, why.
     """
     state, ways = plan.state, ["free some disk"]
-    formats = [a.artifact.group for a in plan.actions if a.artifact.is_weights and a.cost.written]
+    written = [a.artifact for a in plan.actions if a.artifact.is_weights and a.cost.written]
+    formats = dict.fromkeys(artifact.group for artifact in written)
     if len(formats) > 1:
-        ways.append(f"ask for one format with --only={formats[0]}")
+        ways.append(f"ask for one format with --only={next(iter(formats))}")
     short = []
     for name, option, free in (
         ("staging", "--staging", state.free_staging),

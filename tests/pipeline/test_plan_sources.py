@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csm_weights.errors import Finding, Kind
-from csm_weights.pipeline.actions import Assemble, WriteText
+from csm_weights.manifest.types import Piece
+from csm_weights.pipeline.actions import Assemble, Consume, Move, WriteText
 from csm_weights.pipeline.plan import Plan, Target, make_plan
 from csm_weights.pipeline.request import Request
+from csm_weights.store.consumed import CONSUMING_ROOM
 from csm_weights.store.inspect import ArtifactState, FileState, FileStatus, Shelved, State
-from csm_weights.store.journal import Arrival, Journal, PieceRecord
+from csm_weights.store.journal import Arrival, Consumed, Journal, PieceRecord
 from csm_weights.transfer.policy import HUB, REMOTE, PieceSource, RemoteSources, SourcePolicy
 from csm_weights.transfer.source import NEXT_SOURCE, NotAvailable, SourceError
 from tests.pipeline.test_plan import (
@@ -27,6 +29,7 @@ from tests.pipeline.test_plan import (
     PLACES,
     SHA,
     UNVERIFIED,
+    VERIFIED,
     a_state,
     an_item,
     any_target,
@@ -179,11 +182,27 @@ def test_a_cache_that_is_not_asked_for_is_not_used() -> None:
 
 def test_a_known_text_is_written_rather_than_fetched() -> None:
     """A config.json whose text is known needs no server, unless the Hub is asked for by name."""
-    item = an_item(kind="config")
-    edition = replace(item.artifact.editions[0], text="text", size=4)
-    item = replace(item, artifact=replace(item.artifact, alternatives=(edition,)))
+    item, here = (with_text(an_item(kind="config", pieces=n)) for n in (0, 2))
     assert verbs(make_plan(a_state(item), Target.STAGED, AUTO)) == [WriteText]
     assert verbs(make_plan(a_state(item), Target.STAGED, FROM_HUB)) == [Assemble]
+    assert verbs(make_plan(a_state(here), Target.STAGED, AUTO)) == [Assemble]
+    assert verbs(make_plan(a_state(here), Target.STAGED)) == [Assemble]
+
+
+def with_text(item: ArtifactState) -> ArtifactState:
+    """The item with an edition whose text is known."""
+    edition = replace(item.artifact.editions[0], text="text", size=4)
+    return replace(item, artifact=replace(item.artifact, alternatives=(edition,)))
+
+
+def test_a_known_text_is_not_written_over_what_was_consumed() -> None:
+    """The unfinished file has the only copy of bytes: what is missing of it is told."""
+    item = with_text(an_item(pieces=2, part=ABSENT))
+    begun = replace(item, journal=Journal(consumed=(Consumed(0, 4, SHA),)))
+    begun = with_chunk_files(begun, FileState.CONSUMED, ABSENT)
+    assert verbs(make_plan(a_state(item), Target.STAGED)) == [WriteText]
+    plan = make_plan(a_state(begun), Target.STAGED)
+    assert (plan.actions, plan.findings) == ((), (begun.chunks[1].finding,))
 
 
 def test_what_keeps_the_hub_from_being_asked_is_the_finding() -> None:
@@ -202,11 +221,182 @@ def test_chunk_files_too_many_do_not_matter_where_no_chunk_file_is_used() -> Non
     assert make_plan(a_state(item), Target.STAGED, FROM_HUB).findings == ()
 
 
-def test_room_for_a_download_is_counted_before_it_begins() -> None:
-    """Bytes to fetch are bytes to write."""
-    plan = make_plan(a_state(an_item(), free_staging=6), Target.STAGED, FROM_HUB)
-    assert [f.kind for f in plan.findings] == [Kind.NO_SPACE]
-    assert plan.findings[0].where == str(PLACES.staging)
+@pytest.mark.parametrize("free", [7, 6])
+def test_room_for_a_download_is_counted_before_it_begins(free: int) -> None:
+    """Bytes to fetch are bytes to write; just enough room is enough."""
+    plan = make_plan(a_state(an_item(), free_staging=free), Target.STAGED, FROM_HUB)
+    help_text = "free some disk, or choose another --staging"
+    words = ("7 bytes free", "6, 1 too few", help_text)
+    short = Finding(Kind.NO_SPACE, str(PLACES.staging), *words)
+    assert plan.findings == (() if free == 7 else (short,))
+
+
+def test_room_is_counted_in_both_folders() -> None:
+    """One finding each, with the option that chooses another; of two formats one is offered."""
+    kinds = {"a": "safetensors", "b": "torch-zip", "c": "safetensors"}
+    a, b, c = (an_item(name, pieces=2, kind=kind) for name, kind in kinds.items())
+    kept = replace(c, installed=replace(c.installed, state=VERIFIED))
+    full = a_state(a, b, kept, same_filesystem=False, free_staging=39, free_destination=0)
+    expected = [
+        Finding(
+            Kind.NO_SPACE, str(folder), "40 bytes free", found, f"{ways}, or choose another {o}"
+        )
+        for ways in ["free some disk, ask for one format with --only=a"]
+        for folder, found, o in (
+            (PLACES.staging, "39, 1 too few", "--staging"),
+            (PLACES.destination, "0, 40 too few", "--dest"),
+        )
+    ]
+    policy = SourcePolicy(chunks=False, remote=(HUB,))
+    assert list(make_plan(full, Target.BOTH, policy).findings) == expected
+    one = a_state(a, kept, same_filesystem=False, free_staging=0, free_destination=0)
+    helps = [f.help for f in make_plan(one, Target.BOTH, policy).findings]
+    assert helps == [f"free some disk, or choose another {o}" for o in ("--staging", "--dest")]
+
+
+def test_the_room_that_consuming_needs_is_offered_where_it_would_do() -> None:
+    """The help begins with it; not where a chunk file is unfit, or the room is too little."""
+    item = an_item(pieces=3)
+    large = replace(item.artifact, size=1 << 30, pieces=large_pieces(item))
+    item = replace(item, artifact=large)
+    for free, unfit, is_offered in (
+        (CONSUMING_ROOM, (), True),
+        (CONSUMING_ROOM - 1, (), False),
+        (CONSUMING_ROOM, (finding("chunks/a-0", Kind.NOT_CONSUMABLE),), False),
+    ):
+        state = a_state(replace(item, unfit=unfit), free_staging=free)
+        (short,) = make_plan(state, Target.STAGED).findings
+        way = f"--consume needs only {CONSUMING_ROOM:,} bytes: it removes the chunk files as the "
+        plain = "free some disk, or choose another --staging"
+        assert short.help == (f"{way}file grows; or {plain}" if is_offered else plain)
+        asked = make_plan(state, Target.STAGED, SourcePolicy(consume=True))
+        assert (asked.findings == ()) == is_offered
+        assert not unfit or asked.findings == unfit
+
+
+def large_pieces(item: ArtifactState) -> tuple[Piece, ...]:
+    """The pieces of an item as if they had a third of 1 GiB each."""
+    sizes = (357_913_941, 357_913_941, 357_913_942)
+    starts = (0, sizes[0], 2 * sizes[0])
+    pairs = zip(item.artifact.pieces, starts, sizes, strict=True)
+    return tuple(replace(piece, offset=start, size=size) for piece, start, size in pairs)
+
+
+def test_why_consuming_makes_no_room_is_told_with_too_little_room() -> None:
+    """Once for each folder of chunk files; nothing is told of files without any."""
+    words = "they are on another disk"
+    items = [replace(an_item(n, pieces=1 + (n == "a")), saves_nothing=words) for n in "ab"]
+    none = replace(an_item("c"), saves_nothing=words)
+    policy = SourcePolicy(consume=True, remote=(HUB,))
+    plan = make_plan(a_state(*items, none, free_staging=36), Target.STAGED, policy)
+    help_text = "free some disk, or choose another --staging"
+    expected = "chunk files whose removal frees disk space"
+    assert plan.findings == (
+        Finding(Kind.NO_SPACE, str(PLACES.staging), "37 bytes free", "36, 1 too few", help_text),
+        Finding(Kind.NOT_CONSUMABLE, "chunks", expected, words, help_text),
+    )
+
+
+CONSUMING = SourcePolicy(consume=True, remote=(HUB,))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "policy", "changes", "kind", "remark"),
+    [
+        (2, CONSUMING, {}, Consume, ""),
+        (2, replace(CONSUMING, consume=False), {}, Assemble, ""),
+        (0, CONSUMING, {}, Assemble, ""),
+        (
+            2, CONSUMING, {"shares_blocks": True}, Assemble,
+            ", sharing their blocks: there is nothing to consume",
+        ),
+    ],
+)  # fmt: skip
+def test_chunk_files_are_consumed_where_that_is_asked_for_and_makes_room(
+    pieces: int, policy: SourcePolicy, changes: dict[str, bool], kind: type, remark: str
+) -> None:
+    """The action says why they stay."""
+    plan = make_plan(a_state(an_item(pieces=pieces), **changes), Target.STAGED, policy)
+    ((action,),) = (plan.having(Assemble),)
+    assert (type(action), action.remark) == (kind, remark)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("shares_with_cache", [True, False])
+@pytest.mark.parametrize("source", [PieceSource.CHUNK, PieceSource.CACHED, PieceSource.SHELF])
+@pytest.mark.parametrize("has_chunk", [True, False])
+def test_blocks_are_shared_where_all_that_is_copied_can_be(
+    shares: bool, shares_with_cache: bool, source: PieceSource, has_chunk: bool
+) -> None:
+    """Chunk files or the cache, each with staging; not both, nor another folder of the user."""
+    item = with_chunk_files(an_item(pieces=2), ABSENT, UNVERIFIED if has_chunk else ABSENT)
+    if source is PieceSource.CACHED:
+        item = replace(item, cached=FileStatus(CACHED, UNVERIFIED, 20))
+    elif source is PieceSource.SHELF:
+        item = replace(item, shelved=({n: Shelved(Path("/disk/a"), 20, n) for n in (0, 10)},))
+    else:
+        item = with_chunk_files(item, UNVERIFIED, UNVERIFIED)
+    state = a_state(item, shares_blocks=shares, cache_shares_blocks=shares_with_cache)
+    (action,) = make_plan(state, Target.STAGED).having(Assemble)
+    expected = {
+        PieceSource.CHUNK: shares,
+        PieceSource.CACHED: shares_with_cache and not has_chunk,
+        PieceSource.SHELF: False,
+    }
+    assert action.shares_blocks is expected[source]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.IN_THE_WAY])
+def test_a_wrong_file_is_replaced_whatever_is_wrong_with_it(kind: Kind) -> None:
+    """Only what is in the way of a file, such as a folder, stops it, and is told once."""
+    item = an_item(pieces=2)
+    for name in ("installed", "staged"):
+        file = replace(getattr(item, name), state=INVALID, finding=finding("a", kind))
+        plan = make_plan(a_state(replace(item, **{name: file})), Target.BOTH)
+        assert (verbs(plan), plan.notes) == ([Assemble, Move], (file.finding,))
+        stuck = replace(file, finding=finding("a", Kind.IN_THE_WAY))
+        plan = make_plan(a_state(replace(item, **{name: stuck})), Target.BOTH)
+        assert (plan.actions, plan.findings) == ((), (stuck.finding,))
+
+
+def test_what_cannot_be_continued_is_left_alone() -> None:
+    """Its finding is the only one, though every piece is here."""
+    stuck = finding("a.partial", Kind.STRANDED)
+    plan = make_plan(a_state(replace(an_item(pieces=2), stranded=stuck)), Target.STAGED, AUTO)
+    assert (plan.actions, plan.findings) == ((), (stuck,))
+
+
+def test_what_a_partial_has_is_missed_piece_by_piece() -> None:
+    """Where some are verified or can be salvaged, each piece that is nowhere is named."""
+    item = damaged(an_item(pieces=4, part=ABSENT), 30)
+    item = replace(item, journal=Journal((PieceRecord(10, 10, SHA, "x"),)))
+    gone = finding("/disk", Kind.MISSING)
+    others = [finding("the Hub", kind) for kind in Kind if kind is not Kind.MISSING]
+    problems = (*others, gone)
+    plan = make_plan(a_state(item), Target.STAGED, SourcePolicy(problems=problems))
+    chunks = [item.chunks[0].finding, item.chunks[2].finding]
+    assert list(plan.findings) == [gone, *chunks, item.installed.finding]
+    shelves = SourcePolicy(problems=problems, shelves=True)
+    helped = [replace(f, help=NEXT_SOURCE) for f in chunks if f]
+    assert list(make_plan(a_state(item), Target.STAGED, shelves).findings)[:-1] == [gone, *helped]
+
+
+def test_a_wrong_chunk_file_keeps_its_own_help() -> None:
+    """Another disk is what helps for a chunk file that is missing, and for no other."""
+    item = with_chunk_files(an_item(pieces=2), INVALID, ABSENT)
+    plan = make_plan(a_state(item), Target.STAGED, SourcePolicy(shelves=True))
+    assert [f.help for f in plan.findings] == ["", NEXT_SOURCE]
+
+
+@pytest.mark.parametrize("shelves", [False, True])
+@pytest.mark.parametrize("chunks", [False, True])
+def test_a_file_of_which_nothing_is_here_is_one_finding(shelves: bool, chunks: bool) -> None:
+    """With its size, and the next disk as help where folders were named."""
+    item = an_item(pieces=3, part=ABSENT)
+    policy = SourcePolicy(chunks=chunks, shelves=shelves)
+    plan = make_plan(a_state(item), Target.STAGED, policy)
+    help_text = NEXT_SOURCE if shelves else ""
+    assert plan.findings == (Finding.missing(PLACES.destination / "a", 30, help_text),)
 
 
 def test_what_one_disk_of_several_has_is_copied_before_the_next_is_there() -> None:
