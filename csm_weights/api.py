@@ -133,7 +133,7 @@ class Model(plain.Model):
             except WrongContent as error:
                 if not found.digests:
                     raise
-                Progress("loading", 0).log(f"{found.paths[0]} is not loaded: {error}")
+                Progress("loading").log(f"{found.paths[0]} is not loaded: {error}")
         return cls._open(weights.fetch(), device, dtype)
 
     @classmethod

@@ -138,14 +138,14 @@ class Progress:
 
     A thread of its own tells what is being done where that takes long and nothing
     moves. Of works in one another it is the innermost that is told. While `is_quiet`
-    only listeners are told.
+    only listeners are told. A `total` of 0 is that of work without a number of bytes.
     """
 
     is_quiet: ClassVar[bool] = False
     _running: ClassVar[list[Progress]] = []
     _numbers: ClassVar[Iterator[int]] = itertools.count(1)
 
-    def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
+    def __init__(self, label: str, total: int = 0, stream: TextIO | None = None) -> None:
         self._label = label
         self._total = total
         self._stream = stream or sys.stderr

@@ -121,7 +121,7 @@ def _result_of(call: Callable[[], object], command: str) -> object:
         from csm_weights.progress import Progress, taken
 
         taken.clear()
-        with Progress(command, 0):
+        with Progress(command):
             return call()
     except CsmWeightsError as error:
         return error

@@ -87,5 +87,5 @@ class Page:
             write_whole(self._path, html.render(result, status, run))
         except CsmWeightsError as error:
             return error
-        Progress("page", 0).log(str(self._path))
+        Progress("page").log(str(self._path))
         return None

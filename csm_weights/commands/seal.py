@@ -25,7 +25,7 @@ def seal_placed(request: Request, outcome: Outcome) -> Outcome:
     only = tuple(item.artifact.path for item in outcome.state.artifacts)
     run = begin(replace(request, only=only))
     run.paths = outcome.state.paths
-    with locked(run.paths, with_destination=True), Progress(label_for("sealing", only), 0):
+    with locked(run.paths, with_destination=True), Progress(label_for("sealing", only)):
         sealed = tuple(_seal(run, item) for item in run.inspect().artifacts)
     return replace(outcome, state=run.inspect(), sealed=sealed)
 

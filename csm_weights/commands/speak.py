@@ -75,11 +75,11 @@ def speak(
         Segment(speaker, words, read_wav(Path(file), rate))
         for file, words in zip(context, context_text, strict=True)
     ]
-    with Progress("loading the model", 0):
+    with Progress("loading the model"):
         model = Model.from_local(found.paths, device, config=found.config, digests=found.digests)
         model.folder = found.folder
     generator, longest = Generator(model, texts, mimi), round(max_seconds * 1000)
-    Progress("speaking", 0).log(f"at most {longest // 80:,} frames of 80 ms")
+    Progress("speaking").log(f"at most {longest // 80:,} frames of 80 ms")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.manual_seed(seed)

@@ -37,6 +37,6 @@ def bring(outcome: Outcome, more: Sequence[Request]) -> Outcome:
             from csm_weights.commands.seed_cache import seed_cache
 
             for note in seed_cache(request).notes:
-                Progress(manifest.name, 0).log(note)
+                Progress(manifest.name).log(note)
     errors = [one.error for one in (outcome, *also) if one.error]
     return replace(outcome, also=tuple(also), error=errors[0] if errors else None)

@@ -99,7 +99,7 @@ def weights(
     if not smoke or not any(item.artifact.is_weights for item in outcome.state.artifacts):
         return outcome
     if not smoke_test.is_for(session.manifest):
-        Progress("smoke", 0).log("there is no smoke test for this model; it is not run")
+        Progress("smoke").log("there is no smoke test for this model; it is not run")
         return outcome
     if known := smoke_test.known_report(outcome.state, require_gpu, require_fast):
         return replace(outcome, smoke=known, smoke_is_known=True)
@@ -128,9 +128,9 @@ def run(session: Session, target: Target) -> Outcome:
                 return Outcome(state, tuple(done), tuple(dict.fromkeys(session.notes)))
             if plan.is_verified and (error := gate_error(_gate_all(session, plan))):
                 raise error
-            paths = [action.artifact.path for action in plan.ready]
-            with Progress(label_for(plan.ready[0].verb.partition(",")[0], paths), 0):
-                type(plan.ready[0]).apply(plan.ready, session)
+            kind, paths = type(plan.ready[0]), [action.artifact.path for action in plan.ready]
+            with Progress(label_for(kind.verb.partition(",")[0], paths)):
+                kind.apply(plan.ready, session)
             done += plan.ready
     raise CsmWeightsError("the files keep changing; is another program writing to them?")
 

@@ -241,7 +241,7 @@ class _Examination:
         cancel, manifest = threading.Event(), self.session.manifest
         names = self.session.policy.remote
         with (
-            Progress("asking", 0) as progress,
+            Progress("asking") as progress,
             RemoteSources(names, manifest, cancel, progress.log, limits=LIMITS) as sources,
         ):
             # In a thread of its own, so that an interrupt ends what it waits for.

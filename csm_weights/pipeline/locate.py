@@ -144,7 +144,7 @@ class Weights:
         session = self._session
         wanted = next((item for item in self._items if item.is_here), self._items[0]).artifact
         name = session.manifest.name
-        Progress("loading", 0).log(f"{wanted.path} of {name} is not here and verified: getting it")
+        Progress("loading").log(f"{wanted.path} of {name} is not here and verified: getting it")
         session.chosen = tuple(a for a in session.chosen if a.path in (wanted.path, CONFIG))
         self._state = apply.run(session, Target.BOTH).state
         return self._found((session.paths.destination / wanted.path,))

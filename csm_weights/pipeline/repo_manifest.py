@@ -81,10 +81,10 @@ def from_hub(
     from csm_weights.transfer.hub_metadata import list_repo
 
     credentials = HubCredentials.from_environment(environment)
-    with Progress("asking the Hub", 0) as progress:
+    with Progress("asking the Hub") as progress:
         listing = list_repo(credentials, repo, revision or None, globs, progress.log, patience)
     for finding in listing.left_out:
-        Progress("left out", 0).log(finding.line())
+        Progress("left out").log(finding.line())
     return _manifest(base, listing)
 
 

@@ -153,16 +153,16 @@ class Session:
             is_installed = item.installed.state is FileState.VERIFIED
             file = item.staged if staged and not is_installed else item.installed
             subjects.append(self.subject(item.artifact, file))
-        to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
+        to_hash = gates.unhashed(subjects, rehash)
         label = label_for("verifying", [s.artifact.path for s in to_hash or subjects])
-        with Progress(label, sum(s.file.size or 0 for s in to_hash)) as progress:
+        with Progress(label, sum(s.edition.size for s in to_hash)) as progress:
             return tuple(gates.check(subjects, rehash, progress.advance))
 
     def verify(self, files: Sequence[tuple[Artifact, FileStatus]]) -> list[VerifiedFile | None]:
         """Hash files; a file that is wrong gives None, and counts as wrong from now on."""
         subjects = [self.subject(artifact, file) for artifact, file in files]
         label = label_for("verifying", [artifact.path for artifact, _ in files])
-        with Progress(label, sum(file.size or 0 for _, file in files)) as progress:
+        with Progress(label, sum(s.edition.size for s in subjects)) as progress:
             found = gates.verify(subjects, progress.advance, self.request.block_digests)
         for file in found:
             if isinstance(file, gates.Rejected):
@@ -251,7 +251,7 @@ def _policy(request: Request, manifest: Manifest, environment: HubEnvironment) -
         chunks=word in ("auto", "chunks"),
         cache=word in ("auto", "hf"),
         shelves=bool(_shelves(request)),
-        remote=tuple(remote) if word != "chunks" else (),
+        remote=tuple(remote),
         problems=tuple(problems),
         remote_first=word == "hf",
         consume=request.consume,

@@ -70,7 +70,7 @@ def run(
         chosen = [item.artifact for item in state.artifacts if item.artifact.is_weights]
         if not chosen:
             raise UsageError("the smoke test needs weights; name safetensors or ckpt with --only")
-        with Progress("loading the model and generating frames", 0):
+        with Progress("loading the model and generating frames"):
             report = smoke.run(
                 state.paths.destination / chosen[0].path,
                 device=device,

@@ -67,7 +67,7 @@ def _acquired(lock: BaseFileLock, hint: str) -> AbstractContextManager[object]:
         return lock.acquire(timeout=0)
     except Timeout:
         label = f"waiting for another run in {Path(lock.lock_file).parent}"
-        Progress(label, 0).log(f"it holds the lock; this run continues when it ends{hint}")
+        Progress(label).log(f"it holds the lock; this run continues when it ends{hint}")
         return lock.acquire()
 
 

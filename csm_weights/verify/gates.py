@@ -130,9 +130,14 @@ def check(subjects: Sequence[Subject], rehash: bool, on_progress: OnProgress) ->
             results.append(result)
         elif subject.artifact.is_weights:
             results.append(_weights_structure(subject, config, has_config))
-    to_hash = [s for s in subjects if not s.finding and (rehash or not s.receipt)]
+    to_hash = unhashed(subjects, rehash)
     hashed = {file.path: file for file in verify(to_hash, on_progress)}
     return results + [_digest(subject, hashed.get(subject.path)) for subject in subjects]
+
+
+def unhashed(subjects: Sequence[Subject], rehash: bool) -> list[Subject]:
+    """Return the files that `check` hashes: without a finding and, unless `rehash`, a receipt."""
+    return [s for s in subjects if not s.finding and (rehash or not s.receipt)]
 
 
 def _size(subject: Subject) -> GateResult:

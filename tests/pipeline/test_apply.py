@@ -30,6 +30,7 @@ from csm_weights.pipeline.actions import Action, Assemble, Copy, Move, Verify
 from csm_weights.pipeline.plan import Target
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome, StatusReport
+from csm_weights.progress import JsonLines
 from csm_weights.store import atomic, install
 from csm_weights.store.inspect import FileState, State, inspect
 from csm_weights.store.journal import journal_path, partial_path
@@ -692,10 +693,51 @@ def test_the_disk_is_inspected_once_a_round(toy: Toy, inspections: list[int]) ->
     assert len(inspections) == 1
 
 
+def test_what_is_missing_is_looked_for_three_times(toy: Toy, inspections: list[int]) -> None:
+    """Another run may be moving it just then."""
+    toy.chunk_file("a.bin", 0).unlink()
+    with pytest.raises(MissingInput):
+        weights(toy, "a.bin")
+    assert len(inspections) == 3
+
+
+def works(toy: Toy, *only: str, act: Callable[[Request], object] | None = None) -> list[Any]:
+    """Each work that a run tells, with its bytes."""
+    told = io.StringIO()
+    with JsonLines("weights", told):
+        (act or (lambda request: apply.weights(request, smoke=False)))(toy.request(*only))
+    lines = [json.loads(line) for line in told.getvalue().splitlines()]
+    return [(line["label"], line["total"]) for line in lines if line["event"] == "begin"]
+
+
+def test_each_work_is_told_with_its_bytes(toy: Toy) -> None:
+    """What is done to which file, or to how many; a second run takes receipts for digests."""
+    a, b = (toy.artifact(name).size for name in ("a.bin", "b.bin"))
+    gates = [("verifying 3 files", None)]
+    assert works(toy) == [
+        ("write note.txt", None),
+        ("assemble 2 files", None),
+        ("assembling 2 files", a + b),
+        *gates,
+        ("install 3 files", None),
+        *gates,
+    ]
+    assert works(toy) == gates
+    os.utime(toy.installed("b.bin"))
+    verifying = [("verify b.bin", None), ("verifying b.bin", b)]
+    assert works(toy) == [*verifying, *gates]
+    flip(toy.installed("a.bin"))
+    assert works(toy, "a.bin")[:2] == [("verify a.bin", None), ("verifying a.bin", a)]
+    assert works(toy, act=verify.verify) == [("verifying 3 files", a + b + len(NOTE))]
+    toy.installed("b.bin").unlink()
+    verified = works(toy, act=verify.verify)
+    assert verified == [("verifying 2 files", a + len(NOTE))]
+
+
 def test_status_writes_nothing(toy: Toy) -> None:
-    """Inspecting leaves no trace."""
+    """Inspecting leaves no trace, and without a check what is missing is no error."""
     before = sorted(toy.root.rglob("*"))
-    apply.status(toy.request())
+    assert apply.status(toy.request()).error is None
     assert sorted(toy.root.rglob("*")) == before
 
 
