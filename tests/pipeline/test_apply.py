@@ -553,6 +553,15 @@ def test_verify_of_a_missing_file_is_a_missing_input(toy: Toy) -> None:
     assert outcome.error.exit_code == 3
 
 
+def test_verify_is_about_installed_files(toy: Toy) -> None:
+    """A file that is verified in staging alone is missing."""
+    apply.apply(toy.request("a.bin"), Target.STAGED)
+    outcome = verify.verify(toy.request("a.bin"))
+    assert outcome.error is not None and outcome.error.exit_code == 3
+    (finding,) = outcome.error.findings
+    assert (finding.kind, finding.where) == (Kind.MISSING, str(toy.installed("a.bin")))
+
+
 def test_verify_writes_nothing(toy: Toy) -> None:
     """`verify` leaves no trace, even of files it has never seen."""
     toy.installed("a.bin").parent.mkdir(parents=True)

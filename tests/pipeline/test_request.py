@@ -22,7 +22,7 @@ from tests.support.toy import Toy
 MIRRORS = ("https://a.example/toy", "https://b.example/toy")
 
 #: As a command line gives them: no two of them are one object.
-WORDS = ["auto", "chunks", "hf", "mirror"]
+WORDS = [word.lower() for word in ("AUTO", "CHUNKS", "HF", "MIRROR")]
 
 
 @pytest.fixture
@@ -137,15 +137,16 @@ def test_a_name_is_known_where_its_manifest_holds(toy: Toy) -> None:
         ({"source": WORDS[2], "consume": True}, "--consume needs chunk files"),
         ({"source": WORDS[3], "urls": MIRRORS, "consume": True}, "--consume needs chunk files"),
         ({"urls": (MIRRORS[0], "ftp://b.example")}, "--url 'ftp://b.example' is not a URL with "
-         "file:// or http:// or https://"),
+         "file:// or http:// or https://."),
         ({"revision": "a b"}, "--revision 'a b' is not a commit, branch or tag"),
         ({"revision": "a" * 202}, "is not a commit, branch or tag"),
     ],
 )  # fmt: skip
 def test_words_that_make_no_sense_are_misuse(options: dict[str, Any], words: str) -> None:
     """Each has its own message, which says what would do."""
-    with pytest.raises(UsageError, match=re.escape(words)):
+    with pytest.raises(UsageError) as caught:
         Request(Path("/root"), **options)
+    assert words in f"{caught.value}."
 
 
 @pytest.mark.parametrize(
