@@ -24,7 +24,7 @@ def create(path: Path, flags: int = 0) -> int:
     """
     with writing(path):
         make_folder(path.parent)
-        always = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        always = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             fd = os.open(path, always | flags & ~os.O_TRUNC, 0o644)
         except PermissionError:
@@ -144,7 +144,7 @@ def write_all(fd: int, data: bytes, path: Path) -> None:
 def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, durable."""
     with writing(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             os.fsync(fd)
         finally:

@@ -92,6 +92,43 @@ def test_a_name_that_is_not_opened_is_closed_again(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+@pytest.mark.parametrize("content", ["ünï", "ünï".encode()])
+def test_a_small_file_is_written_as_text_or_as_bytes(tmp_path: Path, content: str | bytes) -> None:
+    """A text is in UTF-8; nothing unfinished is left."""
+    for _ in range(2):
+        atomic.write_whole(tmp_path / "x", content)
+        assert [path.read_bytes() for path in tmp_path.iterdir()] == ["ünï".encode()]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """What cannot be made durable is an error at once."""
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(NoSpace, match="cannot be written there"):
+        atomic.sync(tmp_path / "x")
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_leads_out_of_a_folder_is_refused(tmp_path: Path, is_link: bool) -> None:
+    """By a link, or by its name; the folder itself may be a link, and so may one inside it."""
+    inside, outside = tmp_path / "inside", tmp_path / "inside-too"
+    for folder in (inside / "real", outside):
+        folder.mkdir(parents=True)
+    base = tmp_path / "base"
+    base.symlink_to(inside)
+    (inside / "link").symlink_to("real")
+    for folder in (base, base / "link" / "new", base / "real"):
+        atomic.stay_inside(folder, base)
+    folder = inside / "out" if is_link else outside
+    if is_link:
+        folder.symlink_to(outside)
+    with pytest.raises(WrongContent, match="through a link out of the folder") as caught:
+        atomic.stay_inside(folder, base)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.IN_THE_WAY, str(folder))
+    assert finding.expected == f"a folder inside {base}"
+    assert finding.found == f"a link that leads to {outside}"
+
+
 def test_a_new_folder_is_durable_in_the_one_above_that_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

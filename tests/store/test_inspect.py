@@ -84,6 +84,15 @@ def test_what_hashing_found_wrong_stays_wrong(on_disk: Toy) -> None:
     assert (item.installed.state, item.installed.finding) == (INVALID, wrong)
 
 
+@pytest.mark.parametrize("state", FileState)
+def test_only_the_receipt_of_a_verified_file_counts(on_disk: Toy, state: FileState) -> None:
+    """Of a file in any other state it may be out of date, or wrong."""
+    file = inspected(on_disk)["a.bin"].installed
+    assert file.receipt
+    expected = file.receipt if state is VERIFIED else None
+    assert replace(file, state=state).valid_receipt == expected
+
+
 def edit_receipt(toy: Toy, name: str, **changes: Any) -> None:
     path = receipt_path(toy.root / "models/toy", name)
     data = json.loads(path.read_text())
