@@ -100,13 +100,6 @@ def test_a_small_file_is_written_as_text_or_as_bytes(tmp_path: Path, content: st
         assert [path.read_bytes() for path in tmp_path.iterdir()] == ["ünï".encode()]
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    """What cannot be made durable is an error at once."""
-    os.mkfifo(tmp_path / "x")
-    with pytest.raises(NoSpace, match="cannot be written there"):
-        atomic.sync(tmp_path / "x")
-
-
 @pytest.mark.parametrize("is_link", [False, True])
 def test_what_leads_out_of_a_folder_is_refused(tmp_path: Path, is_link: bool) -> None:
     """By a link, or by its name; the folder itself may be a link, and so may one inside it."""
