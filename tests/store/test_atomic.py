@@ -139,6 +139,21 @@ def test_a_new_folder_is_durable_in_the_one_above_that_can_be_read(
     assert (tmp_path / "a" / "b" / "c").is_dir()
 
 
+def test_a_folder_that_another_run_makes_at_the_same_time_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no error, whichever run was the first."""
+    real = Path.mkdir
+
+    def mkdir(path: Path, **options: bool) -> None:
+        os.mkdir(path)  # noqa: PTH102
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    atomic.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+
+
 def test_a_second_name_of_an_unfinished_file_goes_and_the_only_one_stays(tmp_path: Path) -> None:
     """The content belongs to the other name then; no name at all is no error."""
     atomic.unlink_shared(tmp_path / "x")

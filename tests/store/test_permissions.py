@@ -309,14 +309,15 @@ def test_a_mount_that_gives_every_file_one_owner_is_fine(
     os.close(atomic.create(path))
 
 
+@pytest.mark.parametrize("owner", [STRANGER, -1])
 def test_elsewhere_the_owner_decides_without_root_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int
 ) -> None:
     """The same file, in a folder where new ones would be this user's, is another user's."""
     path = tmp_path / "lock"
     path.touch()
     monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
-    monkeypatch.setattr(atomic, "_owner_of_new_files", lambda _: STRANGER)
+    monkeypatch.setattr(atomic, "_owner_of_new_files", lambda _: owner)
     with pytest.raises(WrongContent, match="another user"):
         atomic.create(path)
 
