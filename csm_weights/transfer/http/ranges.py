@@ -49,7 +49,7 @@ PROGRESS = 16 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 
 
-@dataclass(eq=False)
+@dataclass
 class RemoteFile:
     """One file on a server, wherever that has it at the moment.
 
@@ -314,7 +314,7 @@ def _check_answer(file: RemoteFile, response: requests.Response, start: int, sto
     return stop
 
 
-@dataclass(eq=False)
+@dataclass
 class RangeStream:
     """The body of one answer: the bytes `[at, end)` of an artifact, `at` moving on.
 

@@ -63,7 +63,7 @@ def redact(url: str) -> str:
     return f"{parts.scheme}://{host_of(url)}{parts.path}"
 
 
-def redirect_target(url: str, location: str, allow_private: bool = False) -> str:
+def redirect_target(url: str, location: str, allow_private: bool) -> str:
     """Return where a redirect from `url` leads.
 
     It may not change the scheme, except from http to https of the same host,

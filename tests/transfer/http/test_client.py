@@ -393,20 +393,23 @@ def test_a_proxy_with_a_bad_url_is_named_without_its_password(
     assert "s3cr" not in finding.line() and "PROXY" in finding.help
 
 
-def test_a_proxy_that_is_asked_over_tls_is_verified_by_the_same_authorities(
+def test_servers_and_proxies_over_tls_are_verified_by_the_same_authorities(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CURL_CA_BUNDLE counts for it as well: it is reached, and its own refusal is told."""
+    """CURL_CA_BUNDLE counts for both: without it the certificate is refused, and asked once."""
     cert, key = certificate(tmp_path / "tls")
     with refusing_proxy(407) as address, tls_front(f"http://{address}", cert, key) as proxy:
         monkeypatch.setenv("https_proxy", proxy)
-        found = []
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
         for trusted in ("", str(cert)):
             monkeypatch.setenv("CURL_CA_BUNDLE", trusted)
-            with client() as asks, pytest.raises(SourceError) as caught:
-                asks.ask("HEAD", "https://hub.example/x", OriginAuth())
-            found += [f"{f.kind} {f.found}" for f in caught.value.findings]
-    assert "407" not in found[0] and "407" in found[1]
+            for url in (f"{proxy}/x", "https://hub.example/x"):
+                with client() as asks, pytest.raises(SourceError) as caught:
+                    asks.ask("HEAD", url, OriginAuth())
+                (finding,) = caught.value.findings
+                assert ("407" in finding.found) is bool(trusted)
+                assert trusted or finding.kind in (Kind.CERTIFICATE, Kind.PROXY)
+                assert trusted or "certificate verify failed" in finding.found
 
 
 # ---- servers that give no answer
@@ -430,7 +433,8 @@ def test_an_answer_that_never_begins_is_given_up(texts: tuple[bytes, ...]) -> No
         with pytest.raises(SourceError) as caught:
             asks.ask("HEAD", url, OriginAuth())
         assert time.monotonic() - started < 6
-    assert caught.value.findings[0].kind is Kind.NO_NETWORK
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.found) == (Kind.NO_NETWORK, "no answer in time")
 
 
 def test_a_stop_ends_a_request_that_waits_for_its_answer() -> None:

@@ -135,7 +135,7 @@ def test_a_redirect_inwards_is_refused(
     monkeypatch.setenv("https_proxy", proxy)
     target = f"https://{host}/x"
     if proxy and host.endswith(".example"):
-        assert redirect_target("https://hub.example/file", target) == target
+        assert redirect_target("https://hub.example/file", target, False) == target
         return
     finding = refused(target)
     assert finding.expected == "a redirect to a public host"
@@ -143,11 +143,11 @@ def test_a_redirect_inwards_is_refused(
     assert finding.found == f"one to {named}, an address inside this machine or network"
     if host in NEAR:
         assert redirect_target("https://hub.example/file", target, allow_private=True) == target
-        assert redirect_target("https://10.0.0.8/file", target) == target
+        assert redirect_target("https://10.0.0.8/file", target, False) == target
     else:
         assert refused(target, near=True) == finding
         assert refused(target, "https://10.0.0.8/file").found == finding.found
-    assert redirect_target("https://127.0.0.1/file", target) == target
+    assert redirect_target("https://127.0.0.1/file", target, False) == target
 
 
 @pytest.mark.usefixtures("names")
@@ -165,7 +165,7 @@ def test_a_redirect_inwards_is_refused(
 )
 def test_other_redirects_are_followed(source: str, target: str) -> None:
     """To public hosts, and among hosts that are equally near."""
-    assert redirect_target(source, target).endswith(target.lstrip("/"))
+    assert redirect_target(source, target, False).endswith(target.lstrip("/"))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_no_wait_is_too_long_to_be_counted() -> None:
 )
 def test_a_move_to_https_and_an_invented_address_are_followed(source: str, target: str) -> None:
     """The same host over https, and an address that only stands for a name behind a proxy."""
-    assert redirect_target(source, target) == target
+    assert redirect_target(source, target, False) == target
 
 
 @pytest.mark.usefixtures("names")
