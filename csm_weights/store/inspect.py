@@ -175,7 +175,7 @@ class State:
     free_destination: int
     same_filesystem: bool
     shares_blocks: bool
-    cache_shares_blocks: bool = False
+    cache_shares_blocks: bool
 
 
 def inspect(
@@ -209,17 +209,16 @@ def inspect(
 
 def _in_folder(artifact: Artifact, folder: Path) -> dict[int, Shelved]:
     """Return the pieces that files of the right size in a folder have, by offset."""
-    places = [(folder / artifact.path, artifact.size, artifact.tiles)]
+    places = [(folder / artifact.path, artifact.size, {p.offset: p.offset for p in artifact.tiles})]
     for piece in artifact.pieces:
         names = (piece.part, PurePosixPath(piece.part).name)
-        places += [(folder / name, piece.size, (piece,)) for name in names]
+        places += [(folder / name, piece.size, {piece.offset: 0}) for name in names]
     found: dict[int, Shelved] = {}
-    for path, size, pieces in places:
+    for path, size, starts in places:
         status, _ = stat_of(path)
         if status and status.st_size == size:
-            for piece in pieces:
-                start = piece.offset - pieces[0].offset
-                found.setdefault(piece.offset, Shelved(path, size, start))
+            for offset, start in starts.items():
+                found.setdefault(offset, Shelved(path, size, start))
     return found
 
 

@@ -98,13 +98,14 @@ def states(draw: st.DrawFn) -> State:
     free = st.one_of(st.just(1 << 60), st.integers(0, 1 << 41))
     return State(
         manifest, PLACES, items, draw(free), draw(free), draw(st.booleans()), draw(st.booleans()),
+        cache_shares_blocks=False,
     )  # fmt: skip
 
 
 def a_state(*items: ArtifactState, **changes: Any) -> State:
     """A state with plenty of room on one file system, but for the changes."""
     manifest = Manifest("toy", "staged", "placed", tuple(i.artifact for i in items))
-    state = State(manifest, PLACES, items, 1 << 60, 1 << 60, True, False)
+    state = State(manifest, PLACES, items, 1 << 60, 1 << 60, True, False, False)
     return replace(state, **changes)
 
 
