@@ -223,7 +223,7 @@ class HttpClient:
     ) -> requests.Response:
         host, timeouts = host_of(url), self.timeouts
         limits = (timeouts.connect, timeouts.read)
-        options: dict[str, Any] = {"stream": True, "allow_redirects": False, "timeout": limits}
+        options: dict[str, Any] = {"stream": True, "timeout": limits}
         self.pause(self._quiet_until[host] - time.monotonic())
         try:
             response = self._session.request(method, url, headers=headers, auth=auth, **options)

@@ -199,19 +199,25 @@ class RangeDownloader(HttpClient):
     ) -> None:
         """Write the bytes of a half-open range of the artifact, in as many tries as it takes."""
         (at, end), retry = span, RetryPolicy(self, file.resolve(), over)
+
+        def is_over() -> bool:
+            return over.is_set() or self.cancel.is_set()
+
         with self.lines.line() as line:
             while at < end:
-                if over.is_set() or self.cancel.is_set():
+                if is_over():
                     raise Cancelled
                 if not is_whole:
-                    self.lines.enter(line, lambda: over.is_set() or self.cancel.is_set())
+                    self.lines.enter(line, is_over)
                 url, started = file.resolve(), time.monotonic()
                 stream: RangeStream | None = None
                 failure: TransientError | None = None
-                gave_way = False
                 try:
                     with self._open(file, url, at, end, over, is_whole) as stream:
                         gave_way = stream.read_into(writer, at, line)
+                    if stream.at < min(end, at + PROGRESS) and not gave_way:
+                        found = f"one of {stream.at - at:,}"
+                        raise _doubtful(file, f"answers of at least {PROGRESS:,} bytes", found)
                 except TransientError as error:
                     failure = error
                     is_about_url = error.is_doubtful or error.seconds == 0
@@ -223,9 +229,6 @@ class RangeDownloader(HttpClient):
                 is_too_slow = failure is not None and failure.finding.kind is Kind.TOO_SLOW
                 if at == end or (came >= PROGRESS and not is_too_slow):
                     retry.progressed()
-                if failure is None and at < end and came < PROGRESS and not gave_way:
-                    words = (f"answers of at least {PROGRESS:,} bytes", f"one of {came:,}")
-                    failure = _doubtful(file, *words)
                 if failure:
                     retry.wait(failure, started)
 

@@ -347,6 +347,8 @@ def test_the_newest_line_gives_way() -> None:
     with lines.line() as first, lines.line() as second, lines.line() as third:
         for number in (first, second, third):
             lines.enter(number, lambda: False)
+        climb.lines = 4
+        assert not any(lines.is_surplus(n) for n in (first, second, third))
         climb.lines = 2
         assert [lines.is_surplus(n) for n in (first, second, third)] == [False, False, True]
         assert not any(lines.is_surplus(n) for n in (first, second, third))

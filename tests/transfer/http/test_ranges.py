@@ -384,6 +384,48 @@ def test_an_answer_may_be_what_was_asked_for_or_the_first_of_it(
     assert (ranges_of(heads), len(heads)) == (ranges, len(ranges) + is_whole)
 
 
+def test_bytes_that_are_passed_over_are_not_counted_where_they_break_off() -> None:
+    """A server without ranges gives the file from its start, and once more from there."""
+    whole = response("200 OK", body=LETTERS)
+    for count in (3, 6, 7):
+        data, heads = outcome([whole, whole[: count - 10], whole], 6, 10)
+        assert (data, len(heads)) == (LETTERS[6:], 3)
+
+
+def test_one_answer_without_ranges_is_for_all_pieces_of_its_file() -> None:
+    """Which may be a later part of the artifact; it is closed with its last byte."""
+    with (
+        answering(lambda _: response("200 OK", body=LETTERS)) as (url, heads),
+        RangeDownloader(threading.Event(), timeouts=HASTY) as downloader,
+    ):
+        file = replace(at_url(url, 10), offset=5, has_ranges=False)
+        for start, end, is_last in ((7, 9, False), (9, 11, False), (12, 14, False), (14, 15, True)):
+            writer = Part(15, (start, end))
+            downloader.fetch(file, writer)
+            assert writer.data[start:end] == LETTERS[start - 5 : end - 5]
+            assert (file.stream is None) is is_last
+        assert len(heads) == 1
+
+
+def test_as_many_lines_as_there_may_be_are_busy_at_once() -> None:
+    """Twelve: none of them is answered here before all have asked."""
+    together, data = threading.Barrier(12), bytes(range(48))
+
+    def answer(head: str) -> bytes:
+        together.wait(10)
+        return ranged(head, data)
+
+    lines = short_lines()
+    lines.climb = Climb(first=12)
+    with (
+        answering(answer) as (url, heads),
+        RangeDownloader(threading.Event(), timeouts=HASTY, lines=lines) as downloader,
+    ):
+        writer = Writer(48)
+        downloader.fetch(at_url(url, 48), writer)
+        assert (bytes(writer.data), len(heads)) == (data, 12)
+
+
 SAID = "bytes 2-5/10"
 
 
