@@ -42,6 +42,9 @@ from csm_weights.transfer.source import ASKED, SourceError
 #: Redirects that are followed from one request.
 REDIRECTS = 5
 
+#: Seconds between two tries at most, unless the server asks for more.
+LONGEST_BACKOFF = 30
+
 Log = Callable[[str], None]
 
 
@@ -299,7 +302,7 @@ class RetryPolicy:
         if self._doubts >= ASKED:
             raise SourceError([error.finding])
         backoff = client.timeouts.backoff * 2 ** min(self._tries - 1, 10)
-        delay = min(backoff * random.uniform(0.5, 1.5), 30)
+        delay = min(backoff * random.uniform(0.5, 1.5), LONGEST_BACKOFF)
         if error.seconds is not None:
             is_first = error.seconds == 0 and self._tries == 1
             delay = 0.0 if is_first else max(delay, error.seconds)
