@@ -258,7 +258,7 @@ class Answering(RangeDownloader):
     def __init__(
         self, status: int, headers: Mapping[str, str] | None = None, data: object = None
     ) -> None:
-        super().__init__(threading.Event())
+        # It needs no session, and no thread that watches one.
         self.status, self.headers, self.data = status, headers or {}, data
         self.asked: list[tuple[str, str]] = []
 

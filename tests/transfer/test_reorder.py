@@ -320,10 +320,12 @@ def test_blocks_go_back_in_the_end(tmp_path: Path, indices: Sequence[int]) -> No
     six = SixBlocks(tmp_path, held=3)
     for index in indices:
         six.put(index)
+    threads = set(threading.enumerate()) - before
+    assert threads
     six.reorder.finish()
     six.reorder.close()
     assert [six.blocks.reserve() for _ in range(4)] == [True, True, True, False]
-    assert set(threading.enumerate()) <= before
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_so_many_buffers_wait_in_memory() -> None:
