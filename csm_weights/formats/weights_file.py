@@ -155,18 +155,18 @@ def find(path: Path) -> Files:
         first = found[0][0]
         stem, name = first.name.partition(".")[0].lower(), first.name.partition(".part-")[0]
         files = [[one] for one in _with_listed([path / name])]
+        if files != [[path / name]]:
+            return files
         clash = [match[0] for (stem_, _, _), match in sets.items() if stem_ == stem]
         for index in indexes:
             if (index[1] + index[2]).lower() == name.lower():
                 clash += [index[0]] if name not in _names(path / index[0], index[2]) else []
-        if clash and files == [[path / name]]:
+        if clash:
             words = f"{path} has {show(first.name)} and {show(clash[0])}: name one of them"
             raise UsageError(printable(words))
-        return found[:1] if files == [[path / name]] else files
+        return found[:1]
     if not sets and len(indexes) == 1:
-        (only,) = indexes
-        listed = _listed(path / only[0], only, _names(path / only[0], only[2]))
-        return [[one] for one in listed]
+        return find(path / indexes[0][0])
     if not sets and not indexes:
         raise missing(path, f"{' or '.join(WEIGHT_FILES)}, or chunk files of one", "none of them")
     if len(sets) != 1:

@@ -91,6 +91,7 @@ CHUNKS = "model.safetensors.part-aa model.safetensors.part-ab"
         ("m-1-of-1.pt m-1-of-1.onnx m-1-of-1.json", "", "m-1-of-1.pt"),
         ("m-1-of-1.pt model.safetensors", "", "model.safetensors"),
         ("model.x-1-of-1.pt model.safetensors", "", "model.safetensors"),
+        ("model.safetensors ckpt.pt ckpt-1-of-1.pt", "", "model.safetensors"),
     ],
 )
 def test_a_path_means_these_files(names: str, path: str, expected: str | None, fill: Fill) -> None:
@@ -115,7 +116,11 @@ def test_a_path_means_these_files(names: str, path: str, expected: str | None, f
         # a file of a folder, and the index of its name
         ("ckpt.pt more.pt", {"ckpt.pt": "ckpt.pt more.pt"}, "", "ckpt.pt more.pt"),
         ("ckpt.pt more.pt", {"other.pt": "ckpt.pt more.pt"}, "", "ckpt.pt more.pt"),
+        ("ckpt.pt a.pt", {"ckpt.pt": "ckpt.pt a.pt"}, "", "a.pt ckpt.pt"),
+        ("ckpt.pt", {"ckpt.pt": "ckpt.pt"}, "", "ckpt.pt"),
+        ("ckpt.pt.part-aa", {"ckpt.pt": "ckpt.pt"}, "", None),
         ("ckpt.pt more.pt", {"other.pt": "more.pt"}, "", "ckpt.pt"),
+        ("ckpt.pt more.pt", {"a.pt": "more.pt"}, "", "ckpt.pt"),
         ("ckpt.pt", {"model.safetensors": "ckpt.safetensors"}, "", "ckpt.pt"),
         ("ckpt.pt ckpt-1-of-1.pt", {"ckpt.pt": "ckpt.pt ckpt-1-of-1.pt"}, "",
          "ckpt-1-of-1.pt ckpt.pt"),
@@ -237,9 +242,14 @@ def test_at_most_20_files_that_do_not_fit_are_named(fill: Fill) -> None:
     [
         ("ckpt.pt ckpt-1-of-1.pt", {}, "has ckpt.pt and ckpt-1-of-1.pt: name one of them"),
         ("ckpt.pt CKPT-2-of-1.bin", {}, "has ckpt.pt and CKPT-2-of-1.bin: name one of them"),
+        (
+            "ckpt.pt ckpt-1-of-1.pt ckpt-1-of-1.bin a.pt",
+            {"ckpt.pt": "a.pt"},
+            "has ckpt.pt and ckpt-1-of-1.bin: name one of them",
+        ),
         ("ckpt.pt a.pt", {"CKPT.PT": "a.pt"}, "has ckpt.pt and CKPT.PT.index.json: name one"),
         (
-            "ckpt.pt.part-aa ckpt-1-of-1.pt",
+            "ckpt.pt.part-aa ckpt.pt.part-ab ckpt-1-of-1.pt",
             {},
             "has ckpt.pt.part-aa and ckpt-1-of-1.pt: name one of them",
         ),
