@@ -6,6 +6,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,22 @@ def test_the_first_element_that_differs_is_the_first_in_the_file(
         expected = tuple(at // step % n for step, n in zip(apart, shape, strict=True))
         assert difference.index == expected
         assert (difference.first, difference.second) == ("257 (0x0101)", "513 (0x0201)")
+
+
+def test_blocks_fit_a_cache(opened: Opened) -> None:
+    """They are half a mebibyte; of tensors that are not in row-major order a whole one."""
+    rows, columns = 1536, 1024
+    file = opened("w", w=("U8", [rows, columns], bytes(rows * columns)))
+    plain = name_tensors([file], ()).tensors["w"]
+    turned = replace(plain, info=replace(plain.info, stride=(1, rows)))
+    for first, second, sizes in (
+        (plain, plain, [1 << 19] * 3),
+        (turned, plain, [1 << 20, 1 << 19]),
+        (plain, turned, [1 << 20, 1 << 19]),
+    ):
+        told: list[int] = []
+        assert first_difference("w", first, second, told.append, threading.Event()) is None
+        assert told[::2] == told[1::2] == sizes
 
 
 @pytest.mark.parametrize("is_first_wide", [False, True])

@@ -89,6 +89,7 @@ CHUNKS = "model.safetensors.part-aa model.safetensors.part-ab"
         ("m-10-of-010.pt M-9-of-10.PT", "m-9-of-10.pt", None),
         ("m-01-of-02.pt M-2-of-002.PT", "", "m-01-of-02.pt M-2-of-002.PT"),
         ("m-1-of-1.pt m-1-of-1.onnx m-1-of-1.json", "", "m-1-of-1.pt"),
+        ("a-1-of-1.pt m-1-of-1.pt z-1-of-1.pt m-1-of-2.pt", "m-1-of-1.pt", "m-1-of-1.pt"),
         ("m-1-of-1.pt model.safetensors", "", "model.safetensors"),
         ("model.x-1-of-1.pt model.safetensors", "", "model.safetensors"),
         ("model.safetensors ckpt.pt ckpt-1-of-1.pt", "", "model.safetensors"),
@@ -127,13 +128,16 @@ def test_a_path_means_these_files(names: str, path: str, expected: str | None, f
         # one of two indexes lists a file
         ("a.pt b.pt c.pt", {"x.pt": "a.pt", "y.pt": "b.pt c.pt"}, "c.pt", "b.pt c.pt"),
         ("a.pt b.pt", {"x.pt": "a.pt b.pt", "y.pt": "a.pt b.pt"}, "a.pt", "a.pt b.pt"),
+        ("a.pt b.pt", {"a.bin": "a.bin", "x.pt": "a.pt b.pt"}, "a.pt", "a.pt b.pt"),
         # shards and their index
         ("m-1-of-2.pt m-2-of-2.pt", {"m.pt": "m-1-of-2.pt m-2-of-2.pt"}, "",
          "m-1-of-2.pt m-2-of-2.pt"),
         ("m-1-of-1.pt", {"M.PT": "m-1-of-1.pt x.pt"}, "", None),
         ("m-1-of-1.pt x.pt", {"M.PT": "m-1-of-1.pt x.pt"}, "", "m-1-of-1.pt x.pt"),
         ("m-1-of-1.pt", {"m.safetensors": "other.safetensors"}, "", "m-1-of-1.pt"),
-        ("m-1-of-1.pt o.pt", {"n.pt": "o.pt"}, "", "m-1-of-1.pt"),
+        ("m-1-of-1.pt o.pt", {"a.pt": "o.pt", "n.pt": "o.pt"}, "", "m-1-of-1.pt"),
+        ("a-1-of-1.pt m-1-of-1.pt z-1-of-1.pt", {"m.pt": "m-1-of-1.pt"}, "m.pt.index.json",
+         "m-1-of-1.pt"),
     ],
 )  # fmt: skip
 def test_an_index_means_all_that_it_lists(
