@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -14,14 +15,17 @@ import pytest
 from csm_weights.concurrency import run_all
 from csm_weights.errors import Finding, Kind, WrongContent
 from csm_weights.formats import compare as stage
+from csm_weights.formats.architecture import CsmConfig, TransformerConfig
 from csm_weights.formats.compare import (
     Comparison,
     Difference,
     WeightsPair,
     What,
     first_difference,
+    open_pair,
     tied_findings,
 )
+from csm_weights.formats.model_files import transformers_config
 from csm_weights.formats.transformers_layout import (
     AUDIO,
     TIED,
@@ -67,7 +71,8 @@ def bytes_of(*values: int) -> tuple[str, list[int], bytes]:
 
 def pair_of(first: WeightsFile, second: WeightsFile, rounded: bool = False) -> WeightsPair:
     named = name_tensors([first], ()), name_tensors([second], ())
-    return WeightsPair(*named, [first.source, second.source], rounded)
+    sources = [first.source, second.source]
+    return WeightsPair(*named, sources, True) if rounded else WeightsPair(*named, sources)
 
 
 def compared(first: WeightsFile, second: WeightsFile, rounded: bool = False) -> Comparison:
@@ -77,7 +82,7 @@ def compared(first: WeightsFile, second: WeightsFile, rounded: bool = False) -> 
 # ---- the result in words
 
 
-@pytest.mark.parametrize("count", [1, 2, 20, 21, 35])
+@pytest.mark.parametrize("count", [1, 2, 20, 21, 50])
 def test_differences_are_an_error_that_lists_twenty(count: int) -> None:
     """The others are counted; the message has the place of the first."""
     differences = tuple(
@@ -221,6 +226,55 @@ def test_names_that_are_not_csms_never_are_equal(opened: Opened) -> None:
         "F32 [1]",
         "no such tensor",
     )
+
+
+@pytest.mark.parametrize("rounded", [None, False, True])
+def test_two_models_are_opened_and_closed(
+    rounded: bool | None, opened: Opened, tmp_path: Path
+) -> None:
+    """Tensors are rounded only if that is asked for."""
+    half = ("F16", [2], struct.pack("<2e", 1, 2))
+    opened("a", w=floats(1, 2))
+    opened("b", w=half)
+    files = [[tmp_path / "a"]], [[tmp_path / "b"]]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    default = open_pair(*files)
+    with default if rounded is None else open_pair(*files, rounded=rounded) as pair:
+        found = pair.compare(lambda _: None)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert (found.first.where, found.second.where) == (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert [d.what for d in found.differences] == ([] if rounded else [What.DTYPE])
+
+
+def test_each_model_has_the_heads_of_its_own_config(opened: Opened, tmp_path: Path) -> None:
+    """That of the folder of its first file; without one it is the other model's."""
+    name = "backbone_model.layers.0.self_attn.{}_proj.weight"
+    rows = bytes(row for row in range(12) for _ in range(12))
+    q, k = ("U8", [12, 12], rows), ("U8", [6, 12], rows[:72])
+    opened("q", **{name.format("q"): q, name.format("k"): k})
+    opened("rest", **{THEIRS: bytes_of(1)})
+    models: list[list[list[Path]]] = []
+    for heads, folder in ((2, "a"), (6, "b"), (0, "c")):
+        paths = [tmp_path / folder / "first" / "q", tmp_path / folder / "rest"]
+        paths[0].parent.mkdir(parents=True)
+        for path in paths:
+            shutil.copy(tmp_path / path.name, path)
+        if heads:
+            stack = TransformerConfig(layers=1, dim=12, heads=heads, kv_heads=heads // 2, ffn=5)
+            text = transformers_config(CsmConfig(stack, stack, 40, 9, 3), "F32", {}, {})
+            (paths[0].parent / "config.json").write_text(text)
+        models.append([[path] for path in paths])
+    for first, second, values in (
+        (models[0], models[1], ("3 (0x03)", "1 (0x01)")),
+        (models[1], models[0], ("1 (0x01)", "3 (0x03)")),
+        (models[0], models[2], None),
+        (models[2], models[0], None),
+        (models[1], models[2], None),
+    ):
+        with open_pair(first, second) as pair:
+            found = pair.compare(lambda _: None).differences
+        told = [(d.index, d.first, d.second) for d in found]
+        assert told == ([((1, 0), *values)] * 2 if values else [])
 
 
 # ---- the first element
