@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import pickletools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import chain
 from typing import Any
 
 from csm_weights.formats.tensor_index import ITEM_BITS, MAX_DIMS, MAX_INDEX, index_cost
@@ -307,9 +308,9 @@ class _Machine:
         self.push(value)
         count = len(self.memo)
         index = count if index is None else index
-        if index > count + 1:
+        if index > (count or 1):  # picklers count from 0, that of Python 2 from 1
             raise Malformed(f"memo {count}, the next one", f"memo {index}")
-        self.memo += [None] * (index + 1 - count)  # picklers count from 0, that of Python 2 from 1
+        self.memo += [None] * (index + 1 - count)
         self.memo[index] = value
 
     def extend(self, items: list[Any]) -> None:
@@ -364,7 +365,7 @@ def _call(called: Any, arguments: Any) -> Any:
             return next(one for one in arguments if isinstance(one, _Unread))
         case ("collections OrderedDict", () | (list(),)):
             made = _OrderedDict()
-            for pair in arguments[0] if arguments else []:
+            for pair in chain(*arguments):
                 if not isinstance(pair, list | tuple) or len(pair) != 2:
                     raise Malformed("pairs of name and value", _kind(pair))
                 _set(made, *pair)
@@ -372,7 +373,7 @@ def _call(called: Any, arguments: Any) -> Any:
         case ("collections Counter", () | (dict(),)):
             return _INERT_OBJECT
         case ("builtins set", () | (list(),)):
-            return _set_of(arguments[0] if arguments else [])
+            return _set_of(chain(*arguments))
         case ("torch Size", (tuple(size),)):
             return size
         case (_, tuple()) if name.startswith("torch._utils _rebuild_tensor"):
@@ -391,7 +392,7 @@ def _call(called: Any, arguments: Any) -> Any:
     raise Malformed("a call that makes a tensor or a dict", f"a call of {_kind(called)}")
 
 
-def _set_of(items: list[Any]) -> object:
+def _set_of(items: Iterable[Any]) -> object:
     if any(isinstance(item, View) for item in items):
         raise Unsupported("tensors with names", "tensors in a set")
     return _INERT_OBJECT

@@ -117,6 +117,7 @@ BAD_PICKLES: Bad = {
     "tuple_without_mark": (b"\x80\x02t", "a mark on the stack"),
     "memo_never_put": (b"\x80\x02}q\0h\1.", "memorized before, found memo 1"),
     "memo_far_beyond": (b"\x80\x02}q\0h\5.", "memorized before, found memo 5"),
+    "memo_with_a_gap": (b"\x80\x02}q\0q\2.", "expected memo 1, the next one, found memo 2"),
     "memo_put_two_too_far": (b"\x80\x02}q\2.", "expected memo 0, the next one, found memo 2"),
     "stack_too_deep": (b"\x80\x02" + b"N" * 20_000, "at most 10000 objects"),
     "marks_too_many": (b"\x80\x02" + b"(" * 20_000, "at most 10000 marks"),
