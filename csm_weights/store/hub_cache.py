@@ -58,7 +58,7 @@ class Seed:
     @property
     def is_git(self) -> bool:
         """True where the blob's name is a git blob SHA-1."""
-        return len(self.blob) == 40
+        return SHA1_HEX.fullmatch(self.blob) is not None
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _resolved(path: Path, home: Path) -> Path | None:
     in its place: what lies there is inside as well.
     """
     try:
-        file = Path(os.path.realpath(path, strict=True))
+        file = Path(os.path.realpath(path))
         is_file = stat.S_ISREG(file.stat().st_mode)
     except OSError:
         return None
@@ -142,8 +142,8 @@ def seed(
     repo: str,
     revision: str,
     seeds: Sequence[Seed],
-    move_main: bool = False,
-    on_progress: OnProgress = lambda _: None,
+    move_main: bool,
+    on_progress: OnProgress,
 ) -> list[Seeded]:
     """Add verified files to the cache, as the snapshot `revision` of a repository.
 

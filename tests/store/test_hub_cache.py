@@ -125,7 +125,7 @@ class Hub:
 
     def seed(self, move_main: bool = False) -> list[Seeded]:
         """Seeds the files."""
-        return seed(self.cache, REPO, COMMIT, self.seeds, move_main)
+        return seed(self.cache, REPO, COMMIT, self.seeds, move_main, lambda _: None)
 
     def blob(self, item: Seed) -> Path:
         """Where the blob of a file is."""
@@ -483,9 +483,10 @@ def test_a_second_time_nothing_is_done(hub: Hub, monkeypatch: pytest.MonkeyPatch
     hub.seed()
     monkeypatch.setattr(hub_cache, "measure", lambda *_: pytest.fail("hashed"))
     before = stamps(hub.root)
-    seeded = hub.seed()
-    assert seeded == [Seeded(s.path, hub.blob(s), How.KEPT) for s in hub.seeds]
-    assert stamps(hub.root) == before
+    for move_main in (False, True):
+        seeded = hub.seed(move_main)
+        assert seeded == [Seeded(s.path, hub.blob(s), How.KEPT) for s in hub.seeds]
+        assert stamps(hub.root) == before
 
 
 def test_equal_bytes_that_are_there_are_kept(hub: Hub) -> None:
@@ -593,7 +594,8 @@ def test_two_paths_with_the_same_bytes_have_one_blob(hub: Hub) -> None:
     """As in the client's own caches; both paths lead to it."""
     twin = Seed("twin.bin", hub.root / "twin.bin", SIZE, hub.big.blob)
     shutil.copy(hub.big.file, twin.file)
-    seed(hub.cache, REPO, COMMIT, [hub.big, twin])
+    hub.seeds = [hub.big, twin]
+    hub.seed()
     assert (hub.snapshot / "twin.bin").resolve() == hub.blob(hub.big).resolve()
     assert (hub.snapshot / "big.bin").resolve() == hub.blob(hub.big).resolve()
 
@@ -636,7 +638,7 @@ def test_progress_is_told_of_every_byte_once(hub: Hub) -> None:
     """Linked, hashed or copied, each file counts with its size."""
     hub.put(hub.blob(hub.small), content(hub.small.path, SIZE))
     seen: list[int] = []
-    seed(hub.cache, REPO, COMMIT, hub.seeds, on_progress=seen.append)
+    seed(hub.cache, REPO, COMMIT, hub.seeds, False, seen.append)
     assert sum(seen) == 2 * SIZE
 
 
