@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -614,3 +615,121 @@ def test_the_largest_dimension_is_16_million() -> None:
     assert parse_config(config.encode(), "").text_vocab == 1 << 24
     with pytest.raises(WrongContent, match="not an integer from 1 to 16777216"):
         parse_config(original_config(replace(CSM_1B, text_vocab=(1 << 24) + 1)).encode(), "")
+
+
+# ---- figures, to the last one
+
+
+def test_what_was_written_is_told(tmp_path: Path) -> None:
+    """For a person in lines, for a program by its keys; the model only with a manifest."""
+    (tmp_path / "manifests").mkdir()
+    out = tmp_path / "out"
+    plain = convert.convert(tmp_path, Conversion(PARTS, "original", out))
+    size, sha256 = (out / "model.safetensors").stat().st_size, digest_of_parts()
+    file = {"path": "model.safetensors", "size": size, "sha256": sha256}
+    assert plain.values == {"folder": out, "files": [file], "remarks": []}
+    ok = f"OK: converted to the original layout in {out}"
+    assert plain.lines == [f"model.safetensors: {size:,} bytes, sha256 {sha256}", ok]
+    named = convert.convert(tmp_path, Conversion(PARTS, "original", out, manifest="mine"))
+    assert (plain.model, named.model) == (None, "mine")
+    written = f"manifest: {tmp_path}/manifests/mine.toml; next: inv verify --model mine"
+    assert named.values["remarks"] == [written]
+    assert load(tmp_path / "manifests" / "mine.toml").destination == "out"
+
+
+def test_what_is_said_of_mimi(mimi: Path, tmp_path: Path) -> None:
+    """Only one layout has its tensors: that they are missing, or left out, is told."""
+
+    def remarks(source: Path, to: str, out: str, codec: Path | None = None) -> list[str]:
+        asked = Conversion(source, to, tmp_path / out, codec=codec)
+        return list(convert.convert(tmp_path, asked).values["remarks"])
+
+    count = len(load_file(mimi / "model.safetensors"))
+    without = "without Mimi's tensors, which transformers then draws: see --codec"
+    left_out = f"left out: Mimi's {count:,} tensors, for this layout has none"
+    assert remarks(PARTS, "transformers", "bare") == [without]
+    assert remarks(PARTS, "transformers", "whole", mimi) == []
+    assert remarks(tmp_path / "whole", "transformers", "again") == []
+    assert remarks(tmp_path / "whole", "original", "ours") == [left_out]
+
+
+def test_shards_hold_as_much_as_they_may(tmp_path: Path) -> None:
+    """Tensors in the order of their names, up to the size; a larger one has its own shard."""
+    state = released()
+    sizes = {name: state[name].nbytes for name in sorted(state)}
+    most = sum(sizes.values()) - next(reversed(sizes.values()))
+    for room, expected in ((most, 2), (most - 1, 2), (sum(sizes.values()), 1)):
+        out = converted(PARTS, "original", tmp_path / f"{room}", shard_size=room)
+        if expected == 1:
+            assert not list(out.glob("*.index.json"))
+            assert digest(out / "model.safetensors") == digest_of_parts()
+            continue
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(sizes.values())
+        cut = len(sizes) - (1 if room == most else 2)
+        names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        assert [index["weight_map"][name] for name in sizes] == (
+            [names[0]] * cut + [names[1]] * (len(sizes) - cut)
+        )
+    smallest = converted(PARTS, "original", tmp_path / "each", shard_size=1)
+    assert len(list(smallest.glob("model-*-of-*.safetensors"))) == len(sizes)
+
+
+def test_weights_of_mixed_dtypes_are_converted(tmp_path: Path) -> None:
+    """Each tensor keeps its own, or all get the one that is asked for."""
+    state = released()
+    state["projection.weight"] = state["projection.weight"].bfloat16()
+    path = saved(tmp_path / "mixed", state)
+    out = converted(path, "original", tmp_path / "out")
+    assert_equal(load_file(out / "model.safetensors"), state)
+    whole = converted(path, "original", tmp_path / "whole", dtype="float16")
+    assert_equal(load_file(whole / "model.safetensors"), {n: t.half() for n, t in state.items()})
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "folder"])
+def test_another_config_json_is_in_the_way(change: str, tmp_path: Path) -> None:
+    """One that begins or ends like the one to write is another file all the same."""
+    text = (converted(PARTS, "original", tmp_path / "first") / "config.json").read_text()
+    out = tmp_path / "out"
+    out.mkdir()
+    if change == "folder":
+        (out / "config.json").mkdir()
+    else:
+        (out / "config.json").write_text(f"{text} " if change == "longer" else text[:-1])
+    with pytest.raises(WrongContent, match="is in the way") as caught:
+        converted(PARTS, "original", out)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.where) == (Kind.IN_THE_WAY, str(out / "config.json"))
+
+
+def test_room_is_needed_for_what_is_not_written_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just enough is enough; what an earlier run has left of a file is there already."""
+    whole = (converted(PARTS, "original", tmp_path / "first") / "model.safetensors").stat().st_size
+    usage, free = shutil.disk_usage(tmp_path), [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
+    for there in (0, 5000):
+        out = tmp_path / f"{there}"
+        (out / RECEIPTS).mkdir(parents=True)
+        if there:
+            (out / "model.safetensors.partial").write_bytes(bytes(there))
+        free[0] = whole - there - 1
+        with pytest.raises(NoSpace) as caught:
+            converted(PARTS, "original", out)
+        (finding,) = caught.value.findings
+        assert (finding.kind, finding.where) == (Kind.NO_SPACE, str(out))
+        assert finding.expected == f"{whole - there:,} bytes free"
+        assert finding.found == f"{whole - there - 1:,}"
+        free[0] += 1
+        converted(PARTS, "original", out)
+        free[0] = 0
+        converted(PARTS, "original", out)
+
+
+def test_the_receipt_names_the_conversion(tmp_path: Path) -> None:
+    """By 32 digits, which a later version has to find again."""
+    out = converted(PARTS, "original", tmp_path / "out")
+    receipt = json.loads((out / RECEIPTS / "model.safetensors.json").read_text())
+    (piece,) = receipt["pieces"]
+    assert re.fullmatch(r"converted [0-9a-f]{32}", piece["source"])

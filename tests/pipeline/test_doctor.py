@@ -37,6 +37,7 @@ from tests.support.network import (
     tls_front,
 )
 from tests.support.servers import serving
+from tests.support.toy import Toy
 
 REPO = "org/tiny"
 TOKEN = "hf_GeheimGeheimGeheim"
@@ -659,6 +660,7 @@ def test_torch_is_not_asked_for_without_weights(
     [
         ("H100, 80000 MiB, 81559 MiB", False, "H100, 80000 MiB of 81559 MiB free"),
         ("No devices were found", False, "none: the smoke test runs on the CPU"),
+        ("An H100, 80, 1 MiB, 2 MiB", False, "none: the smoke test runs on the CPU"),
         ("H100, 80000 MiB, 81559 MiB", True, "hidden by CUDA_VISIBLE_DEVICES"),
     ],
 )
@@ -678,6 +680,137 @@ def test_the_gpu_is_what_nvidia_smi_says(
     assert code(diagnosis) == 0
 
 
+def rows(diagnosis: DoctorReport) -> dict[str, tuple[str, str]]:
+    return {check.name: (str(check.verdict), check.found) for check in diagnosis.checks}
+
+
+def test_each_row_is_told_where_no_server_is_asked(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is here, what is not asked, and what would be written, with the free room."""
+    free = shutil.disk_usage(toy.root)._replace(free=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    before = rows(doctor.examine(toy.request("a.bin", "b.bin"), smoke=True))
+    size = sum(toy.artifact(name).size for name in ("a.bin", "b.bin"))
+    written = f"{size / 1024:.1f} KiB"
+    told = f"{written} to write in {toy.root}/output/toy, 1.0 GiB free"
+    assert before.pop("disk") == ("OK", told)
+    assert before == {
+        "plan": ("OK", f"2 of 2 files are available: {written} to read, {written} to write"),
+        "chunk files": ("OK", "a.bin 5 of 5; b.bin 3 of 3"),
+        **dict.fromkeys(
+            ("Hub cache", "token", "access"),
+            ("not asked", "the manifest names no repository of the Hub"),
+        ),
+        "mirrors": ("not asked", "not used"),
+        **dict.fromkeys(("hosts", "proxy"), ("not asked", "nothing is downloaded")),
+        **dict.fromkeys(("torch", "GPU"), ("not asked", "no smoke test is to run")),
+    }
+    apply.weights(toy.request(), smoke=False)
+    after = rows(doctor.examine(toy.request(), smoke=False))
+    assert after["plan"] == ("OK", "nothing to do: 3 files installed and verified")
+    assert after["disk"] == ("OK", "nothing to write")
+    only = rows(doctor.examine(toy.request("note.txt"), smoke=False))
+    found = "no file of this model is split into chunk files"
+    assert only["chunk files"] == ("not asked", found)
+
+
+def test_sources_that_are_not_asked_for_are_not_used(bench: Bench) -> None:
+    """A mirror alone needs neither chunk files, nor a cache, nor a token, which stays here."""
+    bench.owner()
+    bench.mirror(*FILES)
+    found = rows(bench.examine())
+    unused = ("not asked", "not used with this --source")
+    assert found["chunk files"] == found["Hub cache"] == unused
+    assert found["token"] == ("not asked", "HF_TOKEN; not used")
+    assert found["access"] == ("not asked", "not used")
+    url = bench.request["urls"][0]
+    assert found["mirrors"] == ("OK", f"2 of 2 files from {url}")
+    assert found["hosts"] == ("OK", url.removeprefix("http://").partition("/")[0])
+    assert found["proxy"] == ("OK", "none")
+    assert found["torch"] == found["GPU"] == ("not asked", "no smoke test is to run")
+
+
+TOKENS = {
+    "no token": "none: no token",
+    "unknown token": "HF_TOKEN: invalid token",
+    "scope": "HF_TOKEN: token lacks the scope",
+    "terms": "HF_TOKEN, owner unknown",
+    "certificate": "HF_TOKEN, owner unknown",
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_row_of_the_token_says_where_it_is_from(bench: Bench, name: str) -> None:
+    """With what is wrong with it, or whose it is; no other finding is the token's."""
+    meet(bench, OBSTACLES[name])
+    diagnosis = bench.examine()
+    found = rows(diagnosis)["token"][1]
+    assert found == TOKENS[name]
+    if name == "certificate":
+        host = os.environ["HF_ENDPOINT"].removeprefix("https://")
+        told = f"{host}; HF_ENDPOINT: the token goes to {host}"
+        assert rows(diagnosis)["hosts"] == ("NOT OK", told)
+
+
+def test_a_public_repository_needs_no_token(bench: Bench) -> None:
+    """Having none is a note then, and as well where no server is asked."""
+    commit = bench.hub.add_repo("org/open", {name: content(name) for name in FILES}, gated=False)
+    write_manifest(bench.root, commit, gated=False)
+    path = bench.root / "manifests" / "csm-tiny.toml"
+    path.write_text(path.read_text().replace(REPO, "org/open"))
+    assert rows(bench.examine())["token"] == ("note", "none, and none is needed")
+    bench.give_parts()
+    assert rows(bench.examine())["token"] == ("note", "none; not used")
+
+
+@pytest.mark.parametrize("code", [403, 429])
+def test_an_account_that_is_not_reported_is_no_finding(bench: Bench, code: int) -> None:
+    """The row of the Hub is about its files."""
+    bench.owner()
+    bench.hub.fault("status", "/api/whoami-v2", code=code)
+    found = rows(bench.examine())
+    assert found["access"] == ("OK", f"2 of 2 files of {REPO} at {bench.commit[:12]}")
+    assert found["token"] == ("OK", "HF_TOKEN, owner unknown")
+
+
+def test_offline_each_server_has_its_row(bench: Bench) -> None:
+    """A mirror that may not be asked is not the Hub, and the other way round."""
+    bench.setenv("HF_HUB_OFFLINE", "1")
+    bench.request |= {"source": "mirror", "urls": ("https://mirror.example",)}
+    found = rows(bench.examine())
+    assert found["mirrors"] == ("NOT OK", "offline mode")
+    assert found["access"] == ("not asked", "not used")
+    bench.request = {"source": "hf", "only": ("all",)}
+    found = rows(bench.examine())
+    assert found["access"] == ("NOT OK", "offline mode")
+    assert found["mirrors"] == ("not asked", "not used")
+
+
+def test_the_promise_has_the_options_that_were_given(toy: Toy) -> None:
+    """Of those that change what is done."""
+    for options, words in (({}, ""), ({"consume": True}, " --consume")):
+        for smoke in (True, False):
+            report = doctor.examine(replace(toy.request("a.bin"), **options), smoke)
+            command = f"inv weights --model toy --only a.bin{words}{'' if smoke else ' --no-smoke'}"
+            assert report.promise == f"{command} could succeed"
+            assert report.error is None
+
+
+def test_each_kind_of_wrong_chunk_file_is_named_once(bench: Bench) -> None:
+    """Those that are missing are counted; where another source has them they are a note."""
+    bench.owner()
+    bench.give_parts()
+    parts = sorted((bench.root / "chunks").rglob("ckpt.pt.part-*"))
+    parts[0].unlink()
+    parts[1].write_text("Access to model x is restricted. Please log in.")
+    for part in parts[2:4]:
+        part.write_bytes(b"short")
+    verdict, found = rows(bench.examine())["chunk files"]
+    assert verdict == "note"
+    assert found.endswith("; ckpt.pt 2 of 6 (access page, wrong size)")
+
+
 # ---- what speaking offline takes
 
 
@@ -689,7 +822,10 @@ def test_each_thing_that_speaking_takes_is_named_with_its_command(bench: Bench) 
     assert (code(diagnosis), bad) == (3, dict.fromkeys(("weights", "tokenizer", "codec"), command))
     notes = {c.name: c.found for c in diagnosis.checks if c.verdict is Verdict.NOTE}
     assert "accept the terms at" in notes["meta-llama/Llama-3.2-1B"]
-    assert "hf download kyutai/moshiko-pytorch-bf16" in notes["kyutai/moshiko-pytorch-bf16"]
+    moshi = notes["kyutai/moshiko-pytorch-bf16"]
+    assert "; hf download kyutai/moshiko-pytorch-bf16" in moshi and "terms" not in moshi
+    assert all(found.startswith("not here: ") for found in notes.values())
+    assert rows(diagnosis)["weights"] == ("NOT OK", "not here")
     assert set(notes) == {asset.repo for asset in offline_assets.ASSETS}
 
 
@@ -714,4 +850,7 @@ def test_files_in_the_cache_are_enough(bench: Bench) -> None:
             (snapshot / name).touch()
     diagnosis = doctor.closure(bench.asked())
     assert code(diagnosis) == 0
+    first = min((bench.root / "chunks").rglob("model.safetensors.part-*"))
+    assert rows(diagnosis)["weights"] == ("OK", str(first))
+    assert rows(diagnosis)["torch"] == ("OK", "installed")
     assert said(diagnosis).endswith("OK: csm-tiny can speak with HF_HUB_OFFLINE=1")
