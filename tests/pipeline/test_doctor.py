@@ -789,9 +789,9 @@ def test_offline_each_server_has_its_row(bench: Bench) -> None:
 
 def test_the_promise_has_the_options_that_were_given(toy: Toy) -> None:
     """Of those that change what is done."""
-    for options, words in (({}, ""), ({"consume": True}, " --consume")):
+    for consume, words in ((False, ""), (True, " --consume")):
         for smoke in (True, False):
-            report = doctor.examine(replace(toy.request("a.bin"), **options), smoke)
+            report = doctor.examine(replace(toy.request("a.bin"), consume=consume), smoke)
             command = f"inv weights --model toy --only a.bin{words}{'' if smoke else ' --no-smoke'}"
             assert report.promise == f"{command} could succeed"
             assert report.error is None

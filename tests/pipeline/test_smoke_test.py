@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,18 @@ import torch
 from csm_weights.errors import Kind, SmokeFailed, UsageError
 from csm_weights.model import smoke
 from csm_weights.model.path_checks import PathCheck, PathRequest
-from csm_weights.model.smoke_report import path_report_path, read_report, report_path
+from csm_weights.model.smoke_report import (
+    Check,
+    Figures,
+    SmokeReport,
+    path_report_path,
+    read_report,
+    report_path,
+)
 from csm_weights.pipeline import apply, smoke_test
 from csm_weights.pipeline.request import Request
 from csm_weights.pipeline.session import Outcome
+from csm_weights.untrusted import dump_record
 from tests.support.clone import REPOSITORY
 
 RIGHT = PathCheck("right", True, "1e-2", "4e-2", 20.0)
@@ -149,3 +159,134 @@ def test_a_smoke_test_without_weights_is_misuse(installed: Outcome) -> None:
     assert isinstance(outcome.error, UsageError) and outcome.smoke is None
     assert "name safetensors or ckpt with --only" in str(outcome.error)
     assert outcome.error.advice == smoke_test.VERIFIED
+
+
+# ---- which report holds
+
+GOOD = SmokeReport(
+    "cpu",
+    (Check("finite", "yes", "yes", True),),
+    1.0,
+    1.0,
+    1.0,
+    Figures("machine", "-", "torch", "float32", 0, 0.0, 0, 0.0, 0, 0),
+)
+BAD = Check("finite", "no", "yes", False)
+
+
+@pytest.fixture
+def tests_that_run(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each smoke test is asked for; it finds a good model at once."""
+    asked: list[dict[str, Any]] = []
+
+    def run(path: Path, **options: Any) -> SmokeReport:
+        asked.append({"path": path, **options})
+        return GOOD
+
+    monkeypatch.setattr(smoke, "run", run)
+    return asked
+
+
+def test_weights_are_smoke_tested_once(
+    installed: Outcome, folder: Path, tests_that_run: list[dict[str, Any]]
+) -> None:
+    """Without options a CPU will do; a second run knows the report, and another format does not."""
+    request = Request(installed.state.paths.root, "csm-tiny", ("safetensors",))
+    first, second = apply.weights(request), apply.weights(request)
+    manifest = installed.state.manifest
+    (asked,) = tests_that_run
+    assert asked == {
+        "path": folder / "model.safetensors",
+        "device": None,
+        "require_gpu": False,
+        "frames": 8,
+        "golden": Path(manifest.where).parent / (manifest.golden or ""),
+        "dtype": None,
+        "max_rtf": None,
+    }
+    assert first.smoke is not None and second.smoke == first.smoke
+    assert (first.smoke_is_known, second.smoke_is_known) == (False, True)
+    assert (first.error, second.error) == (None, None)
+    apply.weights(replace(request, only=("safetensors", "ckpt")))
+    assert [one["path"].name for one in tests_that_run] == ["model.safetensors"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "require_gpu"),
+    [({}, False), ({"require_gpu": True}, True), ({"require_fast": True}, True)],
+)
+def test_fast_paths_are_those_of_a_gpu(
+    installed: Outcome,
+    tests_that_run: list[dict[str, Any]],
+    options: dict[str, Any],
+    require_gpu: bool,
+) -> None:
+    """Who requires them requires a GPU."""
+    smoke_test.run(installed, **options)
+    assert [asked["require_gpu"] for asked in tests_that_run] == [require_gpu]
+
+
+@pytest.mark.usefixtures("tests_that_run")
+@pytest.mark.parametrize(
+    ("changes", "hidden", "has_driver", "require_gpu", "holds"),
+    [
+        ({}, None, False, False, True),
+        ({"checks": ()}, None, False, False, False),
+        ({"checks": (*GOOD.checks, BAD)}, None, False, False, False),
+        ({"bound_to": ()}, None, False, False, False),
+        ({}, None, False, True, False),
+        ({}, None, True, False, False),
+        ({}, "", True, False, True),
+        ({}, "-1", True, False, True),
+        ({}, "0", True, False, False),
+        ({"device": "cuda:0"}, None, True, True, True),
+        ({"device": "cuda:0"}, None, False, False, True),
+    ],
+)
+def test_a_report_holds_for_the_same_files_where_no_gpu_is_to_be_tried(
+    installed: Outcome,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    hidden: str | None,
+    has_driver: bool,
+    require_gpu: bool,
+    holds: bool,
+) -> None:
+    """One that is good, of these files and versions; one of a CPU only where that is enough."""
+    outcome = smoke_test.run(installed)
+    assert outcome.smoke is not None
+    report_path(folder).write_text(dump_record(replace(outcome.smoke, **changes)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    real = Path.exists
+    monkeypatch.setattr(
+        Path, "exists", lambda path: has_driver if path.name == "nvidiactl" else real(path)
+    )
+    known = smoke_test.known_report(installed.state, require_gpu)
+    assert (known is not None) is holds
+    monkeypatch.setattr(smoke_test, "version", lambda name: f"another {name}")
+    assert smoke_test.known_report(installed.state, require_gpu) is None
+
+
+@pytest.mark.usefixtures("tests_that_run")
+def test_a_report_is_bound_to_files_golden_frames_and_versions(installed: Outcome) -> None:
+    """Each by its digest, or its version."""
+    outcome = smoke_test.run(installed)
+    assert outcome.smoke is not None
+    receipts = [item.installed.receipt for item in installed.state.artifacts]
+    files = [(receipt.path, receipt.sha256) for receipt in receipts if receipt]
+    versions = [(name, version(name)) for name in ("torch", "csm-weights")]
+    golden = Path(installed.state.manifest.where).parent / str(installed.state.manifest.golden)
+    frames = ("golden", hashlib.sha256(golden.read_bytes()).hexdigest())
+    assert list(outcome.smoke.bound_to) == [*files, frames, *versions]
+    none = replace(installed.state.manifest, golden=None)
+    outcome = smoke_test.run(replace(installed, state=replace(installed.state, manifest=none)))
+    assert outcome.smoke is not None
+    assert list(outcome.smoke.bound_to) == [*files, *versions]
+    golden_is_gone = replace(installed.state.manifest, golden="gone.json")
+    state = replace(installed.state, manifest=golden_is_gone)
+    outcome = smoke_test.run(replace(installed, state=state))
+    assert outcome.smoke is not None
+    assert list(outcome.smoke.bound_to) == [*files, *versions]
