@@ -8,7 +8,7 @@ import pickle
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,12 +98,10 @@ def layout_records(folder: str, sizes: Mapping[str, int]) -> dict[str, ArchiveRe
     return records
 
 
-def directory(records: Iterable[tuple[ArchiveRecord, int]]) -> bytes:
+def directory(records: Sequence[tuple[ArchiveRecord, int]]) -> bytes:
     """Return the directory of records with their CRCs, and all three records at the end."""
-    start, entries = 0, []
-    for record, crc in records:
-        start = max(start, record.end)
-        entries.append(record.central(crc))
+    start = max(record.end for record, _ in records)
+    entries = [record.central(crc) for record, crc in records]
     count, length = len(entries), sum(map(len, entries))
     figures = (44, 0x031E, 45, 0, 0, count, count, length, start)
     end64 = torch_zip.END64.pack(torch_zip.END64_SIGN, *figures)
@@ -125,7 +123,8 @@ def archive(
 ) -> tuple[int, Iterator[bytes | bytearray]]:
     """Return the size of an archive, and its bytes; `contents` are sizes and blocks by name."""
     records = layout_records(folder, {name: size for name, (size, _) in contents.items()})
-    size = max(r.end for r in records.values()) + len(directory((r, 0) for r in records.values()))
+    last = directory([(record, 0) for record in records.values()])
+    size = max(record.end for record in records.values()) + len(last)
 
     def blocks() -> Iterator[bytes | bytearray]:
         crcs = dict.fromkeys(records, 0)
@@ -135,7 +134,7 @@ def archive(
                 crcs[name] = zlib.crc32(block, crcs[name])
                 yield block
             yield record.descriptor(crcs[name])
-        yield directory((record, crcs[name]) for name, record in records.items())
+        yield directory([(record, crcs[name]) for name, record in records.items()])
 
     return size, blocks()
 

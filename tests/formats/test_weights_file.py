@@ -552,7 +552,7 @@ def test_an_archive_is_written_as_torch_writes_it(
             assert file.read(len(record.local)) == record.local
             file.seek(record.data + record.size)
             assert file.read(record.end - file.tell()) == record.descriptor(info.CRC)
-        assert file.read() == directory((record, info.CRC) for record, info in records)
+        assert file.read() == directory([(record, info.CRC) for record, info in records])
 
 
 def test_a_large_record_behind_another_is_read(sparse: Callable[..., Path]) -> None:

@@ -71,7 +71,7 @@ class CheckpointLayout:
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
-        ends = directory((record, 0) for record in self.records.values())
+        ends = directory([(record, 0) for record in self.records.values()])
         return max(record.end for record in self.records.values()) + len(ends)
 
 
