@@ -184,7 +184,7 @@ def choose(
 
 def artifact_of(file: File) -> Artifact:
     """Return the manifest entry of a file, with its figures marked H, reported by the Hub."""
-    is_model = file.path.endswith(".safetensors") and file.size > 0
+    is_model = bool(file.size) and file.path.endswith(".safetensors")
     artifact = Artifact(
         path=file.path,
         group=group_of(file.path),
