@@ -48,6 +48,7 @@ from csm_weights.store.receipts import VerifiedFile
 from csm_weights.transfer import assemble as assembling
 from csm_weights.transfer.assemble import Assembly, assemble, write_text
 from csm_weights.transfer.local import ChunkFiles, WholeFile
+from csm_weights.transfer.policy import LazySource
 from csm_weights.transfer.source import FirstOf, NotAvailable, PieceWriter, Source, SourceError
 from tests.support.toy import flip
 
@@ -615,7 +616,7 @@ def test_a_remote_source_is_asked_three_times_for_a_piece(tmp_path: Path) -> Non
     sample = Sample(tmp_path, 10_000, 10_000)
     data = sample.file.read_bytes()
     outlasting, failing = Changing(data, right_at=3), Changing(data, right_at=4)
-    made = sample.run(outlasting)
+    made = sample.run(LazySource("opened when it is asked", lambda: outlasting))
     assert sample.is_right(made)
     sample.partial.unlink()
     with pytest.raises(NetworkFailed) as caught:
