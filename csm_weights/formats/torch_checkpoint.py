@@ -59,7 +59,7 @@ def read_checkpoint(file: MultipartFile) -> TensorIndex:
                             raise Malformed(f"text like {show(pattern)}", show(text))
             content = BytesIO(read_content(file, records["data.pkl"], MAX_PICKLE))
             pickle = read_pickle(content, "data.pkl")
-            if content.read(1):
+            if content.read():
                 raise Malformed("one object and nothing after it", "more", "data.pkl")
             if pickle.unread:
                 raise pickle.unread

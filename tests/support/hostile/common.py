@@ -36,6 +36,7 @@ UNREAD = frozenset(
         "header_of_tensors",
         "pickle_of_objects",
         "numbers_big_endian",
+        "endian_is_a_number",
         "endian_not_told",
     }
 )

@@ -42,6 +42,10 @@ BAD_LEGACY: Bad = {
         legacy(system=b"}" + text("little_endian") + b"\x89s"),
         "numbers in little-endian order, found others",
     ),
+    "endian_is_a_number": (
+        legacy(system=b"}" + text("little_endian") + b"K\1s"),
+        "numbers in little-endian order, found others",
+    ),
     "endian_not_told": (
         legacy(system=b"}"),
         "numbers in little-endian order, found others",
