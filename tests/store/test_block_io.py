@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,11 +81,33 @@ def test_just_the_range_is_given_back(tmp_path: Path) -> None:
     assert path.read_bytes() == data[:4096] + bytes(8192) + data[:4096]
 
 
+@pytest.mark.parametrize("names", [["fallocate64", "fallocate"], ["fallocate"]])
+def test_the_call_with_offsets_of_64_bits_is_taken(
+    monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    """Where the C library has two; it punches the hole (2) and keeps the size (1)."""
+    asked: list[tuple[object, ...]] = []
+
+    class Call:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, *arguments: int) -> int:
+            asked.append((self.name, *arguments))
+            return 0
+
+    libc = SimpleNamespace(**{name: Call(name) for name in names})
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: libc)
+    block_io.punch(7, 1 << 40, 4096)
+    assert asked == [(names[0], 7, 3, 1 << 40, 4096)]
+
+
 def refused(*_: object) -> None:
     raise OSError(errno.EOPNOTSUPP, "no")
 
 
-def emptied(fd: int, *_: int) -> None:
+def emptied(fd: int, offset: int, size: int) -> None:
+    assert (offset, size) == (0, os.fstat(fd).st_size)
     os.ftruncate(fd, 0)
 
 
