@@ -426,6 +426,24 @@ def test_as_many_lines_as_there_may_be_are_busy_at_once() -> None:
         assert (bytes(writer.data), len(heads)) == (data, 12)
 
 
+def test_lines_that_wait_ask_for_nothing_once_a_span_has_failed() -> None:
+    """One of twelve is refused while the others wait for their turn; it has not come then."""
+
+    def answer(_: str) -> bytes:
+        time.sleep(0.1 * (len(heads) > 1))
+        return response("403 Forbidden")
+
+    lines = short_lines()
+    lines.climb = Climb(first=1)
+    with (
+        answering(answer) as (url, heads),
+        RangeDownloader(threading.Event(), timeouts=HASTY, lines=lines) as downloader,
+        pytest.raises(SourceError),
+    ):
+        downloader.fetch(at_url(url, 48), Writer(48))
+    assert len(heads) < 12
+
+
 SAID = "bytes 2-5/10"
 
 
