@@ -111,8 +111,21 @@ def emptied(fd: int, offset: int, size: int) -> None:
     os.ftruncate(fd, 0)
 
 
+def grown(fd: int, _: int, size: int) -> None:
+    os.pwrite(fd, b"\1" * size, size)
+
+
+def test_another_run_may_remove_the_file_that_is_tried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs may try it in one folder at the same time."""
+    probe = tmp_path / ".punch.partial"
+    monkeypatch.setattr(block_io, "punch", lambda *_: probe.unlink())
+    assert not block_io.can_punch(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("punch", "can"), [(emptied, True), (lambda *_: None, False), (refused, False)]
+    ("punch", "can"), [(emptied, True), (lambda *_: None, False), (grown, False), (refused, False)]
 )
 def test_whether_blocks_are_given_back_is_tried_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, punch: Callable[..., None], can: bool
