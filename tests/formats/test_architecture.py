@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,20 @@ def test_the_published_network() -> None:
     """CSM-1B has 187 tensors of 1.55 billion elements, in the order of names."""
     shapes = CSM_1B.tensor_shapes()
     assert len(shapes) == 187
+    assert sum(map(math.prod, shapes.values())) == 1_552_791_552
     assert list(shapes) == sorted(shapes)
     assert shapes["audio_head"] == (31, 1024, 2051)
     assert shapes["audio_embeddings.weight"] == (65632, 2048)
     assert shapes["backbone.layers.15.attn.k_proj.weight"] == (512, 2048)
     assert shapes["decoder.layers.3.mlp.w2.weight"] == (1024, 8192)
+
+
+def test_the_committed_network() -> None:
+    """csm-tiny has 52 tensors of 296,640 elements."""
+    network = CsmConfig(FLAVORS["tiny-backbone"], FLAVORS["tiny-decoder"], 512, 35, 32)
+    shapes = network.tensor_shapes()
+    assert (len(shapes), sum(map(math.prod, shapes.values()))) == (52, 296_640)
+    assert [stack.head_dim for stack in FLAVORS.values()] == [64, 128, 16, 8]
 
 
 def test_rope_is_that_of_llama_3_2() -> None:

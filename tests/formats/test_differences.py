@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -280,25 +281,26 @@ def test_each_model_has_the_heads_of_its_own_config(opened: Opened, tmp_path: Pa
 # ---- the first element
 
 
-@pytest.mark.parametrize("block", [2, 4, 12, 20, 1000])
-@pytest.mark.parametrize("shape", [[12], [3, 4], [2, 1, 6], [12, 1]])
+@pytest.mark.parametrize("block", [2, 12, 1000])
+@pytest.mark.parametrize("shape", [[12], [2, 1, 6]])
 def test_the_first_element_that_differs_is_the_first_in_the_file(
     block: int, shape: list[int], opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it is, and however few elements are compared at a time."""
+    """Wherever it is, whichever bit differs, and however few elements are compared at a time."""
     monkeypatch.setattr(stage, "BLOCK", block)
     values = [0x0101] * 12
     apart = [1] * len(shape)
     for axis in range(len(shape) - 1, 0, -1):
         apart[axis - 1] = apart[axis] * shape[axis]
-    for at in range(12):
-        other = values[:at] + [0x0201] * (12 - at)
+    for at, bit in product(range(12), (0x0001, 0x0200, 0x8000)):
+        other = values[:at] + [0x0101 ^ bit] * (12 - at)
         content = [struct.pack("<12H", *numbers) for numbers in (values, other)]
         first, second = (opened(n, w=("U16", shape, c)) for n, c in zip("ab", content, strict=True))
         (difference,) = compared(first, second).differences
         expected = tuple(at // step % n for step, n in zip(apart, shape, strict=True))
         assert difference.index == expected
-        assert (difference.first, difference.second) == ("257 (0x0101)", "513 (0x0201)")
+        changed = 0x0101 ^ bit
+        assert difference.second == f"{changed} (0x{changed:04x})"
 
 
 def test_blocks_fit_a_cache(opened: Opened) -> None:

@@ -203,6 +203,7 @@ def test_a_tensor_has_at_most_64_dimensions(dims: int, tmp_path: Path) -> None:
     ("header", "at", "expected", "found"),
     [
         ("[]", "header", "a header that starts with '{'", "b'['"),
+        ("}}", "header", "a header that starts with '{'", "b'}'"),
         ("{]", "header", "JSON", "JSONDecodeError: Expecting"),
         ('{"a": {}, "a": {}}', "header", "JSON", "ValueError: the name a twice"),
         ('{"__metadata__": {"a": 1}}', "header: __metadata__", "text to text", "expected one of"),
