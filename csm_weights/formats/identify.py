@@ -151,7 +151,7 @@ def check_network(named: NamedTensors, network: CsmConfig, mixed: bool = False) 
     for tensor in (*named.unknown, *(t for n, t in named.tensors.items() if n not in expected)):
         found.add(Malformed("no such tensor", tensor.signature, show(tensor.name)))
     counts = Counter(t.dtype for t in named.tensors.values() if t.dtype in floats)
-    common = counts.most_common(1)[0][0] if counts else " or ".join(floats)
+    common = max(counts, key=lambda dtype: counts[dtype], default=" or ".join(floats))
     for tensor in named.tensors.values():
         if tensor.dtype != common and not (mixed and tensor.dtype in floats):
             found.add(Malformed(common, tensor.signature, show(tensor.name)))

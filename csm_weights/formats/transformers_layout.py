@@ -8,6 +8,7 @@ loop puts before every name (`model.`, `module.`, `_orig_mod.`) is left out.
 from __future__ import annotations
 
 import enum
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,8 +128,8 @@ class NamedTensor:
     def block_elements(self, size: int) -> int:
         """Return how many elements fit `size` bytes: whole rows, for parts of views are slow."""
         most = size // self.info.itemsize
-        row = self.shape[-1] if self.shape else 1
-        return most - most % row if 0 < row <= most else most
+        row = math.prod(self.shape[-1:])
+        return most // max(1, row) * row or most
 
     def value(self, number: int) -> Value:
         """Read the element of that number, counted in row-major order."""
@@ -215,7 +216,7 @@ def _wrapper(names: Iterable[str]) -> str:
         wrapper = _WRAPPERS.match(name)[0]  # type: ignore[index]
         inner = _unwrapped(name, wrapper)
         counts[wrapper] += bool(own_name(inner) or _renamed(inner, *_THEIRS))
-    return counts.most_common(1)[0][0]
+    return max(counts, key=lambda wrapper: counts[wrapper])
 
 
 def in_transformers_layout(
@@ -268,21 +269,22 @@ def _in_our_order(
     for name, match in permuted.items():
         stack, tensor = match[1], tensors[name]
         place, found = f"{where}: {show(tensor.name)}", tensor.signature
-        head_dims = [
+        networks = (*(getattr(config, stack) for config in configs), *FLAVORS.values())
+        head_dims = (
             one.head_dim
-            for one in (*(getattr(config, stack) for config in configs), *FLAVORS.values())
+            for one in networks
             if (stack, "q", (one.dim, one.dim)) in shapes
             and (stack, "k", (one.kv_heads * one.head_dim, one.dim)) in shapes
-        ]
-        if not head_dims:
+        )
+        if not (head_dim := next(head_dims, 0)):
             help_text = "put the model's config.json beside the file"
             finding = Finding(Kind.MALFORMED, place, "heads of a known size", found, help_text)
             raise WrongContent("the order of the rows of q and k cannot be told", [finding])
-        if len(tensor.info.shape) != 2 or tensor.shape[0] % head_dims[0]:
-            words = (f"whole heads of {head_dims[0]} rows", found, GET_AGAIN)
+        if len(tensor.info.shape) != 2 or tensor.shape[0] % head_dim:
+            words = (f"whole heads of {head_dim} rows", found, GET_AGAIN)
             finding = Finding(Kind.MALFORMED, place, *words)
             raise WrongContent("the rows of q and k cannot be split into heads", [finding])
-        ordered[name] = _regrouped(tensor, head_dims[0], 2)
+        ordered[name] = _regrouped(tensor, head_dim, 2)
     return ordered
 
 

@@ -150,6 +150,7 @@ def test_weights_are_called_by_their_network(shapes: Shapes, model: str) -> None
     assert found.model == model
     assert (found.network is None) is (model not in ("CSM-1B", "another CSM"))
     assert (found.wrong, found.wrong_count) == ((), 0)
+    assert (found.codec_tensors, found.wrapper, found.beside) == (0, "", 0)
 
 
 def test_an_identity_has_all_figures() -> None:

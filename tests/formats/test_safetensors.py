@@ -221,6 +221,14 @@ def test_a_header_that_is_no_json_is_said(
     assert finding.found.startswith(found)
 
 
+def test_only_the_metadata_have_their_name(tmp_path: Path) -> None:
+    """Any other name is that of a tensor."""
+    names = ["", "A", "__", "__metadata_", "__metadata__ ", "__metadata__", "z"]
+    header: dict[str, object] = {name: entry(0, 0, [0]) for name in names}
+    header["__metadata__"] = {"a": "b"}
+    assert list(read(tmp_path, header).tensors) == [n for n in names if n != "__metadata__"]
+
+
 def test_a_header_ends_where_its_length_says(tmp_path: Path) -> None:
     """What the data begin with is no part of it."""
     header = {"w": entry(0, 8, [8], "U8")}

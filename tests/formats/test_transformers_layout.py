@@ -131,7 +131,7 @@ def test_what_stands_before_most_names_is_left_out(
     result = named(names)
     assert (result.wrapper, list(result.tensors)) == (wrapper, found)
     assert result.beside == len(names) - len(found)
-    assert result.summary == Summary("w", "safetensors", Layout.OWN, len(found))
+    assert result.summary == Summary("w", "safetensors", Layout.OWN, len(found), 0, 0)
     assert result.name_in_file("audio_head") == f"{wrapper}audio_head"
 
 
@@ -165,6 +165,12 @@ def test_shards_are_one_model(count: int, where: str, prefix: str) -> None:
     assert list(found.codec) == [f"t{n}" for n in range(1, count)]
     assert (found.wrapper, found.beside) == (prefix, 0)
     assert found.name_in_file("codebook0_head.weight") == f"{prefix}lm_head.weight"
+
+
+@pytest.mark.parametrize("name", ["audio_head", THEIRS])
+def test_the_format_is_that_of_the_first_shard(name: str) -> None:
+    other = replace(weights(info("x", 1)), format="torch-zip")
+    assert name_tensors([weights(info(name, 2)), other], ()).summary.format == "safetensors"
 
 
 @pytest.mark.parametrize("names", [[THEIRS, TIED], [TIED], [THEIRS]])
@@ -208,7 +214,7 @@ def test_a_tensor_of_two_shards_is_refused() -> None:
         ("F32", (4, 3), 11, 2),
         ("F32", (4, 3), 48, 12),
         ("F32", (4, 0), 40, 10),
-        ("F32", (), 40, 10),
+        ("F32", (), 44, 11),
         ("C128", (9,), 40, 2),
         ("F32", (2, 1), 20, 5),
     ],
@@ -223,13 +229,15 @@ def test_blocks_are_whole_rows(
 
 def test_an_element_has_a_number_and_bits(tmp_path: Path) -> None:
     """The bits are in the order of a number, the highest first."""
-    content = struct.pack("<3f", 1.0, -2.5, 3.0) + bytes([0x12, 0x34])
+    content = struct.pack("<3f", 1.0, -2.5, 3.0) + bytes([0x12, 0x34, 0xB8])
     header = {"w": hostile.entry(0, 12, [3]), "p": hostile.entry(12, 14, [2, 2], "F4")}
+    header["f"] = hostile.entry(14, 15, [1], "F8_E4M3")
     with open_weights([hostile.written(tmp_path, hostile.safetensors(header, content))]) as file:
         tensors = name_tensors([file], ()).tensors
         assert tensors["w"].value(1) == Value(-2.5, "0xc0200000")
         assert str(tensors["w"].value(0)) == "1.0 (0x3f800000)"
         assert str(tensors["p"].value(1)) == "52 (0x34)"
+        assert tensors["f"].value(0) == Value(-1.0, "0xb8")
         assert (tensors["p"].signature, tensors["p"].info.shape) == ("F4 [2, 2]", (2,))
         assert tensors["w"].signature == "F32 [3]"
 
