@@ -81,7 +81,7 @@ class DoctorReport:
     error: CsmWeightsError | None = None
 
 
-def examine(request: Request, smoke: bool = True) -> DoctorReport:
+def examine(request: Request, smoke: bool) -> DoctorReport:
     """Check whether `inv weights` could do what is asked, and what stands in its way.
 
     Nothing is hashed or written. Raises UsageError, ManifestInvalid.

@@ -101,10 +101,11 @@ def test_weights_of_other_names_are_taken_by_their_format(root: Path) -> None:
         (others, ["b.safetensors", "a.safetensors"]),
         ([*others, SAFETENSORS], ["model.safetensors.part-aa"]),
     ):
-        write(root, replace(TINY, artifacts=(*artifacts, CONFIG), default=("all",)))
+        every = (*artifacts, CONFIG, replace(others[0], path="z.bin", format="opaque"))
+        write(root, replace(TINY, artifacts=every, default=("all",)))
         folder = root / "models" / "csm-tiny"
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
+        for name in (*names, "z.bin"):
             (folder / name).write_bytes(bytes(SAFETENSORS.size))
         assert [Path(path).name for path, _ in found(root)] == expected
 
@@ -164,8 +165,11 @@ def test_the_config_in_the_manifest_counts(root: Path) -> None:
 # ---- what is pinned of a file
 
 
-def test_files_go_below_the_checkout_of_the_package() -> None:
-    """Where it is installed from a wheel there is none, and the current folder counts."""
+def test_files_go_below_the_checkout_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the current folder is."""
+    monkeypatch.chdir(tmp_path)
     assert locate.checkout() == REPOSITORY
 
 
@@ -202,7 +206,13 @@ def test_a_manifest_whose_files_go_into_the_folder_comes_first(root: Path) -> No
     write(root, Manifest("zz-tuned", "output/zz", "models/zz", (tuned,)))
     bare = replace(tuned, sha256=None, git_sha1="0" * 40)
     write(root, Manifest("aa-bare", "output/aa", "models/aa", (bare,)))
-    for folder, model in (("zz", "zz-tuned"), ("csm-tiny", "csm-tiny"), ("aa", "csm-tiny")):
+    write(root, Manifest("yy-tuned", "output/yy", "models/a0", (tuned,)))
+    for folder, model in (
+        ("a0", "yy-tuned"),
+        ("zz", "zz-tuned"),
+        ("csm-tiny", "csm-tiny"),
+        ("aa", "csm-tiny"),
+    ):
         known = locate.pinned(root / "models" / folder, SAFETENSORS.size)
         assert known is not None and known.model == model
 
