@@ -505,6 +505,29 @@ def test_an_answer_about_anything_else_is_told_after_three_tries(
     assert finding.where.endswith("/x") and finding.help == "use another source"
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "found"),
+    [
+        (b"1", Kind.WRONG_SIZE, "another file"),
+        (b"0123456789012", Kind.WRONG_SIZE, "another file"),
+        (b"it is restricted", Kind.WRONG_SIZE, "another file"),
+        (b"Access to model a/b", Kind.WRONG_SIZE, "another file"),
+        (b"Access to model a is restricted", Kind.WRONG_SIZE, "the Hub's refusal in place of"),
+        (b"version https://git-lfs.github.com/spec/v1", Kind.WRONG_SIZE, "a git-lfs pointer in"),
+        (b"\n <p>Sign in</p>", Kind.WRONG_ANSWER, "a web page; is there a login"),
+    ],
+)
+def test_a_text_of_another_size_is_named_by_how_it_begins(
+    body: bytes, kind: Kind, found: str
+) -> None:
+    """Whether it is longer or shorter than the file, and whatever it is said to be."""
+    with pytest.raises(SourceError) as caught:
+        outcome([response("200 OK", "Content-Type: text/plain", body=body)], 2, 6)
+    (finding,) = caught.value.findings
+    assert (finding.kind, finding.expected) == (kind, "a file of 10 bytes")
+    assert finding.found.startswith(f"{len(body)} bytes: {found}")
+
+
 @pytest.mark.parametrize("status", [201, 204, 205, 207, 400, 404, 415, 417, 501])
 def test_a_refusal_of_the_server_that_was_named_is_final(status: int) -> None:
     """It is asked once, and the source says what it means."""
