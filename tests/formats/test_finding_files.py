@@ -394,8 +394,9 @@ def test_chunk_files_are_known_by_the_name_before_their_ending(tmp_path: Path) -
     """Content that no format begins with is read as the first one's says, or is refused."""
     names = ("w.safetensors.part-aa", "other.onnx")
     parts = [hostile.written(tmp_path, b"nothing!", name) for name in names]
-    with pytest.raises(WrongContent, match="header length"):
+    with pytest.raises(WrongContent, match="header length") as caught:
         open_weights(parts)
+    assert caught.value.message == "w.safetensors.part-aa cannot be read as safetensors"
     parts = [hostile.written(tmp_path, bytes(range(10)), f"w.onnx.part-a{x}") for x in "ab"]
     with pytest.raises(WrongContent, match="the weights cannot be read") as caught:
         open_weights(parts)

@@ -91,19 +91,20 @@ def test_each_tensor_that_is_not_right_is_named() -> None:
     """Missing and misshapen ones first, then what is too many, then dtypes."""
     shapes = TINY.tensor_shapes()
     del shapes["decoder.norm.scale"]
-    shapes |= {"audio_head": (31, 32), "more\n": (1,)}
+    shapes |= {"audio_head": (31, 32), "codebook0_head.weight": (36, 64), "more\n": (1,)}
     weights = named(shapes, unknown=(tensor("odd", (3,), "I8"),), wrapper="model.")
     tensors = dict(weights.tensors)
     tensors["projection.weight"] = tensor("their.name", (32, 64), "F16")
     found = check_network(replace(weights, tensors=tensors), TINY)
     assert [(f.where, f.expected, f.found) for f in found.listed()] == [
         ("w: audio_head", "[31, 32, 35]", "F32 [31, 32]"),
+        ("w: codebook0_head.weight", "[35, 64]", "F32 [36, 64]"),
         ("w: model.decoder.norm.scale", "[32]", "no such tensor"),
         ("w: odd", "no such tensor", "I8 [3]"),
         (r"w: 'more\n'", "no such tensor", "F32 [1]"),
         ("w: their.name", "F32", "F16 [32, 64]"),
     ]
-    assert found.count == 5
+    assert found.count == 6
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64", "I32"])
@@ -151,6 +152,7 @@ def test_weights_are_called_by_their_network(shapes: Shapes, model: str) -> None
     assert (found.network is None) is (model not in ("CSM-1B", "another CSM"))
     assert (found.wrong, found.wrong_count) == ((), 0)
     assert (found.codec_tensors, found.wrapper, found.beside) == (0, "", 0)
+    assert found.layout == "original"
 
 
 def test_an_identity_has_all_figures() -> None:

@@ -47,7 +47,7 @@ def test_elements_without_gaps_are_told_from_others(
     ("dtype", "shape", "itemsize", "nbytes"),
     [
         ("F32", (2, 3), 4, 24),
-        ("C128", (2,), 16, 32),
+        ("C128", (8,), 16, 128),
         ("U8", (), 1, 1),
         ("F4", (4, 6), 1, 12),
         ("F6_E2M3", (8,), 1, 6),
