@@ -1,6 +1,7 @@
 """Chunk files whose bytes have moved to an unfinished file, or may move there."""
 
 import os
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from csm_weights.errors import Finding, Kind
@@ -47,13 +48,12 @@ def held_twice(artifact: Artifact, staged: Path, journal: Journal, root: Path) -
     """
     if not journal.is_begun:
         return 0
-    moved = {record.offset: record.consumed for record in journal.consumed}
-    kept = {record.offset: record.size for record in journal.pieces}
-    known = sum(max(moved.get(p.offset, 0), kept.get(p.offset, 0)) for p in artifact.tiles)
-    known += sum(arrival.size for arrival in journal.arrived)
+    moved = Counter({record.offset: record.consumed for record in journal.consumed})
+    kept = Counter({record.offset: record.size for record in journal.pieces})
+    known = (moved | kept).total() + sum(arrival.size for arrival in journal.arrived)
     held = max(0, _allocated(partial_path(staged)) - known)
     for piece in artifact.pieces:
-        if gone := moved.get(piece.offset):
+        if gone := moved[piece.offset]:
             held += max(0, _allocated(root / piece.part) - (piece.size - gone))
     return held
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,13 @@ def test_what_is_on_disk_twice_is_what_the_journal_does_not_say(
     """Bytes of the unfinished file beyond its lines, and of chunk files that have moved."""
     files = (partial_path(tmp_path / "x"), *(tmp_path / piece.part for piece in PIECES))
     sizes = dict(zip(files, blocks, strict=True))
-    monkeypatch.setattr(Path, "stat", lambda path: SimpleNamespace(st_blocks=sizes[path]))
+    real = Path.stat
+
+    def stat(path: Path, **options: bool) -> Any:
+        known = path in sizes
+        return SimpleNamespace(st_blocks=sizes[path]) if known else real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
     begun = Journal(**journal, is_begun=True)  # type: ignore[arg-type]
     assert held_twice(ARTIFACT, tmp_path / "x", begun, tmp_path) == held
     assert held_twice(ARTIFACT, tmp_path / "x", Journal(), tmp_path) == 0
@@ -55,8 +62,9 @@ def test_what_is_on_disk_twice_is_what_the_journal_does_not_say(
 
 def test_what_is_not_on_disk_is_not_held_twice(tmp_path: Path) -> None:
     """Neither the unfinished file nor a chunk file need be there."""
-    journal = Journal(consumed=(Consumed(0, 4_000, A),), is_begun=True)
-    assert held_twice(ARTIFACT, tmp_path / "x", journal, tmp_path) == 0
+    for moved in ((), (Consumed(0, 4_000, A),)):
+        journal = Journal(consumed=moved, is_begun=True)
+        assert held_twice(ARTIFACT, tmp_path / "x", journal, tmp_path) == 0
 
 
 MOVED = Consumed(0, 10, A)
