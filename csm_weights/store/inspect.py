@@ -222,7 +222,7 @@ def _in_folder(artifact: Artifact, folder: Path) -> dict[int, Shelved]:
     return found
 
 
-@dataclass(eq=False)
+@dataclass
 class _Disk:
     """The disk in one inspection: each thing is asked about a folder once."""
 
