@@ -626,8 +626,9 @@ def test_what_the_gates_refuse_is_not_installed(refused: Toy) -> None:
         assert [f.kind for f in caught.value.findings] == [Kind.MALFORMED]
     assert not any(refused.installed(a.path).exists() for a in refused.manifest.artifacts)
     assert refused.staged("a.bin").read_bytes() == refused.good("a.bin")
-    error = apply.status(request, check=True).error
-    assert error is not None and [f.kind for f in error.findings] == [Kind.MALFORMED]
+    report = apply.status(request, check=True)
+    assert report.error is not None and report.refused == {"a.bin"}
+    assert [f.kind for f in report.error.findings] == [Kind.MALFORMED]
 
 
 def test_status_check_says_what_verify_says(refused: Toy) -> None:
