@@ -311,7 +311,7 @@ class _Disk:
         receipt = read_receipt(directory, artifact.path) if has_receipts else None
         status, finding = stat_of(path)
         if status is None:
-            if finding and path.is_dir():
+            if path.is_dir():
                 words = ("a regular file, or none", "a folder", "move it away")
                 finding = Finding(Kind.IN_THE_WAY, str(path), *words)
             is_here = finding and finding.kind is not Kind.MISSING

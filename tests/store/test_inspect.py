@@ -578,6 +578,59 @@ def test_a_chunk_file_that_is_missing_or_none_is_told_with_what_helps(toy: Toy) 
     assert again.state is ABSENT
 
 
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "kind", "found"),
+    [
+        (Path.mkdir, INVALID, Kind.IN_THE_WAY, "a folder"),
+        (fifo, INVALID, Kind.UNREADABLE, "neither file nor folder"),
+        (dangling, ABSENT, Kind.MISSING, "a symbolic link that leads to no file"),
+    ],
+)
+def test_what_is_no_file_in_the_place_of_one_is_told(
+    toy: Toy, make: Callable[[Path], None], state: FileState, kind: Kind, found: str
+) -> None:
+    """A link that leads nowhere can be replaced; the others are in the way."""
+    path = toy.installed("a.bin")
+    path.parent.mkdir(parents=True)
+    make(path)
+    file = inspected(toy)["a.bin"].installed
+    assert file.finding
+    assert (file.state, file.size) == (state, None)
+    assert (file.finding.kind, file.finding.where) == (kind, str(path))
+    assert file.finding.found == found
+
+
+@pytest.mark.parametrize(
+    ("format_", "content", "found"),
+    [
+        ("safetensors", "short", "5 bytes: another model"),
+        ("opaque", "short", "5 bytes"),
+        ("safetensors", "Access to model x is restricted.", "the Hub's error page saved as a file"),
+    ],
+)
+def test_weights_of_the_wrong_size_are_told_by_what_they_are(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, format_: str, content: str, found: str
+) -> None:
+    """Other files by their size alone, and a page of the Hub as one."""
+    monkeypatch.setattr("csm_weights.formats.identify.describe", lambda _: "another model")
+    toy.write_manifest(
+        replace(toy.manifest, artifacts=(replace(toy.artifact("a.bin"), format=format_),))
+    )
+    path = toy.installed("a.bin")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    wrong = inspected(toy)["a.bin"].installed.finding
+    assert wrong and wrong.found.partition(" (")[0] == found
+
+
 def test_a_file_system_that_frees_nothing_makes_no_room(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -587,10 +640,6 @@ def test_a_file_system_that_frees_nothing_makes_no_room(
 
 
 # ---- files that are none
-
-
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
 
 
 def endless(path: Path) -> None:
