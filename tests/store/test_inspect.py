@@ -735,6 +735,14 @@ def test_the_pieces_before_a_cut_are_salvaged(on_disk: Toy, cut: int, good: int)
     assert status.good == frozenset(piece.offset for piece in pieces[:good])
 
 
+def test_nothing_is_salvaged_from_a_file_that_is_too_long(on_disk: Toy) -> None:
+    """Bytes may have been put in anywhere."""
+    file = on_disk.installed("a.bin")
+    os.truncate(file, file.stat().st_size + 1)
+    status = inspected(on_disk)["a.bin"].installed
+    assert (status.state, status.good) == (INVALID, frozenset())
+
+
 def spread(toy: Toy, other: Path) -> Manifest:
     """The toy's manifest with the last chunk file of b.bin in a folder elsewhere."""
     b = toy.artifact("b.bin")
