@@ -582,6 +582,27 @@ def fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+def test_a_chunk_file_that_was_found_wrong_or_leads_out_is_not_used(
+    toy: Toy, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What hashing found is told first; a link may lead to another place inside chunks/."""
+    first, second, third = (toy.chunk_file("a.bin", index) for index in range(3))
+    outside = tmp_path_factory.mktemp("outside") / "x"
+    second.symlink_to(second.rename(outside))
+    third.symlink_to(third.rename(toy.root / "chunks" / "x"))
+    wrong = finding(first, Kind.WRONG_DIGEST)
+    chunks = inspected(toy, {first: wrong})["a.bin"].chunks
+    assert [chunk.state for chunk in chunks[:3]] == [INVALID, INVALID, UNVERIFIED]
+    assert chunks[0].finding == wrong
+    assert chunks[1].finding == Finding(
+        Kind.IN_THE_WAY,
+        toy.artifact("a.bin").pieces[1].part,
+        "a file inside chunks/",
+        f"a link that leads to {outside}",
+        "copy the file there, or let chunks/ itself be the link",
+    )
+
+
 def dangling(path: Path) -> None:
     path.symlink_to("nowhere")
 
