@@ -83,6 +83,20 @@ def test_a_file_that_is_there_is_opened_for_reading_and_writing(
         os.close(fd)
 
 
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [(0, 3), (os.O_APPEND, 3), (os.O_TRUNC, 0), (os.O_APPEND | os.O_TRUNC, 0)],
+)
+def test_a_file_is_emptied_only_where_that_is_asked_for(
+    tmp_path: Path, flags: int, size: int
+) -> None:
+    """Of all of its bytes; one that is to be gone on with keeps them."""
+    (tmp_path / "x").write_bytes(b"old")
+    fd = atomic.create(tmp_path / "x", flags)
+    os.close(fd)
+    assert (tmp_path / "x").stat().st_size == size
+
+
 def test_a_name_that_is_not_opened_is_closed_again(tmp_path: Path) -> None:
     """What is refused leaves no open file behind."""
     os.mkfifo(tmp_path / "x")
