@@ -27,7 +27,7 @@ def unfinished(state: State) -> list[Path]:
         if is_unfinished(path.name) and path.name.startswith(tuple(known))
     }
     standin = state.paths.root / "output" / f"{state.manifest.name}.unfinished"
-    return sorted(left | ({standin} if standin.exists() else set()))
+    return sorted([*left, *([standin] if standin.exists() else [])])
 
 
 def holds_consumed(item: ArtifactState) -> bool:

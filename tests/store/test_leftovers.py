@@ -10,6 +10,7 @@ import pytest
 
 from csm_weights.files import Fingerprint
 from csm_weights.pipeline import apply
+from csm_weights.pipeline.plan import Target
 from csm_weights.store.inspect import Paths, State, inspect
 from csm_weights.store.install import record
 from csm_weights.store.journal import journal_path, partial_path
@@ -76,6 +77,19 @@ def test_a_file_that_is_not_verified_has_no_leftovers(installed: Toy) -> None:
     made(journal_path(file))
     receipt_of(file).unlink()
     assert leftovers(seen(installed), goal_is_staged=False) == []
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_leftovers_of_a_later_file_are_found(toy: Toy, is_staged: bool) -> None:
+    """Behind one that is not verified, and behind one that is only staged."""
+    apply.weights(toy.request("b.bin"), smoke=False)
+    if is_staged:
+        apply.apply(toy.request("a.bin"), Target.STAGED)
+    left = Path(
+        shutil.copy(receipt_of(toy.installed("b.bin")), made(receipt_of(toy.staged("b.bin"))))
+    )
+    state = inspect(toy.manifest, toy.manifest.artifacts, Paths.of(toy.manifest, toy.root), {})
+    assert leftovers(state, goal_is_staged=False) == [left]
 
 
 def test_the_receipt_of_a_file_that_was_moved_on_goes(installed: Toy) -> None:

@@ -155,7 +155,8 @@ def test_a_journal_is_in_the_order_of_the_file(tmp_path: Path) -> None:
     lines = [*reversed(verified[:2]), *moved, *foreign, empty, Arrival(19, 1, b), Arrival(20, 9, c)]
     lines += [replace(verified[0], offset=-10), Refuted(-1, c), Refuted(20, b), Refuted(21, c)]
     partial_path(tmp_path / "a").touch()
-    journal_path(tmp_path / "a").write_text("\n".join(map(dump_record, lines)))
+    other = json.dumps({"schema": 1, "a record of": "another version", "which is": "longer"})
+    journal_path(tmp_path / "a").write_text("\n".join([other, *map(dump_record, lines)]))
     assert read_journal(tmp_path / "a", artifact) == Journal(
         tuple(verified[:2]),
         (Arrival(20, 9, c),),
