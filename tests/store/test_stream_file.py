@@ -31,6 +31,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     def write(self: OutputFile, data: memoryview, offset: int, direct: bool) -> None:
         seen.append((offset, len(data)))
+        assert direct  # past the page cache, which is for others
         real(self, data, offset, direct)
 
     monkeypatch.setattr(OutputFile, "write", write)
