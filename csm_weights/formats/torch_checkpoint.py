@@ -136,7 +136,10 @@ def _read_legacy(file: MultipartFile, size: int) -> tuple[Pickle, dict[str, Reco
 
 
 def _locate(name: str, view: View, places: Mapping[str, Record]) -> TensorInfo:
-    """Find a view in the file; it must not leave its storage, nor the storage its record."""
+    """Find a view in the file; it must not leave its storage, nor the storage its record.
+
+    A view without elements may begin anywhere, as for torch.
+    """
     storage = view.storage
     record = places.get(storage.key)
     if record is None:
@@ -145,10 +148,12 @@ def _locate(name: str, view: View, places: Mapping[str, Record]) -> TensorInfo:
         raise Malformed(f"{storage.nbytes} bytes in {record.name}", f"{record.size} bytes")
     item = ITEM_BITS[view.dtype] // 8
     steps = zip(view.shape, view.stride, strict=True)
-    last = view.offset + sum((size - 1) * step for size, step in steps)
-    end = last + 1 if math.prod(view.shape) else view.offset
+    start = end = 0
+    if math.prod(view.shape):
+        start = view.offset
+        end = 1 + start + sum((size - 1) * step for size, step in steps)
     if end * item > storage.nbytes:
         expected = f"a view of {storage.nbytes // item} elements"
         raise Malformed(expected, f"one up to element {end}")
-    offset = record.data + view.offset * item
+    offset = record.data + start * item
     return TensorInfo(name, view.dtype, view.shape, offset, view.stride)

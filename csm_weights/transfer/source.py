@@ -148,5 +148,4 @@ def _damaged(tries: Sequence[Finding]) -> Finding:
     """Return the finding for bytes of one source that were wrong in another way each time."""
     found = f"other wrong bytes each of {len(tries)} times"
     mend = "run the same command again; where that does not help, use another network or proxy"
-    first, *_ = tries
-    return replace(first, kind=Kind.DAMAGED, found=found, help=mend)
+    return replace(tries[0], kind=Kind.DAMAGED, found=found, help=mend)

@@ -302,7 +302,7 @@ def _judge(
     path, artifact, after = subject.path, subject.artifact, _fingerprint(subject.path)
     if isinstance(found, Finding):
         return Rejected(path, (found,))
-    whole, blamed = _attested(subject) or str(found.whole), found.ranges
+    whole, blamed = found.whole or _attested(subject) or "", found.ranges
     findings = _bad_pieces(subject, blamed) if blamed else []
     if not findings:
         findings = artifact.digest_findings(subject.edition, whole, found.git_sha1, path)

@@ -454,6 +454,7 @@ def _state_dict(variant: str) -> dict[str, Any]:
         "shared storage": {"w": big, "tied": big},
         "other dtypes": {"b": big.bfloat16(), "h": big.half(), "i": torch.arange(9)},
         "1200 tensors": {f"{index}": torch.full((3,), index) * 1.0 for index in range(1200)},
+        "an empty column": {"w": big, "x": torch.zeros(0, 4, 2)[..., 1]},
         "nothing": {},
     }
     return variants[variant]
@@ -469,6 +470,7 @@ VARIANTS = (
     "shared storage",
     "other dtypes",
     "1200 tensors",
+    "an empty column",
     "nothing",
 )
 

@@ -246,7 +246,6 @@ BAD_PICKLES: Bad = {
         _one_tensor(shape=(1 << 40, 1), stride=(0, 1)),
         "at most 1,073,741,824 bytes of repeated elements",
     ),
-    "empty_tensor_after_its_storage": (_one_tensor(offset=7, shape=(0, 3)), "a view of 6"),
     "parameter_of_a_storage": (
         state_dict(text("w"), _PARAMETER + storage() + b"\x88" + HOOKS + b"tR"),
         "a call of global torch._utils _rebuild_parameter",
