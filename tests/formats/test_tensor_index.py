@@ -76,6 +76,12 @@ def test_an_index_has_room_for_100_000_tensors() -> None:
     assert MAX_INDEX < 64 << 20
 
 
+def test_each_dimension_and_letter_takes_room_in_an_index() -> None:
+    """A tensor never counts for less than one with a shorter name, or fewer dimensions."""
+    costs = [index_cost(letters * "w", dims) for dims in range(65) for letters in range(32)]
+    assert costs == sorted(set(costs))
+
+
 @pytest.mark.parametrize("count", [1, 20, 21, 50])
 @pytest.mark.parametrize("broken", [None, 0, 19, 20, 49])
 def test_findings_beyond_twenty_are_counted(count: int, broken: int | None) -> None:

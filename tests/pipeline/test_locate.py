@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from csm_weights.errors import Kind, MissingInput
+from csm_weights.errors import Kind, MissingInput, UsageError
 from csm_weights.files import Fingerprint
 from csm_weights.formats.architecture import parse_config
 from csm_weights.hashing import git_sha1
@@ -240,3 +240,9 @@ def test_a_receipt_holds_for_what_it_says(
     assert locate.valid_receipt(file, known) == (receipt if holds else None)
     os.utime(file, ns=(1, 1))
     assert locate.valid_receipt(file, known) is None
+
+
+def test_a_revision_that_cannot_be_one_is_a_wrong_use(root: Path) -> None:
+    """It is refused before the Hub is asked for it."""
+    with pytest.raises(UsageError, match="--revision 'a b' is not a commit, branch or tag"):
+        locate.of_repo(root, "someone/tuned", "a b")

@@ -30,6 +30,11 @@ def record(piece: Piece) -> PieceRecord:
         ((40, 20, 18), {}, 20_480),
         ((40, 20, 18), {"pieces": (record(PIECES[0]),)}, 10_480),
         ((40, 20, 18), {"arrived": (Arrival(0, 500, A), Arrival(10_000, 80, B))}, 19_900),
+        (
+            (40, 20, 18),
+            {"pieces": (record(PIECES[0]),), "arrived": (Arrival(10_000, 80, B),)},
+            10_400,
+        ),
         ((10, 20, 18), {"pieces": (record(PIECES[0]),)}, 0),
         ((40, 20, 18), {"consumed": (Consumed(0, 4_000, A),)}, 16_480 + 4_240),
         ((20, 12, 18), {"consumed": (Consumed(0, 4_000, A),)}, 6_240 + 144),
