@@ -129,7 +129,7 @@ def find(path: Path) -> Files:
     UsageError for a folder of several models.
     """
     if match := _INDEX.fullmatch(path.name):
-        if not path.is_file():
+        if not path.exists():
             raise missing(path, "an index of shards", "no such file", "check the path")
         return [[shard] for shard in _listed(path, match, _names(path, match[2]))]
     if match := _SHARD.fullmatch(path.name):

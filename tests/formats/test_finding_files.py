@@ -316,8 +316,11 @@ def test_what_else_an_index_has_is_passed_over(fill: Fill) -> None:
     assert found(folder / "x.pt.index.json", folder) == "b.PT"
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling"])
-def test_an_index_that_is_no_file_is_refused(kind: str, fill: Fill) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("folder", "a folder"), ("pipe", "neither file nor folder"), ("dangling", "no such file")],
+)
+def test_an_index_that_is_no_file_is_refused(kind: str, words: str, fill: Fill) -> None:
     """A folder, a pipe or a link to nothing of such a name is never passed over."""
     folder = fill("b.pt")
     index = folder / "x.pt.index.json"
@@ -327,6 +330,7 @@ def test_an_index_that_is_no_file_is_refused(kind: str, fill: Fill) -> None:
         with pytest.raises(CsmWeightsError) as caught:
             find(path)
         assert str(index) in str(caught.value)
+        assert words in str(caught.value).lower()
 
 
 @pytest.mark.parametrize(
