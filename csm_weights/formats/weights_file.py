@@ -271,7 +271,7 @@ def _check_count(where: Path, count: int) -> None:
 
 def _require(paths: Iterable[Path]) -> None:
     wanted = sorted(paths)
-    lost = [path for path in wanted if not path.is_file()]
+    lost = [path for path in wanted if not path.exists()]
     if lost:
         findings = [Finding.missing(path, f"one of {len(wanted)} shards") for path in lost]
         raise MissingInput("not all shards are here", findings)

@@ -427,3 +427,11 @@ def test_a_file_that_is_not_there_or_is_none_is_said(tmp_path: Path) -> None:
     assert wrong.value.findings == (
         Finding(Kind.MALFORMED, str(tmp_path), "a regular file", "a folder", GET_AGAIN),
     )
+
+
+def test_a_folder_in_place_of_a_shard_is_not_called_missing(fill: Fill) -> None:
+    """The shard is there, and the finding says what it is."""
+    folder = fill("m-1-of-1.safetensors/")
+    ((shard,),) = find(folder / "m-1-of-1.safetensors")
+    with pytest.raises(WrongContent, match="found a folder"):
+        open_weights([shard])
