@@ -49,14 +49,15 @@ read_list() { # FOLDER: append what its SHA256SUMS says
 }
 real() { readlink -f "$1" 2>/dev/null || (cd -P "$(dirname "$1")" && echo "$PWD/${1##*/}"); }
 check_chunk() { # FILE SHA256
-  local kind=missing; [[ ! -s $1 || -r $1 ]] || kind=unreadable
+  local kind=missing found folder; [[ ! -s $1 || -r $1 ]] || kind=unreadable
   if [[ ! -f $1 || ! -r $1 || ! -s $1 ]]; then
     finding "$1" "$kind" "a chunk file" "none that can be read, or an empty one" "$help"
-  elif [[ $(real "$1") != "$(cd -P chunks && pwd)"/* ]]; then
+  # Substitutions alone: after an interrupt in one, bash 5.2 cannot read the rest of its command.
+  elif found=$(real "$1"); folder=$(cd -P chunks && pwd); [[ $found != "$folder"/* ]]; then
     finding "$1" "path not usable" "a file inside chunks/" "a link out of it" "copy it there"
   elif head -c 64 "$1" | grep -aq '^version https://git-lfs.github.com/spec/v1'; then
     finding "$1" "git-lfs pointer" "a chunk file" "a pointer to it" "git lfs pull"
-  elif say "checking $1"; [[ $(digest 256 <"$1") != "$2" ]]; then
+  elif say "checking $1"; found=$(digest 256 <"$1"); [[ $found != "$2" ]]; then
     finding "$1" "wrong digest" "sha256 $2" "another in $(($(wc -c <"$1"))) bytes" "$help"
   fi
 }

@@ -806,6 +806,26 @@ def test_interrupted_run_leaves_nothing_behind(
     assert tree.outputs() == {}
 
 
+@pytest.mark.parametrize(("name", "about"), [("readlink", "*.part-*"), ("sha256sum", "*")])
+def test_an_interrupt_while_a_chunk_file_is_looked_at_is_130(
+    tree: Tree, tmp_path: Path, name: str, about: str
+) -> None:
+    """Bash keeps it until the command ends; that must still be one that it can read."""
+    told = f'[[ $* != {about} ]] || kill -INT "$SCRIPT"; exec {shutil.which(name)} "$@"'
+    path = tool(tmp_path / "bin", name, told)
+    result = subprocess.run(
+        ["bash", "-c", "export SCRIPT=$$; exec bash ./recombine.sh"],
+        cwd=tree.root,
+        env=environment(path),
+        capture_output=True,
+        text=True,
+    )
+
+    assert result.returncode == 130, result.stderr
+    assert "interrupted" in result.stderr and "unexpected" not in result.stderr
+    assert tree.outputs() == {}
+
+
 def test_disk_that_takes_no_more(tree: Tree) -> None:
     """A write that fails half way leaves no file and is a disk error."""
     result = subprocess.run(
