@@ -48,11 +48,10 @@ read_list() { # FOLDER: append what its SHA256SUMS says
   [[ $n$line ]] || finding "$list" "$kind" "a list of chunk files" none "$help"
 }
 real() { readlink -f "$1" 2>/dev/null || (cd -P "$(dirname "$1")" && echo "$PWD/${1##*/}"); }
-check_chunk() { # FILE SHA256
+check_chunk() { # FILE SHA256; after an interrupt in $(), bash 5.2 cannot read another of its command
   local kind=missing found folder; [[ ! -s $1 || -r $1 ]] || kind=unreadable
   if [[ ! -f $1 || ! -r $1 || ! -s $1 ]]; then
     finding "$1" "$kind" "a chunk file" "none that can be read, or an empty one" "$help"
-  # Substitutions alone: after an interrupt in one, bash 5.2 cannot read the rest of its command.
   elif found=$(real "$1"); folder=$(cd -P chunks && pwd); [[ $found != "$folder"/* ]]; then
     finding "$1" "path not usable" "a file inside chunks/" "a link out of it" "copy it there"
   elif head -c 64 "$1" | grep -aq '^version https://git-lfs.github.com/spec/v1'; then
