@@ -45,12 +45,6 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock on which time passes only while a client waits."""
-    return Clock(monkeypatch)
-
-
 def client(
     timeouts: Timeouts = HASTY,
     cancel: threading.Event | None = None,

@@ -280,12 +280,6 @@ def test_a_limit_holds_for_all_files_together(tmp_path: Path, ranges: bool) -> N
 # ---- a server that answers as it is told
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock on which time passes only while a client waits."""
-    return Clock(monkeypatch)
-
-
 def ranged(head: str, data: bytes, most: int = 1 << 30) -> bytes:
     """Return the range that a request asks for, or the first bytes of it, or the whole file."""
     match = re.search(r"\r\nRange: bytes=(\d+)-(\d+)\r\n", head)
