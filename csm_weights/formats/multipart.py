@@ -15,13 +15,16 @@ from csm_weights.files import Fingerprint, NotRegular, open_regular
 from csm_weights.untrusted import Malformed
 
 #: What follows a file's name in the names of its chunk files, as `split` gives them.
-_PART = r"\.part-[a-z]{2,}"
+_PART = re.compile(r"\.part-[a-z]{2,}")
 
 
 def find_chunk_files(folder: Path, name: str) -> list[Path]:
     """Find the chunk files of the file called `name` in a folder, in order; empty without any."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    found = [path for path in paths if re.fullmatch(re.escape(name) + _PART, path.name)]
+    found = [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.name.startswith(name) and _PART.fullmatch(path.name, len(name))
+    ]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 

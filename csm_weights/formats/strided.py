@@ -87,10 +87,10 @@ def _read(
     reach = 1 + sum(reaches)
     wanted = math.prod(axis.size for axis in box.axes)
     if reach * item > max(_FLOOR, _DENSITY * wanted * item):
-        # halve the longest axis
+        # halve the longest axis, or cut it into steps where no two can be read together
         number = reaches.index(max(reaches))
         size, step, place = box.axes[number]
-        part = (size + 1) // 2
+        part = 1 if step * item > _FLOOR else (size + 1) // 2
         for index in range(0, size, part):
             count = min(part, size - index)
             own = (_Axis(count, step, place),) if count > 1 else ()

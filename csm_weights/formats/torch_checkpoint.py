@@ -14,7 +14,7 @@ from io import BytesIO
 from csm_weights.formats.multipart import MultipartFile, read_at
 from csm_weights.formats.tensor_index import ITEM_BITS, Format, TensorIndex, TensorInfo, reading
 from csm_weights.formats.torch_pickle import MAX_PICKLE, Pickle, View, read_pickle, tensors_of
-from csm_weights.formats.torch_zip import Record, read_content, read_records
+from csm_weights.formats.torch_zip import LOCAL_SIGN, Record, read_content, read_records
 from csm_weights.untrusted import Malformed, Unsupported, show
 
 #: Ceiling of a small record, bytes, and what each of them may say.
@@ -59,7 +59,7 @@ def read_checkpoint(file: MultipartFile) -> TensorIndex:
                             raise Malformed(f"text like {show(pattern)}", show(text))
             content = BytesIO(read_content(file, records["data.pkl"], MAX_PICKLE))
             pickle = read_pickle(content, "data.pkl")
-            if content.read():
+            if content.read(1):
                 raise Malformed("one object and nothing after it", "more", "data.pkl")
             if pickle.unread:
                 raise pickle.unread
@@ -82,7 +82,7 @@ def read_checkpoint(file: MultipartFile) -> TensorIndex:
 #: How a zip of torch begins: the header of its first record, in the archive's one folder; and
 #: a file from before torch 1.6: the magic number, in a frame from pickle protocol 4 on.
 _HEAD = re.compile(
-    rb"PK\x03\x04.{26}[^/\\]{1,255}/(data\.pkl|(data|code|constants)/)"
+    re.escape(LOCAL_SIGN) + rb".{26}[^/\\]{1,255}/(data\.pkl|(data|code|constants)/)"
     rb"|\x80[\x02-\x05](\x95.{8})?\x8a\n" + re.escape(MAGIC.to_bytes(10, "little")),
     re.DOTALL,
 )

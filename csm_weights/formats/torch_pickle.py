@@ -187,7 +187,7 @@ class _Machine:
         code = self.stream.read(1)
         if not code:
             raise Malformed("STOP", "the end of the pickle")
-        name = _NAMES.get(code.decode("latin-1"), f"byte 0x{code.hex()}")
+        name = _NAMES.get(code.decode("latin-1")) or f"byte 0x{code.hex()}"
         argument: Any = None
         if name in _READERS:
             try:

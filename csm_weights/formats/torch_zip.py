@@ -31,7 +31,8 @@ END_SIGN, END64_SIGN, LOCATOR_SIGN = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 
 #: The flags torch sets: names are UTF-8, and CRC and sizes come in a data descriptor
 #: after the data. An empty record has no descriptor.
-UTF8_FLAG, DESCRIPTOR_FLAG, BOTH_FLAGS = 0x0800, 0x0008, 0x0808
+UTF8_FLAG, DESCRIPTOR_FLAG = 0x0800, 0x0008
+BOTH_FLAGS = UTF8_FLAG | DESCRIPTOR_FLAG
 #: Extra fields by tag: sizes beyond 32 bits, and torch's padding before the data.
 ZIP64, PADDING = 0x0001, 0x4246
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF

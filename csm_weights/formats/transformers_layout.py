@@ -8,7 +8,6 @@ loop puts before every name (`model.`, `module.`, `_orig_mod.`) is left out.
 from __future__ import annotations
 
 import enum
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,8 +127,8 @@ class NamedTensor:
     def block_elements(self, size: int) -> int:
         """Return how many elements fit `size` bytes: whole rows, for parts of views are slow."""
         most = size // self.info.itemsize
-        row = math.prod(self.shape[-1:])
-        return most // max(1, row) * row or most
+        row = self.shape[-1] if self.shape else 1
+        return most - most % row if 0 < row <= most else most
 
     def value(self, number: int) -> Value:
         """Read the element of that number, counted in row-major order."""

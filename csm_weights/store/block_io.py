@@ -98,7 +98,7 @@ def punch(fd: int, offset: int, size: int) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     # FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE of linux/falloc.h
-    if fallocate(fd, 0x03, offset, size):
+    if fallocate(fd, 0x02 | 0x01, offset, size):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

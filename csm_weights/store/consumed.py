@@ -1,7 +1,6 @@
 """Chunk files whose bytes have moved to an unfinished file, or may move there."""
 
 import os
-from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from csm_weights.errors import Finding, Kind
@@ -48,9 +47,8 @@ def held_twice(artifact: Artifact, staged: Path, journal: Journal, root: Path) -
     """
     if not journal.is_begun:
         return 0
-    moved = Counter({record.offset: record.consumed for record in journal.consumed})
-    kept = Counter({record.offset: record.size for record in journal.pieces})
-    known = (moved | kept).total() + sum(arrival.size for arrival in journal.arrived)
+    moved = journal.moved
+    known = (moved | journal.kept).total() + sum(arrival.size for arrival in journal.arrived)
     held = max(0, _allocated(partial_path(staged)) - known)
     for piece in artifact.pieces:
         if gone := moved[piece.offset]:

@@ -280,8 +280,8 @@ class _Disk:
         installed = self.file(paths.destination, artifact)
         staged = self.file(paths.staging, artifact)
         journal = self.journal(staged.path, artifact)
-        moved = {record.offset: record.consumed for record in journal.consumed}
-        chunks = tuple(self.chunk(p, moved.get(p.offset, 0)) for p in artifact.pieces)
+        moved = journal.moved
+        chunks = tuple(self.chunk(p, moved[p.offset]) for p in artifact.pieces)
         pairs = zip(artifact.pieces, chunks, strict=True)
         unfit = [why_unfit(c.path, piece.part, artifact) for piece, c in pairs if c.is_usable]
         return ArtifactState(

@@ -7,6 +7,7 @@ others name are hashed again before they count.
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,16 @@ class Journal:
     consumed: tuple[Consumed, ...] = ()
     foreign: tuple[Consumed, ...] = ()
     is_begun: bool = False
+
+    @property
+    def kept(self) -> Counter[int]:
+        """Return the bytes of each verified piece, by the piece's offset."""
+        return Counter({record.offset: record.size for record in self.pieces})
+
+    @property
+    def moved(self) -> Counter[int]:
+        """Return the bytes of each piece, by its offset, that have left its chunk file."""
+        return Counter({record.offset: record.consumed for record in self.consumed})
 
 
 def partial_path(file: Path) -> Path:

@@ -24,10 +24,11 @@ def unfinished(state: State) -> list[Path]:
         for folder, known in names.items()
         if folder.is_dir()
         for path in folder.iterdir()
-        if is_unfinished(path.name) and path.name.startswith(tuple(known))
+        if is_unfinished(name := path.name)
+        and any(name[:end] in known for end in range(1, len(name)))
     }
     standin = state.paths.root / "output" / f"{state.manifest.name}.unfinished"
-    return sorted([*left, *([standin] if standin.exists() else [])])
+    return sorted(left | ({standin} if standin.exists() else set()))
 
 
 def holds_consumed(item: ArtifactState) -> bool:

@@ -9,7 +9,6 @@ or durable in the unfinished file with a journal that says so.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,8 +100,7 @@ def verify(subjects: Sequence[Subject], on_progress: OnProgress) -> list[Proof]:
 def _verify(subject: Subject, on_progress: OnProgress, cancel: Event) -> Proof:
     """Hash all pieces, and hold the whole against the manifest where all are consumed."""
     item, whole = subject.item, sha256()
-    kept = defaultdict(int, ((record.offset, record.size) for record in item.journal.pieces))
-    gone = defaultdict(int, ((record.offset, record.consumed) for record in item.journal.consumed))
+    kept, gone = item.journal.kept, item.journal.moved
     stakes: dict[int, Stake] = {}
     findings: dict[Path, Finding] = {}
     for piece in subject.pieces:

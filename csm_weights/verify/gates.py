@@ -307,7 +307,7 @@ def _judge(
     if not findings:
         findings = artifact.digest_findings(subject.edition, whole, found.git_sha1, path)
         blamed = ()
-        if findings and not found.ranges and subject.is_pinned:
+        if findings and not found.ranges and subject.is_pinned and artifact.pieces:
             # The whole is wrong: hash the pieces to say where.
             ranges = tuple((p.offset, p.size) for p in artifact.pieces)
             (again,) = measure([HashJob(path, artifact.size, ranges)], on_progress)
@@ -316,7 +316,7 @@ def _judge(
     if after is None or before != after:
         return Rejected(path, (*findings, Finding.changed(path)))
     if findings:
-        pairs = zip(artifact.pieces, blamed, strict=False)
+        pairs = zip(artifact.pieces, blamed, strict=bool(blamed))
         good = frozenset(p.offset for p, digest in pairs if digest == p.sha256)
         return Rejected(path, tuple(findings), good)
     pieces = artifact.pieces if found.ranges else ()
@@ -337,9 +337,8 @@ def _measure(jobs: Sequence[HashJob], on_progress: OnProgress) -> list[Digests |
 def _bad_pieces(subject: Subject, digests: Sequence[str]) -> list[Finding]:
     """Return a finding for each wrong piece, or one for a file of which no piece is right."""
     pieces, path = subject.artifact.pieces, subject.path
-    pairs = list(zip(pieces, digests, strict=True))
-    bad = [(p, d) for p, d in pairs if d != p.sha256]
-    if bad == pairs and len(pieces) > 1:
+    bad = [(p, d) for p, d in zip(pieces, digests, strict=True) if d != p.sha256]
+    if len(bad) == len(pieces) > 1:
         expected = f"the sha256 of {len(pieces)} pieces"
         found = "none of them: another file of the same size"
         return [Finding(Kind.WRONG_DIGEST, str(path), expected, found, subject.mend)]
